@@ -1,0 +1,167 @@
+"""Everything that the ranks say to each other. No other module calls a torch.distributed collective.
+
+Each function works alike without a process group, as a world of one. Shapes: b rows here, B = W * b rows on all ranks.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_obdsd.errors import InputError, RunError
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_b: torch.Tensor) -> torch.Tensor:
+        x_b = x_b.contiguous()
+        x_B = x_b.new_empty(world_size() * x_b.shape[0], *x_b.shape[1:])
+        dist.all_gather_into_tensor(x_B, x_b)
+        return x_B
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        # Every rank's loss depends on these rows, so their gradient is the sum over the ranks.
+        grad_B = grads[0].contiguous()
+        grad_b = grad_B.new_empty(grad_B.shape[0] // world_size(), *grad_B.shape[1:])
+        dist.reduce_scatter_tensor(grad_b, grad_B, op=dist.ReduceOp.SUM)
+        return grad_b
+
+
+def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
+    """The rows of all ranks in rank order, with exact gradient: backward sums over the ranks and returns own rows.
+
+    Args:
+        x_b: [b, ...], the same shape on every rank.
+        check_sizes: compare the shapes first, which costs a small collective. A training step checks once, since its
+            sizes come from a config that all ranks share.
+
+    Returns:
+        [B, ...] with rank r's rows at r*b to (r+1)*b.
+
+    Raises:
+        RunError: on every rank, when the shapes differ.
+    """
+    if world_size() == 1:
+        return x_b
+    if check_sizes:
+        agree_same("the shape of the gathered rows", str(tuple(x_b.shape)))
+    return _GatherRows.apply(x_b)
+
+
+def gather_ragged(x_n: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks in rank order, when their numbers differ. No gradient."""
+    if world_size() == 1:
+        return x_n
+    counts = gather_json(x_n.shape[0])
+    padded = x_n.new_zeros(max(counts), *x_n.shape[1:])
+    padded[: x_n.shape[0]] = x_n
+    parts = _GatherRows.apply(padded).split(max(counts))
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
+def sum_across(x: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum over the ranks, as a new tensor. No gradient."""
+    total = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def broadcast_(tensors: Sequence[torch.Tensor], source: int = 0) -> None:
+    """Overwrite the tensors, in place, with those of rank ``source``."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=source)
+
+
+def ring_pass(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Hand the tensors to the next rank and take those of the one before. Shapes are the same on every rank."""
+    if world_size() == 1:
+        return list(tensors)
+    following, previous = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    operations = [dist.P2POp(dist.isend, tensor.contiguous(), following) for tensor in tensors]
+    operations += [dist.P2POp(dist.irecv, tensor, previous) for tensor in received]
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
+    return received
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's value (anything JSON can hold), in rank order. JSON, since a pickle could execute."""
+    if world_size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = torch.empty(world_size(), dtype=torch.int64)
+    dist.all_gather_into_tensor(sizes, torch.tensor([data.numel()]))
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+    padded[: data.numel()] = data
+    parts = torch.empty(world_size() * padded.numel(), dtype=torch.uint8)
+    dist.all_gather_into_tensor(parts, padded)
+    return [
+        json.loads(part[:size].numpy().tobytes())
+        for part, size in zip(parts.view(world_size(), -1), sizes.tolist(), strict=True)
+    ]
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value (anything JSON can hold) on every rank."""
+    return gather_json(value if rank() == 0 else None)[0]
+
+
+def agree_same(what: str, value: str) -> None:
+    """Check that every rank holds the same value.
+
+    Raises:
+        RunError: on every rank, naming the first two ranks that differ.
+    """
+    values = gather_json(value)
+    for other, theirs in enumerate(values):
+        if theirs != values[0]:
+            raise RunError(
+                f"{what} differs: rank 0 has {values[0]} and rank {other} has {theirs}; start all ranks alike"
+            )
+
+
+@contextmanager
+def agree(what: str) -> Iterator[None]:
+    """Run a block that may fail on some ranks, and let all ranks fail together if one does.
+
+    The block must hold no collective itself: a rank that left it early would leave the others waiting there.
+
+    Raises:
+        InputError, RunError: on every rank, with the failing rank's number and message.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    report = None if failure is None else {"input": isinstance(failure, InputError), "message": _sentence(failure)}
+    reports = gather_json(report)
+    failed = {number: told for number, told in enumerate(reports) if told is not None}
+    if not failed:
+        return
+    number, told = next(iter(failed.items()))
+    # A cause that all ranks met alike (a missing file, say) needs no rank in its message.
+    alike = len(failed) == world_size() and len({r["message"] for r in failed.values()}) == 1
+    message = told["message"] if alike else f"{what} failed on rank {number}: {told['message']}"
+    raise (InputError if told["input"] else RunError)(message) from failure
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, (InputError, RunError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,354 @@
+"""Typed, strict configuration: a YAML file and dotted overrides become one frozen ``Config``.
+
+Every field has its meaning beside it. Anything unknown or impossible is refused here, before a process group or a GPU
+is touched, with a sentence that says what to change.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_obdsd.errors import InputError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    shards: str
+    """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote."""
+    image_size: Count = 224
+    """Side in pixels of the square that the network sees."""
+    resize: Count | None = None
+    """Shorter side in pixels before the evaluation's centre crop; unset: image_size (256 is usual for 224)."""
+    channels: Literal[1, 3] = 3
+    """1 reads grey images, 3 reads RGB."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per channel, of pixels scaled to [0, 1]; the default is ImageNet's. One value serves every channel."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    augment: Literal["none", "crop", "affine"] = "crop"
+    """`crop`: RandomResizedCrop and horizontal flip (the published one); `affine`: small rotation, shift, scale, shear
+    (for characters, where a mirrored one is another one); `none`: as in evaluation."""
+    crop_scale: tuple[Positive, Positive] = (0.16, 1.0)
+    """Smallest and largest share of the image's area that `crop` keeps."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
+    lanes: Count = 8
+    """The fixed number of streams that a global batch is put together from. The number of ranks must divide it."""
+    window: Count = 8
+    """Shards of one lane that are held in memory as encoded bytes at a time."""
+    max_bad_samples: Annotated[int, Field(ge=0)] = 0
+    """How many undecodable images a run replaces, with a warning that names each, before it stops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(
+                    f"data.{name} has {len(values)} values but data.channels is {self.channels}; "
+                    f"give one value or one per channel"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std is {list(self.std)}; every value must be above 0")
+        if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
+            raise ValueError(
+                f"data.crop_scale is {list(self.crop_scale)}; give [smallest, largest] with both in (0, 1]"
+            )
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(
+                f"data.resize is {self.resize} but the crop is data.image_size={self.image_size}; "
+                f"set data.resize to at least {self.image_size}"
+            )
+        return self
+
+
+class Batch(Section):
+    global_size: Annotated[int, Field(ge=2)] = 112
+    """Images in one optimizer step over all ranks (B). Independent of the number of ranks."""
+    samples_per_class: Annotated[int, Field(ge=2)] = 2
+    """Images of one class in a group (K)."""
+
+
+class Model(Section):
+    backbone: Literal["small_cnn", "resnet18", "resnet34", "resnet50", "squeezenet1_0"] = "resnet50"
+    embedding_dim: Count = 128
+    """Length of the unit-norm embedding (D)."""
+    pooling: Literal["avg", "max", "avg+max"] = "avg"
+    pretrained: str = "none"
+    """`none`, `torchvision` (its ImageNet weights, downloaded once) or the path of a local state dict."""
+    norm: Literal["frozen", "sync", "batch"] = "frozen"
+    """BatchNorm: `frozen` keeps the pretrained statistics, `sync` takes them over all ranks (GPUs only), `batch` over
+    each rank alone, which makes results depend on the number of ranks. small_cnn has GroupNorm and ignores this."""
+
+
+class Ranking(Section):
+    name: Literal["multi_similarity"] = "multi_similarity"
+    alpha: Positive = 2.0
+    beta: Positive = 40.0
+    threshold: float = 0.5
+    """The similarity lambda that positives should exceed and negatives stay below."""
+    margin: NonNegative = 0.1
+    """The mining margin epsilon."""
+
+
+class Distillation(Section):
+    target: Literal["none", "uniform", "psd", "obdsd", "obdsd_symmetric"] = "obdsd"
+    weight: NonNegative = 1.0
+    temperature: Positive = 1.0
+    """Of the student's and the teacher's softmax over the batch."""
+    transition_temperature: Positive = 1.0
+    """Of the random walk's transition matrix A (target obdsd)."""
+    omega: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """How far the diffusion goes: 0 is psd."""
+    mask_self: bool = False
+    """Take each image's similarity to itself out of the target's start distribution P."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.target not in ("none", "uniform")
+
+
+class Optim(Section):
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Positive = 1e-5
+    weight_decay: NonNegative = 4e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD only."""
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    milestones: tuple[Count, ...] = ()
+    """Epochs at which `step` multiplies the learning rate by `gamma`."""
+    gamma: Positive = 0.3
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    clip_norm: Positive | None = None
+    """Largest norm of the whole gradient; unset: no clipping."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError("optim.schedule=step needs optim.milestones, the epochs at which the rate drops")
+        if self.schedule != "step" and self.milestones:
+            raise ValueError(f"optim.milestones is set but optim.schedule is {self.schedule}; set optim.schedule=step")
+        return self
+
+
+class Validation(Section):
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training classes that is taken out of training for model selection; 0 trains on all."""
+    every: Count = 1
+    """Epochs between validations."""
+
+
+class Evaluation(Section):
+    recall_at: tuple[Count, ...] = (1, 2, 4, 8)
+    untrained: bool = False
+    """Also measure the test set before the first step, as a reference that is never used for a choice."""
+    batch_size: Count = 256
+    """Images embedded at a time; part of the result's last bits, so it does not follow the number of ranks."""
+    backend: Literal["auto", "faiss", "torch"] = "auto"
+    """Who proposes neighbours. Both give the same result; `auto` takes faiss where it is installed."""
+
+
+class Tracking(Section):
+    kind: Literal["mlflow", "none"] = "mlflow"
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "dist-obdsd"
+    every_steps: Count = 50
+    """Steps between two lines on the terminal and two sendings of the step metrics."""
+
+
+class Checkpoint(Section):
+    keep: Count = 2
+    """Epoch checkpoints kept besides those that `last` and `best` point to."""
+
+
+class Config(Section):
+    """Everything that one run is made from."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run folder and the tracked run."""
+    output: str = "runs"
+    """Folder that holds the run folders."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    epochs: Count
+    precision: Literal["float64", "float32", "bf16"] = "float32"
+    """bf16 is autocast in the network; similarities and the diffusion stay in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = 1
+    """CPU threads per rank for torch."""
+    timeout_seconds: Positive = 600.0
+    """How long a rank waits for the others in a collective before the run fails."""
+    max_steps: Count | None = None
+    """Stop the whole run after this many optimizer steps (for trials); unset: all of them."""
+    max_nonfinite_steps: Count = 10
+    """Consecutive steps with a NaN or infinite loss or gradient, each skipped, after which the run stops."""
+    strategy: Literal["ddp"] = "ddp"
+    data: Data
+    batch: Batch = Batch()
+    model: Model = Model()
+    ranking: Ranking = Ranking()
+    distillation: Distillation = Distillation()
+    optim: Optim = Optim()
+    validation: Validation = Validation()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size, k, lanes = self.batch.global_size, self.batch.samples_per_class, self.data.lanes
+        if size % k:
+            raise ValueError(
+                f"batch.global_size={size} is not a multiple of batch.samples_per_class={k}; "
+                f"set it to {max(size // k, 2) * k} or {(size // k + 1) * k}"
+            )
+        groups = size // k
+        if groups < 2:
+            raise ValueError(
+                f"batch.global_size={size} with batch.samples_per_class={k} holds one class; "
+                f"a ranking loss needs at least two, so set batch.global_size to {2 * k} or more"
+            )
+        if groups % lanes:
+            fitting = [n for n in range(1, groups + 1) if groups % n == 0 and n <= 64]
+            raise ValueError(
+                f"data.lanes={lanes} does not divide the {groups} groups of a batch "
+                f"({size} images / {k} per class); set data.lanes to one of {fitting}"
+            )
+        if self.distillation.target != "none" and self.epochs == 1:
+            raise ValueError(
+                "epochs=1 with distillation has no effect, since the ramp epoch/epochs is 0 throughout; "
+                "set epochs to 2 or more, or distillation.target=none"
+            )
+        if self.model.backbone != "small_cnn" and self.data.channels != 3:
+            raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
+        if self.model.backbone == "small_cnn" and self.model.pretrained == "torchvision":
+            raise ValueError("torchvision has no weights for small_cnn; set model.pretrained to none or to a file")
+        if self.precision == "float64" and self.device == "cuda":
+            raise ValueError("precision=float64 is for proofs on CPU; set device=cpu or precision=float32")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output) / self.name
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, so that ranks can compare what they were started with."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# Settings that may differ between a run and its continuation: none of them can change a result.
+CHANGEABLE_ON_RESUME = (
+    "output", "threads", "device", "timeout_seconds", "max_steps", "data.workers", "data.shards", "evaluation.backend",
+    "tracking", "checkpoint",
+)  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``a.b=c`` overrides (values are YAML) and check everything.
+
+    Raises:
+        InputError: with one sentence per mistake.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds {type(raw).__name__}, not a mapping of settings; see configs/ for examples")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> Config:
+    """Check a nested dictionary. ``origin`` names it in the error."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{origin}: " + "; ".join(_sentences(error))) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r} is not of the form key=value, such as optim.lr=0.001")
+    try:
+        # YAML 1.1 reads 1e-3 as text; a bare number in exponent form means the number here.
+        value = yaml.safe_load(text)
+        if isinstance(value, str):
+            value = float(value) if _is_number(value) else value
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not valid YAML") from error
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {override!r}: {parent} is a single value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return any(c.isdigit() for c in text)
+
+
+def _sentences(error: ValidationError) -> Iterable[str]:
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, setting_names(), n=1, cutoff=0.0)
+            yield f"unknown setting {where}; did you mean {near[0]}?"
+        elif item["type"] == "missing":
+            yield f"{where} is missing; add it"
+        elif item["type"] == "value_error":
+            yield str(item["ctx"]["error"])
+        else:
+            yield f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted setting name, sections included."""
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += setting_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two dumped configs and must not, as ``name: old -> new`` (see CHANGEABLE_ON_RESUME)."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        name = prefix + key
+        if name in CHANGEABLE_ON_RESUME:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changes += changed_settings(a, b, f"{name}.")
+        elif a != b:
+            changes.append(f"{name}: {a} -> {b}")
+    return changes

@@ -1,0 +1,210 @@
+"""The manifest: what a folder of shards holds, down to the order of the samples. Format version 1.
+
+``manifest.json`` beside the tars, written last, so that a folder with a manifest is complete::
+
+    {"format": "dist-obdsd shards 1",
+     "recipe": {...},             # the recipe as it was resolved, for the record
+     "seed": 0,
+     "samples_per_class": 2,      # what the blocks of a class were cut for
+     "classes": ["a", "b", ...],  # class id -> name
+     "splits": {"train": [shard, ...], "test": [shard, ...]}}
+    shard = {"file": "train-000000.tar", "bytes": 123, "sha256": "...",
+             "ids": [7, ...], "classes": [0, ...], "roles": ["train", ...]}     # in the order of the tar
+
+An id is unique in the whole folder, and the sample's key in the tar is the id as eight digits or more (``key``).
+Roles are ``train``; ``both`` for an image that is query and gallery (self-retrieval); ``query``; ``gallery``.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_obdsd.errors import InputError
+from dist_obdsd.seeds import rng
+
+FORMAT = "dist-obdsd shards 1"
+ROLES = ("train", "both", "query", "gallery")
+
+
+def key(sample_id: int) -> str:
+    """The webdataset key of a sample."""
+    return f"{sample_id:08d}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. The three lists run along its samples, in order."""
+
+    file: str
+    bytes: int
+    sha256: str
+    ids: tuple[int, ...]
+    classes: tuple[int, ...]
+    roles: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    recipe: dict[str, Any]
+    seed: int
+    samples_per_class: int
+    classes: tuple[str, ...]
+    splits: dict[str, tuple[Shard, ...]]
+    digest: str = field(default="", compare=False)
+    """SHA-256 of the canonical JSON: what checkpoints and tracked runs call this data."""
+
+    def images(self, split: str) -> int:
+        return sum(len(shard) for shard in self.splits[split])
+
+    def class_ids(self, split: str) -> list[int]:
+        """The classes of a split, ascending."""
+        return sorted({c for shard in self.splits[split] for c in shard.classes})
+
+    def shards(self) -> Iterator[Shard]:
+        for shards in self.splits.values():
+            yield from shards
+
+
+def to_json(manifest: Manifest) -> str:
+    """Canonical text: the same manifest gives the same bytes. One line per shard."""
+    head = {
+        "format": FORMAT,
+        "recipe": manifest.recipe,
+        "seed": manifest.seed,
+        "samples_per_class": manifest.samples_per_class,
+        "classes": list(manifest.classes),
+    }
+    lines = [f" {json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in head.items()]
+    splits = []
+    for name, shards in manifest.splits.items():
+        rows = ",\n".join("   " + json.dumps(asdict(shard)) for shard in shards)
+        splits.append(f"  {json.dumps(name)}: [\n{rows}]")
+    lines.append(' "splits": {\n' + ",\n".join(splits) + "}")
+    return "{\n" + ",\n".join(lines) + "}\n"
+
+
+def from_json(text: str, origin: str = "manifest") -> Manifest:
+    """Parse and check a manifest.
+
+    Raises:
+        InputError: it is not JSON, of another format version, or contradicts itself.
+    """
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{origin} is not valid JSON ({error}); pack the data again") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{origin} has format {found!r} but this program reads {FORMAT!r}; pack the data again")
+    try:
+        manifest = Manifest(
+            recipe=raw["recipe"],
+            seed=int(raw["seed"]),
+            samples_per_class=int(raw["samples_per_class"]),
+            classes=tuple(raw["classes"]),
+            splits={name: tuple(_shard(shard) for shard in shards) for name, shards in raw["splits"].items()},
+            digest=hashlib.sha256(text.encode()).hexdigest(),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{origin} lacks or misuses the entry {error}; pack the data again") from error
+    check(manifest, origin)
+    return manifest
+
+
+def _shard(raw: dict[str, Any]) -> Shard:
+    return Shard(
+        file=str(raw["file"]),
+        bytes=int(raw["bytes"]),
+        sha256=str(raw["sha256"]),
+        ids=tuple(int(i) for i in raw["ids"]),
+        classes=tuple(int(c) for c in raw["classes"]),
+        roles=tuple(str(r) for r in raw["roles"]),
+    )
+
+
+def check(manifest: Manifest, origin: str = "manifest") -> None:
+    """Refuse a manifest that contradicts itself.
+
+    Raises:
+        InputError: columns of unequal length, an id twice, a class without a name, an unknown role, or a class that
+            stands both in training and in test.
+    """
+    seen: set[int] = set()
+    for shard in manifest.shards():
+        if not len(shard.ids) == len(shard.classes) == len(shard.roles):
+            raise InputError(
+                f"{origin}: shard {shard.file} lists {len(shard.ids)} ids, {len(shard.classes)} classes and "
+                f"{len(shard.roles)} roles; they must be equally many"
+            )
+        if Path(shard.file).is_absolute() or ".." in Path(shard.file).parts:
+            raise InputError(f"{origin}: shard {shard.file} lies outside the folder; name files inside it")
+        unknown = set(shard.roles) - set(ROLES)
+        if unknown:
+            raise InputError(
+                f"{origin}: shard {shard.file} has the role {min(unknown)!r}; roles are {', '.join(ROLES)}"
+            )
+        if shard.classes and not 0 <= min(shard.classes) <= max(shard.classes) < len(manifest.classes):
+            raise InputError(
+                f"{origin}: shard {shard.file} has class ids {min(shard.classes)} to {max(shard.classes)} but "
+                f"{len(manifest.classes)} classes are named"
+            )
+        seen.update(shard.ids)
+    total = sum(len(shard) for shard in manifest.shards())
+    if len(seen) != total:
+        raise InputError(f"{origin}: {total} samples have only {len(seen)} different ids; every id must be unique")
+    if "train" in manifest.splits:
+        train = set(manifest.class_ids("train"))
+        for split in manifest.splits.keys() - {"train"}:
+            both = train & set(manifest.class_ids(split))
+            if both:
+                name = manifest.classes[min(both)]
+                raise InputError(
+                    f"{origin}: class {name!r} is in train and in {split}; retrieval is measured on classes "
+                    f"never seen, so a class must stand on one side"
+                )
+
+
+def load(folder: str | Path) -> Manifest:
+    """Read ``folder/manifest.json``.
+
+    Raises:
+        InputError: the folder or the manifest is missing, or the manifest is not sound.
+    """
+    path = Path(folder) / "manifest.json"
+    if not Path(folder).is_dir():
+        raise InputError(f"there is no shard folder {folder}; make one with `dist-obdsd pack RECIPE --out {folder}`")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; pack the data again, the folder is incomplete"
+        ) from error
+    return from_json(text, str(path))
+
+
+def split_classes(manifest: Manifest, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Cut the training classes into those to train on and those to validate on; the two share no class.
+
+    Returns:
+        (training class ids, validation class ids), both ascending.
+
+    Raises:
+        InputError: the fraction leaves fewer than two classes on a side.
+    """
+    classes = manifest.class_ids("train")
+    held_out = round(fraction * len(classes))
+    if fraction > 0 and not 2 <= held_out <= len(classes) - 2:
+        raise InputError(
+            f"validation.fraction={fraction} of {len(classes)} classes holds out {held_out}; "
+            f"both sides need at least two classes"
+        )
+    chosen = rng(seed, "validation classes").permutation(np.array(classes))[:held_out].tolist()
+    return sorted(set(classes) - set(chosen)), sorted(chosen)

@@ -1,0 +1,165 @@
+"""From a launcher's environment to a running rank: who am I, on which device, and who are the others.
+
+Four ways of being started are understood: torchrun, the DeepSpeed launcher, SLURM's srun, and a plain single process.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dist_obdsd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher's environment says, before anything is started."""
+
+    launcher: str
+    """torchrun, deepspeed, environment (the four variables set by hand), srun or single."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank of a running job."""
+
+    launch: Launch
+    device: torch.device
+    backend: str
+    """gloo, nccl, or none for a single process."""
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_launch(env: Mapping[str, str]) -> Launch:
+    """Read the launcher's variables. Pure.
+
+    Raises:
+        InputError: some of the variables are missing, not numbers or contradict each other.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if name not in env]
+        if missing:
+            raise InputError(
+                f"RANK or WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun, "
+                f"or unset RANK and WORLD_SIZE for a single process"
+            )
+        marks = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
+        launcher = next((name for mark, name in marks.items() if mark in env), "environment")
+        local_world = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+        return _checked(
+            launcher, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_world, env["MASTER_ADDR"],
+            env["MASTER_PORT"],
+        )  # fmt: skip
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
+        # Every rank must come to the same free port without talking: jobs on one node differ by their id.
+        port = env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        # SLURM compresses this list, too: "4(x2)" is four tasks on each of two nodes.
+        tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")))
+        return _checked(
+            "srun", env.get("SLURM_PROCID", ""), env["SLURM_NTASKS"], env.get("SLURM_LOCALID", ""),
+            tasks[0] if tasks else "1", host, port,
+        )  # fmt: skip
+    return Launch("single")
+
+
+def _checked(launcher: str, rank: str, world: str, local_rank: str, local_world: str, host: str, port: str) -> Launch:
+    try:
+        launch = Launch(launcher, int(rank), int(world), int(local_rank), int(local_world), (host, int(port)))
+    except ValueError as error:
+        raise InputError(f"the {launcher} environment holds a rank, size or port that is no number: {error}") from error
+    if not 0 <= launch.rank < launch.world_size:
+        raise InputError(f"rank {launch.rank} is not within the world size {launch.world_size}; check the launcher")
+    return launch
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of SLURM's compressed list: ``gpu[03-05,9],cpu1`` -> ``gpu03``."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodelist)
+    if not match:
+        raise InputError("srun gave no SLURM_STEP_NODELIST; set MASTER_ADDR to the first node's name")
+    return match[1] + (match[2] or "")
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """``auto`` is this rank's GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: CUDA is asked for and missing, or the node has fewer GPUs than ranks.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("device=cuda but torch finds no CUDA device here; set device=cpu or run on a GPU machine")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise InputError(
+            f"local rank {local_rank} has no GPU: this node has {count}; start at most {count} processes per node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def start(device: str = "auto", threads: int = 1, timeout_seconds: float = 600.0) -> Iterator[Runtime]:
+    """Join the process group that the environment describes, and leave it at the end.
+
+    Args:
+        device: auto, cpu or cuda.
+        threads: CPU threads of this rank.
+        timeout_seconds: how long a collective waits for the other ranks.
+    """
+    launch = read_launch(os.environ)
+    chosen = choose_device(device, launch.local_rank)
+    torch.set_num_threads(threads)
+    # Similarities and solves must keep float32's 24 bits; TF32 would silently leave 11 of them.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    backend = "none"
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if launch.world_size > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        if launch.master and launch.master[0] in ("127.0.0.1", "localhost"):
+            # gloo asks the resolver for this host's name, which fails or is slow on many laptops and containers.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("MASTER_ADDR", launch.master[0] if launch.master else "")
+        os.environ.setdefault("MASTER_PORT", str(launch.master[1]) if launch.master else "")
+        dist.init_process_group(
+            # Small bookkeeping messages stay on the CPU; only tensors that live on the GPU travel over NCCL.
+            "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    try:
+        yield Runtime(launch, chosen, backend)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def where() -> str:
+    """This process, for messages: host and process id."""
+    return f"{socket.gethostname()} pid {os.getpid()}"

@@ -1,0 +1,27 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import harness
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+REAL_DATA = Path(os.environ.get("DIST_OBDSD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _process_groups() -> Iterator[None]:
+    yield
+    harness.close()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with Omniglot and the Cars part (see the README); the test is skipped where it is not there."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real data at {REAL_DATA}: set DIST_OBDSD_DATA to its folder")
+    return REAL_DATA
