@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.errors import InputError, RunError, UserError
 
 
 def world_size() -> int:
@@ -62,9 +62,12 @@ def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
 
 def gather_ragged(x_n: torch.Tensor) -> torch.Tensor:
     """The rows of all ranks in rank order, when their numbers differ. No gradient."""
+    x_n = x_n.detach()
     if world_size() == 1:
         return x_n
     counts = gather_json(x_n.shape[0])
+    if not any(counts):
+        return x_n
     padded = x_n.new_zeros(max(counts), *x_n.shape[1:])
     padded[: x_n.shape[0]] = x_n
     parts = _GatherRows.apply(padded).split(max(counts))
@@ -130,9 +133,8 @@ def agree_same(what: str, value: str) -> None:
     values = gather_json(value)
     for other, theirs in enumerate(values):
         if theirs != values[0]:
-            raise RunError(
-                f"{what} differs: rank 0 has {values[0]} and rank {other} has {theirs}; start all ranks alike"
-            )
+            message = f"{what} differs: rank 0 has {values[0]} and rank {other} has {theirs}; start all ranks alike"
+            raise _on_every_rank(RunError(message))
 
 
 @contextmanager
@@ -158,7 +160,12 @@ def agree(what: str) -> Iterator[None]:
     # A cause that all ranks met alike (a missing file, say) needs no rank in its message.
     alike = len(failed) == world_size() and len({r["message"] for r in failed.values()}) == 1
     message = told["message"] if alike else f"{what} failed on rank {number}: {told['message']}"
-    raise (InputError if told["input"] else RunError)(message) from failure
+    raise _on_every_rank((InputError if told["input"] else RunError)(message)) from failure
+
+
+def _on_every_rank(error: UserError) -> UserError:
+    error.everywhere = True
+    return error
 
 
 def _sentence(error: Exception) -> str:

@@ -4,6 +4,7 @@ Every field has its meaning beside it. Anything unknown or impossible is refused
 is touched, with a sentence that says what to change.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -154,6 +155,8 @@ class Validation(Section):
 
 class Evaluation(Section):
     recall_at: tuple[Count, ...] = (1, 2, 4, 8)
+    test: bool = True
+    """Measure the test set at the end; false leaves it alone while settings are still being chosen."""
     untrained: bool = False
     """Also measure the test set before the first step, as a reference that is never used for a choice."""
     batch_size: Count = 256
@@ -273,9 +276,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds {type(raw).__name__}, not a mapping of settings; see configs/ for examples")
+    return parse_config(override_config(raw, overrides), str(path))
+
+
+def override_config(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested settings with ``a.b=c`` overrides put in."""
+    raw = copy.deepcopy(raw)
     for override in overrides:
         _apply(raw, override)
-    return parse_config(raw, str(path))
+    return raw
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> Config:

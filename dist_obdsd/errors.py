@@ -4,9 +4,16 @@ Every message is one clear sentence: what was found, what is needed, what to do.
 """
 
 
-class InputError(Exception):
+class UserError(Exception):
+    """What the two have in common."""
+
+    everywhere = False
+    """Every rank raised this same error, so one of them should print it."""
+
+
+class InputError(UserError):
     """Usage, configuration or input is at fault: the program prints the message alone and exits with 2."""
 
 
-class RunError(Exception):
+class RunError(UserError):
     """Something failed while the program ran: the program prints the message and exits with 1."""

@@ -1,0 +1,3 @@
+from dist_obdsd.cli import program
+
+program()

@@ -1,0 +1,260 @@
+"""The command line. Imports are lazy, so that ``--help`` answers at once.
+
+Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_obdsd import __version__
+from dist_obdsd.errors import InputError, UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="dist-obdsd",
+        description="Train and evaluate image embeddings on one or many GPUs, with self-distillation and diffusion "
+        "over the batch manifold (OBD-SD).",
+    )
+    top.add_argument("--version", action="version", version=f"dist-obdsd {__version__}")
+    # The DeepSpeed launcher puts this before the subcommand; the environment says the same.
+    top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    pack = commands.add_parser("pack", help="turn a benchmark's download or your own images into shards")
+    pack.add_argument("recipe", help="a recipe's name (see shards/) or the path of a recipe YAML")
+    pack.add_argument("--source", type=Path, help="the folder with the download, or your images")
+    pack.add_argument("--out", type=Path, required=True, help="the folder to make")
+    pack.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
+    pack.add_argument("--seed", type=int, default=0, help="of the order inside the shards")
+    pack.add_argument("--samples-per-class", type=int, default=2, help="images of a class that should stay together")
+    pack.add_argument(
+        "--resize", type=int, help="shrink images to this shorter side in pixels; default: copy the bytes"
+    )
+    pack.add_argument("--allow-partial", action="store_true", help="accept counts other than the recipe's")
+    pack.add_argument("--overwrite", action="store_true", help="replace shards that are already there")
+    pack.set_defaults(run=_pack)
+
+    verify = commands.add_parser("verify", help="check shards against their manifest")
+    verify.add_argument("shards", type=Path)
+    verify.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    verify.set_defaults(run=_verify)
+
+    train = commands.add_parser("train", help="train and evaluate what a config describes")
+    train.add_argument("config", type=Path, help="a YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    train.add_argument("--fresh", action="store_true", help="do not resume: train under the next free name")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint on shards")
+    evaluate.add_argument("checkpoint", type=Path, help="a .pt file or a run folder")
+    evaluate.add_argument("--shards", required=True)
+    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--json", type=Path, help="write the numbers to this file")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.backend=torch")
+    evaluate.set_defaults(run=_evaluate)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
+    doctor.add_argument("config", type=Path, nargs="?")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.set_defaults(run=_doctor)
+    return top
+
+
+def program() -> None:
+    """Entry point: run, then exit with the code that says how it went."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command.
+
+    Returns:
+        0, 1 or 2. Errors are one line on standard error; a defect of ours comes with its traceback.
+    """
+    options = parse(arguments)
+    try:
+        return options.run(options)
+    except UserError as error:
+        _tell_launcher(error)
+        # What every rank found alike is said once; what one rank found, only that rank can say.
+        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+            print(f"dist-obdsd: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("dist-obdsd: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        _tell_launcher(error)
+        traceback.print_exc()
+        rank = os.environ.get("RANK")
+        where = f" on rank {rank}" if rank else ""
+        print(f"dist-obdsd: failed{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse, and take overrides wherever they stand: argparse itself wants all positionals in one row."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    strays = [text for text in rest if text.startswith("-") or "=" not in text]
+    if strays or (rest and not hasattr(options, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _tell_launcher(error: Exception) -> None:
+    """Let torchrun's summary carry our sentence."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        handler = get_error_handler()
+        handler.initialize()
+        handler.record_exception(error)
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from dist_obdsd.data.pack import pack
+    from dist_obdsd.data.recipes import load_recipe
+
+    recipe = load_recipe(options.recipe)
+    manifest = pack(
+        recipe,
+        options.source,
+        options.out,
+        seed=options.seed,
+        samples_per_class=options.samples_per_class,
+        resize=options.resize,
+        allow_partial=options.allow_partial,
+        overwrite=options.overwrite,
+        workers=options.workers,
+        report=_warn,
+    )
+    for split, shards in manifest.splits.items():
+        classes = len(manifest.class_ids(split))
+        print(f"{split}: {manifest.images(split)} images of {classes} classes in {len(shards)} shards")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from dist_obdsd.data.verify import verify
+
+    report = verify(options.shards, workers=options.workers, report=_warn)
+    if report.problems:
+        raise InputError(f"{options.shards} has {len(report.problems)} problems; pack the data again")
+    print(f"{options.shards}: {report.images} images in {report.shards} shards, all as the manifest says")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dist_obdsd.config import load_config
+
+    settings = _on_every_rank(lambda: load_config(options.config, options.overrides))
+    from dist_obdsd import collectives, runtime
+    from dist_obdsd.training.rundir import free_name
+    from dist_obdsd.training.trainer import Trainer
+
+    with runtime.start(settings.device, settings.threads, settings.timeout_seconds) as rank:
+        if options.fresh:
+            name = collectives.from_main(free_name(Path(settings.output), settings.name))
+            settings = settings.model_copy(update={"name": name})
+        say = _speaker(rank.is_main)
+        say(
+            f"{settings.run_dir}: {rank.world_size} x {rank.device.type} ({rank.launch.launcher}), {settings.precision}"
+        )
+        summary = Trainer(settings, rank, say, _warn).run()
+        if summary["rows"]:
+            say("\n" + table(summary["rows"]))
+        say(f"\n{summary['meta']['state']}: {settings.run_dir}")
+        if settings.tracking.kind == "mlflow":
+            say(f"to see its curves: mlflow ui --backend-store-uri {settings.tracking.uri}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from dist_obdsd import collectives, runtime
+    from dist_obdsd.config import override_config, parse_config
+    from dist_obdsd.data import manifest as manifests
+    from dist_obdsd.model.embedder import build_embedder
+    from dist_obdsd.training import checkpoint
+    from dist_obdsd.training.trainer import evaluate_split
+
+    state = _on_every_rank(lambda: checkpoint.load(options.checkpoint))
+    state["config"]["data"]["shards"] = options.shards
+    # The checkpoint's own weights replace any that the backbone was started from.
+    state["config"]["model"]["pretrained"] = "none"
+    settings = _on_every_rank(
+        lambda: parse_config(override_config(state["config"], options.overrides), "the checkpoint")
+    )
+    with runtime.start(settings.device, settings.threads, settings.timeout_seconds) as rank:
+        with collectives.agree("reading the shards"):
+            manifest = manifests.load(options.shards)
+            if options.split not in manifest.splits:
+                raise InputError(f"{options.shards} has no split {options.split}; it has {', '.join(manifest.splits)}")
+            network = build_embedder(settings, rank.device, lambda text: None)
+            network.load_state_dict(state["student"])
+        result = evaluate_split(network, manifest, options.split, settings, rank)
+        rows = [
+            {"protocol": "checkpoint", "split": options.split, "metric": name, "value": value}
+            for name, value in result.metrics.items()
+        ]
+        say = _speaker(rank.is_main)
+        say(table(rows))
+        say(f"{result.queries} queries, gallery of {result.gallery}, {result.excluded} without a match left out")
+        if options.json is not None and rank.is_main:
+            meta = {"checkpoint": str(options.checkpoint), "manifest": manifest.digest, "queries": result.queries}
+            write_json(options.json, meta, rows)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dist_obdsd import doctor
+
+    print(doctor.report(options.config, options.overrides))
+    return 0
+
+
+def _on_every_rank(load: Callable[[], Any]) -> Any:
+    """Read something before the process group exists. Every rank reads the same, so one of them reports."""
+    try:
+        return load()
+    except UserError as error:
+        error.everywhere = True
+        raise
+
+
+def _speaker(is_main: bool) -> Callable[[str], None]:
+    return (lambda text: print(text, flush=True)) if is_main else (lambda text: None)
+
+
+def _warn(text: str) -> None:
+    print(f"dist-obdsd: {text}", file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, meta: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The one form of every ``--json`` file."""
+    try:
+        path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another file") from error
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Metrics as columns, protocols as lines."""
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    value = {(row["protocol"], row["metric"]): row["value"] for row in rows}
+    width = max(len(name) for name in [*protocols, "protocol"])
+    lines = ["protocol".ljust(width) + "".join(name.rjust(12) for name in metrics)]
+    for protocol in protocols:
+        cells = (value.get((protocol, name)) for name in metrics)
+        lines.append(protocol.ljust(width) + "".join(("" if v is None else f"{v:.4f}").rjust(12) for v in cells))
+    return "\n".join(lines)

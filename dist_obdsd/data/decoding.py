@@ -1,0 +1,263 @@
+"""Decoding processes: encoded bytes in, uint8 images out, in the order that went in.
+
+One thread takes jobs (a batch's encoded rows) from an iterator and cuts each into parts for the processes. They write
+pixels into anonymous shared memory that they inherit, so no pixel is copied through a pipe and /dev/shm, which
+containers keep small, is not used. Which process decodes a row never changes the row.
+"""
+
+import mmap
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import util
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_obdsd.config import Config
+from dist_obdsd.data.transforms import decode, eval_transform, train_transform
+from dist_obdsd.errors import RunError, UserError
+from dist_obdsd.seeds import rng
+
+SLOTS = 4  # batches that may be read, decoded or ready at a time
+
+
+class Row(NamedTuple):
+    """One image to decode."""
+
+    id: int
+    data: bytes
+    place: tuple[int, int, int] | None
+    """(epoch, step, global row), which the augmentation is drawn from; None: as in evaluation."""
+
+
+class Bad(NamedTuple):
+    """A row that could not be decoded."""
+
+    row: int
+    id: int
+    reason: str
+    replacement: int | None
+    """The image of the same group that stands in its row; None when there is none."""
+
+
+@dataclass(frozen=True)
+class Job:
+    about: Any
+    """Comes back beside the images."""
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    about: Any
+    images: Tensor
+    """uint8 [rows, C, s, s]; rows beyond the job's are zero."""
+    bad: list[Bad]
+
+
+def decode_rows(rows: list[Row], out: Tensor, config: Config, group: int) -> list[Bad]:
+    """Decode and transform ``rows`` into ``out`` [at least len(rows), C, s, s].
+
+    Args:
+        group: a broken image is replaced by the next good one of its ``group`` consecutive rows (1: never).
+    """
+    bad = []
+    for i, row in enumerate(rows):
+        start = i - i % group
+        members = [row, *(other for other in rows[start : start + group] if other.id != row.id)]
+        reason, used = "", None
+        for member in members:
+            try:
+                image = decode(member.data, config.data.channels)
+            except ValueError as error:
+                reason = reason or str(error)
+                continue
+            used = member.id
+            if row.place is None:
+                out[i] = eval_transform(image, config.data)
+            else:
+                out[i] = train_transform(image, config.data, rng(config.seed, "augment", *row.place))
+            break
+        if used != row.id:
+            bad.append(Bad(i, row.id, reason, used))
+    return bad
+
+
+class Decoder:
+    """Iterates over ``jobs``, decoded."""
+
+    def __init__(self, jobs: Iterator[Job], rows: int, config: Config, group: int) -> None:
+        """Start ``config.data.workers`` processes and the thread that takes jobs.
+
+        Args:
+            jobs: is run in a thread of its own; what it raises reaches the caller of ``__next__``.
+            rows: rows of the images that come back; a job has at most as many.
+            group: see ``decode_rows``; parts never cut a group.
+        """
+        self._jobs, self._config, self._group = jobs, config, group
+        self._shape = (rows, config.data.channels, config.data.image_size, config.data.image_size)
+        self._free: queue.Queue[int | None] = queue.Queue()
+        self._ready: queue.Queue[Any] = queue.Queue()
+        for slot in range(SLOTS):
+            self._free.put(slot)
+        self._closed = False
+        self._processes: list[Any] = []
+        self._idle: queue.Queue[tuple[Any, Connection]] = queue.Queue()
+        self._executor: ThreadPoolExecutor | None = None
+        if config.data.workers:
+            # Processes before threads: a fork copies locks in whatever state other threads have them.
+            self._start_processes()
+            self._executor = ThreadPoolExecutor(config.data.workers, "decoding")
+        self._thread = threading.Thread(target=self._feed, name="feeding", daemon=True)
+        self._thread.start()
+
+    def _start_processes(self) -> None:
+        size = SLOTS * torch.Size(self._shape).numel()
+        self._slots = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(SLOTS, *self._shape)
+        context = multiprocessing.get_context("fork")
+        connections: list[Connection] = []
+        for _ in range(self._config.data.workers):
+            ours, theirs = context.Pipe()
+            connections.append(ours)
+            process = context.Process(
+                target=_work,
+                args=(theirs, list(connections), os.getpid(), self._slots, self._config, self._group),
+                name="dist-obdsd decoding",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._idle.put((process, ours))
+        # The processes ignore SIGTERM, so the interpreter's own clean-up at exit would wait for them for ever.
+        self._end = util.Finalize(None, _end_processes, args=(self._processes, connections), exitpriority=20)
+
+    def _feed(self) -> None:
+        try:
+            for job in self._jobs:
+                slot = self._free.get()
+                if slot is None:
+                    return
+                self._ready.put((job, slot, self._submit(job, slot)))
+            self._ready.put(None)
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _submit(self, job: Job, slot: int) -> list[Future[list[Bad]]]:
+        if self._executor is None:
+            return []
+        n, workers = len(job.rows), self._config.data.workers
+        part = -(-n // (workers * self._group)) * self._group
+        return [
+            self._executor.submit(self._decode_elsewhere, slot, start, job.rows[start : start + part])
+            for start in range(0, n, part)
+        ]
+
+    def _decode_elsewhere(self, slot: int, start: int, rows: list[Row]) -> list[Bad]:
+        process, connection = self._idle.get()
+        try:
+            connection.send((slot, start, rows))
+            reply = connection.recv()
+        except (EOFError, OSError) as error:
+            process.join(1)
+            raise RunError(
+                f"a decoding process ended with exit code {process.exitcode} before it answered; if memory ran out, "
+                f"lower data.workers or data.window"
+            ) from error
+        finally:
+            self._idle.put((process, connection))
+        if isinstance(reply, str):
+            raise RunError(f"a decoding process failed: {reply}")
+        return [bad._replace(row=bad.row + start) for bad in reply]
+
+    def __iter__(self) -> "Decoder":
+        return self
+
+    def __next__(self) -> Decoded:
+        """The next job's images.
+
+        Raises:
+            StopIteration: all jobs are done.
+            InputError, RunError: what failed in the reading thread or in a decoding process.
+        """
+        if self._closed:
+            raise RunError("the stream is closed")
+        item = self._ready.get()
+        if item is None or isinstance(item, BaseException):
+            self._ready.put(item)  # whoever asks again gets the same answer
+            if item is None:
+                raise StopIteration
+            raise item if isinstance(item, UserError) else RunError(f"reading failed: {type(item).__name__}: {item}")
+        job, slot, parts = item
+        n = len(job.rows)
+        # Rows beyond the job's are padding, which must not hold what another batch left in the slot.
+        images = torch.empty(self._shape, dtype=torch.uint8)
+        images[n:] = 0
+        if self._executor is None:
+            bad = decode_rows(job.rows, images, self._config, self._group)
+        else:
+            bad = [bad for part in parts for bad in part.result()]
+            images[:n] = self._slots[slot, :n]
+        self._free.put(slot)
+        return Decoded(job.about, images, bad)
+
+    def close(self) -> None:
+        """Stop the thread and the processes. The owner of ``jobs`` sees to it that its iterator does not block."""
+        while True:
+            try:
+                self._free.get_nowait()
+            except queue.Empty:
+                break
+        self._free.put(None)
+        self._closed = True
+        self._thread.join(timeout=5)
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+            self._end()
+
+
+def _work(
+    connection: Connection, inherited: list[Connection], parent: int, slots: Tensor, config: Config, group: int
+) -> None:
+    """A decoding process: answer until the parent closes the connection or is gone."""
+    # The parent decides when to end: launchers send these signals to every process of the job.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # The parent's ends, inherited by the fork, would keep a dead parent's connections open.
+    for other in inherited:
+        other.close()
+    torch.set_num_threads(1)
+    while True:
+        try:
+            while not connection.poll(5):
+                if os.getppid() != parent:
+                    return
+            slot, start, rows = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            reply: Any = decode_rows(rows, slots[slot, start:], config, group)
+        except Exception as error:
+            reply = f"{type(error).__name__}: {error}"
+        try:
+            connection.send(reply)
+        except OSError:
+            return
+
+
+def _end_processes(processes: list[Any], connections: list[Connection]) -> None:
+    for connection in connections:
+        connection.close()
+    for process in processes:
+        process.join(1)
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -1,0 +1,69 @@
+"""Encoded images: is one whole, and a smaller copy of it."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# What is read, and an image's suffix in a shard, by the format that its bytes have (a file name may lie). Naming the
+# formats keeps out the plugins that run other programs.
+SUFFIXES = {
+    "BMP": "bmp", "GIF": "gif", "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "PPM": "ppm", "TIFF": "tif", "WEBP": "webp",
+}  # fmt: skip
+FORMATS = tuple(name for name in SUFFIXES if name != "MPO")  # a kind of JPEG, which its decoder tells apart itself
+QUALITY = 95  # of a JPEG or WebP that is encoded again
+
+
+def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
+    """Decode an image to the last pixel, and make it smaller where asked.
+
+    Args:
+        data: the encoded image.
+        resize: the shorter side's largest length in pixels; None leaves every image as it is.
+
+    Returns:
+        The suffix and, only where the image was too large, the new encoded image. That is a JPEG or a WebP (quality
+        95) where it was one, else a PNG; the EXIF orientation is applied, of 16 bits the upper eight are kept, and
+        metadata are dropped.
+
+    Raises:
+        ValueError: the image is damaged or of another kind; the message says how.
+    """
+    try:
+        # verify() sees wrong checksums that load() passes over; load() sees missing data. An image serves only one.
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.verify()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            suffix = SUFFIXES[image.format or ""]
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, of which nobody knows the range")
+            image.load()
+            upright = ImageOps.exif_transpose(image)  # also without resizing: training will parse the EXIF data
+            if resize is None or min(image.size) <= resize:
+                return suffix, None
+            return _shrink(upright, suffix, resize)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"its format is none of {', '.join(FORMATS)}") from error
+    except Exception as error:
+        # The decoders raise whatever their parsers trip over; each of these is a fault of this one file.
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _shrink(image: Image.Image, suffix: str, resize: int) -> tuple[str, bytes]:
+    if image.mode.startswith("I"):
+        # 16 bits of grey, which the library's own conversion may clip.
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    scale = resize / min(image.size)
+    width, height = (max(resize, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image.info.clear()  # a colour profile or comment would be written along
+    stream = io.BytesIO()
+    if suffix in ("jpg", "webp"):
+        image.save(stream, "JPEG" if suffix == "jpg" else "WEBP", quality=QUALITY)
+        return suffix, stream.getvalue()
+    image.save(stream, "PNG")
+    return "png", stream.getvalue()

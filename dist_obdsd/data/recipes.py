@@ -1,0 +1,107 @@
+"""Recipes: how a benchmark's official download becomes (image, class, split, role). One YAML file each."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_obdsd.data.readers import READERS, Options
+from dist_obdsd.errors import InputError
+
+Whole = Annotated[int, Field(ge=0)]
+
+
+class Counts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: Whole
+    classes: Whole
+
+
+class Recipe(BaseModel):
+    """Closed to unknown keys; the options are checked by the reader."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    reader: str
+    """A name in dist_obdsd.data.readers.READERS."""
+    description: str
+    download: str = ""
+    """Where the data comes from and under which licence, for a person to follow."""
+    options: dict[str, Any] = {}
+    expected: dict[str, Counts] = {}
+    """Images and classes per split; packing refuses a source that differs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.reader not in READERS:
+            raise ValueError(f"reader is {self.reader!r}; readers are {', '.join(READERS)}")
+        try:
+            self.reader_options()
+        except ValidationError as error:
+            raise ValueError("; ".join(_sentence(item, "options.") for item in error.errors())) from error
+        return self
+
+    def reader_options(self) -> Options:
+        """The options with the reader's defaults filled in."""
+        return READERS[self.reader].options.model_validate(self.options)
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe by its name, or from any YAML file by its path.
+
+    Raises:
+        InputError: there is no such recipe, or it holds a mistake.
+    """
+    text = str(name_or_path)
+    if "/" in text or text.endswith((".yaml", ".yml")):
+        path = Path(text)
+    else:
+        names = recipe_names()
+        if text not in names:
+            near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(
+                f"there is no recipe {text!r}; {hint}recipes are {', '.join(names)}, or give the path of a YAML file"
+            )
+        path = recipe_folder() / f"{text}.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}; give a recipe's name or path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds {type(raw).__name__}, not a mapping; see shards/folder.yaml for an example")
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{path}: " + "; ".join(_sentence(item) for item in error.errors())) from error
+
+
+def recipe_folder() -> Path:
+    """``shards/`` of the repository where the package is used from its checkout, else the installed copy."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "shards"
+    # The project file tells a checkout from a site-packages folder, in which any other package may have put shards/.
+    if checkout.is_dir() and (package.parent / "pyproject.toml").is_file():
+        return checkout
+    return package / "_resources" / "shards"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def _sentence(item: Any, prefix: str = "") -> str:
+    where = prefix + ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {where}; remove it or check its spelling"
+    if item["type"] == "missing":
+        return f"{where} is missing; add it"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

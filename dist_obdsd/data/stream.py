@@ -1,0 +1,257 @@
+"""The stream: shards in, batches of decoded images out, in the order of the schedule.
+
+Per rank, one thread reads its lanes' shards window by window (``reading``), another cuts them into batches for the
+decoding processes (``decoding``). Order and pixels come from the plan and from (seed, epoch, step, global row) alone,
+so they are the same for every number of ranks and of decoding processes, and after a resume.
+
+Letters: b local rows, B global rows, C channels, s image size.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_obdsd.config import Config
+from dist_obdsd.data.decoding import Bad, Decoder, Job, Row
+from dist_obdsd.data.manifest import Manifest, Shard, key
+from dist_obdsd.data.reading import Window, WindowReader, check_files, read_shard
+from dist_obdsd.data.schedule import EpochPlan, lanes_of, plan_epoch
+from dist_obdsd.errors import InputError, RunError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of one global batch."""
+
+    epoch: int
+    step: int
+    images_b: Tensor
+    """uint8 [b, C, s, s]."""
+    ids_b: Tensor
+    """int64 [b], the images that are really there."""
+    labels_B: Tensor  # noqa: N815
+    """int64 [B], class ids of the global batch in rank order."""
+    replaced: list[str]
+    """Names of this batch's broken images, in whose rows another image of the class stands."""
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """n images of one shard, padded to the full batch size so that a network sees one shape."""
+
+    images: Tensor
+    """uint8 [batch_size, C, s, s]; rows from n on are zero."""
+    ids: Tensor
+    """int64 [n]."""
+    labels: Tensor
+    """int64 [n] class ids."""
+    roles: tuple[str, ...]
+    """n roles."""
+
+
+class TrainStream:
+    """This rank's batches from a position on, over all epochs, so that reading runs ahead over an epoch's end."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        classes: list[int],
+        config: Config,
+        rank: int,
+        world_size: int,
+        start_epoch: int = 0,
+        start_step: int = 0,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        """Plan the first epoch and start to read and decode.
+
+        Args:
+            classes: the class ids to train on.
+            warn: is told once of every broken image that is replaced.
+
+        Raises:
+            InputError: a shard file is missing, the world size does not divide the lanes, the data is too small for
+                the batch, or the position lies beyond the epoch.
+        """
+        self._manifest, self._classes, self._config = manifest, classes, config
+        self._start = (start_epoch, start_step)
+        self._lanes = lanes_of(rank, world_size, config.data.lanes)
+        b = config.batch.global_size // world_size
+        self._rows = slice(rank * b, (rank + 1) * b)
+        self._warn = warn
+        self._bad: set[int] = set()
+        self._plans: dict[int, EpochPlan] = {}
+        self._planning = threading.Lock()
+        check_files(config.data.shards, manifest.splits.get("train", ()))
+        if start_epoch < config.epochs and start_step > self.plan(start_epoch).steps:
+            raise InputError(
+                f"the position is step {start_step} of epoch {start_epoch}, which has {self.plan(start_epoch).steps} "
+                f"steps; go on with the shards and batch settings that the run was started with"
+            )
+        # The reader's thread starts only after the decoding processes were forked.
+        self._reader: WindowReader | None = None
+        self._opening, self._closed = threading.Lock(), False
+        self._decoder = Decoder(self._jobs(), b, config, config.batch.samples_per_class)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch. The latest ones are kept."""
+        with self._planning:
+            if epoch not in self._plans:
+                data, batch = self._config.data, self._config.batch
+                self._plans[epoch] = plan_epoch(
+                    self._manifest,
+                    self._classes,
+                    seed=self._config.seed,
+                    epoch=epoch,
+                    global_size=batch.global_size,
+                    samples_per_class=batch.samples_per_class,
+                    lanes=data.lanes,
+                    window=data.window,
+                )
+                # Reading runs at most two epochs ahead of training, unless an epoch is a step or two.
+                for old in sorted(self._plans)[:-4]:
+                    del self._plans[old]
+            return self._plans[epoch]
+
+    def __iter__(self) -> "TrainStream":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next step's rows.
+
+        Raises:
+            StopIteration: all epochs are done.
+            RunError: a shard or an image is broken, or a decoding process died.
+        """
+        decoded = next(self._decoder)
+        epoch, step, ids, labels_B = decoded.about
+        ids_b = torch.tensor(ids)
+        for bad in decoded.bad:
+            ids_b[bad.row] = self._accept(bad)
+        return Batch(epoch, step, decoded.images, ids_b, labels_B, [key(bad.id) for bad in decoded.bad])
+
+    def close(self) -> None:
+        """Stop the threads and processes. Harmless when called again."""
+        with self._opening:
+            if self._closed:
+                return
+            self._closed = True
+            if self._reader is not None:
+                self._reader.close()
+        self._decoder.close()
+
+    def _accept(self, bad: Bad) -> int:
+        """Count a broken image and name the one that replaces it, or stop."""
+        new = bad.id not in self._bad
+        self._bad.add(bad.id)
+        allowed = self._config.data.max_bad_samples
+        name = f"sample {key(bad.id)} of shard {_shard_of(bad.id, self._manifest.splits['train'])}"
+        if len(self._bad) > allowed:
+            raise RunError(
+                f"{name} cannot be decoded: {bad.reason}; it is number {len(self._bad)} on this rank and "
+                f"data.max_bad_samples={allowed} are allowed: repair the data "
+                f"(`dist-obdsd verify {self._config.data.shards}`) or raise the limit"
+            )
+        if bad.replacement is None:
+            raise RunError(f"{name} cannot be decoded: {bad.reason}; nor can the others of its group: repair the data")
+        if new:
+            self._warn(f"{name} cannot be decoded and is replaced ({len(self._bad)} of {allowed}): {bad.reason}")
+        return bad.replacement
+
+    def _steps(self) -> Iterator[tuple[EpochPlan, int]]:
+        """The plans from the position on, each with its first step."""
+        start_epoch, start_step = self._start
+        for epoch in range(start_epoch, self._config.epochs):
+            yield self.plan(epoch), start_step if epoch == start_epoch else 0
+
+    def _windows(self) -> Iterator[Window]:
+        shards = self._manifest.splits["train"]
+        for plan, first in self._steps():
+            wanted = set(plan.ids_SB[first:, self._rows].ravel().tolist())
+            windows = [
+                Window(plan.epoch, max(opens, first), closes, lane, tuple(shards[i] for i in window), wanted)
+                for lane in self._lanes
+                for window, opens, closes in zip(plan.windows[lane], plan.opens[lane], plan.closes[lane], strict=True)
+                if closes >= first
+            ]
+            yield from sorted(windows, key=lambda window: (window.opens, window.lane))
+
+    def _jobs(self) -> Iterator[Job]:
+        with self._opening:
+            if self._closed:
+                return
+            self._reader = WindowReader(self._config.data.shards, self._windows())
+        for plan, first in self._steps():
+            for step in range(first, plan.steps):
+                ids = plan.ids_SB[step, self._rows].tolist()
+                images = self._reader.take(plan.epoch, step, ids)
+                rows = [
+                    Row(sample_id, image, (plan.epoch, step, row))
+                    for row, (sample_id, image) in enumerate(zip(ids, images, strict=True), start=self._rows.start)
+                ]
+                yield Job((plan.epoch, step, ids, torch.from_numpy(plan.labels_SB[step].copy())), rows)
+
+
+def evaluation_batches(
+    manifest: Manifest,
+    split: str,
+    config: Config,
+    rank: int,
+    world_size: int,
+    classes: list[int] | None = None,
+) -> Iterator[EvaluationBatch]:
+    """This rank's share of a split, in batches whose composition does not depend on the number of ranks.
+
+    The shards that hold images of ``classes`` (default: all) are dealt to the ranks in turn, and each shard's images
+    are cut into batches in the order of the shard. A rank may get none.
+
+    Raises:
+        InputError: the split or a shard is missing.
+        RunError: a shard or an image is broken. Nothing is replaced here: that would change the result.
+    """
+    if split not in manifest.splits:
+        raise InputError(f"the shards have no split {split!r}; they have {', '.join(sorted(manifest.splits))}")
+    chosen = set(manifest.class_ids(split) if classes is None else classes)
+    shards = [shard for shard in manifest.splits[split] if not chosen.isdisjoint(shard.classes)]
+    check_files(config.data.shards, tuple(shards))
+    return _evaluate(shards[rank::world_size], chosen, config)
+
+
+def _evaluate(shards: list[Shard], chosen: set[int], config: Config) -> Iterator[EvaluationBatch]:
+    if not shards:
+        return
+    decoder = Decoder(_evaluation_jobs(shards, chosen, config), config.evaluation.batch_size, config, 1)
+    try:
+        for decoded in decoder:
+            shard, ids = decoded.about
+            for bad in decoded.bad:
+                raise RunError(
+                    f"sample {key(bad.id)} of shard {shard.file} cannot be decoded: {bad.reason}; an evaluation leaves "
+                    f"nothing out: repair the data (`dist-obdsd verify {config.data.shards}`)"
+                )
+            place = {sample_id: i for i, sample_id in enumerate(shard.ids)}
+            labels = torch.tensor([shard.classes[place[i]] for i in ids])
+            roles = tuple(shard.roles[place[i]] for i in ids)
+            yield EvaluationBatch(decoded.images, torch.tensor(ids), labels, roles)
+    finally:
+        decoder.close()
+
+
+def _evaluation_jobs(shards: list[Shard], chosen: set[int], config: Config) -> Iterator[Job]:
+    for shard in shards:
+        wanted = {i for i, label in zip(shard.ids, shard.classes, strict=True) if label in chosen}
+        rows: list[Row] = []
+        for sample_id, image in read_shard(config.data.shards, shard, wanted):
+            rows.append(Row(sample_id, image, None))
+            if len(rows) == config.evaluation.batch_size:
+                yield Job((shard, [row.id for row in rows]), rows)
+                rows = []
+        if rows:
+            yield Job((shard, [row.id for row in rows]), rows)
+
+
+def _shard_of(sample_id: int, shards: tuple[Shard, ...]) -> str:
+    return next(shard.file for shard in shards if sample_id in shard.ids)

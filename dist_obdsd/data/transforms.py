@@ -1,0 +1,141 @@
+"""From encoded bytes to the uint8 square that the network takes (which normalises it itself).
+
+Decoding goes through Pillow alone: its pixels are those that torchvision's own decoders give where both read a file,
+it reads the kinds that those refuse, and for JPEG it is the faster of the two.
+
+Every random parameter of a row comes from the generator that is handed in, and every row is transformed by itself, so
+the result does not depend on the batch that a row stands in.
+"""
+
+import io
+import math
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from dist_obdsd.config import Data
+from dist_obdsd.data.imagefile import FORMATS
+
+AFFINE_DEGREES = 10.0
+AFFINE_SHIFT = 0.1
+AFFINE_SCALE = (0.9, 1.1)
+AFFINE_SHEAR_DEGREES = 5.0
+CROP_RATIO = (3 / 4, 4 / 3)
+
+
+def decode(data: bytes, channels: int) -> Tensor:
+    """Decode an image (of one of ``FORMATS``) to uint8 [channels, H, W] (1: grey, 3: RGB).
+
+    The EXIF orientation is applied; palette, CMYK and 1-bit images are converted; alpha is composited on white; of
+    16 bits the upper eight are kept.
+
+    Raises:
+        ValueError: the image cannot be decoded; the text says why.
+    """
+    try:
+        with warnings.catch_warnings():
+            # A palette with transparency in bytes draws a warning that nobody could act on.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = np.array(_converted(image, "L" if channels == 1 else "RGB"))
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"its format is none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's plugins raise nearly every built-in type on broken files
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    tensor = torch.from_numpy(pixels)
+    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1).contiguous()
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode and not image.has_transparency_data:
+        return image
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of which nobody knows the range")
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion may clip
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
+    return image.convert(mode)
+
+
+def eval_transform(image: Tensor, config: Data) -> Tensor:
+    """uint8 [C, H, W] -> [C, s, s]: shorter side to ``resize`` (default image_size), antialiased, and centre crop."""
+    shorter = config.resize or config.image_size
+    if min(image.shape[1:]) != shorter:
+        image = functional.resize(image, [shorter], antialias=True)
+    return functional.center_crop(image, [config.image_size, config.image_size]).contiguous()
+
+
+def train_transform(image: Tensor, config: Data, generator: np.random.Generator) -> Tensor:
+    """uint8 [C, H, W] -> [C, s, s] with the augmentation that ``config.augment`` names.
+
+    Args:
+        generator: this row's own; all its random parameters are drawn from it.
+    """
+    if config.augment == "crop":
+        return _random_crop(image, config, generator)
+    if config.augment == "affine":
+        return _random_affine(image, config, generator)
+    return eval_transform(image, config)
+
+
+def _random_crop(image: Tensor, config: Data, generator: np.random.Generator) -> Tensor:
+    """RandomResizedCrop (Szegedy et al. 2015) and a horizontal flip with probability 1/2."""
+    top, left, height, width = _crop_box(image.shape[1], image.shape[2], config.crop_scale, generator)
+    square = [config.image_size, config.image_size]
+    image = functional.resized_crop(image, top, left, height, width, square, antialias=True)
+    return image.flip(-1) if generator.random() < 0.5 else image
+
+
+def _crop_box(
+    height: int, width: int, scale: tuple[float, float], generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, left, height, width: an area share uniform in ``scale``, a ratio log-uniform in CROP_RATIO; ten tries."""
+    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for _ in range(10):
+        area = height * width * generator.uniform(*scale)
+        ratio = math.exp(generator.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)), h, w
+    # Nothing fitted (a very long image): the largest allowed part of its centre.
+    w, h = min(width, round(height * CROP_RATIO[1])), min(height, round(width / CROP_RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _random_affine(image: Tensor, config: Data, generator: np.random.Generator) -> Tensor:
+    """Resize to the square, then one small affine map, bilinear, the gaps filled with the image's own background."""
+    s = config.image_size
+    if tuple(image.shape[1:]) != (s, s):
+        image = functional.resize(image, [s, s], antialias=True)
+    angle, shift_x, shift_y, zoom, shear = generator.uniform(-1, 1, 5).tolist()
+    angle = math.radians(AFFINE_DEGREES) * angle
+    tangent = math.tan(math.radians(AFFINE_SHEAR_DEGREES) * shear)
+    low, high = AFFINE_SCALE
+    scale = (low + high) / 2 + (high - low) / 2 * zoom
+    # The map from output to input in coordinates from -1 to 1: rotation times shear, scaled; half the side is 1.
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    matrix = torch.tensor(
+        [
+            [cos, cos * tangent - sin, 2 * AFFINE_SHIFT * shift_x],
+            [sin, sin * tangent + cos, 2 * AFFINE_SHIFT * shift_y],
+        ]
+    )
+    grid = torch.nn.functional.affine_grid(matrix[None], [1, image.shape[0], s, s], align_corners=False)
+    background = _background(image)
+    # Outside, grid_sample gives 0: with the background taken off first, that is the background.
+    centred = image.float() - background
+    moved = torch.nn.functional.grid_sample(centred[None], grid, mode="bilinear", align_corners=False)[0]
+    return (moved + background).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _background(image: Tensor) -> Tensor:
+    """[C, 1, 1] float: the median of the border pixels of each channel."""
+    border = torch.cat([image[:, 0], image[:, -1], image[:, 1:-1, 0], image[:, 1:-1, -1]], dim=1)
+    return border.median(dim=1).values.float()[:, None, None]

@@ -1,0 +1,44 @@
+"""What a run was made from, for the record."""
+
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import torch
+import torchvision
+
+import dist_obdsd
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def versions() -> dict[str, str]:
+    return {
+        "version.dist_obdsd": dist_obdsd.__version__,
+        "version.torch": torch.__version__,
+        "version.torchvision": torchvision.__version__,
+        "version.python": platform.python_version(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def git_commit() -> str:
+    """The commit that the working folder is at, with ``-dirty`` for uncommitted changes, or ``unknown``."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip() or "unknown"

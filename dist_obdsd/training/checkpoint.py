@@ -1,0 +1,118 @@
+"""Checkpoints: one file with all that affects the next step. Format version 1.
+
+``checkpoints/epoch-0003.pt`` (or ``step-00001234.pt`` inside an epoch) is a ``torch.save`` of plain containers and
+tensors, loaded with ``weights_only=True``, so that loading never executes anything::
+
+    {"format": "dist-obdsd checkpoint 1",
+     "config": {...}, "manifest": sha256, "validation_classes": [...],
+     "student": state dict, "teacher": {"network": state dict, "epoch": n} or None,
+     "optimizer": {parameter name: {state}},             # no groups, no order: any strategy can read it
+     "objective": {}, "objective_optimizer": {}, "manifold_memory": None, "scaler": None,
+     "position": {"epoch": e, "step": s, "global_step": n},   # the next step to take
+     "best_validation": {"value": v, "epoch": e} or None, "untrained": {metric: value} or None,
+     "tracker": run id or None}
+
+``last`` and ``best`` are one-line text files that hold a checkpoint's name. Every file is written under a temporary
+name, flushed to the disk and renamed, so that a name always stands for a whole file.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_obdsd.errors import InputError, RunError
+
+FORMAT = "dist-obdsd checkpoint 1"
+ENTRIES = frozenset(
+    """format config manifest validation_classes student teacher optimizer objective objective_optimizer
+    manifold_memory scaler position best_validation untrained tracker""".split()  # noqa: SIM905
+)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # several ranks may report a failure at once
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}; free some space or choose another output") from error
+
+
+def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
+    """Write one checkpoint, move the pointers and prune old files. Called by one rank.
+
+    Args:
+        state: the entries listed above, without ``format``.
+        best: whether this one is the best by validation so far.
+        keep: how many are kept besides those that a pointer names.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    position = state["position"]
+    name = f"epoch-{position['epoch']:04d}.pt" if position["step"] == 0 else f"step-{position['global_step']:08d}.pt"
+    path = folder / name
+    temporary = folder / f".{name}.writing"
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write the checkpoint {path}: {str(error).splitlines()[0]}; the previous one is intact, "
+            f"so free some space and start the same command again"
+        ) from error
+    write_atomically(folder / "last", name.encode())
+    if best:
+        write_atomically(folder / "best", name.encode())
+    pointed = {pointer.read_text() for pointer in (folder / "last", folder / "best") if pointer.exists()}
+    files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime_ns)
+    for old in [file for file in files if file.name not in pointed][: -keep if keep else None]:
+        old.unlink()
+    return path
+
+
+def find(path: Path) -> Path | None:
+    """The checkpoint that a path means: a file, a run folder, its checkpoints folder or one of the pointers."""
+    for folder in (path, path / "checkpoints"):
+        if (folder / "last").is_file():
+            path = folder / "last"
+    if path.is_file() and path.name in ("last", "best"):
+        path = path.parent / path.read_text().strip()
+    return path if path.is_file() else None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        InputError: there is none, it is truncated, or it is not one of ours.
+    """
+    found = find(path)
+    if found is None:
+        raise InputError(f"there is no checkpoint at {path}; give a .pt file or a run folder")
+    try:
+        state = torch.load(found, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{found} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); it may be cut short, "
+            f"so take an earlier one from the same folder"
+        ) from error
+    version = state.get("format") if isinstance(state, dict) else None
+    if version != FORMAT:
+        raise InputError(f"{found} has format {version!r} but this program reads {FORMAT!r}")
+    missing = ENTRIES - state.keys()
+    if missing:
+        raise InputError(f"{found} lacks {', '.join(sorted(missing))}; it was not written by this program")
+    return state

@@ -1,0 +1,60 @@
+"""Optimizers and learning rates.
+
+The rate is a pure function of the position, so a resumed run has no scheduler state to restore.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from dist_obdsd import config
+
+Named = tuple[str, torch.nn.Parameter]
+
+
+def build_optimizer(settings: config.Optim, parameters: Iterable[Named]) -> torch.optim.Optimizer:
+    """One group with every trainable parameter. Fused, since only the fused step can be masked on the device."""
+    trainable = [p for _, p in parameters if p.requires_grad]
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            trainable, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+        )
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
+    return kind(trainable, settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def learning_rate(settings: config.Optim, epoch: int, epochs: int, progress: float, global_step: int) -> float:
+    """The learning rate of one step.
+
+    Args:
+        epoch: from 0.
+        progress: share of this epoch's steps that are done, in [0, 1).
+        global_step: optimizer steps done so far.
+    """
+    rate = settings.lr
+    if settings.schedule == "step":
+        rate *= settings.gamma ** sum(epoch >= milestone for milestone in settings.milestones)
+    elif settings.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * (epoch + progress) / epochs))
+    if global_step < settings.warmup_steps:
+        rate *= (global_step + 1) / settings.warmup_steps
+    return rate
+
+
+def state_by_name(optimizer: torch.optim.Optimizer, parameters: Iterable[Named]) -> dict[str, dict[str, Any]]:
+    """The optimizer's state under the parameters' names: a layout that does not depend on how they were grouped."""
+    return {name: dict(optimizer.state[p]) for name, p in parameters if p in optimizer.state}
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Named], state: dict[str, dict[str, Any]]
+) -> None:
+    """The inverse of ``state_by_name``. Tensors move to their parameter's device."""
+    for name, p in parameters:
+        if name in state:
+            optimizer.state[p] = {
+                key: value.to(p.device) if isinstance(value, torch.Tensor) else value
+                for key, value in state[name].items()
+            }

@@ -1,0 +1,100 @@
+"""The run folder ``runs/NAME``: who holds it, what state it is in, and its growing record of metrics."""
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.training.checkpoint import write_atomically
+
+
+class RunDir:
+    """Held by rank 0 for the whole run. The lock is the kernel's, so a killed run never blocks its restart."""
+
+    def __init__(self, path: Path) -> None:
+        """Create or reopen the folder and lock it.
+
+        Raises:
+            InputError: it cannot be written, or a live run holds it.
+        """
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("a")
+        except OSError as error:
+            raise InputError(f"cannot write the run folder {path}: {error.strerror}; choose another output") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"the run folder {path} is in use by a live run; wait, stop it, or set another name"
+            ) from error
+        self._metrics: TextIO | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def status(self) -> dict[str, Any]:
+        return read_status(self.path)
+
+    def write_status(self, state: str, message: str) -> None:
+        write_status(self.path, state, message)
+
+    def write_text(self, name: str, text: str) -> Path:
+        write_atomically(self.path / name, text.encode())
+        return self.path / name
+
+    def cut_metrics(self, global_step: int) -> None:
+        """Drop the lines of what will be done again after a checkpoint at ``global_step``."""
+        path = self.path / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the line that was being written when the run was killed
+                    continue
+                # A step's line is written after it, an epoch's and a validation's before the checkpoint at their end.
+                if row["step"] < global_step or (
+                    row["step"] == global_step > 0 and row["kind"] not in ("step", "test")
+                ):
+                    kept.append(line)
+        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+        self._metrics = path.open("a", buffering=1)
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``. ``step`` counts optimizer steps from 0."""
+        if self._metrics is None:
+            raise RunError("the metrics file is not open; call cut_metrics first")
+        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        self._lock.close()
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_status(path: Path, state: str, message: str) -> None:
+    """Record running, finished, preempted or failed: what scripts judge a run by, whatever its launcher returns."""
+    status = {"state": state, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
+    write_atomically(path / "status.json", (json.dumps(status) + "\n").encode())
+
+
+def free_name(output: Path, name: str) -> str:
+    """The first of NAME, NAME-2, NAME-3, ... whose folder does not exist."""
+    number, candidate = 1, name
+    while (output / candidate).exists():
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate

@@ -1,0 +1,120 @@
+"""One optimizer step over all ranks, and how its numbers reach the host.
+
+Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dist_obdsd import collectives
+from dist_obdsd.config import Config
+from dist_obdsd.data.stream import Batch
+from dist_obdsd.errors import RunError
+from dist_obdsd.model.teacher import ProgressiveTeacher
+from dist_obdsd.objective.objective import Objective
+from dist_obdsd.runtime import Runtime
+from dist_obdsd.training.optim import learning_rate
+from dist_obdsd.training.strategy import DDPStrategy
+
+
+@dataclass
+class Position:
+    """The next step to take. ``global_step`` counts optimizer steps over the whole run."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+
+
+class StepReader:
+    """Hands the host a step's numbers ``lag`` steps later, so that a GPU never waits for it."""
+
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
+        self._waiting: deque[tuple[dict[str, float], list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(
+        self, about: dict[str, float], names: list[str], numbers: torch.Tensor
+    ) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+        """Queue one step: what the host knows of it, and its [n] named numbers. Yields steps that are old enough."""
+        event = None
+        if numbers.is_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((about, names, numbers, event))
+        return self._read(self._lag)
+
+    def drain(self) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+        """Yields the steps that are left."""
+        return self._read(0)
+
+    def _read(self, left: int) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+        while len(self._waiting) > left:
+            about, names, numbers, event = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            yield about, dict(zip(names, numbers.tolist(), strict=True))
+
+
+class TrainStep:
+    """Student, teacher, objective and optimizer, put together as the step contract says."""
+
+    def __init__(
+        self,
+        settings: Config,
+        runtime: Runtime,
+        strategy: DDPStrategy,
+        teacher: ProgressiveTeacher | None,
+        objective: Objective,
+    ) -> None:
+        self.settings, self.runtime, self.strategy = settings, runtime, strategy
+        self.teacher, self.objective = teacher, objective
+
+    def __call__(
+        self, batch: Batch, position: Position, progress: float, stop_requested: bool
+    ) -> tuple[list[str], torch.Tensor]:
+        """Take one step. Collective.
+
+        Args:
+            progress: share of the epoch's steps that are done.
+            stop_requested: whether this rank was asked to stop; any rank's wish reaches all.
+
+        Returns:
+            Names, and the [n] numbers that they name, still on the device: global means of every term, the
+            gradient's norm, whether the step was masked, whether any rank wants to stop, the learning rate and the
+            number of anchors.
+        """
+        if (batch.epoch, batch.step) != (position.epoch, position.step):
+            raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {position}; this is a defect")
+        device = self.runtime.device
+        ramp = self.objective.ramp(position.epoch, self.settings.epochs)
+        images_b = batch.images_b.to(device, non_blocking=True)
+        labels_B = batch.labels_B.to(device, non_blocking=True)
+        E_bD = self.strategy.embed(images_b)
+        T_BD = None
+        if self.teacher is not None and self.objective.needs_teacher(ramp):
+            with self.strategy.autocast():
+                T_bD = self.teacher(images_b)
+            T_BD = collectives.gather_rows(T_bD, check_sizes=False)
+        # Sizes come from a config that all ranks share, so comparing them once is enough.
+        E_BD = collectives.gather_rows(E_bD, check_sizes=position.global_step == 0)
+        first_row = self.runtime.rank * E_bD.shape[0]
+        terms = self.objective.terms(E_bD, E_BD, labels_B, first_row, T_BD)
+
+        # The step contract: one small all-reduce carries every sum, every count, the finite flag and the stop flag.
+        n = len(terms)
+        sums = torch.stack([term.sum.detach().double() for term in terms.values()])
+        counts = torch.stack([term.count.detach().double() for term in terms.values()])
+        flags = torch.stack([(~torch.isfinite(sums)).any().double(), sums.new_tensor(float(stop_requested))])
+        sums, counts, flags = collectives.sum_across(torch.cat([sums, counts, flags])).split([n, n, 2])
+        loss = self.objective.loss(terms, dict(zip(terms, counts, strict=True)), self.runtime.world_size, ramp)
+
+        epochs, optim = self.settings.epochs, self.settings.optim
+        rate = learning_rate(optim, position.epoch, epochs, progress, position.global_step)
+        outcome = self.strategy.step(loss, flags[0], rate)
+        numbers = torch.cat([sums / counts.clamp(min=1), outcome, flags[1:], sums.new_tensor([rate]), counts[:1]])
+        return [*terms, "grad_norm", "masked", "stop", "lr", "anchors"], numbers

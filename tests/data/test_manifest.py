@@ -1,0 +1,97 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.errors import InputError
+
+
+def make(train_classes: int = 6, per_class: int = 3) -> Manifest:
+    train = [(i, i // per_class) for i in range(train_classes * per_class)]
+    test = [(1000 + i, train_classes + i // 2) for i in range(4)]
+    return Manifest(
+        recipe={"name": "made"},
+        seed=3,
+        samples_per_class=2,
+        classes=tuple(f"class {i}" for i in range(train_classes + 2)),
+        splits={
+            "train": (shard("train-000000.tar", train[::2], "train"), shard("train-000001.tar", train[1::2], "train")),
+            "test": (shard("test-000000.tar", test, "both"),),
+        },
+    )
+
+
+def shard(file: str, rows: list[tuple[int, int]], role: str) -> Shard:
+    return Shard(file, 10, "00", tuple(i for i, _ in rows), tuple(c for _, c in rows), (role,) * len(rows))
+
+
+def test_a_manifest_survives_being_written_and_read() -> None:
+    manifest = make()
+    text = manifests.to_json(manifest)
+    read = manifests.from_json(text)
+    assert read == manifest
+    assert manifests.to_json(read) == text
+    assert (read.images("train"), read.images("test"), read.class_ids("test")) == (18, 4, [6, 7])
+    assert read.digest != manifests.from_json(text.replace('"seed": 3', '"seed": 4')).digest
+
+
+def change(path: list[str | int], value: object) -> str:
+    raw = json.loads(manifests.to_json(make()))
+    node = raw
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    return json.dumps(raw)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["format"], "dist-obdsd shards 2", "has format 'dist-obdsd shards 2' but this program reads"),
+        (["seed"], "many", "lacks or misuses"),
+        (["splits", "test", 0, "ids"], [1000, 1001, 1002], "lists 3 ids, 4 classes and 4 roles"),
+        (["splits", "test", 0, "ids"], [1000, 1001, 1002, 0], "every id must be unique"),
+        (["splits", "test", 0, "classes"], [6, 6, 7, 8], "has class ids 6 to 8 but 8 classes are named"),
+        (["splits", "test", 0, "classes"], [6, 6, 7, 5], "class 'class 5' is in train and in test"),
+        (["splits", "test", 0, "roles"], ["both", "both", "both", "judge"], "has the role 'judge'"),
+        (["splits", "test", 0, "file"], "../test.tar", "lies outside the folder"),
+        (["splits", "test", 0, "file"], "/test.tar", "lies outside the folder"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(path: list[str | int], value: object, message: str) -> None:
+    manifests.from_json(change(["seed"], 3))  # unchanged, it is sound
+    with pytest.raises(InputError, match=message):
+        manifests.from_json(change(path, value))
+
+
+def test_missing_and_broken_manifests_are_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match="there is no shard folder"):
+        manifests.load(tmp_path / "none")
+    with pytest.raises(InputError, match="cannot read .*manifest.json"):
+        manifests.load(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": ')
+    with pytest.raises(InputError, match="is not valid JSON"):
+        manifests.load(tmp_path)
+
+
+@settings(deadline=None, max_examples=50)
+@given(classes=st.integers(4, 60), fraction=st.floats(0, 0.99), seed=st.integers(0, 2**31))
+def test_validation_classes_are_apart_from_training_classes(classes: int, fraction: float, seed: int) -> None:
+    manifest = make(train_classes=classes)
+    held_out = round(fraction * classes)
+    if fraction > 0 and not 2 <= held_out <= classes - 2:
+        with pytest.raises(InputError, match="both sides need at least two classes"):
+            manifests.split_classes(manifest, fraction, seed)
+        return
+    train, validation = manifests.split_classes(manifest, fraction, seed)
+    assert len(validation) == held_out
+    assert sorted(train + validation) == manifest.class_ids("train")
+    assert (train, validation) == manifests.split_classes(manifest, fraction, seed)
+
+
+def test_the_seed_chooses_the_validation_classes() -> None:
+    manifest = make(train_classes=40)
+    assert manifests.split_classes(manifest, 0.5, 0) != manifests.split_classes(manifest, 0.5, 1)

@@ -1,0 +1,463 @@
+import dataclasses
+import functools
+import http.server
+import io
+import os
+import shutil
+import signal
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from webdataset import TarWriter
+
+from dist_obdsd.config import Config, parse_config
+from dist_obdsd.data import reading, stream
+from dist_obdsd.data.manifest import Manifest, Shard, key
+from dist_obdsd.data.stream import Batch, EvaluationBatch, TrainStream, evaluation_batches
+from dist_obdsd.errors import InputError, RunError
+
+CLASSES, PER_CLASS, SHARDS, SIZE = 12, 12, 8, 8
+
+
+def picture(sample_id: int, kind: str = "PNG") -> bytes:
+    """Noise that is different for every id."""
+    pixels = np.random.default_rng(sample_id).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write(
+    folder: Path, split: str, role: Callable[[int], str], classes: range, draw: np.random.Generator
+) -> list[Shard]:
+    """Write a split; each class's images in pairs over the shards."""
+    pairs = [(label, label * PER_CLASS + i) for label in classes for i in range(0, PER_CLASS, 2)]
+    order = draw.permutation(len(pairs))
+    shards = []
+    for n in range(SHARDS):
+        samples = [(pairs[i][0], pairs[i][1] + j) for i in order[n::SHARDS] for j in (0, 1)]
+        path = folder / f"{split}-{n:06d}.tar"
+        with TarWriter(str(path)) as tar:
+            for label, i in samples:
+                member = {"jpg": picture(i, "JPEG")} if i % 3 == 0 else {"png": picture(i)}
+                tar.write({"__key__": key(i), **member, "cls": str(label).encode(), "json": b"{}"})
+        labels, ids = zip(*samples, strict=True)
+        shards.append(Shard(path.name, path.stat().st_size, "", ids, labels, tuple(map(role, ids))))
+    return shards
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("shards")
+    draw = np.random.default_rng(0)
+    splits = {
+        "train": tuple(write(folder, "train", lambda i: "train", range(CLASSES), draw)),
+        "test": tuple(write(folder, "test", lambda i: "query" if i % 2 else "gallery", range(20, 25), draw)),
+    }
+    return folder, Manifest({}, 0, 2, tuple(map(str, range(25))), splits)
+
+
+def config_of(folder: Path, epochs: int = 2, workers: int = 0, batch_size: int = 5, **changes: object) -> Config:
+    settings = {"shards": str(folder), "image_size": SIZE, "lanes": 4, "window": 1, "workers": workers} | changes
+    raw = {
+        "name": "test",
+        "epochs": epochs,
+        "data": settings,
+        "batch": {"global_size": 16},
+        "evaluation": {"batch_size": batch_size},
+    }
+    return parse_config(raw, "test")
+
+
+def batches(
+    data: tuple[Path, Manifest], config: Config, rank: int = 0, world: int = 1, start: tuple[int, int] = (0, 0)
+) -> list[Batch]:
+    source = TrainStream(data[1], list(range(CLASSES)), config, rank, world, *start)
+    try:
+        return list(source)
+    finally:
+        source.close()
+
+
+def joined(parts: list[list[Batch]]) -> Iterator[tuple[int, int, torch.Tensor, list[int], list[int]]]:
+    """The global batches, from those of every rank."""
+    for step in zip(*parts, strict=True):
+        for other in step[1:]:
+            assert (other.epoch, other.step) == (step[0].epoch, step[0].step)
+            assert torch.equal(other.labels_B, step[0].labels_B)
+        images_B = torch.cat([batch.images_b for batch in step])
+        ids = torch.cat([batch.ids_b for batch in step]).tolist()
+        yield step[0].epoch, step[0].step, images_B, ids, step[0].labels_B.tolist()
+
+
+def assert_same(a: list[list[Batch]], b: list[list[Batch]]) -> None:
+    for one, other in zip(joined(a), joined(b), strict=True):
+        assert one[:2] == other[:2]
+        assert one[3:] == other[3:]
+        assert torch.equal(one[2], other[2])
+
+
+@pytest.fixture(scope="module")
+def alone(data: tuple[Path, Manifest]) -> list[Batch]:
+    """What one rank without decoding processes gives: the reference."""
+    return batches(data, config_of(data[0]))
+
+
+def test_the_batches_are_those_of_the_plan(data: tuple[Path, Manifest], alone: list[Batch]) -> None:
+    plan = TrainStream(data[1], list(range(CLASSES)), config_of(data[0]), 0, 1).plan(1)
+    second = [batch for batch in alone if batch.epoch == 1]
+    assert [batch.step for batch in second] == list(range(plan.steps))
+    assert np.array_equal(np.stack([batch.ids_b for batch in second]), plan.ids_SB)
+    assert np.array_equal(np.stack([batch.labels_B for batch in second]), plan.labels_SB)
+    for batch in alone:
+        assert batch.images_b.shape == (16, 3, SIZE, SIZE)
+        assert batch.images_b.dtype == torch.uint8
+        assert [i // PER_CLASS for i in batch.ids_b.tolist()] == batch.labels_B.tolist()
+        assert batch.replaced == []
+
+
+def test_pixels_belong_to_their_ids(data: tuple[Path, Manifest]) -> None:
+    from dist_obdsd.data.transforms import decode, eval_transform
+
+    config = config_of(data[0], epochs=2, workers=2, augment="none")
+    for batch in batches(data, config)[:3]:
+        for image, i in zip(batch.images_b, batch.ids_b.tolist(), strict=True):
+            kind = "JPEG" if i % 3 == 0 else "PNG"
+            assert torch.equal(image, eval_transform(decode(picture(i, kind), 3), config.data))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_same_bits_for_any_ranks_and_workers(
+    data: tuple[Path, Manifest], alone: list[Batch], world: int, workers: int
+) -> None:
+    parts = [batches(data, config_of(data[0], workers=workers), rank, world) for rank in range(world)]
+    assert_same(parts, [alone])
+    if world > 1:
+        with pytest.raises(AssertionError):  # the control: the order of the ranks is part of the claim
+            assert_same(parts[::-1], [alone])
+
+
+def test_another_seed_gives_other_pixels_and_other_batches(data: tuple[Path, Manifest], alone: list[Batch]) -> None:
+    other = batches(data, config_of(data[0]).model_copy(update={"seed": 1}))
+    with pytest.raises(AssertionError):
+        assert_same([other], [alone])
+    same_image = next(
+        (a.images_b[i], b.images_b[j])
+        for a in alone
+        for b in alone
+        for i, left in enumerate(a.ids_b.tolist())
+        for j, right in enumerate(b.ids_b.tolist())
+        if left == right and a.epoch != b.epoch
+    )
+    assert not torch.equal(*same_image)  # the augmentation is another one in every epoch
+
+
+def test_resume_at_any_step_gives_the_rest(
+    data: tuple[Path, Manifest], alone: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    decoded: list[int] = []
+    original_read, original_decode = reading.read_shard, stream.Job
+
+    def counted(root: str, shard: Shard, wanted: set[int]) -> Iterator[tuple[int, bytes]]:
+        read.append(shard.file)
+        return original_read(root, shard, wanted)
+
+    monkeypatch.setattr(reading, "read_shard", counted)
+    monkeypatch.setattr(stream, "Job", lambda about, rows: decoded.append(len(rows)) or original_decode(about, rows))
+    steps = len(alone) // 2
+    files = []
+    for position in range(len(alone) + 1):
+        read.clear()
+        decoded.clear()
+        start = divmod(position, steps)
+        rest = batches(data, config_of(data[0]), start=start)
+        assert_same([rest], [alone[position:]])
+        assert sum(decoded) == 16 * (len(alone) - position)  # nothing that was passed is decoded
+        files.append(len(read))
+    assert files[0] == 2 * SHARDS  # each shard once per epoch
+    assert files[-1] == 0
+    assert files == sorted(files, reverse=True)
+    assert files[steps - 1] < 2 * SHARDS  # only the windows still needed
+    # The end of an epoch and the start of the next are the same place; resuming with other ranks changes nothing.
+    assert_same([batches(data, config_of(data[0]), start=(0, steps))], [alone[steps:]])
+    parts = [batches(data, config_of(data[0]), rank, 2, (0, 2)) for rank in range(2)]
+    assert_same(parts, [alone[2:]])
+    with pytest.raises(AssertionError):
+        assert_same([batches(data, config_of(data[0]), start=(0, 3))], [alone[2:]])
+
+
+def test_a_position_beyond_the_epoch_is_refused(data: tuple[Path, Manifest]) -> None:
+    with pytest.raises(InputError, match="step 500 of epoch 0, which has"):
+        batches(data, config_of(data[0]), start=(0, 500))
+    assert batches(data, config_of(data[0]), start=(2, 0)) == []
+
+
+def test_a_rank_reads_only_its_lanes_and_holds_two_windows(
+    data: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = reading.read_shard
+    monkeypatch.setattr(
+        reading, "read_shard", lambda root, shard, wanted: read.append(shard.file) or original(root, shard, wanted)
+    )
+    source = TrainStream(data[1], list(range(CLASSES)), config_of(data[0], epochs=30), 1, 4)
+    try:
+        plan = source.plan(0)
+        mine = [data[1].splits["train"][i].file for window in plan.windows[1] for i in window]
+        next(source)
+        assert read[: len(mine)] == mine
+        deadline = time.monotonic() + 5
+        while len(read) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(read) < 10  # of 60: reading runs ahead, but not away
+    finally:
+        source.close()
+
+
+def test_classes_outside_of_training_are_left_out(data: tuple[Path, Manifest]) -> None:
+    source = TrainStream(data[1], [0, 1, 2, 3, 4, 5], config_of(data[0], lanes=2), 0, 1)
+    try:
+        assert {label for batch in source for label in batch.labels_B.tolist()} <= {0, 1, 2, 3, 4, 5}
+    finally:
+        source.close()
+
+
+def evaluated(
+    data: tuple[Path, Manifest], world: int, workers: int = 0, classes: list[int] | None = None, split: str = "test"
+) -> list[list[EvaluationBatch]]:
+    config = config_of(data[0], workers=workers)
+    return [list(evaluation_batches(data[1], split, config, rank, world, classes)) for rank in range(world)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_batches_do_not_depend_on_ranks(data: tuple[Path, Manifest], workers: int) -> None:
+    reference = {tuple(batch.ids.tolist()): batch for batch in evaluated(data, 1)[0]}
+    everything = [i for ids in reference for i in ids]
+    assert sorted(everything) == sorted(i for shard in data[1].splits["test"] for i in shard.ids)
+    for world in (2, 3, 16):
+        parts = evaluated(data, world, workers)
+        assert Counter(tuple(b.ids.tolist()) for part in parts for b in part) == Counter(list(reference))
+        for batch in (b for part in parts for b in part):
+            same = reference[tuple(batch.ids.tolist())]
+            assert torch.equal(batch.images, same.images)
+            assert torch.equal(batch.labels, same.labels)
+            assert batch.roles == same.roles
+    for batch in reference.values():
+        n = len(batch.ids)
+        assert batch.images.shape == (5, 3, SIZE, SIZE)
+        assert not batch.images[n:].any()
+        assert all(image.any() for image in batch.images[:n])
+        assert [i // PER_CLASS for i in batch.ids.tolist()] == batch.labels.tolist()
+        assert batch.roles == tuple("query" if i % 2 else "gallery" for i in batch.ids.tolist())
+    assert any(len(batch.ids) < 5 for batch in reference.values())
+
+
+def test_evaluation_of_chosen_classes(data: tuple[Path, Manifest]) -> None:
+    (part,) = evaluated(data, 1, classes=[3, 4], split="train")
+    ids = [i for batch in part for i in batch.ids.tolist()]
+    assert sorted(ids) == list(range(3 * PER_CLASS, 5 * PER_CLASS))
+    assert {label for batch in part for label in batch.labels.tolist()} == {3, 4}
+    with pytest.raises(InputError, match="no split 'dev'"):
+        evaluated(data, 1, split="dev")
+
+
+def damaged(data: tuple[Path, Manifest], folder: Path, shard: int, change: Callable[[dict[str, bytes]], None]) -> Path:
+    """A copy of the shards in which ``change`` was applied to the members (name -> bytes) of one training shard."""
+    for path in data[0].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    name = data[1].splits["train"][shard].file
+    with tarfile.open(data[0] / name) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    change(members)
+    with tarfile.open(folder / name, "w") as tar:
+        for member, content in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def image_name(members: dict[str, bytes], number: int) -> str:
+    return [name for name in members if name.endswith(("jpg", "png"))][number]
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
+    "no class": (lambda m: m.pop(next(n for n in m if n.endswith("cls"))), r"no class file \(.cls\)"),
+    "no image": (lambda m: m.pop(image_name(m, 2)), "has no image"),
+    "wrong class": (lambda m: m.update({next(n for n in m if n.endswith("cls")): b"77"}), "class b'77' where"),
+    "wrong key": (lambda m: m.update({"99999999.png": b"", "99999999.cls": b"0"}), "goes on with 99999999"),
+    "fewer": (lambda m: [m.pop(n) for n in list(m)[-3:]], "ends before sample"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_wrong_shard_stops_the_run(data: tuple[Path, Manifest], tmp_path: Path, fault: str, workers: int) -> None:
+    change, sentence = FAULTS[fault]
+    folder = damaged(data, tmp_path, 3, change)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=sentence) as caught:
+        batches((folder, data[1]), config_of(folder, workers=workers))
+    assert "train-000003.tar" in str(caught.value)
+    assert f"dist-obdsd verify {folder}" in str(caught.value)
+    with pytest.raises(RunError, match=sentence):
+        list(evaluation_batches(data[1], "train", config_of(folder, workers=workers), 0, 1))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.001])
+def test_a_truncated_tar_stops_the_run(data: tuple[Path, Manifest], tmp_path: Path, share: float) -> None:
+    folder = damaged(data, tmp_path, 5, lambda members: None)
+    path = folder / "train-000005.tar"
+    for size in (int(path.stat().st_size * share), int(path.stat().st_size * share) // 512 * 512):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(RunError, match=r"train-000005.tar (cannot be read at|ends before) sample \d{8}"):
+            batches((folder, data[1]), config_of(folder))
+
+
+def test_shards_in_another_order_than_the_manifest_stop_the_run(data: tuple[Path, Manifest]) -> None:
+    first, *others = data[1].splits["train"]
+    turned = dataclasses.replace(first, ids=first.ids[::-1], classes=first.classes[::-1])
+    manifest = dataclasses.replace(data[1], splits={"train": (turned, *others)})
+    with pytest.raises(RunError, match="where the manifest has"):
+        batches((data[0], manifest), config_of(data[0]))
+
+
+def test_a_missing_shard_is_refused_at_the_start(data: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder = damaged(data, tmp_path, 0, lambda members: None)
+    (folder / "train-000006.tar").unlink()
+    (folder / "test-000001.tar").unlink()
+    with pytest.raises(InputError, match=r"1 of 8 shards are missing in .*, the first is train-000006.tar"):
+        TrainStream(data[1], list(range(CLASSES)), config_of(folder), 0, 1)
+    with pytest.raises(InputError, match="the first is test-000001.tar"):
+        evaluation_batches(data[1], "test", config_of(folder), 0, 1)
+
+
+def broken_image(members: dict[str, bytes]) -> None:
+    name = image_name(members, 1)
+    members[name] = members[name][: len(members[name]) // 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image(data: tuple[Path, Manifest], tmp_path: Path, alone: list[Batch], workers: int) -> None:
+    folder = damaged(data, tmp_path, 2, broken_image)
+    bad = data[1].splits["train"][2].ids[1]
+    with pytest.raises(RunError, match=rf"sample {key(bad)} of shard train-000002.tar cannot be decoded: .*"):
+        batches((folder, data[1]), config_of(folder, workers=workers))
+    with pytest.raises(RunError, match=rf"sample {key(bad)} .* an evaluation leaves nothing out"):
+        list(evaluation_batches(data[1], "train", config_of(folder, max_bad_samples=9, workers=workers), 0, 1))
+
+    warnings: list[str] = []
+    config = config_of(folder, workers=workers, max_bad_samples=1)
+    parts = []
+    for rank in range(2):
+        source = TrainStream(data[1], list(range(CLASSES)), config, rank, 2, warn=warnings.append)
+        parts.append(list(source))
+        source.close()
+    assert 1 <= len(warnings) <= 2  # once on each rank that met it, although it came in both epochs
+    assert f"sample {key(bad)} of shard train-000002.tar cannot be decoded and is replaced (1 of 1)" in warnings[0]
+    shown = 0
+    for found, wanted in zip(joined(parts), joined([alone]), strict=True):
+        assert found[4] == wanted[4]
+        for row, (i, planned) in enumerate(zip(found[3], wanted[3], strict=True)):
+            if planned == bad:
+                assert i == wanted[3][row ^ 1]  # the other image of its group
+                assert i // PER_CLASS == found[4][row]
+                shown += 1
+            else:
+                assert i == planned
+                assert torch.equal(found[2][row], wanted[2][row])
+    assert shown == 2
+    assert [name for part in parts for batch in part for name in batch.replaced] == [key(bad)] * 2
+
+
+def test_more_broken_images_than_allowed(data: tuple[Path, Manifest], tmp_path: Path) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        for number in (0, 3):
+            members[image_name(members, number)] = b"nothing"
+
+    folder = damaged(data, tmp_path, 2, change)
+    with pytest.raises(RunError, match="number 2 on this rank and data.max_bad_samples=1 are allowed"):
+        batches((folder, data[1]), config_of(folder, max_bad_samples=1))
+
+
+def test_a_killed_decoding_process_is_an_error_not_a_hang(data: tuple[Path, Manifest]) -> None:
+    source = TrainStream(data[1], list(range(CLASSES)), config_of(data[0], epochs=500, workers=1), 0, 1)
+    try:
+        next(source)
+        os.kill(source._decoder._processes[0].pid, signal.SIGKILL)
+        with pytest.raises(RunError, match="decoding process ended with exit code -9"):
+            list(islice(source, 100))
+    finally:
+        source.close()
+
+
+def test_decoding_processes_ignore_the_launchers_signals_and_end_with_the_stream(data: tuple[Path, Manifest]) -> None:
+    before = threading.active_count()
+    source = TrainStream(data[1], list(range(CLASSES)), config_of(data[0], epochs=500, workers=2), 0, 1)
+    next(source)
+    processes = source._decoder._processes
+    for process in processes:
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
+    assert len(list(islice(source, 20))) == 20
+    source.close()
+    source.close()
+    assert [process.is_alive() for process in processes] == [False, False]
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+    with pytest.raises(RunError, match="closed"):
+        next(source)
+
+
+def test_a_program_that_forgets_to_close_still_ends(data: tuple[Path, Manifest]) -> None:
+    """At the interpreter's exit the processes, which ignore SIGTERM, must not be waited for."""
+    import subprocess
+    import sys
+
+    from dist_obdsd.data.manifest import to_json
+
+    (data[0] / "manifest.json").write_text(to_json(data[1]))
+    program = (
+        "from dist_obdsd.data.manifest import load\n"
+        "from dist_obdsd.data.stream import TrainStream\n"
+        "from tests.data.test_stream import CLASSES, config_of\n"
+        f"source = TrainStream(load({str(data[0])!r}), list(range(CLASSES)), "
+        f"config_of({str(data[0])!r}, epochs=500, workers=2), 0, 1)\n"
+        "print(next(source).step, flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_shards_behind_a_command(data: tuple[Path, Manifest], alone: list[Batch]) -> None:
+    assert_same([batches(data, config_of(Path(f"pipe:cat {data[0]}")))], [alone])
+    with pytest.raises(RunError, match=r"train-00000\d.tar cannot be read at sample \d{8}"):
+        batches(data, config_of(Path(f"pipe:false {data[0]}")))
+
+
+def test_shards_behind_a_url(data: tuple[Path, Manifest], alone: list[Batch]) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset reads http with curl, which is not installed here")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(data[0]))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        config = config_of(data[0], shards=f"http://127.0.0.1:{server.server_port}")
+        try:
+            assert_same([batches(data, config)], [alone])
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,89 @@
+"""Per-query metrics against loops, and against pytorch-metric-learning's accuracy calculator."""
+
+import doctest
+
+import pytest
+import torch
+
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation import metrics
+from dist_obdsd.evaluation.metrics import map_at_r, recall_at_k
+from dist_obdsd.evaluation.search import nearest
+from tests.evaluation import oracle
+
+
+def ranked(queries: int, width: int, density: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    relevant = torch.rand(queries, width, generator=random) < density
+    return relevant, torch.randint(1, width + 1, (queries,), generator=random)
+
+
+def test_the_worked_examples() -> None:
+    outcome = doctest.testmod(metrics)
+    assert outcome.attempted >= 4
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+def test_each_query_is_what_a_loop_says(density: float) -> None:
+    relevant, counts = ranked(200, 12, density, seed=1)
+    recall, precision = recall_at_k(relevant, (1, 3, 12)), map_at_r(relevant, counts)
+    for query, (row, r) in enumerate(zip(relevant.tolist(), counts.tolist(), strict=True)):
+        assert precision[query].item() == oracle.average_precision_at_r(row, r)
+        for k in (1, 3, 12):
+            assert recall[k][query].item() == oracle.recall(row, k)
+
+
+def test_a_value_does_not_depend_on_the_queries_beside_it() -> None:
+    relevant, counts = ranked(1000, 40, 0.4, seed=2)
+    together = map_at_r(relevant, counts)
+    assert torch.equal(together, torch.cat([map_at_r(relevant[i : i + 1], counts[i : i + 1]) for i in range(1000)]))
+    # Control: what lies beyond R must not count, and does in the average precision of the whole list.
+    assert not torch.equal(together, map_at_r(relevant, torch.full_like(counts, 40)))
+
+
+def test_perfect_and_hopeless() -> None:
+    assert map_at_r(torch.ones(2, 5, dtype=torch.bool), torch.tensor([5, 2])).tolist() == [1.0, 1.0]
+    assert map_at_r(torch.zeros(2, 5, dtype=torch.bool), torch.tensor([5, 2])).tolist() == [0.0, 0.0]
+    assert recall_at_k(torch.zeros(0, 5, dtype=torch.bool), (1,))[1].shape == (0,)
+    assert map_at_r(torch.zeros(0, 5, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_too_few_neighbours_are_refused_with_the_number_needed() -> None:
+    relevant = torch.ones(3, 4, dtype=torch.bool)
+    with pytest.raises(InputError, match=r"Recall@8 .* 1 to 4"):
+        recall_at_k(relevant, (1, 8))
+    with pytest.raises(InputError, match="Recall@0"):
+        recall_at_k(relevant, (0,))
+    with pytest.raises(InputError, match=r"needs 6 neighbours.* 4 were searched"):
+        map_at_r(relevant, torch.tensor([2, 6, 1]))
+    with pytest.raises(InputError, match="2 queries without a match"):
+        map_at_r(relevant, torch.tensor([0, 3, 0]))
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_agrees_with_pytorch_metric_learning(backend: str) -> None:
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    random = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 25, (300,), generator=random)
+    labels = torch.cat([labels, torch.tensor([98, 99])])  # two classes of one image
+    rows = torch.randn(25, 16, generator=random)[labels % 25] + torch.randn(302, 16, generator=random)
+    rows, ids = torch.nn.functional.normalize(rows), torch.arange(302)
+
+    counts = (labels[:, None] == labels).sum(1) - 1
+    matched = counts > 0
+    width = int(counts.max())
+    found = nearest(rows[matched], ids[matched], rows, ids, width, backend=backend)
+    relevant = labels[found.ids_qk] == labels[matched][:, None]
+
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r"), k="max_bin_count", device=torch.device("cpu")
+    )
+    theirs = calculator.get_accuracy(rows, labels)
+    assert matched.sum() == 300
+    assert recall_at_k(relevant, (1,))[1].mean().item() == pytest.approx(theirs["precision_at_1"], abs=1e-6)
+    assert map_at_r(relevant, counts[matched]).mean().item() == pytest.approx(
+        theirs["mean_average_precision_at_r"], abs=1e-6
+    )
+    assert 0.1 < theirs["mean_average_precision_at_r"] < 0.9

@@ -1,0 +1,287 @@
+"""The distributed search against a double loop: same ids and the same bits of every score, however it is spread out."""
+
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_obdsd import collectives
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.evaluation import search
+from dist_obdsd.evaluation.search import labels_of, nearest
+from tests import harness
+from tests.evaluation import oracle
+
+N, D, K = 160, 9, 5
+CASES = ("random", "double", "clustered", "equal", "copies", "binary", "close", "sparse", "unnormalised")
+Found = dict[int, tuple[tuple[float, ...], tuple[int, ...]]]
+worlds = pytest.mark.parametrize("world", harness.WORLD_SIZES)
+
+
+@functools.cache
+def data(case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [N, D] and their ids, which are neither dense nor sorted."""
+    random = torch.Generator().manual_seed(CASES.index(case))
+    ids = torch.randperm(5 * N, generator=random)[:N]
+    x = torch.randn(N, D, generator=random, dtype=torch.float64 if case == "double" else torch.float32)
+    if case == "clustered":
+        x = torch.randn(N // 10, D, generator=random).repeat(10, 1) + 0.1 * x
+    if case == "equal":  # a collapsed network
+        x = torch.ones(N, D)
+    if case == "copies":  # more copies of a row than there are spare candidates
+        x = x[:4].repeat(N // 4, 1)
+    if case == "binary":  # many exact ties between different rows
+        return (x > 0).float(), ids
+    if case == "close":  # apart by less than float32 sums can tell
+        x = torch.ones(N, D) + 3e-7 * x
+    if case == "sparse":  # zero rows, and half of the scores exactly 0
+        x = x * (torch.rand(N, D, generator=random) < 0.15)
+    if case == "unnormalised":
+        return x * 10.0 ** torch.randint(-25, 25, (N, 1), generator=random), ids
+    return torch.nn.functional.normalize(x), ids
+
+
+@functools.cache
+def expected(case: str, exclude_self: bool = True) -> Found:
+    x, ids = data(case)
+    rows, numbers = x.double().tolist(), ids.tolist()
+    found = oracle.nearest(rows, numbers, rows, numbers, K, exclude_self)
+    return {query: (tuple(s for s, _ in best), tuple(i for _, i in best)) for query, best in found.items()}
+
+
+def as_found(ids: torch.Tensor, neighbours: search.Neighbours) -> Found:
+    scores, found = neighbours.scores_qk.tolist(), neighbours.ids_qk.tolist()
+    return {i: (tuple(s), tuple(f)) for i, s, f in zip(ids.tolist(), scores, found, strict=True)}
+
+
+def alone(case: str, backend: str = "torch", **options: Any) -> Found:
+    x, ids = data(case)
+    return as_found(ids, nearest(x, ids, x, ids, K, backend=backend, **options))
+
+
+def share(total: int, layout: str, order_seed: int) -> torch.Tensor:
+    """This rank's rows of a shuffled order: near-equal shares, very different ones, or all on the last rank."""
+    world, rank = collectives.world_size(), collectives.rank()
+    weights = {
+        "even": [1.0] * world,
+        "uneven": [4.0**r for r in range(world)],
+        "one": [0.0] * (world - 1) + [1.0],
+        "first": [1.0] + [0.0] * (world - 1),
+    }[layout]
+    cuts = [round(total * sum(weights[:r]) / sum(weights)) for r in range(world + 1)]
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(order_seed))
+    return order[cuts[rank] : cuts[rank + 1]]
+
+
+def search_worker(case: str, settings: list[tuple[str, int, str, str]]) -> list[Found]:
+    x, ids = data(case)
+    results = []
+    for seed, (backend, block, query_layout, gallery_layout) in enumerate(settings):
+        queries, gallery = share(N, query_layout, 2 * seed), share(N, gallery_layout, 2 * seed + 1)
+        own, part = ids[queries], ids[gallery]
+        results.append(as_found(own, nearest(x[queries], own, x[gallery], part, K, backend=backend, block=block)))
+    return results
+
+
+@worlds
+@pytest.mark.parametrize("case", CASES)
+def test_same_ids_and_bits_as_the_double_loop(world: int, case: str) -> None:
+    settings = [
+        ("faiss", 4096, "even", "even"),
+        ("torch", 4096, "even", "even"),
+        ("faiss", 7, "uneven", "even"),
+        ("torch", 7, "even", "uneven"),
+        ("faiss", 64, "one", "uneven"),
+        ("torch", 64, "first", "one"),
+        ("auto", 64, "uneven", "one"),
+    ]
+    of_ranks = harness.run(world, search_worker, case, settings)
+    for number, setting in enumerate(settings):
+        together: Found = {}
+        for rank in of_ranks:
+            together |= rank[number]
+        assert together == expected(case), setting
+
+
+def test_no_queries_anywhere() -> None:
+    x, ids = data("random")
+    found = nearest(x[:0], ids[:0], x, ids, K)
+    assert found.scores_qk.shape == found.ids_qk.shape == (0, K)
+
+
+def test_the_image_itself_is_left_out_by_id_and_not_by_score() -> None:
+    with_self = alone("copies", exclude_self=False)
+    assert with_self == expected("copies", exclude_self=False)
+    assert with_self != expected("copies")
+    # Copies share the score of the image itself, so dropping the first place would keep the image for most queries.
+    kept = sum(query in found[1:] for query, (_, found) in with_self.items())
+    assert kept > 0
+    assert not any(query in found for query, (_, found) in alone("copies").items())
+
+
+def test_queries_outside_the_gallery_find_k_of_exactly_k() -> None:
+    x, ids = data("random")
+    found = nearest(x[:3], ids[:3], x[-4:], ids[-4:], 4, backend="torch")
+    assert all(sorted(row) == sorted(ids[-4:].tolist()) for row in found.ids_qk.tolist())
+
+
+def test_small_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "TILE", 11)
+    assert alone("clustered") == expected("clustered")
+    assert alone("binary") == expected("binary")
+
+
+@pytest.mark.parametrize("case", ["equal", "binary", "close"])
+def test_without_the_error_bound_ties_come_out_wrong(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_bound(self: Any, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return rows.new_full((rows.shape[0],), -1.0, dtype=torch.float64)
+
+    def believe(self: Any, rows: Any, ids: torch.Tensor, running: Any, dtype: Any, propose: Any) -> Any:
+        found, _ = original(self, rows, ids, running, dtype, propose)
+        return found, torch.ones_like(ids, dtype=torch.bool)
+
+    original = search._GalleryPart._merge_proposed
+    monkeypatch.setattr(search._GalleryPart, "_error_bound", no_bound)
+    assert alone(case) == expected(case)  # distrusting every proposal is slow but right
+    monkeypatch.setattr(search._GalleryPart, "_merge_proposed", believe)
+    assert alone(case) != expected(case)
+
+
+def test_a_backend_of_less_than_float32_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = search._torch_proposer
+
+    def careless(rows: torch.Tensor, dtype: torch.dtype) -> search.Propose:
+        return exact(rows, torch.bfloat16 if dtype == torch.float32 else dtype)
+
+    monkeypatch.setattr(search, "_torch_proposer", careless)
+    assert alone("clustered") == expected("clustered")
+    # Control: with a bound that lets such errors pass, and nothing proposed to spare, they do change the result.
+    monkeypatch.setattr(search, "MARGIN", 0)
+    monkeypatch.setattr(search._GalleryPart, "_error_bound", lambda self, rows, dtype: torch.full((len(rows),), 1.0))
+    certain = search._GalleryPart._merge_proposed
+    monkeypatch.setattr(
+        search._GalleryPart,
+        "_merge_proposed",
+        lambda *a: (certain(*a)[0], torch.ones(len(a[2]), dtype=torch.bool)),
+    )
+    assert alone("clustered") != expected("clustered")
+
+
+def test_ordinary_embeddings_need_no_full_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("a full scan of ordinary data")
+
+    monkeypatch.setattr(search._GalleryPart, "_merge_all", never)
+    assert alone("random") == expected("random")
+    with pytest.raises(AssertionError, match="full scan"):
+        alone("binary")
+
+
+def test_a_library_dot_product_has_other_bits() -> None:
+    """Why scores are summed in a fixed order: the same pairs, scored by one matrix product, differ in the last bits."""
+    x, _ = data("random")
+    columns = x.double().T.contiguous()
+    fixed = search.fixed_order_scores(columns, x.T.contiguous(), slice(0, N))
+    assert not torch.equal(fixed, x.double() @ x.double().T)
+    some = torch.tensor([[3, 140, 7]])
+    assert torch.equal(
+        search.fixed_order_scores(columns[:, 5:6].contiguous(), x.T.contiguous(), some)[0], fixed[5, some[0]]
+    )
+    assert fixed[2, 4].item() == oracle.score(x[2].tolist(), x[4].tolist())
+
+
+def test_faiss_threads_are_those_of_torch_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+
+    calls = []
+    plain = faiss.omp_set_num_threads
+    before, of_torch = faiss.omp_get_max_threads(), torch.get_num_threads()
+    plain(2)
+    # faiss and torch may load the same OpenMP library, in which case torch now says 2 as well.
+    wanted = torch.get_num_threads()
+    monkeypatch.setattr(faiss, "omp_set_num_threads", lambda n: (calls.append(n), plain(n)))
+    alone("random", backend="faiss")
+    after = faiss.omp_get_max_threads()
+    plain(before)
+    assert calls == [wanted, 2]
+    assert after == 2
+    assert torch.get_num_threads() == of_torch
+
+
+def test_labels_by_id() -> None:
+    ids, labels = torch.tensor([40, 3, 17]), torch.tensor([0, 1, 2])
+    assert labels_of(torch.tensor([[17, 40], [3, 3]]), ids, labels).tolist() == [[2, 0], [1, 1]]
+
+
+# ---- what is refused: the same sentence on every rank, and the group can go on ----
+
+
+def refusal_worker(fault: str) -> tuple[str, str]:
+    rank, last = collectives.rank(), collectives.rank() == collectives.world_size() - 1
+    x, ids = data("random")
+    own = share(N, "even", 0)
+    x, ids, k, backend = x[own].clone(), ids[own].clone(), K, "torch"
+    hidden = sys.modules.get("faiss")
+    if fault == "k":
+        k = N
+    elif fault == "nan" and last:
+        x[3, 1], x[5, 0] = torch.nan, torch.inf
+    elif fault == "twice" and last:
+        ids[0] = ids[1]
+    elif fault == "backend":
+        backend = "annoy"
+    elif fault == "types":
+        x = x.double() if last else x
+    elif fault == "no faiss" and last:
+        backend = "faiss"
+        sys.modules["faiss"] = None  # type: ignore[assignment]
+    try:
+        nearest(x, ids, x, ids, k, backend=backend)
+    except (InputError, RunError) as error:
+        return type(error).__name__, str(error)
+    finally:
+        if hidden is not None:
+            sys.modules["faiss"] = hidden
+        else:
+            sys.modules.pop("faiss", None)
+    raise AssertionError(f"rank {rank} was not refused")
+
+
+@worlds
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("k", "InputError", [f"k={N}", str(N - 1)]),
+        ("nan", "RunError", ["2 of", "NaN or infinite", "image id"]),
+        ("twice", "RunError", [f"{N} images", f"{N - 1} different ids"]),
+        ("backend", "InputError", ["annoy", "auto, faiss or torch"]),
+        ("no faiss", "InputError", ["evaluation.backend=torch", "install faiss"]),
+    ],
+)
+def test_refused_alike_on_every_rank(world: int, fault: str, kind: str, words: list[str]) -> None:
+    answers = harness.run(world, refusal_worker, fault)
+    assert len(set(answers)) == 1
+    assert answers[0][0] == kind
+    assert all(word in answers[0][1] for word in words), answers[0][1]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_that_differ_in_type_are_told(world: int) -> None:
+    answers = harness.run(world, refusal_worker, "types")
+    assert len(set(answers)) == 1
+    assert "differs" in answers[0][1]
+    assert "float64" in answers[0][1]
+
+
+def test_auto_does_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert alone("clustered", backend="auto") == expected("clustered")
+
+
+def test_a_k_of_all_others_is_not_refused() -> None:
+    x, ids = data("copies")
+    found = nearest(x, ids, x, ids, N - 1)
+    assert all(np.unique(row).size == N - 1 for row in found.ids_qk.numpy())

@@ -1,0 +1,90 @@
+"""Naive float64 references: one pair at a time, straight from the formulas, with no thought for speed or memory.
+
+Losses are built from scalars of torch, so that autograd differentiates them by another road than the vectorised code;
+targets are numpy with an explicit inverse.
+
+Legend: B rows of the whole batch, D embedding dimension.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+
+def multi_similarity(
+    E_BD: torch.Tensor, labels: list[int], *, alpha: float, beta: float, threshold: float, margin: float
+) -> tuple[torch.Tensor, int]:
+    """Sum over the anchors that keep a positive and a negative, and their number."""
+    E_BD = E_BD.double()
+    B = len(labels)
+    total, count = (E_BD * 0).sum(), 0
+    for i in range(B):
+        S = [(E_BD[i] * E_BD[j]).sum() for j in range(B)]
+        positives = [S[j] for j in range(B) if labels[j] == labels[i] and j != i]
+        negatives = [S[j] for j in range(B) if labels[j] != labels[i]]
+        kept_positives = [s for s in positives if negatives and s.item() < max(n.item() for n in negatives) + margin]
+        kept_negatives = [s for s in negatives if positives and s.item() > min(p.item() for p in positives) - margin]
+        if not kept_positives or not kept_negatives:
+            continue
+        count += 1
+        above = sum((torch.exp(-alpha * (s - threshold)) for s in kept_positives), torch.zeros((), dtype=torch.double))
+        below = sum((torch.exp(beta * (s - threshold)) for s in kept_negatives), torch.zeros((), dtype=torch.double))
+        total = total + torch.log(1 + above) / alpha + torch.log(1 + below) / beta
+    return total, count
+
+
+def kl(E_BD: torch.Tensor, target_BB: np.ndarray, temperature: float) -> torch.Tensor:
+    """Sum over the B rows of KL(target || softmax(E E^T / temperature))."""
+    E_BD = E_BD.double()
+    B = len(target_BB)
+    total = torch.zeros((), dtype=torch.double)
+    for i in range(B):
+        logits = [(E_BD[i] * E_BD[j]).sum() / temperature for j in range(B)]
+        top = max(x.item() for x in logits)
+        log_sum = top + torch.log(sum(((x - top).exp() for x in logits), torch.zeros((), dtype=torch.double)))
+        for j in range(B):
+            q = float(target_BB[i][j])
+            if q > 0:
+                total = total + q * (math.log(q) - (logits[j] - log_sum))
+    return total
+
+
+def softmax_row(logits: list[float]) -> list[float]:
+    top = max(logits)
+    exps = [math.exp(x - top) for x in logits]
+    return [x / math.fsum(exps) for x in exps]
+
+
+def target(
+    T_BD: np.ndarray,
+    *,
+    target: str,
+    temperature: float,
+    transition_temperature: float,
+    omega: float,
+    mask_self: bool,
+) -> np.ndarray:
+    """All B rows of a target, [B, B]."""
+    T_BD = np.asarray(T_BD, dtype=np.float64)
+    B = len(T_BD)
+    if target == "uniform":
+        return np.full((B, B), 1 / B)
+    S = [[math.fsum(T_BD[i] * T_BD[j]) for j in range(B)] for i in range(B)]
+
+    def distribution(scores: list[float], i: int) -> list[float]:
+        return softmax_row([-math.inf if mask_self and j == i else scores[j] / temperature for j in range(B)])
+
+    P = np.array([distribution(S[i], i) for i in range(B)])
+    if target == "psd":
+        return P
+    if target == "obdsd":
+        A = [softmax_row([-math.inf if j == i else S[i][j] / transition_temperature for j in range(B)])
+             for i in range(B)]  # fmt: skip
+        return (1 - omega) * np.linalg.inv(np.eye(B) - omega * np.array(A)) @ P
+    assert target == "obdsd_symmetric"
+    S0 = [[max(S[i][j], 0.0) if i != j else 0.0 for j in range(B)] for i in range(B)]
+    degree = [math.fsum(row) for row in S0]
+    A = [[S0[i][j] / math.sqrt(degree[i] * degree[j]) if S0[i][j] > 0 else 0.0 for j in range(B)] for i in range(B)]
+    F = (1 - omega) * np.linalg.inv(np.eye(B) - omega * np.array(A)) @ np.array(S)
+    return np.array([P[i] if degree[i] == 0 else distribution(list(F[i]), i) for i in range(B)])

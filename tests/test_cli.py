@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import runs
+from tests.training.conftest import folder, shards  # noqa: F401
+
+
+def test_help_answers_without_importing_torch():
+    script = (
+        "import sys\nfrom dist_obdsd.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+    for command in ("pack", "verify", "train", "evaluate", "doctor"):
+        assert f"    {command}" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["pack", "glyphs"], ["train", "a.yaml", "--nonsense"]])
+def test_bad_usage_exits_with_2(arguments, tmp_path):
+    assert runs.program(*arguments, cwd=tmp_path).returncode == 2
+
+
+def test_evaluate_gives_the_run_s_own_numbers_alone_and_on_two_ranks(folder, shards):  # noqa: F811
+    runs.train(folder, "validation.fraction=0.25")
+    summary = json.loads((folder / "runs" / "tiny" / "summary.json").read_text())
+    last = {row["metric"]: row["value"] for row in summary["rows"] if row["protocol"] == "last"}
+    assert {"recall@1", "recall@2", "map@r"} <= last.keys()
+    assert {row["protocol"] for row in summary["rows"]} == {"last", "best_validation"}
+    for ranks in (0, 2):
+        done = runs.program(
+            "evaluate", "runs/tiny", "--shards", shards, "--json", f"{ranks}.json", ranks=ranks, cwd=folder
+        )
+        assert done.returncode == 0, done.stderr
+        written = json.loads((folder / f"{ranks}.json").read_text())
+        assert {row["metric"]: row["value"] for row in written["rows"]} == last
+    done = runs.program("evaluate", "runs/tiny", "--shards", shards, "--split", "other", cwd=folder)
+    assert done.returncode == 2
+    assert "it has train, test" in done.stderr
+
+
+def test_doctor_tells_where_a_config_can_run(folder):  # noqa: F811
+    done = runs.program("doctor", "tiny.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    import torch
+
+    assert torch.__version__.split("+")[0] in done.stdout
+    assert "1, 2, 4 ranks" in done.stdout
+    assert runs.program("doctor", "tiny.yaml", "data.shards=nowhere", cwd=folder).returncode == 2
+
+
+def test_local_rank_before_the_command_is_accepted(folder):  # noqa: F811
+    done = runs.program("--local_rank=0", "train", "tiny.yaml", "max_steps=1", cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_deepspeed_launcher_starts_two_ranks(folder):  # noqa: F811
+    """The real launcher, on CPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "dist_obdsd", "train",
+         "tiny.yaml", "max_steps=3"],
+        capture_output=True, text=True, timeout=180, check=False, cwd=folder,
+        env=runs.environment({"DS_ACCELERATOR": "cpu"}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 x cpu (deepspeed)" in done.stdout
+    assert len(runs.metrics(folder / "runs" / "tiny", "step")) == 3

@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd.config import changed_settings, load_config, override_config, parse_config
+from dist_obdsd.errors import InputError
+
+MINIMAL = {"name": "x", "epochs": 3, "data": {"shards": "data/x"}}
+
+
+def parse(*overrides: str):
+    return parse_config(override_config(MINIMAL, overrides), "x.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=str)
+def test_every_shipped_config_is_valid(path):
+    assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optm.lr=1", "unknown setting optm; did you mean optim?"),
+        ("data.lane=4", "unknown setting data.lane; did you mean data.lanes?"),
+        ("distillation.temprature=1", "did you mean distillation.temperature?"),
+        ("batch.global_size=113", "set it to 112 or 114"),
+        ("batch.global_size=2", "at least two"),
+        ("data.lanes=3", "set data.lanes to one of [1, 2, 4, 7, 8, 14, 28, 56]"),
+        ("epochs=1", "set epochs to 2 or more, or distillation.target=none"),
+        ("distillation.omega=1", "distillation.omega is 1"),
+        ("distillation.omega=-0.1", "distillation.omega is -0.1"),
+        ("distillation.temperature=0", "distillation.temperature is 0"),
+        ("distillation.target=odbsd", "distillation.target is 'odbsd'"),
+        ("data.channels=1", "data.mean has 3 values but data.channels is 1"),
+        ("precision=fp16", "precision is 'fp16'"),
+        ("optim.schedule=step", "needs optim.milestones"),
+        ("optim.milestones=[3]", "set optim.schedule=step"),
+        ("data.resize=100", "set data.resize to at least 224"),
+        ("data.std=[0, 1, 1]", "every value must be above 0"),
+        ("name=../up", "name is '../up'"),
+        ("optim.lr=.nan", "optim.lr is nan"),
+    ],
+)
+def test_a_mistake_is_refused_with_the_mend(override, sentence):
+    with pytest.raises(InputError) as caught:
+        parse(override)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_yaml_and_numbers_may_have_exponents():
+    settings = parse("optim.lr=1e-3", "evaluation.recall_at=[1, 10]", "optim.clip_norm=null", "model.pretrained=none")
+    assert settings.optim.lr == 1e-3
+    assert settings.evaluation.recall_at == (1, 10)
+    assert settings.model.pretrained == "none"
+    assert MINIMAL == {"name": "x", "epochs": 3, "data": {"shards": "data/x"}}
+
+
+@pytest.mark.parametrize("override", ["lr", "=3", "epochs.more=3", "a=[1"])
+def test_a_malformed_override_is_refused(override):
+    with pytest.raises(InputError, match="override"):
+        parse(override)
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot read the config"):
+        load_config(tmp_path / "no.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(InputError, match="not a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_the_yaml_of_a_config_gives_the_same_config(tmp_path):
+    settings = parse("optim.schedule=step", "optim.milestones=[1, 2]")
+    (tmp_path / "x.yaml").write_text(settings.to_yaml())
+    again = load_config(tmp_path / "x.yaml")
+    assert again == settings
+    assert again.digest() == settings.digest() != parse().digest()
+
+
+def test_only_what_cannot_change_a_result_may_change_on_resume():
+    old = parse().model_dump(mode="json")
+    harmless = parse("data.workers=0", "tracking.kind=none", "threads=2", "data.shards=elsewhere")
+    assert changed_settings(old, harmless.model_dump(mode="json")) == []
+    other = parse("optim.lr=0.5", "epochs=4", "data.lanes=4").model_dump(mode="json")
+    assert changed_settings(old, other) == ["data.lanes: 8 -> 4", "epochs: 3 -> 4", "optim.lr: 1e-05 -> 0.5"]

@@ -1,0 +1,75 @@
+"""What goes wrong is said in one line, by one rank, with exit code 2, and nothing hangs."""
+
+import fcntl
+import json
+import shutil
+
+import pytest
+
+from tests import runs
+
+
+def one_line(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.startswith("dist-obdsd: ")]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.learning_rate=1", "did you mean"),
+        ("data.shards=nowhere", "there is no shard folder nowhere"),
+        ("batch.global_size=17", "set it to 16 or 18"),
+        ("data.lanes=3", "data.lanes=3 does not divide"),
+        ("validation.fraction=0.01", "both sides need at least two classes"),
+        ("model.pretrained=weights.pth", "weights.pth is no file"),
+        ("output=/proc/nowhere", "cannot write the run folder"),
+    ],
+)
+def test_a_wrong_setting(folder, override, sentence):
+    done = runs.train(folder, override, code=2)
+    assert sentence in one_line(done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not (folder / "runs" / "tiny" / "checkpoints").exists()
+
+
+def test_a_world_size_that_does_not_divide_the_lanes(folder):
+    done = runs.program("train", "tiny.yaml", ranks=3, cwd=folder)
+    assert done.returncode != 0
+    line = one_line(done.stderr)
+    assert "3" in line
+    assert "1, 2, 4" in line
+
+
+def test_a_missing_folder_is_told_once_by_all_ranks(folder):
+    done = runs.program("train", "tiny.yaml", "data.shards=nowhere", ranks=2, cwd=folder)
+    assert done.returncode != 0
+    assert "there is no shard folder" in one_line(done.stderr)
+
+
+def test_a_run_folder_in_use(folder):
+    (folder / "runs" / "tiny").mkdir(parents=True)
+    with (folder / "runs" / "tiny" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by a live run" in one_line(runs.train(folder, code=2).stderr)
+
+
+def test_a_broken_shard_ends_every_rank_with_its_name(folder, shards):
+    broken = folder / "broken"
+    shutil.copytree(shards, broken)
+    victim = json.loads((broken / "manifest.json").read_text())["splits"]["train"][0]["file"]
+    data = (broken / victim).read_bytes()
+    (broken / victim).write_bytes(data[: len(data) // 2])
+    done = runs.program("train", "tiny.yaml", f"data.shards={broken}", ranks=2, cwd=folder)
+    assert done.returncode != 0
+    assert victim in done.stderr
+    assert "verify" in done.stderr
+    assert runs.status(folder / "runs" / "tiny")["state"] == "failed"
+    assert victim in runs.status(folder / "runs" / "tiny")["message"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(folder):
+    done = runs.train(folder, "optim.lr=1e300", "max_nonfinite_steps=2", code=1)
+    assert "2 steps in a row" in done.stderr
+    assert runs.status(folder / "runs" / "tiny")["state"] == "failed"

@@ -1,0 +1,106 @@
+"""Runs that are killed, stopped or started again."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from dist_obdsd.training import checkpoint
+from tests import runs
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(run)
+    moments = {f"{name}.{key}": t for name, entry in state["optimizer"].items() for key, t in entry.items()}
+    return state["student"] | state["teacher"]["network"] | moments
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start_and_wait(folder: Path, *overrides: str, ranks: int, until: str) -> subprocess.Popen[str]:
+    """Start training and return when the metrics file holds ``until``."""
+    process = subprocess.Popen(
+        runs.command("train", "tiny.yaml", *overrides, ranks=ranks), cwd=folder, env=runs.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    record = folder / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (record.exists() and until in record.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=60)
+    return output
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_killed_and_restarted_ends_with_the_same_bits(folder, ranks):
+    runs.train(folder, "name=whole", "epochs=4", ranks=ranks)
+    process = start_and_wait(folder, "epochs=4", ranks=ranks, until='"step": 13,')
+    # The launcher first, so that it cannot restart or tidy up; its workers have sessions of their own.
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        member.kill()
+    ended(process)
+    assert (folder / "runs" / "tiny" / "checkpoints" / "last").exists()
+    assert runs.status(folder / "runs" / "tiny")["state"] == "running"
+    done = runs.train(folder, "epochs=4", ranks=ranks)
+    assert "resuming" in done.stdout
+    whole, resumed = folder / "runs" / "whole", folder / "runs" / "tiny"
+    assert same_bits(weights(whole), weights(resumed))
+    keep = ("step", "epoch", "ranking", "distillation", "grad_norm", "lr")
+    assert [[row.get(k) for k in keep] for row in runs.metrics(whole, "step")] == [
+        [row.get(k) for k in keep] for row in runs.metrics(resumed, "step")
+    ]
+    runs.train(folder, "name=other", "epochs=4", "seed=7")
+    assert not same_bits(weights(whole), weights(folder / "runs" / "other"))
+
+
+def test_a_signal_stops_between_steps_and_the_same_command_goes_on(folder):
+    runs.train(folder, "name=whole", ranks=2)
+    process = start_and_wait(folder, ranks=2, until='"step": 7,')
+    # To one worker only: the others learn of it from the step's all-reduce.
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    import os
+
+    os.kill(int(workers[-1]), signal.SIGUSR1)
+    output = ended(process)
+    assert process.returncode == 0, output
+    assert runs.status(folder / "runs" / "tiny")["state"] == "preempted"
+    assert checkpoint.load(folder / "runs" / "tiny")["position"]["step"] > 0
+    runs.train(folder, ranks=2)
+    assert same_bits(weights(folder / "runs" / "whole"), weights(folder / "runs" / "tiny"))
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(folder):
+    runs.train(folder, "name=whole")
+    runs.train(folder, "max_steps=7", ranks=2)
+    runs.train(folder, ranks=0)
+    a, b = weights(folder / "runs" / "whole"), weights(folder / "runs" / "tiny")
+    assert all((a[name] - b[name]).abs().max() < 1e-9 for name in a)
+
+
+def test_a_finished_run_says_so_and_fresh_makes_a_new_one(folder):
+    runs.train(folder)
+    before = (folder / "runs" / "tiny" / "metrics.jsonl").read_bytes()
+    assert "is finished already" in runs.train(folder).stdout
+    assert (folder / "runs" / "tiny" / "metrics.jsonl").read_bytes() == before
+    done = runs.train(folder, "--fresh", "max_steps=1")
+    assert "runs/tiny-2" in done.stdout
+
+
+def test_other_settings_are_refused_in_a_run_folder_that_exists(folder):
+    runs.train(folder, "max_steps=1")
+    done = runs.train(folder, "optim.lr=0.5", code=2)
+    assert "optim.lr: 0.001 -> 0.5" in done.stderr
