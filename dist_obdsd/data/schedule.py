@@ -27,9 +27,9 @@ class EpochPlan:
     """One epoch's global batches."""
 
     epoch: int
-    ids_SB: np.ndarray  # noqa: N815
+    ids_SB: np.ndarray
     """[S, B] int64 sample ids in global row order: lane by lane, every K consecutive rows one group."""
-    labels_SB: np.ndarray  # noqa: N815
+    labels_SB: np.ndarray
     """[S, B] int64 class ids."""
     windows: tuple[tuple[tuple[int, ...], ...], ...]
     """Lane -> windows in reading order -> indices into the manifest's training shards."""

@@ -32,7 +32,7 @@ class Batch:
     """uint8 [b, C, s, s]."""
     ids_b: Tensor
     """int64 [b], the images that are really there."""
-    labels_B: Tensor  # noqa: N815
+    labels_B: Tensor
     """int64 [B], class ids of the global batch in rank order."""
     replaced: list[str]
     """Names of this batch's broken images, in whose rows another image of the class stands."""

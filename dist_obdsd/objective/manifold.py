@@ -22,7 +22,7 @@ FLOAT64_TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Solve:
-    target_bB: torch.Tensor  # noqa: N815
+    target_bB: torch.Tensor
     """Rows that sum to 1, in float32 or, for float64 embeddings, float64. No gradient."""
     residual_b: torch.Tensor
     """Bound on each row's L1 error, from the residual of its linear system; 0 where nothing is solved."""
