@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_obdsd import __version__
-from dist_obdsd.errors import InputError, UserError
+from dist_obdsd.errors import InputError, UserError, sentence
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that ended
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,19 +86,25 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         _tell_launcher(error)
         # What every rank found alike is said once; what one rank found, only that rank can say.
-        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+        if not error.everywhere or _rank() == "0":
             print(f"dist-obdsd: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("dist-obdsd: interrupted", file=sys.stderr)
         return 1
     except Exception as error:
+        if any(mark in str(error) for mark in LOST_PEER):
+            # The rank that is gone says why; a traceback here would only bury it.
+            print(f"rank {_rank()} stops, since another rank is gone", file=sys.stderr, flush=True)
+            return 1
         _tell_launcher(error)
         traceback.print_exc()
-        rank = os.environ.get("RANK")
-        where = f" on rank {rank}" if rank else ""
-        print(f"dist-obdsd: failed{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"dist-obdsd: failed on rank {_rank()}: {sentence(error)}", file=sys.stderr, flush=True)
         return 1
+
+
+def _rank() -> str:
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -183,14 +191,18 @@ def _evaluate(options: argparse.Namespace) -> int:
     from dist_obdsd import collectives, runtime
     from dist_obdsd.config import override_config, parse_config
     from dist_obdsd.data import manifest as manifests
+    from dist_obdsd.evaluation.evaluator import evaluate_split
     from dist_obdsd.model.embedder import build_embedder
     from dist_obdsd.training import checkpoint
-    from dist_obdsd.training.trainer import evaluate_split
 
     state = _on_every_rank(lambda: checkpoint.load(options.checkpoint))
     state["config"]["data"]["shards"] = options.shards
     # The checkpoint's own weights replace any that the backbone was started from.
     state["config"]["model"]["pretrained"] = "none"
+    if state["config"]["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only
+        state["config"]["model"]["norm"] = "frozen"
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise InputError(f"cannot write {options.json}: its folder does not exist; make it or choose another")
     settings = _on_every_rank(
         lambda: parse_config(override_config(state["config"], options.overrides), "the checkpoint")
     )
@@ -200,7 +212,13 @@ def _evaluate(options: argparse.Namespace) -> int:
             if options.split not in manifest.splits:
                 raise InputError(f"{options.shards} has no split {options.split}; it has {', '.join(manifest.splits)}")
             network = build_embedder(settings, rank.device, lambda text: None)
-            network.load_state_dict(state["student"])
+            try:
+                network.load_state_dict(state["student"])
+            except RuntimeError as error:
+                raise InputError(
+                    f"{options.checkpoint} does not fit the settings {', '.join(options.overrides)}; leave model.* and "
+                    f"data.channels as they were in training"
+                ) from error
         result = evaluate_split(network, manifest, options.split, settings, rank)
         rows = [
             {"protocol": "checkpoint", "split": options.split, "metric": name, "value": value}

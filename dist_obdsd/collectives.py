@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_obdsd.errors import InputError, RunError, UserError
+from dist_obdsd.errors import InputError, RunError, UserError, sentence
 
 
 def world_size() -> int:
@@ -151,7 +151,7 @@ def agree(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    report = None if failure is None else {"input": isinstance(failure, InputError), "message": _sentence(failure)}
+    report = None if failure is None else {"input": isinstance(failure, InputError), "message": sentence(failure)}
     reports = gather_json(report)
     failed = {number: told for number, told in enumerate(reports) if told is not None}
     if not failed:
@@ -166,9 +166,3 @@ def agree(what: str) -> Iterator[None]:
 def _on_every_rank(error: UserError) -> UserError:
     error.everywhere = True
     return error
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, (InputError, RunError)):
-        return str(error)
-    return f"{type(error).__name__}: {error}"

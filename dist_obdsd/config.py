@@ -52,7 +52,7 @@ class Data(Section):
     window: Count = 8
     """Shards of one lane that are held in memory as encoded bytes at a time."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
-    """How many undecodable images a run replaces, with a warning that names each, before it stops."""
+    """How many undecodable images each rank replaces, with a warning that names each, before the run stops."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -257,7 +257,8 @@ class Config(Section):
 
 # Settings that may differ between a run and its continuation: none of them can change a result.
 CHANGEABLE_ON_RESUME = (
-    "output", "threads", "device", "timeout_seconds", "max_steps", "data.workers", "data.shards", "evaluation.backend",
+    "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "data.workers", "data.shards",
+    "data.max_bad_samples", "evaluation.backend",
     "tracking", "checkpoint",
 )  # fmt: skip
 

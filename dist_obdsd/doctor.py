@@ -13,8 +13,10 @@ import torch
 from dist_obdsd import runtime
 from dist_obdsd.config import Config, load_config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.reading import check_files
 from dist_obdsd.data.schedule import allowed_world_sizes, plan_epoch
 from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation.evaluator import check_evaluable
 
 PARTS = {
     "torch": "everything",
@@ -87,7 +89,8 @@ def where_it_runs(settings: Config) -> list[str]:
     Raises:
         InputError: its device, shards or schedule do not fit.
     """
-    device = runtime.choose_device(settings.device, 0)
+    launch, gpus = runtime.read_launch(os.environ), torch.cuda.device_count()
+    device = runtime.choose_device(settings.device, launch, gpus)
     manifest = manifests.load(settings.data.shards)
     classes, held_out = manifests.split_classes(manifest, settings.validation.fraction, settings.seed)
     plan = plan_epoch(
@@ -104,8 +107,12 @@ def where_it_runs(settings: Config) -> list[str]:
         raise InputError("tracking.kind=mlflow but mlflow is not installed; install it or set tracking.kind=none")
     sizes = allowed_world_sizes(settings.data.lanes)
     local = ", ".join(f"{settings.batch.global_size // size} on {size}" for size in sizes)
+    check_files(settings.data.shards, tuple(manifest.shards()))
+    check_evaluable(manifest, settings, held_out)
+    here = f"; one rank per GPU, and this node has {gpus}" if device.type == "cuda" else ""
     return [
-        f"{settings.name}: runs on {device.type} with {', '.join(map(str, sizes))} ranks (images per rank: {local})",
+        f"{settings.name}: runs on {device.type} with {', '.join(map(str, sizes))} ranks "
+        f"(images per rank: {local}){here}",
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
     ]

@@ -11,6 +11,11 @@ class UserError(Exception):
     """Every rank raised this same error, so one of them should print it."""
 
 
+def sentence(error: BaseException) -> str:
+    """An error in one line; of those that are not ours, the type says what the text may not."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 class InputError(UserError):
     """Usage, configuration or input is at fault: the program prints the message alone and exits with 2."""
 

@@ -5,7 +5,6 @@ Four ways of being started are understood: torchrun, the DeepSpeed launcher, SLU
 
 import os
 import re
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +35,6 @@ class Runtime:
 
     launch: Launch
     device: torch.device
-    backend: str
-    """gloo, nccl, or none for a single process."""
 
     @property
     def rank(self) -> int:
@@ -104,22 +101,26 @@ def _first_host(nodelist: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """``auto`` is this rank's GPU where there is one, else the CPU.
+def choose_device(wanted: str, launch: Launch, gpus: int) -> torch.device:
+    """``auto`` is a GPU per rank where the node has enough of them, else the CPU for every rank.
+
+    Args:
+        gpus: CUDA devices that this process sees.
 
     Raises:
         InputError: CUDA is asked for and missing, or the node has fewer GPUs than ranks.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if launch.launcher == "srun" and gpus == 1:
+        return torch.device("cpu" if wanted == "cpu" else "cuda:0")  # --gpus-per-task=1 shows each task its own alone
+    if wanted == "cpu" or (wanted == "auto" and gpus < launch.local_world_size):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not gpus:
         raise InputError("device=cuda but torch finds no CUDA device here; set device=cpu or run on a GPU machine")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
+    if gpus < launch.local_world_size:
         raise InputError(
-            f"local rank {local_rank} has no GPU: this node has {count}; start at most {count} processes per node"
+            f"this node has {gpus} GPUs for {launch.local_world_size} ranks; start at most {gpus} processes per node"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", launch.local_rank)
 
 
 @contextmanager
@@ -132,15 +133,13 @@ def start(device: str = "auto", threads: int = 1, timeout_seconds: float = 600.0
         timeout_seconds: how long a collective waits for the other ranks.
     """
     launch = read_launch(os.environ)
-    chosen = choose_device(device, launch.local_rank)
+    chosen = choose_device(device, launch, torch.cuda.device_count())
     torch.set_num_threads(threads)
     # Similarities and solves must keep float32's 24 bits; TF32 would silently leave 11 of them.
     torch.backends.cuda.matmul.allow_tf32 = False
-    backend = "none"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if launch.world_size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
         if launch.master and launch.master[0] in ("127.0.0.1", "localhost"):
             # gloo asks the resolver for this host's name, which fails or is slow on many laptops and containers.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -148,18 +147,12 @@ def start(device: str = "auto", threads: int = 1, timeout_seconds: float = 600.0
         os.environ.setdefault("MASTER_PORT", str(launch.master[1]) if launch.master else "")
         dist.init_process_group(
             # Small bookkeeping messages stay on the CPU; only tensors that live on the GPU travel over NCCL.
-            "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    try:
-        yield Runtime(launch, chosen, backend)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def where() -> str:
-    """This process, for messages: host and process id."""
-    return f"{socket.gethostname()} pid {os.getpid()}"
+    yield Runtime(launch, chosen)
+    # Not after a failure: leaving in good order would wait for ranks that may be stuck waiting for this one.
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -53,13 +53,15 @@ def test_a_broken_environment_is_refused(change, sentence):
         read_launch(env)
 
 
-def test_a_missing_gpu_is_refused():
-    import torch
-
-    if torch.cuda.is_available():
-        with pytest.raises(InputError, match="has no GPU"):
-            choose_device("cuda", torch.cuda.device_count())
-    else:
-        with pytest.raises(InputError, match="set device=cpu"):
-            choose_device("cuda", 0)
-    assert choose_device("cpu", 5).type == "cpu"
+def test_every_rank_of_a_node_gets_the_same_kind_of_device():
+    one, second_of_two = Launch("single"), Launch("torchrun", 1, 2, 1, 2)
+    assert str(choose_device("auto", one, gpus=0)) == "cpu"
+    assert str(choose_device("auto", one, gpus=1)) == "cuda:0"
+    assert str(choose_device("cpu", one, gpus=1)) == "cpu"
+    assert str(choose_device("auto", second_of_two, gpus=2)) == "cuda:1"
+    assert str(choose_device("auto", second_of_two, gpus=1)) == "cpu"
+    assert str(choose_device("auto", Launch("srun", 1, 2, 1, 2), gpus=1)) == "cuda:0"
+    with pytest.raises(InputError, match="set device=cpu"):
+        choose_device("cuda", one, gpus=0)
+    with pytest.raises(InputError, match="1 GPUs for 2 ranks"):
+        choose_device("cuda", second_of_two, gpus=1)

@@ -207,7 +207,14 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
 def _drop_small_classes(
     images: list[_Image], samples_per_class: int, report: Callable[[str], None]
 ) -> tuple[list[_Image], list[dict[str, str]]]:
-    """Leave out training classes that cannot fill one group."""
+    """Leave out training classes that cannot fill one group, and name test classes with nothing to retrieve."""
+    alone = Counter(image.sample.class_name for image in images if image.sample.split == "test")
+    lonely = sorted(name for name, size in alone.items() if size == 1)
+    if lonely:
+        report(
+            f"{len(lonely)} test classes have one image, which finds no match and stays in the gallery alone: "
+            + ", ".join(lonely[:MOST_REPORTED])
+        )
     sizes = Counter(image.sample.class_name for image in images if image.sample.split == "train")
     small = {name: size for name, size in sizes.items() if size < samples_per_class}
     left_out = []

@@ -99,9 +99,10 @@ class TrainStream:
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch. The latest ones are kept."""
         with self._planning:
-            if epoch not in self._plans:
+            plan = self._plans.get(epoch)
+            if plan is None:
                 data, batch = self._config.data, self._config.batch
-                self._plans[epoch] = plan_epoch(
+                plan = plan_epoch(
                     self._manifest,
                     self._classes,
                     seed=self._config.seed,
@@ -111,10 +112,11 @@ class TrainStream:
                     lanes=data.lanes,
                     window=data.window,
                 )
-                # Reading runs at most two epochs ahead of training, unless an epoch is a step or two.
+                # Reading runs ahead of training by an epoch or two, by more where an epoch is a step or two.
                 for old in sorted(self._plans)[:-4]:
                     del self._plans[old]
-            return self._plans[epoch]
+                self._plans[epoch] = plan
+            return plan
 
     def __iter__(self) -> "TrainStream":
         return self

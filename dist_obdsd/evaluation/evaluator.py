@@ -8,16 +8,22 @@ Shapes: n images of this rank, N of all ranks, q queries of this rank, k neighbo
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from dist_obdsd import collectives, config
+from dist_obdsd.config import Config
+from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.data.stream import EvaluationBatch, evaluation_batches
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation.metrics import map_at_r, recall_at_k
 from dist_obdsd.evaluation.search import labels_of, nearest
+from dist_obdsd.runtime import Runtime
 
 # Training images are evaluated only where their classes are held out for validation, as queries and gallery.
 QUERY_ROLES = ("both", "query", "train")
@@ -170,6 +176,67 @@ def evaluate(
         duplicates=duplicates,
         seconds=max(collectives.gather_json(time.perf_counter() - started)),
     )
+
+
+def evaluate_split(
+    network: nn.Module,
+    manifest: Manifest,
+    split: str,
+    settings: Config,
+    runtime: Runtime,
+    classes: list[int] | None = None,
+) -> EvaluationResult:
+    """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank."""
+    wanted = None if classes is None else set(classes)
+    expected = sum(wanted is None or c in wanted for shard in manifest.splits[split] for c in shard.classes)
+    training = network.training
+    network.eval()
+
+    def batches() -> Iterator[EvaluationBatch]:
+        # Opened only where the evaluator reads it, since there a failure on one rank reaches all.
+        yield from evaluation_batches(manifest, split, settings, runtime.rank, runtime.world_size, classes)
+
+    try:
+        with torch.inference_mode():
+            return evaluate(
+                network,
+                batches(),
+                expected_count=expected,
+                config=settings.evaluation,
+                device=runtime.device,
+            )
+    finally:
+        network.train(training)
+
+
+def check_evaluable(manifest: Manifest, settings: Config, validation_classes: Sequence[int]) -> None:
+    """Find out before training what an evaluation after it would refuse.
+
+    Raises:
+        InputError: the test split or the validation classes have no two images of one class, or fewer images than the
+            longest Recall@k looks at.
+    """
+    parts = [("validation", "train", set(validation_classes))] if validation_classes else []
+    if settings.evaluation.test and "test" in manifest.splits:
+        parts.append(("test", "test", set(manifest.class_ids("test"))))
+    for name, split, classes in parts:
+        images = [
+            (label, role)
+            for shard in manifest.splits[split]
+            for label, role in zip(shard.classes, shard.roles, strict=True)
+            if label in classes
+        ]
+        gallery = Counter(label for label, role in images if role in GALLERY_ROLES)
+        # What a query can find: of its class, and in all. It never finds itself.
+        matches = [gallery[label] - (role in GALLERY_ROLES) for label, role in images if role in QUERY_ROLES]
+        others = sum(gallery.values()) - any(role in QUERY_ROLES and role in GALLERY_ROLES for _, role in images)
+        if not any(matches):
+            raise InputError(f"no query of the {name} images has another image of its class to find; add images")
+        if others < max(settings.evaluation.recall_at):
+            raise InputError(
+                f"evaluation.recall_at asks for {max(settings.evaluation.recall_at)} neighbours but a query of the "
+                f"{name} images has {others} others; set evaluation.recall_at to smaller numbers, or add images"
+            )
 
 
 def global_means(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -62,6 +62,8 @@ class MLflowTracker(Tracker):
         self.run_id = self._client.create_run(experiment_id, run_name=name, tags=dict(tags)).info.run_id
 
     def params(self, values: Mapping[str, Any]) -> None:
+        if not self._alive:
+            return
         from mlflow.entities import Param
 
         entries = [Param(key, str(value)) for key, value in values.items()]

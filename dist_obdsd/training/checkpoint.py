@@ -73,9 +73,9 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
             f"cannot write the checkpoint {path}: {str(error).splitlines()[0]}; the previous one is intact, "
             f"so free some space and start the same command again"
         ) from error
-    write_atomically(folder / "last", name.encode())
-    if best:
+    if best:  # first: what `last` names says that the best one is in place
         write_atomically(folder / "best", name.encode())
+    write_atomically(folder / "last", name.encode())
     pointed = {pointer.read_text() for pointer in (folder / "last", folder / "best") if pointer.exists()}
     files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime_ns)
     for old in [file for file in files if file.name not in pointed][: -keep if keep else None]:
@@ -84,12 +84,18 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
 
 
 def find(path: Path) -> Path | None:
-    """The checkpoint that a path means: a file, a run folder, its checkpoints folder or one of the pointers."""
+    """The checkpoint that a path means: a file, a run folder, its checkpoints folder or one of the pointers.
+
+    Raises:
+        InputError: a pointer names a file that is missing.
+    """
     for folder in (path, path / "checkpoints"):
         if (folder / "last").is_file():
             path = folder / "last"
     if path.is_file() and path.name in ("last", "best"):
-        path = path.parent / path.read_text().strip()
+        pointer, path = path, path.parent / path.read_text().strip()
+        if not path.is_file():
+            raise InputError(f"{pointer} names {path.name}, which is missing; write another checkpoint's name into it")
     return path if path.is_file() else None
 
 

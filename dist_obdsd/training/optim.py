@@ -18,9 +18,15 @@ def build_optimizer(settings: config.Optim, parameters: Iterable[Named]) -> torc
     """One group with every trainable parameter. Fused, since only the fused step can be masked on the device."""
     trainable = [p for _, p in parameters if p.requires_grad]
     if settings.name == "sgd":
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             trainable, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
+        if settings.momentum:
+            # The fused step leaves the buffer that it makes unwritten when the first step is masked; from 0 the first
+            # step is the same as without a buffer.
+            for p in trainable:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
     return kind(trainable, settings.lr, weight_decay=settings.weight_decay, fused=True)
 

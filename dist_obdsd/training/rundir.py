@@ -60,7 +60,7 @@ class RunDir:
                     continue
                 # A step's line is written after it, an epoch's and a validation's before the checkpoint at their end.
                 if row["step"] < global_step or (
-                    row["step"] == global_step > 0 and row["kind"] not in ("step", "test")
+                    row["step"] == global_step > 0 and not row["kind"].startswith(("step", "test"))
                 ):
                     kept.append(line)
         write_atomically(path, "".join(line + "\n" for line in kept).encode())

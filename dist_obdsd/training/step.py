@@ -109,12 +109,12 @@ class TrainStep:
         n = len(terms)
         sums = torch.stack([term.sum.detach().double() for term in terms.values()])
         counts = torch.stack([term.count.detach().double() for term in terms.values()])
-        flags = torch.stack([(~torch.isfinite(sums)).any().double(), sums.new_tensor(float(stop_requested))])
+        flags = torch.stack([(~torch.isfinite(sums)).any().double(), sums.new_full((), float(stop_requested))])
         sums, counts, flags = collectives.sum_across(torch.cat([sums, counts, flags])).split([n, n, 2])
         loss = self.objective.loss(terms, dict(zip(terms, counts, strict=True)), self.runtime.world_size, ramp)
 
         epochs, optim = self.settings.epochs, self.settings.optim
         rate = learning_rate(optim, position.epoch, epochs, progress, position.global_step)
         outcome = self.strategy.step(loss, flags[0], rate)
-        numbers = torch.cat([sums / counts.clamp(min=1), outcome, flags[1:], sums.new_tensor([rate]), counts[:1]])
+        numbers = torch.cat([sums / counts.clamp(min=1), outcome, flags[1:], sums.new_full((1,), rate), counts[:1]])
         return [*terms, "grad_norm", "masked", "stop", "lr", "anchors"], numbers

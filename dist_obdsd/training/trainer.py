@@ -7,16 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-
 from dist_obdsd import collectives
 from dist_obdsd.config import Config, changed_settings
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
-from dist_obdsd.data.stream import TrainStream, evaluation_batches
-from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.evaluator import EvaluationResult, evaluate
-from dist_obdsd.model.embedder import Embedder, build_embedder
+from dist_obdsd.data.stream import TrainStream
+from dist_obdsd.errors import InputError, RunError, sentence
+from dist_obdsd.evaluation.evaluator import EvaluationResult, check_evaluable, evaluate_split
+from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher
 from dist_obdsd.objective.objective import Objective
 from dist_obdsd.runtime import Runtime
@@ -54,6 +52,7 @@ class Trainer:
             self.train_classes, self.validation_classes = manifests.split_classes(
                 self.manifest, settings.validation.fraction, settings.seed
             )
+            check_evaluable(self.manifest, settings, self.validation_classes)
             lanes_of(runtime.rank, runtime.world_size, settings.data.lanes)
         collectives.agree_same("the manifest", self.manifest.digest)
         with collectives.agree("building the network"):
@@ -89,16 +88,17 @@ class Trainer:
             self._resume()
             if (summary := self._finished_before()) is not None:
                 return summary
-            if self.run_dir is not None:
-                self.run_dir.write_status("running", "")
-                self.run_dir.cut_metrics(self.position.global_step)
+            with collectives.agree("preparing the run folder"):
+                if self.run_dir is not None:
+                    self.run_dir.write_status("running", "")
+                    self.run_dir.cut_metrics(self.position.global_step)
             with self._signals():
                 return self._tracked()
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C as well
             # The first rank to fail has the cause; the others only notice that it is gone.
             if read_status(self.settings.run_dir).get("state") == "running":
                 with contextlib.suppress(RunError):  # a full disk must not hide what went wrong before
-                    write_status(self.settings.run_dir, "failed", f"rank {self.runtime.rank}: {error}")
+                    write_status(self.settings.run_dir, "failed", f"rank {self.runtime.rank}: {sentence(error)}")
             raise
         finally:
             if self.run_dir is not None:
@@ -147,6 +147,7 @@ class Trainer:
                 steps = stream.plan(self.position.epoch).steps
                 if self._train_epoch(stream):
                     return self._preempted()
+                self.strategy.sync_buffers()
                 if self.position.step < steps:  # max_steps ends the run inside an epoch
                     self._save(best=False)
                 else:
@@ -217,13 +218,12 @@ class Trainer:
             if self.nonfinite_in_a_row >= self.settings.max_nonfinite_steps:
                 raise RunError(
                     f"{self.nonfinite_in_a_row} steps in a row up to step {step} had a NaN or infinite loss or "
-                    f"gradient; lower optim.lr or set optim.clip_norm, then start again"
+                    f"gradient; lower optim.lr or set optim.clip_norm, under another name"
                 )
         return self.stop_requested_anywhere
 
     def _finish_epoch(self) -> None:
         """Promote the teacher, validate and save."""
-        self.strategy.sync_buffers()
         self.position.epoch += 1
         self.position.step = 0
         if self.teacher is not None:
@@ -248,8 +248,11 @@ class Trainer:
             if self.best is not None:
                 if self.best["epoch"] != self.position.epoch:
                     with collectives.agree("reading the best checkpoint"):
-                        state = checkpoint.load(self.settings.run_dir / "checkpoints" / "best")
-                        self.student.load_state_dict(state["student"])
+                        if self.run_dir is not None:
+                            state = checkpoint.load(self.settings.run_dir / "checkpoints" / "best")
+                            self.student.load_state_dict(state["student"])
+                    # Other nodes may not see rank 0's folder.
+                    collectives.broadcast_(list(self.student.state_dict().values()))
                     last = self._measure("test of best_validation", "test", None).metrics
                 measured.append(("best_validation", self.best["epoch"], last))
         summary = {
@@ -297,7 +300,8 @@ class Trainer:
         """Measure the student on a split, or on some classes of it, and record it. Collective."""
         result = evaluate_split(self.student, self.manifest, split, self.settings, self.runtime, classes)
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-        self.say(f"{what}: {numbers}  ({result.queries} queries, {result.seconds:.1f} s)")
+        alone = f", {result.excluded} without a match left out" if result.excluded else ""
+        self.say(f"{what}: {numbers}  ({result.queries} queries{alone}, {result.seconds:.1f} s)")
         self._record(what, result.metrics, epoch=self.position.epoch)
         return result
 
@@ -328,12 +332,15 @@ class Trainer:
                     "tracker": self.run_id,
                 }
                 keep = self.settings.checkpoint.keep
-                checkpoint.save(self.run_dir.path / "checkpoints", state, best=best, keep=keep)
+                checkpoint.save(self.run_dir.checkpoints, state, best=best, keep=keep)
 
     def _resume(self) -> None:
         """Continue from the run folder's last checkpoint, if it has one. Rank 0 decides which. Collective."""
         folder = self.settings.run_dir / "checkpoints"
-        found = checkpoint.find(folder) if self.runtime.is_main else None
+        found = None
+        with collectives.agree("finding the last checkpoint"):
+            if self.run_dir is not None:
+                found = checkpoint.find(folder)
         name = collectives.from_main(found.name if found else None)
         if name is None:
             return
@@ -383,29 +390,3 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def evaluate_split(
-    network: Embedder,
-    manifest: manifests.Manifest,
-    split: str,
-    settings: Config,
-    runtime: Runtime,
-    classes: list[int] | None = None,
-) -> EvaluationResult:
-    """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank."""
-    wanted = None if classes is None else set(classes)
-    expected = sum(wanted is None or c in wanted for shard in manifest.splits[split] for c in shard.classes)
-    training = network.training
-    network.eval()
-    try:
-        with torch.inference_mode():
-            return evaluate(
-                network,
-                evaluation_batches(manifest, split, settings, runtime.rank, runtime.world_size, classes),
-                expected_count=expected,
-                config=settings.evaluation,
-                device=runtime.device,
-            )
-    finally:
-        network.train(training)

@@ -461,3 +461,18 @@ def test_shards_behind_a_url(data: tuple[Path, Manifest], alone: list[Batch]) ->
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_reading_may_run_many_short_epochs_ahead(data: tuple[Path, Manifest]) -> None:
+    """With a step or two an epoch, the reader is soon further ahead than the plans that are kept."""
+    folder, manifest = data
+    config = config_of(folder, epochs=30)
+    two_steps = TrainStream(manifest, [0, 1, 2], config, 0, 1)
+    try:
+        time.sleep(0.5)
+        for epoch in range(config.epochs):
+            for step in range(two_steps.plan(epoch).steps):
+                batch = next(two_steps)
+                assert (batch.epoch, batch.step) == (epoch, step)
+    finally:
+        two_steps.close()

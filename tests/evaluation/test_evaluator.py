@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dist_obdsd import collectives
-from dist_obdsd.config import Evaluation
+from dist_obdsd.config import Evaluation, parse_config
+from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, evaluate, global_means
+from dist_obdsd.evaluation.evaluator import EvaluationResult, check_evaluable, embed_all, evaluate, global_means
 from tests import harness
 from tests.evaluation import oracle
 
@@ -228,3 +229,31 @@ def test_refused_alike_on_every_rank(world: int, fault: str, kind: str, words: l
     assert len(set(answers)) == 1
     assert answers[0][0] == kind
     assert all(word in answers[0][1] for word in words), answers[0][1]
+
+
+def manifest_of(test: list[int], roles: list[str] | None = None) -> Manifest:
+    """One class 0 of ten images to train on, and test images of the given classes."""
+    train = Shard("a.tar", 0, "", tuple(range(10)), (0,) * 10, ("train",) * 10)
+    ids = tuple(range(10, 10 + len(test)))
+    shard = Shard("b.tar", 0, "", ids, tuple(test), tuple(roles or ["both"] * len(test)))
+    return Manifest({}, 0, 2, tuple("abcdef"), {"train": (train,), "test": (shard,)})
+
+
+@pytest.mark.parametrize(
+    ("test", "roles", "sentence"),
+    [
+        ([1, 2, 3, 4, 5], None, "no query of the test images has another"),
+        ([1, 1, 2, 2], None, "asks for 4 neighbours but a query of the test images has 3 others"),
+        ([1, 1, 2, 2, 2], ["query", "query", "gallery", "gallery", "gallery"], "no query of the test images"),
+    ],
+)
+def test_a_test_set_that_cannot_be_measured_is_refused_before_training(test, roles, sentence):
+    raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "evaluation": {"recall_at": [1, 4]}}
+    with pytest.raises(InputError, match=sentence):
+        check_evaluable(manifest_of(test, roles), parse_config(raw, "x"), [])
+    raw["evaluation"]["test"] = False
+    check_evaluable(manifest_of(test, roles), parse_config(raw, "x"), [])
+    raw["evaluation"]["test"] = True
+    check_evaluable(manifest_of([1, 1, 2, 2, 2]), parse_config(raw, "x"), [0])
+    raw["evaluation"]["recall_at"] = [1]
+    check_evaluable(manifest_of([1, 1], ["query", "gallery"]), parse_config(raw, "x"), [])

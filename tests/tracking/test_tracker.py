@@ -1,4 +1,5 @@
 import json
+import sys
 
 from mlflow.tracking import MlflowClient
 
@@ -37,6 +38,18 @@ def test_an_unreachable_server_is_told_once_and_the_run_goes_on(folder):  # noqa
     done = runs.train(folder, "tracking.kind=mlflow", "tracking.uri=http://127.0.0.1:9", "max_steps=3")
     assert done.stdout.count("tracking at http://127.0.0.1:9 stopped") == 1
     assert runs.status(folder / "runs" / "tiny")["state"] == "finished"
+
+
+def test_without_mlflow_the_run_goes_on(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", None)
+    said: list[str] = []
+    tracker = build_tracker(Tracking(), "x", None, {}, True, said.append)
+    tracker.params({"a": 1})
+    tracker.metrics({"b": 2.0}, 0)
+    tracker.close("FINISHED")
+    assert len(said) == 1
+    assert "the run goes on" in said[0]
 
 
 def test_only_the_main_rank_has_a_tracker(tmp_path):

@@ -36,7 +36,7 @@ def take_steps(config: Config, spoil: int | None = None) -> tuple[list[dict[str,
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    runtime = Runtime(Launch("test", rank, world, rank, world), CPU, "gloo")
+    runtime = Runtime(Launch("test", rank, world, rank, world), CPU)
     student = build_embedder(config, CPU, lambda text: None, world)
     strategy = DDPStrategy(student, config, runtime)
     teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
@@ -99,12 +99,14 @@ def test_one_ranks_wish_to_stop_reaches_all():
         assert [step["stop"] > 0 for step in losses] == [t == 7 for t in range(STEPS)]
 
 
+@pytest.mark.parametrize("spoil", [0, 4])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_nan_on_one_rank_masks_the_step_on_all(world_size):
-    config = settings("precision=float64")
-    ranks = harness.run(world_size, take_steps, config, 4)
+def test_a_nan_on_one_rank_masks_the_step_on_all(world_size, optimizer, spoil):
+    config = settings("precision=float64", f"optim.name={optimizer}")
+    ranks = harness.run(world_size, take_steps, config, spoil)
     for losses, weights in ranks:
-        assert [step["masked"] for step in losses] == [float(t == 4) for t in range(STEPS)]
+        assert [step["masked"] for step in losses] == [float(t == spoil) for t in range(STEPS)]
         assert all(np.isfinite(w).all() for w in weights.values())
         assert distance(weights, ranks[0][1]) == 0
 
