@@ -4,6 +4,7 @@ Each function works alike without a process group, as a world of one. Shapes: b 
 """
 
 import json
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -151,6 +152,8 @@ def agree(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
+        if not isinstance(error, UserError):
+            traceback.print_exc()  # a defect, of which the other ranks learn only the last line
     report = None if failure is None else {"input": isinstance(failure, InputError), "message": sentence(failure)}
     reports = gather_json(report)
     failed = {number: told for number, told in enumerate(reports) if told is not None}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from webdataset.gopen import gopen
 
 from dist_obdsd.errors import InputError
 from dist_obdsd.seeds import rng
@@ -172,22 +173,34 @@ def check(manifest: Manifest, origin: str = "manifest") -> None:
                 )
 
 
-def load(folder: str | Path) -> Manifest:
-    """Read ``folder/manifest.json``.
+def is_remote(root: str) -> bool:
+    return "://" in root or root.startswith("pipe:")
+
+
+def location(root: str, file: str) -> str:
+    """Where webdataset finds a file: below a URL or ``pipe:`` command as it is, below a folder by absolute path."""
+    if is_remote(root):
+        return f"{root.rstrip('/')}/{file}"
+    return str((Path(root) / file).absolute())
+
+
+def load(root: str | Path) -> Manifest:
+    """Read the manifest of a folder, or of a URL or ``pipe:`` command that webdataset can open.
 
     Raises:
         InputError: the folder or the manifest is missing, or the manifest is not sound.
     """
-    path = Path(folder) / "manifest.json"
-    if not Path(folder).is_dir():
-        raise InputError(f"there is no shard folder {folder}; make one with `dist-obdsd pack RECIPE --out {folder}`")
+    root = str(root)
+    path = location(root, "manifest.json")
+    if not is_remote(root) and not Path(root).is_dir():
+        raise InputError(f"there is no shard folder {root}; make one with `dist-obdsd pack RECIPE --out {root}`")
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}; pack the data again, the folder is incomplete"
-        ) from error
-    return from_json(text, str(path))
+        with gopen(path) as stream:
+            text = stream.read().decode()
+    except (OSError, ValueError) as error:  # webdataset reports a failed download as an OSError
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path}: {reason}; check the path, or pack the data again") from error
+    return from_json(text, path)
 
 
 def split_classes(manifest: Manifest, fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -12,26 +12,15 @@ from pathlib import Path
 from webdataset.tariterators import tarfile_samples
 
 from dist_obdsd.data.imagefile import SUFFIXES
-from dist_obdsd.data.manifest import Shard, key
+from dist_obdsd.data.manifest import Shard, is_remote, key, location
 from dist_obdsd.errors import InputError, RunError
 
 IMAGE_MEMBERS = tuple(sorted({*SUFFIXES.values(), "jpeg"}))
 HELD_WINDOWS = 2  # of a lane, as encoded bytes
 
 
-def location(root: str, file: str) -> str:
-    """Where webdataset finds a shard: below a URL or ``pipe:`` command as it is, below a folder by absolute path."""
-    if _is_remote(root):
-        return f"{root.rstrip('/')}/{file}"
-    return str((Path(root) / file).absolute())
-
-
-def _is_remote(root: str) -> bool:
-    return "://" in root or root.startswith("pipe:")
-
-
 def check_files(root: str, shards: tuple[Shard, ...]) -> None:
-    missing = [] if _is_remote(root) else [s.file for s in shards if not (Path(root) / s.file).is_file()]
+    missing = [] if is_remote(root) else [s.file for s in shards if not (Path(root) / s.file).is_file()]
     if missing:
         raise InputError(
             f"{len(missing)} of {len(shards)} shards are missing in {root}, the first is {missing[0]}; copy them there "

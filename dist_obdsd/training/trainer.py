@@ -112,13 +112,15 @@ class Trainer:
             "manifest": self.manifest.digest,
             "git_commit": provenance.git_commit(),
         }
+        versions = provenance.versions()
         name, resumed = self.settings.name, self.run_id
         self.tracker = build_tracker(self.settings.tracking, name, resumed, tags, self.runtime.is_main, self.say)
         self.run_id = self.tracker.run_id or resumed
         if self.run_dir is not None:
             path = self.run_dir.write_text("config.yaml", self.settings.to_yaml())
+            self.run_dir.write_text("provenance.json", json.dumps(tags | versions, indent=1) + "\n")
             if resumed is None:
-                self.tracker.params(provenance.flatten(self.settings.model_dump(mode="json")) | provenance.versions())
+                self.tracker.params(provenance.flatten(self.settings.model_dump(mode="json")) | versions)
                 self.tracker.artifact(path)
         status = "FAILED"
         try:

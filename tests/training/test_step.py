@@ -61,6 +61,10 @@ def take_steps(config: Config, spoil: int | None = None) -> tuple[list[dict[str,
     return read, {name: p.detach().numpy().copy() for name, p in student.named_parameters()}
 
 
+def override(config: Config, **optim: float) -> Config:
+    return config.model_copy(update={"optim": config.optim.model_copy(update=optim)})
+
+
 def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return max(float(abs(a[name] - b[name]).max()) for name in a)
 
@@ -79,6 +83,21 @@ def test_ten_steps_in_float64_do_not_depend_on_the_ranks(target):
     # The control: another objective ends elsewhere.
     ((_, elsewhere),) = harness.run(1, take_steps, settings("precision=float64", "distillation.weight=9"))
     assert distance(weights, elsewhere) > 1e-6
+
+
+def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
+    config = settings("precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=1")
+    loose, tight = config, override(config, clip_norm=1e-3)
+    ((losses, weights),) = harness.run(1, take_steps, tight)
+    initial = {name: p.detach().numpy() for name, p in build_embedder(config, CPU, print).named_parameters()}
+    # Ten steps of length 1e-3 at most, where the unclipped gradient is longer.
+    moved = np.sqrt(sum(((weights[name] - initial[name]) ** 2).sum() for name in weights))
+    assert min(step["grad_norm"] for step in losses) > 1e-3
+    assert 0 < moved <= 1e-2 * (1 + 1e-9)
+    for world_size in (2, 3):
+        assert all(distance(weights, other) < 1e-10 for _, other in harness.run(world_size, take_steps, tight))
+    ((_, unclipped),) = harness.run(1, take_steps, loose)
+    assert distance(weights, unclipped) > 1e-2
 
 
 @pytest.mark.parametrize("optimizer", ["optim.name=sgd", "optim.name=adam"])
