@@ -40,10 +40,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """n images of one shard, padded to the full batch size so that a network sees one shape."""
+    """n images, padded to the largest batch of the split so that a network sees one shape."""
 
     images: Tensor
-    """uint8 [batch_size, C, s, s]; rows from n on are zero."""
+    """uint8 [rows, C, s, s], rows at most evaluation.batch_size; rows from n on are zero."""
     ids: Tensor
     """int64 [n]."""
     labels: Tensor
@@ -207,8 +207,9 @@ def evaluation_batches(
 ) -> Iterator[EvaluationBatch]:
     """This rank's share of a split, in batches whose composition does not depend on the number of ranks.
 
-    The shards that hold images of ``classes`` (default: all) are dealt to the ranks in turn, and each shard's images
-    are cut into batches in the order of the shard. A rank may get none.
+    The shards that hold images of ``classes`` (default: all), in the order of their ids, are put together in parcels of
+    up to one batch; a larger shard is a parcel of several batches. The parcels are dealt to the ranks in turn; a rank
+    may get none.
 
     Raises:
         InputError: the split or a shard is missing.
@@ -219,40 +220,68 @@ def evaluation_batches(
     chosen = set(manifest.class_ids(split) if classes is None else classes)
     shards = [shard for shard in manifest.splits[split] if not chosen.isdisjoint(shard.classes)]
     check_files(config.data.shards, tuple(shards))
-    return _evaluate(shards[rank::world_size], chosen, config)
+    parcels, rows = _parcels(shards, chosen, config.evaluation.batch_size)
+    return _evaluate(parcels[rank::world_size], rows, chosen, config)
 
 
-def _evaluate(shards: list[Shard], chosen: set[int], config: Config) -> Iterator[EvaluationBatch]:
-    if not shards:
+def _parcels(shards: list[Shard], chosen: set[int], batch_size: int) -> tuple[list[list[Shard]], int]:
+    """What is read and embedded together, and the rows that every batch is padded to: the largest batch's."""
+    parcels: list[list[Shard]] = []
+    largest = filled = 0
+    for shard in sorted(shards, key=lambda shard: min(shard.ids)):
+        n = sum(label in chosen for label in shard.classes)
+        if parcels and filled + n <= batch_size:
+            parcels[-1].append(shard)
+            filled += n
+        else:
+            parcels.append([shard])
+            filled = n
+        largest = max(largest, _near_equal(filled, batch_size))
+    return parcels, largest
+
+
+def _near_equal(n: int, most: int) -> int:
+    """The size of n cut into the fewest parts of at most ``most``, as equal as can be."""
+    return -(-n // -(-n // most))
+
+
+def _evaluate(parcels: list[list[Shard]], rows: int, chosen: set[int], config: Config) -> Iterator[EvaluationBatch]:
+    if not parcels:
         return
-    decoder = Decoder(_evaluation_jobs(shards, chosen, config), config.evaluation.batch_size, config, 1)
+    decoder = Decoder(_evaluation_jobs(parcels, chosen, config), rows, config, 1)
     try:
         for decoded in decoder:
-            shard, ids = decoded.about
             for bad in decoded.bad:
+                shards = tuple(shard for parcel in parcels for shard in parcel)
                 raise RunError(
-                    f"sample {key(bad.id)} of shard {shard.file} cannot be decoded: {bad.reason}; an evaluation leaves "
-                    f"nothing out: repair the data (`dist-obdsd verify {config.data.shards}`)"
+                    f"sample {key(bad.id)} of shard {_shard_of(bad.id, shards)} cannot be decoded: {bad.reason}; an "
+                    f"evaluation leaves nothing out: repair the data (`dist-obdsd verify {config.data.shards}`)"
                 )
-            place = {sample_id: i for i, sample_id in enumerate(shard.ids)}
-            labels = torch.tensor([shard.classes[place[i]] for i in ids])
-            roles = tuple(shard.roles[place[i]] for i in ids)
-            yield EvaluationBatch(decoded.images, torch.tensor(ids), labels, roles)
+            ids, labels, roles = zip(*decoded.about, strict=True)
+            yield EvaluationBatch(decoded.images, torch.tensor(ids), torch.tensor(labels), roles)
     finally:
         decoder.close()
 
 
-def _evaluation_jobs(shards: list[Shard], chosen: set[int], config: Config) -> Iterator[Job]:
-    for shard in shards:
-        wanted = {i for i, label in zip(shard.ids, shard.classes, strict=True) if label in chosen}
+def _evaluation_jobs(parcels: list[list[Shard]], chosen: set[int], config: Config) -> Iterator[Job]:
+    """One job per batch; ``about`` has each row's (id, class, role)."""
+    for parcel in parcels:
+        about = {
+            sample_id: (sample_id, label, role)
+            for shard in parcel
+            for sample_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
+            if label in chosen
+        }
+        size = _near_equal(len(about), config.evaluation.batch_size)
         rows: list[Row] = []
-        for sample_id, image in read_shard(config.data.shards, shard, wanted):
-            rows.append(Row(sample_id, image, None))
-            if len(rows) == config.evaluation.batch_size:
-                yield Job((shard, [row.id for row in rows]), rows)
-                rows = []
+        for shard in parcel:
+            for sample_id, image in read_shard(config.data.shards, shard, about.keys()):
+                rows.append(Row(sample_id, image, None))
+                if len(rows) == size:
+                    yield Job([about[row.id] for row in rows], rows)
+                    rows = []
         if rows:
-            yield Job((shard, [row.id for row in rows]), rows)
+            yield Job([about[row.id] for row in rows], rows)
 
 
 def _shard_of(sample_id: int, shards: tuple[Shard, ...]) -> str:

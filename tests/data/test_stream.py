@@ -254,14 +254,28 @@ def test_evaluation_batches_do_not_depend_on_ranks(data: tuple[Path, Manifest], 
             assert torch.equal(batch.images, same.images)
             assert torch.equal(batch.labels, same.labels)
             assert batch.roles == same.roles
+    # 8 shards of 7 or 8 images with at most 5 in a batch: two batches of 4 each, not 5 and a rest.
+    assert len(reference) == 2 * SHARDS
     for batch in reference.values():
         n = len(batch.ids)
-        assert batch.images.shape == (5, 3, SIZE, SIZE)
+        assert batch.images.shape == (4, 3, SIZE, SIZE)
         assert not batch.images[n:].any()
         assert all(image.any() for image in batch.images[:n])
         assert [i // PER_CLASS for i in batch.ids.tolist()] == batch.labels.tolist()
         assert batch.roles == tuple("query" if i % 2 else "gallery" for i in batch.ids.tolist())
-    assert any(len(batch.ids) < 5 for batch in reference.values())
+    # The shards' order in the manifest changes nothing.
+    splits = {"test": data[1].splits["test"][::-1]}
+    for batch in evaluated((data[0], dataclasses.replace(data[1], splits=splits)), 1)[0]:
+        assert torch.equal(batch.images, reference[tuple(batch.ids.tolist())].images)
+
+
+def test_small_shards_share_an_evaluation_batch(data: tuple[Path, Manifest]) -> None:
+    config = config_of(data[0], batch_size=20)
+    batches = list(evaluation_batches(data[1], "test", config, 0, 1))
+    total = data[1].images("test")
+    assert sum(len(batch.ids) for batch in batches) == total
+    assert max(len(batch.ids) for batch in batches) == batches[0].images.shape[0] <= 20
+    assert len(batches) <= -(-total // 10)
 
 
 def test_evaluation_of_chosen_classes(data: tuple[Path, Manifest]) -> None:
