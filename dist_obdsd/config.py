@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dist_obdsd.errors import InputError
+from dist_obdsd.yamlfile import mistake, read_mapping
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -269,14 +270,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: with one sentence per mistake.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"cannot read the config {path}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds {type(raw).__name__}, not a mapping of settings; see configs/ for examples")
+    example = "a mapping of settings; see configs/ for examples"
+    raw = read_mapping(Path(path), "config", "give the path of a YAML file", example)
     return parse_config(override_config(raw, overrides), str(path))
 
 
@@ -331,12 +326,8 @@ def _sentences(error: ValidationError) -> Iterable[str]:
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, setting_names(), n=1, cutoff=0.0)
             yield f"unknown setting {where}; did you mean {near[0]}?"
-        elif item["type"] == "missing":
-            yield f"{where} is missing; add it"
-        elif item["type"] == "value_error":
-            yield str(item["ctx"]["error"])
         else:
-            yield f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+            yield mistake(where, item)
 
 
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

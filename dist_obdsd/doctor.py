@@ -14,7 +14,7 @@ from dist_obdsd import runtime
 from dist_obdsd.config import Config, load_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.reading import check_files
-from dist_obdsd.data.schedule import allowed_world_sizes, plan_epoch
+from dist_obdsd.data.schedule import allowed_world_sizes, plan_from
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.evaluator import check_evaluable
 
@@ -93,16 +93,7 @@ def where_it_runs(settings: Config) -> list[str]:
     device = runtime.choose_device(settings.device, launch, gpus)
     manifest = manifests.load(settings.data.shards)
     classes, held_out = manifests.split_classes(manifest, settings.validation.fraction, settings.seed)
-    plan = plan_epoch(
-        manifest,
-        classes,
-        seed=settings.seed,
-        epoch=0,
-        global_size=settings.batch.global_size,
-        samples_per_class=settings.batch.samples_per_class,
-        lanes=settings.data.lanes,
-        window=settings.data.window,
-    )
+    plan = plan_from(settings, manifest, classes, epoch=0)
     if settings.tracking.kind == "mlflow" and version("mlflow") is None:
         raise InputError("tracking.kind=mlflow but mlflow is not installed; install it or set tracking.kind=none")
     sizes = allowed_world_sizes(settings.data.lanes)

@@ -11,6 +11,7 @@ SUFFIXES = {
     "BMP": "bmp", "GIF": "gif", "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "PPM": "ppm", "TIFF": "tif", "WEBP": "webp",
 }  # fmt: skip
 FORMATS = tuple(name for name in SUFFIXES if name != "MPO")  # a kind of JPEG, which its decoder tells apart itself
+MEMBERS = tuple(sorted({*SUFFIXES.values(), "jpeg"}))  # the suffixes that an image may have in a shard
 QUALITY = 95  # of a JPEG or WebP that is encoded again
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from webdataset.tariterators import tarfile_samples
 
-from dist_obdsd.data.imagefile import SUFFIXES
+from dist_obdsd.data.imagefile import MEMBERS
 from dist_obdsd.data.manifest import Shard, is_remote, key, location
 from dist_obdsd.errors import InputError, RunError
 
-IMAGE_MEMBERS = tuple(sorted({*SUFFIXES.values(), "jpeg"}))
 HELD_WINDOWS = 2  # of a lane, as encoded bytes
 
 
@@ -49,10 +48,10 @@ def read_shard(root: str, shard: Shard, wanted: Container[int]) -> Iterator[tupl
                 raise RunError(
                     f"shard {url} holds {sample['__key__']} where the manifest has {key(sample_id)}; {advice}"
                 )
-            image = next((sample[member] for member in IMAGE_MEMBERS if member in sample), None)
+            image = next((sample[member] for member in MEMBERS if member in sample), None)
             if image is None:
                 raise RunError(
-                    f"sample {key(sample_id)} of shard {url} has no image (.{', .'.join(IMAGE_MEMBERS)}); {advice}"
+                    f"sample {key(sample_id)} of shard {url} has no image (.{', .'.join(MEMBERS)}); {advice}"
                 )
             if "cls" not in sample:
                 raise RunError(f"sample {key(sample_id)} of shard {url} has no class file (.cls); {advice}")

@@ -4,11 +4,11 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dist_obdsd.data.readers import READERS, Options
 from dist_obdsd.errors import InputError
+from dist_obdsd.yamlfile import mistake, read_mapping
 
 Whole = Annotated[int, Field(ge=0)]
 
@@ -68,14 +68,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
                 f"there is no recipe {text!r}; {hint}recipes are {', '.join(names)}, or give the path of a YAML file"
             )
         path = recipe_folder() / f"{text}.yaml"
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}; give a recipe's name or path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds {type(raw).__name__}, not a mapping; see shards/folder.yaml for an example")
+    example = "a mapping; see shards/folder.yaml for an example"
+    raw = read_mapping(path, "recipe", "give a recipe's name or path", example)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -100,8 +94,4 @@ def _sentence(item: Any, prefix: str = "") -> str:
     where = prefix + ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown key {where}; remove it or check its spelling"
-    if item["type"] == "missing":
-        return f"{where} is missing; add it"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    return f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    return mistake(where, item)

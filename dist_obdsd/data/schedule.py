@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_obdsd.config import Config
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.matching import Group, Lane, take_steps
 from dist_obdsd.errors import InputError
@@ -155,6 +156,20 @@ def plan_epoch(
         closes=tuple(map(tuple, closes)),
         reachable=reachable,
         repeated=sum(len(row) - len(set(row)) for row in labels_SG.tolist()),
+    )
+
+
+def plan_from(config: Config, manifest: Manifest, classes: list[int], epoch: int) -> EpochPlan:
+    """``plan_epoch`` with a config's settings."""
+    return plan_epoch(
+        manifest,
+        classes,
+        seed=config.seed,
+        epoch=epoch,
+        global_size=config.batch.global_size,
+        samples_per_class=config.batch.samples_per_class,
+        lanes=config.data.lanes,
+        window=config.data.window,
     )
 
 

@@ -18,7 +18,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.data.decoding import Bad, Decoder, Job, Row
 from dist_obdsd.data.manifest import Manifest, Shard, key
 from dist_obdsd.data.reading import Window, WindowReader, check_files, read_shard
-from dist_obdsd.data.schedule import EpochPlan, lanes_of, plan_epoch
+from dist_obdsd.data.schedule import EpochPlan, lanes_of, plan_from
 from dist_obdsd.errors import InputError, RunError
 
 
@@ -101,17 +101,7 @@ class TrainStream:
         with self._planning:
             plan = self._plans.get(epoch)
             if plan is None:
-                data, batch = self._config.data, self._config.batch
-                plan = plan_epoch(
-                    self._manifest,
-                    self._classes,
-                    seed=self._config.seed,
-                    epoch=epoch,
-                    global_size=batch.global_size,
-                    samples_per_class=batch.samples_per_class,
-                    lanes=data.lanes,
-                    window=data.window,
-                )
+                plan = plan_from(self._config, self._manifest, self._classes, epoch)
                 # Reading runs ahead of training by an epoch or two, by more where an epoch is a step or two.
                 for old in sorted(self._plans)[:-4]:
                     del self._plans[old]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.imagefile import SUFFIXES, examine
+from dist_obdsd.data.imagefile import MEMBERS, examine
 from dist_obdsd.data.manifest import Shard
 
 
@@ -127,7 +127,7 @@ def _read_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def _check_sample(parts: dict[str, bytes], sample_id: int, class_id: int) -> Iterator[str]:
-    images = sorted(parts.keys() & {*SUFFIXES.values(), "jpeg"})
+    images = sorted(parts.keys() & set(MEMBERS))
     if len(images) != 1:
         yield f"has {len(images)} images ({', '.join(sorted(parts))}) but needs exactly one"
     for suffix in images:

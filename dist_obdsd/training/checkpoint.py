@@ -17,8 +17,10 @@ name, flushed to the disk and renamed, so that a name always stands for a whole 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -31,17 +33,28 @@ ENTRIES = frozenset(
 )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, also after a crash."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the block ends, whole and on the disk; not at all if it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # several ranks may report a failure at once
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # where even its folder is gone, the first error says more
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, also after a crash."""
+    try:
+        with _replacing(path) as file:
+            file.write(data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}; free some space or choose another output") from error
 
 
@@ -57,18 +70,15 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
         RunError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".*.writing"):  # of a run that was killed while it wrote
+        unfinished.unlink()
     position = state["position"]
     name = f"epoch-{position['epoch']:04d}.pt" if position["step"] == 0 else f"step-{position['global_step']:08d}.pt"
     path = folder / name
-    temporary = folder / f".{name}.writing"
     try:
-        with temporary.open("wb") as file:
+        with _replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise RunError(
             f"cannot write the checkpoint {path}: {str(error).splitlines()[0]}; the previous one is intact, "
             f"so free some space and start the same command again"

@@ -34,10 +34,6 @@ class RunDir:
             ) from error
         self._metrics: TextIO | None = None
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def status(self) -> dict[str, Any]:
         return read_status(self.path)
 

@@ -62,6 +62,7 @@ class Trainer:
         objective = Objective(settings.ranking, settings.distillation)
         self.step = TrainStep(settings, runtime, self.strategy, self.teacher, objective)
         self.reader = StepReader(lag=1 if runtime.device.type == "cpu" else 8)
+        self.checkpoints = settings.run_dir / "checkpoints"
         self.position = Position()
         self.best: dict[str, Any] | None = None
         self.untrained: dict[str, float] | None = None
@@ -175,7 +176,7 @@ class Trainer:
             about: dict[str, float] = {
                 "step": position.global_step,
                 "epoch": epoch,
-                "ramp": epoch / settings.epochs,
+                "ramp": self.step.objective.ramp(epoch, settings.epochs),
                 "data_wait": wait,
             }
             about["seconds"] = time.perf_counter() - before
@@ -251,7 +252,7 @@ class Trainer:
                 if self.best["epoch"] != self.position.epoch:
                     with collectives.agree("reading the best checkpoint"):
                         if self.run_dir is not None:
-                            state = checkpoint.load(self.settings.run_dir / "checkpoints" / "best")
+                            state = checkpoint.load(self.checkpoints / "best")
                             self.student.load_state_dict(state["student"])
                     # Other nodes may not see rank 0's folder.
                     collectives.broadcast_(list(self.student.state_dict().values()))
@@ -334,11 +335,11 @@ class Trainer:
                     "tracker": self.run_id,
                 }
                 keep = self.settings.checkpoint.keep
-                checkpoint.save(self.run_dir.checkpoints, state, best=best, keep=keep)
+                checkpoint.save(self.checkpoints, state, best=best, keep=keep)
 
     def _resume(self) -> None:
         """Continue from the run folder's last checkpoint, if it has one. Rank 0 decides which. Collective."""
-        folder = self.settings.run_dir / "checkpoints"
+        folder = self.checkpoints
         found = None
         with collectives.agree("finding the last checkpoint"):
             if self.run_dir is not None:

@@ -37,6 +37,12 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["epoch-0001.pt", "last"]
 
 
+def test_what_a_killed_run_left_half_written_goes_with_the_next_save(tmp_path):
+    (tmp_path / ".epoch-0001.pt.123.writing").write_bytes(b"half")
+    checkpoint.save(tmp_path, state(1), best=False, keep=2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["epoch-0001.pt", "last"]
+
+
 def test_truncated_foreign_and_missing_files_are_refused(tmp_path):
     path = checkpoint.save(tmp_path, state(1), best=False, keep=2)
     whole = path.read_bytes()
