@@ -15,6 +15,7 @@ from typing import Any
 from dist_obdsd import __version__
 from dist_obdsd.errors import InputError, UserError, sentence
 
+BENCHES = ("objective", "manifold", "search")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that ended
 
 
@@ -61,6 +62,17 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, help="write the numbers to this file")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.backend=torch")
     evaluate.set_defaults(run=_evaluate)
+
+    bench = commands.add_parser("bench", help="measure a part of the system on this machine")
+    bench.add_argument("name", choices=BENCHES)
+    bench.add_argument("--sizes", type=_numbers, metavar="N,N,...", help="sizes to measure (default: the bench's own)")
+    bench.add_argument("--worlds", type=_numbers, metavar="W,W,...", help="numbers of ranks (default: the bench's own)")
+    bench.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
+    bench.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: 1)")
+    bench.add_argument("--budget", type=float, default=120, help="seconds that one case may take (default: 120)")
+    bench.add_argument("--json", type=Path, help="write the rows to this file")
+    bench.add_argument("--plot", type=Path, help="draw the rows into this file, such as bench.png")
+    bench.set_defaults(run=_bench)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
     doctor.add_argument("config", type=Path, nargs="?")
@@ -201,8 +213,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     state["config"]["model"]["pretrained"] = "none"
     if state["config"]["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only
         state["config"]["model"]["norm"] = "frozen"
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise InputError(f"cannot write {options.json}: its folder does not exist; make it or choose another")
+    check_writable(options.json)
     settings = _on_every_rank(
         lambda: parse_config(override_config(state["config"], options.overrides), "the checkpoint")
     )
@@ -233,6 +244,23 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    import importlib
+
+    from dist_obdsd.study.bench import report
+
+    for path in (options.json, options.plot):
+        check_writable(path)
+    bench = importlib.import_module(f"dist_obdsd.study.bench.{options.name}")
+    rows = bench.run(options)
+    print(report.table(rows))
+    if options.json is not None:
+        write_json(options.json, report.meta(options), rows)
+    if options.plot is not None:
+        report.plot(options.plot, rows, **bench.PLOT)
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from dist_obdsd import doctor
 
@@ -255,6 +283,16 @@ def _speaker(is_main: bool) -> Callable[[str], None]:
 
 def _warn(text: str) -> None:
     print(f"dist-obdsd: {text}", file=sys.stderr, flush=True)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def check_writable(path: Path | None) -> None:
+    """Find out before the work whether its result has a place to go."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: its folder does not exist; make it or choose another")
 
 
 def write_json(path: Path, meta: dict[str, Any], rows: list[dict[str, Any]]) -> None:

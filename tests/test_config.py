@@ -87,3 +87,17 @@ def test_only_what_cannot_change_a_result_may_change_on_resume():
     assert changed_settings(old, harmless.model_dump(mode="json")) == []
     other = parse("optim.lr=0.5", "epochs=4", "data.lanes=4").model_dump(mode="json")
     assert changed_settings(old, other) == ["data.lanes: 8 -> 4", "epochs: 3 -> 4", "optim.lr: 1e-05 -> 0.5"]
+
+
+def test_a_ranking_loss_is_chosen_by_name_and_has_settings_of_its_own():
+    assert parse().ranking.name == "multi_similarity"
+    assert parse("ranking.alpha=3").ranking.alpha == 3
+    assert parse("ranking.name=triplet").ranking.margin == 0.2
+    arcface = parse("ranking.name=pml.ArcFaceLoss", "ranking.kwargs={scale: 30}", "ranking.lr=0.1").ranking
+    assert (arcface.name, arcface.kwargs, arcface.lr) == ("pml.ArcFaceLoss", {"scale": 30}, 0.1)
+    with pytest.raises(InputError, match=r"unknown setting ranking.alpha; the loss triplet has name, margin"):
+        parse("ranking.name=triplet", "ranking.alpha=3")
+    with pytest.raises(InputError, match=r"ranking.name must be multi_similarity, .* pml.NAME"):
+        parse("ranking.name=tripplet")
+    with pytest.raises(InputError, match=r"ranking.alpha is -1: input should be greater than 0"):
+        parse("ranking.alpha=-1")

@@ -20,6 +20,8 @@ from dist_obdsd.objective.terms import Term, check_rows
 
 class Objective:
     def __init__(self, ranking: config.Ranking, distillation: config.Distillation) -> None:
+        if not isinstance(ranking, config.MultiSimilarity):
+            raise InputError(f"ranking.name={ranking.name} is not in yet; set ranking.name=multi_similarity")
         self.ranking, self.distillation = ranking, distillation
 
     def terms(

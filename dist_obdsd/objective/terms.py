@@ -11,6 +11,70 @@ from dist_obdsd.errors import InputError
 
 
 @dataclass(frozen=True)
+class View:
+    """One global batch as one rank sees it."""
+
+    E_bD: torch.Tensor
+    """Unit rows of this rank."""
+    E_BD: torch.Tensor
+    """Those of all ranks, in rank order, with gradient."""
+    labels_B: torch.Tensor
+    """int64 class indices, 0 to C-1 among the training classes."""
+    first_row: int
+    """Where this rank's rows begin in the batch."""
+    seed: int = 0
+    """Of this step's random choices; the same on every rank."""
+
+    def __post_init__(self) -> None:
+        """Check the shapes, which are known without waiting for a GPU.
+
+        Raises:
+            InputError: naming the shape found and the one needed.
+        """
+        check_rows("labels_B", self.labels_B, self.B, 1)
+        if self.first_row % self.b or not 0 <= self.first_row <= self.B - self.b or self.B % self.b:
+            raise InputError(
+                f"first_row is {self.first_row} with {self.b} of {self.B} rows; it must be a multiple of {self.b} "
+                f"within the batch"
+            )
+
+    @property
+    def b(self) -> int:
+        return self.E_bD.shape[0]
+
+    @property
+    def B(self) -> int:
+        return self.E_BD.shape[0]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.b)
+
+    @property
+    def labels_b(self) -> torch.Tensor:
+        return self.labels_B[self.rows]
+
+    @property
+    def world_size(self) -> int:
+        return self.B // self.b
+
+    def share(self, n: int) -> slice:
+        """This rank's part of n things, near-equal over the ranks."""
+        rank, W = self.first_row // self.b, self.world_size
+        return slice(rank * n // W, (rank + 1) * n // W)
+
+    def positives_negatives(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks [b, B]: of the anchor's class without the anchor itself, and of another class.
+
+        The anchor is left out by its index, so that a duplicate image stays a positive.
+        """
+        same_bB = self.labels_b[:, None] == self.labels_B
+        negative_bB = ~same_bB
+        same_bB.diagonal(offset=self.first_row).fill_(False)
+        return same_bB, negative_bB
+
+
+@dataclass(frozen=True)
 class Term:
     """This rank's share of a mean over the global batch. The mean is (sum over the ranks) / (count over the ranks)."""
 

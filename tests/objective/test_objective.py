@@ -107,7 +107,7 @@ Way = Callable[[Objective, nn.Module, list[int]], tuple[torch.Tensor, dict[str, 
 
 
 def step_worker(way: Way, target: str, labels: list[int], mask_self: bool = False) -> dict[str, Any]:
-    objective, student = Objective(config.Ranking(), settings(target, mask_self)), Embedder(0)
+    objective, student = Objective(config.MultiSimilarity(), settings(target, mask_self)), Embedder(0)
     loss, terms = way(objective, student, labels)
     loss.backward()
     return {
@@ -119,7 +119,7 @@ def step_worker(way: Way, target: str, labels: list[int], mask_self: bool = Fals
 
 def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[float, list[np.ndarray], int]:
     """Loss, gradient and anchors of one process without a process group, from double loops and an explicit inverse."""
-    student, distillation, ranking = Embedder(0), settings(target, mask_self), config.Ranking()
+    student, distillation, ranking = Embedder(0), settings(target, mask_self), config.MultiSimilarity()
     E_BD, T_BD = student(images()), Embedder(1)(images()).detach()
     total, count = oracle.multi_similarity(
         E_BD, labels, alpha=ranking.alpha, beta=ranking.beta, threshold=ranking.threshold, margin=ranking.margin
@@ -190,7 +190,7 @@ def test_the_usual_shortcuts_are_measurably_wrong(world: int, target: str, way: 
 
 def train_worker(target: str, gather_gradient: bool) -> dict[str, list[np.ndarray]]:
     """Ten optimizer steps under torch's DistributedDataParallel."""
-    objective, network = Objective(config.Ranking(), settings(target)), Embedder(0)
+    objective, network = Objective(config.MultiSimilarity(), settings(target)), Embedder(0)
     start = [parameter.detach().clone().numpy() for parameter in network.parameters()]
     student = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
@@ -220,18 +220,18 @@ def test_weights_after_ten_steps_of_ddp_are_those_of_one_process(target: str) ->
 
 
 def test_ramp_and_teacher() -> None:
-    objective = Objective(config.Ranking(), settings("obdsd"))
+    objective = Objective(config.MultiSimilarity(), settings("obdsd"))
     assert [objective.ramp(epoch, 4) for epoch in range(4)] == [0, 0.25, 0.5, 0.75]
     assert not objective.needs_teacher(0.0)
     assert objective.needs_teacher(0.25)
     for target in ("none", "uniform"):
-        assert not Objective(config.Ranking(), settings(target)).needs_teacher(0.5)
-    assert not Objective(config.Ranking(), config.Distillation(weight=0)).needs_teacher(0.5)
+        assert not Objective(config.MultiSimilarity(), settings(target)).needs_teacher(0.5)
+    assert not Objective(config.MultiSimilarity(), config.Distillation(weight=0)).needs_teacher(0.5)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
-    objective = Objective(config.Ranking(), settings(target))
+    objective = Objective(config.MultiSimilarity(), settings(target))
     E_BD = unit_rows(0).requires_grad_()
     terms = objective.terms(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0, unit_rows(1))
     logged = ["target_entropy", "target_kl_to_uniform", "target_self_mass"]
@@ -249,7 +249,7 @@ def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
 
 
 def test_without_a_teacher_there_is_ranking_alone_and_no_silent_gap() -> None:
-    objective = Objective(config.Ranking(), settings("psd"))
+    objective = Objective(config.MultiSimilarity(), settings("psd"))
     E_BD = unit_rows(0).requires_grad_()
     terms = objective.terms(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0)
     counts = {name: term.count for name, term in terms.items()}
@@ -260,7 +260,7 @@ def test_without_a_teacher_there_is_ranking_alone_and_no_silent_gap() -> None:
 
 
 def test_float64_counts_from_the_step_leave_a_float32_loss_in_float32() -> None:
-    objective = Objective(config.Ranking(), settings("psd"))
+    objective = Objective(config.MultiSimilarity(), settings("psd"))
     E_BD = unit_rows(0).float().requires_grad_()
     terms = objective.terms(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0, unit_rows(1).float())
     loss = objective.loss(terms, {name: term.count.double() for name, term in terms.items()}, 1, 0.5)
@@ -270,7 +270,7 @@ def test_float64_counts_from_the_step_leave_a_float32_loss_in_float32() -> None:
 @pytest.mark.parametrize("target", ["psd", "obdsd", "obdsd_symmetric"])
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_nan_reaches_a_sum_on_every_rank(target: str, who: str) -> None:
-    objective = Objective(config.Ranking(), settings(target))
+    objective = Objective(config.MultiSimilarity(), settings(target))
     rows = {"student": unit_rows(0), "teacher": unit_rows(1)}
     broken = copy.deepcopy(rows)
     broken[who][6, 0] = float("nan")
@@ -284,7 +284,7 @@ def test_nan_reaches_a_sum_on_every_rank(target: str, who: str) -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    objective, E_BD = Objective(config.Ranking(), settings("psd")), unit_rows(0)
+    objective, E_BD = Objective(config.MultiSimilarity(), settings("psd")), unit_rows(0)
     labels_B = torch.tensor(LABELS["uneven"])
     with pytest.raises(InputError, match=r"labels_B has shape \(4,\); it must be \(12,\)"):
         objective.terms(E_BD[:4], E_BD, labels_B[:4], 0, E_BD)

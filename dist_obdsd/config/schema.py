@@ -1,32 +1,19 @@
-"""Typed, strict configuration: a YAML file and dotted overrides become one frozen ``Config``.
+"""The sections of a configuration. Every field has its meaning beside it.
 
-Every field has its meaning beside it. Anything unknown or impossible is refused here, before a process group or a GPU
-is touched, with a sentence that says what to change.
+Anything impossible is refused here, before a process group or a GPU is touched, with a sentence that says what to
+change.
 """
 
-import copy
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from dist_obdsd.errors import InputError
-from dist_obdsd.yamlfile import mistake, read_mapping
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from dist_obdsd.config.base import Count, NonNegative, Positive, Section
+from dist_obdsd.config.ranking import MultiSimilarity, Ranking
 
 
 class Data(Section):
@@ -94,16 +81,6 @@ class Model(Section):
     norm: Literal["frozen", "sync", "batch"] = "frozen"
     """BatchNorm: `frozen` keeps the pretrained statistics, `sync` takes them over all ranks (GPUs only), `batch` over
     each rank alone, which makes results depend on the number of ranks. small_cnn has GroupNorm and ignores this."""
-
-
-class Ranking(Section):
-    name: Literal["multi_similarity"] = "multi_similarity"
-    alpha: Positive = 2.0
-    beta: Positive = 40.0
-    threshold: float = 0.5
-    """The similarity lambda that positives should exceed and negatives stay below."""
-    margin: NonNegative = 0.1
-    """The mining margin epsilon."""
 
 
 class Distillation(Section):
@@ -203,7 +180,7 @@ class Config(Section):
     data: Data
     batch: Batch = Batch()
     model: Model = Model()
-    ranking: Ranking = Ranking()
+    ranking: Ranking = MultiSimilarity()
     distillation: Distillation = Distillation()
     optim: Optim = Optim()
     validation: Validation = Validation()
@@ -262,94 +239,3 @@ CHANGEABLE_ON_RESUME = (
     "data.max_bad_samples", "evaluation.backend",
     "tracking", "checkpoint",
 )  # fmt: skip
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply ``a.b=c`` overrides (values are YAML) and check everything.
-
-    Raises:
-        InputError: with one sentence per mistake.
-    """
-    example = "a mapping of settings; see configs/ for examples"
-    raw = read_mapping(Path(path), "config", "give the path of a YAML file", example)
-    return parse_config(override_config(raw, overrides), str(path))
-
-
-def override_config(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested settings with ``a.b=c`` overrides put in."""
-    raw = copy.deepcopy(raw)
-    for override in overrides:
-        _apply(raw, override)
-    return raw
-
-
-def parse_config(raw: dict[str, Any], origin: str) -> Config:
-    """Check a nested dictionary. ``origin`` names it in the error."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise InputError(f"{origin}: " + "; ".join(_sentences(error))) from error
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"override {override!r} is not of the form key=value, such as optim.lr=0.001")
-    try:
-        # YAML 1.1 reads 1e-3 as text; a bare number in exponent form means the number here.
-        value = yaml.safe_load(text)
-        if isinstance(value, str):
-            value = float(value) if _is_number(value) else value
-    except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: the value is not valid YAML") from error
-    *parents, leaf = key.split(".")
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise InputError(f"override {override!r}: {parent} is a single value, not a section")
-        node = child
-    node[leaf] = value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return any(c.isdigit() for c in text)
-
-
-def _sentences(error: ValidationError) -> Iterable[str]:
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, setting_names(), n=1, cutoff=0.0)
-            yield f"unknown setting {where}; did you mean {near[0]}?"
-        else:
-            yield mistake(where, item)
-
-
-def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted setting name, sections included."""
-    names = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += setting_names(field.annotation, f"{prefix}{name}.")
-    return names
-
-
-def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two dumped configs and must not, as ``name: old -> new`` (see CHANGEABLE_ON_RESUME)."""
-    changes = []
-    for key in sorted(old.keys() | new.keys()):
-        name = prefix + key
-        if name in CHANGEABLE_ON_RESUME:
-            continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes += changed_settings(a, b, f"{name}.")
-        elif a != b:
-            changes.append(f"{name}: {a} -> {b}")
-    return changes

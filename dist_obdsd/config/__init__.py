@@ -1,0 +1,48 @@
+"""Typed, strict configuration: a YAML file and dotted overrides become one frozen ``Config``."""
+
+from dist_obdsd.config.load import changed_settings, load_config, override_config, parse_config
+from dist_obdsd.config.ranking import (
+    Contrastive,
+    Margin,
+    MultiSimilarity,
+    ProxyAnchor,
+    PytorchMetricLearning,
+    Ranking,
+    Triplet,
+)
+from dist_obdsd.config.schema import (
+    Batch,
+    Checkpoint,
+    Config,
+    Data,
+    Distillation,
+    Evaluation,
+    Model,
+    Optim,
+    Tracking,
+    Validation,
+)
+
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "Config",
+    "Contrastive",
+    "Data",
+    "Distillation",
+    "Evaluation",
+    "Margin",
+    "Model",
+    "MultiSimilarity",
+    "Optim",
+    "ProxyAnchor",
+    "PytorchMetricLearning",
+    "Ranking",
+    "Tracking",
+    "Triplet",
+    "Validation",
+    "changed_settings",
+    "load_config",
+    "override_config",
+    "parse_config",
+]

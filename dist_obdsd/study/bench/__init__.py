@@ -1,0 +1,4 @@
+"""Benchmarks: figures as ratios and shapes within one run, on the machine at hand. ``dist-obdsd bench NAME``.
+
+Each has a module of its name here with ``run(options) -> rows``; ``options`` are the command line's.
+"""
