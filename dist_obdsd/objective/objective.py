@@ -14,15 +14,16 @@ import torch
 
 from dist_obdsd import config
 from dist_obdsd.errors import InputError
-from dist_obdsd.objective import distillation, manifold, ranking
-from dist_obdsd.objective.terms import Term, check_rows
+from dist_obdsd.objective import distillation, manifold
+from dist_obdsd.objective.ranking import MultiSimilarity
+from dist_obdsd.objective.terms import Term, View, check_rows
 
 
 class Objective:
     def __init__(self, ranking: config.Ranking, distillation: config.Distillation) -> None:
         if not isinstance(ranking, config.MultiSimilarity):
             raise InputError(f"ranking.name={ranking.name} is not in yet; set ranking.name=multi_similarity")
-        self.ranking, self.distillation = ranking, distillation
+        self.ranking, self.distillation = MultiSimilarity(ranking), distillation
 
     def terms(
         self,
@@ -53,16 +54,9 @@ class Objective:
             InputError: if shapes do not fit.
             RunError: if the diffusion cannot be solved.
         """
-        b, B = E_bD.shape[0], E_BD.shape[0]
-        check_rows("labels_B", labels_B, B, 1)
-        rows = slice(first_row, first_row + b)
-        options = self.ranking
-        terms = {
-            "ranking": ranking.multi_similarity(
-                E_bD, E_BD, labels_B[rows], labels_B, first_row,
-                alpha=options.alpha, beta=options.beta, threshold=options.threshold, margin=options.margin,
-            )
-        }  # fmt: skip
+        view = View(E_bD, E_BD, labels_B, first_row)
+        rows, B = view.rows, view.B
+        terms = self.ranking(view)
         settings = self.distillation
         if not settings.needs_teacher:
             T_BD = E_BD.detach()  # the uniform target reads its shape alone

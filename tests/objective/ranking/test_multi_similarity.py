@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from dist_obdsd import config
 from dist_obdsd.errors import InputError
-from dist_obdsd.objective.ranking import multi_similarity
-from dist_obdsd.objective.terms import Term
+from dist_obdsd.objective.ranking import MultiSimilarity
+from dist_obdsd.objective.terms import Term, View
 from tests import oracle
 from tests.objective.data import B, D, manifolds, unit_rows
 
@@ -19,8 +20,8 @@ LABELS = {
 
 
 def loss(E_BD: torch.Tensor, labels: list[int], rows: slice = slice(0, B), **changes: float) -> Term:
-    labels_B = torch.tensor(labels)
-    return multi_similarity(E_BD[rows], E_BD, labels_B[rows], labels_B, rows.start, **(PUBLISHED | changes))
+    ranking = MultiSimilarity(config.MultiSimilarity(**(PUBLISHED | changes)))
+    return ranking(View(E_BD[rows], E_BD, torch.tensor(labels), rows.start))["ranking"]
 
 
 @pytest.mark.parametrize("kind", manifolds())
@@ -132,8 +133,8 @@ def test_large_embeddings_do_not_overflow() -> None:
 def test_wrong_shapes_are_refused() -> None:
     E_BD, labels_B = unit_rows(0), torch.tensor(LABELS["pairs"])
     with pytest.raises(InputError, match=r"labels_B has shape \(11,\); it must be \(12,\)"):
-        multi_similarity(E_BD[:4], E_BD, labels_B[:4], labels_B[:11], 0, **PUBLISHED)
-    with pytest.raises(InputError, match=r"labels_b has shape \(4, 1\); it must be \(4,\)"):
-        multi_similarity(E_BD[:4], E_BD, labels_B[:4, None], labels_B, 0, **PUBLISHED)
+        View(E_BD[:4], E_BD, labels_B[:11], 0)
+    with pytest.raises(InputError, match=r"labels_B has shape \(12, 1\); it must be \(12,\)"):
+        View(E_BD[:4], E_BD, labels_B[:, None], 0)
     with pytest.raises(InputError, match="first_row is 9"):
-        multi_similarity(E_BD[:4], E_BD, labels_B[:4], labels_B, 9, **PUBLISHED)
+        View(E_BD[:4], E_BD, labels_B, 9)
