@@ -64,6 +64,10 @@ def target(
     transition_temperature: float,
     omega: float,
     mask_self: bool,
+    neighbours: int | None = None,
+    mutual: bool = False,
+    clip: bool = False,
+    power: float = 1.0,
 ) -> np.ndarray:
     """All B rows of a target, [B, B]."""
     T_BD = np.asarray(T_BD, dtype=np.float64)
@@ -75,15 +79,35 @@ def target(
     def distribution(scores: list[float], i: int) -> list[float]:
         return softmax_row([-math.inf if mask_self and j == i else scores[j] / temperature for j in range(B)])
 
+    def near(i: int, j: int) -> bool:
+        """Is j among the nearest of i? Those that tie with the last one are."""
+        if neighbours is None:
+            return True
+        others = sorted((S[i][x] for x in range(B) if x != i), reverse=True)
+        return S[i][j] >= others[min(neighbours, B - 1) - 1] - 1e-12
+
+    def edge(i: int, j: int) -> bool:
+        return i != j and (near(i, j) and near(j, i) if mutual else near(i, j) or near(j, i))
+
+    def sharpened(i: int, j: int) -> float:
+        s = max(S[i][j], 0.0) if clip or target == "obdsd_symmetric" else S[i][j]
+        return s**power if power != 1 else s
+
     P = np.array([distribution(S[i], i) for i in range(B)])
     if target == "psd":
         return P
+    isolated = [not any(edge(i, j) for j in range(B)) for i in range(B)]
     if target == "obdsd":
-        A = [softmax_row([-math.inf if j == i else S[i][j] / transition_temperature for j in range(B)])
-             for i in range(B)]  # fmt: skip
-        return (1 - omega) * np.linalg.inv(np.eye(B) - omega * np.array(A)) @ P
+        A = [
+            softmax_row([sharpened(i, j) / transition_temperature if edge(i, j) else -math.inf for j in range(B)])
+            if not isolated[i]
+            else [0.0] * B
+            for i in range(B)
+        ]
+        Q = (1 - omega) * np.linalg.inv(np.eye(B) - omega * np.array(A)) @ P
+        return np.array([P[i] if isolated[i] else Q[i] for i in range(B)])
     assert target == "obdsd_symmetric"
-    S0 = [[max(S[i][j], 0.0) if i != j else 0.0 for j in range(B)] for i in range(B)]
+    S0 = [[sharpened(i, j) if edge(i, j) else 0.0 for j in range(B)] for i in range(B)]
     degree = [math.fsum(row) for row in S0]
     A = [[S0[i][j] / math.sqrt(degree[i] * degree[j]) if S0[i][j] > 0 else 0.0 for j in range(B)] for i in range(B)]
     F = (1 - omega) * np.linalg.inv(np.eye(B) - omega * np.array(A)) @ np.array(S)
