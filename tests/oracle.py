@@ -89,7 +89,7 @@ def sampling_weights(distances: list[float], D: int, *, cutoff: float, nonzero_c
 def sampled_triplets(
     E_BD: torch.Tensor, labels: list[int], uniforms_BB: torch.Tensor, *, cutoff: float, nonzero_cutoff: float
 ) -> list[tuple[int, int, int | None]]:
-    """Anchor, positive and the negative drawn for them, by the inverse of the cumulative weights at uniforms_BB[a, p]."""
+    """Anchor, positive and the negative drawn for the two: where the cumulative weights pass uniforms_BB[a, p]."""
     B, D = E_BD.shape
     E_BD = E_BD.detach().double()
     triplets: list[tuple[int, int, int | None]] = []

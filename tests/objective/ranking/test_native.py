@@ -1,9 +1,9 @@
 """Contrastive, triplet, margin and proxy anchor loss: against double loops, finite differences and another library."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 
 from dist_obdsd import config
@@ -301,11 +301,10 @@ def test_uniforms_depend_on_seed_and_place_alone() -> None:
         assert abs(float(torch.corrcoef(torch.stack([whole.ravel(), other.ravel()]))[0, 1])) < 0.03
 
 
-@pytest.mark.parametrize("build", [lambda: uniforms(0, slice(0, 1), 4, torch.device("cpu"))])
-def test_uniforms_are_those_of_splitmix64(build: Callable[[], torch.Tensor]) -> None:
-    # The first outputs of SplitMix64 from seed 0, as in the reference implementation's published test vectors.
+def test_uniforms_are_those_of_splitmix64() -> None:
+    # Its first outputs from seed 0, as other implementations print them.
     words = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
-    assert build()[0].tolist() == [(word >> 32) / 2**32 for word in words]
+    assert uniforms(0, slice(0, 1), 4, torch.device("cpu"))[0].tolist() == [(word >> 32) / 2**32 for word in words]
 
 
 def test_initial_parameters_depend_on_the_seed_alone() -> None:
@@ -320,6 +319,23 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
     beta = build_ranking(config.Margin(), CLASSES, D, 0)
     assert isinstance(beta, Margin)
     assert beta.beta.tolist() == pytest.approx([1.2] * CLASSES)
+
+
+@pytest.mark.parametrize(
+    "settings", [config.MultiSimilarity(), *SETTINGS.values()], ids=["multi-similarity", *SETTINGS]
+)
+def test_nothing_waits_for_a_gpu_or_stays_on_the_cpu(settings: config.Ranking) -> None:
+    # Fake tensors know their device and shape but no values: reading one on the host or mixing devices is an error.
+    with FakeTensorMode():
+        E_BD, labels_B = torch.zeros(B, D, device="cuda"), torch.zeros(B, dtype=torch.int64, device="cuda")
+        loss = build_ranking(settings, CLASSES, D, 0)
+        for name, parameter in list(loss.named_parameters()):
+            setattr(loss, name, nn.Parameter(torch.empty_like(parameter, device="cuda")))
+        for term in loss(View(E_BD[4:8], E_BD, labels_B, 4)).values():
+            assert term.sum.device.type == term.count.device.type == "cuda"
+            assert term.sum.dtype == term.count.dtype == torch.float32
+            with pytest.raises(DataDependentOutputException):
+                term.count.item()
 
 
 def test_a_wrong_dimension_is_refused() -> None:

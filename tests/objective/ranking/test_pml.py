@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_metric_learning import distances, losses, miners
+from pytorch_metric_learning import distances, losses, miners, regularizers
 
 from dist_obdsd import config
 from dist_obdsd.errors import InputError, RunError
@@ -88,6 +88,11 @@ CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
         lambda: losses.TripletMarginLoss(distance=distances.CosineSimilarity()),
         None,
     ),
+    "pml.CircleLoss": (
+        {"embedding_regularizer": "pml.LpRegularizer", "embedding_reg_weight": 0.5},
+        lambda: losses.CircleLoss(embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.5),
+        None,
+    ),
     "pml.MultiSimilarityLoss": ({"beta": 40}, lambda: losses.MultiSimilarityLoss(beta=40), miners.MultiSimilarityMiner),
     "pml.FastAPLoss": ({}, losses.FastAPLoss, None),
     "pml.SupConLoss": ({}, losses.SupConLoss, miners.BatchHardMiner),
@@ -142,35 +147,41 @@ def test_the_number_of_classes_is_filled_in_but_not_over() -> None:
     assert build("pml.MarginLoss", {"learn_beta": True, "num_classes": None}).loss.beta.shape == (1,)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "pml.ArcfaceLos"}, r"ranking.name is pml.ArcfaceLos, which .* does not have among its losses; did you "
-         r"mean pml.ArcFaceLoss"),
-        ({"name": "pml.Xyz"}, r"does not have among its losses: AngularLoss, ArcFaceLoss"),
-        ({"name": "pml.BaseMetricLossFunction"}, "does not have among its losses"),
-        ({"name": "pml.TripletMarginLoss", "miner": "pml.MultiSimilarityMinr"}, r"ranking.miner is .* did you mean "
-         r"pml.MultiSimilarityMiner"),
-        ({"name": "pml.ArcFaceLoss", "kwargs": {"scal": 3}}, r"ranking.kwargs: pml.ArcFaceLoss has no argument scal; "
-         r"did you mean scale\?"),
-        ({"name": "pml.CosFaceLoss", "kwargs": {"foo": 3}}, r"has no argument foo; it takes .*'margin', 'scale'"),
-        ({"name": "pml.SupConLoss", "miner": "pml.TripletMarginMiner", "miner_kwargs": {"margn": 1}},
-         r"ranking.miner_kwargs: pml.TripletMarginMiner has no argument margn; did you mean margin"),
-        ({"name": "pml.RankedListLoss"}, r"cannot be made of \{\}: .*missing 2 required positional arguments"),
-        ({"name": "pml.PNPLoss", "kwargs": {"variant": "Q"}}, r"cannot be made of .*variant=Q but must be one of"),
-        ({"name": "pml.TripletMarginLoss", "kwargs": {"distance": "pml.CosinSimilarity"}},
-         r"ranking.kwargs.distance is .* did you mean pml.CosineSimilarity"),
-        ({"name": "pml.SmoothAPLoss"}, r"pml.SmoothAPLoss cannot work here: .* take FastAPLoss"),
-        ({"name": "pml.CrossBatchMemory"}, "cannot work here: .* earlier steps"),
-        ({"name": "pml.DistributedLossWrapper"}, "cannot work here: the batch is gathered already"),
-        ({"name": "pml.SupConLoss", "miner": "pml.EmbeddingsAlreadyPackagedAsTriplets"}, "cannot work here"),
-        ({"name": "pml.SupConLoss", "miner_kwargs": {"margin": 1}}, "miner_kwargs are given without a miner"),
-        ({"name": "pml.InstanceLoss", "miner": "pml.BatchHardMiner"}, r"ranking.name=pml.InstanceLoss with BatchHardMiner "
-         r"does not work with these settings: ValueError: indices_tuple is not supported"),
-        ({"name": "pml.TripletMarginLoss", "kwargs": {"reducer": "pml.DoNothingReducer"}}, "does not work with these"),
-        ({"name": "pml.TripletMarginLoss", "kwargs": {"margin": "wide"}}, "does not work with these settings"),
-    ],
-)  # fmt: skip
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"name": "pml.ArcfaceLos"}, "ranking.name is pml.ArcfaceLos, which .* its losses; did you mean pml.ArcFaceLoss"),
+    ({"name": "pml.Xyz"}, "does not have among its losses: AngularLoss, ArcFaceLoss"),
+    ({"name": "pml.BaseMetricLossFunction"}, "does not have among its losses"),
+    ({"name": "pml.SupConLoss", "miner": "pml.TripletMarginMinr"}, "miner is .* did you mean pml.TripletMarginMiner"),
+    (
+        {"name": "pml.ArcFaceLoss", "kwargs": {"scal": 3}},
+        r"ranking.kwargs: pml.ArcFaceLoss has no argument scal; did you mean scale\?",
+    ),
+    ({"name": "pml.CosFaceLoss", "kwargs": {"foo": 3}}, "has no argument foo; it takes .*'margin', 'scale'"),
+    (
+        {"name": "pml.SupConLoss", "miner": "pml.TripletMarginMiner", "miner_kwargs": {"margn": 1}},
+        "ranking.miner_kwargs: pml.TripletMarginMiner has no argument margn; did you mean margin",
+    ),
+    ({"name": "pml.RankedListLoss"}, r"cannot be made of \{\}: .*missing 2 required positional arguments"),
+    ({"name": "pml.PNPLoss", "kwargs": {"variant": "Q"}}, "cannot be made of .*variant=Q but must be one of"),
+    (
+        {"name": "pml.TripletMarginLoss", "kwargs": {"distance": "pml.CosinSimilarity"}},
+        "ranking.kwargs.distance is .* did you mean pml.CosineSimilarity",
+    ),
+    ({"name": "pml.SmoothAPLoss"}, "pml.SmoothAPLoss cannot work here: .* take FastAPLoss"),
+    ({"name": "pml.CrossBatchMemory"}, "cannot work here: .* earlier steps"),
+    ({"name": "pml.DistributedLossWrapper"}, "cannot work here: the batch is gathered already"),
+    ({"name": "pml.SupConLoss", "miner": "pml.EmbeddingsAlreadyPackagedAsTriplets"}, "cannot work here"),
+    ({"name": "pml.SupConLoss", "miner_kwargs": {"margin": 1}}, "miner_kwargs are given without a miner"),
+    (
+        {"name": "pml.InstanceLoss", "miner": "pml.BatchHardMiner"},
+        "pml.InstanceLoss with BatchHardMiner does not work with .*: ValueError: indices_tuple is not supported",
+    ),
+    ({"name": "pml.TripletMarginLoss", "kwargs": {"reducer": "pml.DoNothingReducer"}}, "does not work with these"),
+    ({"name": "pml.TripletMarginLoss", "kwargs": {"margin": "wide"}}, "does not work with these settings"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSALS)
 def test_what_cannot_work_is_refused_before_the_training(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(**{"kwargs": {}} | settings)
