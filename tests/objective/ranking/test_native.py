@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from dist_obdsd import config
 from dist_obdsd.errors import InputError
-from dist_obdsd.objective.ranking import Margin, ProxyAnchor, RankingLoss, build_ranking
+from dist_obdsd.objective.ranking import Margin, ProxyAnchor, RankingLoss, build_ranking, margin
 from dist_obdsd.objective.ranking.draws import uniforms
 from dist_obdsd.objective.terms import View
 from tests import oracle
@@ -261,6 +261,17 @@ def test_proxy_anchor_equals_pytorch_metric_learning(labels: list[int]) -> None:
     compare(our_loss, their_loss, E_BD)
 
 
+def test_a_negative_at_either_end_of_the_margin_is_not_semi_hard() -> None:
+    # Squared distances of 2, and of 4 between the first and the last, without any rounding.
+    E_BD = torch.eye(4, dtype=torch.float64)
+    E_BD[3] = -E_BD[0]
+    view = View(E_BD.requires_grad_(), E_BD, torch.tensor([0, 0, 1, 1]), 0)
+    for width, count in ((2.0, 0), (2.5, 2)):
+        (term,) = loss_of(config.Triplet(margin=width), 4)(view).values()
+        assert (term.sum.item(), term.count.item()) == (count * (width - 2), count)
+        assert bool(torch.autograd.grad(term.sum, E_BD)[0].any()) == (count > 0)
+
+
 def test_drawn_negatives_follow_the_weights() -> None:
     labels, draws = [0, 0, 0, *range(1, 10)], 4000
     loss = loss_of(config.Margin(), D)
@@ -276,6 +287,18 @@ def test_drawn_negatives_follow_the_weights() -> None:
     error = (counts / counts.sum() - expected).abs()
     assert (error < 4 * (expected / counts.sum()).sqrt() + 1e-9).all()
     assert expected[3:].max() > 3 * expected[3:][expected[3:] > 0].min()  # uniform draws would not pass
+
+
+@pytest.mark.parametrize(("uniform", "drawn"), [(0.0, 3), (1 - 2**-32, 8)])
+def test_the_ends_of_the_draw_are_negatives_too(uniform: float, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [0, 0, 0, *range(1, 7), 0, 0, 0]  # an anchor's own class lies at both ends of its cumulative weights
+    monkeypatch.setattr(margin, "uniforms", lambda *_: torch.full((B, B), uniform, dtype=torch.float64))
+    E_BD = unit_rows(3, spread=0.4)
+    view = View(E_BD, E_BD, torch.tensor(labels), 0)
+    drawn_BB, _ = loss_of(config.Margin(nonzero_cutoff=1.99), D).draw(
+        torch.cdist(E_BD, E_BD), view.positives_negatives()[1], view
+    )
+    assert (drawn_BB[:3] == drawn).all()
 
 
 def test_an_anchor_without_a_negative_in_reach_keeps_its_positives() -> None:
