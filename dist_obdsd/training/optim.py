@@ -11,6 +11,9 @@ import torch
 
 from dist_obdsd import config
 
+OBJECTIVE_RATE = 100
+"""Learning rate of the ranking loss's own parameters, in units of the student's, where the settings leave it open."""
+
 Named = tuple[str, torch.nn.Parameter]
 
 
@@ -39,7 +42,7 @@ def build_objective_optimizer(
         return None, 1.0
     ranking, optim = settings.ranking, settings.optim
     assert isinstance(ranking, config.Learnable), "a loss with parameters has settings for them"
-    own = {"lr": ranking.lr or optim.lr, "weight_decay": ranking.weight_decay}
+    own = {"lr": ranking.lr or OBJECTIVE_RATE * optim.lr, "weight_decay": ranking.weight_decay}
     return build_optimizer(optim.model_copy(update=own), parameters), own["lr"] / optim.lr
 
 
