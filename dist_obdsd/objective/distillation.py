@@ -1,65 +1,80 @@
 """Distillation: the student's similarities follow the target's, and figures that say what the target is like.
 
-Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
+Legend: b rows of this rank, B rows of the batch.
 """
 
 import math
+from typing import Any
 
 import torch
-from torch.nn import functional
 
 from dist_obdsd.errors import InputError
-from dist_obdsd.objective.terms import Term, similarity
+from dist_obdsd.objective.terms import Term
 
 NORMALISED = 1e-4
 """How far a target row's sum may be from 1."""
 
 
-def kl_term(E_bD: torch.Tensor, E_BD: torch.Tensor, target_bB: torch.Tensor, temperature: float) -> Term:
-    """KL(target || softmax(E E^T / temperature)), summed over this rank's rows (arXiv 2211.07566).
+def distil(S_bB: torch.Tensor, target_bB: torch.Tensor, temperature: float, first_row: int) -> dict[str, Term]:
+    """KL(target || softmax(S / temperature)) over this rank's rows (arXiv 2211.07566), and what the target is like.
 
-        KL_i = sum_j target_ij (log target_ij - log p_ij),   p_i = softmax_j(E_i . E_j / temperature)
+        KL_i = sum_j target_ij (log target_ij - log p_ij),   p_i = softmax_j(S_ij / temperature)
 
     The student's softmax always runs over all B columns, its own included, also where the target's own entry is masked.
 
     Args:
-        E_bD: unit rows of this rank.
-        E_BD: unit rows of all ranks, with gradient.
+        S_bB: the student's similarities of own rows to the batch, with gradient.
         target_bB: rows that sum to 1, without gradient; an entry of 0 contributes 0.
+        first_row: where the own rows begin in the batch.
 
     Returns:
-        Sum over this rank's rows, and b.
+        Sums over this rank's rows, and b: ``distillation``, the divergence; then, for the log, ``target_entropy`` in
+        nats, at most log B; ``target_kl_to_uniform`` = sum_j target_ij log(B target_ij), near 0 when there is nothing
+        to distil; ``target_self_mass`` = target_ii, near 1 when a row is all about itself; ``target_defects``, the
+        share of rows that are no distribution: a negative entry or a sum that is off by more than 1e-4.
 
     Raises:
         InputError: if the target has another shape.
     """
-    b, B = E_bD.shape[0], E_BD.shape[0]
+    b, B = S_bB.shape
     if target_bB.shape != (b, B):
         raise InputError(f"the target has shape {tuple(target_bB.shape)}; it must be {(b, B)}, own rows by batch")
-    log_p_bB = functional.log_softmax(similarity(E_bD, E_BD) / temperature, dim=1)
-    total = functional.kl_div(log_p_bB, target_bB.detach().to(log_p_bB.dtype), reduction="sum")
-    return Term(total, log_p_bB.new_full((), b))
-
-
-@torch.no_grad()
-def target_statistics(target_bB: torch.Tensor, first_row: int) -> dict[str, Term]:
-    """What a target is like, for the log, as means over the rows.
-
-    Returns:
-        ``target_entropy`` in nats, at most log B; ``target_kl_to_uniform`` = sum_j target_ij log(B target_ij), near 0
-        when there is nothing to distil; ``target_self_mass`` = target_ii, near 1 when a row is all about itself;
-        ``target_defects``, the share of rows that are no distribution: a negative entry or a sum that is off by more
-        than 1e-4.
-    """
-    b, B = target_bB.shape
-    count = target_bB.new_full((), b)
-    entropy = torch.special.entr(target_bB).sum()
-    sum_b = target_bB.sum(1)
-    # Put this way round NaN is a defect, too.
-    defects_b = ~((sum_b - 1).abs() <= NORMALISED) | ~(target_bB.amin(1) >= 0)
+    with torch.no_grad():
+        target_bB = target_bB.to(S_bB.dtype)
+        sum_b = target_bB.sum(1)
+        # A third of what xlogy takes; 0 log 0 is 0 here, too.
+        t_log_t_bB = target_bB.clamp_min(torch.finfo(S_bB.dtype).tiny).log_().mul_(target_bB)
+        entropy = -t_log_t_bB.sum()
+        # Put this way round NaN is a defect, too.
+        defects_b = ~((sum_b - 1).abs() <= NORMALISED) | ~(target_bB.amin(1) >= 0)
+        count = sum_b.new_full((), b)
     return {
+        "distillation": Term(_Divergence.apply(S_bB, target_bB, t_log_t_bB, sum_b, temperature), count),
         "target_entropy": Term(entropy, count),
         "target_kl_to_uniform": Term(math.log(B) * sum_b.sum() - entropy, count),
         "target_self_mass": Term(target_bB.diagonal(offset=first_row).sum(), count),
         "target_defects": Term(defects_b.sum().to(count.dtype), count),
     }
+
+
+class _Divergence(torch.autograd.Function):
+    """With its gradient written out: dKL_i / dS_ij = (p_ij sum_k target_ik - target_ij) / temperature."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        S_bB: torch.Tensor,
+        target_bB: torch.Tensor,
+        t_log_t_bB: torch.Tensor,
+        sum_b: torch.Tensor,
+        temperature: float,
+    ) -> torch.Tensor:
+        log_p_bB = (S_bB if temperature == 1 else S_bB / temperature).log_softmax(1)
+        total = t_log_t_bB.addcmul_(target_bB, log_p_bB, value=-1).sum()
+        ctx.save_for_backward(log_p_bB.exp_().mul_(sum_b[:, None]).sub_(target_bB).div_(temperature))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (slope_bB,) = ctx.saved_tensors
+        return slope_bB * grads[0], None, None, None, None

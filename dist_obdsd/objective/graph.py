@@ -9,9 +9,9 @@ Legend: n nodes, the rows of the batch first and then those of the memory; b own
 dimension.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 
@@ -40,8 +40,6 @@ class Graph(ABC):
 
     isolated_n: torch.Tensor
     """Nodes [n] without an edge."""
-    leading_n: torch.Tensor
-    """The unit eigenvector of N for its largest eigenvalue, 1: the square root of the degrees."""
 
     def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
         self.T_nD = T_nD.to(torch.promote_types(T_nD.dtype, torch.float32))
@@ -69,6 +67,11 @@ class Graph(ABC):
     def symmetric(self, rows: slice) -> torch.Tensor:
         """N [t, n]."""
 
+    @property
+    @abstractmethod
+    def leading_n(self) -> torch.Tensor:
+        """The unit eigenvector [n] of N for its largest eigenvalue, 1: the square root of the degrees."""
+
     # ---- between N's coordinates and A's ----------------------------------------------------------------------------
 
     @abstractmethod
@@ -87,7 +90,7 @@ class Graph(ABC):
 
     def start(self, rows: slice) -> torch.Tensor:
         """P = softmax(S / temperature) [t, n], over all nodes, its diagonal left out where the settings say so."""
-        return softmax(self.similarities(rows) / self.settings.temperature, rows.start, self.settings.mask_self)
+        return softmax(self.similarities(rows), self.settings.temperature, rows.start, self.settings.mask_self)
 
     def _sharpened(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """S after clipping and power [t, n], and which entries are edges, if not all but the diagonal."""
@@ -124,23 +127,29 @@ class WalkGraph(Graph):
     def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
         super().__init__(T_nD, settings)
         self._A_nn: torch.Tensor | None = None
-        tops, sums = [], []
+        tops, weights = [], []
         for tile in self.tiles:
             logits_tn = self._logits(tile)
-            m_t = logits_tn.amax(1)
-            m_t = m_t.masked_fill(m_t == -torch.inf, 0)
-            weights_tn = logits_tn.sub_(m_t[:, None]).exp_()
-            s_t = weights_tn.sum(1)
-            tops.append(m_t)
-            sums.append(s_t)
+            tops.append(logits_tn.amax(1))
+            A_tn = self._transition(logits_tn)
+            weights.append(A_tn.amax(1))  # 1/s, since the largest logit's share is exp(0) / s
             if self._S_nn is not None:
-                self._A_nn = weights_tn.div_(s_t.masked_fill(s_t == 0, 1)[:, None])
-        self._m_n, s_n = torch.cat(tops), torch.cat(sums)
-        self.isolated_n = s_n == 0
-        self._s_n = s_n.masked_fill(self.isolated_n, 1)
+                self._A_nn = A_tn
+        m_n, largest_n = torch.cat(tops), torch.cat(weights)
+        self.isolated_n = m_n == -torch.inf
+        self._m_n = m_n.masked_fill(self.isolated_n, 0)
+        self._s_n = 1 / largest_n.masked_fill(self.isolated_n, 1)
+
+    @cached_property
+    def leading_n(self) -> torch.Tensor:
         half_n = (self._m_n + self._s_n.log()).masked_fill(self.isolated_n, -torch.inf) / 2
         leading_n = (half_n - half_n.max()).exp()
-        self.leading_n = leading_n / leading_n.norm()
+        return leading_n / leading_n.norm()
+
+    def _transition(self, logits_tn: torch.Tensor) -> torch.Tensor:
+        A_tn = logits_tn.softmax(1)
+        # Without neighbours' edges every node has one; with them a row may be all -inf.
+        return A_tn if self._nearest_n is None else A_tn.nan_to_num(0)
 
     def _logits(self, rows: slice) -> torch.Tensor:
         S_tn, edges_tn = self._sharpened(rows)
@@ -151,20 +160,21 @@ class WalkGraph(Graph):
         return logits_tn
 
     def transition(self, rows: slice) -> torch.Tensor:
-        if self._A_nn is not None:
-            return self._A_nn[rows]
-        return self._logits(rows).sub_(self._m_n[rows, None]).exp_().div_(self._s_n[rows, None])
+        return self._A_nn[rows] if self._A_nn is not None else self._transition(self._logits(rows))
 
     def symmetric(self, rows: slice) -> torch.Tensor:
+        if self._A_nn is not None and rows == slice(0, self.n):
+            root_nn = self._A_nn.sqrt()
+            return root_nn * root_nn.T  # N_ij^2 = A_ij A_ji; cheaper than the logarithms' way
         half_n, root_n = self._m_n / 2, self._s_n.rsqrt()
         N_tn = self._logits(rows).sub_(half_n[rows, None]).sub_(half_n).exp_()
         return N_tn.mul_(root_n[rows, None]).mul_(root_n)
 
     def back(self, rows: slice) -> torch.Tensor:
         """exp((r_j - r_i)/2), r the logarithm of the degree. (exp(r/2) alone would overflow.)"""
-        limit = BACK_LIMIT[self._m_n.dtype]
-        shift_bn = ((self._m_n - self._m_n[rows, None]) / 2).clamp_(-limit, limit)
-        return shift_bn.exp_().mul_((self._s_n / self._s_n[rows, None]).sqrt_())
+        below_n = ((self._m_n - self._m_n.max()) / 2).clamp_min_(-BACK_LIMIT[self._m_n.dtype])
+        factor_n = below_n.exp_() * self._s_n.sqrt()
+        return factor_n / factor_n[rows, None]
 
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
         """A's rows sum to 1 and P's do, hence || error of the target ||_1 <= || e_i - y (I - omega A) ||_1.
@@ -176,6 +186,8 @@ class WalkGraph(Graph):
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
         """Row i is (1 - omega) y P, and P_i where i is isolated."""
         target_bn = sum_over_tiles(self.tiles, Y_bn, self.start).mul_(1 - self.settings.omega)
+        if self._nearest_n is None:
+            return target_bn
         return torch.where(self.isolated_n[rows, None], self.start(rows), target_bn)
 
 
@@ -192,7 +204,11 @@ class SymmetricGraph(Graph):
         self.isolated_n = degree_n == 0
         self._scale_n = degree_n.masked_fill(self.isolated_n, 1).rsqrt()
         self._reach = torch.cat(lengths).max() / settings.temperature
-        self.leading_n = degree_n.sqrt() / degree_n.sum().sqrt().clamp_min(torch.finfo(degree_n.dtype).tiny)
+        self._degree_n = degree_n
+
+    @cached_property
+    def leading_n(self) -> torch.Tensor:
+        return self._degree_n.sqrt() / self._degree_n.sum().sqrt().clamp_min(torch.finfo(self._degree_n.dtype).tiny)
 
     def _affinities(self, rows: slice) -> torch.Tensor:
         S_tn, edges_tn = self._sharpened(rows)
@@ -219,7 +235,7 @@ class SymmetricGraph(Graph):
         """Row i is softmax((1 - omega) y S / temperature), and P_i where i is isolated."""
         diffused_bn = sum_over_tiles(self.tiles, Y_bn, self.similarities).mul_(1 - self.settings.omega)
         diffused_bn = torch.where(self.isolated_n[rows, None], self.similarities(rows), diffused_bn)
-        return softmax(diffused_bn / self.settings.temperature, rows.start, self.settings.mask_self)
+        return softmax(diffused_bn, self.settings.temperature, rows.start, self.settings.mask_self)
 
 
 def sum_over_tiles(tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[slice], torch.Tensor]) -> torch.Tensor:
@@ -232,9 +248,11 @@ def sum_over_tiles(tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[sli
     return product_bn
 
 
-def softmax(logits_tn: torch.Tensor, first_row: int, mask_self: bool) -> torch.Tensor:
-    """Over each row [t, n]; its own node, the diagonal from ``first_row``, is left out where ``mask_self`` says so."""
+def softmax(S_tn: torch.Tensor, temperature: float, first_row: int, mask_self: bool) -> torch.Tensor:
+    """softmax(S / temperature) over each row [t, n]; a row's own node, on the diagonal from ``first_row``, is left out
+    where ``mask_self`` says so."""
+    logits_tn = S_tn if temperature == 1 else S_tn / temperature
     if mask_self:
         logits_tn = logits_tn.clone()
-        logits_tn.diagonal(offset=first_row).fill_(-math.inf)
+        logits_tn.diagonal(offset=first_row).fill_(-torch.inf)
     return logits_tn.softmax(1)

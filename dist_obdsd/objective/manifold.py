@@ -79,8 +79,8 @@ def target_rows(
             dtype = torch.promote_types(T_BD.dtype, torch.float32)
             return _exact(torch.full((rows.stop - rows.start, B), 1 / B, dtype=dtype, device=T_BD.device))
         if target == "psd":
-            logits_bB = similarity(T_BD[rows], T_BD) / settings.temperature
-            return _exact(softmax(logits_bB, rows.start, settings.mask_self))
+            S_bB = similarity(T_BD[rows], T_BD)
+            return _exact(softmax(S_bB, settings.temperature, rows.start, settings.mask_self))
         T_nD = T_BD if memory_MD is None or not len(memory_MD) else torch.cat([T_BD, memory_MD])
         solve = _diffused(T_nD, rows, settings)
         return solve if len(T_nD) == B else _within_batch(solve, T_BD, rows, settings)
@@ -155,7 +155,7 @@ def _within_batch(solve: Solve, T_BD: torch.Tensor, rows: slice, settings: confi
     target_bB = solve.target_bB[:, : T_BD.shape[0]]
     left_b = target_bB.sum(1)
     lost_b = left_b < LEAST_MASS
-    own_bB = softmax(similarity(T_BD[rows], T_BD) / settings.temperature, rows.start, settings.mask_self)
+    own_bB = softmax(similarity(T_BD[rows], T_BD), settings.temperature, rows.start, settings.mask_self)
     target_bB = torch.where(lost_b[:, None], own_bB, target_bB / left_b[:, None])
     error_b = (solve.error_b / left_b).masked_fill(lost_b, 0)
     return Solve(target_bB, error_b, solve.iterations, 1 - left_b)

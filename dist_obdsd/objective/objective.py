@@ -49,18 +49,18 @@ class Objective:
             RunError: if the diffusion cannot be solved.
         """
         terms = self.ranking(view)
-        settings, columns_BD, rows = self.distillation, view.E_BD, view.rows
+        settings, rows = self.distillation, view.rows
         if not settings.needs_teacher:
             T_BD = view.E_BD.detach()  # the uniform target reads its shape alone
         if settings.target == "none" or T_BD is None:
             return terms
         check_rows("T_BD", T_BD, view.B, 2)
+        S_bB = view.S_bB
         if settings.scope == "rank":
-            columns_BD, T_BD, rows = view.E_bD, T_BD[rows], slice(0, view.b)
+            S_bB, T_BD, rows = S_bB[:, rows], T_BD[rows], slice(0, view.b)
         solve = manifold.target_rows(T_BD, rows, settings, self.memory_MD)
         self._remember(T_BD)
-        terms["distillation"] = distillation.kl_term(view.E_bD, columns_BD, solve.target_bB, settings.temperature)
-        terms |= distillation.target_statistics(solve.target_bB, rows.start)
+        terms |= distillation.distil(S_bB, solve.target_bB, settings.temperature, rows.start)
         if settings.diffuses:
             count = terms["target_entropy"].count
             terms["target_residual"] = Term(solve.error_b.sum(), count)
@@ -101,13 +101,11 @@ class Objective:
             if "distillation" not in terms:
                 raise InputError(f"the ramp is {ramp} but the terms hold no distillation; give T_BD to terms()")
             factors["distillation"] = scale
-        parts = []
-        for name, factor in factors.items():
-            term = terms[name]
-            # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
-            count = global_counts[name].to(term.sum)
-            parts.append(term.sum * (factor * world_size / torch.where(count == 0, 1, count)))
-        return torch.stack(parts).sum()
+        sums_n = torch.stack([terms[name].sum for name in factors])
+        # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
+        counts_n = torch.stack([global_counts[name] for name in factors]).to(sums_n.dtype)
+        factors_n = sums_n.new_tensor([factor * world_size for factor in factors.values()])
+        return sums_n @ (factors_n / (counts_n + (counts_n == 0)))
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 

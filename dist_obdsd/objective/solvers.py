@@ -7,8 +7,8 @@ stall, Neumann's series can go on in those coordinates: every step shrinks the r
 Legend: n nodes, b own rows; rows of b x n matrices are systems of their own.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -21,8 +21,14 @@ CG_ITERATIONS = 200
 NEUMANN_ITERATIONS = 2000
 """At most; an omega of 0.99 needs 920 to shrink a residual by 1e-4."""
 
-Corrector = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
-"""From right-hand sides [b, n] in N's coordinates to solutions [b, n] and the iterations taken."""
+
+class Corrector(Protocol):
+    """Solves x (I - omega N) = c for rows of right-hand sides; returns solutions [b, n] and the iterations taken."""
+
+    def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
+        """For the unit vectors of the own rows."""
+
+    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]: ...
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,11 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
             NaN errors.
         neumann: go on with Neumann's series if the solver's corrections do not reach it.
     """
-    omega = graph.settings.omega
-    back_bn = graph.back(rows)
-    correct = cholesky(graph) if solver == "cholesky" else conjugate_gradients(graph, back_bn, tolerance / 4)
+    omega, back_bn = graph.settings.omega, graph.back(rows)
+    correct = Cholesky(graph) if solver == "cholesky" else ConjugateGradients(graph, back_bn, tolerance / 4)
+
+    def going_back(solved_bn: torch.Tensor) -> torch.Tensor:
+        return solved_bn if back_bn is None else solved_bn.mul_(back_bn)
 
     def residual(Y_bn: torch.Tensor) -> torch.Tensor:
         """e_i - y_i (I - omega A)."""
@@ -55,26 +63,25 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
         R_bn.diagonal(offset=rows.start).add_(1)
         return R_bn
 
-    T_nD = graph.T_nD
-    R_bn = torch.zeros(rows.stop - rows.start, graph.n, dtype=T_nD.dtype, device=T_nD.device)
-    R_bn.diagonal(offset=rows.start).fill_(1)
-    Y_bn, worst, iterations = torch.zeros_like(R_bn), float("inf"), 0
+    solved_bn, iterations = correct.unit_rows(rows)  # which are the same in both coordinates
+    # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
+    Y_bn = going_back(solved_bn).clamp_min_(0)
+    R_bn = residual(Y_bn)
+    error_b = graph.error(R_bn)
+    before, worst = float("inf"), float(error_b.max())  # the host waits here for the device
     for _ in range(CORRECTIONS):
-        correction_bn, taken = correct(R_bn if back_bn is None else R_bn / back_bn)
-        if back_bn is not None:
-            correction_bn = correction_bn * back_bn
-        # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
-        Y_bn = (Y_bn + correction_bn).clamp_min_(0)
+        if not tolerance < worst < before / 2:  # reached, stalled or NaN
+            break
+        solved_bn, taken = correct(R_bn if back_bn is None else R_bn / back_bn)
+        Y_bn = Y_bn.add_(going_back(solved_bn)).clamp_min_(0)
         R_bn = residual(Y_bn)
         error_b = graph.error(R_bn)
         iterations += taken
-        before, worst = worst, float(error_b.max())  # the host waits here for the device
-        if not tolerance < worst < before / 2:  # reached, stalled or NaN
-            break
+        before, worst = worst, float(error_b.max())
     for _ in range(NEUMANN_ITERATIONS if neumann else 0):
         if not worst > tolerance:
             break
-        Y_bn = (Y_bn + R_bn).clamp_min_(0)
+        Y_bn = Y_bn.add_(R_bn).clamp_min_(0)
         R_bn = residual(Y_bn)
         error_b = graph.error(R_bn)
         iterations += 1
@@ -84,58 +91,85 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
     return Inverse(Y_bn, error_b, iterations)
 
 
-def cholesky(graph: Graph) -> Corrector:
-    """All of I - omega N is factored once: n^3 / 3 operations and, for each correction, 2 b n^2."""
-    everything = slice(0, graph.n)
-    M_nn = graph.symmetric(everything).mul_(-graph.settings.omega)
-    M_nn.diagonal().add_(1)
-    # A failed factorisation shows in the residual, without a wait here.
-    factor_nn, _ = torch.linalg.cholesky_ex(M_nn)
-    return lambda C_bn: (torch.cholesky_solve(C_bn.T, factor_nn).T, 0)
+class Cholesky:
+    """All of I - omega N is factored once: n^3 / 3 operations. All rows of its inverse take 2 n^3 / 3 more, b of them
+    2 b n^2."""
+
+    def __init__(self, graph: Graph) -> None:
+        M_nn = graph.symmetric(slice(0, graph.n)).mul_(-graph.settings.omega)
+        M_nn.diagonal().add_(1)
+        # A failed factorisation shows in the residual, without a wait here.
+        self._factor_nn, _ = torch.linalg.cholesky_ex(M_nn)
+
+    def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
+        n = len(self._factor_nn)
+        if 3 * (rows.stop - rows.start) > n:
+            return torch.cholesky_inverse(self._factor_nn)[rows], 0
+        return self(unit_rows(rows, self._factor_nn))
+
+    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return torch.cholesky_solve(C_bn.T, self._factor_nn).T, 0
 
 
-def conjugate_gradients(graph: Graph, back_bn: torch.Tensor | None, tolerance: float) -> Corrector:
+class ConjugateGradients:
     """One run for each own row: 2 b n^2 operations an iteration, and n x n matrices only a tile at a time.
 
     The part along N's known leading eigenvector u, of eigenvalue 1, is solved directly, (c.u) / (1 - omega) u, and kept
     out of the iteration, which then sees only the rest of the spectrum (deflation).
-
-    Args:
-        tolerance: of the error that the residual stands for in A's coordinates. Below some 1e-6 of the right-hand side
-            float32 has nothing more to give, and the next correction takes over.
     """
-    u_n, omega = graph.leading_n, graph.settings.omega
-    # One tile is the whole matrix: made once, not in every iteration.
-    kept = [graph.symmetric(graph.tiles[0])] if len(graph.tiles) == 1 else None
-    floor = 8 * torch.finfo(u_n.dtype).eps
 
-    def times_N(X_bn: torch.Tensor) -> torch.Tensor:
-        return X_bn @ kept[0] if kept is not None else sum_over_tiles(graph.tiles, X_bn, graph.symmetric)
+    def __init__(self, graph: Graph, back_bn: torch.Tensor | None, tolerance: float) -> None:
+        """
+        Args:
+            tolerance: of the error that a residual stands for in A's coordinates. Below some 1e-6 of the right-hand
+                side float32 has nothing more to give, and the next correction takes over.
+        """
+        self._graph, self._back_bn, self._tolerance = graph, back_bn, tolerance
+        # One tile is the whole matrix: made once, not in every iteration.
+        self._N_nn = graph.symmetric(graph.tiles[0]) if len(graph.tiles) == 1 else None
 
-    def without_u(X_bn: torch.Tensor) -> torch.Tensor:
-        return X_bn.addr_(X_bn @ u_n, u_n, alpha=-1)
+    def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
+        return self(unit_rows(rows, self._graph.T_nD))
 
-    def correct(C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+        graph, u_n, omega, tiny = self._graph, self._graph.leading_n, self._graph.settings.omega, _tiny(C_bn)
         # Scaled to a largest entry of 1, since squares of what outliers leave would underflow.
-        size_b = C_bn.abs().amax(1).clamp_min(torch.finfo(C_bn.dtype).tiny)
+        size_b = C_bn.abs().amax(1).clamp_min(tiny)
         C_bn = C_bn / size_b[:, None]
         X_bn = torch.outer(C_bn @ u_n / (1 - omega), u_n)
-        R_bn = without_u(C_bn.clone())
+        R_bn = self._without_u(C_bn.clone())
         D_bn = R_bn.clone()
         rr_b = R_bn.square().sum(1)
-        enough_b = C_bn.square().sum(1) * floor**2
+        enough_b = C_bn.square().sum(1) * (8 * torch.finfo(C_bn.dtype).eps) ** 2
         iterations = 0
         while iterations < CG_ITERATIONS:
-            error_b = size_b * graph.error(R_bn if back_bn is None else R_bn * back_bn)
-            if bool(((error_b <= tolerance) | ~(rr_b > enough_b)).all()):
+            error_b = size_b * graph.error(R_bn if self._back_bn is None else R_bn * self._back_bn)
+            if bool(((error_b <= self._tolerance) | ~(rr_b > enough_b)).all()):
                 break
-            Q_bn = D_bn.add(times_N(D_bn), alpha=-omega)
-            step_b = rr_b / (D_bn * Q_bn).sum(1).clamp_min(torch.finfo(rr_b.dtype).tiny)
+            Q_bn = D_bn.add(self._times_N(D_bn), alpha=-omega)
+            step_b = rr_b / (D_bn * Q_bn).sum(1).clamp_min(tiny)
             X_bn.addcmul_(step_b[:, None], D_bn)
-            R_bn = without_u(R_bn.addcmul_(step_b[:, None], Q_bn, value=-1))
+            R_bn = self._without_u(R_bn.addcmul_(step_b[:, None], Q_bn, value=-1))
             before_b, rr_b = rr_b, R_bn.square().sum(1)
-            D_bn.mul_((rr_b / before_b.clamp_min(torch.finfo(rr_b.dtype).tiny))[:, None]).add_(R_bn)
+            D_bn.mul_((rr_b / before_b.clamp_min(tiny))[:, None]).add_(R_bn)
             iterations += 1
         return X_bn.mul_(size_b[:, None]), iterations
 
-    return correct
+    def _times_N(self, X_bn: torch.Tensor) -> torch.Tensor:
+        if self._N_nn is not None:
+            return X_bn @ self._N_nn
+        return sum_over_tiles(self._graph.tiles, X_bn, self._graph.symmetric)
+
+    def _without_u(self, X_bn: torch.Tensor) -> torch.Tensor:
+        return X_bn.addr_(X_bn @ self._graph.leading_n, self._graph.leading_n, alpha=-1)
+
+
+def unit_rows(rows: slice, like_nx: torch.Tensor) -> torch.Tensor:
+    """Rows of the identity [b, n]."""
+    unit_bn = like_nx.new_zeros(rows.stop - rows.start, len(like_nx))
+    unit_bn.diagonal(offset=rows.start).fill_(1)
+    return unit_bn
+
+
+def _tiny(x: torch.Tensor) -> float:
+    return torch.finfo(x.dtype).tiny

@@ -4,6 +4,7 @@ Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -57,6 +58,11 @@ class View:
     @property
     def world_size(self) -> int:
         return self.B // self.b
+
+    @cached_property
+    def S_bB(self) -> torch.Tensor:
+        """Similarities of own rows to all, with gradient: made once, so that their backward runs once, too."""
+        return similarity(self.E_bD, self.E_BD)
 
     def share(self, n: int) -> slice:
         """This rank's part of n things, near-equal over the ranks."""

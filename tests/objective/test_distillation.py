@@ -8,11 +8,21 @@ import torch
 from torch.nn import functional
 
 from dist_obdsd.errors import InputError
-from dist_obdsd.objective.distillation import kl_term, target_statistics
+from dist_obdsd.objective.distillation import distil
+from dist_obdsd.objective.terms import Term, similarity
 from tests import oracle
 from tests.objective.data import B, manifolds, unit_rows
 
 SHARP = {"target": "psd", "transition_temperature": 1.0, "omega": 0.0}
+
+
+def kl_term(E_bD: torch.Tensor, E_BD: torch.Tensor, target_bB: torch.Tensor, temperature: float) -> Term:
+    return distil(similarity(E_bD, E_BD), target_bB, temperature, 0)["distillation"]
+
+
+def target_statistics(target_bB: torch.Tensor, first_row: int) -> dict[str, Term]:
+    terms = distil(torch.zeros_like(target_bB), target_bB, 1.0, first_row)
+    return {name: term for name, term in terms.items() if name.startswith("target_")}
 
 
 def psd(T_BD: torch.Tensor, temperature: float, mask_self: bool = False) -> torch.Tensor:

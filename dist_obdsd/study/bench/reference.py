@@ -14,19 +14,20 @@ def multi_similarity(E_BD: torch.Tensor, labels_B: torch.Tensor, settings: confi
     S_BB = E_BD @ E_BD.T
     losses = []
     for i in range(len(labels_B)):
-        same_B = labels_B == labels_B[i]
-        negatives = S_BB[i][~same_B]
-        same_B[i] = False
-        positives = S_BB[i][same_B]
-        if not len(positives) or not len(negatives):
+        positive_B = labels_B == labels_B[i]
+        positive_B[i] = False
+        negative_B = labels_B != labels_B[i]
+        if not positive_B.any() or not negative_B.any():
             continue
-        kept_positives = positives[positives < negatives.max() + settings.margin]
-        kept_negatives = negatives[negatives > positives.min() - settings.margin]
-        if not len(kept_positives) or not len(kept_negatives):
+        positives, negatives = S_BB[i][positive_B], S_BB[i][negative_B]
+        keep_positive = positives - settings.margin < negatives.max()
+        keep_negative = negatives + settings.margin > positives.min()
+        if not keep_positive.any() or not keep_negative.any():
             continue
-        above = torch.exp(-settings.alpha * (kept_positives - settings.threshold)).sum()
-        below = torch.exp(settings.beta * (kept_negatives - settings.threshold)).sum()
-        losses.append(torch.log1p(above) / settings.alpha + torch.log1p(below) / settings.beta)
+        positives, negatives = positives[keep_positive], negatives[keep_negative]
+        above = torch.sum(torch.exp(-settings.alpha * (positives - settings.threshold)))
+        below = torch.sum(torch.exp(settings.beta * (negatives - settings.threshold)))
+        losses.append(torch.log(1 + above) / settings.alpha + torch.log(1 + below) / settings.beta)
     return torch.stack(losses).mean() if losses else (E_BD * 0).sum()
 
 
