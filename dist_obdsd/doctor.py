@@ -16,7 +16,7 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.reading import check_files
 from dist_obdsd.data.schedule import allowed_world_sizes, plan_from
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.evaluator import check_evaluable
+from dist_obdsd.evaluation.protocols import check_evaluable
 
 PARTS = {
     "torch": "everything",

@@ -13,7 +13,8 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.errors import InputError, RunError, sentence
-from dist_obdsd.evaluation.evaluator import EvaluationResult, check_evaluable, evaluate_split
+from dist_obdsd.evaluation.evaluator import EvaluationResult, evaluate_split
+from dist_obdsd.evaluation.protocols import check_evaluable
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher
 from dist_obdsd.objective.objective import Objective
