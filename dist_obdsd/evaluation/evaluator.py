@@ -17,10 +17,12 @@ from torch import nn
 
 from dist_obdsd import collectives, config
 from dist_obdsd.config import Config
-from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.data.manifest import Manifest, split_classes
 from dist_obdsd.data.stream import EvaluationBatch, evaluation_batches
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.census import check_counts, take_census
+from dist_obdsd.evaluation.census import Census, check_counts, take_census
+from dist_obdsd.evaluation.clustering import contingency, k_means, nmi, pairwise_f1
+from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
 from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, Failure, retrieve
 from dist_obdsd.runtime import Runtime
 
@@ -174,12 +176,14 @@ def measure(
     check_counts(census, expected_count, expected_classes)
     rows_nD, place_n = rows_nD[census.kept_n].to(device), census.place_n[census.kept_n]
     found = {name: retrieve(name, rows_nD, place_n, census, settings) for name in census.galleries or ("",)}
+    metrics = {
+        f"{name}/{metric}" if name else metric: value
+        for name, of in found.items()
+        for metric, value in of.metrics.items()
+    }
+    metrics |= _of_all_images(rows_nD, place_n, census, settings, seed, train_classes)
     return EvaluationResult(
-        metrics={
-            f"{name}/{metric}" if name else metric: value
-            for name, of in found.items()
-            for metric, value in of.metrics.items()
-        },
+        metrics=metrics,
         queries=sum(of.counts.queries for of in found.values()),
         gallery=sum(of.counts.gallery for of in found.values()),
         excluded=sum(of.counts.excluded for of in found.values()),
@@ -189,6 +193,37 @@ def measure(
         per_class=tuple(one for of in found.values() for one in of.per_class),
         failures=tuple(one for of in found.values() for one in of.failures),
     )
+
+
+def _of_all_images(
+    rows_nD: torch.Tensor,
+    place_n: torch.Tensor,
+    census: Census,
+    settings: config.Evaluation,
+    seed: int,
+    train_classes: int | None,
+) -> dict[str, float]:
+    """The metrics that know no queries: of queries and galleries together. Collective."""
+    metrics: dict[str, float] = {}
+    released = settings.conventions == "released"
+    classes_C, class_N = census.classes
+    place_n = place_n.to(rows_nD.device)
+    class_n = class_N.to(rows_nD.device)[place_n]
+    if {"nmi", "f1"} & set(settings.metrics):
+        clusters = train_classes if released else classes_C.numel()
+        if clusters is None:
+            raise InputError(
+                "evaluation.conventions=released makes as many clusters as there are training classes, which these "
+                "images do not tell; take nmi and f1 out of evaluation.metrics, or set evaluation.conventions=correct"
+            )
+        found = k_means(rows_nD, place_n, clusters, seed=seed)
+        table = contingency(class_n.cpu(), found.cluster_n.cpu())
+        metrics |= {name: of(table) for name, of in (("nmi", nmi), ("f1", pairwise_f1)) if name in settings.metrics}
+    if "distances" in settings.metrics:
+        metrics |= class_distances(rows_nD, class_n, classes_C.numel(), cosine=released)
+    if "rho_spectrum" in settings.metrics:
+        metrics["rho_spectrum"] = rho_spectrum(rows_nD, leave_out=int(released))
+    return metrics
 
 
 def evaluate_split(
@@ -219,6 +254,7 @@ def evaluate_split(
                 config=settings.evaluation,
                 device=runtime.device,
                 seed=settings.seed,
+                train_classes=len(split_classes(manifest, settings.validation.fraction, settings.seed)[0]),
             )
     finally:
         network.train(training)

@@ -37,8 +37,9 @@ def _check_gallery(images: Sequence[tuple[int, str]], gallery: str, name: str, s
     others = sum(offered.values()) - any(asks(role) and gallery_of(role) == gallery for _, role in images)
     if not any(matches):
         raise InputError(f"no query of the {name} has another image of its class to find; add images")
-    if others < max(settings.evaluation.recall_at):
+    longest = max(settings.evaluation.recall_at) if "recall" in settings.evaluation.metrics else 1
+    if others < longest:
         raise InputError(
-            f"evaluation.recall_at asks for {max(settings.evaluation.recall_at)} neighbours but a query of the {name} "
-            f"has {others} others; set evaluation.recall_at to smaller numbers, or add images"
+            f"evaluation.recall_at asks for {longest} neighbours but a query of the {name} has {others} others; set "
+            f"evaluation.recall_at to smaller numbers, or add images"
         )

@@ -8,11 +8,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dist_obdsd import collectives, config
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.census import Census
-from dist_obdsd.evaluation.metrics import map_at_r, recall_at_k
+from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
 from dist_obdsd.evaluation.search import Neighbours, nearest
 
 WORST = 16
@@ -84,38 +85,67 @@ def retrieve(
     """
     classes_C, class_N = census.classes
     offered_N = census.gallery_N == _number(census, gallery)
-    # R: gallery images of the query's class, the query itself excluded.
-    count_N = torch.bincount(class_N[offered_N], minlength=classes_C.numel())[class_N] - offered_N.long()
-    counted_N = census.asks_N & (count_N > 0)
-    asked, queries, offered = int(census.asks_N.sum()), int(counted_N.sum()), int(offered_N.sum())
+    size_N = torch.bincount(class_N[offered_N], minlength=classes_C.numel())[class_N]
+    count_N = size_N - offered_N.long()  # R: gallery images of the query's class, the query itself excluded
+    matched_N = census.asks_N & (count_N > 0)
+    asked, matched, offered = int(census.asks_N.sum()), int(matched_N.sum()), int(offered_N.sum())
     with collectives.agree("the count of queries"):
-        if not queries:
+        if not matched:
             raise InputError(
                 f"none of the {asked} queries has another image of its class among the {offered} gallery images"
                 f"{gallery and f' of {gallery}'}; evaluation needs classes with at least two images"
             )
+    if settings.conventions == "correct":
+        counted_N, size_N = matched_N, count_N
+    else:  # queries without a match count, and find nothing in what is taken for a class of one
+        counted_N, size_N, count_N = census.asks_N, size_N.clamp(min=1), count_N.clamp(min=1)
 
     is_query_n, is_offered_n = counted_N[place_n], offered_N[place_n]
     place_q = place_n[is_query_n]
+    needed = {"recall": max(settings.recall_at), "map@1000": 1000, "map@c": int(size_N[counted_N].max())}
+    needed |= dict.fromkeys(("map@r", "r_precision"), int(count_N[counted_N].max()))
+    width = max((needed[name] for name in settings.metrics if name in needed), default=1)
+    # Recall@k is refused where the gallery is smaller; an average precision has seen all there is.
+    others = offered - bool((counted_N & offered_N).any())
+    k = min(width, max(others, needed["recall"] if "recall" in settings.metrics else 1))
     # A place is as good as an id, since both have the same order, and it leads to the label at once.
     found = nearest(
         rows_nD[is_query_n],
         place_q.to(rows_nD.device),
         rows_nD[is_offered_n],
         place_n[is_offered_n].to(rows_nD.device),
-        max(*settings.recall_at, int(count_N[counted_N].max())),
+        k,
         backend=settings.backend,
     )
     found = Neighbours(found.scores_qk.cpu(), found.ids_qk.cpu())
+    class_N = class_N.int()
     relevant_qk = class_N[found.ids_qk] == class_N[place_q][:, None]
-    values = {f"recall@{k}": value_q for k, value_q in recall_at_k(relevant_qk, settings.recall_at).items()}
-    values["map@r"] = map_at_r(relevant_qk, count_N[place_q])
+    values = _values(nn.functional.pad(relevant_qk, (0, width - k)), count_N[place_q], size_N[place_q], settings)
     return Retrieval(
-        metrics=global_means(values),
-        counts=Counts(queries=queries, gallery=offered, excluded=asked - queries),
+        metrics=global_means(values) if values else {},
+        counts=Counts(queries=int(counted_N.sum()), gallery=offered, excluded=asked - int(counted_N.sum())),
         per_class=_per_class(gallery, relevant_qk[:, 0], class_N[place_q], classes_C),
         failures=_worst(gallery, found, relevant_qk, place_q, census),
     )
+
+
+def _values(
+    relevant_qk: torch.Tensor, count_q: torch.Tensor, size_q: torch.Tensor, settings: config.Evaluation
+) -> dict[str, torch.Tensor]:
+    """The per-query values of the metrics that are means over queries."""
+    values: dict[str, torch.Tensor] = {}
+    if "recall" in settings.metrics:
+        values |= {f"recall@{k}": value_q for k, value_q in recall_at_k(relevant_qk, settings.recall_at).items()}
+    if "map@r" in settings.metrics:
+        values["map@r"] = map_at_r(relevant_qk, count_q)
+    if "r_precision" in settings.metrics:
+        values["r_precision"] = r_precision(relevant_qk, count_q)
+    if "map@1000" in settings.metrics:
+        divisor_q = size_q if settings.conventions == "released" else None
+        values["map@1000"] = map_at_k(relevant_qk, count_q, 1000, divisor_q)
+    if "map@c" in settings.metrics:
+        values["map@c"] = map_at_class_size(relevant_qk, size_q)
+    return values
 
 
 def global_means(values: dict[str, torch.Tensor]) -> dict[str, float]:
