@@ -97,13 +97,13 @@ def retrieve(
             )
     if settings.conventions == "correct":
         counted_N, size_N = matched_N, count_N
-    else:  # queries without a match count, and find nothing in what is taken for a class of one
-        counted_N, size_N, count_N = census.asks_N, size_N.clamp(min=1), count_N.clamp(min=1)
+    else:  # queries without a match count, too
+        counted_N = census.asks_N
 
     is_query_n, is_offered_n = counted_N[place_n], offered_N[place_n]
     place_q = place_n[is_query_n]
     needed = {"recall": max(settings.recall_at), "map@1000": 1000, "map@c": int(size_N[counted_N].max())}
-    needed |= dict.fromkeys(("map@r", "r_precision"), int(count_N[counted_N].max()))
+    needed["map@r"] = needed["r_precision"] = int(count_N[counted_N].max())
     width = max((needed[name] for name in settings.metrics if name in needed), default=1)
     # Recall@k is refused where the gallery is smaller; an average precision has seen all there is.
     others = offered - bool((counted_N & offered_N).any())
@@ -120,7 +120,7 @@ def retrieve(
     found = Neighbours(found.scores_qk.cpu(), found.ids_qk.cpu())
     class_N = class_N.int()
     relevant_qk = class_N[found.ids_qk] == class_N[place_q][:, None]
-    values = _values(nn.functional.pad(relevant_qk, (0, width - k)), count_N[place_q], size_N[place_q], settings)
+    values = _values(_widened(relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], settings)
     return Retrieval(
         metrics=global_means(values) if values else {},
         counts=Counts(queries=int(counted_N.sum()), gallery=offered, excluded=asked - int(counted_N.sum())),
@@ -129,11 +129,27 @@ def retrieve(
     )
 
 
+def _widened(relevant_qk: torch.Tensor, count_q: torch.Tensor, width: int) -> torch.Tensor:
+    """Places beyond the end of the gallery, where there is nothing to find.
+
+    Where some queries are gallery images and some are not, the search ended one image early for the latter; that one is
+    of the query's class exactly if the class is not complete yet.
+    """
+    k = relevant_qk.shape[1]
+    if k == width:
+        return relevant_qk
+    relevant_qk, found_q = nn.functional.pad(relevant_qk, (0, width - k)), relevant_qk.sum(dim=1)
+    relevant_qk[:, k] = found_q < count_q
+    return relevant_qk
+
+
 def _values(
     relevant_qk: torch.Tensor, count_q: torch.Tensor, size_q: torch.Tensor, settings: config.Evaluation
 ) -> dict[str, torch.Tensor]:
     """The per-query values of the metrics that are means over queries."""
     values: dict[str, torch.Tensor] = {}
+    # A query that has nothing to find and yet counts finds nothing in what is taken for a class of one.
+    count_q, size_q = count_q.clamp(min=1), size_q.clamp(min=1)
     if "recall" in settings.metrics:
         values |= {f"recall@{k}": value_q for k, value_q in recall_at_k(relevant_qk, settings.recall_at).items()}
     if "map@r" in settings.metrics:
