@@ -11,6 +11,7 @@ from dist_obdsd.config.ranking import (
     Triplet,
 )
 from dist_obdsd.config.schema import (
+    SELECTION_METRIC,
     Batch,
     Checkpoint,
     Config,
@@ -24,6 +25,7 @@ from dist_obdsd.config.schema import (
 )
 
 __all__ = [
+    "SELECTION_METRIC",
     "Batch",
     "Checkpoint",
     "Config",

@@ -3,9 +3,37 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from dist_obdsd.config import Config
 from dist_obdsd.data.manifest import Manifest, asks, gallery_of
 from dist_obdsd.errors import InputError
+from dist_obdsd.seeds import rng
+
+
+def validation_subset(manifest: Manifest, classes: Sequence[int], settings: Config) -> list[int]:
+    """The validation classes that ``validation.max_images`` leaves room for, ascending.
+
+    Classes are taken whole, in an order that the seed gives, as long as they fit; what does not fit is passed over.
+
+    Raises:
+        InputError: fewer than two classes fit.
+    """
+    limit = settings.validation.max_images
+    if limit is None or not classes:
+        return sorted(classes)
+    sizes = Counter(label for shard in manifest.splits["train"] for label in shard.classes)
+    taken: list[int] = []
+    for label in rng(settings.seed, "validation images").permutation(np.array(sorted(classes))).tolist():
+        if sizes[label] <= limit:
+            taken.append(label)
+            limit -= sizes[label]
+    if len(taken) < 2:
+        raise InputError(
+            f"validation.max_images={settings.validation.max_images} has room for {len(taken)} whole classes and needs "
+            f"room for 2; set it to {sum(sorted(sizes[label] for label in classes)[-2:])} or more"
+        )
+    return sorted(taken)
 
 
 def check_evaluable(manifest: Manifest, settings: Config, validation_classes: Sequence[int]) -> None:
