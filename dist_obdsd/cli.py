@@ -254,8 +254,11 @@ def _bench(options: argparse.Namespace) -> int:
     bench = importlib.import_module(f"dist_obdsd.study.bench.{options.name}")
     rows = bench.run(options)
     print(report.table(rows))
+    found = bench.findings(rows) if hasattr(bench, "findings") else {}
+    for name, value in found.items():
+        print(f"{name}: {value:.3g}")
     if options.json is not None:
-        write_json(options.json, report.meta(options), rows)
+        write_json(options.json, report.meta(options) | found, rows)
     if options.plot is not None:
         report.plot(options.plot, rows, **bench.PLOT)
     return 0

@@ -83,6 +83,22 @@ def sum_across(x: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def average_gradients_(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Replace the parameters' gradients, in place, by their mean over the ranks, in one message. A gradient that is
+    missing counts as 0, so that ranks whose part of the loss did not touch a parameter still take part."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if world_size() == 1 or not parameters:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def broadcast_(tensors: Sequence[torch.Tensor], source: int = 0) -> None:
     """Overwrite the tensors, in place, with those of rank ``source``."""
     if world_size() > 1:

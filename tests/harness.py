@@ -15,6 +15,8 @@ from datetime import timedelta
 from typing import Any
 
 WORLD_SIZES = (1, 2, 3)
+MORE_WORLD_SIZES = (*WORLD_SIZES, 4)
+"""For what is claimed of four ranks, too; a fourth group costs time and memory, so few tests use it."""
 _groups: dict[int, "Group"] = {}
 
 

@@ -3,6 +3,7 @@
 from dist_obdsd.config.load import changed_settings, load_config, override_config, parse_config
 from dist_obdsd.config.ranking import (
     Contrastive,
+    Learnable,
     Margin,
     MultiSimilarity,
     ProxyAnchor,
@@ -33,6 +34,7 @@ __all__ = [
     "Data",
     "Distillation",
     "Evaluation",
+    "Learnable",
     "Margin",
     "Model",
     "MultiSimilarity",

@@ -14,7 +14,8 @@ class Learnable(Section):
     """A loss with parameters of its own, which have an optimizer of their own."""
 
     lr: Positive | None = None
-    """Learning rate of the loss's own parameters; unset: optim.lr. It follows optim.schedule."""
+    """Learning rate of the loss's own parameters, along optim.schedule; unset: 100 times optim.lr, as the authors of
+    proxy anchor chose."""
     weight_decay: NonNegative = 0.0
     """Of the loss's own parameters."""
 

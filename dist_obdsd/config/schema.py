@@ -73,6 +73,9 @@ class Batch(Section):
     """Images in one optimizer step over all ranks (B). Independent of the number of ranks."""
     samples_per_class: Annotated[int, Field(ge=2)] = 2
     """Images of one class in a group (K)."""
+    chunk: Count | None = None
+    """Images per rank that the network holds in memory with their gradient at a time; each is then embedded twice, and
+    the result is that of the whole batch. Unset: all at once."""
 
 
 class Model(Section):
@@ -98,10 +101,50 @@ class Distillation(Section):
     """How far the diffusion goes: 0 is psd."""
     mask_self: bool = False
     """Take each image's similarity to itself out of the target's start distribution P."""
+    neighbours: Count | None = None
+    """Let the diffusion run only along edges to the k nearest neighbours; unset: to all."""
+    mutual: bool = False
+    """With `neighbours`: an edge needs both images to be among each other's nearest; else one of them is enough."""
+    clip: bool = False
+    """Take negative similarities as 0 in the transition matrix. Target obdsd_symmetric always does."""
+    power: Positive = 1.0
+    """Raise the similarities in the transition matrix to this power; needs `clip`."""
+    scope: Literal["global", "rank"] = "global"
+    """Which images the target and the student's softmax run over: the global batch, or each rank's own part of it, as
+    in a published run per GPU. `rank` is the one objective that depends on the number of ranks."""
+    memory: Annotated[int, Field(ge=0)] = 0
+    """Teacher embeddings of earlier batches of the epoch that the diffusion also runs over (images)."""
+    solver: Literal["auto", "cholesky", "cg"] = "auto"
+    """Who solves the diffusion: `cholesky` for all rows at once, `cg` (conjugate gradients) for a rank's own rows."""
+    tolerance: Positive = 1e-4
+    """Largest L1 error of a target's row; a solve that does not reach it stops the run."""
+    memory_gib: Positive = 2.0
+    """What one rank may spend on matrices over all pairs of images; beyond it they are made anew tile by tile."""
 
     @property
     def needs_teacher(self) -> bool:
         return self.target not in ("none", "uniform")
+
+    @property
+    def diffuses(self) -> bool:
+        return self.target in ("obdsd", "obdsd_symmetric")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.power != 1 and not self.clip and self.target != "obdsd_symmetric":
+            raise ValueError(
+                f"distillation.power={self.power} of a negative similarity is undefined; set distillation.clip=true"
+            )
+        if self.mutual and self.neighbours is None:
+            raise ValueError("distillation.mutual has no effect without distillation.neighbours; set that, too")
+        if self.memory and not self.diffuses:
+            raise ValueError(
+                f"distillation.memory={self.memory} has no effect on target {self.target}, which does not diffuse; "
+                f"set distillation.memory=0 or target obdsd"
+            )
+        if self.memory and self.scope == "rank":
+            raise ValueError("distillation.memory holds the global batch's images; set distillation.scope=global")
+        return self
 
 
 class Optim(Section):
@@ -196,6 +239,8 @@ class Config(Section):
     """Stop the whole run after this many optimizer steps (for trials); unset: all of them."""
     max_nonfinite_steps: Count = 10
     """Consecutive steps with a NaN or infinite loss or gradient, each skipped, after which the run stops."""
+    debug: bool = False
+    """Wait for every step's numbers and stop at the first NaN, infinity or target that is no distribution."""
     strategy: Literal["ddp"] = "ddp"
     data: Data
     batch: Batch = Batch()
@@ -233,6 +278,11 @@ class Config(Section):
                 "epochs=1 with distillation has no effect, since the ramp epoch/epochs is 0 throughout; "
                 "set epochs to 2 or more, or distillation.target=none"
             )
+        if self.batch.chunk is not None and self.model.norm != "frozen" and self.model.backbone.startswith("resnet"):
+            raise ValueError(
+                f"model.norm={self.model.norm} would take BatchNorm's statistics of a chunk, not of the batch; "
+                f"set model.norm=frozen or leave batch.chunk out"
+            )
         if self.model.backbone != "small_cnn" and self.data.channels != 3:
             raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
         if self.model.backbone == "small_cnn" and self.model.pretrained == "torchvision":
@@ -262,7 +312,7 @@ class Config(Section):
 
 # Settings that may differ between a run and its continuation: none of them can change a result.
 CHANGEABLE_ON_RESUME = (
-    "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "data.workers", "data.shards",
-    "data.max_bad_samples", "evaluation.backend",
+    "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
+    "data.workers", "data.shards", "data.max_bad_samples", "evaluation.backend",
     "tracking", "checkpoint",
 )  # fmt: skip

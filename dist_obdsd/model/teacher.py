@@ -37,7 +37,7 @@ class ProgressiveTeacher:
         """
         self.network.load_state_dict(student.state_dict())
         self.epoch = epoch
-        check_identical(self.network)
+        check_identical("the teacher", self.network)
 
     def state(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "epoch": self.epoch}
@@ -45,7 +45,7 @@ class ProgressiveTeacher:
     def load(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.epoch = state["epoch"]
-        check_identical(self.network)
+        check_identical("the teacher", self.network)
 
 
 def fingerprints(network: nn.Module) -> dict[str, str]:
@@ -58,8 +58,8 @@ def fingerprints(network: nn.Module) -> dict[str, str]:
     }
 
 
-def check_identical(network: nn.Module) -> None:
-    """Compare a network's bytes across the ranks. Collective.
+def check_identical(what: str, network: nn.Module) -> None:
+    """Compare a network's bytes across the ranks; ``what`` it is goes into the error. Collective.
 
     Raises:
         RunError: on every rank, with the names of the tensors that differ.
@@ -69,6 +69,6 @@ def check_identical(network: nn.Module) -> None:
     if differing:
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
         raise RunError(
-            f"the teacher differs between ranks in {len(differing)} tensors ({shown}); "
+            f"{what} differs between ranks in {len(differing)} tensors ({shown}); "
             f"check that all nodes run the same versions, and resume from the last checkpoint"
         )

@@ -11,6 +11,9 @@ from torch.nn import functional
 from dist_obdsd.errors import InputError
 from dist_obdsd.objective.terms import Term, similarity
 
+NORMALISED = 1e-4
+"""How far a target row's sum may be from 1."""
+
 
 def kl_term(E_bD: torch.Tensor, E_BD: torch.Tensor, target_bB: torch.Tensor, temperature: float) -> Term:
     """KL(target || softmax(E E^T / temperature)), summed over this rank's rows (arXiv 2211.07566).
@@ -44,13 +47,19 @@ def target_statistics(target_bB: torch.Tensor, first_row: int) -> dict[str, Term
 
     Returns:
         ``target_entropy`` in nats, at most log B; ``target_kl_to_uniform`` = sum_j target_ij log(B target_ij), near 0
-        when there is nothing to distil; ``target_self_mass`` = target_ii, near 1 when a row is all about itself.
+        when there is nothing to distil; ``target_self_mass`` = target_ii, near 1 when a row is all about itself;
+        ``target_defects``, the share of rows that are no distribution: a negative entry or a sum that is off by more
+        than 1e-4.
     """
     b, B = target_bB.shape
     count = target_bB.new_full((), b)
     entropy = torch.special.entr(target_bB).sum()
+    sum_b = target_bB.sum(1)
+    # Put this way round NaN is a defect, too.
+    defects_b = ~((sum_b - 1).abs() <= NORMALISED) | ~(target_bB.amin(1) >= 0)
     return {
         "target_entropy": Term(entropy, count),
-        "target_kl_to_uniform": Term(math.log(B) * target_bB.sum() - entropy, count),
+        "target_kl_to_uniform": Term(math.log(B) * sum_b.sum() - entropy, count),
         "target_self_mass": Term(target_bB.diagonal(offset=first_row).sum(), count),
+        "target_defects": Term(defects_b.sum().to(count.dtype), count),
     }

@@ -5,72 +5,69 @@
 (arXiv 2211.07566). Every rank computes its own rows against all columns and hands on sums and counts, never means: the
 ranks may keep different numbers of anchors, and a mean of their means is another loss.
 
-Legend: b rows of this rank, B rows of the global batch, D embedding dimension, W ranks.
+Legend: b rows of this rank, B rows of the global batch, M of the memory, D embedding dimension, W ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from dist_obdsd import config
 from dist_obdsd.errors import InputError
 from dist_obdsd.objective import distillation, manifold
-from dist_obdsd.objective.ranking import MultiSimilarity
+from dist_obdsd.objective.ranking import RankingLoss, build_ranking
 from dist_obdsd.objective.terms import Term, View, check_rows
 
 
 class Objective:
-    def __init__(self, ranking: config.Ranking, distillation: config.Distillation) -> None:
-        if not isinstance(ranking, config.MultiSimilarity):
-            raise InputError(f"ranking.name={ranking.name} is not in yet; set ranking.name=multi_similarity")
-        self.ranking, self.distillation = MultiSimilarity(ranking), distillation
+    """The ranking loss with its own parameters, the distillation's settings, and the manifold's memory."""
 
-    def terms(
-        self,
-        E_bD: torch.Tensor,
-        E_BD: torch.Tensor,
-        labels_B: torch.Tensor,
-        first_row: int,
-        T_BD: torch.Tensor | None = None,
-    ) -> dict[str, Term]:
+    def __init__(self, ranking: RankingLoss, distillation: config.Distillation) -> None:
+        self.ranking, self.distillation = ranking, distillation
+        self.memory_MD: torch.Tensor | None = None
+        """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
+
+    def terms(self, view: View, T_BD: torch.Tensor | None = None) -> dict[str, Term]:
         """This rank's share of every term.
 
         The names and their order are the same on every rank. All hang on ``E_BD`` or are without gradient: the
         backward of its gather is a collective, so a rank without a single anchor must enter it, too.
 
         Args:
-            E_bD: the student's unit rows of this rank.
-            E_BD: those of all ranks, in rank order, with gradient.
-            labels_B: integer class of each row.
-            first_row: where this rank's rows begin in the batch.
+            view: the student's rows.
             T_BD: the teacher's unit rows; their D may differ. Left out where ``needs_teacher`` says so.
 
         Returns:
-            ``ranking`` first; ``distillation`` if there is a target; then those that are only logged: the target's
-            ``target_entropy``, ``target_kl_to_uniform``, ``target_self_mass`` and, of a diffused target,
-            ``target_residual`` (mean bound on a row's L1 error).
+            The ranking loss's parts first, named ``ranking`` or ``ranking_...``; ``distillation`` if there is a target;
+            then those that are only logged: ``target_entropy``, ``target_kl_to_uniform``, ``target_self_mass``,
+            ``target_defects`` and, of a diffused target, ``target_residual`` (mean bound on a row's L1 error),
+            ``target_iterations`` and, with a memory, ``target_dropped_mass``.
 
         Raises:
             InputError: if shapes do not fit.
             RunError: if the diffusion cannot be solved.
         """
-        view = View(E_bD, E_BD, labels_B, first_row)
-        rows, B = view.rows, view.B
         terms = self.ranking(view)
-        settings = self.distillation
+        settings, columns_BD, rows = self.distillation, view.E_BD, view.rows
         if not settings.needs_teacher:
-            T_BD = E_BD.detach()  # the uniform target reads its shape alone
+            T_BD = view.E_BD.detach()  # the uniform target reads its shape alone
         if settings.target == "none" or T_BD is None:
             return terms
-        check_rows("T_BD", T_BD, B, 2)
-        solve = manifold.target_rows(
-            T_BD, rows, target=settings.target, temperature=settings.temperature,
-            transition_temperature=settings.transition_temperature, omega=settings.omega, mask_self=settings.mask_self,
-        )  # fmt: skip
-        terms["distillation"] = distillation.kl_term(E_bD, E_BD, solve.target_bB, settings.temperature)
-        terms |= distillation.target_statistics(solve.target_bB, first_row)
-        if settings.target in ("obdsd", "obdsd_symmetric"):
-            terms["target_residual"] = Term(solve.residual_b.sum(), terms["target_entropy"].count)
+        check_rows("T_BD", T_BD, view.B, 2)
+        if settings.scope == "rank":
+            columns_BD, T_BD, rows = view.E_bD, T_BD[rows], slice(0, view.b)
+        solve = manifold.target_rows(T_BD, rows, settings, self.memory_MD)
+        self._remember(T_BD)
+        terms["distillation"] = distillation.kl_term(view.E_bD, columns_BD, solve.target_bB, settings.temperature)
+        terms |= distillation.target_statistics(solve.target_bB, rows.start)
+        if settings.diffuses:
+            count = terms["target_entropy"].count
+            terms["target_residual"] = Term(solve.error_b.sum(), count)
+            terms["target_iterations"] = Term(torch.full_like(count, solve.iterations), torch.ones_like(count))
+            if settings.memory:
+                dropped = count.new_zeros(()) if solve.dropped_b is None else solve.dropped_b.sum()
+                terms["target_dropped_mass"] = Term(dropped, count)
         return terms
 
     def ramp(self, epoch: int, epochs: int) -> float:
@@ -88,7 +85,8 @@ class Objective:
 
         With the gathered rows' gradients summed over the ranks, rank r's parameter gradient is that of everyone's loss
         through r's rows. DDP then takes the mean over the W ranks. So each term enters as local_sum * W / global_count,
-        and what DDP makes is exactly d(global_sum / global_count), as in one process with the whole batch.
+        and what DDP makes is exactly d(global_sum / global_count), as in one process with the whole batch. The same
+        holds for the ranking loss's own parameters, whose gradients are averaged, too.
 
         Args:
             global_counts: each term's count, summed over the ranks. A count of 0 gives a loss and a gradient of 0.
@@ -96,16 +94,75 @@ class Objective:
         Raises:
             InputError: if the ramp asks for distillation and ``terms`` had no teacher.
         """
-        factors = {"ranking": 1.0}
+        factors = {name: 1.0 for name in terms if is_ranking(name)}
         settings = self.distillation
         scale = ramp * settings.weight * settings.temperature**2
         if settings.target != "none" and scale > 0:
             if "distillation" not in terms:
                 raise InputError(f"the ramp is {ramp} but the terms hold no distillation; give T_BD to terms()")
             factors["distillation"] = scale
-        total = terms["ranking"].sum.new_zeros(())
+        parts = []
         for name, factor in factors.items():
             term = terms[name]
-            count = global_counts[name].to(term.sum).clamp(min=1)
-            total = total + term.sum * (factor * world_size / count)
-        return total
+            # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
+            count = global_counts[name].to(term.sum)
+            parts.append(term.sum * (factor * world_size / torch.where(count == 0, 1, count)))
+        return torch.stack(parts).sum()
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def _remember(self, T_BD: torch.Tensor) -> None:
+        if self.distillation.memory:
+            known = [] if self.memory_MD is None else [self.memory_MD]
+            self.memory_MD = torch.cat([T_BD, *known])[: self.distillation.memory]
+
+    def forget(self) -> None:
+        """Empty the memory: another teacher's rows would not fit those of the next one."""
+        self.memory_MD = None
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the ranking loss's parameters and the memory."""
+        return {"objective": self.ranking.state_dict(), "manifold_memory": self.memory_MD}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """The inverse of ``state``."""
+        self.ranking.load_state_dict(state["objective"])
+        memory_MD = state["manifold_memory"]
+        self.memory_MD = None if memory_MD is None else memory_MD.to(device)
+
+
+def is_ranking(name: str) -> bool:
+    """Whether a term is the ranking loss or a part of it."""
+    return name.partition("_")[0] == "ranking"
+
+
+def build_objective(settings: config.Config, classes: Sequence[int], device: torch.device) -> Objective:
+    """The objective of a run, with freshly initialised parameters: the same on every rank.
+
+    Args:
+        classes: the training classes.
+
+    Raises:
+        InputError: the ranking loss is unknown or cannot take its arguments.
+    """
+    ranking = build_ranking(settings.ranking, len(classes), settings.model.embedding_dim, settings.seed)
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    return Objective(ranking.to(device=device, dtype=dtype), settings.distillation)
+
+
+def class_indices(labels_B: torch.Tensor, classes_C: torch.Tensor) -> torch.Tensor:
+    """Class ids of the manifest [B], on the CPU, as indices 0 to C-1 among the sorted training classes [C].
+
+    Raises:
+        InputError: a label is no training class, or the batch has fewer than two classes.
+    """
+    index_B = torch.searchsorted(classes_C, labels_B).clamp_(max=len(classes_C) - 1)
+    unknown_B = classes_C[index_B] != labels_B
+    if unknown_B.any():
+        raise InputError(f"a batch holds class {int(labels_B[unknown_B][0])}, which is no training class")
+    if (index_B == index_B[0]).all():
+        raise InputError(
+            f"all {len(labels_B)} images of a batch are of class {int(labels_B[0])}; a ranking loss needs two classes, "
+            f"so raise batch.global_size or lower batch.samples_per_class"
+        )
+    return index_B

@@ -4,12 +4,15 @@ The rate is a pure function of the position, so a resumed run has no scheduler s
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from dist_obdsd import config
+
+OBJECTIVE_RATE = 100
+"""Learning rate of the ranking loss's own parameters, in units of the student's, where the settings leave it open."""
 
 Named = tuple[str, torch.nn.Parameter]
 
@@ -31,6 +34,18 @@ def build_optimizer(settings: config.Optim, parameters: Iterable[Named]) -> torc
     return kind(trainable, settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
+def build_objective_optimizer(
+    settings: config.Config, parameters: Sequence[Named]
+) -> tuple[torch.optim.Optimizer | None, float]:
+    """The optimizer of the ranking loss's own parameters, if there are any, and its rate in units of the student's."""
+    if not parameters:
+        return None, 1.0
+    ranking, optim = settings.ranking, settings.optim
+    assert isinstance(ranking, config.Learnable), "a loss with parameters has settings for them"
+    own = {"lr": ranking.lr or OBJECTIVE_RATE * optim.lr, "weight_decay": ranking.weight_decay}
+    return build_optimizer(optim.model_copy(update=own), parameters), own["lr"] / optim.lr
+
+
 def learning_rate(settings: config.Optim, epoch: int, epochs: int, progress: float, global_step: int) -> float:
     """The learning rate of one step.
 
@@ -49,15 +64,19 @@ def learning_rate(settings: config.Optim, epoch: int, epochs: int, progress: flo
     return rate
 
 
-def state_by_name(optimizer: torch.optim.Optimizer, parameters: Iterable[Named]) -> dict[str, dict[str, Any]]:
+def state_by_name(optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named]) -> dict[str, dict[str, Any]]:
     """The optimizer's state under the parameters' names: a layout that does not depend on how they were grouped."""
+    if optimizer is None:
+        return {}
     return {name: dict(optimizer.state[p]) for name, p in parameters if p in optimizer.state}
 
 
 def load_state_by_name(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[Named], state: dict[str, dict[str, Any]]
+    optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named], state: dict[str, dict[str, Any]]
 ) -> None:
     """The inverse of ``state_by_name``. Tensors move to their parameter's device."""
+    if optimizer is None:
+        return
     for name, p in parameters:
         if name in state:
             optimizer.state[p] = {

@@ -4,7 +4,7 @@ Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,10 @@ from dist_obdsd.config import Config
 from dist_obdsd.data.stream import Batch
 from dist_obdsd.errors import RunError
 from dist_obdsd.model.teacher import ProgressiveTeacher
-from dist_obdsd.objective.objective import Objective
+from dist_obdsd.objective.objective import Objective, class_indices, is_ranking
+from dist_obdsd.objective.terms import View
 from dist_obdsd.runtime import Runtime
+from dist_obdsd.seeds import derive
 from dist_obdsd.training.optim import learning_rate
 from dist_obdsd.training.strategy import DDPStrategy
 
@@ -70,9 +72,14 @@ class TrainStep:
         strategy: DDPStrategy,
         teacher: ProgressiveTeacher | None,
         objective: Objective,
+        classes: Sequence[int],
     ) -> None:
+        """
+        Args:
+            classes: the training classes, sorted.
+        """
         self.settings, self.runtime, self.strategy = settings, runtime, strategy
-        self.teacher, self.objective = teacher, objective
+        self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
 
     def __call__(
         self, batch: Batch, position: Position, progress: float, stop_requested: bool
@@ -84,26 +91,28 @@ class TrainStep:
             stop_requested: whether this rank was asked to stop; any rank's wish reaches all.
 
         Returns:
-            Names, and the [n] numbers that they name, still on the device: global means of every term, the
-            gradient's norm, whether the step was masked, whether any rank wants to stop, the learning rate and the
-            number of anchors.
+            Names, and the [n] numbers that they name, still on the device: the ranking loss, global means of every
+            term, the gradient's norm, whether the step was masked, whether any rank wants to stop, the learning rate
+            and the number of anchors (of what the ranking loss's first part is a mean over).
         """
         if (batch.epoch, batch.step) != (position.epoch, position.step):
             raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {position}; this is a defect")
         device = self.runtime.device
         ramp = self.objective.ramp(position.epoch, self.settings.epochs)
         images_b = batch.images_b.to(device, non_blocking=True)
-        labels_B = batch.labels_B.to(device, non_blocking=True)
+        labels_B = class_indices(batch.labels_B, self.classes_C).to(device, non_blocking=True)
         E_bD = self.strategy.embed(images_b)
         T_BD = None
         if self.teacher is not None and self.objective.needs_teacher(ramp):
             with self.strategy.autocast():
-                T_bD = self.teacher(images_b)
+                chunks = images_b.split(self.settings.batch.chunk or images_b.shape[0])
+                T_bD = torch.cat([self.teacher(images) for images in chunks])
             T_BD = collectives.gather_rows(T_bD, check_sizes=False)
         # Sizes come from a config that all ranks share, so comparing them once is enough.
         E_BD = collectives.gather_rows(E_bD, check_sizes=position.global_step == 0)
         first_row = self.runtime.rank * E_bD.shape[0]
-        terms = self.objective.terms(E_bD, E_BD, labels_B, first_row, T_BD)
+        seed = derive(self.settings.seed, "ranking", position.epoch, position.step)
+        terms = self.objective.terms(View(E_bD, E_BD, labels_B, first_row, seed), T_BD)
 
         # The step contract: one small all-reduce carries every sum, every count, the finite flag and the stop flag.
         n = len(terms)
@@ -116,5 +125,10 @@ class TrainStep:
         epochs, optim = self.settings.epochs, self.settings.optim
         rate = learning_rate(optim, position.epoch, epochs, progress, position.global_step)
         outcome = self.strategy.step(loss, flags[0], rate)
-        numbers = torch.cat([sums / counts.clamp(min=1), outcome, flags[1:], sums.new_full((1,), rate), counts[:1]])
-        return [*terms, "grad_norm", "masked", "stop", "lr", "anchors"], numbers
+        means = sums / torch.where(counts == 0, 1, counts)
+        names = [*terms, "grad_norm", "masked", "stop", "lr", "anchors"]
+        numbers = torch.cat([means, outcome, flags[1:], sums.new_full((1,), rate), counts[:1]])
+        if "ranking" in terms:
+            return names, numbers
+        whole = means[: sum(is_ranking(name) for name in terms)].sum(0, keepdim=True)
+        return ["ranking", *names], torch.cat([whole, numbers])

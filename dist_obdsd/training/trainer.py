@@ -16,8 +16,9 @@ from dist_obdsd.errors import InputError, RunError, sentence
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
 from dist_obdsd.model.embedder import build_embedder
-from dist_obdsd.model.teacher import ProgressiveTeacher
-from dist_obdsd.objective.objective import Objective
+from dist_obdsd.model.teacher import ProgressiveTeacher, check_identical
+from dist_obdsd.objective.manifold import choose_solver
+from dist_obdsd.objective.objective import build_objective
 from dist_obdsd.runtime import Runtime
 from dist_obdsd.tracking import provenance
 from dist_obdsd.tracking.tracker import Tracker, build_tracker
@@ -58,12 +59,14 @@ class Trainer:
         collectives.agree_same("the manifest", self.manifest.digest)
         with collectives.agree("building the network"):
             self.student = build_embedder(settings, runtime.device, say, runtime.world_size)
+            self.objective = build_objective(settings, self.train_classes, runtime.device)
+            self._check_objective()
         self.teacher = ProgressiveTeacher(self.student) if settings.distillation.needs_teacher else None
         self.judge = Judge(settings, self.manifest, self.validation_classes, self.student, runtime, self._measured)
-        self.strategy = DDPStrategy(self.student, settings, runtime)
-        objective = Objective(settings.ranking, settings.distillation)
-        self.step = TrainStep(settings, runtime, self.strategy, self.teacher, objective)
-        self.reader = StepReader(lag=1 if runtime.device.type == "cpu" else 8)
+        own = list(self.objective.ranking.named_parameters())
+        self.strategy = DDPStrategy(self.student, settings, runtime, own)
+        self.step = TrainStep(settings, runtime, self.strategy, self.teacher, self.objective, self.train_classes)
+        self.reader = StepReader(lag=0 if settings.debug else 1 if runtime.device.type == "cpu" else 8)
         self.checkpoints = settings.run_dir / "checkpoints"
         self.position = Position()
         self.run_id: str | None = None
@@ -71,10 +74,22 @@ class Trainer:
         self.stop_requested = False  # of this rank
         self.stop_requested_anywhere = False
         self.nonfinite_in_a_row = 0
+        self.defective_steps = 0
         self.run_dir: RunDir | None = None
         with collectives.agree("opening the run folder"):
             if runtime.is_main:
                 self.run_dir = RunDir(settings.run_dir)
+
+    def _check_objective(self) -> None:
+        """Say once what depends on sizes, before anything runs."""
+        settings, W = self.settings, self.runtime.world_size
+        B, distillation = settings.batch.global_size, settings.distillation
+        if distillation.scope == "rank" and W > 1:
+            self.say(f"distillation.scope=rank: {W} manifolds of {B // W} images, so results depend on the ranks")
+        if distillation.diffuses:
+            nodes = (B // W if distillation.scope == "rank" else B) + distillation.memory
+            solver = choose_solver(nodes, B // W, distillation, 8 if settings.precision == "float64" else 4)
+            self.say(f"diffusion over {nodes} images for {B // W} rows a rank: {solver}")
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -207,17 +222,26 @@ class Trainer:
             self.stop_requested_anywhere |= numbers.pop("stop") > 0
             step = int(about.pop("step"))
             values = {name: value for name, value in numbers.items() if abs(value) < float("inf")}
+            complaint = None
             if numbers["masked"]:
                 self.nonfinite_in_a_row += 1
-                self.say(f"step {step}: the loss or its gradient is not finite, so the step was left out")
+                complaint = "the loss or its gradient is not finite, so the step was left out"
             else:
                 self.nonfinite_in_a_row = 0
+                if numbers.get("target_defects", 0) > 0:
+                    self.defective_steps += 1
+                    share = numbers["target_defects"]
+                    complaint = f"{share:.1%} of the target's rows are no distribution (step {self.defective_steps} so)"
+            if complaint is not None:
+                self.say(f"step {step}: {complaint}")
             if self.run_dir is not None:
                 self.run_dir.log("step", step, about | values)
             self.tracker.metrics(about | values, step)
             if step % self.settings.tracking.every_steps == 0:
                 losses = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k in ("ranking", "distillation"))
                 self.say(f"  step {step}: {losses}")
+            if complaint is not None and self.settings.debug:
+                raise RunError(f"step {step}: {complaint}; debug=true stops here, debug=false goes on")
             if self.nonfinite_in_a_row >= self.settings.max_nonfinite_steps:
                 raise RunError(
                     f"{self.nonfinite_in_a_row} steps in a row up to step {step} had a NaN or infinite loss or "
@@ -231,6 +255,8 @@ class Trainer:
         self.position.step = 0
         if self.teacher is not None:
             self.teacher.promote(self.student, self.position.epoch)
+            self.objective.forget()
+        check_identical("the ranking loss", self.objective.ranking)
         self._save(best=self.judge.after_epoch(self.position.epoch))
 
     def _finish(self) -> dict[str, Any]:
@@ -301,9 +327,10 @@ class Trainer:
                     "student": self.student.state_dict(),
                     "teacher": self.teacher.state() if self.teacher is not None else None,
                     "optimizer": state_by_name(self.strategy.optimizer, self.strategy.parameters),
-                    "objective": {},
-                    "objective_optimizer": {},
-                    "manifold_memory": None,
+                    **self.objective.state(),
+                    "objective_optimizer": state_by_name(
+                        self.strategy.objective_optimizer, self.strategy.objective_parameters
+                    ),
                     "scaler": None,
                     "position": vars(self.position).copy(),
                     "tracker": self.run_id,
@@ -337,6 +364,10 @@ class Trainer:
                 )
             self.student.load_state_dict(state["student"])
             load_state_by_name(self.strategy.optimizer, self.strategy.parameters, state["optimizer"])
+            self.objective.load(state, self.runtime.device)
+            load_state_by_name(
+                self.strategy.objective_optimizer, self.strategy.objective_parameters, state["objective_optimizer"]
+            )
             self.position = Position(**state["position"])
             self.judge.load(state)
             self.run_id = state["tracker"]

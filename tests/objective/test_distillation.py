@@ -83,6 +83,7 @@ def test_statistics_of_known_targets() -> None:
     assert own["target_entropy"].sum.item() == 0
     assert own["target_kl_to_uniform"].sum.item() == pytest.approx(4 * math.log(B))
     assert own["target_self_mass"].sum.item() == 4
+    assert uniform["target_defects"].sum.item() == own["target_defects"].sum.item() == 0
     assert target_statistics(torch.eye(B)[4:8], 0)["target_self_mass"].sum.item() == 0
     assert {term.count.item() for term in own.values()} == {4}
 
@@ -93,6 +94,16 @@ def test_statistics_equal_the_definitions() -> None:
     assert figures["target_entropy"] == pytest.approx(-(target_BB * np.log(target_BB)).sum())
     assert figures["target_kl_to_uniform"] == pytest.approx((target_BB * np.log(B * target_BB)).sum())
     assert figures["target_self_mass"] == pytest.approx(np.trace(target_BB))
+
+
+def test_rows_that_are_no_distribution_are_counted() -> None:
+    target_bB = torch.full((5, B), 1 / B, dtype=torch.float64)
+    target_bB[0] *= 1 + 9e-5
+    target_bB[1] *= 1 + 2e-4
+    target_bB[2, :2] += torch.tensor([-0.2, 0.2])
+    target_bB[3, 4] = math.nan
+    defects = target_statistics(target_bB, 0)["target_defects"]
+    assert (defects.sum.item(), defects.count.item()) == (3, 5)
 
 
 def test_a_wrong_shape_is_refused() -> None:

@@ -5,16 +5,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
+from dist_obdsd import config
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.objective import manifold
-from dist_obdsd.objective.manifold import target_rows
+from dist_obdsd.objective import graph, manifold, solvers
+from dist_obdsd.objective.manifold import Solve
 from tests import oracle
 from tests.objective.data import B, D, manifolds, unit_rows
 
 MANIFOLDS = manifolds()
 TARGETS = ("uniform", "psd", "obdsd", "obdsd_symmetric")
 ALL = slice(0, B)
+TOLERANCE = config.Distillation().tolerance
+SOLVERS = ("cholesky", "cg")
+
+
+def target_rows(T_BD: torch.Tensor, rows: slice, memory_MD: torch.Tensor | None = None, **options: Any) -> Solve:
+    return manifold.target_rows(T_BD, rows, config.Distillation(**options), memory_MD)
 
 
 def options(
@@ -31,13 +39,14 @@ def l1(target_bB: torch.Tensor, expected_bB: np.ndarray) -> float:
 @pytest.mark.parametrize("kind", MANIFOLDS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("mask", [False, True])
-def test_float64_targets_equal_the_oracle(kind: str, target: str, mask: bool) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_float64_targets_equal_the_oracle(kind: str, target: str, mask: bool, solver: str) -> None:
     T_BD = MANIFOLDS[kind]
     for omega in (0.0, 0.5, 0.99):
         for sharpness in (1.0, 0.05, 0.005):
             chosen = options(target, sharpness, sharpness, omega, mask)
             expected = oracle.target(T_BD.numpy(), **chosen)
-            solve = target_rows(T_BD, ALL, **chosen)
+            solve = target_rows(T_BD, ALL, **chosen, solver=solver)
             assert solve.target_bB.dtype == torch.float64
             assert l1(solve.target_bB, expected) < 1e-9, (omega, sharpness)
             np.testing.assert_allclose(solve.target_bB.sum(1).numpy(), 1, rtol=1e-9)
@@ -45,84 +54,259 @@ def test_float64_targets_equal_the_oracle(kind: str, target: str, mask: bool) ->
 
 @pytest.mark.parametrize("kind", MANIFOLDS)
 @pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
-def test_float32_targets_are_as_near_as_their_residual_says(kind: str, target: str) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_float32_targets_are_as_near_as_their_residual_says(kind: str, target: str, solver: str) -> None:
     T_BD = MANIFOLDS[kind].float()
     for omega in (0.0, 0.5, 0.99):
         for transition in (1.0, 0.05, 0.005):
             chosen = options(target, 0.1 if target == "obdsd" else transition, transition, omega)
             expected = oracle.target(T_BD.numpy(), **chosen)
-            solve = target_rows(T_BD, ALL, **chosen)
+            solve = target_rows(T_BD, ALL, **chosen, solver=solver)
             assert solve.target_bB.dtype == torch.float32
-            assert float(solve.residual_b.max()) <= manifold.TOLERANCE
+            assert float(solve.error_b.max()) <= TOLERANCE
             # Besides the solve's error there is the rounding of S itself, 2^-24 / temperature per logit, which
             # the diffusion can multiply by up to 1 / (1 - omega).
             rounding = 8 * 2**-24 / transition / (1 - omega)
-            assert l1(solve.target_bB, expected) < manifold.TOLERANCE + rounding, (omega, transition)
+            assert l1(solve.target_bB, expected) < TOLERANCE + rounding, (omega, transition)
             assert (solve.target_bB >= 0).all()
 
 
-def conjugate_gradients(N_BB: torch.Tensor, omega: float, rows: slice) -> torch.Tensor:
-    """Rows of (I - omega N)^-1 with a relative residual of 1e-6 in N's coordinates: what one would call converged."""
-    identity_BB = torch.eye(len(N_BB), dtype=N_BB.dtype)
-    M_BB, solved = identity_BB - omega * N_BB, []
-    for b in identity_BB[rows]:
-        x, r = torch.zeros_like(b), b.clone()
-        p, rr = r.clone(), r @ r
-        while rr.sqrt() > 1e-6:
-            step = rr / (p @ M_BB @ p)
-            x, r = x + step * p, r - step * (M_BB @ p)
-            rr, before = r @ r, rr
-            p = r + rr / before * p
-        assert (b - M_BB @ x).norm() < 1e-5
-        solved.append(x)
-    return torch.stack(solved)
+def outliers(rows: int = 48, dim: int = 16) -> torch.Tensor:
+    """A crowd, one row opposite to it and one near-duplicate: going back from N to A multiplies errors."""
+    T_BD = unit_rows(1, rows, dim, 0.5)
+    T_BD[3] = -T_BD.mean(0) / T_BD.mean(0).norm()
+    T_BD[5] = functional.normalize(T_BD[4] + 1e-4 * T_BD[6], dim=0)
+    return T_BD.float()
+
+
+def careless_gradients(graph: graph.Graph, back_bn: torch.Tensor | None, tolerance: float) -> solvers.Corrector:
+    """A relative residual of 1e-6 in N's coordinates: what one would call converged."""
+    M_nn = torch.eye(graph.n) - graph.settings.omega * graph.symmetric(slice(0, graph.n))
+
+    def correct(C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+        solved = []
+        for b in C_bn:
+            x, r = torch.zeros_like(b), b.clone()
+            p, rr = r.clone(), r @ r
+            while rr.sqrt() > 1e-6 * b.norm():
+                step = rr / (p @ M_nn @ p)
+                x, r = x + step * p, r - step * (M_nn @ p)
+                rr, before = r @ r, rr
+                p = r + rr / before * p
+            assert (b - M_nn @ x).norm() < 1e-5
+            solved.append(x)
+        return torch.stack(solved), 0
+
+    return correct
 
 
 def test_an_error_that_only_the_targets_own_coordinates_show_is_seen_and_mended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The trap: going back from N to A multiplies errors by exp((r_j - r_i)/2).
-    T_BD = unit_rows(1, 48, 16, 0.5)
-    T_BD[3] = -T_BD.mean(0) / T_BD.mean(0).norm()
-    T_BD = T_BD.float()
-    rows = slice(0, 48)
+    T_BD, rows = outliers(), slice(0, 48)
     chosen = options("obdsd", 0.1, 0.05, 0.5)
     expected = oracle.target(T_BD.numpy(), **chosen)
-    monkeypatch.setattr(manifold, "_cholesky_rows", conjugate_gradients)
-    monkeypatch.setattr(manifold, "TOLERANCE", 1e9)
-    unchecked = target_rows(T_BD, rows, **chosen)
-    wrong = l1(unchecked.target_bB, expected)
-    assert wrong > 0.1
-    assert wrong < 1.1 * float(unchecked.residual_b.max())
-    monkeypatch.setattr(manifold, "TOLERANCE", 1e-4)
-    assert l1(target_rows(T_BD, rows, **chosen).target_bB, expected) < 1e-4
+    with monkeypatch.context() as patch:
+        patch.setattr(solvers, "conjugate_gradients", careless_gradients)
+        unchecked = target_rows(T_BD, rows, **chosen, solver="cg", tolerance=1e9)
+        wrong = l1(unchecked.target_bB, expected)
+        assert wrong > 0.1
+        assert wrong < 1.1 * float(unchecked.error_b.max())
+        # Seen by the residual in A's coordinates, and mended by the next correction.
+        assert l1(target_rows(T_BD, rows, **chosen, solver="cg").target_bB, expected) < 1e-4
+    assert l1(target_rows(T_BD, rows, **chosen, solver="cg").target_bB, expected) < 1e-4
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("omega", [0.5, 0.99])
+@pytest.mark.parametrize("height", [5, 48])
+def test_outliers_and_near_duplicates_at_sharp_temperatures(
+    monkeypatch: pytest.MonkeyPatch, target: str, omega: float, height: int
+) -> None:
+    T_BD, rows = outliers(), slice(8, 24)
+    chosen = options(target, 0.1, 0.005, omega)
+    expected = oracle.target(T_BD.numpy(), **chosen)[8:24]
+    bound = TOLERANCE + 8 * 2**-24 / 0.005 / (1 - omega)
+    for solver in SOLVERS:
+        assert l1(target_rows(T_BD, rows, **chosen, solver=solver).target_bB, expected) < bound
+    # Where neither S nor N is ever whole there is no float64 to fall back to either.
+    monkeypatch.setattr(graph, "TILE_ENTRIES", height * 48)
+    solve = target_rows(T_BD, rows, **chosen, solver="cg", memory_gib=1e-9)
+    assert float(solve.error_b.max()) <= TOLERANCE
+    assert l1(solve.target_bB, expected) < bound
 
 
 def test_a_rounding_error_below_zero_never_reaches_the_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = manifold._cholesky_rows
-    monkeypatch.setattr(manifold, "_cholesky_rows", lambda N_BB, omega, rows: real(N_BB, omega, rows) - 1e-8)
+    real = torch.cholesky_solve
+    monkeypatch.setattr(torch, "cholesky_solve", lambda right, factor: real(right, factor) - 1e-8)
     target_BB = target_rows(MANIFOLDS["outliers"].float(), ALL, **options("obdsd", 0.005, 0.05)).target_bB
     assert (target_BB >= 0).all()
 
 
+def no_correction(*args: Any) -> solvers.Corrector:
+    return lambda C_bn: (torch.zeros_like(C_bn), 0)
+
+
 @pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
-def test_a_solve_that_nothing_mends_is_an_error(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    def wrong_rows(A_BB: torch.Tensor, omega: float, rows: slice) -> torch.Tensor:
-        return torch.eye(len(A_BB), dtype=A_BB.dtype)[rows]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_where_corrections_stall_neumanns_series_goes_on(
+    monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype, solver: str
+) -> None:
+    monkeypatch.setattr(solvers, "cholesky", no_correction)
+    monkeypatch.setattr(solvers, "conjugate_gradients", no_correction)
+    T_BD = MANIFOLDS["outliers"].to(dtype)
+    for omega in (0.5, 0.9):
+        chosen = options(target, 0.1, 0.05, omega)
+        solve = target_rows(T_BD, ALL, **chosen, solver=solver)
+        assert solve.iterations > 10
+        assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE
 
-    monkeypatch.setattr(manifold, "_cholesky_rows", wrong_rows)
-    monkeypatch.setattr(manifold, "_lu_rows", wrong_rows)
-    with pytest.raises(RunError, match=r"error of \d\.\de[+-]\d+ .*lower distillation.omega"):
-        target_rows(MANIFOLDS["ordinary"].float(), ALL, **options(target))
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solve_that_nothing_mends_is_an_error(monkeypatch: pytest.MonkeyPatch, target: str, solver: str) -> None:
+    monkeypatch.setattr(solvers, "cholesky", no_correction)
+    monkeypatch.setattr(solvers, "conjugate_gradients", no_correction)
+    monkeypatch.setattr(solvers, "NEUMANN_ITERATIONS", 1)
+    with pytest.raises(RunError, match=r"error of \d\.\de[+-]\d+ .*tolerance=0.0001 is needed; lower"):
+        target_rows(MANIFOLDS["ordinary"].float(), ALL, **options(target), solver=solver)
 
 
-def test_published_settings_need_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifold, "_lu_rows", None)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_published_settings_need_no_fallback(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    monkeypatch.setattr(manifold, "fits", lambda nodes, bytes_per_entry, settings: bytes_per_entry == 4)
+    monkeypatch.setattr(solvers, "NEUMANN_ITERATIONS", 0)
     for spread in (1.0, 0.1, 0.01):
         T_BD = unit_rows(5, 112, 128, spread).float()
         for omega, transition in ((0.3, 1.0), (0.99, 1.0), (0.5, 0.005)):
-            assert target_rows(T_BD, slice(0, 112), **options("obdsd", 1.0, transition, omega)).residual_b.max() < 5e-5
-            assert target_rows(T_BD, slice(0, 112), **options("obdsd_symmetric", omega=omega)).residual_b.max() < 5e-5
+            for chosen in (options("obdsd", 1.0, transition, omega), options("obdsd_symmetric", omega=omega)):
+                solve = target_rows(T_BD, slice(0, 112), **chosen, solver=solver)
+                assert solve.error_b.max() < (5e-5 if solver == "cholesky" else TOLERANCE)
+                assert solve.iterations <= 12
+
+
+def test_the_known_eigenvector_is_kept_out_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    T_BD = unit_rows(5, 112, 128).float()
+    for target in (graph.WalkGraph, graph.SymmetricGraph):
+        made = target(T_BD, config.Distillation(omega=0.99))
+        N_BB = made.symmetric(slice(0, 112))
+        assert (N_BB @ made.leading_n - made.leading_n).abs().max() < 1e-6
+        assert (N_BB - N_BB.T).abs().max() < 1e-6
+        eigenvalues = torch.linalg.eigvalsh(N_BB.double())
+        assert eigenvalues.min() > -1
+        assert eigenvalues.max() == pytest.approx(1, abs=1e-6)
+    assert target_rows(T_BD, slice(0, 112), **options("obdsd", omega=0.99), solver="cg").iterations <= 4
+    ignored = property(lambda self: torch.zeros(112), lambda self, u: None)
+    monkeypatch.setattr(graph.WalkGraph, "leading_n", ignored, raising=False)
+    assert target_rows(T_BD, slice(0, 112), **options("obdsd", omega=0.99), solver="cg").iterations > 4
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize(
+    "sharpening",
+    [
+        {"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"neighbours": 1, "mutual": True}, {"neighbours": 50},
+        {"clip": True}, {"clip": True, "power": 3.0}, {"neighbours": 4, "clip": True, "power": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["ordinary", "tight", "duplicates", "outliers", "equal"])
+def test_sharpened_targets_equal_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, target: str, sharpening: dict[str, Any], kind: str
+) -> None:
+    T_BD = MANIFOLDS[kind]
+    chosen = options(target, 0.1, 0.05, 0.9)
+    expected = oracle.target(T_BD.numpy(), **chosen, **sharpening)
+    for solver in SOLVERS:
+        solve = target_rows(T_BD, ALL, **chosen, **sharpening, solver=solver)
+        assert l1(solve.target_bB, expected) < 1e-9
+        np.testing.assert_allclose(solve.target_bB.sum(1).numpy(), 1, rtol=1e-9)
+    monkeypatch.setattr(graph, "TILE_ENTRIES", 5 * B)
+    assert l1(target_rows(T_BD, ALL, **chosen, **sharpening, memory_gib=1e-9).target_bB, expected) < 1e-9
+
+
+def test_sharpening_changes_the_target_and_isolates() -> None:
+    T_BD = MANIFOLDS["ordinary"]
+    chosen = options("obdsd", 0.1, 0.05, 0.9)
+    plain = target_rows(T_BD, ALL, **chosen).target_bB
+    for sharpening in ({"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"clip": True}):
+        assert (target_rows(T_BD, ALL, **chosen, **sharpening).target_bB - plain).abs().max() > 1e-4
+    alone = graph.WalkGraph(T_BD, config.Distillation(neighbours=1, mutual=True)).isolated_n
+    assert alone.any()
+    psd = target_rows(T_BD, ALL, **options("psd", 0.1)).target_bB
+    sharp = target_rows(T_BD, ALL, **chosen, neighbours=1, mutual=True).target_bB
+    assert torch.equal(sharp[alone], psd[alone])
+    assert (sharp[~alone] - psd[~alone]).abs().sum(1).min() > 1e-6
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiles_and_parts_give_the_whole(monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype) -> None:
+    T_BD, rows = unit_rows(7, 40, 8, 0.4).to(dtype), slice(10, 30)
+    chosen = options(target, 0.1, 0.05, 0.9)
+    whole = target_rows(T_BD, rows, **chosen, solver="cholesky").target_bB
+    monkeypatch.setattr(manifold, "PART_ENTRIES", 7 * 40)
+    parts = target_rows(T_BD, rows, **chosen, solver="cg").target_bB
+    monkeypatch.setattr(graph, "TILE_ENTRIES", 9 * 40)
+    tiles = target_rows(T_BD, rows, **chosen, memory_gib=1e-9).target_bB
+    limit = 1e-9 if dtype == torch.float64 else 2 * TOLERANCE
+    assert (parts - whole).abs().sum(1).max() < limit
+    assert (tiles - whole).abs().sum(1).max() < limit
+
+
+def test_without_room_no_matrix_over_all_pairs_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    heights = []
+    real = graph.similarity
+    monkeypatch.setattr(graph, "similarity", lambda X, Y: heights.append(len(X)) or real(X, Y))
+    monkeypatch.setattr(graph, "TILE_ENTRIES", 8 * 64)
+    target_rows(unit_rows(7, 64, 8), slice(0, 4), **options("obdsd"), memory_gib=1e-9)
+    assert set(heights) == {8, 4}  # tiles, and the own rows
+    heights.clear()
+    target_rows(unit_rows(7, 64, 8), slice(0, 4), **options("obdsd"))
+    assert set(heights) == {64}
+
+
+def test_who_solves() -> None:
+    auto = config.Distillation()
+    assert manifold.choose_solver(112, 112, auto) == "cholesky"
+    assert manifold.choose_solver(4096, 64, auto) == "cg"
+    assert manifold.choose_solver(32768, 32768, auto) == "cg"  # does not fit the default
+    assert manifold.choose_solver(32768, 32768, config.Distillation(memory_gib=20)) == "cholesky"
+    assert manifold.choose_solver(112, 112, config.Distillation(solver="cg")) == "cg"
+    with pytest.raises(InputError, match=r"solver=cholesky over 32768 images needs more than .*memory_gib=2"):
+        manifold.choose_solver(32768, 512, config.Distillation(solver="cholesky"))
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_memory_equals_the_oracle_over_all_nodes(target: str, mask: bool) -> None:
+    T_BD, memory_MD = MANIFOLDS["tight"], unit_rows(8, 9, D, 0.3)
+    chosen = options(target, 0.1, 0.05, 0.9, mask)
+    everything = oracle.target(torch.cat([T_BD, memory_MD]).numpy(), **chosen)[:B, :B]
+    mass = everything.sum(1)
+    for rows in (ALL, slice(4, 8)):
+        solve = target_rows(T_BD, rows, memory_MD, **chosen)
+        assert l1(solve.target_bB, (everything / mass[:, None])[rows]) < 1e-8
+        np.testing.assert_allclose(solve.dropped_b.numpy(), 1 - mass[rows], atol=1e-9)
+    assert (1 - mass).min() > 0.05
+    without = target_rows(T_BD, ALL, **chosen)
+    assert without.dropped_b is None
+    assert l1(without.target_bB, everything / mass[:, None]) > 1e-3
+    assert torch.equal(target_rows(T_BD, ALL, memory_MD[:0], **chosen).target_bB, without.target_bB)
+
+
+def test_a_row_whose_mass_all_lies_in_the_memory_keeps_its_own_distribution() -> None:
+    # The memory holds copies of row 0; without its own entry all its mass goes there.
+    T_BD = MANIFOLDS["ordinary"]
+    memory_MD = T_BD[:1].repeat(4, 1)
+    chosen = options("obdsd_symmetric", 0.005, 1.0, 0.1, mask=True)
+    solve = target_rows(T_BD, ALL, memory_MD, **chosen)
+    assert solve.dropped_b[0] > 0.999
+    psd = target_rows(T_BD, ALL, **options("psd", 0.005, mask=True)).target_bB
+    assert torch.equal(solve.target_bB[0], psd[0])
+    assert solve.target_bB.isfinite().all()
 
 
 @pytest.mark.parametrize("target", TARGETS)

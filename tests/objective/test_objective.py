@@ -13,11 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_obdsd import collectives, config
 from dist_obdsd.errors import InputError
-from dist_obdsd.objective.objective import Objective
-from dist_obdsd.objective.terms import Term
+from dist_obdsd.objective import objective as objectives
+from dist_obdsd.objective.ranking import build_ranking
+from dist_obdsd.objective.terms import Term, View
 from tests import harness, oracle
 from tests.objective.data import B, unit_rows
 
+Objective = objectives.Objective
 worlds = pytest.mark.parametrize("world", harness.WORLD_SIZES)
 several = pytest.mark.parametrize("world", [w for w in harness.WORLD_SIZES if w > 1])
 TARGETS = ("none", "uniform", "psd", "obdsd", "obdsd_symmetric")
@@ -46,6 +48,10 @@ def settings(target: str, mask_self: bool = False) -> config.Distillation:
     )
 
 
+def made(distillation: config.Distillation) -> objectives.Objective:
+    return Objective(build_ranking(config.MultiSimilarity(), 9, 5, 0), distillation)
+
+
 def images(step: int = 0) -> torch.Tensor:
     return unit_rows(100 + step, B, FEATURES)
 
@@ -60,7 +66,7 @@ def local_terms(objective: Objective, student: nn.Module, labels: list[int], ste
     if objective.needs_teacher(RAMP):
         with torch.no_grad():
             T_BD = collectives.gather_rows(Embedder(1)(own_bF))
-    return objective.terms(E_bD, collectives.gather_rows(E_bD), torch.tensor(labels), first_row, T_BD)
+    return objective.terms(View(E_bD, collectives.gather_rows(E_bD), torch.tensor(labels), first_row), T_BD)
 
 
 def global_counts(terms: dict[str, Term]) -> dict[str, torch.Tensor]:
@@ -94,7 +100,7 @@ def local_loss_only(objective: Objective, student: nn.Module, labels: list[int])
     b = B // collectives.world_size()
     rows = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
     E_bD, T_bD = student(images()[rows]), Embedder(1)(images()[rows]).detach()
-    terms = objective.terms(E_bD, E_bD, torch.tensor(labels)[rows], 0, T_bD)
+    terms = objective.terms(View(E_bD, E_bD, torch.tensor(labels)[rows], 0), T_bD)
     return objective.loss(terms, {name: term.count for name, term in terms.items()}, 1, RAMP), terms
 
 
@@ -107,7 +113,7 @@ Way = Callable[[Objective, nn.Module, list[int]], tuple[torch.Tensor, dict[str, 
 
 
 def step_worker(way: Way, target: str, labels: list[int], mask_self: bool = False) -> dict[str, Any]:
-    objective, student = Objective(config.MultiSimilarity(), settings(target, mask_self)), Embedder(0)
+    objective, student = made(settings(target, mask_self)), Embedder(0)
     loss, terms = way(objective, student, labels)
     loss.backward()
     return {
@@ -126,7 +132,8 @@ def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[
     )
     loss = total / max(count, 1)
     if target != "none":
-        target_BB = oracle.target(T_BD.numpy(), **distillation.model_dump(exclude={"weight"}))
+        names = ("target", "temperature", "transition_temperature", "omega", "mask_self")
+        target_BB = oracle.target(T_BD.numpy(), **{name: getattr(distillation, name) for name in names})
         kl = oracle.kl(E_BD, target_BB, distillation.temperature) / B
         loss = loss + RAMP * distillation.weight * distillation.temperature**2 * kl
     loss.backward()
@@ -190,7 +197,7 @@ def test_the_usual_shortcuts_are_measurably_wrong(world: int, target: str, way: 
 
 def train_worker(target: str, gather_gradient: bool) -> dict[str, list[np.ndarray]]:
     """Ten optimizer steps under torch's DistributedDataParallel."""
-    objective, network = Objective(config.MultiSimilarity(), settings(target)), Embedder(0)
+    objective, network = made(settings(target)), Embedder(0)
     start = [parameter.detach().clone().numpy() for parameter in network.parameters()]
     student = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
@@ -219,23 +226,82 @@ def test_weights_after_ten_steps_of_ddp_are_those_of_one_process(target: str) ->
         assert relative_error(wrong["end"], one["end"]) > 1e-4
 
 
+def rank_scoped_worker(target: str) -> dict[str, Any]:
+    scoped = settings(target).model_copy(update={"scope": "rank"})
+    student = Embedder(0)
+    loss, _ = exact(made(scoped), student, LABELS["no anchor"])
+    loss.backward()
+    return {"loss": collectives.sum_across(loss).item() / collectives.world_size(), "gradient": mean_gradient(student)}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("target", ["uniform", "psd", "obdsd"])
+def test_the_scope_of_a_rank_is_the_mean_over_the_ranks_own_batches(target: str, world: int) -> None:
+    student, distillation = Embedder(0), settings(target)
+    total, b = torch.zeros((), dtype=torch.double), B // world
+    for first in range(0, B, b):
+        own = images()[first : first + b]
+        names = ("target", "temperature", "transition_temperature", "omega", "mask_self")
+        target_bb = oracle.target(
+            Embedder(1)(own).detach().numpy(), **{name: getattr(distillation, name) for name in names}
+        )
+        total = total + oracle.kl(student(own), target_bb, distillation.temperature) / B
+    (RAMP * distillation.weight * distillation.temperature**2 * total).backward()
+    expected = [p.grad.numpy() for p in student.parameters()]
+    for answer in harness.run(world, rank_scoped_worker, target):
+        assert relative_error(answer["gradient"], expected) < 1e-10
+
+
+def test_the_memory_holds_the_latest_rows_of_the_epoch() -> None:
+    objective = made(settings("obdsd").model_copy(update={"memory": 20}))
+    E_BD, labels_B = unit_rows(0).requires_grad_(), torch.tensor(LABELS["uneven"])
+    batches = [unit_rows(seed) for seed in (1, 2, 3)]
+    masses = []
+    for T_BD in batches:
+        terms = objective.terms(View(E_BD, E_BD, labels_B, 0), T_BD)
+        masses.append(terms["target_dropped_mass"].sum.item())
+    assert torch.equal(objective.memory_MD, torch.cat(batches[::-1])[:20])
+    assert masses[0] == 0
+    assert 0 < masses[1] < masses[2]
+    other = made(settings("obdsd").model_copy(update={"memory": 20}))
+    other.load(objective.state(), torch.device("cpu"))
+    view = View(E_BD, E_BD, labels_B, 0)
+    again, resumed = (o.terms(view, batches[0])["distillation"].sum.item() for o in (objective, other))
+    assert again == resumed
+    objective.forget()
+    fresh = objective.terms(view, batches[0])
+    assert fresh["target_dropped_mass"].sum.item() == 0
+    assert fresh["distillation"].sum.item() != again
+
+
+def test_labels_become_indices_among_the_training_classes() -> None:
+    classes_C = torch.tensor([3, 5, 8, 100])
+    assert objectives.class_indices(torch.tensor([100, 3, 3, 8]), classes_C).tolist() == [3, 0, 0, 2]
+    for labels in ([4, 3], [3, 101], [2, 3]):
+        unknown = next(label for label in labels if label != 3)
+        with pytest.raises(InputError, match=f"class {unknown}, which is no training class"):
+            objectives.class_indices(torch.tensor(labels), classes_C)
+    with pytest.raises(InputError, match=r"all 2 images of a batch are of class 8; a ranking loss needs two classes"):
+        objectives.class_indices(torch.tensor([8, 8]), classes_C)
+
+
 def test_ramp_and_teacher() -> None:
-    objective = Objective(config.MultiSimilarity(), settings("obdsd"))
+    objective = made(settings("obdsd"))
     assert [objective.ramp(epoch, 4) for epoch in range(4)] == [0, 0.25, 0.5, 0.75]
     assert not objective.needs_teacher(0.0)
     assert objective.needs_teacher(0.25)
     for target in ("none", "uniform"):
-        assert not Objective(config.MultiSimilarity(), settings(target)).needs_teacher(0.5)
-    assert not Objective(config.MultiSimilarity(), config.Distillation(weight=0)).needs_teacher(0.5)
+        assert not made(settings(target)).needs_teacher(0.5)
+    assert not made(config.Distillation(weight=0)).needs_teacher(0.5)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
-    objective = Objective(config.MultiSimilarity(), settings(target))
+    objective = made(settings(target))
     E_BD = unit_rows(0).requires_grad_()
-    terms = objective.terms(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0, unit_rows(1))
-    logged = ["target_entropy", "target_kl_to_uniform", "target_self_mass"]
-    logged += ["target_residual"] if target.startswith("obdsd") else []
+    terms = objective.terms(View(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0), unit_rows(1))
+    logged = ["target_entropy", "target_kl_to_uniform", "target_self_mass", "target_defects"]
+    logged += ["target_residual", "target_iterations"] if target.startswith("obdsd") else []
     assert list(terms) == (["ranking"] if target == "none" else ["ranking", "distillation", *logged])
     assert {name for name, term in terms.items() if term.sum.requires_grad} == set(terms) & {"ranking", "distillation"}
     counts = {name: term.count for name, term in terms.items()}
@@ -249,9 +315,9 @@ def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
 
 
 def test_without_a_teacher_there_is_ranking_alone_and_no_silent_gap() -> None:
-    objective = Objective(config.MultiSimilarity(), settings("psd"))
+    objective = made(settings("psd"))
     E_BD = unit_rows(0).requires_grad_()
-    terms = objective.terms(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0)
+    terms = objective.terms(View(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0))
     counts = {name: term.count for name, term in terms.items()}
     assert list(terms) == ["ranking"]
     assert objective.loss(terms, counts, 1, 0.0).isfinite()
@@ -260,9 +326,9 @@ def test_without_a_teacher_there_is_ranking_alone_and_no_silent_gap() -> None:
 
 
 def test_float64_counts_from_the_step_leave_a_float32_loss_in_float32() -> None:
-    objective = Objective(config.MultiSimilarity(), settings("psd"))
+    objective = made(settings("psd"))
     E_BD = unit_rows(0).float().requires_grad_()
-    terms = objective.terms(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0, unit_rows(1).float())
+    terms = objective.terms(View(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0), unit_rows(1).float())
     loss = objective.loss(terms, {name: term.count.double() for name, term in terms.items()}, 1, 0.5)
     assert loss.dtype == torch.float32
 
@@ -270,25 +336,23 @@ def test_float64_counts_from_the_step_leave_a_float32_loss_in_float32() -> None:
 @pytest.mark.parametrize("target", ["psd", "obdsd", "obdsd_symmetric"])
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_nan_reaches_a_sum_on_every_rank(target: str, who: str) -> None:
-    objective = Objective(config.MultiSimilarity(), settings(target))
+    objective = made(settings(target))
     rows = {"student": unit_rows(0), "teacher": unit_rows(1)}
     broken = copy.deepcopy(rows)
     broken[who][6, 0] = float("nan")
     for given, finite in ((rows, True), (broken, False)):
         for first in (0, 4, 8):
-            terms = objective.terms(
-                given["student"][first : first + 4], given["student"], torch.tensor(LABELS["uneven"]), first,
-                given["teacher"],
-            )  # fmt: skip
+            view = View(given["student"][first : first + 4], given["student"], torch.tensor(LABELS["uneven"]), first)
+            terms = objective.terms(view, given["teacher"])
             assert all(bool(term.sum.isfinite()) for term in terms.values()) == finite
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    objective, E_BD = Objective(config.MultiSimilarity(), settings("psd")), unit_rows(0)
+    objective, E_BD = made(settings("psd")), unit_rows(0)
     labels_B = torch.tensor(LABELS["uneven"])
     with pytest.raises(InputError, match=r"labels_B has shape \(4,\); it must be \(12,\)"):
-        objective.terms(E_BD[:4], E_BD, labels_B[:4], 0, E_BD)
+        objective.terms(View(E_BD[:4], E_BD, labels_B[:4], 0), E_BD)
     with pytest.raises(InputError, match=r"T_BD has shape \(4, 6\); it must be \(12, D\)"):
-        objective.terms(E_BD[:4], E_BD, labels_B, 0, E_BD[:4])
+        objective.terms(View(E_BD[:4], E_BD, labels_B, 0), E_BD[:4])
     with pytest.raises(InputError, match="first_row is 10"):
-        objective.terms(E_BD[:4], E_BD, labels_B, 10, E_BD)
+        objective.terms(View(E_BD[:4], E_BD, labels_B, 10), E_BD)

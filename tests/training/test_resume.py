@@ -91,6 +91,32 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder):
     assert all((a[name] - b[name]).abs().max() < 1e-9 for name in a)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["ranking.name=margin", "ranking.lr=0.01", "distillation.memory=24", "distillation.solver=cg"],
+        ["ranking.name=proxy_anchor", "ranking.lr=0.01", "batch.chunk=3"],
+        ["ranking.name=pml.SoftTripleLoss", "ranking.miner=pml.UniformHistogramMiner", "optim.name=sgd"],
+    ],
+    ids=["margin, memory", "proxies, chunks", "pytorch-metric-learning"],
+)
+def test_the_objective_s_own_state_is_resumed_inside_an_epoch(folder, settings):
+    runs.train(folder, "name=whole", *settings)
+    runs.train(folder, *settings, "max_steps=9")
+    stopped = checkpoint.load(folder / "runs" / "tiny")
+    assert stopped["position"]["step"] > 0
+    assert stopped["objective"]
+    assert stopped["objective_optimizer"].keys() <= stopped["objective"].keys()
+    assert (stopped["manifold_memory"] is not None) == ("distillation.memory=24" in settings)
+    runs.train(folder, *settings)
+    whole, resumed = (checkpoint.load(folder / "runs" / name) for name in ("whole", "tiny"))
+    assert same_bits(weights(folder / "runs" / "whole"), weights(folder / "runs" / "tiny"))
+    assert same_bits(whole["objective"], resumed["objective"])
+    assert not same_bits(stopped["objective"], resumed["objective"])
+    for name, entry in whole["objective_optimizer"].items():
+        assert same_bits(entry, resumed["objective_optimizer"][name])
+
+
 def test_a_finished_run_says_so_and_fresh_makes_a_new_one(folder):
     runs.train(folder)
     before = (folder / "runs" / "tiny" / "metrics.jsonl").read_bytes()

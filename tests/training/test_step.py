@@ -1,4 +1,4 @@
-"""The real training step on 1, 2 and 3 processes against one: losses, gradient norms and weights after 10 steps."""
+"""The real training step on 1 to 4 processes against one: losses, gradient norms and weights after 10 steps."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.stream import Batch
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher
-from dist_obdsd.objective.objective import Objective
+from dist_obdsd.objective.objective import build_objective
 from dist_obdsd.runtime import Launch, Runtime
 from dist_obdsd.training.step import Position, StepReader, TrainStep
 from dist_obdsd.training.strategy import DDPStrategy
@@ -38,9 +38,10 @@ def take_steps(config: Config, spoil: int | None = None) -> tuple[list[dict[str,
     rank, world = dist.get_rank(), dist.get_world_size()
     runtime = Runtime(Launch("test", rank, world, rank, world), CPU)
     student = build_embedder(config, CPU, lambda text: None, world)
-    strategy = DDPStrategy(student, config, runtime)
+    objective = build_objective(config, range(9), CPU)
+    strategy = DDPStrategy(student, config, runtime, list(objective.ranking.named_parameters()))
     teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
-    step = TrainStep(config, runtime, strategy, teacher, Objective(config.ranking, config.distillation))
+    step = TrainStep(config, runtime, strategy, teacher, objective, range(9))
     reader, read = StepReader(lag=1), []
     b = B // world
     for t in range(STEPS):
@@ -58,7 +59,8 @@ def take_steps(config: Config, spoil: int | None = None) -> tuple[list[dict[str,
             student.head.bias.data.copy_(kept)
         read += [values for _, values in reader.push({}, names, numbers)]
     read += [values for _, values in reader.drain()]
-    return read, {name: p.detach().numpy().copy() for name, p in student.named_parameters()}
+    own = {f"ranking.{name}": p for name, p in objective.ranking.named_parameters()}
+    return read, {name: p.detach().numpy().copy() for name, p in [*student.named_parameters(), *own.items()]}
 
 
 def override(config: Config, **optim: float) -> Config:
@@ -83,6 +85,76 @@ def test_ten_steps_in_float64_do_not_depend_on_the_ranks(target):
     # The control: another objective ends elsewhere.
     ((_, elsewhere),) = harness.run(1, take_steps, settings("precision=float64", "distillation.weight=9"))
     assert distance(weights, elsewhere) > 1e-6
+
+
+WHOLE = ("precision=float64", "optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.01", "optim.clip_norm=1")
+WAYS = {
+    "chunks": ["batch.chunk=3"],
+    "chunks that do not divide": ["batch.chunk=5", "ranking.name=proxy_anchor", "ranking.lr=0.1"],
+    "memory": ["distillation.memory=40"],
+    "symmetric memory": ["distillation.memory=40", "distillation.target=obdsd_symmetric"],
+    "conjugate gradients": ["distillation.solver=cg", "distillation.omega=0.9"],
+    "tiles": ["distillation.memory_gib=1e-9", "distillation.memory=40", "distillation.neighbours=4"],
+    "mutual": ["distillation.neighbours=6", "distillation.mutual=true", "distillation.target=obdsd_symmetric"],
+    "contrastive": ["ranking.name=contrastive"],
+    "triplet": ["ranking.name=triplet"],
+    "margin": ["ranking.name=margin", "ranking.lr=0.1", "ranking.nu=0.01", "ranking.weight_decay=0.1"],
+    "proxy anchor": ["ranking.name=proxy_anchor", "ranking.lr=0.1", "optim.name=adam", "optim.lr=1e-4"],
+    "arcface": ["ranking.name=pml.ArcFaceLoss", "ranking.lr=0.1"],
+    "mined": ["ranking.name=pml.MarginLoss", "ranking.miner=pml.DistanceWeightedMiner"],
+}
+
+
+def results(step: dict[str, float]) -> dict[str, float]:
+    """A step's numbers without those that say how a rank solved for its rows."""
+    return {name: value for name, value in step.items() if name not in ("target_iterations", "target_residual")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_the_objective_is_exact_on_any_number_of_ranks(way):
+    config = settings(*WHOLE, *WAYS[way])
+    ((losses, weights),) = harness.run(1, take_steps, config)
+    assert len({step["ranking"] for step in losses}) > 1
+    for world_size in (2, 3, 4):
+        for other_losses, other_weights in harness.run(world_size, take_steps, config):
+            assert distance(weights, other_weights) < 1e-10
+            for mine, other in zip(losses, other_losses, strict=True):
+                assert results(other) == pytest.approx(results(mine), rel=1e-9, abs=1e-9)
+    # The control: one step of another kind ends elsewhere.
+    ((_, elsewhere),) = harness.run(1, take_steps, settings(*WHOLE, *WAYS[way], "optim.weight_decay=0.01"))
+    assert distance(weights, elsewhere) > 1e-7
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_chunks_change_nothing_and_a_memory_does(world_size):
+    ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
+    for _, chunked in harness.run(world_size, take_steps, settings(*WHOLE, "batch.chunk=5")):
+        assert distance(whole, chunked) < 1e-10
+    losses, remembered = harness.run(world_size, take_steps, settings(*WHOLE, "distillation.memory=40"))[0]
+    assert distance(whole, remembered) > 1e-8
+    dropped = [step["target_dropped_mass"] for step in losses]
+    assert dropped[0] == 0  # nothing to remember yet
+    assert 0.01 < dropped[1] < dropped[2] < 1  # B, then 40 nodes
+
+
+def test_the_loss_s_own_parameters_learn_at_their_own_rate():
+    start = build_objective(settings("ranking.name=proxy_anchor"), range(9), CPU).ranking.proxies.detach().numpy()
+    moved = {}
+    for rate in (0.01, 0.02):
+        config = settings("precision=float64", "optim.name=sgd", "ranking.name=proxy_anchor", f"ranking.lr={rate}")
+        _, weights = harness.run(1, take_steps, config)[0]
+        moved[rate] = abs(weights["ranking.proxies"] - start).max()
+    assert 0 < moved[0.01] < moved[0.02] < 3 * moved[0.01]
+
+
+def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
+    scoped = settings(*WHOLE, "distillation.scope=rank")
+    ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
+    ((_, alone),) = harness.run(1, take_steps, scoped)
+    assert distance(whole, alone) == 0
+    halves = harness.run(2, take_steps, scoped)
+    assert distance(halves[0][1], halves[1][1]) == 0
+    assert distance(whole, halves[0][1]) > 1e-7
 
 
 def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
@@ -122,8 +194,11 @@ def test_one_ranks_wish_to_stop_reaches_all():
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_nan_on_one_rank_masks_the_step_on_all(world_size, optimizer, spoil):
-    config = settings("precision=float64", f"optim.name={optimizer}")
-    ranks = harness.run(world_size, take_steps, config, spoil)
+    for more in ([], ["ranking.name=proxy_anchor", "batch.chunk=5"], ["ranking.name=pml.ArcFaceLoss"]):
+        check_masked(harness.run(world_size, take_steps, settings(f"optim.name={optimizer}", *more), spoil), spoil)
+
+
+def check_masked(ranks, spoil):
     for losses, weights in ranks:
         assert [step["masked"] for step in losses] == [float(t == spoil) for t in range(STEPS)]
         assert all(np.isfinite(w).all() for w in weights.values())

@@ -35,7 +35,10 @@ class MultiSimilarity(RankingLoss):
 
 
 class _MultiSimilarity(torch.autograd.Function):
-    """The loss with its gradient written out: a third faster than autograd, and one [b, B] kept instead of seven."""
+    """The loss with its gradient written out, which keeps one [b, B] for the backward.
+
+    Forward and backward take about a third less than through autograd (*measured* on one core, B = 112 and 1024).
+    """
 
     @staticmethod
     def forward(

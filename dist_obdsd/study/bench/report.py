@@ -26,8 +26,9 @@ def in_own_process(case: Callable[..., Row], *args: Any, seconds: float) -> Row:
         seconds: after which the process is killed.
 
     Returns:
-        What the case returned, with ``peak_mib``: on CPU the most that its whole process had resident (the libraries
-        alone are some hundreds of MiB), on a GPU the most that torch had allocated. A case that was killed gives
+        What the case returned, with ``peak_mib`` if it has none yet: on CPU the most that its whole process had
+        resident (the libraries alone are some hundreds of MiB), on a GPU the most that torch had allocated. A case that
+        was killed gives
         ``{"skipped": reason}`` instead.
 
     Raises:
@@ -56,7 +57,7 @@ def in_own_process(case: Callable[..., Row], *args: Any, seconds: float) -> Row:
 def _answer(sender: Any, case: Callable[..., Row], args: tuple[Any, ...]) -> None:
     try:
         row = case(*args)
-        sender.send((False, row | {"peak_mib": peak_mib()}))
+        sender.send((False, {"peak_mib": peak_mib()} | row))
     except Exception:
         sender.send((True, traceback.format_exc()))
 

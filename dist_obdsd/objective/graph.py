@@ -1,0 +1,240 @@
+"""The batch manifold as a graph: nodes are the teacher's rows, edges say how alike two of them are.
+
+A node's row of the similarities S = T T^T is made when it is needed, a tile of rows at a time; only where the whole
+matrix fits the memory that the settings allow is it kept. With K the symmetric matrix of affinities and D its row sums
+(degrees), there is the transition matrix A of the diffusion, in whose coordinates the target is defined, and
+N = D^-1/2 K D^-1/2, which is symmetric with eigenvalues in [-1, 1] and similar to A, in whose coordinates it is solved.
+
+Legend: n nodes, the rows of the batch first and then those of the memory; b own rows; t rows of a tile; D embedding
+dimension.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from dist_obdsd import config
+from dist_obdsd.objective.terms import similarity
+
+TILE_ENTRIES = 2**24
+"""Entries of a tile where the whole matrix is not kept: 64 MiB in float32."""
+KEPT_MATRICES = 4
+"""n x n matrices that exist at a time where they are kept: S, A, N or its factor, and one being made."""
+BACK_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
+"""Largest exponent by which a solution is scaled back: beyond it the type would overflow. What the limit gets wrong,
+the solver's next correction mends."""
+TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Similarities this close to the k-th nearest count as tied with it, so that S_ij and S_ji, which two tiles may round
+differently, always fall on the same side."""
+
+
+def fits(nodes: int, bytes_per_entry: int, settings: config.Distillation) -> bool:
+    """Whether n x n matrices may be kept whole."""
+    return KEPT_MATRICES * nodes**2 * bytes_per_entry <= settings.memory_gib * 2**30
+
+
+class Graph(ABC):
+    """What both variants of the diffusion share. Everything is in the precision of ``T_nD``, at least float32."""
+
+    isolated_n: torch.Tensor
+    """Nodes [n] without an edge."""
+    leading_n: torch.Tensor
+    """The unit eigenvector of N for its largest eigenvalue, 1: the square root of the degrees."""
+
+    def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
+        self.T_nD = T_nD.to(torch.promote_types(T_nD.dtype, torch.float32))
+        self.settings = settings
+        self.n = T_nD.shape[0]
+        whole = fits(self.n, self.T_nD.element_size(), settings)
+        height = self.n if whole else max(TILE_ENTRIES // self.n, 1)
+        self.tiles = [slice(i, min(i + height, self.n)) for i in range(0, self.n, height)]
+        self._S_nn = similarity(self.T_nD, self.T_nD) if whole else None
+        self._nearest_n = self._nearest() if settings.neighbours is not None else None
+
+    # ---- rows of n x n matrices -------------------------------------------------------------------------------------
+
+    def similarities(self, rows: slice) -> torch.Tensor:
+        """S [t, n]. Not to be written to."""
+        if self._S_nn is not None:
+            return self._S_nn[rows]
+        return similarity(self.T_nD[rows], self.T_nD)
+
+    @abstractmethod
+    def transition(self, rows: slice) -> torch.Tensor:
+        """A [t, n]: row i says where the diffusion goes from node i. An isolated node's row is 0."""
+
+    @abstractmethod
+    def symmetric(self, rows: slice) -> torch.Tensor:
+        """N [t, n]."""
+
+    # ---- between N's coordinates and A's ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def back(self, rows: slice) -> torch.Tensor | None:
+        """Factors [b, n] that take rows of (I - omega N)^-1 to those of (I - omega A)^-1; None for ones."""
+
+    @abstractmethod
+    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
+        """A bound [b] on the target's L1 error, from rows e_i - y (I - omega A)."""
+
+    @abstractmethod
+    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The target [b, n] of the own rows, from the rows y of (I - omega A)^-1."""
+
+    # ---- sharpening -------------------------------------------------------------------------------------------------
+
+    def start(self, rows: slice) -> torch.Tensor:
+        """P = softmax(S / temperature) [t, n], over all nodes, its diagonal left out where the settings say so."""
+        return softmax(self.similarities(rows) / self.settings.temperature, rows.start, self.settings.mask_self)
+
+    def _sharpened(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """S after clipping and power [t, n], and which entries are edges, if not all but the diagonal."""
+        S_tn = self.similarities(rows)
+        edges_tn = None
+        if self._nearest_n is not None:
+            mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n
+            edges_tn = mine_tn & theirs_tn if self.settings.mutual else mine_tn | theirs_tn
+        if self.settings.clip:
+            S_tn = S_tn.clamp_min(0)
+        if self.settings.power != 1:
+            S_tn = S_tn**self.settings.power
+        return S_tn, edges_tn
+
+    def _nearest(self) -> torch.Tensor:
+        """The similarity [n] from which on a node is among the k nearest of each."""
+        parts = []
+        k = min(self.settings.neighbours or 0, self.n - 1)
+        for tile in self.tiles:
+            S_tn = self.similarities(tile).clone()
+            S_tn.diagonal(offset=tile.start).fill_(-torch.inf)
+            parts.append(S_tn.topk(k, dim=1).values[:, -1] - TIE[S_tn.dtype])
+        return torch.cat(parts)
+
+
+class WalkGraph(Graph):
+    """Target ``obdsd``: A = softmax(S / transition_temperature) over the other nodes, a random walk.
+
+    K_ij = exp(S_ij / t) overflows at sharp temperatures, so only logarithms of degrees exist here. Logits reach
+    1/t = 200, where float32 is coarse; differences of near ones are exact, so the logarithm of a degree is kept in two
+    parts, m + log s, and the shift by S = 1 keeps the logits of close rows small.
+    """
+
+    def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
+        super().__init__(T_nD, settings)
+        self._A_nn: torch.Tensor | None = None
+        tops, sums = [], []
+        for tile in self.tiles:
+            logits_tn = self._logits(tile)
+            m_t = logits_tn.amax(1)
+            m_t = m_t.masked_fill(m_t == -torch.inf, 0)
+            weights_tn = logits_tn.sub_(m_t[:, None]).exp_()
+            s_t = weights_tn.sum(1)
+            tops.append(m_t)
+            sums.append(s_t)
+            if self._S_nn is not None:
+                self._A_nn = weights_tn.div_(s_t.masked_fill(s_t == 0, 1)[:, None])
+        self._m_n, s_n = torch.cat(tops), torch.cat(sums)
+        self.isolated_n = s_n == 0
+        self._s_n = s_n.masked_fill(self.isolated_n, 1)
+        half_n = (self._m_n + self._s_n.log()).masked_fill(self.isolated_n, -torch.inf) / 2
+        leading_n = (half_n - half_n.max()).exp()
+        self.leading_n = leading_n / leading_n.norm()
+
+    def _logits(self, rows: slice) -> torch.Tensor:
+        S_tn, edges_tn = self._sharpened(rows)
+        logits_tn = (S_tn - 1).div_(self.settings.transition_temperature)
+        if edges_tn is not None:
+            logits_tn.masked_fill_(~edges_tn, -torch.inf)
+        logits_tn.diagonal(offset=rows.start).fill_(-torch.inf)
+        return logits_tn
+
+    def transition(self, rows: slice) -> torch.Tensor:
+        if self._A_nn is not None:
+            return self._A_nn[rows]
+        return self._logits(rows).sub_(self._m_n[rows, None]).exp_().div_(self._s_n[rows, None])
+
+    def symmetric(self, rows: slice) -> torch.Tensor:
+        half_n, root_n = self._m_n / 2, self._s_n.rsqrt()
+        N_tn = self._logits(rows).sub_(half_n[rows, None]).sub_(half_n).exp_()
+        return N_tn.mul_(root_n[rows, None]).mul_(root_n)
+
+    def back(self, rows: slice) -> torch.Tensor:
+        """exp((r_j - r_i)/2), r the logarithm of the degree. (exp(r/2) alone would overflow.)"""
+        limit = BACK_LIMIT[self._m_n.dtype]
+        shift_bn = ((self._m_n - self._m_n[rows, None]) / 2).clamp_(-limit, limit)
+        return shift_bn.exp_().mul_((self._s_n / self._s_n[rows, None]).sqrt_())
+
+    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
+        """A's rows sum to 1 and P's do, hence || error of the target ||_1 <= || e_i - y (I - omega A) ||_1.
+
+        A residual in N's coordinates would not do: going back multiplies errors by exp((r_j - r_i)/2).
+        """
+        return residual_bn.abs().sum(1)
+
+    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Row i is (1 - omega) y P, and P_i where i is isolated."""
+        target_bn = sum_over_tiles(self.tiles, Y_bn, self.start).mul_(1 - self.settings.omega)
+        return torch.where(self.isolated_n[rows, None], self.start(rows), target_bn)
+
+
+class SymmetricGraph(Graph):
+    """Target ``obdsd_symmetric``: A = N = D^-1/2 S0 D^-1/2, where S0 = max(S, 0) with zero diagonal."""
+
+    def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
+        super().__init__(T_nD, settings.model_copy(update={"clip": True}))
+        degrees, lengths = [], []
+        for tile in self.tiles:
+            degrees.append(self._affinities(tile).sum(1))
+            lengths.append(self.similarities(tile).norm(dim=1))
+        degree_n = torch.cat(degrees)
+        self.isolated_n = degree_n == 0
+        self._scale_n = degree_n.masked_fill(self.isolated_n, 1).rsqrt()
+        self._reach = torch.cat(lengths).max() / settings.temperature
+        self.leading_n = degree_n.sqrt() / degree_n.sum().sqrt().clamp_min(torch.finfo(degree_n.dtype).tiny)
+
+    def _affinities(self, rows: slice) -> torch.Tensor:
+        S_tn, edges_tn = self._sharpened(rows)
+        if edges_tn is not None:
+            S_tn = S_tn * edges_tn
+        S_tn.diagonal(offset=rows.start).fill_(0)
+        return S_tn
+
+    def symmetric(self, rows: slice) -> torch.Tensor:
+        return self._affinities(rows).mul_(self._scale_n[rows, None]).mul_(self._scale_n)
+
+    def transition(self, rows: slice) -> torch.Tensor:
+        return self.symmetric(rows)
+
+    def back(self, rows: slice) -> None:
+        return None
+
+    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
+        """A's eigenvalues lie in [-1, 1], so y's error is at most 1/(1 - omega) times its residual in L2, and a logit's
+        at most that times (1 - omega) |S_j| / temperature; softmax does not enlarge it (from max norm to L1)."""
+        return residual_bn.norm(dim=1) * self._reach
+
+    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Row i is softmax((1 - omega) y S / temperature), and P_i where i is isolated."""
+        diffused_bn = sum_over_tiles(self.tiles, Y_bn, self.similarities).mul_(1 - self.settings.omega)
+        diffused_bn = torch.where(self.isolated_n[rows, None], self.similarities(rows), diffused_bn)
+        return softmax(diffused_bn / self.settings.temperature, rows.start, self.settings.mask_self)
+
+
+def sum_over_tiles(tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """X M [b, n] for a matrix M that exists a tile of rows at a time."""
+    if len(tiles) == 1:
+        return X_bn @ matrix(tiles[0])
+    product_bn = torch.zeros_like(X_bn)
+    for tile in tiles:
+        product_bn.addmm_(X_bn[:, tile], matrix(tile))
+    return product_bn
+
+
+def softmax(logits_tn: torch.Tensor, first_row: int, mask_self: bool) -> torch.Tensor:
+    """Over each row [t, n]; its own node, the diagonal from ``first_row``, is left out where ``mask_self`` says so."""
+    if mask_self:
+        logits_tn = logits_tn.clone()
+        logits_tn.diagonal(offset=first_row).fill_(-math.inf)
+    return logits_tn.softmax(1)

@@ -1,0 +1,104 @@
+"""``bench objective``: the whole objective, forward and backward, beside a plain script and another library.
+
+One process holds the whole batch. The implementations of a case take turns, and the fastest run of each counts, so that
+a machine whose speed drifts slows all of them down alike.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from dist_obdsd import config
+from dist_obdsd.objective.objective import Objective
+from dist_obdsd.objective.ranking import build_ranking
+from dist_obdsd.objective.terms import View
+from dist_obdsd.study.bench import reference
+from dist_obdsd.study.bench.report import Row
+
+SIZES = (112, 448, 1024, 4096)
+ARMS = ("none", "psd", "obdsd")
+RANKING = config.MultiSimilarity()
+PLOT: dict[str, Any] = {
+    "x": "B",
+    "y": "seconds",
+    "label": lambda row: f"{row['arm']}, {row['implementation']}",
+    "title": "objective, forward and backward, one process",
+}
+
+
+def distillation(arm: str) -> config.Distillation:
+    """CUB200's published settings."""
+    return config.Distillation.model_validate({"target": arm, "weight": 1000.0, "omega": 0.3})
+
+
+def embeddings(B: int, dim: int, seed: int, device: str) -> torch.Tensor:
+    """Unit rows [B, dim] in pairs of one class, whose cosines are about 0.2: early in training, when every anchor still
+    has a pair to learn from."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn((B + 1) // 2, dim, generator=generator).repeat_interleave(2, 0)[:B]
+    return functional.normalize(centres + 2 * torch.randn(B, dim, generator=generator), dim=1).to(device)
+
+
+def run(options: Any) -> list[Row]:
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[Row] = []
+    too_slow: set[str] = set()
+    for B in options.sizes or SIZES:
+        E_BD, T_BD = embeddings(B, options.dim, 0, device), embeddings(B, options.dim, 1, device)
+        labels_B = torch.arange(B, device=device) // 2
+        for arm in ARMS:
+            ways = {name: way for name, way in implementations(arm, T_BD, labels_B).items() if name not in too_slow}
+            seconds = fastest(ways, E_BD, options.budget)
+            too_slow |= {name for name, taken in seconds.items() if taken > options.budget / 4}
+            rows += [
+                {"B": B, "arm": arm, "implementation": name, "seconds": taken, "ratio": taken / seconds["dist-obdsd"]}
+                for name, taken in seconds.items()
+            ]
+    return rows
+
+
+def implementations(
+    arm: str, T_BD: torch.Tensor, labels_B: torch.Tensor
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Each from the student's rows to the loss."""
+    settings = distillation(arm)
+    objective = Objective(build_ranking(RANKING, len(labels_B), T_BD.shape[1], 0), settings)
+
+    def ours(E_BD: torch.Tensor) -> torch.Tensor:
+        terms = objective.terms(View(E_BD, E_BD, labels_B, 0), T_BD)
+        return objective.loss(terms, {name: term.count for name, term in terms.items()}, 1, 1.0)
+
+    ways = {
+        "dist-obdsd": ours,
+        "loop and inverse": lambda E_BD: reference.objective(E_BD, T_BD, labels_B, RANKING, settings),
+    }
+    if arm == "none":
+        from pytorch_metric_learning import losses, miners
+
+        miner = miners.MultiSimilarityMiner(epsilon=RANKING.margin)
+        loss = losses.MultiSimilarityLoss(alpha=RANKING.alpha, beta=RANKING.beta, base=RANKING.threshold)
+        ways["pytorch-metric-learning"] = lambda E_BD: loss(E_BD, labels_B, miner(E_BD, labels_B))
+    return ways
+
+
+def fastest(
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]], E_BD: torch.Tensor, budget: float
+) -> dict[str, float]:
+    """Seconds of one forward and backward of each, the least of up to 50 rounds within the budget."""
+    best = dict.fromkeys(ways, float("inf"))
+    started = time.perf_counter()
+    for turn in range(50):
+        if turn > 1 and time.perf_counter() - started > budget / 10:
+            break
+        for name, way in ways.items():
+            leaf_BD = E_BD.clone().requires_grad_()
+            before = time.perf_counter()
+            way(leaf_BD).backward()
+            if leaf_BD.is_cuda:
+                torch.cuda.synchronize()
+            best[name] = min(best[name], time.perf_counter() - before)
+    return best

@@ -1,0 +1,49 @@
+"""What a run says, in debug mode and otherwise, of a step that went wrong. In one process, through the command line."""
+
+import os
+
+import pytest
+
+from dist_obdsd import cli
+from dist_obdsd.objective import manifold
+from tests import runs
+
+
+@pytest.fixture
+def train(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "SLURM_STEP_ID" not in os.environ
+
+    def run(*overrides):
+        code = cli.main(["train", "tiny.yaml", "data.workers=0", *overrides])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def test_a_target_that_is_no_distribution_is_counted_and_in_debug_mode_an_error(train, folder, monkeypatch):
+    real = manifold.target_rows
+
+    def off(*arguments):
+        solve = real(*arguments)
+        return manifold.Solve(solve.target_bB * 1.001, solve.error_b)
+
+    monkeypatch.setattr(manifold, "target_rows", off)
+    code, out, _ = train("epochs=2")
+    assert code == 0
+    first = runs.metrics(folder / "runs" / "tiny", "step")
+    defective = [row for row in first if row.get("target_defects")]
+    assert len(defective) == len([row for row in first if row["epoch"] == 1])
+    assert f"100.0% of the target's rows are no distribution (step {len(defective)} so)" in out
+    code, out, err = train("epochs=2", "debug=true", "name=debug")
+    assert code == 1
+    assert "rows are no distribution (step 1 so); debug=true stops here" in err
+    assert runs.status(folder / "runs" / "debug")["state"] == "failed"
+
+
+def test_a_nan_in_debug_mode_is_an_error_at_once(train):
+    code, _, err = train("debug=true", "optim.lr=1e300", "optim.name=sgd")
+    assert code == 1
+    assert "is not finite, so the step was left out; debug=true stops here" in err
