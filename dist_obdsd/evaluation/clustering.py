@@ -61,9 +61,10 @@ def k_means(rows_nD: torch.Tensor, ids_n: torch.Tensor, k: int, *, seed: int, it
 
     cluster_n = nearest_centre(rows_nD, centres_kD)
     for _ in range(iterations):
+        before_kD, before_n = centres_kD, cluster_n
         centres_kD, sizes_k = group_means(rows_nD, cluster_n, k)
         _fill_empty(centres_kD, sizes_k, rows_nD, ids_n, cluster_n)
-        before_n, cluster_n = cluster_n, nearest_centre(rows_nD, centres_kD)
+        cluster_n = _nearest_again(rows_nD, centres_kD, before_kD, before_n)
         if not int(collectives.sum_across((cluster_n != before_n).sum())):
             break
     return Clusters(cluster_n, centres_kD)
@@ -106,6 +107,33 @@ def nearest_centre(rows_nD: torch.Tensor, centres_kD: torch.Tensor) -> torch.Ten
             score_p = _pair_sum(rows_nD[unsure_u[row_p]].double(), centres_kD[centre_p]) - half_k[centre_p]
             nearest_n[unsure_u] = _first_best(row_p, centre_p, score_p, unsure_u.numel())
     return first_k[nearest_n]
+
+
+def _nearest_again(
+    rows_nD: torch.Tensor, centres_kD: torch.Tensor, before_kD: torch.Tensor, before_n: torch.Tensor
+) -> torch.Tensor:
+    """``nearest_centre``, given that ``before_n`` was nearest among the centres ``before_kD``, of which many stayed.
+
+    A row whose centre stayed need only be compared with those that moved.
+    """
+    moved_k = (centres_kD != before_kD).any(dim=1)
+    nearest_n = before_n.clone()
+    lost_n = moved_k[before_n]
+    nearest_n[lost_n] = nearest_centre(rows_nD[lost_n], centres_kD)
+    if moved_k.any():
+        kept_m, mover_k = (~lost_n).nonzero().flatten(), moved_k.nonzero().flatten()
+        rows_mD, own_m = rows_nD[kept_m], before_n[kept_m]
+        rival_m = mover_k[nearest_centre(rows_mD, centres_kD[mover_k])]
+        half_k, rough_kD = _pair_sum(centres_kD, centres_kD) / 2, centres_kD.to(rows_nD.dtype)
+        lead_m = (rows_mD * rough_kD[rival_m]).sum(1).double() - (rows_mD * rough_kD[own_m]).sum(1).double()
+        lead_m += half_k[own_m] - half_k[rival_m]
+        # Where rounding could turn the sign, the score that decides is computed. `not >` also catches an overflow.
+        close_m = ~(lead_m.abs() > 2 * _error_bound(rows_mD, centres_kD, rows_nD.dtype))
+        rows_uD = rows_mD[close_m].double()
+        own_u, rival_u = (_pair_sum(rows_uD, centres_kD[c]) - half_k[c] for c in (own_m[close_m], rival_m[close_m]))
+        lead_m[close_m] = torch.where(rival_u == own_u, (own_m - rival_m)[close_m].double(), rival_u - own_u)
+        nearest_n[kept_m[lead_m > 0]] = rival_m[lead_m > 0]
+    return nearest_n
 
 
 def contingency(class_n: torch.Tensor, cluster_n: torch.Tensor) -> Table:
