@@ -1,5 +1,10 @@
 """What one gallery answers to the queries: the search, the metrics over it, and where it went wrong.
 
+With ``conventions: released`` the means are those of the public code (github.com/Confusezius/
+Revisiting_Deep_Metric_Learning_PyTorch, folder ``metrics``): the class size in mAP@1000 and mAP_c includes the query
+where it stands in the gallery, and a query with nothing to find counts as 0. One thing is not repeated: that code drops
+each query's first hit for the query itself, which among duplicates may be another image; here it is dropped by id.
+
 Shapes: n images of this rank, N different images of all ranks, q counted queries of this rank, Q of all ranks,
 k neighbours, C classes, D embedding dimension.
 """
