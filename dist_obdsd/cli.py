@@ -307,13 +307,15 @@ def write_json(path: Path, meta: dict[str, Any], rows: list[dict[str, Any]]) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Metrics as columns, protocols as lines."""
+    """Metrics as columns, protocols as lines, notes below."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     value = {(row["protocol"], row["metric"]): row["value"] for row in rows}
     width = max(len(name) for name in [*protocols, "protocol"])
-    lines = ["protocol".ljust(width) + "".join(name.rjust(12) for name in metrics)]
+    columns = [max(12, len(name) + 2) for name in metrics]
+    lines = ["protocol".ljust(width) + "".join(name.rjust(w) for name, w in zip(metrics, columns, strict=True))]
     for protocol in protocols:
-        cells = (value.get((protocol, name)) for name in metrics)
-        lines.append(protocol.ljust(width) + "".join(("" if v is None else f"{v:.4f}").rjust(12) for v in cells))
-    return "\n".join(lines)
+        cells = ["" if (v := value.get((protocol, name))) is None else f"{v:.4f}" for name in metrics]
+        lines.append(protocol.ljust(width) + "".join(cell.rjust(w) for cell, w in zip(cells, columns, strict=True)))
+    notes = {row["protocol"]: row["note"] for row in rows if "note" in row}
+    return "\n".join(lines + [f"{protocol}: {note}" for protocol, note in notes.items()])

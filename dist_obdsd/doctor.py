@@ -16,7 +16,7 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.reading import check_files
 from dist_obdsd.data.schedule import allowed_world_sizes, plan_from
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.evaluator import check_evaluable
+from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
 
 PARTS = {
     "torch": "everything",
@@ -99,7 +99,7 @@ def where_it_runs(settings: Config) -> list[str]:
     sizes = allowed_world_sizes(settings.data.lanes)
     local = ", ".join(f"{settings.batch.global_size // size} on {size}" for size in sizes)
     check_files(settings.data.shards, tuple(manifest.shards()))
-    check_evaluable(manifest, settings, held_out)
+    check_evaluable(manifest, settings, validation_subset(manifest, held_out, settings))
     here = f"; one rank per GPU, and this node has {gpus}" if device.type == "cuda" else ""
     return [
         f"{settings.name}: runs on {device.type} with {', '.join(map(str, sizes))} ranks "

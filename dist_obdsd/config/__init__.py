@@ -12,6 +12,7 @@ from dist_obdsd.config.ranking import (
     Triplet,
 )
 from dist_obdsd.config.schema import (
+    SELECTION_METRIC,
     Batch,
     Checkpoint,
     Config,
@@ -25,6 +26,7 @@ from dist_obdsd.config.schema import (
 )
 
 __all__ = [
+    "SELECTION_METRIC",
     "Batch",
     "Checkpoint",
     "Config",

@@ -15,6 +15,10 @@ from pydantic import Field, model_validator
 from dist_obdsd.config.base import Count, NonNegative, Positive, Section
 from dist_obdsd.config.ranking import MultiSimilarity, Ranking
 
+Metric = Literal["recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum"]
+SELECTION_METRIC = "map@r"
+"""What `best_validation` and `best_test` are the best of."""
+
 
 class Data(Section):
     shards: str
@@ -172,12 +176,28 @@ class Validation(Section):
     """Share of the training classes that is taken out of training for model selection; 0 trains on all."""
     every: Count = 1
     """Epochs between validations."""
+    max_images: Count | None = None
+    """Validate on some of the held-out classes, whole ones, with at most so many images together; unset: on all. Which
+    ones follows from the seed, so they are the same throughout the run."""
 
 
 class Evaluation(Section):
+    metrics: tuple[Metric, ...] = ("recall", "map@r")
+    """What to measure. `recall` and `map@r` need a few neighbours and cost next to nothing, `r_precision` and `map@c`
+    the same, `map@1000` a search for 1,000 neighbours, `nmi` and `f1` a k-means into as many clusters as classes,
+    `distances` (within and between classes, and their ratio) all pairs of each class, `rho_spectrum` little."""
+    conventions: Literal["correct", "released"] = "correct"
+    """`released` repeats what the authors' code does where it differs, so that published tables can be compared: class
+    sizes include the query (`map@1000`, `map@c`), queries with nothing to find count as failures, k-means makes as many
+    clusters as there are training classes, `distances` are cosine distances, and `rho_spectrum` leaves out the smallest
+    singular value."""
     recall_at: tuple[Count, ...] = (1, 2, 4, 8)
+    """The k of Recall@k."""
     test: bool = True
     """Measure the test set at the end; false leaves it alone while settings are still being chosen."""
+    best_test: bool = False
+    """Also measure the test set after every validation, or, without one, every `validation.every` epochs, and report
+    the best as `best_test`. That chooses the epoch on the test set, as papers do, and flatters the result."""
     untrained: bool = False
     """Also measure the test set before the first step, as a reference that is never used for a choice."""
     batch_size: Count = 256
@@ -267,6 +287,13 @@ class Config(Section):
             raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
         if self.model.backbone == "small_cnn" and self.model.pretrained == "torchvision":
             raise ValueError("torchvision has no weights for small_cnn; set model.pretrained to none or to a file")
+        if SELECTION_METRIC not in self.evaluation.metrics and (self.validation.fraction or self.evaluation.best_test):
+            raise ValueError(
+                f"the best epoch is chosen by {SELECTION_METRIC}; add it to evaluation.metrics, or set "
+                f"validation.fraction=0 and evaluation.best_test=false"
+            )
+        if self.evaluation.best_test and not self.evaluation.test:
+            raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")
         if self.precision == "float64" and self.device == "cuda":
             raise ValueError("precision=float64 is for proofs on CPU; set device=cpu or precision=float32")
         return self

@@ -12,11 +12,13 @@
              "ids": [7, ...], "classes": [0, ...], "roles": ["train", ...]}     # in the order of the tar
 
 An id is unique in the whole folder, and the sample's key in the tar is the id as eight digits or more (``key``).
-Roles are ``train``; ``both`` for an image that is query and gallery (self-retrieval); ``query``; ``gallery``.
+Roles are ``train``; ``both`` for an image that is query and gallery (self-retrieval); ``query``; ``gallery``; and
+``gallery:NAME`` where there are several galleries that are searched one by one, such as ``gallery:cam1``.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,20 @@ from dist_obdsd.seeds import rng
 
 FORMAT = "dist-obdsd shards 1"
 ROLES = ("train", "both", "query", "gallery")
+_NAMED_GALLERY = re.compile(r"gallery:([A-Za-z0-9][A-Za-z0-9._-]*)")
+
+
+def asks(role: str) -> bool:
+    """Whether an image of this role is a query; training images are, where their classes are held out."""
+    return role in ("train", "both", "query")
+
+
+def gallery_of(role: str) -> str | None:
+    """The gallery that an image of this role stands in: "" for the one without a name, None for none."""
+    if role in ("train", "both", "gallery"):
+        return ""
+    named = _NAMED_GALLERY.fullmatch(role)
+    return named and named[1]
 
 
 def key(sample_id: int) -> str:
@@ -147,10 +163,11 @@ def check(manifest: Manifest, origin: str = "manifest") -> None:
             )
         if Path(shard.file).is_absolute() or ".." in Path(shard.file).parts:
             raise InputError(f"{origin}: shard {shard.file} lies outside the folder; name files inside it")
-        unknown = set(shard.roles) - set(ROLES)
+        unknown = {role for role in set(shard.roles) if not asks(role) and gallery_of(role) is None}
         if unknown:
             raise InputError(
-                f"{origin}: shard {shard.file} has the role {min(unknown)!r}; roles are {', '.join(ROLES)}"
+                f"{origin}: shard {shard.file} has the role {min(unknown)!r}; roles are {', '.join(ROLES)} and "
+                f"gallery:NAME with a name of letters, digits, '.', '_' and '-'"
             )
         if shard.classes and not 0 <= min(shard.classes) <= max(shard.classes) < len(manifest.classes):
             raise InputError(

@@ -6,11 +6,10 @@ order, and the mean is the correctly rounded sum of all ranks' values over their
 Shapes: n images of this rank, N of all ranks, q queries of this rank, k neighbours, D embedding dimension.
 """
 
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -18,16 +17,14 @@ from torch import nn
 
 from dist_obdsd import collectives, config
 from dist_obdsd.config import Config
-from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.data.manifest import Manifest, split_classes
 from dist_obdsd.data.stream import EvaluationBatch, evaluation_batches
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.metrics import map_at_r, recall_at_k
-from dist_obdsd.evaluation.search import labels_of, nearest
+from dist_obdsd.evaluation.census import Census, check_counts, take_census
+from dist_obdsd.evaluation.clustering import contingency, k_means, nmi, pairwise_f1
+from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
+from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, Failure, retrieve
 from dist_obdsd.runtime import Runtime
-
-# Training images are evaluated only where their classes are held out for validation, as queries and gallery.
-QUERY_ROLES = ("both", "query", "train")
-GALLERY_ROLES = ("both", "gallery", "train")
 
 
 class Batch(Protocol):
@@ -48,17 +45,21 @@ class EvaluationResult:
     """What one evaluation found; the same on every rank."""
 
     metrics: dict[str, float]
-    """``recall@1``, ..., ``map@r``: means over ``queries``."""
+    """``recall@1``, ..., ``map@r``: means over ``queries``. Those of a named gallery are ``NAME/recall@1``, ..."""
     queries: int
-    """Queries that the metrics are means over."""
+    """``queries``, ``gallery``, ``excluded`` as in ``Counts``, summed over the galleries (mostly one)."""
     gallery: int
-    """Images searched."""
     excluded: int
-    """Further queries that have no other image of their class in the gallery, and so nothing to find."""
     duplicates: int
     """Images that arrived again under an id already seen, and were dropped."""
     seconds: float = field(compare=False)
     """Wall time of the slowest rank."""
+    galleries: dict[str, Counts] = field(default_factory=dict)
+    """By name; the gallery without a name is ""."""
+    per_class: tuple[ClassRecall, ...] = ()
+    """By gallery, then label; classes without a query that counts are missing."""
+    failures: tuple[Failure, ...] = ()
+    """By gallery, the worst first; see ``Retrieval.failures``."""
 
 
 def embed_all(
@@ -102,80 +103,127 @@ def evaluate(
     expected_count: int,
     config: config.Evaluation,
     device: torch.device,
+    seed: int = 0,
+    train_classes: int | None = None,
+    expected_classes: Mapping[int, int] | None = None,
 ) -> EvaluationResult:
     """Embed, search and measure. Collective; the same result on every rank.
-
-    Queries are the images with role both, query or train; the gallery those with role both, gallery or train. An
-    image never finds itself.
 
     Args:
         embed: as in ``embed_all``; it must be in evaluation mode.
         batches: this rank's share, disjoint from the other ranks' or not (an id counts once).
-        expected_count: images of all ranks, duplicates not counted.
-        config: which Recall@k, and which search backend.
-        device: where ``embed`` and the search run.
+        The others as in ``measure``.
 
     Raises:
-        RunError: the images were not ``expected_count``, or an embedding is not finite; on every rank.
-        InputError: no query has a match, an unknown role, or a ``recall_at`` beyond the gallery; on every rank.
+        RunError, InputError: as in ``measure``, and what ``embed`` or ``batches`` raise; on every rank.
     """
     started = time.perf_counter()
     with collectives.agree("embedding the evaluation images"):
         rows_nD, ids_n, labels_n, roles = embed_all(embed, batches, device)
-        unknown = set(roles) - set(QUERY_ROLES) - set(GALLERY_ROLES)
-        if unknown:
-            raise InputError(
-                f"an image has the role {min(unknown)!r}; roles are {', '.join(sorted({*QUERY_ROLES, *GALLERY_ROLES}))}"
-            )
-    shares = collectives.gather_json([ids_n.numel(), rows_nD.shape[1]])
-    if not ids_n.numel():
-        rows_nD = rows_nD.new_empty(0, max(dim for _, dim in shares))
-    kept_n, duplicates = _first_occurrences(ids_n, [size for size, _ in shares])
-    count = sum(size for size, _ in shares) - duplicates
-    with collectives.agree("the count of evaluation images"):
-        if count != expected_count or not count:
-            raise RunError(
-                f"{count} images were embedded but {expected_count} are expected; check that every rank reads its "
-                f"share of the same shards"
-            )
-    is_query_n = kept_n & _has_role(roles, QUERY_ROLES)
-    is_gallery_n = kept_n & _has_role(roles, GALLERY_ROLES)
-
-    gallery_N = collectives.gather_ragged(torch.stack([ids_n, labels_n], dim=1)[is_gallery_n])  # [N, 2]
-    relevant_count_q = _relevant_counts(ids_n[is_query_n], labels_n[is_query_n], gallery_N)
-    matched_q = relevant_count_q > 0
-    tallies = collectives.gather_json(
-        [int(matched_q.sum()), matched_q.numel(), int(relevant_count_q.max()) if matched_q.numel() else 0]
+    result = measure(
+        rows_nD,
+        ids_n,
+        labels_n,
+        roles,
+        expected_count=expected_count,
+        settings=config,
+        device=device,
+        seed=seed,
+        train_classes=train_classes,
+        expected_classes=expected_classes,
     )
-    queries, all_queries, largest_r = sum(t[0] for t in tallies), sum(t[1] for t in tallies), max(t[2] for t in tallies)
-    with collectives.agree("the count of queries"):
-        if not queries:
-            raise InputError(
-                f"none of the {all_queries} queries has another image of its class among the {gallery_N.shape[0]} "
-                f"gallery images; evaluation needs classes with at least two images"
-            )
+    return replace(result, seconds=max(collectives.gather_json(time.perf_counter() - started)))
 
-    query_ids_q, query_labels_q = ids_n[is_query_n][matched_q], labels_n[is_query_n][matched_q]
-    neighbours = nearest(
-        rows_nD[is_query_n][matched_q].to(device),
-        query_ids_q.to(device),
-        rows_nD[is_gallery_n].to(device),
-        ids_n[is_gallery_n].to(device),
-        max(*config.recall_at, largest_r),
-        backend=config.backend,
-    )
-    found_qk = labels_of(neighbours.ids_qk.cpu(), gallery_N[:, 0].contiguous(), gallery_N[:, 1])
-    relevant_qk = found_qk == query_labels_q[:, None]
-    values = {f"recall@{k}": value_q for k, value_q in recall_at_k(relevant_qk, config.recall_at).items()}
-    values["map@r"] = map_at_r(relevant_qk, relevant_count_q[matched_q])
+
+def measure(
+    rows_nD: torch.Tensor,
+    ids_n: torch.Tensor,
+    labels_n: torch.Tensor,
+    roles: Sequence[str],
+    *,
+    expected_count: int | None,
+    settings: config.Evaluation,
+    device: torch.device,
+    seed: int = 0,
+    train_classes: int | None = None,
+    expected_classes: Mapping[int, int] | None = None,
+) -> EvaluationResult:
+    """Search and measure embedded images. Collective; the same result on every rank.
+
+    Roles (see ``census``) say which images are queries and which are searched. An image never finds itself. Every
+    named gallery is searched and reported alone.
+
+    Args:
+        rows_nD: [n, D] float32 or float64 embeddings of this rank, on the CPU; n may be 0 and may differ.
+        ids_n: [n] int64; an image that arrives twice counts once.
+        labels_n: [n] int64.
+        roles: n roles.
+        expected_count: images of all ranks, duplicates not counted; None: whatever there is.
+        settings: what to measure, and which search backend.
+        device: where the search runs.
+        seed: of k-means.
+        train_classes: how many classes the network was trained on, for ``conventions: released``.
+        expected_classes: label -> images of all ranks; None: whatever there is.
+
+    Raises:
+        RunError: the images are not those expected, or an embedding is not finite; on every rank.
+        InputError: no query has a match, an unknown role, an id with two labels, or more neighbours asked for than the
+            gallery has; on every rank.
+    """
+    started = time.perf_counter()
+    rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles)
+    census = take_census(ids_n, labels_n, roles)
+    check_counts(census, expected_count, expected_classes)
+    rows_nD, place_n = rows_nD[census.kept_n].to(device), census.place_n[census.kept_n]
+    found = {name: retrieve(name, rows_nD, place_n, census, settings) for name in census.galleries or ("",)}
+    metrics = {
+        f"{name}/{metric}" if name else metric: value
+        for name, of in found.items()
+        for metric, value in of.metrics.items()
+    }
+    metrics |= _of_all_images(rows_nD, place_n, census, settings, seed, train_classes)
     return EvaluationResult(
-        metrics=global_means(values),
-        queries=queries,
-        gallery=gallery_N.shape[0],
-        excluded=all_queries - queries,
-        duplicates=duplicates,
+        metrics=metrics,
+        queries=sum(of.counts.queries for of in found.values()),
+        gallery=sum(of.counts.gallery for of in found.values()),
+        excluded=sum(of.counts.excluded for of in found.values()),
+        duplicates=census.duplicates,
         seconds=max(collectives.gather_json(time.perf_counter() - started)),
+        galleries={name: of.counts for name, of in found.items()},
+        per_class=tuple(one for of in found.values() for one in of.per_class),
+        failures=tuple(one for of in found.values() for one in of.failures),
     )
+
+
+def _of_all_images(
+    rows_nD: torch.Tensor,
+    place_n: torch.Tensor,
+    census: Census,
+    settings: config.Evaluation,
+    seed: int,
+    train_classes: int | None,
+) -> dict[str, float]:
+    """The metrics that know no queries: of queries and galleries together. Collective."""
+    metrics: dict[str, float] = {}
+    released = settings.conventions == "released"
+    classes_C, class_N = census.classes
+    place_n = place_n.to(rows_nD.device)
+    class_n = class_N.to(rows_nD.device)[place_n]
+    if {"nmi", "f1"} & set(settings.metrics):
+        clusters = train_classes if released else classes_C.numel()
+        if clusters is None:
+            raise InputError(
+                "evaluation.conventions=released makes as many clusters as there are training classes, which these "
+                "images do not tell; take nmi and f1 out of evaluation.metrics, or set evaluation.conventions=correct"
+            )
+        found = k_means(rows_nD, place_n, clusters, seed=seed)
+        table = contingency(class_n.cpu(), found.cluster_n.cpu())
+        metrics |= {name: of(table) for name, of in (("nmi", nmi), ("f1", pairwise_f1)) if name in settings.metrics}
+    if "distances" in settings.metrics:
+        metrics |= class_distances(rows_nD, class_n, classes_C.numel(), cosine=released)
+    if "rho_spectrum" in settings.metrics:
+        metrics["rho_spectrum"] = rho_spectrum(rows_nD, leave_out=int(released))
+    return metrics
 
 
 def evaluate_split(
@@ -188,7 +236,7 @@ def evaluate_split(
 ) -> EvaluationResult:
     """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank."""
     wanted = None if classes is None else set(classes)
-    expected = sum(wanted is None or c in wanted for shard in manifest.splits[split] for c in shard.classes)
+    expected = Counter(c for shard in manifest.splits[split] for c in shard.classes if wanted is None or c in wanted)
     training = network.training
     network.eval()
 
@@ -201,76 +249,50 @@ def evaluate_split(
             return evaluate(
                 network,
                 batches(),
-                expected_count=expected,
+                expected_count=expected.total(),
+                expected_classes=expected,
                 config=settings.evaluation,
                 device=runtime.device,
+                seed=settings.seed,
+                train_classes=len(split_classes(manifest, settings.validation.fraction, settings.seed)[0]),
             )
     finally:
         network.train(training)
 
 
-def check_evaluable(manifest: Manifest, settings: Config, validation_classes: Sequence[int]) -> None:
-    """Find out before training what an evaluation after it would refuse.
+def _checked_rows(
+    rows_nD: torch.Tensor, ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str]
+) -> torch.Tensor:
+    """The rows, with the dimension and type of the other ranks' where this rank has none. Collective.
 
     Raises:
-        InputError: the test split or the validation classes have no two images of one class, or fewer images than the
-            longest Recall@k looks at.
+        InputError: on every rank: columns of different lengths, or rows of different dimensions or types.
+        RunError: on every rank: a row is NaN or infinite.
     """
-    parts = [("validation", "train", set(validation_classes))] if validation_classes else []
-    if settings.evaluation.test and "test" in manifest.splits:
-        parts.append(("test", "test", set(manifest.class_ids("test"))))
-    for name, split, classes in parts:
-        images = [
-            (label, role)
-            for shard in manifest.splits[split]
-            for label, role in zip(shard.classes, shard.roles, strict=True)
-            if label in classes
-        ]
-        gallery = Counter(label for label, role in images if role in GALLERY_ROLES)
-        # What a query can find: of its class, and in all. It never finds itself.
-        matches = [gallery[label] - (role in GALLERY_ROLES) for label, role in images if role in QUERY_ROLES]
-        others = sum(gallery.values()) - any(role in QUERY_ROLES and role in GALLERY_ROLES for _, role in images)
-        if not any(matches):
-            raise InputError(f"no query of the {name} images has another image of its class to find; add images")
-        if others < max(settings.evaluation.recall_at):
+    with collectives.agree("the embeddings to evaluate"):
+        if rows_nD.ndim != 2 or not rows_nD.is_floating_point():
             raise InputError(
-                f"evaluation.recall_at asks for {max(settings.evaluation.recall_at)} neighbours but a query of the "
-                f"{name} images has {others} others; set evaluation.recall_at to smaller numbers, or add images"
+                f"the embeddings have shape {tuple(rows_nD.shape)} and type {rows_nD.dtype}; they must be "
+                f"a matrix of float32 or float64"
             )
-
-
-def global_means(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The means over all ranks' queries of per-query values [q] float64. Collective.
-
-    The sum is exact and rounded once (``math.fsum``), so neither the ranks nor the order of the queries can change it.
-    """
-    values_NM = collectives.gather_ragged(torch.stack(list(values.values()), dim=1))
-    return {
-        name: math.fsum(value_N.tolist()) / value_N.numel() for name, value_N in zip(values, values_NM.T, strict=True)
-    }
-
-
-def _has_role(roles: Sequence[str], wanted: Sequence[str]) -> torch.Tensor:
-    return torch.tensor([role in wanted for role in roles], dtype=torch.bool)
-
-
-def _first_occurrences(ids_n: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, int]:
-    """Which of this rank's images are the first with their id, in rank order ([n] bool); and how many are not, on all
-    ranks."""
-    ids_N = collectives.gather_ragged(ids_n)
-    order_N = ids_N.argsort(stable=True)
-    sorted_N = ids_N[order_N]
-    first_N = torch.ones_like(ids_N, dtype=torch.bool)
-    first_N[order_N[1:]] = sorted_N[1:] != sorted_N[:-1]
-    start = sum(sizes[: collectives.rank()])
-    return first_N[start : start + ids_n.numel()], int((~first_N).sum())
-
-
-def _relevant_counts(ids_q: torch.Tensor, labels_q: torch.Tensor, gallery_N: torch.Tensor) -> torch.Tensor:
-    """R: gallery images of the query's class, the query itself excluded. [q] int64."""
-    classes, counts = gallery_N[:, 1].unique(return_counts=True)
-    if not classes.numel():
-        return torch.zeros_like(labels_q)
-    place_q = torch.searchsorted(classes, labels_q).clamp(max=classes.numel() - 1)
-    count_q = counts[place_q] * (classes[place_q] == labels_q)
-    return count_q - torch.isin(ids_q, gallery_N[:, 0]).long()
+        sizes = rows_nD.shape[0], ids_n.numel(), labels_n.numel(), len(roles)
+        if len(set(sizes)) > 1:
+            raise InputError(
+                "there are {} embeddings, {} ids, {} labels and {} roles; they must be equally many".format(*sizes)
+            )
+        bad_n = ~rows_nD.isfinite().all(dim=1)
+        if bad_n.any():
+            raise RunError(
+                f"{int(bad_n.sum())} of {bad_n.numel()} embeddings are NaN or infinite, the first of image id "
+                f"{int(ids_n[bad_n][0])}; the network has diverged, so lower the learning rate or go back to a "
+                f"checkpoint"
+            )
+    own = [rows_nD.shape[1], str(rows_nD.dtype)] if ids_n.numel() else None
+    kinds = sorted({(dim, kind) for dim, kind in filter(None, collectives.gather_json(own))})
+    with collectives.agree("the embeddings to evaluate"):
+        if len(kinds) > 1:
+            raise InputError(f"the ranks' embeddings are of different kinds: {kinds}; embed all images alike")
+    if kinds and own is None:
+        dim, kind = kinds[0]
+        return torch.empty(0, dim, dtype=getattr(torch, kind.removeprefix("torch.")))
+    return rows_nD

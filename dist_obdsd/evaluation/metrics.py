@@ -66,18 +66,117 @@ def map_at_r(relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor) -> torch
     >>> [round(value, 6) for value in map_at_r(relevant, torch.tensor([3, 1])).tolist()]
     [0.555556, 0.0]
     """
-    width, needed = relevant_qk.shape[1], int(relevant_count_q.max()) if relevant_count_q.numel() else 0
+    _check("MAP@R", relevant_qk, relevant_count_q, relevant_count_q)
+    return _precision_sums(relevant_qk, relevant_count_q) / relevant_count_q
+
+
+def r_precision(relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor) -> torch.Tensor:
+    """R-precision: the share of the query's class among the first R.
+
+    ``R-precision(query) = 1/R sum_{i=1..R} relevant_i``, R the number of gallery images of the query's class, the query
+    itself excluded (Manning, Raghavan, Schuetze, Introduction to Information Retrieval, section 8.4; for metric
+    learning Musgrave, Belongie, Lim, ECCV 2020).
+
+    Args, Raises:
+        As in ``map_at_r``.
+
+    Returns:
+        [q] float64 in [0, 1].
+
+    R = 3 with places 1 and 3, R = 1 with place 2, and R = 2 with nothing:
+
+    >>> relevant = torch.tensor([[True, False, True], [False, True, False], [False, False, True]])
+    >>> [round(value, 6) for value in r_precision(relevant, torch.tensor([3, 1, 2])).tolist()]
+    [0.666667, 0.0, 0.0]
+    """
+    _check("R-precision", relevant_qk, relevant_count_q, relevant_count_q)
+    place_k = torch.arange(relevant_qk.shape[1], device=relevant_qk.device)
+    return (relevant_qk & (place_k < relevant_count_q[:, None])).sum(dim=1).double() / relevant_count_q
+
+
+def map_at_k(
+    relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor, k: int, divisor_q: torch.Tensor | None = None
+) -> torch.Tensor:
+    """mAP@k, with k = 1000 in the released code: average precision over the first k places.
+
+    ``mAP@k(query) = 1/min(R, k) sum_{i=1..k} P(i) relevant_i`` with P and R as in ``map_at_r`` (Weyand et al., Google
+    Landmarks Dataset v2, CVPR 2020, equation 3, there with k = 100). Unlike MAP@R it also rewards what stands behind
+    place R.
+
+    Args:
+        relevant_qk: [q, width] bool, width at least k.
+        relevant_count_q: [q] int, R of each query; at least 1.
+        k: places looked at.
+        divisor_q: [q] instead of min(R, k); the released code divides by the class size, the query included.
+
+    Returns:
+        [q] float64 in [0, 1].
+
+    Raises:
+        InputError: the width is below k, or an R is 0.
+
+    R = 2 and the class stands at places 2 and 4, so (1/2 + 2/4) / 2; R = 3 beyond k = 4 with places 1 and 2, so
+    (1 + 1) / 3; R = 9 is more than k can show, and k is full; a class that is not found:
+
+    >>> relevant = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    >>> [round(value, 6) for value in map_at_k(relevant, torch.tensor([2, 3, 9, 1]), 4).tolist()]
+    [0.5, 0.666667, 1.0, 0.0]
+    """
+    limit_q = torch.full_like(relevant_count_q, k)
+    _check(f"mAP@{k}", relevant_qk, relevant_count_q, limit_q)
+    divisor_q = relevant_count_q.clamp(max=k) if divisor_q is None else divisor_q
+    return _precision_sums(relevant_qk, limit_q) / divisor_q
+
+
+def map_at_class_size(relevant_qk: torch.Tensor, class_size_q: torch.Tensor) -> torch.Tensor:
+    """The released code's ``mAP_c``: average precision over as many places as the class has images.
+
+    ``mAP_c(query) = 1/c sum_{i=1..c} P(i) relevant_i`` with P as in ``map_at_r`` and c the size of the query's class in
+    the gallery (file ``metrics/mAP_c.py`` of github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch). There c
+    includes the query itself, so that even a perfect ranking reaches only (c - 1) / c; with the query left out, c = R
+    and this is MAP@R.
+
+    Args, Raises:
+        As in ``map_at_r``, with c in the place of R.
+
+    Returns:
+        [q] float64 in [0, 1].
+
+    A class of three, query included, with the two others at places 1 and 2; and with one of them at place 3:
+
+    >>> relevant = torch.tensor([[True, True, False], [False, False, True]])
+    >>> [round(value, 6) for value in map_at_class_size(relevant, torch.tensor([3, 3])).tolist()]
+    [0.666667, 0.111111]
+    """
+    _check("mAP_c", relevant_qk, class_size_q, class_size_q)
+    return _precision_sums(relevant_qk, class_size_q) / class_size_q
+
+
+def _check(name: str, relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor, limit_q: torch.Tensor) -> None:
+    width, needed = relevant_qk.shape[1], int(limit_q.max()) if limit_q.numel() else 0
     if needed > width:
-        raise InputError(f"MAP@R needs {needed} neighbours, the largest R, but {width} were searched; search for more")
+        raise InputError(f"{name} needs {needed} neighbours, but {width} were searched; search for more")
     if (relevant_count_q < 1).any():
         raise InputError(
-            f"MAP@R is undefined for {int((relevant_count_q < 1).sum())} queries without a match; leave them out first"
+            f"{name} is undefined for {int((relevant_count_q < 1).sum())} queries without a match; leave them out first"
         )
+
+
+def _precision_sums(relevant_qk: torch.Tensor, limit_q: torch.Tensor) -> torch.Tensor:
+    """``sum_{i=1..limit} P(i) relevant_i`` of each query. [q] float64.
+
+    Only the relevant places add to it, and there are few: the j-th of them, at place i, adds j / i. In order of j, one
+    at a time, a query's value has the same bits in whatever batch it stands.
+    """
+    query_h, place_h = relevant_qk.nonzero(as_tuple=True)  # the hits, by query, then place
+    counts = place_h < limit_q[query_h]
+    query_h, place_h = query_h[counts], place_h[counts].double()
+    hits_q = torch.bincount(query_h, minlength=relevant_qk.shape[0])
+    first_q = hits_q.cumsum(0) - hits_q
     total_q = torch.zeros(relevant_qk.shape[0], dtype=torch.float64, device=relevant_qk.device)
-    hits_q = torch.zeros_like(total_q)
-    # In order of i, one place at a time: a query's value then has the same bits in whatever batch it stands.
-    for i in range(1, needed + 1):
-        relevant_q = relevant_qk[:, i - 1] & (relevant_count_q >= i)
-        hits_q += relevant_q
-        total_q += relevant_q * (hits_q / i)
-    return total_q / relevant_count_q
+    for j in range(int(hits_q.max()) if hits_q.numel() else 0):
+        has = (hits_q > j).nonzero().flatten()
+        # Not (j + 1) / place, which torch computes as a product with the reciprocal.
+        place = place_h[first_q[has] + j] + 1.0
+        total_q[has] += torch.full_like(place, j + 1) / place
+    return total_q

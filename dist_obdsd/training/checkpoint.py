@@ -10,6 +10,7 @@ tensors, loaded with ``weights_only=True``, so that loading never executes anyth
      "objective": {}, "objective_optimizer": {}, "manifold_memory": None, "scaler": None,
      "position": {"epoch": e, "step": s, "global_step": n},   # the next step to take
      "best_validation": {"value": v, "epoch": e} or None, "untrained": {metric: value} or None,
+     "best_test": {"value": v, "epoch": e, "metrics": {metric: value}} or None,     # absent in older files
      "tracker": run id or None}
 
 ``last`` and ``best`` are one-line text files that hold a checkpoint's name. Every file is written under a temporary

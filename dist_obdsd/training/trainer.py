@@ -13,7 +13,8 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.errors import InputError, RunError, sentence
-from dist_obdsd.evaluation.evaluator import EvaluationResult, check_evaluable, evaluate_split
+from dist_obdsd.evaluation.evaluator import EvaluationResult
+from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher, check_identical
 from dist_obdsd.objective.manifold import choose_solver
@@ -22,13 +23,11 @@ from dist_obdsd.runtime import Runtime
 from dist_obdsd.tracking import provenance
 from dist_obdsd.tracking.tracker import Tracker, build_tracker
 from dist_obdsd.training import checkpoint
+from dist_obdsd.training.judge import Judge
 from dist_obdsd.training.optim import load_state_by_name, state_by_name
 from dist_obdsd.training.rundir import RunDir, read_status, write_status
 from dist_obdsd.training.step import Position, StepReader, TrainStep
 from dist_obdsd.training.strategy import DDPStrategy
-
-SELECTION_METRIC = "map@r"
-"""What `best_validation` is the best of."""
 
 
 class Trainer:
@@ -53,7 +52,9 @@ class Trainer:
             self.train_classes, self.validation_classes = manifests.split_classes(
                 self.manifest, settings.validation.fraction, settings.seed
             )
-            check_evaluable(self.manifest, settings, self.validation_classes)
+            check_evaluable(
+                self.manifest, settings, validation_subset(self.manifest, self.validation_classes, settings)
+            )
             lanes_of(runtime.rank, runtime.world_size, settings.data.lanes)
         collectives.agree_same("the manifest", self.manifest.digest)
         with collectives.agree("building the network"):
@@ -61,14 +62,13 @@ class Trainer:
             self.objective = build_objective(settings, self.train_classes, runtime.device)
             self._check_objective()
         self.teacher = ProgressiveTeacher(self.student) if settings.distillation.needs_teacher else None
+        self.judge = Judge(settings, self.manifest, self.validation_classes, self.student, runtime, self._measured)
         own = list(self.objective.ranking.named_parameters())
         self.strategy = DDPStrategy(self.student, settings, runtime, own)
         self.step = TrainStep(settings, runtime, self.strategy, self.teacher, self.objective, self.train_classes)
         self.reader = StepReader(lag=0 if settings.debug else 1 if runtime.device.type == "cpu" else 8)
         self.checkpoints = settings.run_dir / "checkpoints"
         self.position = Position()
-        self.best: dict[str, Any] | None = None
-        self.untrained: dict[str, float] | None = None
         self.run_id: str | None = None
         self.tracker = Tracker()
         self.stop_requested = False  # of this rank
@@ -147,8 +147,8 @@ class Trainer:
             self.tracker.close(status)
 
     def _run(self) -> dict[str, Any]:
-        if self.settings.evaluation.untrained and self.position.global_step == 0 and self._tests():
-            self.untrained = self._measure("untrained", "test", None).metrics
+        if self.position.global_step == 0:
+            self.judge.before_training()
         with collectives.agree("opening the stream"):
             stream = TrainStream(
                 self.manifest,
@@ -257,33 +257,11 @@ class Trainer:
             self.teacher.promote(self.student, self.position.epoch)
             self.objective.forget()
         check_identical("the ranking loss", self.objective.ranking)
-        best = False
-        due = self.position.epoch % self.settings.validation.every == 0 or self.position.epoch == self.settings.epochs
-        if self.validation_classes and due:
-            value = self._measure("validation", "train", self.validation_classes).metrics[SELECTION_METRIC]
-            best = self.best is None or value > self.best["value"]
-            if best:
-                self.best = {"value": value, "epoch": self.position.epoch}
-        self._save(best)
+        self._save(best=self.judge.after_epoch(self.position.epoch))
 
     def _finish(self) -> dict[str, Any]:
         """Look at the test set, once, and write the summary."""
-        measured: list[tuple[str, int, dict[str, float]]] = []
-        if self.untrained is not None:
-            measured.append(("untrained", 0, self.untrained))
-        if self._tests():
-            last = self._measure("test", "test", None).metrics
-            measured.append(("last", self.position.epoch, last))
-            if self.best is not None:
-                if self.best["epoch"] != self.position.epoch:
-                    with collectives.agree("reading the best checkpoint"):
-                        if self.run_dir is not None:
-                            state = checkpoint.load(self.checkpoints / "best")
-                            self.student.load_state_dict(state["student"])
-                    # Other nodes may not see rank 0's folder.
-                    collectives.broadcast_(list(self.student.state_dict().values()))
-                    last = self._measure("test of best_validation", "test", None).metrics
-                measured.append(("best_validation", self.best["epoch"], last))
+        rows = self.judge.after_training(self.position.epoch, self.position.step == 0, self._load_best)
         summary = {
             "meta": {
                 "state": "finished",
@@ -292,15 +270,11 @@ class Trainer:
                 "epochs": self.position.epoch,
                 "steps": self.position.global_step,
                 "world_size": self.runtime.world_size,
-                "validation_classes": len(self.validation_classes),
-                "best_validation": self.best,
+                "validation_classes": len(self.judge.classes),
+                "best_validation": self.judge.best_validation,
                 "tracked_run": self.run_id,
             },
-            "rows": [
-                {"protocol": protocol, "split": "test", "epoch": epoch, "metric": name, "value": value}
-                for protocol, epoch, metrics in measured
-                for name, value in metrics.items()
-            ],
+            "rows": rows,
         }
         if self.run_dir is not None:
             self.tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
@@ -316,8 +290,13 @@ class Trainer:
         self.say(message)
         return {"meta": {"state": "preempted", "message": message}, "rows": []}
 
-    def _tests(self) -> bool:
-        return self.settings.evaluation.test and "test" in self.manifest.splits
+    def _load_best(self) -> None:
+        """Put the weights of the best epoch by validation into the student. Collective."""
+        with collectives.agree("reading the best checkpoint"):
+            if self.run_dir is not None:
+                self.student.load_state_dict(checkpoint.load(self.checkpoints / "best")["student"])
+        # Other nodes may not see rank 0's folder.
+        collectives.broadcast_(list(self.student.state_dict().values()))
 
     def _reached_max_steps(self) -> bool:
         limit = self.settings.max_steps
@@ -325,14 +304,11 @@ class Trainer:
 
     # ---- evaluation and records -------------------------------------------------------------------------------------
 
-    def _measure(self, what: str, split: str, classes: list[int] | None) -> EvaluationResult:
-        """Measure the student on a split, or on some classes of it, and record it. Collective."""
-        result = evaluate_split(self.student, self.manifest, split, self.settings, self.runtime, classes)
+    def _measured(self, what: str, result: EvaluationResult, epoch: int) -> None:
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         alone = f", {result.excluded} without a match left out" if result.excluded else ""
         self.say(f"{what}: {numbers}  ({result.queries} queries{alone}, {result.seconds:.1f} s)")
-        self._record(what, result.metrics, epoch=self.position.epoch)
-        return result
+        self._record(what, result.metrics, epoch=epoch)
 
     def _record(self, kind: str, values: dict[str, float], epoch: int) -> None:
         if self.run_dir is not None:
@@ -357,9 +333,8 @@ class Trainer:
                     ),
                     "scaler": None,
                     "position": vars(self.position).copy(),
-                    "best_validation": self.best,
-                    "untrained": self.untrained,
                     "tracker": self.run_id,
+                    **self.judge.state(),
                 }
                 keep = self.settings.checkpoint.keep
                 checkpoint.save(self.checkpoints, state, best=best, keep=keep)
@@ -394,7 +369,7 @@ class Trainer:
                 self.strategy.objective_optimizer, self.strategy.objective_parameters, state["objective_optimizer"]
             )
             self.position = Position(**state["position"])
-            self.best, self.untrained = state["best_validation"], state["untrained"]
+            self.judge.load(state)
             self.run_id = state["tracker"]
         if self.teacher is not None:
             self.teacher.load(state["teacher"])

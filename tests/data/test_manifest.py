@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.data.manifest import Manifest, Shard, asks, gallery_of
 from dist_obdsd.errors import InputError
 
 
@@ -95,3 +95,21 @@ def test_validation_classes_are_apart_from_training_classes(classes: int, fracti
 def test_the_seed_chooses_the_validation_classes() -> None:
     manifest = make(train_classes=40)
     assert manifests.split_classes(manifest, 0.5, 0) != manifests.split_classes(manifest, 0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("role", "query", "gallery"),
+    [
+        ("train", True, ""),
+        ("both", True, ""),
+        ("query", True, None),
+        ("gallery", False, ""),
+        ("gallery:cam1", False, "cam1"),
+        ("gallery:a.B_c-2", False, "a.B_c-2"),
+        ("gallery:", False, None),
+        ("gallery:a/b", False, None),
+        ("query:a", False, None),
+    ],
+)
+def test_what_an_image_of_a_role_does(role: str, query: bool, gallery: str | None) -> None:
+    assert (asks(role), gallery_of(role)) == (query, gallery)

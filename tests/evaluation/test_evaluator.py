@@ -13,7 +13,9 @@ from dist_obdsd import collectives
 from dist_obdsd.config import Evaluation, parse_config
 from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.evaluator import EvaluationResult, check_evaluable, embed_all, evaluate, global_means
+from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, evaluate
+from dist_obdsd.evaluation.protocols import check_evaluable
+from dist_obdsd.evaluation.retrieval import global_means
 from tests import harness
 from tests.evaluation import oracle
 

@@ -1,0 +1,226 @@
+"""What one gallery answers to the queries: the search, the metrics over it, and where it went wrong.
+
+With ``conventions: released`` the means are those of the public code (github.com/Confusezius/
+Revisiting_Deep_Metric_Learning_PyTorch, folder ``metrics``): the class size in mAP@1000 and mAP_c includes the query
+where it stands in the gallery, and a query with nothing to find counts as 0. One thing is not repeated: that code drops
+each query's first hit for the query itself, which among duplicates may be another image; here it is dropped by id.
+
+Shapes: n images of this rank, N different images of all ranks, q counted queries of this rank, Q of all ranks,
+k neighbours, C classes, D embedding dimension.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_obdsd import collectives, config
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation.census import Census
+from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
+from dist_obdsd.evaluation.search import Neighbours, nearest
+
+WORST = 16
+"""Queries kept as failures."""
+WORST_NEIGHBOURS = 8
+"""Neighbours kept of each."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was asked of one gallery."""
+
+    queries: int
+    """Queries that the metrics are means over."""
+    gallery: int
+    """Images searched."""
+    excluded: int
+    """Further queries that have no other image of their class in the gallery, and so nothing to find."""
+
+
+@dataclass(frozen=True)
+class ClassRecall:
+    """Recall@1 of the queries of one class."""
+
+    gallery: str
+    label: int
+    queries: int
+    recall: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A query that its class came late to, with its nearest neighbours, best first."""
+
+    gallery: str
+    query_id: int
+    query_label: int
+    neighbour_ids: tuple[int, ...]
+    neighbour_labels: tuple[int, ...]
+    neighbour_scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The answers of one gallery; the same on every rank."""
+
+    metrics: dict[str, float]
+    counts: Counts
+    per_class: tuple[ClassRecall, ...]
+    """By label; classes without a counted query are missing."""
+    failures: tuple[Failure, ...]
+    """The ``WORST`` queries: those whose class comes latest among the neighbours searched (or not at all); among
+    equals those with the higher score of the first neighbour; then by id."""
+
+
+def retrieve(
+    gallery: str, rows_nD: torch.Tensor, place_n: torch.Tensor, census: Census, settings: config.Evaluation
+) -> Retrieval:
+    """Ask one gallery all queries. Collective; the same result on every rank.
+
+    Args:
+        gallery: one of ``census.galleries``.
+        rows_nD: this rank's images, each image on one rank only.
+        place_n: their places in the census.
+
+    Raises:
+        RunError: an embedding is not finite.
+        InputError: no query has a match, or Recall@k asks for more neighbours than there are.
+    """
+    classes_C, class_N = census.classes
+    offered_N = census.gallery_N == _number(census, gallery)
+    size_N = torch.bincount(class_N[offered_N], minlength=classes_C.numel())[class_N]
+    count_N = size_N - offered_N.long()  # R: gallery images of the query's class, the query itself excluded
+    matched_N = census.asks_N & (count_N > 0)
+    asked, matched, offered = int(census.asks_N.sum()), int(matched_N.sum()), int(offered_N.sum())
+    with collectives.agree("the count of queries"):
+        if not matched:
+            raise InputError(
+                f"none of the {asked} queries has another image of its class among the {offered} gallery images"
+                f"{gallery and f' of {gallery}'}; evaluation needs classes with at least two images"
+            )
+    if settings.conventions == "correct":
+        counted_N, size_N = matched_N, count_N
+    else:  # queries without a match count, too
+        counted_N = census.asks_N
+
+    is_query_n, is_offered_n = counted_N[place_n], offered_N[place_n]
+    place_q = place_n[is_query_n]
+    needed = {"recall": max(settings.recall_at), "map@1000": 1000, "map@c": int(size_N[counted_N].max())}
+    needed["map@r"] = needed["r_precision"] = int(count_N[counted_N].max())
+    width = max((needed[name] for name in settings.metrics if name in needed), default=1)
+    # Recall@k is refused where the gallery is smaller; an average precision has seen all there is.
+    others = offered - bool((counted_N & offered_N).any())
+    k = min(width, max(others, needed["recall"] if "recall" in settings.metrics else 1))
+    # A place is as good as an id, since both have the same order, and it leads to the label at once.
+    found = nearest(
+        rows_nD[is_query_n],
+        place_q.to(rows_nD.device),
+        rows_nD[is_offered_n],
+        place_n[is_offered_n].to(rows_nD.device),
+        k,
+        backend=settings.backend,
+    )
+    found = Neighbours(found.scores_qk.cpu(), found.ids_qk.cpu())
+    class_N = class_N.int()
+    relevant_qk = class_N[found.ids_qk] == class_N[place_q][:, None]
+    values = _values(_widened(relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], settings)
+    return Retrieval(
+        metrics=global_means(values) if values else {},
+        counts=Counts(queries=int(counted_N.sum()), gallery=offered, excluded=asked - int(counted_N.sum())),
+        per_class=_per_class(gallery, relevant_qk[:, 0], class_N[place_q], classes_C),
+        failures=_worst(gallery, found, relevant_qk, place_q, census),
+    )
+
+
+def _widened(relevant_qk: torch.Tensor, count_q: torch.Tensor, width: int) -> torch.Tensor:
+    """Places beyond the end of the gallery, where there is nothing to find.
+
+    Where some queries are gallery images and some are not, the search ended one image early for the latter; that one is
+    of the query's class exactly if the class is not complete yet.
+    """
+    k = relevant_qk.shape[1]
+    if k == width:
+        return relevant_qk
+    relevant_qk, found_q = nn.functional.pad(relevant_qk, (0, width - k)), relevant_qk.sum(dim=1)
+    relevant_qk[:, k] = found_q < count_q
+    return relevant_qk
+
+
+def _values(
+    relevant_qk: torch.Tensor, count_q: torch.Tensor, size_q: torch.Tensor, settings: config.Evaluation
+) -> dict[str, torch.Tensor]:
+    """The per-query values of the metrics that are means over queries."""
+    values: dict[str, torch.Tensor] = {}
+    # A query that has nothing to find and yet counts finds nothing in what is taken for a class of one.
+    count_q, size_q = count_q.clamp(min=1), size_q.clamp(min=1)
+    if "recall" in settings.metrics:
+        values |= {f"recall@{k}": value_q for k, value_q in recall_at_k(relevant_qk, settings.recall_at).items()}
+    if "map@r" in settings.metrics:
+        values["map@r"] = map_at_r(relevant_qk, count_q)
+    if "r_precision" in settings.metrics:
+        values["r_precision"] = r_precision(relevant_qk, count_q)
+    if "map@1000" in settings.metrics:
+        divisor_q = size_q if settings.conventions == "released" else None
+        values["map@1000"] = map_at_k(relevant_qk, count_q, 1000, divisor_q)
+    if "map@c" in settings.metrics:
+        values["map@c"] = map_at_class_size(relevant_qk, size_q)
+    return values
+
+
+def global_means(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The means over all ranks' queries of per-query values [q] float64. Collective.
+
+    The sum is exact and rounded once (``math.fsum``), so neither the ranks nor the order of the queries can change it.
+    """
+    values_QM = collectives.gather_ragged(torch.stack(list(values.values()), dim=1))
+    return {
+        name: math.fsum(value_Q.tolist()) / value_Q.numel() for name, value_Q in zip(values, values_QM.T, strict=True)
+    }
+
+
+def _number(census: Census, gallery: str) -> int:
+    return census.galleries.index(gallery) if gallery in census.galleries else len(census.galleries)
+
+
+def _per_class(
+    gallery: str, first_q: torch.Tensor, class_q: torch.Tensor, classes_C: torch.Tensor
+) -> tuple[ClassRecall, ...]:
+    """Sums of ones, so exact in any order."""
+    own_2C = torch.stack([torch.bincount(c, minlength=classes_C.numel()) for c in (class_q, class_q[first_q])])
+    queries_C, hits_C = collectives.sum_across(own_2C).tolist()
+    return tuple(
+        ClassRecall(gallery, label, queries, hits / queries)
+        for label, queries, hits in zip(classes_C.tolist(), queries_C, hits_C, strict=True)
+        if queries
+    )
+
+
+def _worst(
+    gallery: str, found: Neighbours, relevant_qk: torch.Tensor, place_q: torch.Tensor, census: Census
+) -> tuple[Failure, ...]:
+    """See ``Retrieval.failures``. Each rank names its own worst, and the worst of these are kept."""
+    q, k = relevant_qk.shape
+    # argmax finds the first of the largest, so the first hit; k where there is none.
+    first_q = torch.where(relevant_qk.any(dim=1), relevant_qk.byte().argmax(dim=1), k)
+    order_q = place_q.argsort()
+    for key_q in (found.scores_qk[:, 0] if q else place_q, first_q):
+        order_q = order_q[key_q[order_q].argsort(descending=True, stable=True)]
+    own = []
+    for query in order_q[:WORST].tolist():
+        place, scores = int(place_q[query]), found.scores_qk[query, :WORST_NEIGHBOURS].tolist()
+        own.append([-int(first_q[query]), -scores[0], place, found.ids_qk[query, :WORST_NEIGHBOURS].tolist(), scores])
+    everyone = sorted(line for of_rank in collectives.gather_json(own) for line in of_rank)
+    ids_N, labels_N = census.ids_N, census.labels_N
+    return tuple(
+        Failure(
+            gallery,
+            query_id=int(ids_N[place]),
+            query_label=int(labels_N[place]),
+            neighbour_ids=tuple(ids_N[neighbours].tolist()),
+            neighbour_labels=tuple(labels_N[neighbours].tolist()),
+            neighbour_scores=tuple(scores),
+        )
+        for _, _, place, neighbours, scores in everyone[:WORST]
+    )

@@ -1,0 +1,100 @@
+"""Distances and the spectrum: against loops and an SVD, and the same bits at 1, 2 and 3 real processes."""
+
+import doctest
+import functools
+
+import pytest
+import torch
+
+from dist_obdsd import collectives
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation import geometry
+from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
+from tests import harness
+from tests.evaluation import oracle
+
+D = 6
+KINDS = ("random", "unit", "collapsed", "duplicates", "flat", "few")
+LAYOUTS = ("even", "last", "shuffled")
+
+
+@functools.cache
+def data(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows [n, D], classes of 1, 2, 3, ... images)."""
+    random = torch.Generator().manual_seed(KINDS.index(kind))
+    n = 4 if kind == "few" else 90
+    classes = torch.repeat_interleave(torch.arange(13), torch.arange(13) + 1)[:n]
+    rows = torch.randn(13, D, generator=random)[classes] + torch.randn(n, D, generator=random)
+    if kind == "unit":
+        rows = torch.nn.functional.normalize(rows)
+    if kind == "collapsed":
+        rows = torch.full_like(rows, 0.4)
+    if kind == "duplicates":
+        rows = rows[torch.arange(n) % 5].double()
+    if kind == "flat":  # two dimensions are never used
+        rows[:, 2:4] = 0
+    return rows, classes
+
+
+def worker(kind: str, layout: str, cosine: bool, pairs: int) -> tuple[dict[str, float], float, float]:
+    rows, classes = data(kind)
+    rank, world, n = collectives.rank(), collectives.world_size(), len(rows)
+    mine = {
+        "even": torch.arange(rank, n, world),
+        "last": torch.arange(n if rank == world - 1 else 0),
+        "shuffled": torch.randperm(n, generator=torch.Generator().manual_seed(1))[rank::world],
+    }[layout]
+    geometry.PAIRS = pairs
+    found = class_distances(rows[mine], classes[mine], 14, cosine=cosine)  # class 13 has no image
+    return found, rho_spectrum(rows[mine]), rho_spectrum(rows[mine], leave_out=1)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loops_say_the_same_and_no_rank_nor_layout_changes_a_bit(kind: str, cosine: bool) -> None:
+    rows, classes = data(kind)
+    answers = [
+        answer
+        for world in harness.WORLD_SIZES
+        for layout, pairs in zip(LAYOUTS, (1 << 18, 1, 50), strict=True)
+        for answer in harness.run(world, worker, kind, layout, cosine, pairs)
+    ]
+    assert all(answer == answers[0] for answer in answers)
+    distances, rho, rho_released = answers[0]
+    plain = rows.double().tolist()
+    assert distances == pytest.approx(
+        oracle.class_distances(plain, classes.tolist(), cosine=cosine), abs=1e-7 if kind == "collapsed" else 1e-12
+    )
+    assert rho == pytest.approx(oracle.rho_spectrum(plain), abs=1e-6)
+    assert rho_released == pytest.approx(oracle.rho_spectrum(plain, leave_out=1), abs=1e-6)
+    assert rho_released != rho
+
+
+def test_the_worked_examples() -> None:
+    outcome = doctest.testmod(geometry)
+    assert outcome.attempted >= 2
+    assert outcome.failed == 0
+
+
+def test_the_numbers_tell_embeddings_apart() -> None:
+    values = {kind: worker(kind, "even", False, 1 << 18) for kind in KINDS}
+    assert values["collapsed"][0]["distance_intra"] == values["collapsed"][0]["distance_ratio"] == 0.0
+    assert 0.1 < values["unit"][0]["distance_ratio"] < 3
+    # Unused directions cost the most.
+    assert 0 <= values["random"][1] < 0.2 < values["flat"][1] < values["collapsed"][1]
+
+
+def refusal_worker() -> list[str]:
+    messages = []
+    for classes in (torch.zeros(6, dtype=torch.int64), torch.arange(6)):
+        mine = torch.arange(collectives.rank(), 6, collectives.world_size())
+        with pytest.raises(InputError) as raised:
+            class_distances(torch.eye(6)[mine], classes[mine], 6, cosine=False)
+        messages.append(str(raised.value))
+    return messages
+
+
+def test_distances_without_two_classes_or_a_pair_are_refused_on_every_rank() -> None:
+    for world in harness.WORLD_SIZES:
+        for messages in harness.run(world, refusal_worker):
+            assert all("two classes and a class of two images" in message for message in messages)

@@ -1,0 +1,265 @@
+"""Measuring embeddings that are there: every metric, both conventions, several galleries, failures, bad input."""
+
+import functools
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from dist_obdsd import collectives
+from dist_obdsd.config import Evaluation
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.evaluation.evaluator import measure
+from dist_obdsd.evaluation.retrieval import WORST, WORST_NEIGHBOURS
+from dist_obdsd.seeds import rng
+from tests import harness
+from tests.evaluation import oracle
+
+N, D, TRAIN_CLASSES = 90, 6, 9
+CPU = torch.device("cpu")
+KINDS = ("plain", "float64", "ties", "collapsed", "query/gallery", "cameras")
+ALL = ("recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum")
+RECALL_AT = (1, 2, 4)
+
+
+@functools.cache
+def data(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    """(rows [N, D], ids, labels, roles); classes of 1, 2, 3, ... images."""
+    random = torch.Generator().manual_seed(KINDS.index(kind))
+    labels = torch.repeat_interleave(torch.arange(13) * 10 - 30, torch.arange(13) + 1)[:N]
+    rows = torch.randn(13, D, generator=random)[labels // 10 + 3] + 1.5 * torch.randn(N, D, generator=random)
+    if kind == "ties":
+        rows = rows.sign() * (1 + (rows.abs() > 2))
+    if kind == "collapsed":
+        rows = torch.full_like(rows, 7.0)
+    rows = torch.nn.functional.normalize(rows.double()) if kind == "float64" else torch.nn.functional.normalize(rows)
+    roles = {
+        "query/gallery": ["query", "gallery", "gallery", "both"],
+        "cameras": ["query", "gallery:left", "gallery", "gallery:right-2", "both", "gallery:left"],
+    }.get(kind, ["both"])
+    roles = (roles * N)[:N]
+    roles[0] = "both" if roles == ["both"] * N else "query"  # the class of one image is asked for, in vain
+    order = torch.randperm(N, generator=random)
+    return rows[order], 1000 - torch.arange(N), labels[order], [roles[i] for i in order.tolist()]
+
+
+def own(layout: str) -> torch.Tensor:
+    rank, world = collectives.rank(), collectives.world_size()
+    if layout == "even":
+        return torch.arange(rank, N, world)
+    if layout == "last":
+        return torch.arange(N if rank == world - 1 else 0)
+    return torch.randperm(N, generator=torch.Generator().manual_seed(8))[rank::world]
+
+
+def measure_worker(kind: str, layout: str, **settings: Any) -> dict[str, Any]:
+    rows, ids, labels, roles = data(kind)
+    mine = own(layout)
+    result = measure(
+        rows[mine] if len(mine) else torch.empty(0, 0), ids[mine], labels[mine], [roles[i] for i in mine.tolist()],
+        expected_count=N, settings=Evaluation(recall_at=RECALL_AT, **settings), device=CPU, seed=4,
+        train_classes=TRAIN_CLASSES,
+    )  # fmt: skip
+    return asdict(result) | {"seconds": None}
+
+
+def measure_all_worker(kind: str, layout: str, conventions: str, backend: str) -> dict[str, Any]:
+    return measure_worker(kind, layout, metrics=ALL, conventions=conventions, backend=backend)
+
+
+def expected(kind: str, released: bool) -> tuple[dict[str, float], dict[str, tuple[int, int, int]]]:
+    """(metrics, gallery -> (queries, images, excluded)), all by loops."""
+    rows, ids, labels, roles = data(kind)
+    by_id = dict(zip(ids.tolist(), rows.double().tolist(), strict=True))
+    label_of = dict(zip(ids.tolist(), labels.tolist(), strict=True))
+    role_of = dict(zip(ids.tolist(), roles, strict=True))
+    galleries = {"": ("both", "gallery", "train")}
+    if kind == "cameras":
+        galleries |= {"left": ("gallery:left",), "right-2": ("gallery:right-2",)}
+    metrics: dict[str, float] = {}
+    counts = {}
+    for name, of in galleries.items():
+        found, queries, excluded = oracle.evaluate(
+            by_id, label_of, role_of, RECALL_AT, gallery_roles=of, more=True, released=released
+        )
+        metrics |= {f"{name}/{metric}" if name else metric: value for metric, value in found.items()}
+        counts[name] = (queries, sum(role in of for role in roles), excluded)
+    order = sorted(range(N), key=lambda i: ids[i])
+    plain, classes = rows[order].double().tolist(), labels[order].tolist()
+    k = TRAIN_CLASSES if released else 13
+    drawn = sorted(rng(4, "k-means").permutation(N)[:k].tolist())
+    clusters, _ = oracle.k_means(plain, [plain[i] for i in drawn])
+    metrics["nmi"] = oracle.nmi(classes, clusters)
+    metrics["f1"] = oracle.pairwise_f1(classes, clusters)
+    metrics |= oracle.class_distances(plain, classes, cosine=released)
+    metrics["rho_spectrum"] = oracle.rho_spectrum(plain, leave_out=int(released))
+    return metrics, counts
+
+
+@pytest.mark.parametrize("conventions", ["correct", "released"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_metric_is_what_loops_say_on_any_ranks_with_the_same_bits(kind: str, conventions: str) -> None:
+    metrics, counts = expected(kind, conventions == "released")
+    answers = [
+        answer
+        for world in harness.WORLD_SIZES
+        for layout, backend in (("even", "faiss"), ("last", "torch"), ("shuffled", "torch"))
+        for answer in harness.run(world, measure_all_worker, kind, layout, conventions, backend)
+    ]
+    assert all(answer == answers[0] for answer in answers)
+    found = answers[0]
+    assert found["metrics"].keys() == metrics.keys()
+    for name, value in metrics.items():
+        # Square roots of rounding errors, where points coincide, and the rounding of the Gram matrix.
+        accuracy = 1e-6 if name == "rho_spectrum" or kind == "collapsed" else 1e-12
+        assert found["metrics"][name] == pytest.approx(value, abs=accuracy), name
+    assert {name: (of["queries"], of["gallery"], of["excluded"]) for name, of in found["galleries"].items()} == counts
+    assert [found[name] for name in ("queries", "gallery", "excluded")] == [
+        sum(of[i] for of in counts.values()) for i in range(3)
+    ]
+    assert (found["excluded"] > 0) == (conventions == "correct")
+
+
+def test_the_conventions_differ_where_they_say() -> None:
+    correct, released = (measure_all_worker("plain", "even", c, "torch") for c in ("correct", "released"))
+    differing = {name for name, value in correct["metrics"].items() if released["metrics"][name] != value}
+    assert differing == set(correct["metrics"])  # the excluded query alone moves every mean
+    assert correct["metrics"]["map@c"] == correct["metrics"]["map@r"] > released["metrics"]["map@c"]
+    assert correct["metrics"]["recall@1"] > released["metrics"]["recall@1"]
+
+
+def test_recall_by_class_and_the_worst_queries() -> None:
+    rows, ids, labels, roles = data("cameras")
+    found = measure_worker("cameras", "even")
+    by_id = {
+        i: (row, label, role)
+        for i, row, label, role in zip(ids.tolist(), rows.double().tolist(), labels.tolist(), roles, strict=True)
+    }
+    per_class, failures = [], []
+    for name, of in (("", ("both", "gallery")), ("left", ("gallery:left",)), ("right-2", ("gallery:right-2",))):
+        gallery = [i for i, (_, _, role) in by_id.items() if role in of]
+        hits: dict[int, list[bool]] = {}
+        ranked = []
+        largest = max(oracle.Counter(by_id[i][1] for i in gallery).values())
+        for query, (row, label, role) in by_id.items():
+            if role not in ("both", "query") or not any(by_id[i][1] == label for i in gallery if i != query):
+                continue
+            near = oracle.nearest([row], [query], [by_id[i][0] for i in gallery], gallery, 99)[query]
+            near = near[: found_width(name, found, largest)]
+            right = [by_id[i][1] == label for _, i in near]
+            hits.setdefault(label, []).append(right[0])
+            first = right.index(True) if True in right else len(right)
+            ranked.append((-first, -near[0][0], query, label, near[:WORST_NEIGHBOURS]))
+        per_class += [
+            {"gallery": name, "label": label, "queries": len(of_class), "recall": sum(of_class) / len(of_class)}
+            for label, of_class in sorted(hits.items())
+        ]
+        for _, _, query, label, near in sorted(ranked)[:WORST]:
+            failures.append((name, query, label, [i for _, i in near], [by_id[i][1] for _, i in near]))
+    assert list(found["per_class"]) == per_class
+    assert [
+        (f["gallery"], f["query_id"], f["query_label"], list(f["neighbour_ids"]), list(f["neighbour_labels"]))
+        for f in found["failures"]
+    ] == failures
+    assert len(failures) > WORST
+    assert any(f["neighbour_labels"][0] != f["query_label"] for f in found["failures"])
+
+
+def found_width(name: str, found: dict[str, Any], largest: int) -> int:
+    """Neighbours that recall (4) and MAP@R (the largest class) look at."""
+    others = found["galleries"][name]["gallery"] - (name == "")
+    return min(max(*RECALL_AT, largest - (name == "")), others)
+
+
+def test_a_class_larger_than_a_thousand_and_a_small_gallery() -> None:
+    """mAP@1000 divides by 1000 where the class has more, and sees all there is where the gallery is smaller."""
+    random = torch.Generator().manual_seed(5)
+    labels = torch.tensor([0] * 1040 + [1] * 60)
+    rows = torch.nn.functional.normalize(torch.randn(1100, 3, generator=random) + labels[:, None])
+    settings = Evaluation(metrics=("map@1000",))
+    found = measure(
+        rows, torch.arange(1100), labels, ["both"] * 1100, expected_count=None, settings=settings, device=CPU
+    )
+    total = 0.0
+    scores = (rows.double() @ rows.double().T).fill_diagonal_(-9)
+    for query, order in enumerate(scores.argsort(dim=1, descending=True)[:, :1000].tolist()):
+        relevant = [int(labels[i] == labels[query]) for i in order]
+        hits, precisions = 0, 0.0
+        for place, is_relevant in enumerate(relevant, start=1):
+            hits += is_relevant
+            precisions += is_relevant * hits / place
+        total += precisions / min(1000, int((labels == labels[query]).sum()) - 1)
+    assert found.metrics == {"map@1000": pytest.approx(total / 1100, abs=1e-12)}
+    few = measure(
+        rows[1030:1050], torch.arange(20), labels[1030:1050], ["both"] * 20, expected_count=20, settings=settings,
+        device=CPU,
+    )  # fmt: skip
+    by_id, label_of = (dict(enumerate(x[1030:1050].tolist())) for x in (rows.double(), labels))
+    expected_few, *_ = oracle.evaluate(by_id, label_of, dict.fromkeys(by_id, "both"), (1,), more=True)
+    assert few.metrics["map@1000"] == pytest.approx(expected_few["map@1000"], abs=1e-12)
+
+
+# ---- what is refused: the same sentence on every rank ----
+
+
+def refusal_worker(fault: str) -> tuple[str, str]:
+    rows, ids, labels, roles = (list(x) if isinstance(x, list) else x.clone() for x in data("plain"))
+    last = collectives.rank() == collectives.world_size() - 1
+    mine = own("even")
+    more: dict[str, Any] = {"expected_count": N, "settings": Evaluation(recall_at=RECALL_AT)}
+    if fault == "nan":
+        rows[mine[-1], 2] = torch.nan
+    of_labels = labels[mine]
+    if fault == "two labels" and last:  # it also brings the first image, under another label
+        mine, of_labels = torch.cat([mine, torch.tensor([0])]), torch.cat([of_labels, torch.tensor([77])])
+    if fault == "columns" and last:
+        of_labels = of_labels[:-1]
+    if fault == "dimension" and last and collectives.world_size() > 1:
+        rows = rows[:, :-1]
+    if fault == "class counts":
+        counts = {int(c): int((labels == c).sum()) for c in labels.unique()}
+        more["expected_classes"] = counts | {0: counts[0] + 1, 500: 2}
+    if fault == "images":
+        more["expected_count"] = N + 2
+    if fault == "gallery":
+        more["settings"] = Evaluation(recall_at=(1, 90))
+    if fault == "a gallery lacks every class":
+        roles = ["query" if label < 0 else "gallery:east" for label in labels.tolist()]
+    if fault == "training classes":
+        more["settings"] = Evaluation(metrics=("nmi",), conventions="released")
+    if fault == "clusters":
+        more["settings"] = Evaluation(metrics=("f1",), conventions="released")
+        more["train_classes"] = N + 1
+    try:
+        measure(rows[mine], ids[mine], of_labels, [roles[i] for i in mine.tolist()], device=CPU, **more)
+    except (InputError, RunError) as error:
+        return type(error).__name__, str(error)
+    return "accepted", ""
+
+
+@pytest.mark.parametrize("world", harness.WORLD_SIZES)
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("nan", "RunError", ["NaN", "image id"]),
+        ("two labels", "InputError", ["image id 1000 arrives as class", "77"]),
+        ("columns", "InputError", ["labels", "equally many"]),
+        ("dimension", "InputError", ["different kinds"]),
+        ("class counts", "RunError", ["2 classes", "the first class 0 with 4 instead of 5"]),
+        ("images", "RunError", ["90 images", "92 are expected"]),
+        ("gallery", "InputError", ["k=90", "offers 89"]),
+        ("a gallery lacks every class", "InputError", ["none of the", "gallery images of east"]),
+        ("training classes", "InputError", ["evaluation.conventions=correct"]),
+        ("clusters", "InputError", ["91 clusters", "there are 90"]),
+    ],
+)
+def test_refused_alike_on_every_rank(world: int, fault: str, kind: str, words: list[str]) -> None:
+    answers = harness.run(world, refusal_worker, fault)
+    if fault == "dimension" and world == 1:
+        assert answers == [("accepted", "")]
+        return
+    # What only one rank holds is said with its number, but by every rank.
+    assert len(set(answers)) == 1
+    assert answers[0][0] == kind
+    assert all(word in answers[0][1] for word in words), answers[0][1]

@@ -1,0 +1,82 @@
+"""What a run measures, when, and what it reports as its best."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests import runs
+
+METRICS = "evaluation.metrics=[recall, map@r, nmi, rho_spectrum]"
+
+
+def protocols(run: Path) -> dict[str, dict[str, Any]]:
+    """Protocol -> {metric: value, "epoch": n, "note": text}."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in json.loads((run / "summary.json").read_text())["rows"]:
+        found.setdefault(row["protocol"], {"epoch": row["epoch"], "note": row.get("note")})[row["metric"]] = row[
+            "value"
+        ]
+    return found
+
+
+def test_the_best_epochs_are_those_of_the_record_on_any_ranks_and_after_a_stop(folder):
+    more = (METRICS, "validation.fraction=0.25", "validation.max_images=20", "evaluation.best_test=true", "epochs=4")
+    done = runs.train(folder, "name=alone", *more)
+    runs.train(folder, "name=two", *more, ranks=2)
+    # What it measures when it is stopped inside an epoch is of no epoch.
+    runs.train(folder, "name=resumed", *more, "max_steps=8")
+    runs.train(folder, "name=resumed", *more)
+    run = folder / "runs" / "alone"
+    found = protocols(run)
+    assert found.keys() == {"last", "best_validation", "best_test"}
+    assert protocols(folder / "runs" / "two") == protocols(folder / "runs" / "resumed") == found
+
+    validated, tested = ({row["epoch"]: row for row in runs.metrics(run, kind)} for kind in ("validation", "test"))
+    assert validated.keys() == tested.keys() == {1, 2, 3, 4}
+    names = {"recall@1", "recall@2", "map@r", "nmi", "rho_spectrum"}
+    for protocol, epoch in (
+        ("last", 4),
+        ("best_validation", max(validated, key=lambda e: validated[e]["map@r"])),
+        ("best_test", max(tested, key=lambda e: tested[e]["map@r"])),
+    ):
+        assert found[protocol]["epoch"] == epoch
+        assert {name: tested[epoch][name] for name in names} == {name: found[protocol][name] for name in names}
+    assert found["best_test"]["note"].startswith("as in the papers")
+    assert found["last"]["note"] is None
+    assert "best_test: as in the papers" in done.stdout
+    # Three classes of 8 are held out, and two of them fit into 20 images.
+    assert json.loads((run / "summary.json").read_text())["meta"]["validation_classes"] == 2
+    assert "(16 queries" in done.stdout
+
+
+def test_without_being_asked_the_test_set_is_measured_once(folder):
+    runs.train(folder, "validation.every=2")
+    found = protocols(folder / "runs" / "tiny")
+    assert found.keys() == {"last"}
+    assert len(runs.metrics(folder / "runs" / "tiny", "test")) == 1
+    assert runs.metrics(folder / "runs" / "tiny", "validation") == []
+
+
+def test_a_run_that_ends_inside_an_epoch_reports_the_best_epoch_s_weights(folder):
+    more = ("validation.fraction=0.25", "distillation.target=none")
+    runs.train(folder, "name=one", *more, "epochs=1")
+    steps = len(runs.metrics(folder / "runs" / "one", "step"))
+    runs.train(folder, "name=inside", *more, "epochs=3", f"max_steps={steps + 2}")
+    found = protocols(folder / "runs" / "inside")
+    assert found["best_validation"]["epoch"] == found["last"]["epoch"] == 1
+    whole = protocols(folder / "runs" / "one")["last"]
+    assert found["best_validation"] == whole
+    assert found["last"] != whole
+
+
+def test_settings_that_contradict_each_other_are_refused(folder):
+    for overrides, sentence in (
+        (("evaluation.metrics=[recall]", "evaluation.best_test=true"), "add it to evaluation.metrics"),
+        (("evaluation.metrics=[recall]", "validation.fraction=0.25"), "add it to evaluation.metrics"),
+        (("evaluation.test=false", "evaluation.best_test=true"), "set evaluation.test=true"),
+        (("validation.fraction=0.25", "validation.max_images=9"), "room for 1 whole classes and needs room for 2"),
+        (("evaluation.metrics=[recal]",), "evaluation.metrics"),
+        (("evaluation.conventions=published",), "evaluation.conventions"),
+    ):
+        assert sentence in runs.train(folder, *overrides, code=2).stderr
+    runs.train(folder, "evaluation.metrics=[recall]", "max_steps=1")
