@@ -32,7 +32,6 @@ PLOT: dict[str, Any] = {
 
 def run(options: Any) -> list[Row]:
     rows: list[Row] = []
-    too_much: dict[tuple[str, int], str] = {}
     sizes = options.sizes or SIZES
     cases = [
         (B, W, solver, "W")
@@ -45,18 +44,27 @@ def run(options: Any) -> list[Row]:
     cases += [(B, B // OWN_ROWS, "cg", "rows") for B in (largest // 8, largest // 4, largest // 2) if B > OWN_ROWS]
     for B, W, solver, series in cases:
         row: Row = {"B": B, "W": W, "b": B // W, "series": series, "solver": solver}
-        reason = too_much.get((solver, W)) or out_of_reach(B, W, solver)
+        reason = too_large(B, W, solver) or too_long(row, rows, options.budget)
         if reason is None:
             row |= in_own_process(measure, B, W, solver, options.dim, options.threads, seconds=options.budget)
         else:
             row["skipped"] = reason
-        if "skipped" in row:
-            too_much.setdefault((solver, W), f"a smaller one: {row['skipped']}")
         rows.append(row)
     return rows
 
 
-def out_of_reach(B: int, W: int, solver: str) -> str | None:
+def too_long(row: Row, rows: list[Row], budget: float) -> str | None:
+    """Why a case is not tried, if a smaller one took so long that this one would not end within the budget."""
+    power = 2 if row["solver"] == "cg" else 3
+    known = [r for r in rows if r["solver"] == row["solver"] and r["W"] == row["W"] and "seconds" in r]
+    if not known:
+        return None
+    last = known[-1]
+    seconds = last["seconds"] * (row["B"] / last["B"]) ** power * (row["b"] / last["b"] if power == 2 else 1)
+    return f"would take about {seconds:.0f} s" if seconds > budget else None
+
+
+def too_large(B: int, W: int, solver: str) -> str | None:
     """Why a case is not tried, if its matrices alone would not fit."""
     wanted = 4 * B * (5 * B if solver == "inverse" else 3 * B // W)
     if solver == "cholesky":
