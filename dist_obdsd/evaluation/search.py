@@ -44,10 +44,10 @@ NOBODY = torch.iinfo(torch.int64).max  # id of an empty slot; its score is -inf,
 class Neighbours:
     """The k nearest gallery images of each query, best first."""
 
+    scores_qs: torch.Tensor
+    """float64 inner products, or minus squared distances, of the first s that were asked for."""
     ids_qk: torch.Tensor
     """int64."""
-    scores_qk: torch.Tensor | None
-    """float64 inner products, or minus squared distances; None where they were not asked for."""
 
 
 def nearest(
@@ -61,7 +61,7 @@ def nearest(
     backend: str = "auto",
     block: int = 2048,
     exclude_self: bool = True,
-    with_scores: bool = True,
+    scored: int | None = None,
 ) -> Neighbours:
     """The k nearest gallery images of all ranks for this rank's queries. Collective.
 
@@ -79,16 +79,18 @@ def nearest(
         backend: who proposes candidates: faiss, torch, or auto, the quicker one of those that work here.
         block: queries that travel together.
         exclude_self: leave out the gallery image that has the query's id.
-        with_scores: also return the scores. Without them only those few are computed that decide the order.
+        scored: of how many neighbours, the first ones, the scores are returned; default: of all. Of the others only
+            those few are computed that decide the order.
 
     Raises:
         InputError: on every rank: faiss is asked for and missing, or the gallery has fewer than k images to offer.
         RunError: on every rank: an embedding is NaN or infinite, a gallery id occurs twice, or the ranks differ in k,
             D, type or block.
     """
+    scored = k if scored is None else min(scored, k)
     setup = (k, query_qD.shape[1], gallery_nD.shape[1], str(query_qD.dtype), str(gallery_nD.dtype), block,
-             exclude_self, distance, with_scores)  # fmt: skip
-    collectives.agree_same("the search (k, dimensions, types, block, exclude_self, distance, scores)", str(setup))
+             exclude_self, distance, scored)  # fmt: skip
+    collectives.agree_same("the search (k, dimensions, types, block, exclude_self, distance, scored)", str(setup))
     with collectives.agree("the nearest-neighbour search"):
         _check_finite("query", query_qD, query_ids_q)
         _check_finite("gallery", gallery_nD, gallery_ids_n)
@@ -104,7 +106,7 @@ def nearest(
         part = _GalleryPart(gallery_nD.detach(), gallery_ids_n, k, exclude_self, distance)
         proposer = proposers.choose(part.rows_nD, backend, k, distance)
     ids_N = _gathered_ids(query_ids_q, gallery_ids_n, k, exclude_self)
-    search = _Search(part, ids_N, with_scores)
+    search = _Search(part, ids_N, scored)
 
     # Ranks whose backends differ take the coarsest as the bound, and the same attempts.
     in_float32 = any(collectives.gather_json(proposer.dtype == torch.float32))
@@ -115,7 +117,7 @@ def nearest(
         (block, lambda rows, ids, height: search.propose(rows, ids, height, careful, False, ENLARGED * c)),
         (min(block, SCANNED), search.scan),
     ]
-    found = _nothing(query_qD.shape[0], k, query_qD.device, with_scores)
+    found = _nothing(query_qD.shape[0], k, query_qD.device, scored)
     unsure_u = torch.arange(query_qD.shape[0], device=query_qD.device)
     for size, attempt in attempts:
         # Blocks are padded, so that every rank sends the same shapes the same number of times.
@@ -125,23 +127,10 @@ def nearest(
             own_m = unsure_u[start : start + size]
             height = min(size, most - start)
             of_block, sure_m = attempt(query_qD[own_m].detach(), query_ids_q[own_m], height)
-            found.ids_qk[own_m] = of_block.ids_qk
-            if found.scores_qk is not None and of_block.scores_qk is not None:
-                found.scores_qk[own_m] = of_block.scores_qk
+            found.ids_qk[own_m], found.scores_qs[own_m] = of_block.ids_qk, of_block.scores_qs
             still_unsure.append(own_m[~sure_m])
         unsure_u = torch.cat(still_unsure) if still_unsure else unsure_u
     return found
-
-
-def labels_of(ids: torch.Tensor, gallery_ids_N: torch.Tensor, gallery_labels_N: torch.Tensor) -> torch.Tensor:
-    """The class labels of gallery images, given by id in any shape."""
-    low, high = (int(gallery_ids_N.min()), int(gallery_ids_N.max())) if gallery_ids_N.numel() else (0, 0)
-    if high - low < 16 * gallery_ids_N.numel():  # dense ids: a table is several times quicker than a search
-        table = gallery_labels_N.new_zeros(high - low + 1)
-        table[gallery_ids_N - low] = gallery_labels_N
-        return table[ids - low]
-    sorted_ids, order = gallery_ids_N.sort()
-    return gallery_labels_N[order[torch.searchsorted(sorted_ids, ids.contiguous())]]
 
 
 class _GalleryPart:
@@ -175,8 +164,8 @@ class _GalleryPart:
 class _Search:
     """One block of queries of every rank at a time; see the module's text. Its methods are collective."""
 
-    def __init__(self, part: _GalleryPart, ids_N: torch.Tensor, with_scores: bool) -> None:
-        self.part, self.ids_N, self.with_scores = part, ids_N, with_scores
+    def __init__(self, part: _GalleryPart, ids_N: torch.Tensor, scored: int) -> None:
+        self.part, self.ids_N, self.scored = part, ids_N, scored
         told = collectives.gather_json([part.ids_n.numel(), part.largest_norm])
         self.first = sum(n for n, _ in told[: collectives.rank()])
         """Place of this rank's first row."""
@@ -197,7 +186,7 @@ class _Search:
             height: rows of the largest block of a rank.
             in_float32: whether some rank proposes in float32.
         """
-        k, m, distance = self.part.k, rows_mD.shape[0], self.part.distance
+        k, distance = self.part.k, self.part.distance
         rough_mc, places_mc = self._candidates(rows_mD, height, proposer, min(c, self.ids_N.numel()))
         e_m = error_bound(rows_mD, self.largest_norm, torch.float32 if in_float32 else torch.float64, distance)
         # Where the list ends, what was left out may be as good as its last; or nothing was left out.
@@ -215,7 +204,7 @@ class _Search:
         position_c = torch.arange(places_mc.shape[1], device=places_mc.device)
         relevant_mc = (position_c <= last_m[:, None]) & (places_mc >= 0) & sure_m[:, None]
         mixed_m = (close_mc & relevant_mc).any(dim=1)
-        wanted_mc = relevant_mc & (close_mc | (position_c < CHECKED) | self.with_scores)
+        wanted_mc = relevant_mc & (close_mc | (position_c < max(CHECKED, self.scored)))
         exact_mc = self._score(rows_mD, torch.where(wanted_mc, places_mc, -1), height)
         # A library told to use TF32 or bfloat16 breaks the bound, and shows it on the candidates themselves.
         sure_m &= (~wanted_mc | ((exact_mc - rough_mc).abs() <= e_m[:, None])).all(dim=1)
@@ -225,7 +214,7 @@ class _Search:
         ids_mc = torch.where(places_mc >= 0, self.ids_N[places_mc.clamp(min=0)], NOBODY)
         if mixed_m.any():
             score_mc[mixed_m], ids_mc[mixed_m] = _in_order(score_mc[mixed_m], ids_mc[mixed_m])
-        return Neighbours(ids_mc[:m, :k], score_mc[:m, :k] if self.with_scores else None), sure_m
+        return Neighbours(score_mc[:, : self.scored], ids_mc[:, :k]), sure_m
 
     def _candidates(
         self, rows_mD: torch.Tensor, height: int, proposer: proposers.Proposer, c: int
@@ -286,7 +275,7 @@ class _Search:
     def scan(self, rows_mD: torch.Tensor, ids_m: torch.Tensor, height: int) -> tuple[Neighbours, torch.Tensor]:
         """The neighbours of this rank's block by scoring every row of every rank; always certain."""
         k, part = self.part.k, self.part
-        nothing = _nothing(height, k, rows_mD.device, with_scores=True)
+        nothing = _nothing(height, k, rows_mD.device, k)
 
         def visit(hop: int, rows_mD: torch.Tensor, ids_m1: torch.Tensor, *best: torch.Tensor) -> None:
             rows_Dn, ids_n = part.without_surplus_copies
@@ -302,12 +291,10 @@ class _Search:
                 scores, ids = _in_order(torch.cat([scores_mk, scores_mt], 1), torch.cat([found_mk, ids_mt], 1))
                 scores_mk[:], found_mk[:] = scores[:, :k], ids[:, :k]
 
-        assert nothing.scores_qk is not None
-        travelling = [_padded(ids_m[:, None], height, 0), nothing.scores_qk, nothing.ids_qk]
+        travelling = [_padded(ids_m[:, None], height, 0), nothing.scores_qs, nothing.ids_qk]
         *_, scores_mk, found_mk = _round_trip(rows_mD, height, travelling, visit)
         m = rows_mD.shape[0]
-        scores_qk = scores_mk[:m] if self.with_scores else None
-        return Neighbours(found_mk[:m], scores_qk), torch.ones_like(ids_m, dtype=torch.bool)
+        return Neighbours(scores_mk[:m, : self.scored], found_mk[:m]), torch.ones_like(ids_m, dtype=torch.bool)
 
 
 def _round_trip(
@@ -371,10 +358,10 @@ def _gathered_ids(query_ids_q: torch.Tensor, gallery_ids_n: torch.Tensor, k: int
     return ids_N
 
 
-def _nothing(rows: int, k: int, device: torch.device, with_scores: bool) -> Neighbours:
+def _nothing(rows: int, k: int, device: torch.device, scored: int) -> Neighbours:
     return Neighbours(
+        torch.full((rows, scored), -torch.inf, dtype=torch.float64, device=device),
         torch.full((rows, k), NOBODY, device=device),
-        torch.full((rows, k), -torch.inf, dtype=torch.float64, device=device) if with_scores else None,
     )
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dist_obdsd import collectives
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation import proposers, scores, search
-from dist_obdsd.evaluation.search import labels_of, nearest
+from dist_obdsd.evaluation.search import nearest
 from tests import harness
 from tests.evaluation import oracle
 
@@ -57,7 +57,7 @@ def expected(case: str, exclude_self: bool = True, distance: str = "cosine") -> 
 
 
 def as_found(ids: torch.Tensor, neighbours: search.Neighbours) -> Found:
-    scores, found = neighbours.scores_qk.tolist(), neighbours.ids_qk.tolist()
+    scores, found = neighbours.scores_qs.tolist(), neighbours.ids_qk.tolist()
     return {i: (tuple(s), tuple(f)) for i, s, f in zip(ids.tolist(), scores, found, strict=True)}
 
 
@@ -95,7 +95,7 @@ def search_worker(case: str, layouts: list[tuple[str, int, str, str]], distance:
                 changes.enter_context(unittest.mock.patch.object(proposers, "MANY", 1))
                 changes.enter_context(unittest.mock.patch.object(search, "ENLARGED", 1))
             found = nearest(*arguments, **options)
-            assert torch.equal(nearest(*arguments, **options, with_scores=False).ids_qk, found.ids_qk)
+            assert torch.equal(nearest(*arguments, **options, scored=0).ids_qk, found.ids_qk)
         results.append(as_found(own, found))
     return results
 
@@ -154,9 +154,12 @@ def test_without_scores_few_pairs_are_scored(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(search, "scores_of_pairs", counting)
     monkeypatch.setattr(proposers, "MANY", 1)
     x, ids = data("random")
-    assert nearest(x, ids, x, ids, K, with_scores=False).scores_qk is None
-    nearest(x, ids, x, ids, K)
-    assert scored == [N * search.CHECKED, N * K]
+    everything = nearest(x, ids, x, ids, K)
+    for some in (0, 3):
+        found = nearest(x, ids, x, ids, K, scored=some)
+        assert torch.equal(found.ids_qk, everything.ids_qk)
+        assert torch.equal(found.scores_qs, everything.scores_qs[:, :some])
+    assert scored == [N * K, N * search.CHECKED, N * 3]
 
 
 def uneven_backends_worker() -> Found:
@@ -177,7 +180,7 @@ def test_ranks_may_propose_in_different_precision() -> None:
 def test_no_queries_anywhere() -> None:
     x, ids = data("random")
     found = nearest(x[:0], ids[:0], x, ids, K)
-    assert found.scores_qk.shape == found.ids_qk.shape == (0, K)
+    assert found.scores_qs.shape == found.ids_qk.shape == (0, K)
 
 
 def test_the_image_itself_is_left_out_by_id_and_not_by_score() -> None:
@@ -245,7 +248,7 @@ def test_a_backend_of_less_than_float32_is_found_out(monkeypatch: pytest.MonkeyP
 
 def ids_without_scores(case: str) -> dict[int, tuple[int, ...]]:
     x, ids = data(case)
-    found = nearest(x, ids, x, ids, K, backend="torch", with_scores=False).ids_qk
+    found = nearest(x, ids, x, ids, K, backend="torch", scored=0).ids_qk
     return {query: tuple(row) for query, row in zip(ids.tolist(), found.tolist(), strict=True)}
 
 
@@ -334,13 +337,6 @@ def test_faiss_threads_are_those_of_torch_and_put_back(monkeypatch: pytest.Monke
     assert calls == [wanted, 2]
     assert after == 2
     assert torch.get_num_threads() == of_torch
-
-
-def test_labels_by_id() -> None:
-    ids, labels = torch.tensor([40, 3, 17]), torch.tensor([0, 1, 2])
-    assert labels_of(torch.tensor([[17, 40], [3, 3]]), ids, labels).tolist() == [[2, 0], [1, 1]]
-    ids = torch.tensor([4 * 10**15, 3, 17])  # too far apart for a table
-    assert labels_of(torch.tensor([[17, 4 * 10**15], [3, 3]]), ids, labels).tolist() == [[2, 0], [1, 1]]
 
 
 # ---- what is refused: the same sentence on every rank, and the group can go on ----
