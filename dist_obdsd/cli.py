@@ -229,8 +229,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     from dist_obdsd.study.bench import report
 
-    for path in (options.json, options.plot):
-        check_writable(path)
+    check_writable(options.json, options.plot)
     bench = importlib.import_module(f"dist_obdsd.study.bench.{options.name}")
     rows = bench.run(options)
     print(report.table(rows))
@@ -272,10 +271,11 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def check_writable(path: Path | None) -> None:
-    """Find out before the work whether its result has a place to go."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist; make it or choose another")
+def check_writable(*paths: Path | None) -> None:
+    """Find out before the work whether its results have a place to go."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: its folder does not exist; make it or choose another")
 
 
 def write_json(path: Path, meta: dict[str, Any], rows: list[dict[str, Any]]) -> None:

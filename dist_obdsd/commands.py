@@ -37,7 +37,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.shards is None and (options.checkpoint is not None or options.failures is not None):
         what = "the images to embed" if options.checkpoint is not None else "the images for the picture of --failures"
         raise _alike(InputError(f"give the shards that hold {what} with --shards"))
-    on_every_rank(lambda: [check_writable(path) for path in (options.json, options.per_class, options.failures)])
+    on_every_rank(lambda: check_writable(options.json, options.per_class, options.failures))
     return (_evaluate_checkpoint if options.embeddings is None else _evaluate_embeddings)(options)
 
 
