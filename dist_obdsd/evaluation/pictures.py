@@ -80,12 +80,12 @@ def draw(
             axes.set(xticks=[], yticks=[])
             name = _shortened(names.get(label, str(label)))
             if score is None:
-                axes.set_title(f"query {image_id}\n{name}", fontsize=7.5, color=QUERY, fontweight="bold")
+                axes.set_title(f"query {image_id}\n{name}", fontsize=8.5, color=QUERY, fontweight="bold")
                 _frame(axes, QUERY, "solid", 4.5)
                 continue
             right = label == failure.query_label
             colour = RIGHT if right else WRONG
-            axes.set_title(f"{'✓' if right else '✗'} {score:.3f}\n{name}", fontsize=7.5, color=colour)
+            axes.set_title(f"{'✓' if right else '✗'} {score:.3f}\n{name}", fontsize=8.5, color=colour)
             _frame(axes, colour, "solid" if right else (0, (4, 2)), 2.2)
     buffer = BytesIO()
     kind = path.suffix.removeprefix(".") or "png"
@@ -98,6 +98,7 @@ def draw(
 
 def _frame(axes: Any, colour: str, style: Any, width: float) -> None:
     for spine in axes.spines.values():
+        spine.set_position(("outward", width))
         spine.set(color=colour, linewidth=width, linestyle=style)
 
 
