@@ -1,5 +1,6 @@
 """Files of embeddings: round trips, the same bytes on any number of ranks, other tools' files, and bad ones."""
 
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def write_worker(folder: str, suffix: str, dtype: str) -> str:
         own = np.arange(N)
     path = Path(folder) / f"{world}-{dtype}{suffix}"
     table = embeddings.Table(ids, columns)
-    embeddings.write(path, torch.from_numpy(rows[own]), torch.from_numpy(ids[own]), table, dtype)
+    with unittest.mock.patch.object(embeddings, "BLOCK", 7):
+        embeddings.write(path, torch.from_numpy(rows[own]), torch.from_numpy(ids[own]), table, dtype)
     return str(path)
 
 
