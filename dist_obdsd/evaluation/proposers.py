@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_obdsd.errors import InputError
@@ -72,13 +73,16 @@ def choose(rows_nD: torch.Tensor, backend: str, k: int, distance: Distance) -> P
 
 def torch_proposer(rows_nD: torch.Tensor, dtype: torch.dtype, distance: Distance) -> Proposer:
     """Matrix products tile by tile, and the best of each tile merged."""
+    # Kept between calls: fresh memory costs a page fault per 4 KiB.
+    buffer = rows_nD.new_empty(0, dtype=dtype)
 
     def propose(queries_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
         queries_mD = rough_rows(queries_mD.to(dtype), distance, query=True)
         m, n = queries_mD.shape[0], rows_nD.shape[0]
         best_mc = queries_mD.new_empty(m, c)
         found_mc = torch.empty(m, c, dtype=torch.int64, device=rows_nD.device)
-        buffer = queries_mD.new_empty(min(m, ROWS) * min(n, TILE))
+        if buffer.numel() < min(m, ROWS) * min(n, TILE):
+            buffer.resize_(min(m, ROWS) * min(n, TILE))
         for start in range(0, n, TILE):
             tile_tD = rough_rows(rows_nD[start : start + TILE].to(dtype), distance, query=False)
             held = min(c, start)  # candidates of the tiles before
@@ -88,16 +92,26 @@ def torch_proposer(rows_nD: torch.Tensor, dtype: torch.dtype, distance: Distance
                 rows = queries_mD[some]
                 scores = buffer[: rows.shape[0] * tile_tD.shape[0]].view(rows.shape[0], -1)
                 torch.mm(rows, tile_tD.T, out=scores)
-                scores, columns = scores.topk(min(c, tile_tD.shape[0]), dim=1)
+                scores, columns = scores.topk(min(c, tile_tD.shape[0]), dim=1, sorted=False)
                 if held:
                     scores = torch.cat([best_mc[some, :held], scores], dim=1)
                     columns = torch.cat([found_mc[some, :held], columns + start], dim=1)
-                    scores, order = scores.topk(kept, dim=1)
+                    scores, order = scores.topk(kept, dim=1, sorted=False)
                     columns = columns.gather(1, order)
+                if start + TILE >= n:
+                    order = _descending(scores)
+                    scores, columns = scores.gather(1, order), columns.gather(1, order)
                 best_mc[some, :kept], found_mc[some, :kept] = scores, columns
         return best_mc, found_mc
 
     return Proposer(dtype, propose)
+
+
+def _descending(scores_mc: torch.Tensor) -> torch.Tensor:
+    """The order of each row, best first. NumPy's sort is twice as quick as torch's on a CPU with AVX."""
+    if scores_mc.is_cuda:
+        return scores_mc.argsort(dim=1, descending=True)
+    return torch.from_numpy(np.argsort(-scores_mc.numpy(), axis=1))
 
 
 def faiss_proposer(rows_nD: torch.Tensor, faiss: Any, distance: Distance) -> Proposer:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from dist_obdsd import collectives
 from dist_obdsd.errors import InputError, RunError
@@ -189,10 +190,7 @@ class _Search:
         k, distance = self.part.k, self.part.distance
         rough_mc, places_mc = self._candidates(rows_mD, height, proposer, min(c, self.ids_N.numel()))
         e_m = error_bound(rows_mD, self.largest_norm, torch.float32 if in_float32 else torch.float64, distance)
-        # Where the list ends, what was left out may be as good as its last; or nothing was left out.
-        complete = rough_mc.shape[1] == self.ids_N.numel()
-        end_m1 = torch.full_like(rough_mc[:, -1:], -torch.inf) if complete else rough_mc[:, -1:]
-        rough_mc, places_mc = self._without_self(rough_mc, places_mc, end_m1, ids_m)
+        rough_mc, places_mc, ids_mc = self._without_self(rough_mc, places_mc, ids_m)
         far_mc = rough_mc[:, :-1] - rough_mc[:, 1:] > 2 * e_m[:, None]  # a candidate from the next
         behind = far_mc[:, k - 1 :]
         sure_m = behind.any(dim=1) & e_m.isfinite()
@@ -211,7 +209,6 @@ class _Search:
 
         # Rough scores stand where they differ from all others by enough to be in order with exact ones, too.
         score_mc = torch.where(wanted_mc, exact_mc, rough_mc)
-        ids_mc = torch.where(places_mc >= 0, self.ids_N[places_mc.clamp(min=0)], NOBODY)
         if mixed_m.any():
             score_mc[mixed_m], ids_mc[mixed_m] = _in_order(score_mc[mixed_m], ids_mc[mixed_m])
         return Neighbours(score_mc[:, : self.scored], ids_mc[:, :k]), sure_m
@@ -236,25 +233,30 @@ class _Search:
                 columns = columns.gather(1, order)
             rough_mc[:, : scores.shape[1]], places_mc[:, : columns.shape[1]] = scores, columns
 
-        _, rough_mc, places_mc = _round_trip(rows_mD, height, [rough_mc, places_mc], visit)
+        _, rough_mc, places_mc = collectives.round_trip(rows_mD, height, [rough_mc, places_mc], visit)
         return rough_mc[: rows_mD.shape[0]], places_mc[: rows_mD.shape[0]]
 
     def _without_self(
-        self, rough_mc: torch.Tensor, places_mc: torch.Tensor, end_m1: torch.Tensor, ids_m: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The lists without the query's own image; the one entry more at the end stands for all that was left out."""
-        c = places_mc.shape[1]
-        hole_m = torch.full_like(ids_m, c + 1)
-        if self.part.exclude_self:
-            is_self_mc = (places_mc >= 0) & (self.ids_N[places_mc.clamp(min=0)] == ids_m[:, None])
-            hole_m = torch.where(is_self_mc.any(dim=1), is_self_mc.int().argmax(dim=1), hole_m)
-        position_c = torch.arange(c + 1, device=places_mc.device)
-        kept_mc = position_c + (position_c >= hole_m[:, None])
-        nobody_m1 = torch.full_like(places_mc[:, :1], -1)
-        return (
-            torch.cat([rough_mc, end_m1, end_m1], dim=1).gather(1, kept_mc),
-            torch.cat([places_mc, nobody_m1, nobody_m1], dim=1).gather(1, kept_mc),
+        self, rough_mc: torch.Tensor, places_mc: torch.Tensor, ids_m: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(rough scores, places, ids) without the query's own image, c + 1 long: what was left out ends them.
+
+        That is as good as the list's last at best, or nothing if the list holds the whole gallery.
+        """
+        complete = rough_mc.shape[1] == self.ids_N.numel()
+        end_m1 = torch.full_like(rough_mc[:, -1:], -torch.inf) if complete else rough_mc[:, -1:]
+        ids_mc = torch.where(places_mc >= 0, self.ids_N[places_mc.clamp(min=0)], NOBODY)
+        is_self_mc = (ids_mc == ids_m[:, None]) & self.part.exclude_self
+        # True from the query's own place on, where the next entry moves up.
+        moved_mc = nn.functional.pad(is_self_mc.cummax(dim=1).values, (0, 1), value=False)
+        moved_mc[:, -1] = moved_mc[:, -2]
+        longer = (
+            torch.cat([rough_mc, end_m1, end_m1], dim=1),
+            nn.functional.pad(places_mc, (0, 2), value=-1),
+            torch.cat([ids_mc, ids_mc.new_full((len(ids_mc), 2), NOBODY)], dim=1),
         )
+        rough_mc, places_mc, ids_mc = (torch.where(moved_mc, x_mc[:, 1:], x_mc[:, :-1]) for x_mc in longer)
+        return rough_mc, places_mc, ids_mc
 
     def _score(self, rows_mD: torch.Tensor, places_mc: torch.Tensor, height: int) -> torch.Tensor:
         """The scores of the queries with the gallery rows at the places, NaN where the place is -1. [m, c] float64."""
@@ -269,8 +271,8 @@ class _Search:
                 rows_Dm, self.part.rows_Dn, query_p, columns_p, self.part.distance
             )
 
-        padded = [_padded(places_mc, height, -1), _padded(exact_mc, height, torch.nan)]
-        return _round_trip(rows_mD, height, padded, visit)[2][: rows_mD.shape[0]]
+        padded = [collectives.padded(places_mc, height, -1), collectives.padded(exact_mc, height, torch.nan)]
+        return collectives.round_trip(rows_mD, height, padded, visit)[2][: rows_mD.shape[0]]
 
     def scan(self, rows_mD: torch.Tensor, ids_m: torch.Tensor, height: int) -> tuple[Neighbours, torch.Tensor]:
         """The neighbours of this rank's block by scoring every row of every rank; always certain."""
@@ -291,32 +293,10 @@ class _Search:
                 scores, ids = _in_order(torch.cat([scores_mk, scores_mt], 1), torch.cat([found_mk, ids_mt], 1))
                 scores_mk[:], found_mk[:] = scores[:, :k], ids[:, :k]
 
-        travelling = [_padded(ids_m[:, None], height, 0), nothing.scores_qs, nothing.ids_qk]
-        *_, scores_mk, found_mk = _round_trip(rows_mD, height, travelling, visit)
+        travelling = [collectives.padded(ids_m[:, None], height, 0), nothing.scores_qs, nothing.ids_qk]
+        *_, scores_mk, found_mk = collectives.round_trip(rows_mD, height, travelling, visit)
         m = rows_mD.shape[0]
         return Neighbours(scores_mk[:m, : self.scored], found_mk[:m]), torch.ones_like(ids_m, dtype=torch.bool)
-
-
-def _round_trip(
-    rows_mD: torch.Tensor, height: int, others: list[torch.Tensor], visit: Callable[..., None]
-) -> list[torch.Tensor]:
-    """Send this rank's block round all ranks, and return it with what their visits wrote into it. Collective.
-
-    Args:
-        rows_mD: [m, D] query rows of this rank, m at most ``height``.
-        others: tensors of ``height`` rows that travel along.
-        visit: called on every rank with (hop, the m rows, the first m rows of each of the others); writes in place.
-
-    Returns:
-        The rows and the others, ``height`` rows each.
-    """
-    count = torch.tensor([rows_mD.shape[0]], device=rows_mD.device)
-    travelling = [count, _padded(rows_mD, height, 0), *others]
-    for hop in range(collectives.world_size()):
-        m = int(travelling[0])
-        visit(hop, *(tensor[:m] for tensor in travelling[1:]))
-        travelling = collectives.ring_pass(travelling)
-    return travelling[1:]
 
 
 def _in_order(scores_mc: torch.Tensor, ids_mc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -363,9 +343,3 @@ def _nothing(rows: int, k: int, device: torch.device, scored: int) -> Neighbours
         torch.full((rows, scored), -torch.inf, dtype=torch.float64, device=device),
         torch.full((rows, k), NOBODY, device=device),
     )
-
-
-def _padded(x: torch.Tensor, height: int, value: float) -> torch.Tensor:
-    if x.shape[0] == height:
-        return x
-    return torch.cat([x, x.new_full((height - x.shape[0], *x.shape[1:]), value)])
