@@ -55,13 +55,26 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--fresh", action="store_true", help="do not resume: train under the next free name")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="measure a checkpoint on shards")
-    evaluate.add_argument("checkpoint", type=Path, help="a .pt file or a run folder")
-    evaluate.add_argument("--shards", required=True)
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint on shards, or a file of embeddings")
+    evaluate.add_argument("checkpoint", type=Path, nargs="?", help="a .pt file or a run folder")
+    evaluate.add_argument("--shards", help="the images to embed; with --embeddings, the images for --failures")
     evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--embeddings", type=Path, metavar="FILE", help="measure these, an .npz or .parquet file")
     evaluate.add_argument("--json", type=Path, help="write the numbers to this file")
+    evaluate.add_argument("--per-class", type=Path, metavar="CSV", help="write Recall@1 of every class to this file")
+    evaluate.add_argument("--failures", type=Path, metavar="PNG", help="draw the worst queries into this file")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.backend=torch")
     evaluate.set_defaults(run=_evaluate)
+
+    embed = commands.add_parser("embed", help="write the embeddings of images to a file")
+    embed.add_argument("checkpoint", type=Path, help="a .pt file or a run folder")
+    embed.add_argument("--shards", help="embed a split of these shards")
+    embed.add_argument("--split", default="test")
+    embed.add_argument("--images", type=Path, metavar="DIR", help="or embed all images in and below this folder")
+    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz or .parquet file to write")
+    embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    embed.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.batch_size=64")
+    embed.set_defaults(run=_embed)
 
     bench = commands.add_parser("bench", help="measure a part of the system on this machine")
     bench.add_argument("name", choices=BENCHES)
@@ -177,7 +190,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from dist_obdsd.config import load_config
 
-    settings = _on_every_rank(lambda: load_config(options.config, options.overrides))
+    settings = on_every_rank(lambda: load_config(options.config, options.overrides))
     from dist_obdsd import collectives, runtime
     from dist_obdsd.training.rundir import free_name
     from dist_obdsd.training.trainer import Trainer
@@ -186,7 +199,7 @@ def _train(options: argparse.Namespace) -> int:
         if options.fresh:
             name = collectives.from_main(free_name(Path(settings.output), settings.name))
             settings = settings.model_copy(update={"name": name})
-        say = _speaker(rank.is_main)
+        say = speaker(rank.is_main)
         say(
             f"{settings.run_dir}: {rank.world_size} x {rank.device.type} ({rank.launch.launcher}), {settings.precision}"
         )
@@ -200,48 +213,15 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from dist_obdsd import collectives, runtime
-    from dist_obdsd.config import override_config, parse_config
-    from dist_obdsd.data import manifest as manifests
-    from dist_obdsd.evaluation.evaluator import evaluate_split
-    from dist_obdsd.model.embedder import build_embedder
-    from dist_obdsd.training import checkpoint
+    from dist_obdsd import commands
 
-    state = _on_every_rank(lambda: checkpoint.load(options.checkpoint))
-    state["config"]["data"]["shards"] = options.shards
-    # The checkpoint's own weights replace any that the backbone was started from.
-    state["config"]["model"]["pretrained"] = "none"
-    if state["config"]["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only
-        state["config"]["model"]["norm"] = "frozen"
-    check_writable(options.json)
-    settings = _on_every_rank(
-        lambda: parse_config(override_config(state["config"], options.overrides), "the checkpoint")
-    )
-    with runtime.start(settings.device, settings.threads, settings.timeout_seconds) as rank:
-        with collectives.agree("reading the shards"):
-            manifest = manifests.load(options.shards)
-            if options.split not in manifest.splits:
-                raise InputError(f"{options.shards} has no split {options.split}; it has {', '.join(manifest.splits)}")
-            network = build_embedder(settings, rank.device, lambda text: None)
-            try:
-                network.load_state_dict(state["student"])
-            except RuntimeError as error:
-                raise InputError(
-                    f"{options.checkpoint} does not fit the settings {', '.join(options.overrides)}; leave model.* and "
-                    f"data.channels as they were in training"
-                ) from error
-        result = evaluate_split(network, manifest, options.split, settings, rank)
-        rows = [
-            {"protocol": "checkpoint", "split": options.split, "metric": name, "value": value}
-            for name, value in result.metrics.items()
-        ]
-        say = _speaker(rank.is_main)
-        say(table(rows))
-        say(f"{result.queries} queries, gallery of {result.gallery}, {result.excluded} without a match left out")
-        if options.json is not None and rank.is_main:
-            meta = {"checkpoint": str(options.checkpoint), "manifest": manifest.digest, "queries": result.queries}
-            write_json(options.json, meta, rows)
-    return 0
+    return commands.evaluate(options)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from dist_obdsd import commands
+
+    return commands.embed(options)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -249,8 +229,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     from dist_obdsd.study.bench import report
 
-    for path in (options.json, options.plot):
-        check_writable(path)
+    check_writable(options.json, options.plot)
     bench = importlib.import_module(f"dist_obdsd.study.bench.{options.name}")
     rows = bench.run(options)
     print(report.table(rows))
@@ -271,7 +250,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def _on_every_rank(load: Callable[[], Any]) -> Any:
+def on_every_rank(load: Callable[[], Any]) -> Any:
     """Read something before the process group exists. Every rank reads the same, so one of them reports."""
     try:
         return load()
@@ -280,7 +259,7 @@ def _on_every_rank(load: Callable[[], Any]) -> Any:
         raise
 
 
-def _speaker(is_main: bool) -> Callable[[str], None]:
+def speaker(is_main: bool) -> Callable[[str], None]:
     return (lambda text: print(text, flush=True)) if is_main else (lambda text: None)
 
 
@@ -292,10 +271,11 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def check_writable(path: Path | None) -> None:
-    """Find out before the work whether its result has a place to go."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist; make it or choose another")
+def check_writable(*paths: Path | None) -> None:
+    """Find out before the work whether its results have a place to go."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: its folder does not exist; make it or choose another")
 
 
 def write_json(path: Path, meta: dict[str, Any], rows: list[dict[str, Any]]) -> None:

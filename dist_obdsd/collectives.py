@@ -5,7 +5,7 @@ Each function works alike without a process group, as a world of one. Shapes: b 
 
 import json
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,6 +117,36 @@ def ring_pass(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for request in dist.batch_isend_irecv(operations):
         request.wait()
     return received
+
+
+def round_trip(
+    block: torch.Tensor, height: int, others: Sequence[torch.Tensor], visit: Callable[..., None]
+) -> list[torch.Tensor]:
+    """Send a block of this rank's rows round all ranks, and get it back with what their visits wrote into it.
+
+    Args:
+        block: [m, ...], m at most ``height`` and different on every rank.
+        height: the same on every rank.
+        others: tensors of ``height`` rows that travel along.
+        visit: called on every rank with (hop, the m rows, the first m rows of each of the others); writes in place.
+
+    Returns:
+        The block and the others, ``height`` rows each.
+    """
+    count = torch.tensor([block.shape[0]], device=block.device)
+    travelling = [count, padded(block, height, 0), *others]
+    for hop in range(world_size()):
+        m = int(travelling[0])
+        visit(hop, *(tensor[:m] for tensor in travelling[1:]))
+        travelling = ring_pass(travelling)
+    return travelling[1:]
+
+
+def padded(x: torch.Tensor, height: int, value: float) -> torch.Tensor:
+    """``x`` with rows of ``value`` added up to ``height``."""
+    if x.shape[0] == height:
+        return x
+    return torch.cat([x, x.new_full((height - x.shape[0], *x.shape[1:]), value)])
 
 
 def gather_json(value: Any) -> list[Any]:

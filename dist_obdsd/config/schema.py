@@ -203,7 +203,9 @@ class Evaluation(Section):
     batch_size: Count = 256
     """Images embedded at a time; part of the result's last bits, so it does not follow the number of ranks."""
     backend: Literal["auto", "faiss", "torch"] = "auto"
-    """Who proposes neighbours. Both give the same result; `auto` takes faiss where it is installed."""
+    """Who proposes neighbours. Both give the same result; `auto` takes the quicker one of those that work here."""
+    distance: Literal["cosine", "euclidean"] = "cosine"
+    """Who is near. Rows of unit length, such as a network's, are in the same order either way."""
 
 
 class Tracking(Section):

@@ -226,11 +226,11 @@ def _parcels(shards: list[Shard], chosen: set[int], batch_size: int) -> tuple[li
         else:
             parcels.append([shard])
             filled = n
-        largest = max(largest, _near_equal(filled, batch_size))
+        largest = max(largest, near_equal(filled, batch_size))
     return parcels, largest
 
 
-def _near_equal(n: int, most: int) -> int:
+def near_equal(n: int, most: int) -> int:
     """The size of n cut into the fewest parts of at most ``most``, as equal as can be."""
     return -(-n // -(-n // most))
 
@@ -262,7 +262,7 @@ def _evaluation_jobs(parcels: list[list[Shard]], chosen: set[int], config: Confi
             for sample_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
             if label in chosen
         }
-        size = _near_equal(len(about), config.evaluation.batch_size)
+        size = near_equal(len(about), config.evaluation.batch_size)
         rows: list[Row] = []
         for shard in parcel:
             for sample_id, image in read_shard(config.data.shards, shard, about.keys()):

@@ -120,9 +120,11 @@ def retrieve(
         rows_nD[is_offered_n],
         place_n[is_offered_n].to(rows_nD.device),
         k,
+        distance=settings.distance,
         backend=settings.backend,
+        scored=WORST_NEIGHBOURS,
     )
-    found = Neighbours(found.scores_qk.cpu(), found.ids_qk.cpu())
+    found = Neighbours(found.scores_qs.cpu(), found.ids_qk.cpu())
     class_N = class_N.int()
     relevant_qk = class_N[found.ids_qk] == class_N[place_q][:, None]
     values = _values(_widened(relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], settings)
@@ -205,11 +207,11 @@ def _worst(
     # argmax finds the first of the largest, so the first hit; k where there is none.
     first_q = torch.where(relevant_qk.any(dim=1), relevant_qk.byte().argmax(dim=1), k)
     order_q = place_q.argsort()
-    for key_q in (found.scores_qk[:, 0] if q else place_q, first_q):
+    for key_q in (found.scores_qs[:, 0] if q else place_q, first_q):
         order_q = order_q[key_q[order_q].argsort(descending=True, stable=True)]
     own = []
     for query in order_q[:WORST].tolist():
-        place, scores = int(place_q[query]), found.scores_qk[query, :WORST_NEIGHBOURS].tolist()
+        place, scores = int(place_q[query]), found.scores_qs[query, :WORST_NEIGHBOURS].tolist()
         own.append([-int(first_q[query]), -scores[0], place, found.ids_qk[query, :WORST_NEIGHBOURS].tolist(), scores])
     everyone = sorted(line for of_rank in collectives.gather_json(own) for line in of_rank)
     ids_N, labels_N = census.ids_N, census.labels_N

@@ -1,44 +1,52 @@
-"""Exact distributed k-nearest-neighbour search by inner product, bit for bit the same however it is spread out.
+"""Exact distributed k-nearest-neighbour search, bit for bit the same however it is spread out.
 
-Every rank keeps its part of the gallery. Blocks of query rows travel round the ranks together with the best k found so
-far; after W hops a block is home with the k best of the whole gallery. Nothing of size queries x gallery is ever held.
+Every rank keeps its part of the gallery. A block of query rows travels round the ranks together with the candidates
+found so far; after W hops it is home with the best of the whole gallery. Nothing of size queries x gallery is held.
 
-faiss and BLAS sum in an order that depends on the shapes, so their float32 scores differ in the last bits and their
-ties fall either way. They only *propose* candidates here. What counts is one float64 score, summed over d = 0..D-1 in
-that order, which has the same bits wherever a pair is scored; order is score descending, then id ascending. A proposal
-is accepted only where an error bound proves that nothing better was left out; otherwise the search is repeated with
-float64 proposals and in the end by scoring every row.
+Backends only *propose* (``proposers.py``): their scores differ in the last bits with the shapes they are given and
+their ties fall either way. What counts is the fixed-order float64 score (``scores.py``); order is score descending,
+then id ascending. An error bound e says how far a proposed score may lie from it, so candidates whose scores are more
+than 2 e apart are in the right order already. Only the others travel round once more and are scored in fixed order by
+the rank that has their rows. The result is certain if somewhere after the k-th candidate there is a gap of more than
+2 e: nothing behind it can be better. Where there is none, more candidates are proposed, in float64, and in the end
+every row is scored.
 
 Shapes: q queries of this rank, m queries of the travelling block, n gallery rows of this rank, N of all ranks,
-c candidates, k neighbours, D embedding dimension.
+c candidates, k neighbours, D embedding dimension. A place is a row number in the galleries of all ranks, in rank order.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
+from torch import nn
 
 from dist_obdsd import collectives
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.evaluation import proposers
+from dist_obdsd.evaluation.scores import (
+    DISTANCES,
+    Distance,
+    error_bound,
+    rough_offset,
+    scores_of_all,
+    scores_of_pairs,
+)
 
 MARGIN = 16  # candidates proposed beyond the k + 1 that can be needed, so that close scores rarely cost a second look
-TILE = 4096  # gallery rows scored at a time
-FAISS_GPU_MAX = 2048  # most neighbours that faiss returns on a GPU
+ENLARGED = 8  # times as many candidates for the queries that were not certain
+CHECKED = 2  # first candidates that are always scored, to find out a library that rounds more than it should
+SCANNED = 256  # queries of a block when every row is scored
 NOBODY = torch.iinfo(torch.int64).max  # id of an empty slot; its score is -inf, so it sorts behind everything
-
-# Proposes for queries [m, D] the c best rows: (float32 scores [m, c], descending; row numbers [m, c]).
-Propose = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Neighbours:
     """The k nearest gallery images of each query, best first."""
 
-    scores_qk: torch.Tensor
-    """float64 inner products."""
+    scores_qs: torch.Tensor
+    """float64 inner products, or minus squared distances, of the first s that were asked for."""
     ids_qk: torch.Tensor
     """int64."""
 
@@ -50,15 +58,17 @@ def nearest(
     gallery_ids_n: torch.Tensor,
     k: int,
     *,
+    distance: Distance = "cosine",
     backend: str = "auto",
-    block: int = 4096,
+    block: int = 2048,
     exclude_self: bool = True,
+    scored: int | None = None,
 ) -> Neighbours:
-    """The k best gallery images of all ranks for this rank's queries, by inner product. Collective.
+    """The k nearest gallery images of all ranks for this rank's queries. Collective.
 
     The result for a query has the same bits for any number of ranks, any distribution and order of the gallery, any
     block size and both backends. Ties go to the smaller id. Memory: O((q + n) (D + k)), one id per gallery image of all
-    ranks, and a fixed work space.
+    ranks, and a work space of O(block (D + k)).
 
     Args:
         query_qD: [q, D] float32 or float64 rows of this rank; q may be 0 and may differ between the ranks.
@@ -66,17 +76,22 @@ def nearest(
         gallery_nD: [n, D] rows of this rank, of the same type; n may be 0 and may differ.
         gallery_ids_n: [n] int64, unique over all ranks.
         k: neighbours per query, the same on every rank.
-        backend: who proposes candidates: faiss, torch, or auto (faiss where it is installed).
+        distance: cosine ranks by the inner product, which is the cosine for unit rows; euclidean by the distance.
+        backend: who proposes candidates: faiss, torch, or auto, the quicker one of those that work here.
         block: queries that travel together.
         exclude_self: leave out the gallery image that has the query's id.
+        scored: of how many neighbours, the first ones, the scores are returned; default: of all. Of the others only
+            those few are computed that decide the order.
 
     Raises:
         InputError: on every rank: faiss is asked for and missing, or the gallery has fewer than k images to offer.
         RunError: on every rank: an embedding is NaN or infinite, a gallery id occurs twice, or the ranks differ in k,
             D, type or block.
     """
-    setup = (k, query_qD.shape[1], gallery_nD.shape[1], str(query_qD.dtype), str(gallery_nD.dtype), block, exclude_self)
-    collectives.agree_same("the search (k, dimensions, types, block, exclude_self)", str(setup))
+    scored = k if scored is None else min(scored, k)
+    setup = (k, query_qD.shape[1], gallery_nD.shape[1], str(query_qD.dtype), str(gallery_nD.dtype), block,
+             exclude_self, distance, scored)  # fmt: skip
+    collectives.agree_same("the search (k, dimensions, types, block, exclude_self, distance, scored)", str(setup))
     with collectives.agree("the nearest-neighbour search"):
         _check_finite("query", query_qD, query_ids_q)
         _check_finite("gallery", gallery_nD, gallery_ids_n)
@@ -87,120 +102,52 @@ def nearest(
             )
         if k < 1 or block < 1:
             raise InputError(f"k={k} and block={block}; both must be at least 1")
-        part = _GalleryPart(gallery_nD.detach(), gallery_ids_n, k, exclude_self, backend)
-    _check_gallery(query_ids_q, gallery_ids_n, k, exclude_self)
+        if distance not in DISTANCES:
+            raise InputError(f"the distance is {distance!r}; it must be cosine or euclidean")
+        part = _GalleryPart(gallery_nD.detach(), gallery_ids_n, k, exclude_self, distance)
+        proposer = proposers.choose(part.rows_nD, backend, k, distance)
+    ids_N = _gathered_ids(query_ids_q, gallery_ids_n, k, exclude_self)
+    search = _Search(part, ids_N, scored)
 
-    queries = max(collectives.gather_json(query_qD.shape[0]))
-    done = []
-    for start in range(0, queries, block):
+    # Ranks whose backends differ take the coarsest as the bound, and the same attempts.
+    in_float32 = any(collectives.gather_json(proposer.dtype == torch.float32))
+    careful = proposers.torch_proposer(part.rows_nD, torch.float64, distance)
+    c = k + 1 + MARGIN
+    attempts: list[tuple[int, Callable[[torch.Tensor, torch.Tensor, int], tuple[Neighbours, torch.Tensor]]]] = [
+        (block, lambda rows, ids, height: search.propose(rows, ids, height, proposer, in_float32, c)),
+        (block, lambda rows, ids, height: search.propose(rows, ids, height, careful, False, ENLARGED * c)),
+        (min(block, SCANNED), search.scan),
+    ]
+    found = _nothing(query_qD.shape[0], k, query_qD.device, scored)
+    unsure_u = torch.arange(query_qD.shape[0], device=query_qD.device)
+    for size, attempt in attempts:
         # Blocks are padded, so that every rank sends the same shapes the same number of times.
-        height = min(block, queries - start)
-        rows, ids = query_qD[start : start + height].detach(), query_ids_q[start : start + height]
-        best = _nothing(height, k, query_qD.device)
-        travelling = [
-            torch.tensor([rows.shape[0]], device=rows.device), _padded(rows, height), _padded(ids, height),
-            best.scores_qk, best.ids_qk,
-        ]  # fmt: skip
-        for _ in range(collectives.world_size()):
-            m = int(travelling[0])
-            _, rows_mD, ids_m, scores_mk, best_mk = travelling
-            part.improve(rows_mD[:m], ids_m[:m], scores_mk[:m], best_mk[:m])
-            travelling = collectives.ring_pass(travelling)
-        done.append(Neighbours(travelling[3][: rows.shape[0]], travelling[4][: rows.shape[0]]))
-    if not done:
-        return _nothing(0, k, query_qD.device)
-    return Neighbours(torch.cat([part.scores_qk for part in done]), torch.cat([part.ids_qk for part in done]))
-
-
-def labels_of(ids: torch.Tensor, gallery_ids_N: torch.Tensor, gallery_labels_N: torch.Tensor) -> torch.Tensor:
-    """The class labels of gallery images, given by id in any shape."""
-    sorted_ids, order = gallery_ids_N.sort()
-    return gallery_labels_N[order[torch.searchsorted(sorted_ids, ids.contiguous())]]
-
-
-def fixed_order_scores(query_Dm: torch.Tensor, gallery_Dn: torch.Tensor, columns: torch.Tensor | slice) -> torch.Tensor:
-    """float64 inner products whose bits depend on the two rows alone. This score alone decides the order.
-
-    A library's reduction picks its summation order by shape and an fma rounds once where CPU and GPU may round twice;
-    so: one elementwise product and one elementwise sum per dimension, in order.
-
-    Args:
-        query_Dm: [D, m] float64, the queries as columns.
-        gallery_Dn: [D, n] float32 or float64.
-        columns: [m, c] row numbers of the gallery, or a slice of c of them for all queries.
-
-    Returns:
-        [m, c] float64.
-    """
-    width = columns.shape[1] if isinstance(columns, torch.Tensor) else len(range(*columns.indices(gallery_Dn.shape[1])))
-    scores_mc = query_Dm.new_zeros(query_Dm.shape[1], width)
-    for query_m, gallery_n in zip(query_Dm, gallery_Dn, strict=True):
-        scores_mc += query_m[:, None] * gallery_n[columns].double()
-    return scores_mc
+        most = max(collectives.gather_json(unsure_u.numel()))
+        still_unsure = []
+        for start in range(0, most, size):
+            own_m = unsure_u[start : start + size]
+            height = min(size, most - start)
+            of_block, sure_m = attempt(query_qD[own_m].detach(), query_ids_q[own_m], height)
+            found.ids_qk[own_m], found.scores_qs[own_m] = of_block.ids_qk, of_block.scores_qs
+            still_unsure.append(own_m[~sure_m])
+        unsure_u = torch.cat(still_unsure) if still_unsure else unsure_u
+    return found
 
 
 class _GalleryPart:
     """This rank's part of the gallery."""
 
-    def __init__(self, rows_nD: torch.Tensor, ids_n: torch.Tensor, k: int, exclude_self: bool, backend: str) -> None:
+    def __init__(self, rows_nD: torch.Tensor, ids_n: torch.Tensor, k: int, exclude_self: bool, distance: Distance):
         self.rows_nD = rows_nD.contiguous()
         self.rows_Dn = rows_nD.T.contiguous()
         self.ids_n = ids_n
         self.k = k
         self.exclude_self = exclude_self
+        self.distance = distance
         self.largest_norm = float(rows_nD.double().norm(dim=1).max()) if ids_n.numel() else 0.0
-        self.propose = _proposer(self.rows_nD, backend)
-
-    def improve(
-        self, rows_mD: torch.Tensor, ids_m: torch.Tensor, scores_mk: torch.Tensor, best_mk: torch.Tensor
-    ) -> None:
-        """Merge this part's images into the running best of the queries, in place."""
-        if not (self.ids_n.numel() and ids_m.numel()):
-            return
-        unsure_u = torch.arange(ids_m.numel(), device=ids_m.device)
-        attempts = ((torch.float32, self.propose), (torch.float64, _torch_proposer(self.rows_nD, torch.float64)))
-        for dtype, propose in attempts:
-            if not unsure_u.numel():
-                return
-            running = Neighbours(scores_mk[unsure_u], best_mk[unsure_u])
-            found, sure_u = self._merge_proposed(rows_mD[unsure_u], ids_m[unsure_u], running, dtype, propose)
-            scores_mk[unsure_u[sure_u]], best_mk[unsure_u[sure_u]] = found.scores_qk[sure_u], found.ids_qk[sure_u]
-            unsure_u = unsure_u[~sure_u]
-        for few_u in unsure_u.split(256):
-            running = Neighbours(scores_mk[few_u], best_mk[few_u])
-            found = self._merge_all(rows_mD[few_u], ids_m[few_u], running)
-            scores_mk[few_u], best_mk[few_u] = found.scores_qk, found.ids_qk
-
-    def _merge_proposed(
-        self, rows_mD: torch.Tensor, ids_m: torch.Tensor, running: Neighbours, dtype: torch.dtype, propose: Propose
-    ) -> tuple[Neighbours, torch.Tensor]:
-        """Merge the proposed candidates, and say for each query whether the result is certain ([m] bool)."""
-        n = self.ids_n.numel()
-        c = min(n, self.k + 1 + MARGIN)
-        rough_mc, columns_mc = propose(rows_mD, c)
-        exact_mc = fixed_order_scores(rows_mD.double().T.contiguous(), self.rows_Dn, columns_mc)
-        found = self._merge(running, exact_mc, self.ids_n[columns_mc], ids_m)
-        if c == n:
-            return found, torch.ones_like(ids_m, dtype=torch.bool)
-        error_m = self._error_bound(rows_mD, dtype)
-        # All that was left out has a rough score of at most the last proposed one.
-        certain_m = rough_mc[:, -1].double() + error_m < found.scores_qk[:, -1]
-        # A library told to use TF32 or bfloat16 breaks the bound, and shows it on the candidates themselves.
-        within_m = ((rough_mc.double() - exact_mc).abs() <= error_m[:, None]).all(dim=1)
-        return found, certain_m & within_m
-
-    def _merge_all(self, rows_mD: torch.Tensor, ids_m: torch.Tensor, running: Neighbours) -> Neighbours:
-        """Merge every row, scored exactly."""
-        rows_Dn, ids_n = self._without_surplus_copies
-        rows_Dm = rows_mD.double().T.contiguous()
-        for start in range(0, ids_n.numel(), 1024):
-            columns = slice(start, start + 1024)
-            exact_mc = fixed_order_scores(rows_Dm, rows_Dn, columns)
-            running = self._merge(running, exact_mc, ids_n[columns].expand_as(exact_mc), ids_m)
-        return running
 
     @cached_property
-    def _without_surplus_copies(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def without_surplus_copies(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gallery with at most the k + 1 smallest ids of each distinct row: no other copy can be among the k best.
 
         A collapsed network maps all images to one point, every query is a tie of everything, and without this the scan
@@ -214,92 +161,154 @@ class _GalleryPart:
         kept = order_n[place_n <= self.k]
         return self.rows_Dn[:, kept].contiguous(), self.ids_n[kept]
 
-    def _merge(
-        self, running: Neighbours, scores_mc: torch.Tensor, ids_mc: torch.Tensor, query_ids_m: torch.Tensor
-    ) -> Neighbours:
-        if self.exclude_self:
-            own_mc = ids_mc == query_ids_m[:, None]
-            scores_mc, ids_mc = scores_mc.masked_fill(own_mc, -torch.inf), ids_mc.masked_fill(own_mc, NOBODY)
-        scores, ids = torch.cat([running.scores_qk, scores_mc], 1), torch.cat([running.ids_qk, ids_mc], 1)
-        ids, order = ids.sort(dim=1)
-        scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-        return Neighbours(scores[:, : self.k], ids.gather(1, order)[:, : self.k])
 
-    def _error_bound(self, rows_mD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """How far a score summed in ``dtype``, in any order, may lie from the float64 score. [m] float64.
+class _Search:
+    """One block of queries of every rank at a time; see the module's text. Its methods are collective."""
 
-        |fl(x.y) - x.y| <= g |x| |y| with g = (D + 4) u / (1 - (D + 4) u), u the unit roundoff (Higham, Accuracy and
-        Stability of Numerical Algorithms, section 3.1); the 4 covers rounding the inputs to ``dtype`` and these norms
-        themselves. The second term is for what underflows.
+    def __init__(self, part: _GalleryPart, ids_N: torch.Tensor, scored: int) -> None:
+        self.part, self.ids_N, self.scored = part, ids_N, scored
+        told = collectives.gather_json([part.ids_n.numel(), part.largest_norm])
+        self.first = sum(n for n, _ in told[: collectives.rank()])
+        """Place of this rank's first row."""
+        self.largest_norm = max(norm for _, norm in told)
+
+    def propose(
+        self,
+        rows_mD: torch.Tensor,
+        ids_m: torch.Tensor,
+        height: int,
+        proposer: proposers.Proposer,
+        in_float32: bool,
+        c: int,
+    ) -> tuple[Neighbours, torch.Tensor]:
+        """The neighbours of this rank's block from c candidates each, and where they are certain ([m] bool).
+
+        Args:
+            height: rows of the largest block of a rank.
+            in_float32: whether some rank proposes in float32.
         """
-        d = rows_mD.shape[1] + 4
-        norm_m = rows_mD.double().norm(dim=1)
-        relative = sum(d * u / (1 - d * u) for u in (torch.finfo(dtype).eps / 2, torch.finfo(torch.float64).eps / 2))
-        underflow = 8 * d * torch.finfo(dtype).tiny * (1 + norm_m) * (1 + self.largest_norm)
-        bound_m = relative * norm_m * self.largest_norm + underflow
-        overflows_m = (1 + norm_m) * (1 + self.largest_norm) > torch.finfo(dtype).max / 4
-        return bound_m.masked_fill(overflows_m, torch.inf)
+        k, distance = self.part.k, self.part.distance
+        rough_mc, places_mc = self._candidates(rows_mD, height, proposer, min(c, self.ids_N.numel()))
+        e_m = error_bound(rows_mD, self.largest_norm, torch.float32 if in_float32 else torch.float64, distance)
+        rough_mc, places_mc, ids_mc = self._without_self(rough_mc, places_mc, ids_m)
+        far_mc = rough_mc[:, :-1] - rough_mc[:, 1:] > 2 * e_m[:, None]  # a candidate from the next
+        behind = far_mc[:, k - 1 :]
+        sure_m = behind.any(dim=1) & e_m.isfinite()
+        last_m = k - 1 + behind.int().argmax(dim=1)  # the last candidate that can be among the k best
+
+        close_mc = torch.zeros_like(places_mc, dtype=torch.bool)
+        close_mc[:, :-1] |= ~far_mc
+        close_mc[:, 1:] |= ~far_mc
+        position_c = torch.arange(places_mc.shape[1], device=places_mc.device)
+        relevant_mc = (position_c <= last_m[:, None]) & (places_mc >= 0) & sure_m[:, None]
+        mixed_m = (close_mc & relevant_mc).any(dim=1)
+        wanted_mc = relevant_mc & (close_mc | (position_c < max(CHECKED, self.scored)))
+        exact_mc = self._score(rows_mD, torch.where(wanted_mc, places_mc, -1), height)
+        # A library told to use TF32 or bfloat16 breaks the bound, and shows it on the candidates themselves.
+        sure_m &= (~wanted_mc | ((exact_mc - rough_mc).abs() <= e_m[:, None])).all(dim=1)
+
+        # Rough scores stand where they differ from all others by enough to be in order with exact ones, too.
+        score_mc = torch.where(wanted_mc, exact_mc, rough_mc)
+        if mixed_m.any():
+            score_mc[mixed_m], ids_mc[mixed_m] = _in_order(score_mc[mixed_m], ids_mc[mixed_m])
+        return Neighbours(score_mc[:, : self.scored], ids_mc[:, :k]), sure_m
+
+    def _candidates(
+        self, rows_mD: torch.Tensor, height: int, proposer: proposers.Proposer, c: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rough scores [m, c] float64, descending; places [m, c]) of the whole gallery, the query itself included."""
+        own_n = self.part.ids_n.numel()
+        rough_mc = torch.full((height, c), -torch.inf, dtype=torch.float64, device=rows_mD.device)
+        places_mc = torch.full((height, c), -1, device=rows_mD.device)
+
+        def visit(hop: int, rows_mD: torch.Tensor, rough_mc: torch.Tensor, places_mc: torch.Tensor) -> None:
+            if not own_n or not rows_mD.shape[0]:
+                return
+            scores, columns = proposer.propose(rows_mD, min(c, own_n))
+            scores = scores.double() + rough_offset(rows_mD, self.part.distance)[:, None]
+            columns = columns + self.first
+            if hop:  # on the first there is nothing to merge with
+                scores, columns = torch.cat([rough_mc, scores], dim=1), torch.cat([places_mc, columns], dim=1)
+                scores, order = scores.topk(c, dim=1)
+                columns = columns.gather(1, order)
+            rough_mc[:, : scores.shape[1]], places_mc[:, : columns.shape[1]] = scores, columns
+
+        _, rough_mc, places_mc = collectives.round_trip(rows_mD, height, [rough_mc, places_mc], visit)
+        return rough_mc[: rows_mD.shape[0]], places_mc[: rows_mD.shape[0]]
+
+    def _without_self(
+        self, rough_mc: torch.Tensor, places_mc: torch.Tensor, ids_m: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(rough scores, places, ids) without the query's own image, c + 1 long: what was left out ends them.
+
+        That is as good as the list's last at best, or nothing if the list holds the whole gallery.
+        """
+        complete = rough_mc.shape[1] == self.ids_N.numel()
+        end_m1 = torch.full_like(rough_mc[:, -1:], -torch.inf) if complete else rough_mc[:, -1:]
+        ids_mc = torch.where(places_mc >= 0, self.ids_N[places_mc.clamp(min=0)], NOBODY)
+        is_self_mc = (ids_mc == ids_m[:, None]) & self.part.exclude_self
+        # True from the query's own place on, where the next entry moves up.
+        moved_mc = nn.functional.pad(is_self_mc.cummax(dim=1).values, (0, 1), value=False)
+        moved_mc[:, -1] = moved_mc[:, -2]
+        longer = (
+            torch.cat([rough_mc, end_m1, end_m1], dim=1),
+            nn.functional.pad(places_mc, (0, 2), value=-1),
+            torch.cat([ids_mc, ids_mc.new_full((len(ids_mc), 2), NOBODY)], dim=1),
+        )
+        rough_mc, places_mc, ids_mc = (torch.where(moved_mc, x_mc[:, 1:], x_mc[:, :-1]) for x_mc in longer)
+        return rough_mc, places_mc, ids_mc
+
+    def _score(self, rows_mD: torch.Tensor, places_mc: torch.Tensor, height: int) -> torch.Tensor:
+        """The scores of the queries with the gallery rows at the places, NaN where the place is -1. [m, c] float64."""
+        exact_mc = torch.full(places_mc.shape, torch.nan, dtype=torch.float64, device=rows_mD.device)
+
+        def visit(hop: int, rows_mD: torch.Tensor, places_mc: torch.Tensor, exact_mc: torch.Tensor) -> None:
+            owned_mc = (places_mc >= self.first) & (places_mc < self.first + self.part.ids_n.numel())
+            query_p, at_p = owned_mc.nonzero(as_tuple=True)
+            columns_p = places_mc[query_p, at_p] - self.first
+            rows_Dm = rows_mD.double().T.contiguous()
+            exact_mc[query_p, at_p] = scores_of_pairs(
+                rows_Dm, self.part.rows_Dn, query_p, columns_p, self.part.distance
+            )
+
+        padded = [collectives.padded(places_mc, height, -1), collectives.padded(exact_mc, height, torch.nan)]
+        return collectives.round_trip(rows_mD, height, padded, visit)[2][: rows_mD.shape[0]]
+
+    def scan(self, rows_mD: torch.Tensor, ids_m: torch.Tensor, height: int) -> tuple[Neighbours, torch.Tensor]:
+        """The neighbours of this rank's block by scoring every row of every rank; always certain."""
+        k, part = self.part.k, self.part
+        nothing = _nothing(height, k, rows_mD.device, k)
+
+        def visit(hop: int, rows_mD: torch.Tensor, ids_m1: torch.Tensor, *best: torch.Tensor) -> None:
+            rows_Dn, ids_n = part.without_surplus_copies
+            rows_Dm = rows_mD.double().T.contiguous()
+            scores_mk, found_mk = best
+            for start in range(0, ids_n.numel(), 1024):
+                tile = slice(start, start + 1024)
+                scores_mt = scores_of_all(rows_Dm, rows_Dn[:, tile], part.distance)
+                ids_mt = ids_n[tile].expand_as(scores_mt)
+                if part.exclude_self:
+                    own_mt = ids_mt == ids_m1
+                    scores_mt, ids_mt = scores_mt.masked_fill(own_mt, -torch.inf), ids_mt.masked_fill(own_mt, NOBODY)
+                scores, ids = _in_order(torch.cat([scores_mk, scores_mt], 1), torch.cat([found_mk, ids_mt], 1))
+                scores_mk[:], found_mk[:] = scores[:, :k], ids[:, :k]
+
+        travelling = [collectives.padded(ids_m[:, None], height, 0), nothing.scores_qs, nothing.ids_qk]
+        *_, scores_mk, found_mk = collectives.round_trip(rows_mD, height, travelling, visit)
+        m = rows_mD.shape[0]
+        return Neighbours(scores_mk[:m, : self.scored], found_mk[:m]), torch.ones_like(ids_m, dtype=torch.bool)
 
 
-def _torch_proposer(rows_nD: torch.Tensor, dtype: torch.dtype) -> Propose:
-    def propose(queries_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        best: list[torch.Tensor] = []
-        found: list[torch.Tensor] = []
-        queries_mD = queries_mD.to(dtype)
-        for start in range(0, rows_nD.shape[0], TILE):
-            tile_tD = rows_nD[start : start + TILE].to(dtype)
-            scores, columns = (queries_mD @ tile_tD.T).topk(min(c, tile_tD.shape[0]), dim=1)
-            scores, columns = torch.cat([*best, scores], 1), torch.cat([*found, columns + start], 1)
-            scores, kept = scores.topk(min(c, scores.shape[1]), dim=1)
-            best, found = [scores], [columns.gather(1, kept)]
-        return best[0], found[0]
-
-    return propose
-
-
-def _faiss_proposer(rows_nD: torch.Tensor, faiss: Any) -> Propose:
-    device, on_gpu = rows_nD.device, rows_nD.is_cuda and faiss.get_num_gpus() > 0
-    if on_gpu:
-        settings = faiss.GpuIndexFlatConfig()
-        settings.device = device.index or 0
-        resources = faiss.StandardGpuResources()
-        index = faiss.GpuIndexFlatIP(resources, rows_nD.shape[1], settings)
-    else:
-        index = faiss.IndexFlatIP(rows_nD.shape[1])
-    index.add(rows_nD.float().cpu().numpy())
-    beyond_faiss = _torch_proposer(rows_nD, torch.float32)
-
-    def propose(queries_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if on_gpu and c > FAISS_GPU_MAX:
-            return beyond_faiss(queries_mD, c)
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(torch.get_num_threads())  # faiss takes every core unless told otherwise
-        try:
-            scores, columns = index.search(queries_mD.float().cpu().numpy(), c)
-        finally:
-            faiss.omp_set_num_threads(threads)
-        return torch.from_numpy(scores).to(device), torch.from_numpy(columns).to(device)
-
-    return propose
-
-
-def _proposer(rows_nD: torch.Tensor, backend: str) -> Propose:
-    if backend not in ("auto", "faiss", "torch"):
-        raise InputError(f"the search backend is {backend!r}; it must be auto, faiss or torch")
-    if backend == "torch":
-        return _torch_proposer(rows_nD, torch.float32)
-    try:
-        faiss = importlib.import_module("faiss")
-    except (ImportError, OSError) as error:  # OSError: a shared library that faiss needs is missing
-        if backend == "faiss":
-            raise InputError(
-                f"evaluation.backend=faiss but faiss cannot be imported ({error}); install faiss-gpu, or set "
-                f"evaluation.backend=torch, which gives the same result"
-            ) from error
-        return _torch_proposer(rows_nD, torch.float32)
-    if backend == "auto" and rows_nD.is_cuda and faiss.get_num_gpus() == 0:
-        return _torch_proposer(rows_nD, torch.float32)
-    return _faiss_proposer(rows_nD, faiss)
+def _in_order(scores_mc: torch.Tensor, ids_mc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sorted by score descending, then id ascending."""
+    scores_mc, order_mc = scores_mc.sort(dim=1, descending=True)
+    ids_mc = ids_mc.gather(1, order_mc)
+    tied_m = (scores_mc[:, 1:] == scores_mc[:, :-1]).any(dim=1)
+    if tied_m.any():
+        ids_tc, order_tc = ids_mc[tied_m].sort(dim=1)
+        scores_tc, by_score_tc = scores_mc[tied_m].gather(1, order_tc).sort(dim=1, descending=True, stable=True)
+        scores_mc[tied_m], ids_mc[tied_m] = scores_tc, ids_tc.gather(1, by_score_tc)
+    return scores_mc, ids_mc
 
 
 def _check_finite(what: str, rows_nD: torch.Tensor, ids_n: torch.Tensor) -> None:
@@ -311,10 +320,10 @@ def _check_finite(what: str, rows_nD: torch.Tensor, ids_n: torch.Tensor) -> None
         )
 
 
-def _check_gallery(query_ids_q: torch.Tensor, gallery_ids_n: torch.Tensor, k: int, exclude_self: bool) -> None:
-    """The same verdict on every rank: all ids of the gallery are known to all."""
-    gallery_ids_N = collectives.gather_ragged(gallery_ids_n)
-    size, distinct_N = gallery_ids_N.numel(), gallery_ids_N.unique()
+def _gathered_ids(query_ids_q: torch.Tensor, gallery_ids_n: torch.Tensor, k: int, exclude_self: bool) -> torch.Tensor:
+    """The gallery's ids by place, [N], checked: the same verdict on every rank, since all ids are known to all."""
+    ids_N = collectives.gather_ragged(gallery_ids_n)
+    size, distinct_N = ids_N.numel(), ids_N.unique()
     holds_self = exclude_self and any(collectives.gather_json(bool(torch.isin(query_ids_q, distinct_N).any())))
     with collectives.agree("the nearest-neighbour search"):
         if distinct_N.numel() < size:
@@ -326,16 +335,11 @@ def _check_gallery(query_ids_q: torch.Tensor, gallery_ids_n: torch.Tensor, k: in
                 f"k={k} neighbours are asked for but the gallery offers {size - holds_self} "
                 f"({size} images{', less the query itself' if holds_self else ''}); lower k or enlarge the gallery"
             )
+    return ids_N
 
 
-def _nothing(rows: int, k: int, device: torch.device) -> Neighbours:
+def _nothing(rows: int, k: int, device: torch.device, scored: int) -> Neighbours:
     return Neighbours(
-        torch.full((rows, k), -torch.inf, dtype=torch.float64, device=device),
-        torch.full((rows, k), NOBODY, dtype=torch.int64, device=device),
+        torch.full((rows, scored), -torch.inf, dtype=torch.float64, device=device),
+        torch.full((rows, k), NOBODY, device=device),
     )
-
-
-def _padded(x: torch.Tensor, height: int) -> torch.Tensor:
-    out = x.new_zeros(height, *x.shape[1:])
-    out[: x.shape[0]] = x
-    return out

@@ -17,46 +17,19 @@ tensors, loaded with ``weights_only=True``, so that loading never executes anyth
 name, flushed to the disk and renamed, so that a name always stands for a whole file.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.files import replacing, write_atomically
 
 FORMAT = "dist-obdsd checkpoint 1"
 ENTRIES = frozenset(
     """format config manifest validation_classes student teacher optimizer objective objective_optimizer
     manifold_memory scaler position best_validation untrained tracker""".split()  # noqa: SIM905
 )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when the block ends, whole and on the disk; not at all if it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # several ranks may report a failure at once
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # where even its folder is gone, the first error says more
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, also after a crash."""
-    try:
-        with _replacing(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; free some space or choose another output") from error
 
 
 def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
@@ -77,7 +50,7 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     name = f"epoch-{position['epoch']:04d}.pt" if position["step"] == 0 else f"step-{position['global_step']:08d}.pt"
     path = folder / name
     try:
-        with _replacing(path) as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise RunError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.training.checkpoint import write_atomically
+from dist_obdsd.files import write_atomically
 
 
 class RunDir:

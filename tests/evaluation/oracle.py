@@ -9,10 +9,13 @@ import numpy as np
 Row = Sequence[float]
 
 
-def score(a: Row, b: Row) -> float:
+def score(a: Row, b: Row, distance: str = "cosine") -> float:
     total = 0.0
     for x, y in zip(a, b, strict=True):
-        total += x * y
+        if distance == "cosine":
+            total += x * y
+        else:
+            total -= (x - y) * (x - y)
     return total
 
 
@@ -23,12 +26,13 @@ def nearest(
     gallery_ids: Sequence[int],
     k: int,
     exclude_self: bool = True,
+    distance: str = "cosine",
 ) -> dict[int, list[tuple[float, int]]]:
     """Query id -> its k best (score, id), ties by the smaller id."""
     found = {}
     for query, query_id in zip(queries, query_ids, strict=True):
         ranked = sorted(
-            (-score(query, row), row_id)
+            (-score(query, row, distance), row_id)
             for row, row_id in zip(gallery, gallery_ids, strict=True)
             if not (exclude_self and row_id == query_id)
         )

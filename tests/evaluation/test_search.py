@@ -1,17 +1,21 @@
 """The distributed search against a double loop: same ids and the same bits of every score, however it is spread out."""
 
+import contextlib
 import functools
 import sys
+import unittest.mock
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dist_obdsd import collectives
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation import search
-from dist_obdsd.evaluation.search import labels_of, nearest
+from dist_obdsd.evaluation import proposers, scores, search
+from dist_obdsd.evaluation.search import nearest
 from tests import harness
 from tests.evaluation import oracle
 
@@ -45,15 +49,15 @@ def data(case: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def expected(case: str, exclude_self: bool = True) -> Found:
+def expected(case: str, exclude_self: bool = True, distance: str = "cosine") -> Found:
     x, ids = data(case)
     rows, numbers = x.double().tolist(), ids.tolist()
-    found = oracle.nearest(rows, numbers, rows, numbers, K, exclude_self)
+    found = oracle.nearest(rows, numbers, rows, numbers, K, exclude_self, distance)
     return {query: (tuple(s for s, _ in best), tuple(i for _, i in best)) for query, best in found.items()}
 
 
 def as_found(ids: torch.Tensor, neighbours: search.Neighbours) -> Found:
-    scores, found = neighbours.scores_qk.tolist(), neighbours.ids_qk.tolist()
+    scores, found = neighbours.scores_qs.tolist(), neighbours.ids_qk.tolist()
     return {i: (tuple(s), tuple(f)) for i, s, f in zip(ids.tolist(), scores, found, strict=True)}
 
 
@@ -76,20 +80,31 @@ def share(total: int, layout: str, order_seed: int) -> torch.Tensor:
     return order[cuts[rank] : cuts[rank + 1]]
 
 
-def search_worker(case: str, settings: list[tuple[str, int, str, str]]) -> list[Found]:
+def search_worker(case: str, layouts: list[tuple[str, int, str, str]], distance: str) -> list[Found]:
     x, ids = data(case)
     results = []
-    for seed, (backend, block, query_layout, gallery_layout) in enumerate(settings):
+    for seed, (backend, block, query_layout, gallery_layout) in enumerate(layouts):
         queries, gallery = share(N, query_layout, 2 * seed), share(N, gallery_layout, 2 * seed + 1)
         own, part = ids[queries], ids[gallery]
-        results.append(as_found(own, nearest(x[queries], own, x[gallery], part, K, backend=backend, block=block)))
+        arguments = (x[queries], own, x[gallery], part, K)
+        options = {"backend": backend, "block": block, "distance": distance}
+        with contextlib.ExitStack() as changes:
+            if (
+                seed % 2
+            ):  # as for many neighbours: float64 from the start; and nothing in between that and the full scan
+                changes.enter_context(unittest.mock.patch.object(proposers, "MANY", 1))
+                changes.enter_context(unittest.mock.patch.object(search, "ENLARGED", 1))
+            found = nearest(*arguments, **options)
+            assert torch.equal(nearest(*arguments, **options, scored=0).ids_qk, found.ids_qk)
+        results.append(as_found(own, found))
     return results
 
 
 @worlds
+@pytest.mark.parametrize("distance", scores.DISTANCES)
 @pytest.mark.parametrize("case", CASES)
-def test_same_ids_and_bits_as_the_double_loop(world: int, case: str) -> None:
-    settings = [
+def test_same_ids_and_bits_as_the_double_loop(world: int, case: str, distance: str) -> None:
+    layouts = [
         ("faiss", 4096, "even", "even"),
         ("torch", 4096, "even", "even"),
         ("faiss", 7, "uneven", "even"),
@@ -98,18 +113,74 @@ def test_same_ids_and_bits_as_the_double_loop(world: int, case: str) -> None:
         ("torch", 64, "first", "one"),
         ("auto", 64, "uneven", "one"),
     ]
-    of_ranks = harness.run(world, search_worker, case, settings)
-    for number, setting in enumerate(settings):
+    of_ranks = harness.run(world, search_worker, case, layouts, distance)
+    for number, setting in enumerate(layouts):
         together: Found = {}
         for rank in of_ranks:
             together |= rank[number]
-        assert together == expected(case), setting
+        assert together == expected(case, distance=distance), setting
+
+
+def test_the_distances_differ_but_for_unit_rows() -> None:
+    assert ids_alone(expected("double")) == ids_alone(expected("double", distance="euclidean"))
+    assert ids_alone(expected("sparse")) != ids_alone(expected("sparse", distance="euclidean"))
+
+
+def ids_alone(found: Found) -> dict[int, tuple[int, ...]]:
+    return {query: ids for query, (_, ids) in found.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 70), levels=st.integers(1, 3), wide=st.booleans(),
+       distance=st.sampled_from(scores.DISTANCES))  # fmt: skip
+def test_rows_of_few_values_tie_in_every_way(seed: int, n: int, levels: int, wide: bool, distance: str) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, levels, (n, 3), generator=random).float() + 3e-7 * wide * torch.rand(n, 3, generator=random)
+    ids, k = torch.randperm(3 * n, generator=random)[:n], 1 + seed % (n - 1)
+    rows = x.double().tolist()
+    of_loop = oracle.nearest(rows, ids.tolist(), rows, ids.tolist(), k, distance=distance)
+    wanted = {query: (tuple(s for s, _ in best), tuple(i for _, i in best)) for query, best in of_loop.items()}
+    for many in (1, 1000):
+        with unittest.mock.patch.object(proposers, "MANY", many), unittest.mock.patch.object(search, "MARGIN", 2):
+            assert as_found(ids, nearest(x, ids, x, ids, k, distance=distance, backend="torch")) == wanted
+
+
+def test_without_scores_few_pairs_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counting(rows: Any, gallery: Any, query_p: torch.Tensor, *rest: Any) -> torch.Tensor:
+        scored.append(query_p.numel())
+        return original(rows, gallery, query_p, *rest)
+
+    original, scored = search.scores_of_pairs, []
+    monkeypatch.setattr(search, "scores_of_pairs", counting)
+    monkeypatch.setattr(proposers, "MANY", 1)
+    x, ids = data("random")
+    everything = nearest(x, ids, x, ids, K)
+    for some in (0, 3):
+        found = nearest(x, ids, x, ids, K, scored=some)
+        assert torch.equal(found.ids_qk, everything.ids_qk)
+        assert torch.equal(found.scores_qs, everything.scores_qs[:, :some])
+    assert scored == [N * K, N * search.CHECKED, N * 3]
+
+
+def uneven_backends_worker() -> Found:
+    """Rank 0 proposes in float32, the others in float64."""
+    x, ids = data("close")
+    queries, gallery = share(N, "even", 0), share(N, "even", 1)
+    with unittest.mock.patch.object(proposers, "MANY", 1 if collectives.rank() else 1000):
+        return as_found(ids[queries], nearest(x[queries], ids[queries], x[gallery], ids[gallery], K, backend="torch"))
+
+
+def test_ranks_may_propose_in_different_precision() -> None:
+    together: Found = {}
+    for found in harness.run(2, uneven_backends_worker):
+        together |= found
+    assert together == expected("close")
 
 
 def test_no_queries_anywhere() -> None:
     x, ids = data("random")
     found = nearest(x[:0], ids[:0], x, ids, K)
-    assert found.scores_qk.shape == found.ids_qk.shape == (0, K)
+    assert found.scores_qs.shape == found.ids_qk.shape == (0, K)
 
 
 def test_the_image_itself_is_left_out_by_id_and_not_by_score() -> None:
@@ -129,68 +200,125 @@ def test_queries_outside_the_gallery_find_k_of_exactly_k() -> None:
 
 
 def test_small_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "TILE", 11)
+    monkeypatch.setattr(proposers, "TILE", 11)
+    monkeypatch.setattr(proposers, "ROWS", 7)
     assert alone("clustered") == expected("clustered")
     assert alone("binary") == expected("binary")
 
 
+def no_bound(rows: torch.Tensor, *_: Any) -> torch.Tensor:
+    return rows.new_full((rows.shape[0],), -1.0, dtype=torch.float64)
+
+
+def believe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take every proposal for certain."""
+    original = search._Search.propose
+    monkeypatch.setattr(
+        search._Search,
+        "propose",
+        lambda self, rows, *rest: (original(self, rows, *rest)[0], torch.ones(len(rows), dtype=torch.bool)),
+    )
+
+
 @pytest.mark.parametrize("case", ["equal", "binary", "close"])
 def test_without_the_error_bound_ties_come_out_wrong(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_bound(self: Any, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return rows.new_full((rows.shape[0],), -1.0, dtype=torch.float64)
-
-    def believe(self: Any, rows: Any, ids: torch.Tensor, running: Any, dtype: Any, propose: Any) -> Any:
-        found, _ = original(self, rows, ids, running, dtype, propose)
-        return found, torch.ones_like(ids, dtype=torch.bool)
-
-    original = search._GalleryPart._merge_proposed
-    monkeypatch.setattr(search._GalleryPart, "_error_bound", no_bound)
+    monkeypatch.setattr(search, "error_bound", no_bound)
     assert alone(case) == expected(case)  # distrusting every proposal is slow but right
-    monkeypatch.setattr(search._GalleryPart, "_merge_proposed", believe)
+    believe(monkeypatch)
     assert alone(case) != expected(case)
 
 
 def test_a_backend_of_less_than_float32_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = search._torch_proposer
+    exact = proposers.torch_proposer
 
-    def careless(rows: torch.Tensor, dtype: torch.dtype) -> search.Propose:
-        return exact(rows, torch.bfloat16 if dtype == torch.float32 else dtype)
+    def careless(rows: torch.Tensor, dtype: torch.dtype, distance: scores.Distance) -> proposers.Proposer:
+        if dtype == torch.float64:
+            return exact(rows, dtype, distance)
+        return exact(rows.bfloat16().float(), dtype, distance)  # as a matrix unit rounds its inputs
 
-    monkeypatch.setattr(search, "_torch_proposer", careless)
+    monkeypatch.setattr(proposers, "torch_proposer", careless)
     assert alone("clustered") == expected("clustered")
-    # Control: with a bound that lets such errors pass, and nothing proposed to spare, they do change the result.
+    assert ids_without_scores("clustered") == ids_alone(expected("clustered"))
+    # Control: with a bound that finds nothing out, and nothing proposed to spare, they do change the result.
     monkeypatch.setattr(search, "MARGIN", 0)
-    monkeypatch.setattr(search._GalleryPart, "_error_bound", lambda self, rows, dtype: torch.full((len(rows),), 1.0))
-    certain = search._GalleryPart._merge_proposed
-    monkeypatch.setattr(
-        search._GalleryPart,
-        "_merge_proposed",
-        lambda *a: (certain(*a)[0], torch.ones(len(a[2]), dtype=torch.bool)),
-    )
+    monkeypatch.setattr(search, "error_bound", no_bound)
+    believe(monkeypatch)
     assert alone("clustered") != expected("clustered")
+
+
+def ids_without_scores(case: str) -> dict[int, tuple[int, ...]]:
+    x, ids = data(case)
+    found = nearest(x, ids, x, ids, K, backend="torch", scored=0).ids_qk
+    return {query: tuple(row) for query, row in zip(ids.tolist(), found.tolist(), strict=True)}
 
 
 def test_ordinary_embeddings_need_no_full_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("a full scan of ordinary data")
 
-    monkeypatch.setattr(search._GalleryPart, "_merge_all", never)
+    monkeypatch.setattr(search._Search, "scan", never)
     assert alone("random") == expected("random")
+    assert alone("binary") == expected("binary")  # more candidates are enough
+    monkeypatch.setattr(search, "ENLARGED", 1)
     with pytest.raises(AssertionError, match="full scan"):
         alone("binary")
 
 
-def test_a_library_dot_product_has_other_bits() -> None:
+@pytest.mark.parametrize("distance", scores.DISTANCES)
+def test_a_library_dot_product_has_other_bits(distance: str) -> None:
     """Why scores are summed in a fixed order: the same pairs, scored by one matrix product, differ in the last bits."""
     x, _ = data("random")
-    columns = x.double().T.contiguous()
-    fixed = search.fixed_order_scores(columns, x.T.contiguous(), slice(0, N))
-    assert not torch.equal(fixed, x.double() @ x.double().T)
-    some = torch.tensor([[3, 140, 7]])
-    assert torch.equal(
-        search.fixed_order_scores(columns[:, 5:6].contiguous(), x.T.contiguous(), some)[0], fixed[5, some[0]]
-    )
-    assert fixed[2, 4].item() == oracle.score(x[2].tolist(), x[4].tolist())
+    columns, x_Dn = x.double().T.contiguous(), x.T.contiguous()
+    fixed = scores.scores_of_all(columns, x_Dn, distance)
+    library = x.double() @ x.double().T if distance == "cosine" else -(torch.cdist(x.double(), x.double()) ** 2)
+    assert not torch.equal(fixed, library)
+    torch.testing.assert_close(fixed, library, atol=1e-12, rtol=0)
+    queries, some = torch.tensor([5, 5, 9]), torch.tensor([3, 140, 7])
+    assert torch.equal(scores.scores_of_pairs(columns, x_Dn, queries, some, distance), fixed[queries, some])
+    assert fixed[2, 4].item() == oracle.score(x[2].tolist(), x[4].tolist(), distance)
+
+
+@pytest.mark.parametrize("distance", scores.DISTANCES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_error_bound_holds_and_is_not_idle(case: str, distance: str) -> None:
+    x, _ = data(case)
+    exact = scores.scores_of_all(x.double().T.contiguous(), x.T.contiguous(), distance)
+    largest = float(x.double().norm(dim=1).max())
+    for dtype in (torch.float32, torch.float64):
+        queries, gallery = (scores.rough_rows(x.to(dtype), distance, query=query) for query in (True, False))
+        rough = (queries @ gallery.T).double() + scores.rough_offset(x, distance)[:, None]
+        bound = scores.error_bound(x, largest, dtype, distance)
+        ok = bound.isfinite()
+        assert ok.any() or (case, distance, dtype) == ("unnormalised", "euclidean", torch.float32)
+        assert ((rough - exact).abs()[ok] <= bound[ok, None]).all()
+        if case == "random":
+            assert ((rough - exact).abs().amax(dim=1) > bound / 100).any()
+
+
+def test_unit_rows_have_the_same_bits_in_any_share() -> None:
+    x = data("unnormalised")[0].clone()
+    x[3] = 0
+    unit = scores.unit_rows(x)
+    assert torch.equal(torch.cat([scores.unit_rows(x[:7]), scores.unit_rows(x[7:])]), unit)
+    assert torch.equal(unit[3], x[3])
+    expected_norms = torch.ones(N, dtype=torch.float64)
+    expected_norms[3] = 0
+    torch.testing.assert_close(unit.double().norm(dim=1), expected_norms, atol=1e-6, rtol=0)
+
+
+# ---- faiss on a GPU is tried by a process of its own ----
+
+
+def test_a_probe_that_crashes_hangs_or_complains_is_a_reason_and_no_more() -> None:
+    assert "signal 6" in proposers.gpu_fault(0, "import os; os.abort()")
+    assert "did not end within" in proposers.gpu_fault(0, "import time; time.sleep(60)", seconds=0.5)
+    assert "exit code 1 (no kernel image)" in proposers.gpu_fault(0, "import sys; sys.exit('no kernel image')")
+    assert proposers.gpu_fault(0, "pass") == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_probe_itself_runs_and_finds_no_gpu() -> None:
+    assert "faiss sees 0 GPUs" in proposers.gpu_fault(0)
 
 
 def test_faiss_threads_are_those_of_torch_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +337,6 @@ def test_faiss_threads_are_those_of_torch_and_put_back(monkeypatch: pytest.Monke
     assert calls == [wanted, 2]
     assert after == 2
     assert torch.get_num_threads() == of_torch
-
-
-def test_labels_by_id() -> None:
-    ids, labels = torch.tensor([40, 3, 17]), torch.tensor([0, 1, 2])
-    assert labels_of(torch.tensor([[17, 40], [3, 3]]), ids, labels).tolist() == [[2, 0], [1, 1]]
 
 
 # ---- what is refused: the same sentence on every rank, and the group can go on ----

@@ -1,0 +1,134 @@
+"""``embed`` and ``evaluate`` as users start them: alone and under torchrun, from shards, folders and files."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import runs
+from tests.training.conftest import folder, shards  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A folder with a trained run and the images that the shards were packed from."""
+    place = tmp_path_factory.mktemp("commands")
+    (place / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(shards)))
+    runs.train(place, "max_steps=4", "evaluation.test=false")
+    shutil.copytree(shards.parent / "images", place / "images")
+    return place
+
+
+def values(path: Path) -> dict[str, float]:
+    return {row["metric"]: row["value"] for row in json.loads(path.read_text())["rows"]}
+
+
+def done(*arguments: str | Path, cwd: Path, ranks: int = 0) -> str:
+    process = runs.program(*arguments, cwd=cwd, ranks=ranks)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_embedded_shards_measure_as_the_checkpoint_does(run: Path, shards: Path) -> None:  # noqa: F811
+    for ranks in (0, 2):
+        for suffix in ("npz", "parquet"):
+            done("embed", "runs/tiny", "--shards", shards, "--out", f"{ranks}.{suffix}", cwd=run, ranks=ranks)
+    assert (run / "0.npz").read_bytes() == (run / "2.npz").read_bytes()
+    assert (run / "0.parquet").read_bytes() == (run / "2.parquet").read_bytes()
+    with np.load(run / "0.npz") as archive:
+        assert archive["embeddings"].shape == (96, 16)
+        np.testing.assert_allclose(np.linalg.norm(archive["embeddings"], axis=1), 1, atol=1e-6)
+        assert archive["keys"].tolist() == [f"{i:08d}" for i in archive["ids"]]
+        assert len(set(archive["classes"].tolist())) == 12
+
+    files = ("--json", "e.json", "--per-class", "e.csv", "--failures", "e.png")
+    done("evaluate", "runs/tiny", "--shards", shards, *files, cwd=run)
+    for number, arguments in enumerate((["0.npz"], ["0.parquet"], ["0.npz", "evaluation.backend=torch"])):
+        own = [text.replace("e.", f"f{number}.") for text in files]
+        done(
+            "evaluate",
+            "--embeddings",
+            *arguments,
+            "--shards",
+            shards,
+            *own,
+            "evaluation.recall_at=[1, 2]",
+            cwd=run,
+            ranks=2 * (number == 1),
+        )
+        # Embeddings are unit rows but for their last bits, which decide nothing here.
+        assert values(run / f"f{number}.json") == pytest.approx(values(run / "e.json"), abs=1e-12)
+        assert (run / f"f{number}.csv").read_text() == (run / "e.csv").read_text()
+    with Image.open(run / "e.png") as picture:
+        assert min(picture.size) > 500
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6)}
+    assert {(0x1A, 0x7F, 0x37), (0xC6, 0x28, 0x28), (0x1F, 0x4E, 0x8C)} <= colours
+
+    rows = list(csv.DictReader((run / "e.csv").open()))
+    assert len(rows) == 12
+    mean = sum(int(row["queries"]) * float(row["recall@1"]) for row in rows) / 96
+    assert mean == pytest.approx(values(run / "e.json")["recall@1"])
+
+
+def test_a_folder_of_images_embeds_alike_on_any_number_of_ranks(run: Path) -> None:
+    for ranks, out in ((0, "a.npz"), (2, "b.npz")):
+        done("embed", "runs/tiny", "--images", "images", "--out", out, "--dtype", "float16", cwd=run, ranks=ranks)
+    assert (run / "a.npz").read_bytes() == (run / "b.npz").read_bytes()
+    with np.load(run / "a.npz") as archive:
+        assert archive["embeddings"].dtype == np.float16
+        assert archive["keys"].tolist() == sorted(archive["keys"].tolist())
+        assert archive["keys"][9] == "class_01/1.png"
+        assert archive["classes"][9] == "class_01"
+        assert archive["labels"].tolist() == [i // 8 for i in range(192)]
+    assert "192 queries" in done("evaluate", "--embeddings", "a.npz", cwd=run)
+
+
+def test_images_in_one_folder_have_no_classes(run: Path) -> None:
+    done("embed", "runs/tiny", "--images", "images/class_03", "--out", "flat.npz", cwd=run)
+    with np.load(run / "flat.npz") as archive:
+        assert set(archive) == {"ids", "keys", "embeddings"}
+    refused = runs.program("evaluate", "--embeddings", "flat.npz", cwd=run)
+    assert refused.returncode == 2
+    assert "neither labels nor classes" in refused.stderr
+
+
+def test_a_broken_image_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "images" / "class_00", tmp_path / "some")
+    (tmp_path / "some" / "9.png").write_bytes(b"no image")
+    failed = runs.program("embed", run / "runs" / "tiny", "--images", "some", "--out", "a.npz", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "some/9.png cannot be decoded" in failed.stderr
+    assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate"], "give one of the two"),
+        (["evaluate", "runs/tiny", "--embeddings", "x.npz"], "give one of the two"),
+        (["evaluate", "runs/tiny"], "with --shards"),
+        (["evaluate", "--embeddings", "x.npz"], "x.npz: No such file"),
+        (["evaluate", "--embeddings", "x.npz", "--failures", "x.png"], "with --shards"),
+        (["evaluate", "--embeddings", "x.npz", "--json", "nowhere/x.json"], "folder does not exist"),
+        (["evaluate", "--embeddings", "small.npz", "evaluation.recall_at=[9]"], "k=9"),
+        (["evaluate", "--embeddings", "small.npz", "evaluation.metrics=[recall]"], "k=8"),
+        (["evaluate", "--embeddings", "zero.npz"], "length 0, the first of id 2"),
+        (["embed", "runs/tiny", "--out", "x.npz"], "give one of the two"),
+        (["embed", "runs/tiny", "--images", "images", "--out", "x.csv"], "ends in '.csv'"),
+        (["embed", "runs/tiny", "--images", "nowhere", "--out", "x.npz"], "nowhere is not a folder"),
+        (["embed", "runs/tiny", "--images", "runs", "--out", "x.npz"], "holds no image"),
+        (["embed", "nowhere", "--images", "images", "--out", "x.npz"], "there is no checkpoint"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_sentence(run: Path, arguments: list[str], words: str) -> None:
+    rows = np.eye(4, 3, dtype=np.float32)
+    np.savez(run / "zero.npz", embeddings=np.roll(rows, -1, axis=0), labels=[0, 0, 1, 1])
+    np.savez(run / "small.npz", embeddings=rows + 1, labels=[0, 0, 1, 1])
+    process = runs.program(*arguments, cwd=run)
+    assert process.returncode == 2, process.stderr
+    assert words in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1

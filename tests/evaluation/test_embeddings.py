@@ -1,0 +1,203 @@
+"""Files of embeddings: round trips, the same bytes on any number of ranks, other tools' files, and bad ones."""
+
+import unittest.mock
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from dist_obdsd import collectives
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation import embeddings
+from tests import harness
+
+N, D = 50, 6
+SUFFIXES = pytest.mark.parametrize("suffix", embeddings.SUFFIXES)
+
+
+def content() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Embeddings, ascending ids with gaps, and the columns."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 7, N)
+    columns = {
+        "labels": labels,
+        "classes": np.array([f"Größe {label}" for label in labels]),
+        "roles": np.array(["query", "gallery", "both"])[rng.integers(0, 3, N)],
+        "keys": np.array([f"{i:08d}" for i in range(N)]),
+    }
+    return rng.standard_normal((N, D)).astype(np.float32), np.sort(rng.permutation(3 * N)[:N]), columns
+
+
+def write_worker(folder: str, suffix: str, dtype: str) -> str:
+    rows, ids, columns = content()
+    world, rank = collectives.world_size(), collectives.rank()
+    # Uneven, out of order, and one image on two ranks.
+    own = np.random.default_rng(1).permutation(N)[rank::world][::-1].copy()
+    if world == 3 and rank == 1:
+        own = own[:0]
+    if world == 3 and rank == 2:
+        own = np.arange(N)
+    path = Path(folder) / f"{world}-{dtype}{suffix}"
+    table = embeddings.Table(ids, columns)
+    with unittest.mock.patch.object(embeddings, "BLOCK", 7):
+        embeddings.write(path, torch.from_numpy(rows[own]), torch.from_numpy(ids[own]), table, dtype)
+    return str(path)
+
+
+@SUFFIXES
+@pytest.mark.parametrize("dtype", embeddings.DTYPES)
+def test_a_round_trip_and_the_same_bytes_on_any_number_of_ranks(suffix, dtype, tmp_path, monkeypatch):
+    files = [harness.run(world, write_worker, str(tmp_path), suffix, dtype)[0] for world in harness.WORLD_SIZES]
+    monkeypatch.setattr(embeddings, "BLOCK", 7)
+    assert len({Path(file).read_bytes() for file in files}) == 1
+    assert not list(tmp_path.glob(".*"))  # nothing half written stays
+    rows, ids, columns = content()
+    found = embeddings.read(Path(files[0]))
+    assert torch.equal(found.rows_nD, torch.from_numpy(rows.astype(dtype).astype(np.float32)))
+    assert found.ids_n.tolist() == ids.tolist()
+    assert found.labels_n.tolist() == columns["labels"].tolist()
+    assert found.roles == columns["roles"].tolist()
+    assert found.class_names == {label: f"Größe {label}" for label in range(7)}
+    if suffix == ".npz":
+        with np.load(files[0]) as archive:  # what other tools see
+            assert set(archive) == {"ids", "embeddings", *columns}
+            assert archive["embeddings"].dtype == dtype
+    else:
+        assert parquet.read_table(files[0])["embeddings"].type == pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), D)
+
+
+def read_worker(path: str) -> tuple[list[list[float]], list[int], list[int], list[str]]:
+    found = embeddings.read(Path(path))
+    assert found.count == N
+    return found.rows_nD.tolist(), found.ids_n.tolist(), found.labels_n.tolist(), found.roles
+
+
+def save(path: Path, arrays: dict[str, Any]) -> Path:
+    if path.suffix == ".npz":
+        np.savez_compressed(path, **arrays)
+    else:
+        columns = {name: list(value) if np.ndim(value) == 2 else value for name, value in arrays.items()}
+        parquet.write_table(pa.table(columns), path, row_group_size=11)
+    return path
+
+
+@SUFFIXES
+@pytest.mark.parametrize("form", ["plain", "texts", "double", "by columns"])
+def test_other_tools_files_are_cut_among_the_ranks(suffix, form, tmp_path):
+    rows, _, columns = content()
+    arrays: dict[str, Any] = {"embeddings": rows, "labels": columns["labels"].astype(np.int32), "more": np.arange(N)}
+    if form == "texts":
+        arrays["labels"] = columns["classes"]
+    if form == "double":
+        arrays["embeddings"] = rows.astype(np.float64)
+    if form == "by columns":
+        arrays["embeddings"] = np.asfortranarray(rows)
+    path = save(tmp_path / f"other{suffix}", arrays)
+    for world in harness.WORLD_SIZES:
+        parts = harness.run(world, read_worker, str(path))
+        assert len(parts[0][1]) in (N // world, N // world + 1)
+        together = [[one for part in parts for one in part[i]] for i in range(4)]
+        assert together == [rows.tolist(), list(range(N)), columns["labels"].tolist(), ["both"] * N]
+
+
+def broken(fault: str) -> dict[str, Any]:
+    rows, ids, columns = content()
+    arrays: dict[str, Any] = {"embeddings": rows, "ids": ids, "labels": columns["labels"]}
+    if fault == "nan":
+        rows[41, 2] = np.nan
+    if fault == "twice":
+        ids[5] = ids[4]
+    if fault == "nothing":
+        del arrays["embeddings"]
+    if fault == "no labels":
+        del arrays["labels"]
+    if fault == "fractions":
+        arrays["labels"] = columns["labels"] + 0.5
+    if fault == "whole numbers":
+        arrays["embeddings"] = rows.astype(np.int64)
+    return arrays
+
+
+def refused_worker(path: str) -> str:
+    try:
+        embeddings.read(Path(path))
+    except InputError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
+FAULTS = {
+    "nan": ["NaN", "row 41", f"id {content()[1][41]}"],
+    "twice": ["1 ids more than once", "the first is"],
+    "nothing": ["no embeddings", "ids, labels"],
+    "no labels": ["neither labels nor classes"],
+    "fractions": ["labels of type float64"],
+    "whole numbers": ["type int64"],
+}
+
+
+@SUFFIXES
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_files_are_refused_in_one_sentence_on_every_rank(suffix, fault, tmp_path):
+    path = save(tmp_path / f"bad{suffix}", broken(fault))
+    answers = harness.run(2, refused_worker, str(path))
+    assert len(set(answers)) == 1
+    assert all(word in answers[0] for word in FAULTS[fault]), answers[0]
+    assert "\n" not in answers[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.csv", "ends in '.csv'"),
+        ("a", "no suffix"),
+        ("missing.npz", "No such file"),
+        ("missing.parquet", "cannot read"),
+        ("text.npz", "not a sound .npz file"),
+        ("text.parquet", "not a sound .parquet file"),
+        ("length.npz", "50 embeddings but labels of shape (49,)"),
+        ("objects.npz", "not a sound .npz file"),
+        ("flat.npz", "shape (300,)"),
+        ("uneven.parquet", "different lengths"),
+        ("empty entries.parquet", "1 empty entries"),
+    ],
+)
+def test_what_is_no_file_of_embeddings(name, words, tmp_path):
+    path = tmp_path / name
+    rows, _, columns = content()
+    if name.startswith("text"):
+        path.write_text("hello")
+    if name == "length.npz":
+        np.savez(path, embeddings=rows, labels=columns["labels"][1:])
+    if name == "objects.npz":
+        np.savez(path, embeddings=rows, labels=np.array([{}] * N, dtype=object))
+    if name == "flat.npz":
+        np.savez(path, embeddings=rows.reshape(-1), labels=columns["labels"])
+    if name == "uneven.parquet":
+        parquet.write_table(pa.table({"embeddings": [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]], "labels": [1, 1]}), path)
+    if name == "empty entries.parquet":
+        parquet.write_table(pa.table({"embeddings": [[1.0, 2.0], [1.0, 2.0]], "labels": [1, None]}), path)
+    with pytest.raises(InputError, match=r".") as caught:
+        embeddings.read(path)
+    assert words in str(caught.value)
+
+
+def test_a_file_that_cannot_be_written_ends_all_ranks_alike(tmp_path):
+    answers = harness.run(2, unwritable_worker, str(tmp_path / "nowhere" / "a.npz"))
+    assert len(set(answers)) == 1
+    assert "cannot write" in answers[0]
+
+
+def unwritable_worker(path: str) -> str:
+    rows, ids, columns = content()
+    try:
+        embeddings.write(
+            Path(path), torch.from_numpy(rows), torch.from_numpy(ids), embeddings.Table(ids, columns), "float32"
+        )
+    except InputError as error:
+        return str(error)
+    raise AssertionError("not refused")
