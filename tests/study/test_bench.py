@@ -1,0 +1,144 @@
+"""The benchmarks on small sizes, through the command line, and what their rows and findings mean."""
+
+import argparse
+import json
+import time
+
+import pytest
+import torch
+
+from dist_obdsd import cli, config
+from dist_obdsd.errors import RunError
+from dist_obdsd.study.bench import manifold, objective, reference, report
+from tests import oracle
+from tests.objective.data import unit_rows
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def bench(*arguments):
+    assert cli.main(["bench", *map(str, arguments)]) == 0
+
+
+def test_objective_compares_three_implementations_in_one_run(tmp_path, capfd):
+    bench("objective", "--sizes", "16,64", "--budget", 5, "--json", tmp_path / "o.json", "--plot", tmp_path / "o.png")
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert written["meta"]["torch"] == torch.__version__
+    rows = written["rows"]
+    ways = {(row["B"], row["arm"], row["implementation"]) for row in rows}
+    assert {(16, "obdsd", "dist-obdsd"), (64, "obdsd", "loop and inverse")} <= ways
+    assert (64, "none", "pytorch-metric-learning") in ways
+    assert all(row["seconds"] > 0 for row in rows)
+    assert {row["ratio"] for row in rows if row["implementation"] == "dist-obdsd"} == {1.0}
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+    assert "loop and inverse" in capfd.readouterr().out
+
+
+def test_what_the_objective_is_compared_with_is_the_same_mathematics():
+    E_BD, T_BD = unit_rows(0, 16, 8), unit_rows(1, 16, 8)
+    labels_B = torch.arange(16) // 2
+    for arm in objective.ARMS:
+        values, gradients = [], []
+        for way in objective.implementations(arm, T_BD, labels_B).values():
+            leaf_BD = E_BD.clone().requires_grad_()
+            values.append(way(leaf_BD))
+            gradients.append(torch.autograd.grad(values[-1], leaf_BD)[0])
+        assert values[1].item() == pytest.approx(values[0].item(), rel=1e-10)
+        assert (gradients[1] - gradients[0]).abs().max() < 1e-10 * gradients[0].abs().max()
+    settings = config.Distillation(omega=0.7, temperature=0.2, transition_temperature=0.1)
+    names = ("target", "temperature", "transition_temperature", "omega", "mask_self")
+    expected = oracle.target(T_BD.numpy(), **{name: getattr(settings, name) for name in names})
+    assert abs(reference.target(T_BD, settings).numpy() - expected).max() < 1e-12
+    total, count = oracle.multi_similarity(E_BD, labels_B.tolist(), alpha=2.0, beta=40.0, threshold=0.5, margin=0.1)
+    loss = reference.multi_similarity(E_BD, labels_B, config.MultiSimilarity())
+    assert loss.item() == pytest.approx((total / count).item(), rel=1e-12)
+
+
+def test_manifold_measures_a_rank_s_share_by_solver(tmp_path, capfd):
+    bench("manifold", "--sizes", "64,128", "--worlds", "1,8", "--json", tmp_path / "m.json")
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert {(row["B"], row["W"], row["b"], row["solver"]) for row in rows} == {
+        (B, W, B // W, solver)
+        for B in (64, 128)
+        for W in (1, 8)
+        for solver in ("cholesky", "cg", "inverse")
+        if W == 1 or solver != "inverse"
+    }
+    for row in rows:
+        assert row["error"] < 2e-4
+        assert row["seconds"] > 0
+        assert row["peak_mib"] > 100  # the libraries alone
+        assert (row["iterations"] > 0) == (row["solver"] == "cg")
+    assert "iterations" in capfd.readouterr().out
+
+
+def test_what_would_take_too_long_or_too_much_is_said_and_not_tried():
+    known = [{"B": 1000, "W": 1, "b": 1000, "solver": "cholesky", "seconds": 2.0}]
+    known += [{"B": 1000, "W": 1, "b": 1000, "solver": "cg", "seconds": 2.0}]
+    case = {"B": 4000, "W": 1, "b": 4000}
+    assert manifold.too_long(case | {"solver": "cholesky"}, known, 100) == "would take about 128 s"
+    assert manifold.too_long(case | {"solver": "cg"}, known, 100) == "would take about 128 s"
+    assert manifold.too_long(case | {"solver": "cg"}, known, 200) is None
+    assert manifold.too_long(case | {"solver": "inverse"}, known, 1) is None
+    assert manifold.too_large(10**6, 1, "cholesky").endswith("GiB")
+    assert manifold.too_large(128, 1, "cholesky") is None
+
+
+def test_findings_are_slopes_of_logarithms():
+    rows = [{"B": B, "b": 512, "solver": "cg", "seconds": 3e-9 * B**2} for B in (4096, 8192, 32768)]
+    rows += [{"B": B, "b": B, "solver": "inverse", "seconds": 1e-10 * B**3} for B in (1024, 4096)]
+    rows += [{"B": 16384, "b": 512, "solver": "cg", "skipped": "too long"}]
+    found = manifold.findings(rows)
+    assert found["exponent at 512 rows a rank"] == pytest.approx(2)
+    assert found["exponent of the inverse"] == pytest.approx(3)
+    assert manifold.findings(rows[:1]) == {}
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+    return {"slept": seconds}
+
+
+def fail():
+    raise ValueError("on purpose")
+
+
+def die():
+    import os
+
+    os._exit(9)
+
+
+def test_a_case_in_a_process_of_its_own_can_take_too_long_fail_or_die():
+    row = report.in_own_process(sleep, 0.0, seconds=60)
+    assert row["slept"] == 0.0
+    assert row["peak_mib"] > 0
+    assert report.in_own_process(sleep, 60.0, seconds=0.5) == {"skipped": "took more than 0 s"}
+    with pytest.raises(RunError, match="on purpose"):
+        report.in_own_process(fail, seconds=60)
+    assert "ended with 9" in report.in_own_process(die, seconds=60)["skipped"]
+
+
+def test_a_table_and_what_it_was_measured_on():
+    text = report.table(
+        [{"B": 1, "seconds": 0.012345}, {"B": 100, "seconds": 5.0, "error": 1e-7}, {"B": 3, "skipped": "no"}]
+    )
+    assert text.splitlines() == [
+        "  B  seconds  error",
+        "  1   0.0123       ",
+        "100        5  1e-07",
+        "  3                  no",
+    ]
+    about = report.meta(argparse.Namespace(threads=2))
+    assert about["threads"] == 2
+    assert about["device"]
+
+
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(tmp_path, capfd):
+    assert cli.main(["bench", "objective", "--json", str(tmp_path / "no" / "x.json")]) == 2
+    assert "its folder does not exist" in capfd.readouterr().err
