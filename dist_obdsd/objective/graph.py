@@ -135,10 +135,11 @@ class WalkGraph(Graph):
             weights.append(A_tn.amax(1))  # 1/s, since the largest logit's share is exp(0) / s
             if self._S_nn is not None:
                 self._A_nn = A_tn
-        m_n, largest_n = torch.cat(tops), torch.cat(weights)
-        self.isolated_n = m_n == -torch.inf
-        self._m_n = m_n.masked_fill(self.isolated_n, 0)
-        self._s_n = 1 / largest_n.masked_fill(self.isolated_n, 1)
+        self._m_n, largest_n = torch.cat(tops), torch.cat(weights)
+        self.isolated_n = self._m_n == -torch.inf
+        if self._nearest_n is not None:  # else every node has an edge to every other one
+            self._m_n, largest_n = self._m_n.masked_fill(self.isolated_n, 0), largest_n.masked_fill(self.isolated_n, 1)
+        self._s_n = 1 / largest_n
 
     @cached_property
     def leading_n(self) -> torch.Tensor:

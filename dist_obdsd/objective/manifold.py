@@ -13,7 +13,7 @@ from dist_obdsd import config
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.objective.graph import SymmetricGraph, WalkGraph, fits, softmax
 from dist_obdsd.objective.solvers import solve_rows
-from dist_obdsd.objective.terms import similarity
+from dist_obdsd.objective.terms import similarity, without_autocast
 
 FLOAT64_TOLERANCE = 1e-10
 """What is aimed at for float64 embeddings."""
@@ -74,7 +74,7 @@ def target_rows(
         raise InputError(f"rows {rows.start} to {rows.stop} do not lie in the batch of {B}")
     if target == "none":
         raise InputError("target none has no rows; give uniform, psd, obdsd or obdsd_symmetric")
-    with torch.autocast(T_BD.device.type, enabled=False):
+    with without_autocast(T_BD.device):
         if target == "uniform":
             dtype = torch.promote_types(T_BD.dtype, torch.float32)
             return _exact(torch.full((rows.stop - rows.start, B), 1 / B, dtype=dtype, device=T_BD.device))

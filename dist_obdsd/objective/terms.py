@@ -3,6 +3,7 @@
 Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,13 +91,20 @@ class Term:
     """Scalar of the same dtype and device, without gradient."""
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast has no say; entering torch's own takes longer than most operations inside."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def similarity(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
     """Inner products [b, B], cosines for unit rows, in float32 or, if a factor is float64, in float64.
 
     Autocast is off inside, and half precision is widened first: at temperature 0.005 the rounding of a bfloat16 product
     would move a logit by up to 0.8.
     """
-    with torch.autocast(X_bD.device.type, enabled=False):
+    with without_autocast(X_bD.device):
         dtype = torch.promote_types(torch.promote_types(X_bD.dtype, Y_BD.dtype), torch.float32)
         return X_bD.to(dtype) @ Y_BD.to(dtype).T
 

@@ -6,7 +6,7 @@ Legend: b anchors of this rank, B rows of the global batch, D embedding dimensio
 import torch
 from torch import nn
 
-from dist_obdsd.objective.terms import Term, View
+from dist_obdsd.objective.terms import Term, View, without_autocast
 
 
 class RankingLoss(nn.Module):
@@ -72,5 +72,5 @@ def _sizes(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
 
 
 def _squares(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(X_bD.device.type, enabled=False):
+    with without_autocast(X_bD.device):
         return torch.addmm(_sizes(X_bD, Y_BD), X_bD, Y_BD.T, alpha=-2)
