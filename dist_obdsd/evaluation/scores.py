@@ -68,7 +68,18 @@ def unit_rows(rows_nD: torch.Tensor) -> torch.Tensor:
         column_n = rows_nD[:, d].double()
         squares_n += column_n * column_n
     norm_n = squares_n.sqrt()
-    return (rows_nD / norm_n.masked_fill(norm_n == 0, 1)[:, None]).to(rows_nD.dtype)
+    norm_n.masked_fill_(norm_n == 0, 1)
+    unit_nD = torch.empty_like(rows_nD)
+    for d in range(rows_nD.shape[1]):  # column by column, so that no float64 copy of everything is held
+        unit_nD[:, d] = rows_nD[:, d].double() / norm_n
+    return unit_nD
+
+
+def largest_norm(rows_nD: torch.Tensor) -> float:
+    """The length of the longest row; 0 where there is none."""
+    return max(
+        (float(rows_bD.double().norm(dim=1).max()) for rows_bD in rows_nD.split(PAIRS) if len(rows_bD)), default=0.0
+    )
 
 
 def rough_rows(rows_nD: torch.Tensor, distance: Distance, *, query: bool) -> torch.Tensor:

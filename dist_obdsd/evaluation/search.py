@@ -29,6 +29,7 @@ from dist_obdsd.evaluation.scores import (
     DISTANCES,
     Distance,
     error_bound,
+    largest_norm,
     rough_offset,
     scores_of_all,
     scores_of_pairs,
@@ -144,7 +145,7 @@ class _GalleryPart:
         self.k = k
         self.exclude_self = exclude_self
         self.distance = distance
-        self.largest_norm = float(rows_nD.double().norm(dim=1).max()) if ids_n.numel() else 0.0
+        self.largest_norm = largest_norm(self.rows_nD)
 
     @cached_property
     def without_surplus_copies(self) -> tuple[torch.Tensor, torch.Tensor]:
