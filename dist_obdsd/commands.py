@@ -111,10 +111,14 @@ def _report(
             write_json(options.json, meta, rows)
         if options.per_class is not None:
             _write_per_class(options.per_class, result, names)
-        if options.failures is not None and manifest is not None and result.failures:
-            images = pictures.read_images(options.shards, manifest, pictures.shown(result.failures))
-            title = f"The {len(result.failures)} worst of {result.queries} queries and their nearest neighbours"
-            pictures.draw(options.failures, result.failures, images, names, title)
+        if options.failures is not None and manifest is not None:
+            failures = pictures.wrong_at_first(result.failures)
+            if not failures:
+                say(f"{options.failures} is not written: every query's nearest neighbour is of its class")
+                return
+            images = pictures.read_images(options.shards, manifest, pictures.shown(failures))
+            title = f"The {len(failures)} worst of {result.queries} queries and their nearest neighbours"
+            pictures.draw(options.failures, failures, images, names, title)
 
 
 def _write_per_class(path: Path, result: EvaluationResult, names: Mapping[int, str]) -> None:

@@ -36,6 +36,11 @@ def read_images(root: str, manifest: Manifest, ids: Collection[int]) -> dict[int
     return found
 
 
+def wrong_at_first(failures: Sequence[Failure]) -> list[Failure]:
+    """Those whose nearest neighbour is of another class: where nearly all is right, the worst are no failures."""
+    return [failure for failure in failures if failure.neighbour_labels[0] != failure.query_label]
+
+
 def shown(failures: Sequence[Failure]) -> set[int]:
     """The ids of all images in the picture."""
     return {i for failure in failures for i in (failure.query_id, *failure.neighbour_ids)}
@@ -62,7 +67,7 @@ def draw(
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = 1 + max(len(failure.neighbour_ids) for failure in failures)
-    figure = Figure(figsize=(1.5 * columns + 0.5, 1.72 * len(failures) + 0.9))
+    figure = Figure(figsize=(1.5 * columns + 0.5, 1.78 * len(failures) + 0.9))
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04))
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     grid = figure.add_gridspec(len(failures), columns + 1, width_ratios=[1, 0.12] + [1] * (columns - 1))
@@ -80,12 +85,12 @@ def draw(
             axes.set(xticks=[], yticks=[])
             name = _shortened(names.get(label, str(label)))
             if score is None:
-                axes.set_title(f"query {image_id}\n{name}", fontsize=8.5, color=QUERY, fontweight="bold")
+                axes.set_title(f"query {image_id}\n{name}", fontsize=8.5, pad=8, color=QUERY, fontweight="bold")
                 _frame(axes, QUERY, "solid", 4.5)
                 continue
             right = label == failure.query_label
             colour = RIGHT if right else WRONG
-            axes.set_title(f"{'✓' if right else '✗'} {score:.3f}\n{name}", fontsize=8.5, color=colour)
+            axes.set_title(f"{'✓' if right else '✗'} {score:.3f}\n{name}", fontsize=8.5, pad=5, color=colour)
             _frame(axes, colour, "solid" if right else (0, (4, 2)), 2.2)
     buffer = BytesIO()
     kind = path.suffix.removeprefix(".") or "png"
@@ -98,8 +103,8 @@ def draw(
 
 def _frame(axes: Any, colour: str, style: Any, width: float) -> None:
     for spine in axes.spines.values():
-        spine.set_position(("outward", width))
-        spine.set(color=colour, linewidth=width, linestyle=style)
+        spine.set_position(("outward", width / 2))
+        spine.set(color=colour, linewidth=width, linestyle=style, capstyle="projecting")
 
 
 def _thumbnail(data: bytes) -> Any:
