@@ -110,13 +110,18 @@ class Graph(ABC):
 
     def _nearest(self) -> torch.Tensor:
         """The similarity [n] from which on a node is among the k nearest of each."""
-        parts = []
+        nearest_n = self._per_node()
         k = min(self.settings.neighbours or 0, self.n - 1)
         for tile in self.tiles:
             S_tn = self.similarities(tile).clone()
             S_tn.diagonal(offset=tile.start).fill_(-torch.inf)
-            parts.append(S_tn.topk(k, dim=1).values[:, -1] - TIE[S_tn.dtype])
-        return torch.cat(parts)
+            torch.sub(S_tn.topk(k, dim=1).values[:, -1], TIE[S_tn.dtype], out=nearest_n[tile])
+        return nearest_n
+
+    def _per_node(self) -> torch.Tensor:
+        """Room for a number per node [n]. Filled tile by tile in place: small results that outlive their tile would lie
+        between the tiles' blocks and keep the allocator from using those again."""
+        return torch.empty(self.n, dtype=self.T_nD.dtype, device=self.T_nD.device)
 
 
 class WalkGraph(Graph):
@@ -130,15 +135,14 @@ class WalkGraph(Graph):
     def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
         super().__init__(T_nD, settings)
         self._A_nn: torch.Tensor | None = None
-        tops, weights = [], []
+        self._m_n, largest_n = self._per_node(), self._per_node()
         for tile in self.tiles:
             logits_tn = self._logits(tile)
-            tops.append(logits_tn.amax(1))
+            torch.amax(logits_tn, 1, out=self._m_n[tile])
             A_tn = self._transition(logits_tn)
-            weights.append(A_tn.amax(1))  # 1/s, since the largest logit's share is exp(0) / s
+            torch.amax(A_tn, 1, out=largest_n[tile])  # 1/s, since the largest logit's share is exp(0) / s
             if self._S_nn is not None:
                 self._A_nn = A_tn
-        self._m_n, largest_n = torch.cat(tops), torch.cat(weights)
         self.isolated_n = self._m_n == -torch.inf
         if self._nearest_n is not None:  # else every node has an edge to every other one
             self._m_n, largest_n = self._m_n.masked_fill(self.isolated_n, 0), largest_n.masked_fill(self.isolated_n, 1)
@@ -200,14 +204,13 @@ class SymmetricGraph(Graph):
 
     def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
         super().__init__(T_nD, settings.model_copy(update={"clip": True}))
-        degrees, lengths = [], []
+        degree_n, length_n = self._per_node(), self._per_node()
         for tile in self.tiles:
-            degrees.append(self._affinities(tile).sum(1))
-            lengths.append(self.similarities(tile).norm(dim=1))
-        degree_n = torch.cat(degrees)
+            torch.sum(self._affinities(tile), 1, out=degree_n[tile])
+            torch.linalg.vector_norm(self.similarities(tile), dim=1, out=length_n[tile])
         self.isolated_n = degree_n == 0
         self._scale_n = degree_n.masked_fill(self.isolated_n, 1).rsqrt()
-        self._reach = torch.cat(lengths).max() / settings.temperature
+        self._reach = length_n.max() / settings.temperature
         self._degree_n = degree_n
 
     @cached_property
