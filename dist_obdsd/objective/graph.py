@@ -16,13 +16,11 @@ from functools import cached_property
 import torch
 
 from dist_obdsd import config
-from dist_obdsd.objective.terms import similarity
+from dist_obdsd.objective.terms import LEAST_EXPONENT, similarity
 
 TILE_ENTRIES = 2**22
 """Entries of a tile where the whole matrix is not kept: 16 MiB in float32, which a CPU's allocator still hands out
 again instead of asking the kernel for new pages."""
-LEAST = -80.0
-"""Exponents of N below it are taken for it: 2e-35 changes nothing, and what is smaller makes a CPU slow."""
 KEPT_MATRICES = 4
 """n x n matrices that exist at a time where they are kept: S, A, N or its factor, and one being made."""
 BACK_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
@@ -175,7 +173,7 @@ class WalkGraph(Graph):
             root_nn = self._A_nn.sqrt()
             return root_nn * root_nn.T  # N_ij^2 = A_ij A_ji; cheaper than the logarithms' way
         half_n, root_n = self._m_n / 2, self._s_n.rsqrt()
-        N_tn = self._logits(rows).sub_(half_n[rows, None]).sub_(half_n).clamp_min_(LEAST).exp_()
+        N_tn = self._logits(rows).sub_(half_n[rows, None]).sub_(half_n).clamp_min_(LEAST_EXPONENT).exp_()
         return N_tn.mul_(root_n[rows, None]).mul_(root_n)
 
     def back(self, rows: slice) -> torch.Tensor:

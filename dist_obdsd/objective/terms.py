@@ -11,6 +11,9 @@ import torch
 
 from dist_obdsd.errors import InputError
 
+LEAST_EXPONENT = -80.0
+"""What is below it may be taken for it before an exp: 2e-35 changes no sum, and what is smaller makes a CPU slow."""
+
 
 @dataclass(frozen=True)
 class View:

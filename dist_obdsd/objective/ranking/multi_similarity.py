@@ -9,10 +9,7 @@ import torch
 
 from dist_obdsd import config
 from dist_obdsd.objective.ranking.base import RankingLoss
-from dist_obdsd.objective.terms import Term, View
-
-LEAST = -80.0
-"""Exponents below it are taken for it: 2e-35 changes no sum, and what is smaller makes a CPU slow."""
+from dist_obdsd.objective.terms import LEAST_EXPONENT, Term, View
 
 
 class MultiSimilarity(RankingLoss):
@@ -72,9 +69,9 @@ class _MultiSimilarity(torch.autograd.Function):
         top_positive_b1 = (alpha * (threshold - hardest_positive_b1)).clamp_(min=0).mul_(count_b1)
         top_negative_b1 = (beta * (hardest_negative_b1 - threshold)).clamp_(min=0).mul_(count_b1)
         above_bB = torch.add(alpha * threshold - top_positive_b1, S_bB, alpha=-alpha, out=work_bB)
-        above_bB.clamp_(LEAST, 0).exp_().mul_(positive_bB)
+        above_bB.clamp_(LEAST_EXPONENT, 0).exp_().mul_(positive_bB)
         below_bB = torch.add(-beta * threshold - top_negative_b1, S_bB, alpha=beta)
-        below_bB.clamp_(LEAST, 0).exp_().mul_(negative_bB)
+        below_bB.clamp_(LEAST_EXPONENT, 0).exp_().mul_(negative_bB)
         above_b1 = above_bB.sum(1, keepdim=True).add_((-top_positive_b1).exp_())
         below_b1 = below_bB.sum(1, keepdim=True).add_((-top_negative_b1).exp_())
         loss_b1 = (top_positive_b1 + above_b1.log()) / alpha + (top_negative_b1 + below_b1.log()) / beta
