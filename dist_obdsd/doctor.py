@@ -92,7 +92,7 @@ def where_it_runs(settings: Config) -> list[str]:
     launch, gpus = runtime.read_launch(os.environ), torch.cuda.device_count()
     device = runtime.choose_device(settings.device, launch, gpus)
     manifest = manifests.load(settings.data.shards)
-    classes, held_out = manifests.split_classes(manifest, settings.validation.fraction, settings.seed)
+    classes, held_out = manifests.split_classes(manifest, settings.validation, settings.seed)
     plan = plan_from(settings, manifest, classes, epoch=0)
     if settings.tracking.kind == "mlflow" and version("mlflow") is None:
         raise InputError("tracking.kind=mlflow but mlflow is not installed; install it or set tracking.kind=none")

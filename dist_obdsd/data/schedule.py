@@ -114,7 +114,7 @@ def plan_epoch(
             shards[index] = (np.array(shard.ids, dtype=np.int64)[keep], labels[keep])
     if len(shards) < L:
         fitting = [n for n in range(1, len(shards) + 1) if (global_size // K) % n == 0]
-        advice = f"set data.lanes to one of {fitting}" if fitting else "check the shards and validation.fraction"
+        advice = f"set data.lanes to one of {fitting}" if fitting else "check the shards and validation"
         raise InputError(
             f"{len(shards)} training shards hold images of the chosen classes but data.lanes={L} needs as many at "
             f"least; {advice}, or pack the data into more shards"
