@@ -44,7 +44,7 @@ def test_every_shipped_config_is_valid(path):
         ("validation={folds: 5, fold: 5}", "set validation.fold to a number from 0 to 4"),
         ("validation.fold=1", "has no effect without validation.folds"),
         ("validation.folds=1", "validation.folds is 1"),
-        ("validation.classes=none.txt", "cannot read none.txt: No such file or directory; give a list, or"),
+        ("validation.classes=none.txt", "cannot read none.txt: No such file or directory; give a list of names, or"),
     ],
 )
 def test_a_mistake_is_refused_with_the_mend(override, sentence):

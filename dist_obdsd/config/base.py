@@ -30,9 +30,7 @@ def read_names(value: Any) -> Any:
         lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"cannot read {value}: {reason}; give a text file with one name per line, or a list"
-        ) from error
+        raise ValueError(f"cannot read {value}: {reason}; give a list of names, or a file with one a line") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{value} holds no names; write one per line")

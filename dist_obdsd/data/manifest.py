@@ -229,8 +229,10 @@ def split_classes(manifest: Manifest, validation: Validation, seed: int) -> tupl
         (training class ids, validation class ids), both ascending.
 
     Raises:
-        InputError: a class to hold out is not there, or a side has fewer than two classes.
+        InputError: a class to hold out is not there, a side has fewer than two classes, or nothing is to train on.
     """
+    if "train" not in manifest.splits:
+        raise InputError(f"these shards have only {', '.join(manifest.splits)}; training needs a train split")
     classes = manifest.class_ids("train")
     if validation.classes:
         chosen, what = _named(manifest, classes, validation.classes), "validation.classes"

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -129,6 +130,9 @@ def test_validation_classes_are_held_out_by_name() -> None:
         split(manifest, classes=["class 1", "class 7"])
     with pytest.raises(InputError, match="validation.classes holds out 1 of 6 classes; both sides need at least two"):
         split(manifest, classes=["class 1"])
+    only_test = replace(manifest, splits={"test": manifest.splits["test"]})
+    with pytest.raises(InputError, match="these shards have only test; training needs a train split"):
+        split(only_test)
 
 
 @pytest.mark.parametrize(

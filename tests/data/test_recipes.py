@@ -1,4 +1,5 @@
 import io
+import shutil
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -204,6 +205,34 @@ def test_images_outside_of_class_folders_are_refused(tmp_path) -> None:
     write(tmp_path / "x.webp", png())
     with pytest.raises(InputError, match="lies beside the class folders"):
         read(folder_recipe(), tmp_path)
+
+
+def test_class_folders_may_come_in_an_archive(tmp_path) -> None:
+    class_folders(tmp_path / "photos" / "train", "abc")
+    class_folders(tmp_path / "photos" / "test", "de")
+    expected = [(s.name, s.class_name, s.split, s.role) for s in read(folder_recipe(), tmp_path / "photos")]
+    assert len(expected) == 10
+    # With a folder of its own name around everything, and without.
+    for root in (tmp_path, tmp_path / "photos"):
+        for kind in ("zip", "gztar", "tar"):
+            archive = Path(
+                shutil.make_archive(str(tmp_path / "packed"), kind, root, "photos" if root == tmp_path else ".")
+            )
+            found = read(folder_recipe(), archive)
+            assert [(s.name, s.class_name, s.split, s.role) for s in found] == expected
+            archive.unlink()
+
+
+def test_omniglot_without_one_half_is_packed_where_that_is_allowed(tmp_path) -> None:
+    zip_parts(tmp_path, omniglot_files())
+    (tmp_path / "images_evaluation.zip").unlink()
+    with pytest.raises(InputError, match=r"neither images_evaluation.zip nor the folder .*; download the data a"):
+        read(load_recipe("omniglot"), tmp_path)
+    lacking: list[str] = []
+    recipe = load_recipe("omniglot")
+    with open_samples(recipe.reader, recipe.reader_options(), tmp_path, lacking.append) as samples:
+        assert {s.split for s in samples} == {"train"}
+    assert len(lacking) == 1
 
 
 # --- glyphs
