@@ -237,6 +237,11 @@ def split_classes(manifest: Manifest, validation: Validation, seed: int) -> tupl
     if validation.classes:
         chosen, what = _named(manifest, classes, validation.classes), "validation.classes"
     elif validation.folds is not None:
+        if len(classes) // validation.folds < 2:
+            raise InputError(
+                f"validation.folds={validation.folds} of {len(classes)} classes leaves less than two classes in a fold; "
+                f"set it to {len(classes) // 2} or less"
+            )
         order = rng(seed, "validation folds").permutation(np.array(classes))
         chosen = np.array_split(order, validation.folds)[validation.fold].tolist()
         what = f"fold {validation.fold} of validation.folds={validation.folds}"

@@ -226,7 +226,7 @@ def test_class_folders_may_come_in_an_archive(tmp_path) -> None:
 def test_omniglot_without_one_half_is_packed_where_that_is_allowed(tmp_path) -> None:
     zip_parts(tmp_path, omniglot_files())
     (tmp_path / "images_evaluation.zip").unlink()
-    with pytest.raises(InputError, match=r"neither images_evaluation.zip nor the folder .*; download the data a"):
+    with pytest.raises(InputError, match=r"neither images_evaluation.zip nor the folder .*; complete the data, or"):
         read(load_recipe("omniglot"), tmp_path)
     lacking: list[str] = []
     recipe = load_recipe("omniglot")

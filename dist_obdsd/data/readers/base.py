@@ -54,7 +54,7 @@ class FileOptions(Options):
 
 def refuse(clause: str) -> None:
     """The strict ``Lack``."""
-    raise InputError(f"{clause}; download the data again, or pass --allow-partial to pack what is there")
+    raise InputError(f"{clause}; complete the data, or pass --allow-partial to pack what is there")
 
 
 def default_role(split: str) -> str:

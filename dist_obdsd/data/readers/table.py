@@ -87,9 +87,10 @@ def _lists(tree: Tree, options: TableOptions, lack: Lack) -> list[tuple[ListFile
             return [(listing, *found) for listing, found in there if found is not None]
     first = {listing.layout: listing.file[0] for listing in reversed(options.lists)}
     packed = f" (nor {', '.join(options.archives)})" if options.archives else ""
+    itself = ", or the list itself" if len(options.lists) == 1 else ""
     raise InputError(
         f"{tree.source} holds no {' or '.join(reversed(first.values()))}{packed}, at the top or in a folder there; "
-        f"give the folder or the archive with the download, or the list itself"
+        f"give the folder or the archive with the download{itself}"
     )
 
 

@@ -299,7 +299,7 @@ def test_missing_images_and_lists_are_refused_or_written_into_the_manifest(tmp_p
         (source / CUB / "images" / name).unlink()
     recipe = recipe_for("cub200")
     clause = "CUB_200_2011/images.txt:4: the image 100.Brown_Pelican/Brown_Pelican_0002_79612.jpg is not there"
-    with pytest.raises(InputError, match=rf"{clause} \(and 1 other images of this list\); download the data again, or"):
+    with pytest.raises(InputError, match=rf"{clause} \(and 1 other images of this list\); complete the data, or"):
         pack(recipe, source, tmp_path / "out")
     files = layouts.cub200()
     more = "".join(f"{9 + i} 098.Scott_Oriole/{i}.jpg\n" for i in (0, 1)).encode()  # so that two classes stay

@@ -106,7 +106,7 @@ def test_roles_say_who_asks_and_who_is_searched(tmp_path) -> None:
         ("path,class\n../a.jpg,1\n", "images.csv:2: the path '../a.jpg' may point outside"),
         ("path,class\n/etc/a.jpg,1\n", "images.csv:2: the path '/etc/a.jpg' may point outside"),
         ("path,class\npics\\a.jpg,1\n", "images.csv:2: the path .* with forward slashes"),
-        ("path,class\npics/z.jpg,1\n", "images.csv:2: the image pics/z.jpg is not there; download the data again"),
+        ("path,class\npics/z.jpg,1\n", "images.csv:2: the image pics/z.jpg is not there; complete the data, or"),
         ("path,class\npics,1\n", "images.csv:2: the image pics is not there"),
         ('path,class\n"pics/a.jpg,1\n', "images.csv:2: is no row of a table"),
         ("path,class,split\npics/a.jpg,1,val\n", "images.csv:2: split is 'val'; it must be train or test"),
