@@ -239,7 +239,7 @@ def split_classes(manifest: Manifest, validation: Validation, seed: int) -> tupl
     elif validation.folds is not None:
         if len(classes) // validation.folds < 2:
             raise InputError(
-                f"validation.folds={validation.folds} of {len(classes)} classes leaves less than two classes in a fold; "
+                f"validation.folds={validation.folds} of {len(classes)} classes leaves a fold with less than two; "
                 f"set it to {len(classes) // 2} or less"
             )
         order = rng(seed, "validation folds").permutation(np.array(classes))

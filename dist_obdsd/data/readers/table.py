@@ -146,21 +146,14 @@ class _Reading:
             if split is None and options.last_train_class is not None:
                 split = "train" if _number(row, class_name) <= options.last_train_class else "test"
             class_name = self._class_name(row, class_name)
-            place, found = self._look(places, inner)
+            found = next((found for place in places if (found := self.tree.find(posixpath.join(place, inner)))), None)
             if found is None:
                 missing.append(f"{file.name}{row.place}: the image {path} is not there")
                 continue
-            places = [place]  # where one image of a list lies, they all do
             name = posixpath.join(listing.images[0], inner)
             image = _Image(row.where, class_name, split, role, found)
             self.images[name] = _merged(self.images[name], image, path) if name in self.images else image
         return missing
-
-    def _look(self, places: Sequence[str], inner: str) -> tuple[str, File | None]:
-        for place in places:
-            if (found := self.tree.find(posixpath.join(place, inner))) is not None:
-                return place, found
-        return "", None
 
     def _class_name(self, row: Row, class_name: str) -> str:
         if not self.names:

@@ -46,6 +46,15 @@ def flat_inshop() -> Files:
     return below(layouts.inshop(), "Img/") | below(layouts.inshop(), "Eval/")
 
 
+def mirrored_cars(folder: Path) -> Path:
+    """As a mirror offers them: every archive extracted into a folder of its own name."""
+    files = layouts.cars_in_two_halves("")
+    own = {"devkit/": "car_devkit/", "cars_train/": "cars_train/", "cars_test/": "cars_test/"}
+    moved = {own.get(name[: name.find("/") + 1], "") + name: data for name, data in files.items()}
+    assert "cars_train/cars_train/00001.jpg" in moved
+    return write_files(folder, moved)
+
+
 WAYS: dict[str, list[tuple[str, Callable[[Path], Path]]]] = {
     "cub200": [
         ("archive", cub_archive),
@@ -58,6 +67,7 @@ WAYS: dict[str, list[tuple[str, Callable[[Path], Path]]]] = {
         ("below", lambda folder: car_archives(folder / "cars").parent),
         ("extracted", lambda folder: write_files(folder, layouts.cars_in_two_halves())),
         ("one archive", lambda folder: write_archive(folder / "cars.tar", layouts.cars_in_two_halves())),
+        ("mirror", mirrored_cars),
     ],
     "cars196 in one folder": [
         ("archive", car_folder_archive),
