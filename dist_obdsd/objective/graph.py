@@ -201,7 +201,9 @@ class WalkGraph(Graph):
     def _logits(self, rows: slice, columns: slice = EVERY, unit: float = 1.0) -> torch.Tensor:
         """Logarithms of K, shifted by the same for all, times ``unit``."""
         S_tn, edges_tn = self._sharpened(rows, columns)
-        logits_tn = (S_tn - 1).mul_(unit / self.settings.transition_temperature)
+        scale, logits_tn = unit / self.settings.transition_temperature, S_tn - 1
+        if scale != 1:
+            logits_tn.mul_(scale)
         if edges_tn is not None:
             logits_tn.masked_fill_(~edges_tn, -torch.inf)
         logits_tn.diagonal(offset=rows.start - columns.start).fill_(-torch.inf)

@@ -71,7 +71,8 @@ class _MultiSimilarity(torch.autograd.Function):
         count = count_b1.sum()
         ctx.mark_non_differentiable(count)
         # Mining can leave out an entry that is not finite; the zero tells of any.
-        return above_b1.add_(below_b1).mul_(count_b1).sum().add_(S_bB.sum(), alpha=0), count
+        loss_b1 = above_b1.add_(below_b1, alpha=alpha / beta).mul_(count_b1).div_(alpha)
+        return loss_b1.sum().add_(S_bB.sum(), alpha=0), count
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -82,11 +83,11 @@ class _MultiSimilarity(torch.autograd.Function):
 def _soft(
     S_bB: torch.Tensor, kept_bB: torch.Tensor, hardest_b1: torch.Tensor, threshold: float, k: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """1/|k| log(1 + sum exp(k (S - threshold))) [b, 1] over the kept entries, of which the hardest has the largest
-    exponent; and two factors [b, 1] and [b, B] whose product is its slope, up to k's sign. Overwrites S."""
+    """log(1 + sum exp(k (S - threshold))) [b, 1] over the kept entries, of which the hardest has the largest exponent;
+    and two factors [b, 1] and [b, B] whose product, times k, is its slope. Overwrites S."""
     exponents_bB = torch.add(hardest_b1 * (-k * LOG2_E), S_bB, alpha=k * LOG2_E, out=S_bB)
     above_bB = exponents_bB.clamp_min_(LEAST_EXPONENT).exp2_().mul_(kept_bB)
     sum_b1 = above_bB.sum(1, keepdim=True).clamp_min_(0.5)  # at least 1 where anything is kept
     mean_b1 = (hardest_b1 - threshold).mul_(k).add_(sum_b1.log())
     # Beyond 80 the 1 is nothing, in float64, too.
-    return functional.softplus(mean_b1, 1, 80).div_(abs(k)), mean_b1.sigmoid_().div_(sum_b1), above_bB
+    return functional.softplus(mean_b1, 1, 80), mean_b1.sigmoid_().div_(sum_b1), above_bB
