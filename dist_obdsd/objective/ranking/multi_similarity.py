@@ -70,9 +70,8 @@ class _MultiSimilarity(torch.autograd.Function):
         ctx.save_for_backward(below_bB.addcmul_(above_bB, slope_b1.mul_(count_b1), value=-1))
         count = count_b1.sum()
         ctx.mark_non_differentiable(count)
-        # Mining can leave out an entry that is not finite; the zero tells of any.
-        loss_b1 = above_b1.add_(below_b1, alpha=alpha / beta).mul_(count_b1).div_(alpha)
-        return loss_b1.sum().add_(S_bB.sum(), alpha=0), count
+        # An entry that is not finite is one of its row's hardest, whatever its label, and makes this NaN.
+        return above_b1.add_(below_b1, alpha=alpha / beta).mul_(count_b1).sum().div_(alpha), count
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
