@@ -115,7 +115,8 @@ class Distillation(Section):
     memory: Annotated[int, Field(ge=0)] = 0
     """Teacher embeddings of earlier batches of the epoch that the diffusion also runs over (images)."""
     solver: Literal["auto", "cholesky", "cg"] = "auto"
-    """Who solves the diffusion: `cholesky` for all rows at once, `cg` (conjugate gradients) for a rank's own rows."""
+    """Who solves the diffusion: `cholesky` for all rows at once, `cg` (conjugate gradients) for a rank's own rows.
+    `auto` tries whether a few terms of Neumann's series are as good, and else takes the faster one that fits."""
     tolerance: Positive = 1e-4
     """Largest L1 error of a target's row; a solve that does not reach it stops the run."""
     memory_gib: Positive = 2.0
