@@ -131,6 +131,7 @@ class Images:
         while len(taken) < n:
             place = next((i for i, one in enumerate(self._waiting) if one not in self._in_step), None)
             if place is None:
+                assert len(self._in_step) < len(self._ids), "a step takes more images of a class than there are"
                 self._waiting += [self._ids[i] for i in self._draw.permutation(len(self._ids)).tolist()]
             else:
                 taken.append(self._waiting.pop(place))
