@@ -156,6 +156,7 @@ def _tell_launcher(error: Exception) -> None:
 
 
 def _pack(options: argparse.Namespace) -> int:
+    from dist_obdsd.data.mixing import describe
     from dist_obdsd.data.pack import pack
     from dist_obdsd.data.recipes import load_recipe
 
@@ -175,16 +176,20 @@ def _pack(options: argparse.Namespace) -> int:
     for split, shards in manifest.splits.items():
         classes = len(manifest.class_ids(split))
         print(f"{split}: {manifest.images(split)} images of {classes} classes in {len(shards)} shards")
+    print(describe(manifest))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from dist_obdsd.data.manifest import load
+    from dist_obdsd.data.mixing import describe
     from dist_obdsd.data.verify import verify
 
     report = verify(options.shards, workers=options.workers, report=_warn)
     if report.problems:
         raise InputError(f"{options.shards} has {len(report.problems)} problems; pack the data again")
     print(f"{options.shards}: {report.images} images in {report.shards} shards, all as the manifest says")
+    print(describe(load(options.shards)))
     return 0
 
 

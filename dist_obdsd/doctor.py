@@ -13,6 +13,7 @@ import torch
 from dist_obdsd import runtime
 from dist_obdsd.config import Config, load_config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.mixing import mixing_of
 from dist_obdsd.data.reading import check_files
 from dist_obdsd.data.schedule import allowed_world_sizes, plan_from
 from dist_obdsd.errors import InputError
@@ -100,10 +101,18 @@ def where_it_runs(settings: Config) -> list[str]:
     local = ", ".join(f"{settings.batch.global_size // size} on {size}" for size in sizes)
     check_files(settings.data.shards, tuple(manifest.shards()))
     check_evaluable(manifest, settings, validation_subset(manifest, held_out, settings))
+    too_small = []
+    if plan.too_small:
+        too_small.append(
+            f"{plan.too_small} classes have fewer than batch.samples_per_class={settings.batch.samples_per_class} "
+            f"images and are never shown"
+        )
     here = f"; one rank per GPU, and this node has {gpus}" if device.type == "cuda" else ""
     return [
         f"{settings.name}: runs on {device.type} with {', '.join(map(str, sizes))} ranks "
         f"(images per rank: {local}){here}",
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
+        f"{mixing_of(plan, settings.batch.samples_per_class)}",
+        *too_small,
     ]
