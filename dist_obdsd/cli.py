@@ -10,10 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_obdsd import __version__
 from dist_obdsd.errors import InputError, UserError, sentence
+
+if TYPE_CHECKING:
+    from dist_obdsd.training.stopping import StopSignals
 
 BENCHES = ("objective", "manifold", "search")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that ended
@@ -113,7 +116,8 @@ def main(arguments: list[str]) -> int:
         _tell_launcher(error)
         # What every rank found alike is said once; what one rank found, only that rank can say.
         if not error.everywhere or _rank() == "0":
-            print(f"dist-obdsd: {error}", file=sys.stderr, flush=True)
+            where = f"{error.where}: " if error.where and not error.everywhere else ""
+            print(f"dist-obdsd: {where}{error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("dist-obdsd: interrupted", file=sys.stderr)
@@ -194,6 +198,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from dist_obdsd.training.stopping import StopSignals
+
+    with StopSignals().on_duty() as stop:  # before the imports, which take seconds
+        return _train_until(stop, options)
+
+
+def _train_until(stop: "StopSignals", options: argparse.Namespace) -> int:
     from dist_obdsd.config import load_config
 
     settings = on_every_rank(lambda: load_config(options.config, options.overrides))
@@ -201,7 +212,8 @@ def _train(options: argparse.Namespace) -> int:
     from dist_obdsd.training.rundir import free_name
     from dist_obdsd.training.trainer import Trainer
 
-    with runtime.start(settings.device, settings.threads, settings.timeout_seconds) as rank:
+    deepspeed = settings.strategy == "deepspeed"
+    with runtime.start(settings.device, settings.threads, settings.timeout_seconds, deepspeed) as rank:
         if options.fresh:
             name = collectives.from_main(free_name(Path(settings.output), settings.name))
             settings = settings.model_copy(update={"name": name})
@@ -209,7 +221,7 @@ def _train(options: argparse.Namespace) -> int:
         say(
             f"{settings.run_dir}: {rank.world_size} x {rank.device.type} ({rank.launch.launcher}), {settings.precision}"
         )
-        summary = Trainer(settings, rank, say, _warn).run()
+        summary = Trainer(settings, rank, stop, say, _warn).run()
         if summary["rows"]:
             say("\n" + table(summary["rows"]))
         say(f"\n{summary['meta']['state']}: {settings.run_dir}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_obdsd.errors import InputError, RunError, UserError, sentence
+from dist_obdsd.errors import InputError, RunError, StoppedError, UserError, sentence
 
 
 def world_size() -> int:
@@ -191,7 +191,8 @@ def agree(what: str) -> Iterator[None]:
     The block must hold no collective itself: a rank that left it early would leave the others waiting there.
 
     Raises:
-        InputError, RunError: on every rank, with the failing rank's number and message.
+        InputError, RunError, StoppedError: on every rank, with the failing rank's number and message. A failure counts
+            more than a wish to stop.
     """
     failure: Exception | None = None
     try:
@@ -200,16 +201,18 @@ def agree(what: str) -> Iterator[None]:
         failure = error
         if not isinstance(error, UserError):
             traceback.print_exc()  # a defect, of which the other ranks learn only the last line
-    report = None if failure is None else {"input": isinstance(failure, InputError), "message": sentence(failure)}
+    kind = next((kind for kind in (InputError, StoppedError) if isinstance(failure, kind)), RunError)
+    report = None if failure is None else {"kind": kind.__name__, "message": sentence(failure)}
     reports = gather_json(report)
     failed = {number: told for number, told in enumerate(reports) if told is not None}
     if not failed:
         return
-    number, told = next(iter(failed.items()))
+    number, told = min(failed.items(), key=lambda item: item[1]["kind"] == "StoppedError")
     # A cause that all ranks met alike (a missing file, say) needs no rank in its message.
     alike = len(failed) == world_size() and len({r["message"] for r in failed.values()}) == 1
     message = told["message"] if alike else f"{what} failed on rank {number}: {told['message']}"
-    raise _on_every_rank((InputError if told["input"] else RunError)(message)) from failure
+    kinds = {"InputError": InputError, "StoppedError": StoppedError}
+    raise _on_every_rank(kinds.get(told["kind"], RunError)(message)) from failure
 
 
 def _on_every_rank(error: UserError) -> UserError:

@@ -1,14 +1,16 @@
-"""The two kinds of failure that a user meets.
+"""The kinds of failure that a user meets.
 
 Every message is one clear sentence: what was found, what is needed, what to do.
 """
 
 
 class UserError(Exception):
-    """What the two have in common."""
+    """What they have in common."""
 
     everywhere = False
     """Every rank raised this same error, so one of them should print it."""
+    where = ""
+    """Rank, host and step at which a run met it; empty before there is a run."""
 
 
 def sentence(error: BaseException) -> str:
@@ -22,3 +24,7 @@ class InputError(UserError):
 
 class RunError(UserError):
     """Something failed while the program ran: the program prints the message and exits with 1."""
+
+
+class StoppedError(UserError):
+    """Work was left on request; whoever began it saves what there is and ends in good order."""

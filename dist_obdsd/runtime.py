@@ -124,13 +124,16 @@ def choose_device(wanted: str, launch: Launch, gpus: int) -> torch.device:
 
 
 @contextmanager
-def start(device: str = "auto", threads: int = 1, timeout_seconds: float = 600.0) -> Iterator[Runtime]:
+def start(
+    device: str = "auto", threads: int = 1, timeout_seconds: float = 600.0, group_of_one: bool = False
+) -> Iterator[Runtime]:
     """Join the process group that the environment describes, and leave it at the end.
 
     Args:
         device: auto, cpu or cuda.
         threads: CPU threads of this rank.
         timeout_seconds: how long a collective waits for the other ranks.
+        group_of_one: make a process group for a single process, too, as DeepSpeed needs it.
     """
     launch = read_launch(os.environ)
     chosen = choose_device(device, launch, torch.cuda.device_count())
@@ -152,6 +155,8 @@ def start(device: str = "auto", threads: int = 1, timeout_seconds: float = 600.0
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
+    elif group_of_one:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Runtime(launch, chosen)
     # Not after a failure: leaving in good order would wait for ranks that may be stuck waiting for this one.
     if dist.is_initialized():

@@ -20,6 +20,12 @@ SELECTION_METRIC = "map@r"
 """What `best_validation` and `best_test` are the best of."""
 
 
+NO_ZERO_3 = (
+    "ZeRO stage 3 would cut the weights themselves into pieces, of which the progressive teacher is a copy; an "
+    "embedding network fits one GPU, so set stage 0, 1 or 2"
+)
+
+
 class Data(Section):
     shards: str
     """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote."""
@@ -176,6 +182,20 @@ class Optim(Section):
         return self
 
 
+class DeepSpeed(Section):
+    stage: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage: 1 spreads the optimizer's state over the ranks, 2 the gradients, too; unset: the file's, or 1."""
+    config: str | None = None
+    """DeepSpeed's own JSON file for bucket sizes and overlap (see launch/zero1.json); batch, precision, optimizer and
+    clipping are set here, not there."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stage == 3:
+            raise ValueError(NO_ZERO_3)
+        return self
+
+
 class Validation(Section):
     """Which training classes are taken out of training for model selection: a `fraction`, the ones in `classes`, or one
     of several `folds`. By default none, so the run trains on all and reports only `last`."""
@@ -253,8 +273,16 @@ class Tracking(Section):
 
 
 class Checkpoint(Section):
+    """A run also saves after every epoch, and when a signal stops it."""
+
+    every_steps: Count | None = None
+    """Optimizer steps between checkpoints inside an epoch; unset: not by steps."""
+    every_minutes: Positive | None = 15.0
+    """Minutes without a checkpoint after which one is written inside an epoch; null: not by time."""
     keep: Count = 2
-    """Epoch checkpoints kept besides those that `last` and `best` point to."""
+    """Checkpoints kept besides those that `last` and `best` point to."""
+    background: bool = False
+    """Copy what is to be saved and write it while training goes on; costs the memory of a copy."""
 
 
 class Config(Section):
@@ -279,7 +307,9 @@ class Config(Section):
     """Consecutive steps with a NaN or infinite loss or gradient, each skipped, after which the run stops."""
     debug: bool = False
     """Wait for every step's numbers and stop at the first NaN, infinity or target that is no distribution."""
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["ddp", "deepspeed"] = "ddp"
+    """Who sums up the gradients: torch's DistributedDataParallel or DeepSpeed's engine. The result is the same."""
+    deepspeed: DeepSpeed = DeepSpeed()
     data: Data
     batch: Batch = Batch()
     model: Model = Model()
@@ -332,6 +362,8 @@ class Config(Section):
             )
         if self.evaluation.best_test and not self.evaluation.test:
             raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")
+        if self.precision == "float64" and self.strategy == "deepspeed":
+            raise ValueError("DeepSpeed has no float64; set precision=float32 or strategy=ddp")
         if self.precision == "float64" and self.device == "cuda":
             raise ValueError("precision=float64 is for proofs on CPU; set device=cpu or precision=float32")
         return self
@@ -352,5 +384,5 @@ class Config(Section):
 CHANGEABLE_ON_RESUME = (
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
     "data.workers", "data.shards", "data.max_bad_samples", "evaluation.backend",
-    "tracking", "checkpoint",
+    "tracking", "checkpoint", "strategy", "deepspeed",
 )  # fmt: skip

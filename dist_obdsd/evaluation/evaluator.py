@@ -233,8 +233,13 @@ def evaluate_split(
     settings: Config,
     runtime: Runtime,
     classes: list[int] | None = None,
+    between: Callable[[Iterator[EvaluationBatch]], Iterator[EvaluationBatch]] = iter,
 ) -> EvaluationResult:
-    """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank."""
+    """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank.
+
+    Args:
+        between: the batches come through it; what it raises between two of them on any rank ends all ranks' evaluation.
+    """
     wanted = None if classes is None else set(classes)
     expected = Counter(c for shard in manifest.splits[split] for c in shard.classes if wanted is None or c in wanted)
     training = network.training
@@ -248,7 +253,7 @@ def evaluate_split(
         with torch.inference_mode():
             return evaluate(
                 network,
-                batches(),
+                between(batches()),
                 expected_count=expected.total(),
                 expected_classes=expected,
                 config=settings.evaluation,

@@ -35,12 +35,18 @@ class CachedGradient:
         self.E_bD = torch.cat(rows).requires_grad_()
         """The embeddings, a leaf. A backward from the loss leaves its gradient there."""
 
-    def backward(self, embed: Embed, unsynced: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def backward(
+        self,
+        embed: Embed,
+        unsynced: Callable[[], AbstractContextManager[None]] = nullcontext,
+        backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    ) -> None:
         """Hand ``E_bD``'s gradient on to the parameters.
 
         Args:
             embed: as before, now with its graph.
             unsynced: a context in which the ranks' gradients are not yet summed up; the last chunk runs outside it.
+            backward: of a scalar.
         """
         assert self.E_bD.grad is not None, "the loss's backward comes first"
         gradients = self.E_bD.grad.split([len(images) for images in self._chunks])
@@ -50,7 +56,8 @@ class CachedGradient:
             for i, (images, gradient, state) in enumerate(zip(self._chunks, gradients, self._states, strict=True)):
                 with nullcontext() if i == last else unsynced():
                     _set_random_state(state, device)
-                    embed(images).backward(gradient)
+                    # A scalar whose gradient at the embeddings is the one that was kept.
+                    backward((embed(images) * gradient).sum())
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:

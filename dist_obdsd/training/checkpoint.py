@@ -9,6 +9,7 @@ tensors, loaded with ``weights_only=True``, so that loading never executes anyth
      "optimizer": {parameter name: {state}},             # no groups, no order: any strategy can read it
      "objective": {}, "objective_optimizer": {}, "manifold_memory": None, "scaler": None,
      "position": {"epoch": e, "step": s, "global_step": n},   # the next step to take
+     "unjudged": whether the epoch before it is still to be measured,                # absent in older files
      "best_validation": {"value": v, "epoch": e} or None, "untrained": {metric: value} or None,
      "best_test": {"value": v, "epoch": e, "metrics": {metric: value}} or None,     # absent in older files
      "tracker": run id or None}

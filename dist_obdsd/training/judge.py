@@ -11,6 +11,7 @@ from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.evaluation.evaluator import EvaluationResult, evaluate_split
 from dist_obdsd.evaluation.protocols import validation_subset
 from dist_obdsd.runtime import Runtime
+from dist_obdsd.training.stopping import StopSignals
 
 NOTES = {"best_test": "as in the papers: the epoch was chosen on the test set"}
 """What must be said of a protocol beside its numbers."""
@@ -36,18 +37,21 @@ class Judge:
         student: nn.Module,
         runtime: Runtime,
         record: Callable[[str, EvaluationResult, int], None],
+        stop: StopSignals,
     ) -> None:
         """Choose what to validate on.
 
         Args:
             validation_classes: all that are held out; ``validation.max_images`` may leave room for some of them only.
             record: is told of every measurement: what, the result, after how many epochs.
+            stop: when any rank was asked to stop, a measurement is left with ``StoppedError`` on every rank, and
+                nothing is remembered of it.
 
         Raises:
             InputError: ``validation.max_images`` is too small.
         """
         self.settings, self.manifest, self.student = settings, manifest, student
-        self.runtime, self.record = runtime, record
+        self.runtime, self.record, self.stop = runtime, record, stop
         self.classes = validation_subset(manifest, validation_classes, settings)
         self.best_validation: Choice | None = None
         self.best_test: Choice | None = None
@@ -72,18 +76,21 @@ class Judge:
         """
         if epoch % self.settings.validation.every and epoch != self.settings.epochs:
             return False
+        validated = self._measure("validation", "train", self.classes, epoch) if self.classes else None
+        tested = None
+        if self.settings.evaluation.best_test and self.tests:
+            tested = self._measure("test", "test", None, epoch)
         best = False
-        if self.classes:
-            value = selection_value(self._measure("validation", "train", self.classes, epoch))
+        if validated is not None:
+            value = selection_value(validated)
             best = self.best_validation is None or value > self.best_validation["value"]
             if best:
                 self.best_validation = {"value": value, "epoch": epoch}
-        if self.settings.evaluation.best_test and self.tests:
-            metrics = self._measure("test", "test", None, epoch)
-            self._tested = epoch, metrics
-            value = selection_value(metrics)
+        if tested is not None:
+            self._tested = epoch, tested
+            value = selection_value(tested)
             if self.best_test is None or value > self.best_test["value"]:
-                self.best_test = {"value": value, "epoch": epoch, "metrics": metrics}
+                self.best_test = {"value": value, "epoch": epoch, "metrics": tested}
         return best
 
     def after_training(self, epoch: int, whole: bool, load_best: Callable[[], None]) -> list[dict[str, Any]]:
@@ -134,6 +141,8 @@ class Judge:
         self.best_test = state.get("best_test")  # older checkpoints have none
 
     def _measure(self, what: str, split: str, classes: list[int] | None, epoch: int) -> dict[str, float]:
-        result = evaluate_split(self.student, self.manifest, split, self.settings, self.runtime, classes)
+        result = evaluate_split(
+            self.student, self.manifest, split, self.settings, self.runtime, classes, self.stop.between
+        )
         self.record(what, result, epoch)
         return result.metrics

@@ -82,18 +82,19 @@ class TrainStep:
         self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
 
     def __call__(
-        self, batch: Batch, position: Position, progress: float, stop_requested: bool
+        self, batch: Batch, position: Position, progress: float, stop: bool = False, save: bool = False
     ) -> tuple[list[str], torch.Tensor]:
         """Take one step. Collective.
 
         Args:
             progress: share of the epoch's steps that are done.
-            stop_requested: whether this rank was asked to stop; any rank's wish reaches all.
+            stop: whether this rank was asked to stop; any rank's wish reaches all.
+            save: whether this rank wants a checkpoint, likewise.
 
         Returns:
             Names, and the [n] numbers that they name, still on the device: the ranking loss, global means of every
-            term, the gradient's norm, whether the step was masked, whether any rank wants to stop, the learning rate
-            and the number of anchors (of what the ranking loss's first part is a mean over).
+            term, the gradient's norm, whether the step was masked, how many ranks want to stop and to save, the
+            learning rate and the number of anchors (of what the ranking loss's first part is a mean over).
         """
         if (batch.epoch, batch.step) != (position.epoch, position.step):
             raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {position}; this is a defect")
@@ -114,20 +115,21 @@ class TrainStep:
         seed = derive(self.settings.seed, "ranking", position.epoch, position.step)
         terms = self.objective.terms(View(E_bD, E_BD, labels_B, first_row, seed), T_BD)
 
-        # The step contract: one small all-reduce carries every sum, every count, the finite flag and the stop flag.
+        # The step contract: one small all-reduce carries every sum, every count, the finite flag and the wishes.
         n = len(terms)
         sums = torch.stack([term.sum.detach().double() for term in terms.values()])
         counts = torch.stack([term.count.detach().double() for term in terms.values()])
-        flags = torch.stack([(~torch.isfinite(sums)).any().double(), sums.new_full((), float(stop_requested))])
-        sums, counts, flags = collectives.sum_across(torch.cat([sums, counts, flags])).split([n, n, 2])
+        nonfinite = (~torch.isfinite(sums)).any().double()[None]
+        parts = [sums, counts, nonfinite, sums.new_tensor([float(stop), float(save)])]
+        sums, counts, nonfinite, wishes = collectives.sum_across(torch.cat(parts)).split([n, n, 1, 2])
         loss = self.objective.loss(terms, dict(zip(terms, counts, strict=True)), self.runtime.world_size, ramp)
 
         epochs, optim = self.settings.epochs, self.settings.optim
         rate = learning_rate(optim, position.epoch, epochs, progress, position.global_step)
-        outcome = self.strategy.step(loss, flags[0], rate)
+        outcome = self.strategy.step(loss, nonfinite[0], rate)
         means = sums / torch.where(counts == 0, 1, counts)
-        names = [*terms, "grad_norm", "masked", "stop", "lr", "anchors"]
-        numbers = torch.cat([means, outcome, flags[1:], sums.new_full((1,), rate), counts[:1]])
+        names = [*terms, "grad_norm", "masked", "stop", "save", "lr", "anchors"]
+        numbers = torch.cat([means, outcome, wishes, sums.new_full((1,), rate), counts[:1]])
         if "ranking" in terms:
             return names, numbers
         whole = means[: sum(is_ranking(name) for name in terms)].sum(0, keepdim=True)

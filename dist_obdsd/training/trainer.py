@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-import signal
+import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dist_obdsd import collectives
@@ -12,8 +12,7 @@ from dist_obdsd.config import Config, changed_settings
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
-from dist_obdsd.errors import InputError, RunError, sentence
-from dist_obdsd.evaluation.evaluator import EvaluationResult
+from dist_obdsd.errors import InputError, RunError, StoppedError, UserError, sentence
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher, check_identical
@@ -21,31 +20,39 @@ from dist_obdsd.objective.manifold import choose_solver
 from dist_obdsd.objective.objective import build_objective
 from dist_obdsd.runtime import Runtime
 from dist_obdsd.tracking import provenance
-from dist_obdsd.tracking.tracker import Tracker, build_tracker
+from dist_obdsd.tracking.tracker import build_tracker
 from dist_obdsd.training import checkpoint
 from dist_obdsd.training.judge import Judge
-from dist_obdsd.training.optim import load_state_by_name, state_by_name
+from dist_obdsd.training.record import Record
 from dist_obdsd.training.rundir import RunDir, read_status, write_status
+from dist_obdsd.training.saver import Saver
 from dist_obdsd.training.step import Position, StepReader, TrainStep
-from dist_obdsd.training.strategy import DDPStrategy
+from dist_obdsd.training.stopping import StopSignals
+from dist_obdsd.training.strategy import build_strategy
 
 
 class Trainer:
     """One run on one rank. ``run`` does everything."""
 
     def __init__(
-        self, settings: Config, runtime: Runtime, say: Callable[[str], None], warn: Callable[[str], None]
+        self,
+        settings: Config,
+        runtime: Runtime,
+        stop: StopSignals,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         """Check and build everything that a first step needs. Collective.
 
         Args:
+            stop: on duty already.
             say: prints what all ranks know; does nothing on ranks that are not to speak.
             warn: prints what this rank alone has met.
 
         Raises:
             InputError: on every rank, when data, weights or run folder do not fit.
         """
-        self.settings, self.runtime, self.say, self.warn = settings, runtime, say, warn
+        self.settings, self.runtime, self.stop, self.say, self.warn = settings, runtime, stop, say, warn
         collectives.agree_same("the config", settings.digest())
         with collectives.agree("reading the shards"):
             self.manifest = manifests.load(settings.data.shards)
@@ -62,23 +69,25 @@ class Trainer:
             self.objective = build_objective(settings, self.train_classes, runtime.device)
             self._check_objective()
         self.teacher = ProgressiveTeacher(self.student) if settings.distillation.needs_teacher else None
-        self.judge = Judge(settings, self.manifest, self.validation_classes, self.student, runtime, self._measured)
         own = list(self.objective.ranking.named_parameters())
-        self.strategy = DDPStrategy(self.student, settings, runtime, own)
+        self.strategy = build_strategy(self.student, settings, runtime, own)
         self.step = TrainStep(settings, runtime, self.strategy, self.teacher, self.objective, self.train_classes)
         self.reader = StepReader(lag=0 if settings.debug else 1 if runtime.device.type == "cpu" else 8)
-        self.checkpoints = settings.run_dir / "checkpoints"
         self.position = Position()
+        self.unjudged = False  # the epoch before the position is trained and not yet measured
         self.run_id: str | None = None
-        self.tracker = Tracker()
-        self.stop_requested = False  # of this rank
-        self.stop_requested_anywhere = False
-        self.nonfinite_in_a_row = 0
-        self.defective_steps = 0
+        self.wanted = {"stop": False, "save": False}  # by any rank
         self.run_dir: RunDir | None = None
         with collectives.agree("opening the run folder"):
             if runtime.is_main:
                 self.run_dir = RunDir(settings.run_dir)
+        self.record = Record(settings, self.run_dir, say)
+        self.checkpoints = settings.run_dir / "checkpoints"
+        self.saver = Saver(settings.checkpoint, self.checkpoints, self._saved)
+        self.judge = Judge(
+            settings, self.manifest, self.validation_classes, self.student, runtime,
+            lambda what, result, epoch: self.record.measured(what, result, epoch, self.position.global_step), stop,
+        )  # fmt: skip
 
     def _check_objective(self) -> None:
         """Say once what depends on sizes, before anything runs."""
@@ -108,13 +117,17 @@ class Trainer:
                 if self.run_dir is not None:
                     self.run_dir.write_status("running", "")
                     self.run_dir.cut_metrics(self.position.global_step)
-            with self._signals():
-                return self._tracked()
+            return self._tracked()
         except BaseException as error:  # Ctrl-C as well
+            here = f"rank {self.runtime.rank} on {platform.node()} at step {self.position.global_step}"
+            if isinstance(error, UserError):
+                error.where = here
+            else:
+                error.add_note(here)
             # The first rank to fail has the cause; the others only notice that it is gone.
             if read_status(self.settings.run_dir).get("state") == "running":
                 with contextlib.suppress(RunError):  # a full disk must not hide what went wrong before
-                    write_status(self.settings.run_dir, "failed", f"rank {self.runtime.rank}: {sentence(error)}")
+                    write_status(self.settings.run_dir, "failed", f"{here}: {sentence(error)}")
             raise
         finally:
             if self.run_dir is not None:
@@ -130,25 +143,47 @@ class Trainer:
         }
         versions = provenance.versions()
         name, resumed = self.settings.name, self.run_id
-        self.tracker = build_tracker(self.settings.tracking, name, resumed, tags, self.runtime.is_main, self.say)
-        self.run_id = self.tracker.run_id or resumed
+        tracker = build_tracker(self.settings.tracking, name, resumed, tags, self.runtime.is_main, self.say)
+        self.record.tracker, self.run_id = tracker, tracker.run_id or resumed
         if self.run_dir is not None:
             path = self.run_dir.write_text("config.yaml", self.settings.to_yaml())
             self.run_dir.write_text("provenance.json", json.dumps(tags | versions, indent=1) + "\n")
             if resumed is None:
-                self.tracker.params(provenance.flatten(self.settings.model_dump(mode="json")) | versions)
-                self.tracker.artifact(path)
+                tracker.params(provenance.flatten(self.settings.model_dump(mode="json")) | versions)
+                tracker.artifact(path)
         status = "FAILED"
         try:
             summary = self._run()
             status = "FINISHED" if summary["meta"]["state"] == "finished" else "KILLED"
             return summary
         finally:
-            self.tracker.close(status)
+            tracker.close(status)
 
     def _run(self) -> dict[str, Any]:
-        if self.position.global_step == 0:
-            self.judge.before_training()
+        try:
+            with collectives.agree("starting"):
+                self.stop.check()
+            if self.position.global_step == 0:
+                self.judge.before_training()
+            if self.unjudged:
+                self._judge_epoch()
+            if self._train():
+                return self._preempted(save=True)
+        except StoppedError:
+            return self._preempted(save=True)
+        try:
+            return self._finish()
+        except StoppedError:  # the last checkpoint has everything, and the student may hold the best epoch's weights
+            return self._preempted(save=False)
+
+    def _train(self) -> bool:
+        """All epochs from the position on. True when a signal stopped it inside one.
+
+        Raises:
+            StoppedError: on every rank, when a signal stopped a measurement after one.
+        """
+        if self.position.epoch == self.settings.epochs or self._reached_max_steps():
+            return False
         with collectives.agree("opening the stream"):
             stream = TrainStream(
                 self.manifest,
@@ -164,7 +199,7 @@ class Trainer:
             while self.position.epoch < self.settings.epochs and not self._reached_max_steps():
                 steps = stream.plan(self.position.epoch).steps
                 if self._train_epoch(stream):
-                    return self._preempted()
+                    return True
                 self.strategy.sync_buffers()
                 if self.position.step < steps:  # max_steps ends the run inside an epoch
                     self._save(best=False)
@@ -172,7 +207,7 @@ class Trainer:
                     self._finish_epoch()
         finally:
             stream.close()
-        return self._finish()
+        return False
 
     def _train_epoch(self, stream: TrainStream) -> bool:
         """The rest of the epoch at the current position. True when a signal stopped it."""
@@ -187,7 +222,8 @@ class Trainer:
             before = time.perf_counter()
             batch = next(stream)
             wait = time.perf_counter() - before
-            names, numbers = self.step(batch, position, position.step / plan.steps, self.stop_requested)
+            progress = position.step / plan.steps
+            names, numbers = self.step(batch, position, progress, self.stop.requested, self._overdue())
             about: dict[str, float] = {
                 "step": position.global_step,
                 "epoch": epoch,
@@ -199,68 +235,48 @@ class Trainer:
             position.global_step += 1
             waited += wait
             steps += 1
-            if self._read(self.reader.push(about, names, numbers)):
+            self._read(self.reader.push(about, names, numbers))
+            if self.wanted["stop"]:
                 break
-        if self._read(self.reader.drain()):
-            return True
+            if (self.wanted["save"] or self.saver.due(position.global_step)) and position.step < plan.steps:
+                self._read(self.reader.drain())  # what is recorded must reach as far as what is saved
+                self._save(best=False)
+        self._read(self.reader.drain())
         if steps:
-            seconds = time.perf_counter() - started
-            rate = steps * settings.batch.global_size / seconds
-            self._record(
-                "epoch", {"seconds": seconds, "images_per_s": rate, "data_wait_share": waited / seconds}, epoch=epoch
-            )
-            self.say(f"{title}: {seconds:.1f} s, {rate:.0f} images/s, {waited / seconds:.1%} waiting for data")
-        return self.stop_requested_anywhere
+            images, seconds = steps * settings.batch.global_size, time.perf_counter() - started
+            self.record.epoch(title, epoch, position.global_step, images, seconds, waited)
+        return self.wanted["stop"]
 
-    def _read(self, steps: Iterable[tuple[dict[str, float], dict[str, float]]]) -> bool:
-        """Record the steps whose numbers have arrived. True when any rank was asked to stop.
+    def _overdue(self) -> bool:
+        return self.run_dir is not None and self.saver.overdue()
 
-        Raises:
-            RunError: on every rank alike, after too many non-finite steps in a row.
-        """
+    def _read(self, steps: Iterable[tuple[dict[str, float], dict[str, float]]]) -> None:
+        """Record the steps whose numbers have arrived, and what any rank wished in them."""
         for about, numbers in steps:
-            self.stop_requested_anywhere |= numbers.pop("stop") > 0
-            step = int(about.pop("step"))
-            values = {name: value for name, value in numbers.items() if abs(value) < float("inf")}
-            complaint = None
-            if numbers["masked"]:
-                self.nonfinite_in_a_row += 1
-                complaint = "the loss or its gradient is not finite, so the step was left out"
-            else:
-                self.nonfinite_in_a_row = 0
-                if numbers.get("target_defects", 0) > 0:
-                    self.defective_steps += 1
-                    share = numbers["target_defects"]
-                    complaint = f"{share:.1%} of the target's rows are no distribution (step {self.defective_steps} so)"
-            if complaint is not None:
-                self.say(f"step {step}: {complaint}")
-            if self.run_dir is not None:
-                self.run_dir.log("step", step, about | values)
-            self.tracker.metrics(about | values, step)
-            if step % self.settings.tracking.every_steps == 0:
-                losses = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k in ("ranking", "distillation"))
-                self.say(f"  step {step}: {losses}")
-            if complaint is not None and self.settings.debug:
-                raise RunError(f"step {step}: {complaint}; debug=true stops here, debug=false goes on")
-            if self.nonfinite_in_a_row >= self.settings.max_nonfinite_steps:
-                raise RunError(
-                    f"{self.nonfinite_in_a_row} steps in a row up to step {step} had a NaN or infinite loss or "
-                    f"gradient; lower optim.lr or set optim.clip_norm, under another name"
-                )
-        return self.stop_requested_anywhere
+            for wish in self.wanted:
+                self.wanted[wish] |= numbers[wish] > 0
+            self.record.step(about, numbers)
 
     def _finish_epoch(self) -> None:
-        """Promote the teacher, validate and save."""
+        """Promote the teacher, measure and save."""
         self.position.epoch += 1
         self.position.step = 0
         if self.teacher is not None:
             self.teacher.promote(self.student, self.position.epoch)
             self.objective.forget()
         check_identical("the ranking loss", self.objective.ranking)
-        self._save(best=self.judge.after_epoch(self.position.epoch))
+        self._judge_epoch()
+
+    def _judge_epoch(self) -> None:
+        self.unjudged = True
+        best = self.judge.after_epoch(self.position.epoch)
+        self.unjudged = False
+        self._save(best)
 
     def _finish(self) -> dict[str, Any]:
         """Look at the test set, once, and write the summary."""
+        with collectives.agree("saving the checkpoint"):
+            self.saver.wait()
         rows = self.judge.after_training(self.position.epoch, self.position.step == 0, self._load_best)
         summary = {
             "meta": {
@@ -277,17 +293,21 @@ class Trainer:
             "rows": rows,
         }
         if self.run_dir is not None:
-            self.tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
+            self.record.tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
             self.run_dir.write_status("finished", f"{self.position.epoch} epochs, {self.position.global_step} steps")
         return summary
 
-    def _preempted(self) -> dict[str, Any]:
-        self.strategy.sync_buffers()
-        self._save(best=False)
+    def _preempted(self, save: bool) -> dict[str, Any]:
+        if save:
+            self.strategy.sync_buffers()
+            self._save(best=False)
+        with collectives.agree("saving the checkpoint"):
+            self.saver.wait()
         message = f"stopped by a signal after {self.position.global_step} steps; the same command goes on from there"
         if self.run_dir is not None:
             self.run_dir.write_status("preempted", message)
-        self.say(message)
+        asked = collectives.gather_json(self.stop.seconds_ago)
+        self.say(f"{message} ({max(filter(None, asked), default=0.0):.1f} s after the signal)")
         return {"meta": {"state": "preempted", "message": message}, "rows": []}
 
     def _load_best(self) -> None:
@@ -302,22 +322,11 @@ class Trainer:
         limit = self.settings.max_steps
         return limit is not None and self.position.global_step >= limit
 
-    # ---- evaluation and records -------------------------------------------------------------------------------------
-
-    def _measured(self, what: str, result: EvaluationResult, epoch: int) -> None:
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-        alone = f", {result.excluded} without a match left out" if result.excluded else ""
-        self.say(f"{what}: {numbers}  ({result.queries} queries{alone}, {result.seconds:.1f} s)")
-        self._record(what, result.metrics, epoch=epoch)
-
-    def _record(self, kind: str, values: dict[str, float], epoch: int) -> None:
-        if self.run_dir is not None:
-            self.run_dir.log(kind, self.position.global_step, {"epoch": epoch, **values})
-        self.tracker.metrics({f"{kind}/{name}": value for name, value in values.items()}, self.position.global_step)
-
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def _save(self, best: bool) -> None:
+        self.wanted["save"] = False
+        optimizer = self.strategy.optimizer_state()
         with collectives.agree("saving the checkpoint"):
             if self.run_dir is not None:
                 state = {
@@ -326,18 +335,21 @@ class Trainer:
                     "validation_classes": self.validation_classes,
                     "student": self.student.state_dict(),
                     "teacher": self.teacher.state() if self.teacher is not None else None,
-                    "optimizer": state_by_name(self.strategy.optimizer, self.strategy.parameters),
+                    "optimizer": optimizer,
                     **self.objective.state(),
-                    "objective_optimizer": state_by_name(
-                        self.strategy.objective_optimizer, self.strategy.objective_parameters
-                    ),
+                    "objective_optimizer": self.strategy.objective_optimizer_state(),
                     "scaler": None,
                     "position": vars(self.position).copy(),
+                    "unjudged": self.unjudged,
                     "tracker": self.run_id,
                     **self.judge.state(),
                 }
-                keep = self.settings.checkpoint.keep
-                checkpoint.save(self.checkpoints, state, best=best, keep=keep)
+                self.saver.save(state, best)
+
+    def _saved(self, name: str, size: int, seconds: float) -> None:
+        self.say(f"saved {name}: {size / 2**20:.1f} MiB, training waited {seconds:.2f} s for it")
+        values = {"mib": size / 2**20, "seconds": seconds}
+        self.record.values("checkpoint", values, self.position.epoch, self.position.global_step)
 
     def _resume(self) -> None:
         """Continue from the run folder's last checkpoint, if it has one. Rank 0 decides which. Collective."""
@@ -362,13 +374,10 @@ class Trainer:
                     f"{self.settings.run_dir} was trained on shards with manifest {state['manifest'][:12]} but "
                     f"{self.settings.data.shards} has {self.manifest.digest[:12]}; point data.shards to the same shards"
                 )
-            self.student.load_state_dict(state["student"])
-            load_state_by_name(self.strategy.optimizer, self.strategy.parameters, state["optimizer"])
             self.objective.load(state, self.runtime.device)
-            load_state_by_name(
-                self.strategy.objective_optimizer, self.strategy.objective_parameters, state["objective_optimizer"]
-            )
+            self.strategy.load(state["student"], state["optimizer"], state["objective_optimizer"])
             self.position = Position(**state["position"])
+            self.unjudged = state.get("unjudged", False)  # older checkpoints have none
             self.judge.load(state)
             self.run_id = state["tracker"]
         if self.teacher is not None:
@@ -385,17 +394,3 @@ class Trainer:
         if summary is not None:
             self.say(f"{self.settings.run_dir} is finished already; --fresh trains it again under a new name")
         return summary
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 ask for a stop; the step's all-reduce tells the other ranks."""
-
-        def ask(number: int, frame: Any) -> None:
-            self.stop_requested = True
-
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

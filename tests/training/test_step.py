@@ -11,7 +11,7 @@ from dist_obdsd.model.teacher import ProgressiveTeacher
 from dist_obdsd.objective.objective import build_objective
 from dist_obdsd.runtime import Launch, Runtime
 from dist_obdsd.training.step import Position, StepReader, TrainStep
-from dist_obdsd.training.strategy import DDPStrategy
+from dist_obdsd.training.strategy import build_strategy
 from tests import harness
 
 B, STEPS = 24, 10
@@ -39,7 +39,7 @@ def take_steps(config: Config, spoil: int | None = None) -> tuple[list[dict[str,
     runtime = Runtime(Launch("test", rank, world, rank, world), CPU)
     student = build_embedder(config, CPU, lambda text: None, world)
     objective = build_objective(config, range(9), CPU)
-    strategy = DDPStrategy(student, config, runtime, list(objective.ranking.named_parameters()))
+    strategy = build_strategy(student, config, runtime, list(objective.ranking.named_parameters()))
     teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
     step = TrainStep(config, runtime, strategy, teacher, objective, range(9))
     reader, read = StepReader(lag=1), []
@@ -54,7 +54,7 @@ def take_steps(config: Config, spoil: int | None = None) -> tuple[list[dict[str,
             if rank == world - 1:
                 student.head.bias.data.fill_(torch.nan)
         batch = Batch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels, [])
-        names, numbers = step(batch, Position(1, t, t), t / STEPS, stop_requested=t == 7 and rank == world - 1)
+        names, numbers = step(batch, Position(1, t, t), t / STEPS, stop=t == 7 and rank == world - 1)
         if t == spoil:
             student.head.bias.data.copy_(kept)
         read += [values for _, values in reader.push({}, names, numbers)]

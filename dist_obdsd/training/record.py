@@ -1,0 +1,78 @@
+"""What a run tells: the terminal, ``metrics.jsonl`` and the tracker hear the same numbers."""
+
+from collections.abc import Callable
+
+from dist_obdsd.config import Config
+from dist_obdsd.errors import RunError
+from dist_obdsd.evaluation.evaluator import EvaluationResult
+from dist_obdsd.tracking.tracker import Tracker
+from dist_obdsd.training.rundir import RunDir
+
+WISHES = ("stop", "save")
+
+
+class Record:
+    """Of one rank; those that do not record have no run folder, a null tracker and a silent ``say``."""
+
+    def __init__(self, settings: Config, run_dir: RunDir | None, say: Callable[[str], None]) -> None:
+        self.settings, self.run_dir, self.say = settings, run_dir, say
+        self.tracker = Tracker()
+        self._nonfinite_in_a_row = 0
+        self._defective = 0
+
+    def step(self, about: dict[str, float], numbers: dict[str, float]) -> None:
+        """Record one optimizer step.
+
+        Args:
+            about: what the host knows of it; ``step`` counts from 0 over the whole run.
+            numbers: what ``TrainStep`` returned.
+
+        Raises:
+            RunError: on every rank alike, after too many non-finite steps in a row, or at the first in debug mode.
+        """
+        step = int(about.pop("step"))
+        values = {n: value for n, value in numbers.items() if n not in WISHES and abs(value) < float("inf")}
+        complaint = self._complaint(numbers)
+        if complaint is not None:
+            self.say(f"step {step}: {complaint}")
+        if self.run_dir is not None:
+            self.run_dir.log("step", step, about | values)
+        self.tracker.metrics(about | values, step)
+        if step % self.settings.tracking.every_steps == 0:
+            losses = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k in ("ranking", "distillation"))
+            self.say(f"  step {step}: {losses}")
+        if complaint is not None and self.settings.debug:
+            raise RunError(f"step {step}: {complaint}; debug=true stops here, debug=false goes on")
+        if self._nonfinite_in_a_row >= self.settings.max_nonfinite_steps:
+            raise RunError(
+                f"{self._nonfinite_in_a_row} steps in a row up to step {step} had a NaN or infinite loss or "
+                f"gradient; lower optim.lr or set optim.clip_norm, under another name"
+            )
+
+    def _complaint(self, numbers: dict[str, float]) -> str | None:
+        if numbers["masked"]:
+            self._nonfinite_in_a_row += 1
+            return "the loss or its gradient is not finite, so the step was left out"
+        self._nonfinite_in_a_row = 0
+        if share := numbers.get("target_defects", 0):
+            self._defective += 1
+            return f"{share:.1%} of the target's rows are no distribution (step {self._defective} so)"
+        return None
+
+    def epoch(self, title: str, epoch: int, global_step: int, images: int, seconds: float, waited: float) -> None:
+        """Record how quick the part of an epoch was that this process trained."""
+        rate, share = images / seconds, waited / seconds
+        self.values("epoch", {"seconds": seconds, "images_per_s": rate, "data_wait_share": share}, epoch, global_step)
+        self.say(f"{title}: {seconds:.1f} s, {rate:.0f} images/s, {share:.1%} waiting for data")
+
+    def measured(self, what: str, result: EvaluationResult, epoch: int, global_step: int) -> None:
+        """Record an evaluation."""
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        alone = f", {result.excluded} without a match left out" if result.excluded else ""
+        self.say(f"{what}: {numbers}  ({result.queries} queries{alone}, {result.seconds:.1f} s)")
+        self.values(what, result.metrics, epoch, global_step)
+
+    def values(self, kind: str, values: dict[str, float], epoch: int, global_step: int) -> None:
+        if self.run_dir is not None:
+            self.run_dir.log(kind, global_step, {"epoch": epoch, **values})
+        self.tracker.metrics({f"{kind}/{name}": value for name, value in values.items()}, global_step)
