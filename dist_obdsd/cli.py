@@ -91,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", type=Path, help="draw the rows into this file, such as bench.png")
     bench.set_defaults(run=_bench)
 
+    status = commands.add_parser("status", help="print a run's state: none, running, finished, preempted or failed")
+    status.add_argument("config", type=Path, help="the run's YAML file, with the overrides it was started with")
+    status.add_argument("overrides", nargs="*", metavar="key=value")
+    status.set_defaults(run=_status)
+
     doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
     doctor.add_argument("config", type=Path, nargs="?")
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
@@ -261,10 +266,28 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    from dist_obdsd import doctor
+def _status(options: argparse.Namespace) -> int:
+    from dist_obdsd.config import load_config
+    from dist_obdsd.training.rundir import read_status
 
-    print(doctor.report(options.config, options.overrides))
+    status = read_status(load_config(options.config, options.overrides).run_dir)
+    print(status.get("state", "none"))
+    if status.get("message"):
+        print(status["message"], file=sys.stderr)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    settings = None
+    if options.config is not None:
+        from dist_obdsd.config import load_config
+
+        settings = on_every_rank(lambda: load_config(options.config, options.overrides))
+    from dist_obdsd import doctor, runtime
+
+    chosen = (settings.device, settings.threads, settings.timeout_seconds) if settings else ()
+    with runtime.start(*chosen) as rank:
+        doctor.examine(rank, settings, speaker(rank.is_main))
     return 0
 
 

@@ -4,6 +4,7 @@ Each function works alike without a process group, as a world of one. Shapes: b 
 """
 
 import json
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -182,6 +183,33 @@ def agree_same(what: str, value: str) -> None:
         if theirs != values[0]:
             message = f"{what} differs: rank 0 has {values[0]} and rank {other} has {theirs}; start all ranks alike"
             raise _on_every_rank(RunError(message))
+
+
+TIMEOUTS = ("Timed out waiting", "timed out", "Wait timeout", "Watchdog caught collective operation timeout")
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective waited for another rank for too long."""
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in TIMEOUTS)
+
+
+def absentees(seconds: float = 3.0) -> list[int]:
+    """The ranks that did not find out about a timeout themselves: those that hang. Called by the others after one.
+
+    Args:
+        seconds: how long to wait for the others to report.
+    """
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"timed out/{rank()}", "")
+        deadline = time.monotonic() + seconds
+        missing = list(range(world_size()))
+        while missing and time.monotonic() < deadline:
+            missing = [r for r in missing if not store.check([f"timed out/{r}"])]
+            time.sleep(0.1)
+    except (dist.DistError, RuntimeError):  # the store went down with its rank
+        return []
+    return missing
 
 
 @contextmanager

@@ -1,23 +1,28 @@
-"""What this machine has, and where a config can run."""
+"""What the machines of a job have, and whether a config can run on them. Every rank looks at its own."""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import resource
 import shutil
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dist_obdsd import runtime
-from dist_obdsd.config import Config, load_config
+from dist_obdsd import collectives
+from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.mixing import mixing_of
 from dist_obdsd.data.reading import check_files
-from dist_obdsd.data.schedule import allowed_world_sizes, plan_from
+from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of, plan_from
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
+from dist_obdsd.runtime import Runtime
 
 PARTS = {
     "torch": "everything",
@@ -25,45 +30,208 @@ PARTS = {
     "webdataset": "reading and writing shards",
     "faiss": "the faiss search backend (the torch one gives the same result)",
     "mlflow": "tracking",
-    "deepspeed": "the DeepSpeed launcher",
+    "deepspeed": "strategy=deepspeed",
 }
 DISTRIBUTIONS = {"faiss": ("faiss-gpu", "faiss-cpu", "faiss")}
+FEWEST_FILES = 4096  # open files that many workers, shards and sockets need
+LEAST_SHARED = 1.0  # GiB of /dev/shm; NCCL keeps its buffers there
+MOST_SKEW = 2.0  # seconds between hosts' clocks, beyond which their logs cannot be put in order
+PROBE_MIB = 16
 
 
-def report(config: Path | None, overrides: Sequence[str] = ()) -> str:
-    """A few lines for the terminal.
+def examine(here: Runtime, settings: Config | None, say: Callable[[str], None]) -> None:
+    """Print what there is. Collective.
+
+    Args:
+        settings: also says whether and where this config can run.
+        say: prints on one rank.
 
     Raises:
-        InputError: the config cannot run here, with the reason.
+        InputError: on every rank: the config cannot run here, with the reason.
     """
-    lines = machine()
-    if config is not None:
-        settings = load_config(config, overrides)
-        lines += ["", *where_it_runs(settings)]
-    return "\n".join(lines)
+    for name, text in machine(here).items():
+        say(f"{name:14} {text}")
+    if here.world_size > 1:
+        say("")
+        for name, text in job(here, settings).items():
+            say(f"{name:14} {text}")
+    if settings is not None:
+        say("")
+        with collectives.agree("the config"):
+            lines = where_it_runs(here, settings)
+        for line in lines:
+            say(line)
 
 
-def machine() -> list[str]:
-    launch = runtime.read_launch(os.environ)
+def machine(here: Runtime) -> dict[str, str]:
+    """This rank's machine, by what is looked at."""
+    launch = here.launch
     devices = [
         f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
         for i in range(torch.cuda.device_count())
     ]
-    disk, shared = shutil.disk_usage("."), Path("/dev/shm")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     rows = {
-        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}, host {platform.node()}",
         "launcher": f"{launch.launcher}, rank {launch.rank} of {launch.world_size}",
-        "cpu": f"{cores} cores, torch uses {torch.get_num_threads()} threads in this process",
+        "cpu": f"{_cores()} cores, torch uses {torch.get_num_threads()} threads in this process",
         "gpu": "; ".join(devices) or f"none that torch finds (built for CUDA {torch.version.cuda or 'none'})",
         "backend": _backends(),
-        "disk": f"{disk.free / 2**30:.1f} GiB free here",
+        "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
+        "open files": f"at most {files}" + _advice(files < FEWEST_FILES, f"raise it to {FEWEST_FILES} (ulimit -n)"),
     }
-    if shared.is_dir():
-        rows["shared memory"] = f"{shutil.disk_usage(shared).free / 2**30:.1f} GiB free"
+    shared = _shared_memory()
+    if shared is not None:
+        low = shared < LEAST_SHARED and bool(devices)
+        rows["shared memory"] = f"{shared:.1f} GiB free" + _advice(low, "NCCL needs more (docker run --shm-size=8g)")
     for module, purpose in PARTS.items():
         rows[module] = version(module) or f"missing: needed for {purpose}"
-    return [f"{name:14} {text}" for name, text in rows.items()]
+    return rows
+
+
+def job(here: Runtime, settings: Config | None) -> dict[str, str]:
+    """What the ranks find out together. Collective."""
+    facts = collectives.gather_json(
+        {
+            "host": platform.node(),
+            "device": str(here.device),
+            "threads": torch.get_num_threads(),
+            "cores": _cores(),
+            "versions": {module: version(module) for module in PARTS},
+        }
+    )
+    hosts: dict[str, list[int]] = {}
+    for rank, fact in enumerate(facts):
+        hosts.setdefault(fact["host"], []).append(rank)
+    rows = {"hosts": "; ".join(f"{host}: ranks {', '.join(map(str, ranks))}" for host, ranks in hosts.items())}
+    kinds = sorted({fact["device"].partition(":")[0] for fact in facts})
+    rows["devices"] = ", ".join(kinds) + _advice(len(kinds) > 1, "ranks must be on one kind of device")
+    busiest = max(sum(facts[rank]["threads"] for rank in ranks) / facts[ranks[0]]["cores"] for ranks in hosts.values())
+    rows["threads"] = f"{busiest:.1f} of torch per core on the busiest host" + _advice(busiest > 1, "lower threads")
+    differing = [module for module in PARTS if len({str(fact["versions"][module]) for fact in facts}) > 1]
+    rows["versions"] = "alike" if not differing else f"{', '.join(differing)} differ between the ranks"
+    skew, error = _clock_skew()
+    rows["clocks"] = f"apart by {skew:.3f} s (+- {error:.3f} s)" + _advice(skew > MOST_SKEW, "run an NTP client")
+    x = torch.ones(PROBE_MIB * 2**18, device=here.device)
+    seconds = _timed(lambda: collectives.sum_across(x), here)
+    rows["all-reduce"] = f"{PROBE_MIB} MiB in {1e3 * seconds:.1f} ms, {PROBE_MIB / 2**10 / seconds:.2f} GiB/s"
+    b = settings.batch.global_size // here.world_size if settings else 112
+    D = settings.model.embedding_dim if settings else 128
+    E_bD = torch.ones(max(b, 1), D, device=here.device)
+    seconds = _timed(lambda: collectives.gather_rows(E_bD, check_sizes=False), here)
+    rows["gather"] = f"embeddings of {E_bD.shape[0]} x {here.world_size} images, {D} dimensions: {1e3 * seconds:.2f} ms"
+    return rows
+
+
+def where_it_runs(here: Runtime, settings: Config) -> list[str]:
+    """The world sizes that a config allows, from its own shards, and what it finds here.
+
+    Raises:
+        InputError: its device, shards, schedule, run folder or packages do not fit.
+    """
+    manifest = manifests.load(settings.data.shards)
+    classes, held_out = manifests.split_classes(manifest, settings.validation, settings.seed)
+    plan = plan_from(settings, manifest, classes, epoch=0)
+    for wanted, module, setting in (
+        (settings.tracking.kind == "mlflow", "mlflow", "tracking.kind=none"),
+        (settings.strategy == "deepspeed", "deepspeed", "strategy=ddp"),
+    ):
+        if wanted and version(module) is None:
+            raise InputError(f"{module} is not installed; install it or set {setting}")
+    if settings.strategy == "deepspeed":
+        from dist_obdsd.training.zero import engine_options
+
+        engine_options(settings.deepspeed.config, settings.deepspeed.stage)
+    lanes_of(here.rank, here.world_size, settings.data.lanes)
+    check_files(settings.data.shards, tuple(manifest.shards()))
+    check_evaluable(manifest, settings, validation_subset(manifest, held_out, settings))
+    too_small = []
+    if plan.too_small:
+        too_small.append(
+            f"{plan.too_small} classes have fewer than batch.samples_per_class={settings.batch.samples_per_class} "
+            f"images and are never shown"
+        )
+    sizes = allowed_world_sizes(settings.data.lanes)
+    local = ", ".join(f"{settings.batch.global_size // size} on {size}" for size in sizes)
+    gpus = torch.cuda.device_count()
+    node = f"; one rank per GPU, and this node has {gpus}" if here.device.type == "cuda" else ""
+    return [
+        f"{settings.name}: runs on {here.device.type} with {', '.join(map(str, sizes))} ranks "
+        f"(images per rank: {local}){node}",
+        f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
+        f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
+        f"{mixing_of(plan, settings.batch.samples_per_class)}",
+        *too_small,
+        _run_folder(settings),
+        _tracking(settings) if here.is_main else "",
+    ]
+
+
+def _run_folder(settings: Config) -> str:
+    """Whether the run folder can be written, and what stands there."""
+    from dist_obdsd.training.rundir import read_status
+
+    folder = settings.run_dir
+    above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if not os.access(above, os.W_OK):
+        raise InputError(
+            f"the run folder {folder} cannot be made, since {above} is not writable; choose another output"
+        )
+    free = shutil.disk_usage(above).free / 2**30
+    state = read_status(folder).get("state")
+    return f"run folder {folder}: {state or 'new'}, {free:.1f} GiB free there" + _advice(free < 1, "make room")
+
+
+def _tracking(settings: Config) -> str:
+    """Whether the tracking store answers. It may not: a run goes on without it."""
+    if settings.tracking.kind == "none":
+        return "tracking: none"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    uri = settings.tracking.uri
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return f"tracking: {uri} will be made by the first run"  # asking would make it
+    from mlflow.tracking import MlflowClient
+
+    started = time.perf_counter()
+    try:
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except Exception as error:  # whatever a store does
+        return f"tracking: {uri} does not answer ({' '.join(str(error).split())[:120]}); a run would go on without it"
+    return f"tracking: {uri} answers after {time.perf_counter() - started:.1f} s"
+
+
+def _clock_skew() -> tuple[float, float]:
+    """How far the ranks' clocks are apart, and how exactly that could be told (seconds)."""
+    collectives.gather_json(None)  # all have arrived
+    before = time.time()
+    times = collectives.gather_json(before)
+    return max(times) - min(times), time.time() - before
+
+
+def _timed(call: Callable[[], Any], here: Runtime) -> float:
+    """The median of some calls in seconds, after one that warms up."""
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        call()
+        if here.device.type == "cuda":
+            torch.cuda.synchronize(here.device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _advice(needed: bool, what: str) -> str:
+    return f"; {what}" if needed else ""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _shared_memory() -> float | None:
+    shared = Path("/dev/shm")
+    return shutil.disk_usage(shared).free / 2**30 if shared.is_dir() else None
 
 
 def _backends() -> str:
@@ -82,37 +250,3 @@ def version(module: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "of unknown version"
-
-
-def where_it_runs(settings: Config) -> list[str]:
-    """The world sizes that a config allows, from its own shards.
-
-    Raises:
-        InputError: its device, shards or schedule do not fit.
-    """
-    launch, gpus = runtime.read_launch(os.environ), torch.cuda.device_count()
-    device = runtime.choose_device(settings.device, launch, gpus)
-    manifest = manifests.load(settings.data.shards)
-    classes, held_out = manifests.split_classes(manifest, settings.validation, settings.seed)
-    plan = plan_from(settings, manifest, classes, epoch=0)
-    if settings.tracking.kind == "mlflow" and version("mlflow") is None:
-        raise InputError("tracking.kind=mlflow but mlflow is not installed; install it or set tracking.kind=none")
-    sizes = allowed_world_sizes(settings.data.lanes)
-    local = ", ".join(f"{settings.batch.global_size // size} on {size}" for size in sizes)
-    check_files(settings.data.shards, tuple(manifest.shards()))
-    check_evaluable(manifest, settings, validation_subset(manifest, held_out, settings))
-    too_small = []
-    if plan.too_small:
-        too_small.append(
-            f"{plan.too_small} classes have fewer than batch.samples_per_class={settings.batch.samples_per_class} "
-            f"images and are never shown"
-        )
-    here = f"; one rank per GPU, and this node has {gpus}" if device.type == "cuda" else ""
-    return [
-        f"{settings.name}: runs on {device.type} with {', '.join(map(str, sizes))} ranks "
-        f"(images per rank: {local}){here}",
-        f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
-        f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
-        f"{mixing_of(plan, settings.batch.samples_per_class)}",
-        *too_small,
-    ]

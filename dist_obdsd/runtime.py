@@ -4,6 +4,7 @@ Four ways of being started are understood: torchrun, the DeepSpeed launcher, SLU
 """
 
 import os
+import platform
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,21 @@ def start(
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("MASTER_ADDR", launch.master[0] if launch.master else "")
         os.environ.setdefault("MASTER_PORT", str(launch.master[1]) if launch.master else "")
-        dist.init_process_group(
-            # Small bookkeeping messages stay on the CPU; only tensors that live on the GPU travel over NCCL.
-            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        try:
+            dist.init_process_group(
+                # Small bookkeeping messages stay on the CPU; only tensors that live on the GPU travel over NCCL.
+                "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+        except (dist.DistError, RuntimeError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RunError(
+                f"rank {launch.rank} of {launch.world_size} on {platform.node()} did not meet the others at {address} "
+                f"({str(error).splitlines()[0][:160]}); see that all ranks were started and that this address can be "
+                f"reached from every node"
+            ) from error
     elif group_of_one:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Runtime(launch, chosen)

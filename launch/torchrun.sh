@@ -3,11 +3,17 @@
 #
 #   one node, all its GPUs:      launch/torchrun.sh configs/glyphs.yaml [key=value ...]
 #   two nodes, run on each:      NNODES=2 MASTER=node1:29500 launch/torchrun.sh configs/glyphs.yaml [key=value ...]
+#   two to four nodes, elastic:  NNODES=2:4 RESTARTS=3 MASTER=node1:29500 launch/torchrun.sh configs/glyphs.yaml ...
 #
-# NPROC   processes per node (default: the number of GPUs, or 2 on a machine without)
-# NNODES  number of nodes (default 1)
-# MASTER  host:port of one of the nodes, the same on every node (needed when NNODES is above 1)
-# RUN_ID  any word, the same on every node and different for every job that shares the MASTER (default: the config's name)
+# NPROC     processes per node (default: the number of GPUs, or 2 on a machine without)
+# NNODES    number of nodes, or MIN:MAX (default 1); every number of processes that can come of it must divide data.lanes
+# MASTER    host:port of one of the nodes, the same on every node (needed unless NNODES is 1)
+# RUN_ID    any word, the same on every node and different for every job that shares the MASTER (default: the config's name)
+# RESTARTS  how often the processes are started again after a failure or when a node joins or leaves (default 0); each
+#           time the run goes on from its last checkpoint, which needs the run folder on a file system that all nodes share
+# GRACE     seconds from a signal to the kill, in which a step is finished and a checkpoint written (torchrun's own: 30)
+#
+# torchrun returns 1 after a signal although every process saved and exited with 0: judge by runs/NAME/status.json.
 set -euo pipefail
 
 config=${1:?usage: launch/torchrun.sh CONFIG [key=value ...]}
@@ -17,6 +23,8 @@ if [[ -z ${NPROC:-} ]]; then
 fi
 # torchrun would set 1 and say so at length; a CPU rank's threads are the config's `threads`.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# A collective that NCCL cannot finish ends the process instead of blocking it for ever.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 
 if [[ ${NNODES:-1} == 1 ]]; then
   rendezvous=(--standalone)
@@ -24,6 +32,9 @@ else
   rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "${MASTER:?set MASTER=host:port, the same on every node}"
     --rdzv-id "${RUN_ID:-$(basename "$config" .yaml)}")
 fi
+if [[ -n ${GRACE:-} ]]; then
+  rendezvous+=(--shutdown-timeout "$GRACE")
+fi
 # SIGUSR1 is how clusters announce preemption; without naming it, torchrun would die of it and orphan the workers.
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-  -m dist_obdsd train "$@"
+exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" --max-restarts "${RESTARTS:-0}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m dist_obdsd train "$@"

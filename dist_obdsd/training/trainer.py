@@ -119,19 +119,32 @@ class Trainer:
                     self.run_dir.cut_metrics(self.position.global_step)
             return self._tracked()
         except BaseException as error:  # Ctrl-C as well
-            here = f"rank {self.runtime.rank} on {platform.node()} at step {self.position.global_step}"
-            if isinstance(error, UserError):
-                error.where = here
-            else:
-                error.add_note(here)
+            failure = self._located(error)
             # The first rank to fail has the cause; the others only notice that it is gone.
             if read_status(self.settings.run_dir).get("state") == "running":
                 with contextlib.suppress(RunError):  # a full disk must not hide what went wrong before
-                    write_status(self.settings.run_dir, "failed", f"{here}: {sentence(error)}")
-            raise
+                    where = getattr(failure, "where", "")
+                    write_status(self.settings.run_dir, "failed", f"{where}: {sentence(failure)}")
+            raise failure from (None if failure is error else error)
         finally:
             if self.run_dir is not None:
                 self.run_dir.close()
+
+    def _located(self, error: BaseException) -> BaseException:
+        """The error with rank, host and step; a collective's timeout with the ranks that hang."""
+        here = f"rank {self.runtime.rank} on {platform.node()} at step {self.position.global_step}"
+        if collectives.is_timeout(error):
+            missing = collectives.absentees()
+            who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
+            error = RunError(
+                f"{who} did not answer within timeout_seconds={self.settings.timeout_seconds:g} and hangs or cannot be "
+                f"reached; look at what it does there (py-spy dump), or raise timeout_seconds if it is only slow"
+            )
+        if isinstance(error, UserError):
+            error.where = here
+        elif isinstance(error, Exception):
+            error.add_note(here)
+        return error
 
     def _tracked(self) -> dict[str, Any]:
         """Run inside a tracked run that ends with a truthful status."""

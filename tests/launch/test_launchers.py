@@ -1,0 +1,144 @@
+"""Real runs through launch/*.sh: several nodes, DeepSpeed's launcher, signals, and doctor on several ranks."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import runs
+from tests.runs import ROOT
+from tests.training.conftest import folder, shards  # noqa: F401
+
+SHORT = ("precision=float32", "max_steps=3", "epochs=2")
+
+
+def start(script: str, *overrides: str, cwd: Path, env: dict[str, str] | None = None, inside: tuple[str, ...] = ()
+          ) -> subprocess.Popen[str]:  # fmt: skip
+    """A launch script on the tiny config, perhaps inside a network namespace."""
+    own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NPROC": "2"}
+    return subprocess.Popen(
+        [*inside, str(ROOT / "launch" / script), "tiny.yaml", *overrides], cwd=cwd, text=True,
+        env=runs.environment(own | (env or {})), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 180) -> str:
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"did not end: {output[-3000:]}") from None
+    return output
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces on one cable, as (name, address, interface); loopback alone where that is forbidden."""
+    names = [f"dobd{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*words: str, check: bool = True) -> bool:
+        return subprocess.run(["ip", *words], capture_output=True, check=check).returncode == 0
+
+    if shutil.which("ip") is None or os.geteuid() != 0 or not ip("netns", "add", names[0], check=False):
+        yield [("", "127.0.0.1", "lo"), ("", "127.0.0.1", "lo")]
+        return
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "name", "vb", "netns", names[1])
+        for name, interface, address in zip(names, ("va", "vb"), ("10.77.0.1", "10.77.0.2"), strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
+            ip("-n", name, "link", "set", interface, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [(names[0], "10.77.0.1", "va"), (names[1], "10.77.0.2", "vb")]
+    finally:
+        for name in names:
+            ip("netns", "del", name, check=False)
+
+
+@pytest.mark.parametrize("local", [1, 2])
+def test_two_hosts_train_with_a_torchrun_rendezvous(folder, local):  # noqa: F811
+    with two_hosts() as hosts:
+        master = f"{hosts[0][1]}:29611"
+        processes = [
+            start(
+                "torchrun.sh", *SHORT, f"name=hosts{local}", cwd=folder,
+                env={"NNODES": "2", "MASTER": master, "NPROC": str(local), "GLOO_SOCKET_IFNAME": card},
+                inside=("ip", "netns", "exec", name) if name else (),
+            )
+            for name, _, card in hosts
+        ]  # fmt: skip
+        outputs = [finished(process) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert f"{2 * local} x cpu (torchrun)" in "".join(outputs)
+    runs.train(folder, *SHORT, "name=alone")
+    found, expected = (runs.metrics(folder / "runs" / name, "step") for name in (f"hosts{local}", "alone"))
+    assert [row["ranking"] for row in found] == pytest.approx([row["ranking"] for row in expected], rel=1e-5)
+
+
+def test_deepspeed_s_launcher_trains_with_zero(folder):  # noqa: F811
+    process = start("deepspeed.sh", *SHORT, "name=zero", cwd=folder, env={"MASTER": "127.0.0.1:29631"})
+    output = finished(process)
+    assert process.returncode == 0, output
+    assert "2 x cpu (deepspeed)" in output
+    runs.train(folder, *SHORT, "name=alone")
+    found, expected = (runs.metrics(folder / "runs" / name, "step") for name in ("zero", "alone"))
+    assert [row["ranking"] for row in found] == pytest.approx([row["ranking"] for row in expected], rel=1e-5)
+    # Another stage and strategy go on from its checkpoint.
+    runs.train(folder, "precision=float32", "epochs=2", "name=zero", ranks=0)
+    assert runs.status(folder / "runs" / "zero")["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [("torchrun.sh", signal.SIGTERM), ("torchrun.sh", signal.SIGUSR1), ("deepspeed.sh", signal.SIGUSR1)],
+)
+def test_a_signal_to_the_launcher_saves_and_leaves_nothing_behind(folder, script, number):  # noqa: F811
+    env = {"MASTER": "127.0.0.1:29641"} if script == "deepspeed.sh" else {}
+    process = start(script, "precision=float32", "epochs=400", cwd=folder, env=env)
+    record = folder / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (record.exists() and '"step": 5,' in record.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    members = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(number)
+    output = finished(process, 90)
+    assert runs.status(folder / "runs" / "tiny")["state"] == "preempted", output
+    assert "s after the signal)" in output
+    _, alive = psutil.wait_procs(members, timeout=5)
+    assert not alive
+    state = runs.program("status", "tiny.yaml", "epochs=400", cwd=folder)
+    assert state.stdout == "preempted\n"
+
+
+def test_a_hostfile_that_cannot_be_read(folder):  # noqa: F811
+    process = start("deepspeed.sh", cwd=folder, env={"HOSTFILE": "nowhere"})
+    assert "cannot read HOSTFILE=nowhere; see launch/hostfile.example" in finished(process)
+    assert process.returncode == 2
+
+
+def test_doctor_measures_what_lies_between_the_ranks(folder):  # noqa: F811
+    done = runs.program("doctor", "tiny.yaml", ranks=2, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = {line[:14].strip(): line[15:] for line in done.stdout.splitlines()}
+    assert rows["launcher"] == "torchrun, rank 0 of 2"
+    assert "ranks 0, 1" in rows["hosts"]
+    assert rows["versions"] == "alike"
+    assert rows["all-reduce"].endswith("GiB/s")
+    assert rows["gather"].startswith("embeddings of 8 x 2 images, 16 dimensions")
+    assert "apart by 0.0" in rows["clocks"]
+    assert "run folder runs/tiny: new" in done.stdout
+    refused = runs.program("doctor", "tiny.yaml", ranks=3, cwd=folder)
+    assert refused.returncode != 0
+    assert "1, 2, 4" in refused.stderr
