@@ -134,7 +134,8 @@ def main(arguments: list[str]) -> int:
             return 1
         _tell_launcher(error)
         traceback.print_exc()
-        print(f"dist-obdsd: failed on rank {_rank()}: {sentence(error)}", file=sys.stderr, flush=True)
+        where = "".join(f"{note}: " for note in getattr(error, "__notes__", [f"rank {_rank()}"]))
+        print(f"dist-obdsd: {where}{sentence(error)}", file=sys.stderr, flush=True)
         return 1
 
 

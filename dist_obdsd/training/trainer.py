@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dist_obdsd import collectives
-from dist_obdsd.config import Config, changed_settings
+from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
-from dist_obdsd.errors import InputError, RunError, StoppedError, UserError, sentence
+from dist_obdsd.errors import RunError, StoppedError, UserError, sentence
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher, check_identical
@@ -26,6 +26,7 @@ from dist_obdsd.training.judge import Judge
 from dist_obdsd.training.record import Record
 from dist_obdsd.training.rundir import RunDir, read_status, write_status
 from dist_obdsd.training.saver import Saver
+from dist_obdsd.training.snapshot import Snapshot
 from dist_obdsd.training.step import Position, StepReader, TrainStep
 from dist_obdsd.training.stopping import StopSignals
 from dist_obdsd.training.strategy import build_strategy
@@ -87,6 +88,10 @@ class Trainer:
         self.judge = Judge(
             settings, self.manifest, self.validation_classes, self.student, runtime,
             lambda what, result, epoch: self.record.measured(what, result, epoch, self.position.global_step), stop,
+        )  # fmt: skip
+        self.snapshot = Snapshot(
+            settings, self.manifest.digest, self.validation_classes, self.student, self.teacher, self.objective,
+            self.strategy, self.judge,
         )  # fmt: skip
 
     def _check_objective(self) -> None:
@@ -339,24 +344,9 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         self.wanted["save"] = False
-        optimizer = self.strategy.optimizer_state()
+        state = self.snapshot.take(self.position, self.unjudged, self.run_id)
         with collectives.agree("saving the checkpoint"):
             if self.run_dir is not None:
-                state = {
-                    "config": self.settings.model_dump(mode="json"),
-                    "manifest": self.manifest.digest,
-                    "validation_classes": self.validation_classes,
-                    "student": self.student.state_dict(),
-                    "teacher": self.teacher.state() if self.teacher is not None else None,
-                    "optimizer": optimizer,
-                    **self.objective.state(),
-                    "objective_optimizer": self.strategy.objective_optimizer_state(),
-                    "scaler": None,
-                    "position": vars(self.position).copy(),
-                    "unjudged": self.unjudged,
-                    "tracker": self.run_id,
-                    **self.judge.state(),
-                }
                 self.saver.save(state, best)
 
     def _saved(self, name: str, size: int, seconds: float) -> None:
@@ -376,23 +366,7 @@ class Trainer:
             return
         with collectives.agree("resuming"):
             state = checkpoint.load(folder / name)
-            changes = changed_settings(state["config"], self.settings.model_dump(mode="json"))
-            if changes:
-                raise InputError(
-                    f"{self.settings.run_dir} was started with other settings ({'; '.join(changes)}); "
-                    f"use those, set another name, or start with --fresh"
-                )
-            if state["manifest"] != self.manifest.digest:
-                raise InputError(
-                    f"{self.settings.run_dir} was trained on shards with manifest {state['manifest'][:12]} but "
-                    f"{self.settings.data.shards} has {self.manifest.digest[:12]}; point data.shards to the same shards"
-                )
-            self.objective.load(state, self.runtime.device)
-            self.strategy.load(state["student"], state["optimizer"], state["objective_optimizer"])
-            self.position = Position(**state["position"])
-            self.unjudged = state.get("unjudged", False)  # older checkpoints have none
-            self.judge.load(state)
-            self.run_id = state["tracker"]
+            self.position, self.unjudged, self.run_id = self.snapshot.put_back(state)
         if self.teacher is not None:
             self.teacher.load(state["teacher"])
         self.say(f"resuming {self.settings.run_dir} from {name}: {self.position.global_step} steps are done")

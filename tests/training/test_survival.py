@@ -1,0 +1,167 @@
+"""What a run survives, in short; ``python -m tests.chaos`` does the same at many random moments."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dist_obdsd.training import checkpoint
+from tests import chaos, runs
+
+HANGS = """
+import os, sys, time
+from dist_obdsd import cli
+from dist_obdsd.training.step import TrainStep
+once = TrainStep.__call__
+def call(self, batch, position, *rest):
+    if position.global_step == 4 and os.environ["RANK"] == "1":
+        WHAT
+    return once(self, batch, position, *rest)
+TrainStep.__call__ = call
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "plan"),
+    [
+        (4, (), [("write", 2), ("evaluation", None)]),
+        (2, ("strategy=deepspeed", "deepspeed.stage=1", "checkpoint.background=true"), [("step", 1)]),
+    ],
+    ids=["ddp on 4 ranks", "zero 1 on 2 ranks"],
+)
+def test_kill_9_changes_no_bit(folder, ranks, overrides, plan):
+    overrides = (*overrides, "epochs=6")
+    whole = chaos.untouched(folder, "whole", ranks, *overrides)
+    found, rows = chaos.killed(folder, "killed", ranks, overrides, plan, seed=0)
+    assert len(rows) == len(plan)
+    assert chaos.difference(whole, found) is None
+    # The control: a difference would be seen.
+    found["student"]["head.bias"][0] += 1e-7
+    assert "head.bias" in str(chaos.difference(whole, found))
+
+
+def test_a_run_moves_between_strategies_and_world_sizes(folder):
+    common = ("precision=float32", "ranking.name=proxy_anchor", "ranking.lr=0.01", "epochs=3", "optim.clip_norm=1")
+    runs.train(folder, "name=whole", *common)
+    stops = [(2, "max_steps=7"), (4, "max_steps=11"), (0, "max_steps=14")]
+    ways = [("strategy=deepspeed", "deepspeed.stage=1"), (), ("strategy=deepspeed", "deepspeed.stage=2")]
+    for (ranks, stop), way in zip(stops, ways, strict=True):
+        runs.train(folder, *common, *way, stop, ranks=ranks)
+    runs.train(folder, *common, ranks=2)
+    whole, moved = (checkpoint.load(folder / "runs" / name) for name in ("whole", "tiny"))
+    assert whole["optimizer"].keys() == moved["optimizer"].keys()
+    for name, value in whole["student"].items():
+        assert (moved["student"][name] - value).abs().max() < 1e-5
+    for name, entry in whole["optimizer"].items():
+        assert entry.keys() == moved["optimizer"][name].keys()
+        assert entry["step"] == moved["optimizer"][name]["step"]
+        assert (moved["optimizer"][name]["exp_avg"] - entry["exp_avg"]).abs().max() < 1e-4
+    rows = [[row["ranking"] for row in runs.metrics(folder / "runs" / name, "step")] for name in ("whole", "tiny")]
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_checkpoints_inside_an_epoch_by_steps_and_by_time(folder, background):
+    more = ("epochs=2", "checkpoint.keep=50", f"checkpoint.background={str(background).lower()}")
+    done = runs.train(folder, "name=steps", *more, "checkpoint.every_steps=4")
+    names = sorted(path.name for path in (folder / "runs" / "steps" / "checkpoints").glob("*.pt"))
+    assert names == ["epoch-0001.pt", "epoch-0002.pt", "step-00000004.pt", "step-00000008.pt"]
+    assert "saved step-00000004.pt: " in done.stdout
+    assert "training waited" in done.stdout
+    runs.train(folder, "name=minutes", *more, "checkpoint.every_minutes=0.000001")
+    steps = len(runs.metrics(folder / "runs" / "minutes", "step"))
+    names = [path.name for path in (folder / "runs" / "minutes" / "checkpoints").glob("step-*.pt")]
+    assert steps / 3 < len(names) < steps
+    a, b = (chaos.result(folder / "runs" / name) for name in ("steps", "minutes"))
+    assert chaos.difference(a, b) is None
+
+
+def test_a_signal_during_a_measurement_ends_it_and_the_epoch_is_measured_later(folder):
+    more = ("validation.fraction=0.25", "evaluation.batch_size=2", "epochs=3", "evaluation.best_test=true")
+    runs.train(folder, "name=whole", *more)
+    code = WAITS.replace("EPOCH", "2")
+    process = subprocess.run(
+        [sys.executable, "-c", code, "train", "tiny.yaml", *more], cwd=folder, env=runs.environment(),
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    run = folder / "runs" / "tiny"
+    assert runs.status(run)["state"] == "preempted"
+    stopped = checkpoint.load(run)
+    assert stopped["unjudged"]
+    assert stopped["position"]["epoch"] == 2
+    assert [row["epoch"] for row in runs.metrics(run, "validation")] == [1]
+    runs.train(folder, *more)
+    assert chaos.difference(chaos.result(folder / "runs" / "whole"), chaos.result(run)) is None
+
+
+WAITS = """
+import os, signal, sys
+from dist_obdsd import cli
+from dist_obdsd.training.judge import Judge
+once = Judge.after_epoch
+def after_epoch(self, epoch):
+    if epoch == EPOCH:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return once(self, epoch)
+Judge.after_epoch = after_epoch
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("to_launcher", [False, True])
+def test_sigterm_leaves_a_checkpoint_a_status_and_no_process(folder, to_launcher):
+    row = chaos.terminated(folder, "stopped", 2, to_launcher, random.Random(3))
+    assert row["state"] == "preempted", row
+    assert row["saved"] is not None
+    assert row["left"] == 0
+
+
+def two_ranks(folder, what: str, *overrides: str) -> tuple[list[int], list[str], float]:
+    """Exit codes, outputs and seconds of two ranks of which the second one does ``what`` before its fifth step."""
+    code = HANGS.replace("WHAT", what)
+    port = str(20000 + os.getpid() % 20000)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, "train", "tiny.yaml", "data.workers=0", *overrides], cwd=folder, text=True,
+            env=runs.environment(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    first = processes[0].communicate(timeout=120)[0]
+    seconds = time.monotonic() - started
+    if "sleep" in what:
+        processes[1].send_signal(signal.SIGKILL)
+    second = processes[1].communicate(timeout=60)[0]
+    return [process.returncode for process in processes], [first, second], seconds
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(folder):
+    codes, (said, _), _ = two_ranks(folder, "time.sleep(300)", "timeout_seconds=5")
+    assert codes[0] == 1
+    last = said.splitlines()[-1]
+    assert "rank 0 on" in last
+    assert "at step 4" in last
+    assert "rank 1 did not answer within timeout_seconds=5" in last
+    status = runs.status(folder / "runs" / "tiny")
+    assert status["state"] == "failed"
+    assert "rank 1 did not answer" in status["message"]
+
+
+def test_an_error_on_one_rank_ends_all_and_the_last_lines_say_where(folder):
+    codes, outputs, _ = two_ranks(folder, "raise OSError(5, 'the disk said no')")
+    assert codes == [1, 1]
+    last = outputs[1].splitlines()[-1]
+    assert "rank 1 on" in last
+    assert "at step 4" in last
+    assert "the disk said no" in last
+    assert outputs[0].splitlines()[-1] == "rank 0 stops, since another rank is gone"
+    assert "the disk said no" in runs.status(folder / "runs" / "tiny")["message"]
