@@ -76,7 +76,7 @@ def test_checkpoints_inside_an_epoch_by_steps_and_by_time(folder, background):
     runs.train(folder, "name=minutes", *more, "checkpoint.every_minutes=0.000001")
     steps = len(runs.metrics(folder / "runs" / "minutes", "step"))
     names = [path.name for path in (folder / "runs" / "minutes" / "checkpoints").glob("step-*.pt")]
-    assert steps / 3 < len(names) < steps
+    assert steps / 4 < len(names) < steps  # asked for in one step, read in the next, written after it
     a, b = (chaos.result(folder / "runs" / name) for name in ("steps", "minutes"))
     assert chaos.difference(a, b) is None
 
