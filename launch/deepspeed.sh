@@ -47,7 +47,7 @@ deepspeed "${options[@]}" --module dist_obdsd train "$config" strategy=deepspeed
 launcher=$!
 # A signal ends DeepSpeed's runner at once and orphans what it started, so it goes to the process below it, which hands
 # it on to the ranks and gives them 30 seconds.
-# shellcheck disable=SC2329  # the trap calls it
+# shellcheck disable=SC2317,SC2329  # the trap calls it
 forward() {
   pkill -TERM -P "$launcher" || kill -TERM "$launcher" 2>/dev/null || true
 }

@@ -200,7 +200,12 @@ def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random
     job = Job.start(folder, name, ranks, "epochs=400", *settings, torchrun=torchrun)
     moment = draw.choice(("start", "step", "evaluation"))
     if moment == "start":
-        time.sleep(draw.uniform(1.0, 4.0))  # in the first second there is a Python, but nobody on duty yet
+        deadline = time.monotonic() + 60
+        # Before that there is a Python, or a torchrun, but nobody on duty.
+        while sum(map(_catches_sigterm, job.members())) < ranks + torchrun:
+            assert time.monotonic() < deadline, job.log.read_text()[-3000:]
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 4))
     else:
         assert wait_for(moment, job, run, draw, 40)
     members = job.members()
@@ -220,6 +225,14 @@ def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random
         "moment": moment, "to": "torchrun" if torchrun else "rank", "codes": codes, "state": status.get("state"),
         "saved": steps, "left": len(left), "seconds": seconds,
     }  # fmt: skip
+
+
+def _catches_sigterm(process: psutil.Process) -> bool:
+    try:
+        fields = dict(line.split(":\t") for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+    except (OSError, ValueError):
+        return False
+    return bool(int(fields["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def main() -> int:
