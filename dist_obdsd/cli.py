@@ -7,12 +7,13 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_obdsd import __version__
+from dist_obdsd import __version__, progress
 from dist_obdsd.errors import InputError, UserError, sentence
 
 BENCHES = ("objective", "manifold", "search")
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("recipe", help="a recipe's name (see shards/) or the path of a recipe YAML")
     pack.add_argument("--source", type=Path, help="the folder with the download, or your images")
     pack.add_argument("--out", type=Path, required=True, help="the folder to make")
-    pack.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
+    pack.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
     pack.add_argument("--seed", type=int, default=0, help="of the order inside the shards")
     pack.add_argument("--samples-per-class", type=int, default=2, help="images of a class that should stay together")
     pack.add_argument(
@@ -45,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     pack.set_defaults(run=_pack)
 
     verify = commands.add_parser("verify", help="check shards against their manifest")
-    verify.add_argument("shards", type=Path)
-    verify.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    verify.add_argument("shards", help="a folder, or a URL or pipe: command")
+    verify.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
     verify.set_defaults(run=_verify)
 
     train = commands.add_parser("train", help="train and evaluate what a config describes")
@@ -92,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
     doctor.set_defaults(run=_doctor)
     return top
+
+
+def cores() -> int:
+    """Those that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def program() -> None:
@@ -159,6 +165,7 @@ def _pack(options: argparse.Namespace) -> int:
     from dist_obdsd.data.recipes import load_recipe
 
     recipe = load_recipe(options.recipe)
+    start = time.monotonic()
     manifest = pack(
         recipe,
         options.source,
@@ -169,21 +176,27 @@ def _pack(options: argparse.Namespace) -> int:
         allow_partial=options.allow_partial,
         overwrite=options.overwrite,
         workers=options.workers,
-        report=_warn,
+        report=_note,
     )
+    seconds = time.monotonic() - start
     for split, shards in manifest.splits.items():
         classes = len(manifest.class_ids(split))
         print(f"{split}: {manifest.images(split)} images of {classes} classes in {len(shards)} shards")
+    images = sum(map(len, manifest.shards()))
+    print(f"{options.out}: {progress.rate(images, sum(shard.bytes for shard in manifest.shards()), seconds)}")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     from dist_obdsd.data.verify import verify
 
-    report = verify(options.shards, workers=options.workers, report=_warn)
+    start = time.monotonic()
+    report = verify(options.shards, workers=options.workers, report=_note)
     if report.problems:
         raise InputError(f"{options.shards} has {len(report.problems)} problems; pack the data again")
+    seconds = time.monotonic() - start
     print(f"{options.shards}: {report.images} images in {report.shards} shards, all as the manifest says")
+    print(f"{options.shards}: {progress.rate(report.images, report.bytes, seconds)}")
     return 0
 
 
@@ -261,6 +274,11 @@ def on_every_rank(load: Callable[[], Any]) -> Any:
 
 def speaker(is_main: bool) -> Callable[[str], None]:
     return (lambda text: print(text, flush=True)) if is_main else (lambda text: None)
+
+
+def _note(text: str) -> None:
+    """As ``_warn``, while there may be a progress bar."""
+    progress.say(f"dist-obdsd: {text}")
 
 
 def _warn(text: str) -> None:

@@ -22,7 +22,13 @@ SELECTION_METRIC = "map@r"
 
 class Data(Section):
     shards: str
-    """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote."""
+    """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote, or where they are remote a URL or a
+    `pipe:` command, in which `{file}` stands for a file's name (shards/README.md)."""
+    cache: str | None = None
+    """Folder in which remote shards are kept once they were read; ranks and nodes may share it. Unset: every epoch
+    reads them anew."""
+    cache_gib: Positive | None = None
+    """What the cache may hold; beyond it the shards that were not used for longest go. Unset: all of them stay."""
     image_size: Count = 224
     """Side in pixels of the square that the network sees."""
     resize: Count | None = None
@@ -60,6 +66,8 @@ class Data(Section):
             raise ValueError(
                 f"data.crop_scale is {list(self.crop_scale)}; give [smallest, largest] with both in (0, 1]"
             )
+        if self.cache_gib is not None and self.cache is None:
+            raise ValueError("data.cache_gib bounds the cache, but data.cache names no folder; set data.cache, too")
         if self.resize is not None and self.resize < self.image_size:
             raise ValueError(
                 f"data.resize is {self.resize} but the crop is data.image_size={self.image_size}; "
@@ -315,6 +323,6 @@ class Config(Section):
 # Settings that may differ between a run and its continuation: none of them can change a result.
 CHANGEABLE_ON_RESUME = (
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
-    "data.workers", "data.shards", "data.max_bad_samples", "evaluation.backend",
+    "data.workers", "data.shards", "data.cache", "data.cache_gib", "data.max_bad_samples", "evaluation.backend",
     "tracking", "checkpoint",
 )  # fmt: skip

@@ -10,22 +10,28 @@ import os
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from webdataset import TarWriter
+
+from dist_obdsd import progress
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.deal import FEWEST_GROUPS, FEWEST_IMAGES, deal_evenly, deal_training, shard_count
 from dist_obdsd.data.imagefile import examine
 from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.data.parallel import in_order, processes, threads
 from dist_obdsd.data.readers import Sample, open_samples
 from dist_obdsd.data.recipes import Recipe
 from dist_obdsd.data.workshop import publish, storage_error, workshop, write_synced
 from dist_obdsd.errors import InputError, RunError
 
 MOST_REPORTED = 20  # warnings about single images; the manifest lists all of them
+TOGETHER = 16  # images that go to a decoding process at a time
+_Found = tuple[str, int, int, bytes | None]  # suffix, size, checksum and, where made smaller, bytes of an image
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def pack(
             byte for byte.
         allow_partial: pack a source that differs from the recipe's expected counts, and say so in the manifest.
         overwrite: replace a packed folder, once the new one is complete.
-        workers: threads that decode; 0 and 1 both mean none besides the caller's.
+        workers: processes that decode, and threads that read and write; 0 and 1 both mean none besides the caller's.
         report: called with one sentence per warning.
 
     Returns:
@@ -97,7 +103,7 @@ def pack(
                 images, too_small = _drop_small_classes(images, samples_per_class, report)
                 if left_out or too_small:
                     record["left_out"] = left_out + too_small
-                splits, classes = _write_shards(images, samples_per_class, seed, folder)
+                splits, classes = _write_shards(images, samples_per_class, seed, folder, workers)
                 (folder / "spool").unlink(missing_ok=True)
                 text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
                 written = manifests.from_json(text, str(out / "manifest.json"))
@@ -161,12 +167,16 @@ def _examine_all(
     """
     images: list[_Image] = []
     left_out: list[dict[str, str]] = []
-    chunk = 64 * max(1, workers)  # bounds how many encoded images are in memory
-    with ThreadPoolExecutor(max(1, workers)) as pool, spool.open("w+b") as file:
-        for start in range(0, len(samples), chunk):
-            part = samples[start : start + chunk]
-            look = partial(_look, resize=resize)
-            for sample, found in zip(part, pool.map(look, part) if workers > 1 else map(look, part), strict=True):
+    parts = [samples[start : start + TOGETHER] for start in range(0, len(samples), TOGETHER)]
+    with (
+        processes(workers) as decoders,
+        threads(workers) as readers,
+        progress.bar(len(samples), "images", "examining") as bar,
+        spool.open("w+b") as file,
+    ):
+        look = partial(_look_at, resize=resize, decoders=decoders)
+        for part, results in zip(parts, in_order(readers, look, parts, 2 * workers), strict=True):
+            for sample, found in zip(part, results, strict=True):
                 if isinstance(found, str):
                     left_out.append({"name": sample.name, "reason": found})
                     if len(left_out) <= MOST_REPORTED:
@@ -178,24 +188,41 @@ def _examine_all(
                     read = partial(_read_at, spool, file.tell(), size)
                     file.write(smaller)
                 images.append(_Image(sample, suffix, read, size, checksum))
+            bar.update(len(part))
     if len(left_out) > MOST_REPORTED:
         report(f"left out {len(left_out)} images in all; the manifest lists them")
     return images, left_out
 
 
-def _look(sample: Sample, resize: int | None) -> tuple[str, int, int, bytes | None] | str:
-    """Suffix, size, checksum and, where made smaller, bytes of an image; or why it cannot be used."""
+def _look_at(samples: Sequence[Sample], resize: int | None, decoders: Executor | None) -> list[_Found | str]:
+    """Read some images here, since an archive is open in this process alone, and decode them in another one."""
+    data = [_read(sample) for sample in samples]
+    return decoders.submit(_examine, data, resize).result() if decoders else _examine(data, resize)
+
+
+def _read(sample: Sample) -> bytes | str:
     try:
-        data = sample.read()
+        return sample.read()
     except Exception as error:
         # Archives raise errors of their own for a damaged entry; like a damaged image, it costs this image only.
         return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
-    try:
-        suffix, smaller = examine(data, resize)
-    except ValueError as error:
-        return f"cannot be decoded: {error}"
-    final = data if smaller is None else smaller
-    return suffix, len(final), zlib.crc32(final), smaller
+
+
+def _examine(encoded: list[bytes | str], resize: int | None) -> list[_Found | str]:
+    """What was found of each image, or why it cannot be used."""
+    results: list[_Found | str] = []
+    for data in encoded:
+        if isinstance(data, str):
+            results.append(data)
+            continue
+        try:
+            suffix, smaller = examine(data, resize)
+        except ValueError as error:
+            results.append(f"cannot be decoded: {error}")
+            continue
+        final = data if smaller is None else smaller
+        results.append((suffix, len(final), zlib.crc32(final), smaller))
+    return results
 
 
 def _read_at(path: Path, start: int, size: int) -> bytes:
@@ -234,7 +261,7 @@ def _drop_small_classes(
 
 
 def _write_shards(
-    images: Sequence[_Image], samples_per_class: int, seed: int, folder: Path
+    images: Sequence[_Image], samples_per_class: int, seed: int, folder: Path, workers: int
 ) -> tuple[dict[str, tuple[Shard, ...]], tuple[str, ...]]:
     """Number the images and classes in their order, deal and write them."""
     classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
@@ -242,7 +269,7 @@ def _write_shards(
     members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, image in enumerate(images):
         members[image.sample.split][numbers[image.sample.class_name]].append(i)
-    splits = {}
+    dealt: list[tuple[str, str, list[int]]] = []  # split, file, ids
     for split, by_class in members.items():
         size = sum(images[i].bytes for ids in by_class.values() for i in ids)
         if split == "train":
@@ -252,10 +279,16 @@ def _write_shards(
         else:
             ids = [i for ids in by_class.values() for i in ids]
             hands = deal_evenly(ids, shard_count(len(ids), size, FEWEST_IMAGES), seed, split)
-        splits[split] = tuple(
-            _write_shard(folder / f"{split}-{n:06d}.tar", hand, images, numbers) for n, hand in enumerate(hands)
-        )
-    return splits, classes
+        dealt += [(split, f"{split}-{n:06d}.tar", hand) for n, hand in enumerate(hands)]
+    splits: dict[str, list[Shard]] = {split: [] for split in members}
+    # Threads: what takes time here is the disk, when a shard is forced down to it.
+    with progress.bar(len(images), "images", "writing") as bar, threads(workers) as writers:
+        write = partial(_write_shard, folder=folder, images=images, numbers=numbers)
+        written = in_order(writers, write, [(file, ids) for _, file, ids in dealt], 2 * workers)
+        for (split, _, _), shard in zip(dealt, written, strict=True):
+            splits[split].append(shard)
+            bar.update(len(shard))
+    return {split: tuple(shards) for split, shards in splits.items()}, classes
 
 
 class _Hashing:
@@ -272,10 +305,9 @@ class _Hashing:
         return self.file.write(data)
 
 
-def _write_shard(path: Path, ids: Sequence[int], images: Sequence[_Image], numbers: dict[str, int]) -> Shard:
-    from webdataset.writer import TarWriter  # imports torch, which the checks above do without
-
-    with path.open("wb") as file:
+def _write_shard(task: tuple[str, list[int]], folder: Path, images: Sequence[_Image], numbers: dict[str, int]) -> Shard:
+    name, ids = task
+    with (folder / name).open("wb") as file:
         stream = _Hashing(file)
         # Nothing of the time, the user or the machine goes into the tar.
         with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
@@ -299,7 +331,7 @@ def _write_shard(path: Path, ids: Sequence[int], images: Sequence[_Image], numbe
         file.flush()
         os.fsync(file.fileno())
     return Shard(
-        file=path.name,
+        file=name,
         bytes=stream.bytes,
         sha256=stream.sha256.hexdigest(),
         ids=tuple(ids),

@@ -359,8 +359,8 @@ from pathlib import Path
 from dist_obdsd.data import pack
 from dist_obdsd.data.recipes import load_recipe
 original = pack._write_shard
-def slow(*args):
-    shard = original(*args)
+def slow(*args, **kwargs):
+    shard = original(*args, **kwargs)
     print("shard", flush=True)
     time.sleep(60)
     return shard
