@@ -13,7 +13,9 @@ import torch
 from dist_obdsd import runtime
 from dist_obdsd.config import Config, load_config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.reading import check_files
+from dist_obdsd.data.manifest import Shard
+from dist_obdsd.data.reading import cache_of, check_files
+from dist_obdsd.data.remote import begin, is_remote, location
 from dist_obdsd.data.schedule import allowed_world_sizes, plan_from
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
@@ -98,7 +100,8 @@ def where_it_runs(settings: Config) -> list[str]:
         raise InputError("tracking.kind=mlflow but mlflow is not installed; install it or set tracking.kind=none")
     sizes = allowed_world_sizes(settings.data.lanes)
     local = ", ".join(f"{settings.batch.global_size // size} on {size}" for size in sizes)
-    check_files(settings.data.shards, tuple(manifest.shards()))
+    shards = tuple(manifest.shards())
+    check_files(settings.data.shards, shards)
     check_evaluable(manifest, settings, validation_subset(manifest, held_out, settings))
     here = f"; one rank per GPU, and this node has {gpus}" if device.type == "cuda" else ""
     return [
@@ -106,4 +109,21 @@ def where_it_runs(settings: Config) -> list[str]:
         f"(images per rank: {local}){here}",
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
+        *_remote(settings, shards),
     ]
+
+
+def _remote(settings: Config, shards: Sequence[Shard]) -> list[str]:
+    """What there is to say of shards that are not here: whether one can be read, and what the cache has."""
+    root = settings.data.shards
+    if not is_remote(root):
+        return []
+    begin(location(root, shards[0].file))
+    size = sum(shard.bytes for shard in shards) / 2**30
+    line = f"{len(shards)} remote shards of {size:.3g} GiB, the first of which can be read"
+    cache = cache_of(settings.data)
+    if cache is None:
+        return [f"{line}; data.cache is unset, so every epoch reads them anew"]
+    present = sum(cache.path(shard).exists() for shard in shards)
+    free = shutil.disk_usage(cache.folder).free / 2**30
+    return [f"{line}; {present} are in {cache.folder}, which has {free:.1f} GiB free"]

@@ -26,7 +26,7 @@ from webdataset.gopen import gopen
 
 from dist_obdsd.errors import InputError, RunError
 
-ATTEMPTS = 5  # in a row that bring nothing new, after which a download is given up
+ATTEMPTS = 5  # to download a file; counted from 1 again by one that gets further than all before
 PAUSE = 1.0  # seconds before the second attempt, doubled with every further one
 PATIENCE = 60.0  # seconds without a byte after which an attempt is given up
 CHUNK = 2**20  # bytes
@@ -61,8 +61,7 @@ def shown(url: str) -> str:
     """A URL as it may stand in a message: without what could be a password or a signature."""
     if url.startswith("pipe:") or "://" not in url:
         return url
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return re.sub(r"(?<=://)[^/]*@", "", url.partition("#")[0].partition("?")[0])
 
 
 def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None = None) -> None:
@@ -83,6 +82,19 @@ def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None
         file.seek(at)
         file.write(data)
     file.truncate()
+
+
+def begin(url: str) -> bytes:
+    """The first bytes, to see whether ``url`` can be read at all. There is one attempt.
+
+    Raises:
+        InputError: nothing can open such a URL.
+        RunError: it cannot be read.
+    """
+    try:
+        return next(_open(url, 0)[1], b"")
+    except (OSError, http.client.HTTPException) as error:
+        raise RunError(f"cannot read {shown(url)}: {_cause(error)}; check the address and your access") from error
 
 
 def _download(url: str, size: int | None, sha256: str | None) -> Iterator[tuple[int, bytes]]:
