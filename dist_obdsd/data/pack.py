@@ -98,8 +98,9 @@ def pack(
             report(f"{differences}; packing what is there")
             record["partial"] = True
         try:
-            with workshop(out) as folder:
-                images, left_out = _examine_all(samples, resize, workers, folder / "spool", report)
+            # The processes first, so that they do not inherit the workshop's lock, which ends with this process alone.
+            with processes(workers) as decoders, workshop(out) as folder:
+                images, left_out = _examine_all(samples, resize, decoders, workers, folder / "spool", report)
                 images, too_small = _drop_small_classes(images, samples_per_class, report)
                 if left_out or too_small:
                     record["left_out"] = left_out + too_small
@@ -158,7 +159,12 @@ def _differences(recipe: Recipe, samples: Sequence[Sample]) -> str:
 
 
 def _examine_all(
-    samples: Sequence[Sample], resize: int | None, workers: int, spool: Path, report: Callable[[str], None]
+    samples: Sequence[Sample],
+    resize: int | None,
+    decoders: Executor | None,
+    workers: int,
+    spool: Path,
+    report: Callable[[str], None],
 ) -> tuple[list[_Image], list[dict[str, str]]]:
     """Decode every image. Those made smaller wait in the spool file, the others stay where they are.
 
@@ -169,7 +175,6 @@ def _examine_all(
     left_out: list[dict[str, str]] = []
     parts = [samples[start : start + TOGETHER] for start in range(0, len(samples), TOGETHER)]
     with (
-        processes(workers) as decoders,
         threads(workers) as readers,
         progress.bar(len(samples), "images", "examining") as bar,
         spool.open("w+b") as file,
