@@ -30,6 +30,7 @@ from dist_obdsd.data.workshop import publish, storage_error, workshop, write_syn
 from dist_obdsd.errors import InputError, RunError
 
 MOST_REPORTED = 20  # warnings about single images; the manifest lists all of them
+WRITERS = 4  # shards in memory at a time, of 64 MiB or somewhat more each
 TOGETHER = 16  # images that go to a decoding process at a time
 _Found = tuple[str, int, int, bytes | None]  # suffix, size, checksum and, where made smaller, bytes of an image
 
@@ -70,7 +71,7 @@ def pack(
             byte for byte.
         allow_partial: pack a source that differs from the recipe's expected counts, and say so in the manifest.
         overwrite: replace a packed folder, once the new one is complete.
-        workers: processes that decode, and threads that read and write; 0 and 1 both mean none besides the caller's.
+        workers: processes that decode and write; 0 and 1 both mean none besides the caller's.
         report: called with one sentence per warning.
 
     Returns:
@@ -99,12 +100,12 @@ def pack(
             record["partial"] = True
         try:
             # The processes first, so that they do not inherit the workshop's lock, which ends with this process alone.
-            with processes(workers) as decoders, workshop(out) as folder:
-                images, left_out = _examine_all(samples, resize, decoders, workers, folder / "spool", report)
+            with processes(workers) as pool, workshop(out) as folder:
+                images, left_out = _examine_all(samples, resize, pool, workers, folder / "spool", report)
                 images, too_small = _drop_small_classes(images, samples_per_class, report)
                 if left_out or too_small:
                     record["left_out"] = left_out + too_small
-                splits, classes = _write_shards(images, samples_per_class, seed, folder, workers)
+                splits, classes = _write_shards(images, samples_per_class, seed, folder, pool, workers)
                 (folder / "spool").unlink(missing_ok=True)
                 text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
                 written = manifests.from_json(text, str(out / "manifest.json"))
@@ -161,7 +162,7 @@ def _differences(recipe: Recipe, samples: Sequence[Sample]) -> str:
 def _examine_all(
     samples: Sequence[Sample],
     resize: int | None,
-    decoders: Executor | None,
+    pool: Executor | None,
     workers: int,
     spool: Path,
     report: Callable[[str], None],
@@ -179,7 +180,7 @@ def _examine_all(
         progress.bar(len(samples), "images", "examining") as bar,
         spool.open("w+b") as file,
     ):
-        look = partial(_look_at, resize=resize, decoders=decoders)
+        look = partial(_look_at, resize=resize, pool=pool)
         for part, results in zip(parts, in_order(readers, look, parts, 2 * workers), strict=True):
             for sample, found in zip(part, results, strict=True):
                 if isinstance(found, str):
@@ -199,10 +200,10 @@ def _examine_all(
     return images, left_out
 
 
-def _look_at(samples: Sequence[Sample], resize: int | None, decoders: Executor | None) -> list[_Found | str]:
+def _look_at(samples: Sequence[Sample], resize: int | None, pool: Executor | None) -> list[_Found | str]:
     """Read some images here, since an archive is open in this process alone, and decode them in another one."""
     data = [_read(sample) for sample in samples]
-    return decoders.submit(_examine, data, resize).result() if decoders else _examine(data, resize)
+    return pool.submit(_examine, data, resize).result() if pool else _examine(data, resize)
 
 
 def _read(sample: Sample) -> bytes | str:
@@ -266,7 +267,7 @@ def _drop_small_classes(
 
 
 def _write_shards(
-    images: Sequence[_Image], samples_per_class: int, seed: int, folder: Path, workers: int
+    images: Sequence[_Image], samples_per_class: int, seed: int, folder: Path, pool: Executor | None, workers: int
 ) -> tuple[dict[str, tuple[Shard, ...]], tuple[str, ...]]:
     """Number the images and classes in their order, deal and write them."""
     classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
@@ -286,14 +287,37 @@ def _write_shards(
             hands = deal_evenly(ids, shard_count(len(ids), size, FEWEST_IMAGES), seed, split)
         dealt += [(split, f"{split}-{n:06d}.tar", hand) for n, hand in enumerate(hands)]
     splits: dict[str, list[Shard]] = {split: [] for split in members}
-    # Threads: what takes time here is the disk, when a shard is forced down to it.
-    with progress.bar(len(images), "images", "writing") as bar, threads(workers) as writers:
-        write = partial(_write_shard, folder=folder, images=images, numbers=numbers)
-        written = in_order(writers, write, [(file, ids) for _, file, ids in dealt], 2 * workers)
+    # Read here and written elsewhere, as above. Whole shards are on the way, so there are not many at a time.
+    workers = min(workers, WRITERS)
+    with threads(workers) as readers, progress.bar(len(images), "images", "writing") as bar:
+        write = partial(_write_shard, folder=folder, images=images, numbers=numbers, pool=pool)
+        written = in_order(readers, write, [(file, ids) for _, file, ids in dealt], workers)
         for (split, _, _), shard in zip(dealt, written, strict=True):
             splits[split].append(shard)
             bar.update(len(shard))
     return {split: tuple(shards) for split, shards in splits.items()}, classes
+
+
+def _write_shard(
+    task: tuple[str, list[int]],
+    folder: Path,
+    images: Sequence[_Image],
+    numbers: dict[str, int],
+    pool: Executor | None,
+) -> Shard:
+    name, ids = task
+    classes = tuple(numbers[images[i].sample.class_name] for i in ids)
+    rows = []
+    for i, class_id in zip(ids, classes, strict=True):
+        image = images[i]
+        data = image.read()
+        if zlib.crc32(data) != image.checksum:
+            raise RunError(f"{image.sample.name} changed while it was packed; pack again when nothing writes there")
+        rows.append((i, class_id, image.sample.name, image.suffix, data))
+    path = folder / name
+    size, sha256 = pool.submit(_write_tar, path, rows).result() if pool else _write_tar(path, rows)
+    roles = tuple(images[i].sample.role for i in ids)
+    return Shard(file=name, bytes=size, sha256=sha256, ids=tuple(ids), classes=classes, roles=roles)
 
 
 class _Hashing:
@@ -310,36 +334,22 @@ class _Hashing:
         return self.file.write(data)
 
 
-def _write_shard(task: tuple[str, list[int]], folder: Path, images: Sequence[_Image], numbers: dict[str, int]) -> Shard:
-    name, ids = task
-    with (folder / name).open("wb") as file:
+def _write_tar(path: Path, rows: list[tuple[int, int, str, str, bytes]]) -> tuple[int, str]:
+    """Write (id, class, name, suffix, image) in their order, down to the disk. Returns bytes and SHA-256."""
+    with path.open("wb") as file:
         stream = _Hashing(file)
         # Nothing of the time, the user or the machine goes into the tar.
         with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
-            for i in ids:
-                image = images[i]
-                class_id = numbers[image.sample.class_name]
-                data = image.read()
-                if zlib.crc32(data) != image.checksum:
-                    raise RunError(
-                        f"{image.sample.name} changed while it was packed; pack again when nothing writes there"
-                    )
-                about = {"id": i, "class": class_id, "name": image.sample.name}
+            for i, class_id, name, suffix, data in rows:
+                about = {"id": i, "class": class_id, "name": name}
                 tar.write(
                     {
                         "__key__": manifests.key(i),
-                        image.suffix: data,
+                        suffix: data,
                         "cls": str(class_id).encode(),
                         "json": json.dumps(about, sort_keys=True).encode(),
                     }
                 )
         file.flush()
         os.fsync(file.fileno())
-    return Shard(
-        file=name,
-        bytes=stream.bytes,
-        sha256=stream.sha256.hexdigest(),
-        ids=tuple(ids),
-        classes=tuple(numbers[images[i].sample.class_name] for i in ids),
-        roles=tuple(images[i].sample.role for i in ids),
-    )
+    return stream.bytes, stream.sha256.hexdigest()
