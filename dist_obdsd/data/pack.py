@@ -4,46 +4,28 @@ Everything is written into ``OUT.packing`` beside the target and renamed at the 
 is complete whenever the program was stopped. Packing the same data twice gives the same bytes.
 """
 
-import hashlib
-import json
-import os
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from webdataset import TarWriter
+from typing import Any
 
 from dist_obdsd import progress
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.deal import FEWEST_GROUPS, FEWEST_IMAGES, deal_evenly, deal_training, shard_count
 from dist_obdsd.data.imagefile import examine
-from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.parallel import in_order, processes, threads
 from dist_obdsd.data.readers import Sample, open_samples
 from dist_obdsd.data.recipes import Recipe
 from dist_obdsd.data.workshop import publish, storage_error, workshop, write_synced
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.data.writing import UsableImage, write_shards
+from dist_obdsd.errors import InputError
 
 MOST_REPORTED = 20  # warnings about single images; the manifest lists all of them
-WRITERS = 4  # shards in memory at a time, of 64 MiB or somewhat more each
 TOGETHER = 16  # images that go to a decoding process at a time
 _Found = tuple[str, int, int, bytes | None]  # suffix, size, checksum and, where made smaller, bytes of an image
-
-
-@dataclass(frozen=True)
-class _Image:
-    """A usable image: decoded once, to be read again when its shard is written."""
-
-    sample: Sample
-    suffix: str
-    read: Callable[[], bytes]
-    bytes: int
-    checksum: int
 
 
 def pack(
@@ -105,7 +87,7 @@ def pack(
                 images, too_small = _drop_small_classes(images, samples_per_class, report)
                 if left_out or too_small:
                     record["left_out"] = left_out + too_small
-                splits, classes = _write_shards(images, samples_per_class, seed, folder, pool, workers)
+                splits, classes = write_shards(images, samples_per_class, seed, folder, pool, workers)
                 (folder / "spool").unlink(missing_ok=True)
                 text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
                 written = manifests.from_json(text, str(out / "manifest.json"))
@@ -166,13 +148,13 @@ def _examine_all(
     workers: int,
     spool: Path,
     report: Callable[[str], None],
-) -> tuple[list[_Image], list[dict[str, str]]]:
+) -> tuple[list[UsableImage], list[dict[str, str]]]:
     """Decode every image. Those made smaller wait in the spool file, the others stay where they are.
 
     Returns:
         The usable images, and name and reason of each other one.
     """
-    images: list[_Image] = []
+    images: list[UsableImage] = []
     left_out: list[dict[str, str]] = []
     parts = [samples[start : start + TOGETHER] for start in range(0, len(samples), TOGETHER)]
     with (
@@ -193,7 +175,7 @@ def _examine_all(
                 if smaller is not None:
                     read = partial(_read_at, spool, file.tell(), size)
                     file.write(smaller)
-                images.append(_Image(sample, suffix, read, size, checksum))
+                images.append(UsableImage(sample, suffix, read, size, checksum))
             bar.update(len(part))
     if len(left_out) > MOST_REPORTED:
         report(f"left out {len(left_out)} images in all; the manifest lists them")
@@ -238,8 +220,8 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
 
 
 def _drop_small_classes(
-    images: list[_Image], samples_per_class: int, report: Callable[[str], None]
-) -> tuple[list[_Image], list[dict[str, str]]]:
+    images: list[UsableImage], samples_per_class: int, report: Callable[[str], None]
+) -> tuple[list[UsableImage], list[dict[str, str]]]:
     """Leave out training classes that cannot fill one group, and name test classes with nothing to retrieve."""
     alone = Counter(image.sample.class_name for image in images if image.sample.split == "test")
     lonely = sorted(name for name, size in alone.items() if size == 1)
@@ -264,92 +246,3 @@ def _drop_small_classes(
             f"more; training needs at least 2"
         )
     return [image for image in images if image.sample.class_name not in small], left_out
-
-
-def _write_shards(
-    images: Sequence[_Image], samples_per_class: int, seed: int, folder: Path, pool: Executor | None, workers: int
-) -> tuple[dict[str, tuple[Shard, ...]], tuple[str, ...]]:
-    """Number the images and classes in their order, deal and write them."""
-    classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
-    numbers = {name: number for number, name in enumerate(classes)}
-    members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i, image in enumerate(images):
-        members[image.sample.split][numbers[image.sample.class_name]].append(i)
-    dealt: list[tuple[str, str, list[int]]] = []  # split, file, ids
-    for split, by_class in members.items():
-        size = sum(images[i].bytes for ids in by_class.values() for i in ids)
-        if split == "train":
-            groups = sum(len(ids) // samples_per_class for ids in by_class.values())
-            count = shard_count(groups, size, FEWEST_GROUPS)
-            hands = deal_training(by_class, samples_per_class, count, seed)
-        else:
-            ids = [i for ids in by_class.values() for i in ids]
-            hands = deal_evenly(ids, shard_count(len(ids), size, FEWEST_IMAGES), seed, split)
-        dealt += [(split, f"{split}-{n:06d}.tar", hand) for n, hand in enumerate(hands)]
-    splits: dict[str, list[Shard]] = {split: [] for split in members}
-    # Read here and written elsewhere, as above. Whole shards are on the way, so there are not many at a time.
-    workers = min(workers, WRITERS)
-    with threads(workers) as readers, progress.bar(len(images), "images", "writing") as bar:
-        write = partial(_write_shard, folder=folder, images=images, numbers=numbers, pool=pool)
-        written = in_order(readers, write, [(file, ids) for _, file, ids in dealt], workers)
-        for (split, _, _), shard in zip(dealt, written, strict=True):
-            splits[split].append(shard)
-            bar.update(len(shard))
-    return {split: tuple(shards) for split, shards in splits.items()}, classes
-
-
-def _write_shard(
-    task: tuple[str, list[int]],
-    folder: Path,
-    images: Sequence[_Image],
-    numbers: dict[str, int],
-    pool: Executor | None,
-) -> Shard:
-    name, ids = task
-    classes = tuple(numbers[images[i].sample.class_name] for i in ids)
-    rows = []
-    for i, class_id in zip(ids, classes, strict=True):
-        image = images[i]
-        data = image.read()
-        if zlib.crc32(data) != image.checksum:
-            raise RunError(f"{image.sample.name} changed while it was packed; pack again when nothing writes there")
-        rows.append((i, class_id, image.sample.name, image.suffix, data))
-    path = folder / name
-    size, sha256 = pool.submit(_write_tar, path, rows).result() if pool else _write_tar(path, rows)
-    roles = tuple(images[i].sample.role for i in ids)
-    return Shard(file=name, bytes=size, sha256=sha256, ids=tuple(ids), classes=classes, roles=roles)
-
-
-class _Hashing:
-    """Passes bytes on to a file and hashes them on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-
-def _write_tar(path: Path, rows: list[tuple[int, int, str, str, bytes]]) -> tuple[int, str]:
-    """Write (id, class, name, suffix, image) in their order, down to the disk. Returns bytes and SHA-256."""
-    with path.open("wb") as file:
-        stream = _Hashing(file)
-        # Nothing of the time, the user or the machine goes into the tar.
-        with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
-            for i, class_id, name, suffix, data in rows:
-                about = {"id": i, "class": class_id, "name": name}
-                tar.write(
-                    {
-                        "__key__": manifests.key(i),
-                        suffix: data,
-                        "cls": str(class_id).encode(),
-                        "json": json.dumps(about, sort_keys=True).encode(),
-                    }
-                )
-        file.flush()
-        os.fsync(file.fileno())
-    return stream.bytes, stream.sha256.hexdigest()

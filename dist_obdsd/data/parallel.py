@@ -1,7 +1,7 @@
 """Work on all cores, with the results in the order of the tasks.
 
-Processes and not threads where images are decoded: of a small image Pillow spends most of its time holding the
-interpreter's lock (32,460 drawings of Omniglot take two threads longer than one).
+Processes and not threads where images are decoded or tars written: of a small image Pillow spends most of its time
+holding the interpreter's lock, and two threads pack or verify Omniglot no quicker than one.
 """
 
 import multiprocessing

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dist_obdsd.data import deal, manifest, workshop
+from dist_obdsd.data import deal, manifest, workshop, writing
 from dist_obdsd.data import pack as packing
 from dist_obdsd.data.imagefile import examine
 from dist_obdsd.data.pack import pack
@@ -342,7 +342,8 @@ def test_an_existing_target_is_not_touched(source, tmp_path) -> None:
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("calls", [20, 100])  # while images are examined, while shards are written
 def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, failure, calls) -> None:
-    original = packing.manifests.key if calls == 100 else packing.examine
+    module, name = (writing, "key") if calls == 100 else (packing, "examine")
+    original = getattr(module, name)
     counted = iter(range(20))
 
     def interrupted(*args):
@@ -351,16 +352,16 @@ def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, failure, 
             raise failure
         return original(*args)
 
-    monkeypatch.setattr(packing.manifests if calls == 100 else packing, original.__name__, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
     with pytest.raises(failure):
         pack(FOLDER, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("stage", ["_look_at", "_write_shard"])
-def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path, monkeypatch, stage) -> None:
+@pytest.mark.parametrize(("module", "stage"), [(packing, "_look_at"), (writing, "_write_shard")])
+def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path, monkeypatch, module, stage) -> None:
     out = tmp_path / "out"
-    original = getattr(packing, stage)
+    original = getattr(module, stage)
     context = multiprocessing.get_context("fork")
     reached = context.Event()
 
@@ -371,7 +372,7 @@ def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path, monk
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, stage, slow)
+        patch.setattr(module, stage, slow)
         process = context.Process(target=pack, args=(FOLDER, source, out), kwargs={"workers": 2})
         process.start()
     children = []
@@ -588,7 +589,9 @@ def test_glyphs_pack_into_64_equal_shards(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_the_real_omniglot_packs_whole(real_data, tmp_path) -> None:
-    packed = pack(load_recipe("omniglot"), real_data / "omniglot", tmp_path / "out")
+    start = time.monotonic()
+    packed = pack(load_recipe("omniglot"), real_data / "omniglot", tmp_path / "out", workers=2)
+    assert time.monotonic() - start < 60
     assert [len(shards) for shards in packed.splits.values()] == [64, 64]
     assert (packed.images("train"), packed.images("test")) == (19280, 13180)
     assert (len(packed.class_ids("train")), len(packed.class_ids("test"))) == (964, 659)
