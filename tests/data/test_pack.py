@@ -380,6 +380,8 @@ def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path, monk
         assert reached.wait(30)
         children = psutil.Process(process.pid).children()
         assert len(children) == 2
+        opened = [os.readlink(file) for child in children for file in Path(f"/proc/{child.pid}/fd").iterdir()]
+        assert not any("out.packing" in name for name in opened)  # nor the lock with it
         with pytest.raises(InputError, match="another process is packing to"):
             pack(FOLDER, source, out)
         assert (tmp_path / "out.packing" / "train-000000.tar").exists() == (stage == "_write_shard")
