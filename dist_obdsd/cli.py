@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
 
     pack = commands.add_parser("pack", help="turn a benchmark's download or your own images into shards")
     pack.add_argument("recipe", help="a recipe's name (see shards/) or the path of a recipe YAML")
-    pack.add_argument("--source", type=Path, help="the folder with the download, or your images")
+    pack.add_argument("overrides", nargs="*", metavar="options.name=value", help="settings that replace the recipe's")
+    pack.add_argument("--source", type=Path, help="the download or your images: a folder, an archive or a list")
     pack.add_argument("--out", type=Path, required=True, help="the folder to make")
     pack.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
     pack.add_argument("--seed", type=int, default=0, help="of the order inside the shards")
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--resize", type=int, help="shrink images to this shorter side in pixels; default: copy the bytes"
     )
-    pack.add_argument("--allow-partial", action="store_true", help="accept counts other than the recipe's")
+    pack.add_argument("--allow-partial", action="store_true", help="pack what is there of an incomplete source")
     pack.add_argument("--overwrite", action="store_true", help="replace shards that are already there")
     pack.set_defaults(run=_pack)
 
@@ -161,10 +162,11 @@ def _tell_launcher(error: Exception) -> None:
 
 
 def _pack(options: argparse.Namespace) -> int:
+    from dist_obdsd.data.mixing import describe
     from dist_obdsd.data.pack import pack
     from dist_obdsd.data.recipes import load_recipe
 
-    recipe = load_recipe(options.recipe)
+    recipe = load_recipe(options.recipe, options.overrides)
     start = time.monotonic()
     manifest = pack(
         recipe,
@@ -184,10 +186,13 @@ def _pack(options: argparse.Namespace) -> int:
         print(f"{split}: {manifest.images(split)} images of {classes} classes in {len(shards)} shards")
     images = sum(map(len, manifest.shards()))
     print(f"{options.out}: {progress.rate(images, sum(shard.bytes for shard in manifest.shards()), seconds)}")
+    print(describe(manifest))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from dist_obdsd.data.manifest import load
+    from dist_obdsd.data.mixing import describe
     from dist_obdsd.data.verify import verify
 
     start = time.monotonic()
@@ -197,6 +202,7 @@ def _verify(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     print(f"{options.shards}: {report.images} images in {report.shards} shards, all as the manifest says")
     print(f"{options.shards}: {progress.rate(report.images, report.bytes, seconds)}")
+    print(describe(load(options.shards)))
     return 0
 
 

@@ -14,6 +14,7 @@ from dist_obdsd import runtime
 from dist_obdsd.config import Config, load_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.manifest import Shard
+from dist_obdsd.data.mixing import mixing_of
 from dist_obdsd.data.reading import cache_of, check_files
 from dist_obdsd.data.remote import begin, is_remote, location
 from dist_obdsd.data.schedule import allowed_world_sizes, plan_from
@@ -94,7 +95,7 @@ def where_it_runs(settings: Config) -> list[str]:
     launch, gpus = runtime.read_launch(os.environ), torch.cuda.device_count()
     device = runtime.choose_device(settings.device, launch, gpus)
     manifest = manifests.load(settings.data.shards)
-    classes, held_out = manifests.split_classes(manifest, settings.validation.fraction, settings.seed)
+    classes, held_out = manifests.split_classes(manifest, settings.validation, settings.seed)
     plan = plan_from(settings, manifest, classes, epoch=0)
     if settings.tracking.kind == "mlflow" and version("mlflow") is None:
         raise InputError("tracking.kind=mlflow but mlflow is not installed; install it or set tracking.kind=none")
@@ -103,6 +104,12 @@ def where_it_runs(settings: Config) -> list[str]:
     shards = tuple(manifest.shards())
     check_files(settings.data.shards, shards)
     check_evaluable(manifest, settings, validation_subset(manifest, held_out, settings))
+    too_small = []
+    if plan.too_small:
+        too_small.append(
+            f"{plan.too_small} classes have fewer than batch.samples_per_class={settings.batch.samples_per_class} "
+            f"images and are never shown"
+        )
     here = f"; one rank per GPU, and this node has {gpus}" if device.type == "cuda" else ""
     return [
         f"{settings.name}: runs on {device.type} with {', '.join(map(str, sizes))} ranks "
@@ -110,6 +117,8 @@ def where_it_runs(settings: Config) -> list[str]:
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
         *_remote(settings, shards),
+        f"{mixing_of(plan, settings.batch.samples_per_class)}",
+        *too_small,
     ]
 
 

@@ -39,6 +39,12 @@ def test_every_shipped_config_is_valid(path):
         ("data.std=[0, 1, 1]", "every value must be above 0"),
         ("name=../up", "name is '../up'"),
         ("optim.lr=.nan", "optim.lr is nan"),
+        ("validation={fraction: 0.1, folds: 5}", "validation.fraction and validation.folds both say what to hold out"),
+        ("validation={classes: [a, b], folds: 5}", "validation.classes and validation.folds both say"),
+        ("validation={folds: 5, fold: 5}", "set validation.fold to a number from 0 to 4"),
+        ("validation.fold=1", "has no effect without validation.folds"),
+        ("validation.folds=1", "validation.folds is 1"),
+        ("validation.classes=none.txt", "cannot read none.txt: No such file or directory; give a list of names, or"),
     ],
 )
 def test_a_mistake_is_refused_with_the_mend(override, sentence):
@@ -101,3 +107,20 @@ def test_a_ranking_loss_is_chosen_by_name_and_has_settings_of_its_own():
         parse("ranking.name=tripplet")
     with pytest.raises(InputError, match=r"ranking.alpha is -1: input should be greater than 0"):
         parse("ranking.alpha=-1")
+
+
+def test_validation_classes_are_a_list_or_a_file_of_names(tmp_path):
+    names = ("12", "Ram C/V Cargo Van", "ß")
+    (tmp_path / "names.txt").write_bytes("\ufeff12\r\n\n Ram C/V Cargo Van \nß".encode())
+    assert parse("validation.classes=[12, Ram C/V Cargo Van, ß]").validation.classes == names
+    from_file = parse(f"validation.classes={tmp_path / 'names.txt'}")
+    assert from_file.validation.classes == names
+    assert from_file.validation.holds_out
+    assert not parse().validation.holds_out
+    # What is saved needs the file no more.
+    (tmp_path / "names.txt").write_text("\n")
+    assert parse_config(from_file.model_dump(mode="json"), "again") == from_file
+    with pytest.raises(InputError, match=r"names.txt holds no names"):
+        parse(f"validation.classes={tmp_path / 'names.txt'}")
+    with pytest.raises(InputError, match="chosen by map@r; add it to evaluation.metrics"):
+        parse("validation.folds=2", "evaluation.metrics=[recall]")

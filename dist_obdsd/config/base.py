@@ -1,6 +1,7 @@
 """What every section of the configuration shares."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,3 +14,24 @@ class Section(BaseModel):
     """Frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def read_names(value: Any) -> Any:
+    """A list of names as it stands, or from a text file with one name per line, given by its path.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no name.
+    """
+    if not isinstance(value, str):
+        # A class called 12 is a number to YAML.
+        listed = isinstance(value, list | tuple)
+        return [str(name) if type(name) is int else name for name in value] if listed else value
+    try:
+        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {value}: {reason}; give a list of names, or a file with one a line") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{value} holds no names; write one per line")
+    return names

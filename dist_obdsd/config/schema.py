@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dist_obdsd.config.base import Count, NonNegative, Positive, Section
+from dist_obdsd.config.base import Count, NonNegative, Positive, Section, read_names
 from dist_obdsd.config.ranking import MultiSimilarity, Ranking
 
 Metric = Literal["recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum"]
@@ -49,6 +49,10 @@ class Data(Section):
     """The fixed number of streams that a global batch is put together from. The number of ranks must divide it."""
     window: Count = 8
     """Shards of one lane that are held in memory as encoded bytes at a time."""
+    sampling: Literal["epoch", "class_uniform"] = "epoch"
+    """`epoch`: each image at most once an epoch, so a class stands in batches as often as it has images;
+    `class_uniform`: in as many steps, every class about equally often (as published; data/uniform.py says how
+    equally)."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
     """How many undecodable images each rank replaces, with a warning that names each, before the run stops."""
 
@@ -123,7 +127,8 @@ class Distillation(Section):
     memory: Annotated[int, Field(ge=0)] = 0
     """Teacher embeddings of earlier batches of the epoch that the diffusion also runs over (images)."""
     solver: Literal["auto", "cholesky", "cg"] = "auto"
-    """Who solves the diffusion: `cholesky` for all rows at once, `cg` (conjugate gradients) for a rank's own rows."""
+    """Who solves the diffusion: `cholesky` for all rows at once, `cg` (conjugate gradients) for a rank's own rows.
+    `auto` tries whether a few terms of Neumann's series are as good, and else takes the faster one that fits."""
     tolerance: Positive = 1e-4
     """Largest L1 error of a target's row; a solve that does not reach it stops the run."""
     memory_gib: Positive = 2.0
@@ -180,13 +185,44 @@ class Optim(Section):
 
 
 class Validation(Section):
+    """Which training classes are taken out of training for model selection: a `fraction`, the ones in `classes`, or one
+    of several `folds`. By default none, so the run trains on all and reports only `last`."""
+
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training classes that is taken out of training for model selection; 0 trains on all."""
+    """Share of the training classes that is held out; 0 holds out none. Which ones follows from the seed."""
+    classes: Annotated[tuple[str, ...], BeforeValidator(read_names)] = ()
+    """Names of the classes to hold out, or the path of a text file with one name per line. The file is read once: a
+    run's own config holds the names."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Cross-validation: cut the training classes into so many parts, near-equal and by the seed, of which this run
+    holds out the one that `fold` says. Every class is held out in exactly one fold."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """Of `folds`: which part, from 0."""
     every: Count = 1
     """Epochs between validations."""
     max_images: Count | None = None
     """Validate on some of the held-out classes, whole ones, with at most so many images together; unset: on all. Which
     ones follows from the seed, so they are the same throughout the run."""
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.fraction or self.classes or self.folds)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ways = [name for name in ("fraction", "classes", "folds") if getattr(self, name)]
+        if len(ways) > 1:
+            raise ValueError(
+                f"validation.{' and validation.'.join(ways)} both say what to hold out; set only one of them"
+            )
+        if self.folds is None and self.fold:
+            raise ValueError(f"validation.fold={self.fold} has no effect without validation.folds; set that, too")
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(
+                f"validation.fold={self.fold} but validation.folds={self.folds}; "
+                f"set validation.fold to a number from 0 to {self.folds - 1}"
+            )
+        return self
 
 
 class Evaluation(Section):
@@ -297,10 +333,10 @@ class Config(Section):
             raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
         if self.model.backbone == "small_cnn" and self.model.pretrained == "torchvision":
             raise ValueError("torchvision has no weights for small_cnn; set model.pretrained to none or to a file")
-        if SELECTION_METRIC not in self.evaluation.metrics and (self.validation.fraction or self.evaluation.best_test):
+        if SELECTION_METRIC not in self.evaluation.metrics and (self.validation.holds_out or self.evaluation.best_test):
             raise ValueError(
-                f"the best epoch is chosen by {SELECTION_METRIC}; add it to evaluation.metrics, or set "
-                f"validation.fraction=0 and evaluation.best_test=false"
+                f"the best epoch is chosen by {SELECTION_METRIC}; add it to evaluation.metrics, or hold out no "
+                f"validation classes and set evaluation.best_test=false"
             )
         if self.evaluation.best_test and not self.evaluation.test:
             raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")

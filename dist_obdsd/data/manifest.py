@@ -16,17 +16,19 @@ Roles are ``train``; ``both`` for an image that is query and gallery (self-retri
 ``gallery:NAME`` where there are several galleries that are searched one by one, such as ``gallery:cam1``.
 """
 
+import difflib
 import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dist_obdsd.config import Validation
 from dist_obdsd.data.remote import fetch, is_remote, location, shown
 from dist_obdsd.errors import InputError
 from dist_obdsd.seeds import rng
@@ -219,21 +221,46 @@ def load(root: str | Path) -> Manifest:
     return from_json(text, shown(path))
 
 
-def split_classes(manifest: Manifest, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def split_classes(manifest: Manifest, validation: Validation, seed: int) -> tuple[list[int], list[int]]:
     """Cut the training classes into those to train on and those to validate on; the two share no class.
 
     Returns:
         (training class ids, validation class ids), both ascending.
 
     Raises:
-        InputError: the fraction leaves fewer than two classes on a side.
+        InputError: a class to hold out is not there, a side has fewer than two classes, or nothing is to train on.
     """
+    if "train" not in manifest.splits:
+        raise InputError(f"these shards have only {', '.join(manifest.splits)}; training needs a train split")
     classes = manifest.class_ids("train")
-    held_out = round(fraction * len(classes))
-    if fraction > 0 and not 2 <= held_out <= len(classes) - 2:
+    if validation.classes:
+        chosen, what = _named(manifest, classes, validation.classes), "validation.classes"
+    elif validation.folds is not None:
+        if len(classes) // validation.folds < 2:
+            raise InputError(
+                f"validation.folds={validation.folds} of {len(classes)} classes leaves a fold with less than two; "
+                f"set it to {len(classes) // 2} or less"
+            )
+        order = rng(seed, "validation folds").permutation(np.array(classes))
+        chosen = np.array_split(order, validation.folds)[validation.fold].tolist()
+        what = f"fold {validation.fold} of validation.folds={validation.folds}"
+    else:
+        held_out = round(validation.fraction * len(classes))
+        chosen = rng(seed, "validation classes").permutation(np.array(classes))[:held_out].tolist()
+        what = f"validation.fraction={validation.fraction}"
+    if validation.holds_out and not 2 <= len(chosen) <= len(classes) - 2:
         raise InputError(
-            f"validation.fraction={fraction} of {len(classes)} classes holds out {held_out}; "
-            f"both sides need at least two classes"
+            f"{what} holds out {len(chosen)} of {len(classes)} classes; both sides need at least two classes"
         )
-    chosen = rng(seed, "validation classes").permutation(np.array(classes))[:held_out].tolist()
     return sorted(set(classes) - set(chosen)), sorted(chosen)
+
+
+def _named(manifest: Manifest, classes: list[int], names: Sequence[str]) -> list[int]:
+    """The ids of some training classes."""
+    ids = {manifest.classes[c]: c for c in classes}
+    for name in names:
+        if name not in ids:
+            near = difflib.get_close_matches(name, ids, n=1, cutoff=0.0)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"validation.classes holds {name!r}, which is no training class of these shards{hint}")
+    return sorted({ids[name] for name in names})

@@ -7,7 +7,7 @@ repeats. At the end, each repetition is exchanged with a group of a near step th
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 NEAR = 64  # steps before and after, in which a place for a repeated class is looked for
@@ -23,12 +23,21 @@ class Group:
     ids: tuple[int, ...]
     oldest: int
     """The earliest window that an image of the group is from: ``window`` or the one before."""
+    instead_of: "Group | None" = None
+    """The planned group whose place this one has, in class-uniform sampling."""
 
 
 class Lane:
     """The groups of a lane that are still to be taken: one queue per class, and a heap of the queues' first times."""
 
-    def __init__(self, groups: list[Group]) -> None:
+    def __init__(self, groups: list[Group], rooms: dict[tuple[int, int], int] | None = None) -> None:
+        """Sort the groups.
+
+        Args:
+            rooms: class-uniform sampling only, whose groups have no images yet: (window, class) -> how many groups
+                without a common image one step can have there; every window has as many as a step takes from a lane.
+        """
+        self.rooms = rooms
         self.remaining = len(groups)
         self.queues: dict[int, deque[Group]] = {}
         self.needs: dict[int, int] = {}  # window -> groups still to be taken that have an image of it as their oldest
@@ -57,10 +66,17 @@ class Lane:
         return group
 
     def put_back(self, group: Group) -> None:
+        group = group.instead_of or group
         self.queues[group.label].appendleft(group)
         self.needs[group.oldest] += 1
         self.remaining += 1
         heappush(self.heap, (group.time, group.label))
+
+    def fits(self, window: int, label: int, taken: list[Group]) -> bool:
+        """Whether a step that has ``taken`` from the lane can have one more group of the class, no image twice."""
+        if self.rooms is None:  # then no two groups share an image
+            return True
+        return sum((g.window, g.label) == (window, label) for g in taken) < self.rooms[window, label]
 
     def earliest(self, excluded: dict[int, int]) -> int | None:
         """The class of the earliest group that is open and whose class is not excluded."""
@@ -98,11 +114,13 @@ def take_steps(queues: list[Lane], steps: int, per_lane: int) -> list[list[list[
         for turn in range(per_lane * L):
             lane = (t + turn) % L
             label = queues[lane].earliest(owner)
-            if label is None and not _exchange(lane, queues, chosen, owner):
-                label = _repeat(queues[lane], chosen)
             if label is not None:
-                owner.setdefault(label, lane)
+                owner[label] = lane
                 chosen[lane].append(queues[lane].take(label))
+            elif not _exchange(lane, queues, chosen, owner):
+                group = _repeat(lane, queues[lane], chosen)
+                owner.setdefault(group.label, lane)
+                chosen[lane].append(group)
         plan.append(chosen)
     _spread_repeats(plan)
     return plan
@@ -128,23 +146,35 @@ def _exchange(lane: int, queues: list[Lane], chosen: list[list[Group]], owner: d
                 here, label = wants, given
             return True
         for label, other in owner.items():
-            if other not in came_from and queues[here].first(label) is not None:
+            first = None if other in came_from else queues[here].first(label)
+            if first is not None and queues[here].fits(first.window, label, chosen[here]):
                 came_from[other] = (here, label)
                 waiting.append(other)
     return False
 
 
-def _repeat(queue: Lane, chosen: list[list[Group]]) -> int:
-    """The open class that this step holds least often; the earliest of them."""
-    held: dict[int, int] = {}
-    for lane in chosen:
-        for group in lane:
-            held[group.label] = held.get(group.label, 0) + 1
+def _repeat(lane: int, queue: Lane, chosen: list[list[Group]]) -> Group:
+    """Take a group of the open class that this step holds least often; the earliest of them."""
+    held = Counter(group.label for groups in chosen for group in groups)
     while True:
         firsts = [group for group in map(queue.first, queue.queues) if group is not None]
+        fitting = [group for group in firsts if queue.fits(group.window, group.label, chosen[lane])]
+        if fitting:
+            return queue.take(min(fitting, key=lambda group: (held[group.label], group.time)).label)
         if firsts:
-            return min(firsts, key=lambda group: (held.get(group.label, 0), group.time)).label
+            return _substitute(queue, min(firsts, key=lambda group: group.time), chosen[lane], held)
         queue.horizon += 1  # the windows are smaller than what a step takes
+
+
+def _substitute(queue: Lane, planned: Group, taken: list[Group], held: Counter[int]) -> Group:
+    """Take another class of the window in place of one whose images there are all in the step already.
+
+    There is one: a window has room for as many groups as a step takes from the lane.
+    """
+    assert queue.rooms is not None
+    labels = [c for window, c in queue.rooms if window == planned.window and queue.fits(window, c, taken)]
+    label = min(labels, key=lambda c: (held[c], c))
+    return replace(queue.take(planned.label), label=label, instead_of=planned)
 
 
 def _spread_repeats(plan: list[list[list[Group]]]) -> None:

@@ -17,7 +17,7 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.imagefile import examine
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.parallel import in_order, processes, threads
-from dist_obdsd.data.readers import Sample, open_samples
+from dist_obdsd.data.readers import Sample, open_samples, refuse
 from dist_obdsd.data.recipes import Recipe
 from dist_obdsd.data.workshop import publish, storage_error, workshop, write_synced
 from dist_obdsd.data.writing import UsableImage, write_shards
@@ -45,13 +45,14 @@ def pack(
 
     Args:
         recipe: how the source is read.
-        source: folder of the download; None where the recipe needs none.
+        source: the download, its folder or an archive; None where the recipe needs none.
         out: the folder to make.
         seed: of the deal to shards; the split of the classes belongs to the recipe.
         samples_per_class: images of a class that training takes together (K); smaller training classes are left out.
         resize: shorter side in pixels to which larger images are reduced and encoded again; None copies every image
             byte for byte.
-        allow_partial: pack a source that differs from the recipe's expected counts, and say so in the manifest.
+        allow_partial: pack what is there of a source that lacks listed files or differs from the recipe's expected
+            counts, and say so in the manifest.
         overwrite: replace a packed folder, once the new one is complete.
         workers: processes that decode and write; 0 and 1 both mean none besides the caller's.
         report: called with one sentence per warning.
@@ -69,17 +70,17 @@ def pack(
         raise InputError(f"resize is {resize}; give the shorter side in pixels, at least 1")
     out = out.resolve()
     _check_target(out, source, overwrite)
-    with open_samples(recipe.reader, recipe.reader_options(), source) as samples:
+    differences: list[str] = []
+    lack = differences.append if allow_partial else refuse
+    with open_samples(recipe.reader, recipe.reader_options(), source, lack, _existing(out.parent)) as samples:
         record: dict[str, Any] = {**recipe.model_dump(), "options": recipe.reader_options().model_dump()}
         record["resize"] = resize
         _check_sides(samples)
-        if differences := _differences(recipe, samples):
-            if not allow_partial:
-                raise InputError(
-                    f"{differences}; download the data again, or pass --allow-partial to pack what is there"
-                )
-            report(f"{differences}; packing what is there")
-            record["partial"] = True
+        if counts := _other_counts(recipe, samples):
+            lack(", and ".join(counts))
+        if differences:
+            report(f"{', and '.join(differences)}; packing what is there")
+            record |= {"partial": True, "differences": differences}
         try:
             # The processes first, so that they do not inherit the workshop's lock, which ends with this process alone.
             with processes(workers) as pool, workshop(out) as folder:
@@ -128,17 +129,29 @@ def _check_sides(samples: Sequence[Sample]) -> None:
         )
 
 
-def _differences(recipe: Recipe, samples: Sequence[Sample]) -> str:
-    """What differs from the recipe's expected counts, as one clause; empty where nothing does."""
-    images = Counter(sample.split for sample in samples)
-    classes = Counter(split for split, _ in {(sample.split, sample.class_name) for sample in samples})
-    found = [
-        f"{split} has {images[split]} images of {classes[split]} classes but the recipe {recipe.name} expects "
-        f"{expected.images} of {expected.classes}"
-        for split, expected in recipe.expected.items()
-        if (images[split], classes[split]) != (expected.images, expected.classes)
-    ]
-    return ", and ".join(found)
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the first above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def _other_counts(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
+    """What differs from the recipe's expected counts, a clause each."""
+    images: Counter[tuple[str, str]] = Counter()
+    members = defaultdict(set)
+    for sample in samples:
+        for part in ((sample.split, ""), (sample.split, sample.role)):
+            images[part] += 1
+            members[part].add(sample.class_name)
+    found = []
+    for split, expected in recipe.expected.items():
+        for role, count in {"": expected, **expected.roles}.items():
+            part = (split, role)
+            if (images[part], len(members[part])) != (count.images, count.classes):
+                found.append(
+                    f"{split}{f' ({role})' if role else ''} has {images[part]} images of {len(members[part])} classes "
+                    f"but the recipe {recipe.name} expects {count.images} of {count.classes}"
+                )
+    return found
 
 
 def _examine_all(

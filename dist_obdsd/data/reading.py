@@ -5,7 +5,7 @@ From a shard only images, integers and JSON are parsed; nothing in it can execut
 
 import math
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +152,8 @@ class Window:
     closes: int
     lane: int
     shards: tuple[Shard, ...]
-    wanted: Container[int]
+    uses: Mapping[int, int]
+    """Image id -> in how many rows of the lane's coming steps it stands; others are not kept."""
 
 
 class WindowReader:
@@ -161,7 +162,7 @@ class WindowReader:
     def __init__(self, root: str, windows: Iterator[Window], cache: Cache | None = None) -> None:
         self._root, self._windows, self._cache = root, windows, cache
         self._changed = threading.Condition()
-        self._images: dict[tuple[int, int], bytes] = {}  # (epoch, id) -> encoded
+        self._images: dict[tuple[int, int], tuple[bytes, int]] = {}  # (epoch, id) -> encoded, rows to come
         self._held: list[Window] = []
         self._next: tuple[float, float] = (-1, -1)  # (epoch, opens) of the first window that is not read yet
         self._needed: tuple[int, int] = (-1, -1)
@@ -176,10 +177,16 @@ class WindowReader:
             self._changed.wait_for(lambda: self._failure or self._next > (epoch, step))
             if self._failure:
                 raise self._failure
-            images = [self._images.pop((epoch, i)) for i in ids]
+            images = [self._use(epoch, i) for i in ids]
             self._held = [w for w in self._held if (w.epoch, w.closes) > (epoch, step)]
             self._changed.notify_all()
             return images
+
+    def _use(self, epoch: int, sample_id: int) -> bytes:
+        image, uses = self._images.pop((epoch, sample_id))
+        if uses > 1:
+            self._images[epoch, sample_id] = image, uses - 1
+        return image
 
     def close(self) -> None:
         with self._changed:
@@ -192,8 +199,8 @@ class WindowReader:
                 self._wait_for_room(window)
                 images = {}
                 for shard in window.shards:
-                    for sample_id, image in read_shard(self._root, shard, window.wanted, self._cache):
-                        images[window.epoch, sample_id] = image
+                    for sample_id, image in read_shard(self._root, shard, window.uses, self._cache):
+                        images[window.epoch, sample_id] = image, window.uses[sample_id]
                     if self._failure:
                         return
                 with self._changed:

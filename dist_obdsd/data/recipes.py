@@ -1,11 +1,13 @@
 """Recipes: how a benchmark's official download becomes (image, class, split, role). One YAML file each."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dist_obdsd.config import override_config
 from dist_obdsd.data.readers import READERS, Options
 from dist_obdsd.errors import InputError
 from dist_obdsd.yamlfile import mistake, read_mapping
@@ -13,11 +15,18 @@ from dist_obdsd.yamlfile import mistake, read_mapping
 Whole = Annotated[int, Field(ge=0)]
 
 
-class Counts(BaseModel):
+class Count(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images: Whole
     classes: Whole
+
+
+class Counts(Count):
+    """Of a split."""
+
+    roles: dict[str, Count] = {}
+    """Of the images of a role, where the split has queries and a gallery."""
 
 
 class Recipe(BaseModel):
@@ -33,7 +42,7 @@ class Recipe(BaseModel):
     """Where the data comes from and under which licence, for a person to follow."""
     options: dict[str, Any] = {}
     expected: dict[str, Counts] = {}
-    """Images and classes per split; packing refuses a source that differs."""
+    """Images and classes per split, and per role in it; packing refuses a source that differs."""
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -50,8 +59,8 @@ class Recipe(BaseModel):
         return READERS[self.reader].options.model_validate(self.options)
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Read a recipe by its name, or from any YAML file by its path.
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by its name, or from any YAML file by its path, and apply ``options.NAME=value`` overrides.
 
     Raises:
         InputError: there is no such recipe, or it holds a mistake.
@@ -69,7 +78,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             )
         path = recipe_folder() / f"{text}.yaml"
     example = "a mapping; see shards/folder.yaml for an example"
-    raw = read_mapping(path, "recipe", "give a recipe's name or path", example)
+    raw = override_config(read_mapping(path, "recipe", "give a recipe's name or path", example), overrides)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

@@ -10,17 +10,26 @@ lane, S steps, W ranks.
 Within a lane, the m groups of a class in one window get the times (i + u) / m, i = 0..m-1, with one random u per class:
 every class is spread evenly over the window, so no class is left for the end, and the order is random all the same. A
 step takes the earliest groups whose classes it does not hold yet (``matching``).
+
+With sampling ``epoch`` the groups are those that the images of the window make, each image in one at most, and what is
+left over may make one with the next window. With ``class_uniform`` as many groups are planned over all classes alike
+(``uniform``). Both have the same number of steps: what the lane with the fewest groups allows.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from dist_obdsd.config import Config
+from dist_obdsd.data.lanes import Piece, deal_lanes, groups_in, pieces_of
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.matching import Group, Lane, take_steps
+from dist_obdsd.data.uniform import Cells, draw_images, uniform_lanes
 from dist_obdsd.errors import InputError
 from dist_obdsd.seeds import rng
+
+Sampling = Literal["epoch", "class_uniform"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,16 @@ class EpochPlan:
     labels_SB: np.ndarray
     """[S, B] int64 class ids."""
     windows: tuple[tuple[tuple[int, ...], ...], ...]
-    """Lane -> windows in reading order -> indices into the manifest's training shards."""
+    """Lane -> windows in reading order -> indices into the manifest's training shards. Two lanes may share a shard."""
     opens: tuple[tuple[int, ...], ...]
     """Lane -> window -> the first step that uses an image of it; S for a window that no step uses."""
     closes: tuple[tuple[int, ...], ...]
     """Lane -> window -> the last step that uses an image of it; -1 for a window that no step uses."""
     reachable: int
-    """Images that groups of K could cover at best: the sum over the classes of K * floor(n_c / K)."""
+    """Images that an epoch could show at best: the sum over the classes of K * floor(n_c / K), and with class-uniform
+    sampling of n_c, where a class has K images or more."""
+    too_small: int
+    """Classes with fewer than K images, which no batch of any epoch shows."""
     repeated: int
     """How often, summed over the steps, a class had to stand in a step once more."""
 
@@ -50,7 +62,7 @@ class EpochPlan:
     @property
     def coverage(self) -> float:
         """Share of the reachable images that this epoch shows."""
-        return self.ids_SB.size / self.reachable
+        return len(np.unique(self.ids_SB)) / self.reachable
 
 
 def allowed_world_sizes(lanes: int) -> list[int]:
@@ -83,6 +95,7 @@ def plan_epoch(
     samples_per_class: int,
     lanes: int,
     window: int,
+    sampling: Sampling = "epoch",
 ) -> EpochPlan:
     """Plan one epoch over the images of ``classes`` in the manifest's training shards.
 
@@ -91,7 +104,9 @@ def plan_epoch(
         samples_per_class: K, images of one class in a group.
         lanes: L; the B/K groups of a step must divide evenly over them.
         window: shards in a window. A lane needs at most two neighbouring windows at a time (more only where a window is
-            used up before the largest class of the one before it).
+            used up before the largest class of the one before it). Class-uniform sampling puts windows together that
+            are too small for what a step takes from a lane.
+        sampling: ``epoch`` or ``class_uniform``, see above.
 
     Raises:
         InputError: B, K and L do not divide, there are fewer shards than lanes, or fewer groups than one batch.
@@ -104,38 +119,40 @@ def plan_epoch(
         )
     per_lane = global_size // (K * L)
     draw = rng(seed, "schedule", epoch)
-    wanted = np.zeros(len(manifest.classes), dtype=bool)
-    wanted[classes] = True
-    shards = {}  # index -> (ids, labels) of the wanted images
-    for index, shard in enumerate(manifest.splits.get("train", ())):
-        labels = np.array(shard.classes, dtype=np.int64)
-        keep = wanted[labels]
-        if keep.any():
-            shards[index] = (np.array(shard.ids, dtype=np.int64)[keep], labels[keep])
-    if len(shards) < L:
-        fitting = [n for n in range(1, len(shards) + 1) if (global_size // K) % n == 0]
-        advice = f"set data.lanes to one of {fitting}" if fitting else "check the shards and validation.fraction"
+    pieces = pieces_of(manifest, classes, K)
+    if len(pieces) < L:
+        fitting = [n for n in range(1, len(pieces) + 1) if (global_size // K) % n == 0]
+        advice = f"set data.lanes to one of {fitting}" if fitting else "check the shards and validation"
         raise InputError(
-            f"{len(shards)} training shards hold images of the chosen classes but data.lanes={L} needs as many at "
+            f"{len(pieces)} training shards hold images of the chosen classes but data.lanes={L} needs as many at "
             f"least; {advice}, or pack the data into more shards"
         )
-    counts_C = np.bincount(np.concatenate([labels for _, labels in shards.values()]), minlength=len(wanted))
+    counts_C = np.unique(np.concatenate([piece.labels_n for piece in pieces]), return_counts=True)[1]
     reachable = int((counts_C // K).sum()) * K
 
-    sizes = {index: _groups_in(labels, K) for index, (_, labels) in shards.items()}
-    dealt = _deal(sizes, L, draw)
-    windows = tuple(tuple(tuple(lane[i : i + window]) for i in range(0, len(lane), window)) for lane in dealt)
-    queues = [Lane(_lane_groups(lane, shards, K, draw)) for lane in windows]
-    steps = min(queue.remaining for queue in queues) // per_lane
+    dealt = deal_lanes(pieces, L, per_lane, K, draw)
+    windows = [[lane[i : i + window] for i in range(0, len(lane), window)] for lane in dealt]
+    groups = [_lane_groups(lane, K, draw) for lane in windows]
+    fewest = min(map(len, groups))
+    steps = fewest // per_lane
     if steps < 1:
-        fewest = min(queue.remaining for queue in queues)
         raise InputError(
             f"a batch of {global_size} takes {per_lane} groups of {K} images of one class from each of {L} lanes, but "
             f"one lane has {fewest} ({reachable} images can stand in groups at best); "
             + (f"set batch.global_size to at most {fewest * K * L}" if fewest else "set data.lanes=1")
             + f", use fewer data.lanes, or pack again with --samples-per-class {K}"
         )
-    plan = take_steps(queues, steps, per_lane)
+    if sampling == "epoch":
+        plan = take_steps([Lane(lane) for lane in groups], steps, per_lane)
+    else:
+        reachable = int(counts_C[counts_C >= K].sum())
+        windows = [_merged(lane, K, per_lane) for lane in windows]
+        cells: list[list[Cells]] = [
+            [{c: ids for c, ids in _by_class(window, draw).items() if len(ids) >= K} for window in lane]
+            for lane in windows
+        ]
+        plan = take_steps(uniform_lanes(cells, steps * per_lane, per_lane, K, draw), steps, per_lane)
+        draw_images(plan, cells, K, draw)
 
     ids_SB = np.array([[i for lane in step for group in lane for i in group.ids] for step in plan], dtype=np.int64)
     labels_SG = np.array([[group.label for lane in step for group in lane] for step in plan], dtype=np.int64)
@@ -151,10 +168,11 @@ def plan_epoch(
         epoch=epoch,
         ids_SB=ids_SB,
         labels_SB=np.repeat(labels_SG, K, axis=1),
-        windows=windows,
+        windows=tuple(tuple(tuple(piece.shard for piece in window) for window in lane) for lane in windows),
         opens=tuple(map(tuple, opens)),
         closes=tuple(map(tuple, closes)),
         reachable=reachable,
+        too_small=len(set(classes)) - int((counts_C >= K).sum()),
         repeated=sum(len(row) - len(set(row)) for row in labels_SG.tolist()),
     )
 
@@ -170,70 +188,21 @@ def plan_from(config: Config, manifest: Manifest, classes: list[int], epoch: int
         samples_per_class=config.batch.samples_per_class,
         lanes=config.data.lanes,
         window=config.data.window,
+        sampling=config.data.sampling,
     )
 
 
-def _groups_in(labels: np.ndarray, K: int) -> int:
-    return int((np.unique(labels, return_counts=True)[1] // K).sum())
-
-
-def _deal(sizes: dict[int, int], L: int, draw: np.random.Generator) -> list[list[int]]:
-    """Deal shards in random order, each to the lane with the fewest groups, then even the lanes out.
-
-    The poorest lane decides the number of steps, so what others have beyond it is lost for the epoch. Moving one shard,
-    or exchanging two, between the richest and the poorest lane is repeated while it brings them closer together.
-    """
-    dealt: list[list[int]] = [[] for _ in range(L)]
-    totals = [0] * L
-    for index in draw.permutation(np.array(list(sizes))).tolist():
-        lane = min(range(L), key=lambda n: (totals[n], len(dealt[n]), n))
-        dealt[lane].append(index)
-        totals[lane] += sizes[index]
-    for _ in range(16 * L):
-        rich, poor = totals.index(max(totals)), totals.index(min(totals))
-        gap = totals[rich] - totals[poor]
-        mine = np.array([sizes[i] for i in dealt[rich]])
-        theirs = np.array([0, *(sizes[i] for i in dealt[poor])])  # the 0 stands for giving without taking
-        moved = mine[:, None] - theirs[None, :]
-        if len(mine) == 1:
-            moved[:, 0] = 0
-        remaining = np.abs(gap - 2 * moved)
-        a, b = np.unravel_index(int(remaining.argmin()), remaining.shape)
-        if remaining[a, b] >= gap:
-            break
-        given = dealt[rich].pop(int(a))
-        totals[rich] -= int(moved[a, b])
-        totals[poor] += int(moved[a, b])
-        if b > 0:
-            dealt[rich].insert(int(a), dealt[poor][int(b) - 1])
-            dealt[poor][int(b) - 1] = given
-        else:
-            dealt[poor].append(given)
-    return dealt
-
-
-def _lane_groups(
-    windows: tuple[tuple[int, ...], ...],
-    shards: dict[int, tuple[np.ndarray, np.ndarray]],
-    K: int,
-    draw: np.random.Generator,
-) -> list[Group]:
+def _lane_groups(windows: list[list[Piece]], K: int, draw: np.random.Generator) -> list[Group]:
     """The groups of one lane. Images that fill no group in their window may fill one in the next."""
     groups: list[Group] = []
     left: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
-        ids_n = np.concatenate([shards[i][0] for i in window])
-        labels_n = np.concatenate([shards[i][1] for i in window])
-        order_n = draw.permutation(len(ids_n))
-        order_n = order_n[np.argsort(labels_n[order_n], kind="stable")]
-        labels_c, starts_c = np.unique(labels_n[order_n], return_index=True)
-        ids = ids_n[order_n].tolist()
-        ends = [*starts_c.tolist()[1:], len(ids)]
-        offsets = draw.random(len(labels_c)).tolist()
+        by_class = _by_class(window, draw)
+        offsets = draw.random(len(by_class)).tolist()
         before, left = left, {}
-        for label, start, end, u in zip(labels_c.tolist(), starts_c.tolist(), ends, offsets, strict=True):
+        for (label, ids), u in zip(by_class.items(), offsets, strict=True):
             carried = before.get(label, [])
-            pool = carried + ids[start:end]  # the older images first, so that what is left over is of this window
+            pool = carried + ids  # the older images first, so that what is left over is of this window
             m = len(pool) // K
             if m:
                 groups += [
@@ -249,5 +218,29 @@ def _lane_groups(
                 ]
                 left[label] = pool[m * K :]
             else:
-                left[label] = ids[start:end]
+                left[label] = ids
     return groups
+
+
+def _by_class(window: list[Piece], draw: np.random.Generator) -> dict[int, list[int]]:
+    """The window's classes, ascending, and the images of each in random order."""
+    ids_n = np.concatenate([piece.ids_n for piece in window])
+    labels_n = np.concatenate([piece.labels_n for piece in window])
+    order_n = draw.permutation(len(ids_n))
+    order_n = order_n[np.argsort(labels_n[order_n], kind="stable")]
+    labels_c, starts_c = np.unique(labels_n[order_n], return_index=True)
+    ids = ids_n[order_n].tolist()
+    starts = [*starts_c.tolist(), len(ids)]
+    return {label: ids[a:b] for label, a, b in zip(labels_c.tolist(), starts, starts[1:], strict=False)}
+
+
+def _merged(windows: list[list[Piece]], K: int, per_lane: int) -> list[list[Piece]]:
+    """Put neighbours together until every window has the groups of one step (which the whole lane has)."""
+    merged: list[list[Piece]] = [[]]
+    for window in windows:
+        merged[-1] = merged[-1] + window
+        if groups_in(np.concatenate([piece.labels_n for piece in merged[-1]]), K) >= per_lane:
+            merged.append([])
+    rest = merged.pop()
+    merged[-1] = merged[-1] + rest
+    return merged

@@ -8,6 +8,7 @@ Letters: b local rows, B global rows, C channels, s image size.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -164,13 +165,18 @@ class TrainStream:
     def _windows(self) -> Iterator[Window]:
         shards = self._manifest.splits["train"]
         for plan, first in self._steps():
-            wanted = set(plan.ids_SB[first:, self._rows].ravel().tolist())
-            windows = [
-                Window(plan.epoch, max(opens, first), closes, lane, tuple(shards[i] for i in window), wanted)
-                for lane in self._lanes
-                for window, opens, closes in zip(plan.windows[lane], plan.opens[lane], plan.closes[lane], strict=True)
-                if closes >= first
-            ]
+            share = plan.ids_SB.shape[1] // self._config.data.lanes
+            windows = []
+            for lane in self._lanes:
+                # Per lane, not per rank: two lanes may share a shard.
+                uses = Counter(plan.ids_SB[first:, lane * share : (lane + 1) * share].ravel().tolist())
+                windows += [
+                    Window(plan.epoch, max(opens, first), closes, lane, tuple(shards[i] for i in window), uses)
+                    for window, opens, closes in zip(
+                        plan.windows[lane], plan.opens[lane], plan.closes[lane], strict=True
+                    )
+                    if closes >= first
+                ]
             yield from sorted(windows, key=lambda window: (window.opens, window.lane))
 
     def _jobs(self) -> Iterator[Job]:

@@ -254,10 +254,17 @@ def evaluate_split(
                 config=settings.evaluation,
                 device=runtime.device,
                 seed=settings.seed,
-                train_classes=len(split_classes(manifest, settings.validation.fraction, settings.seed)[0]),
+                train_classes=_train_classes(manifest, settings),
             )
     finally:
         network.train(training)
+
+
+def _train_classes(manifest: Manifest, settings: config.Config) -> int | None:
+    """How many classes were trained on, where a metric asks for it and the shards tell."""
+    if settings.evaluation.conventions != "released" or "train" not in manifest.splits:
+        return None
+    return len(split_classes(manifest, settings.validation, settings.seed)[0])
 
 
 def _checked_rows(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dist_obdsd.errors import InputError
-from dist_obdsd.objective.terms import Term
+from dist_obdsd.objective.terms import LOG2_E, Term
 
 NORMALISED = 1e-4
 """How far a target row's sum may be from 1."""
@@ -46,14 +46,14 @@ def distil(S_bB: torch.Tensor, target_bB: torch.Tensor, temperature: float, firs
         t_log_t_bB = target_bB.clamp_min(torch.finfo(S_bB.dtype).tiny).log_().mul_(target_bB)
         entropy = -t_log_t_bB.sum()
         # Put this way round NaN is a defect, too.
-        defects_b = ~((sum_b - 1).abs() <= NORMALISED) | ~(target_bB.amin(1) >= 0)
+        sound_b = ((sum_b - 1).abs_() <= NORMALISED) & (target_bB.amin(1) >= 0)
         count = sum_b.new_full((), b)
     return {
         "distillation": Term(_Divergence.apply(S_bB, target_bB, t_log_t_bB, sum_b, temperature), count),
         "target_entropy": Term(entropy, count),
         "target_kl_to_uniform": Term(math.log(B) * sum_b.sum() - entropy, count),
         "target_self_mass": Term(target_bB.diagonal(offset=first_row).sum(), count),
-        "target_defects": Term(defects_b.sum().to(count.dtype), count),
+        "target_defects": Term(count - sound_b.sum(), count),
     }
 
 
@@ -71,7 +71,8 @@ class _Divergence(torch.autograd.Function):
     ) -> torch.Tensor:
         log_p_bB = (S_bB if temperature == 1 else S_bB / temperature).log_softmax(1)
         total = t_log_t_bB.addcmul_(target_bB, log_p_bB, value=-1).sum()
-        ctx.save_for_backward(log_p_bB.exp_().mul_(sum_b[:, None]).sub_(target_bB).div_(temperature))
+        p_bB = log_p_bB.mul_(LOG2_E).exp2_()
+        ctx.save_for_backward(p_bB.mul_(sum_b[:, None] / temperature).sub_(target_bB, alpha=1 / temperature))
         return total
 
     @staticmethod

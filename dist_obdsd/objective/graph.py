@@ -9,6 +9,7 @@ Legend: n nodes, the rows of the batch first and then those of the memory; b own
 dimension.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -16,7 +17,7 @@ from functools import cached_property
 import torch
 
 from dist_obdsd import config
-from dist_obdsd.objective.terms import LEAST_EXPONENT, similarity
+from dist_obdsd.objective.terms import LEAST_EXPONENT, LOG2_E, similarity
 
 TILE_ENTRIES = 2**22
 """Entries of a tile where the whole matrix is not kept: 16 MiB in float32, which a CPU's allocator still hands out
@@ -29,6 +30,8 @@ the solver's next correction mends."""
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Similarities this close to the k-th nearest count as tied with it, so that S_ij and S_ji, which two tiles may round
 differently, always fall on the same side."""
+EVERY = slice(0, None)
+"""All columns."""
 
 
 def fits(nodes: int, bytes_per_entry: int, settings: config.Distillation) -> bool:
@@ -38,9 +41,6 @@ def fits(nodes: int, bytes_per_entry: int, settings: config.Distillation) -> boo
 
 class Graph(ABC):
     """What both variants of the diffusion share. Everything is in the precision of ``T_nD``, at least float32."""
-
-    isolated_n: torch.Tensor
-    """Nodes [n] without an edge."""
 
     def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
         self.T_nD = T_nD.to(torch.promote_types(T_nD.dtype, torch.float32))
@@ -54,24 +54,45 @@ class Graph(ABC):
 
     # ---- rows of n x n matrices -------------------------------------------------------------------------------------
 
-    def similarities(self, rows: slice) -> torch.Tensor:
-        """S [t, n]. Not to be written to."""
+    def similarities(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        """S [t, n], or some columns of it. Not to be written to."""
         if self._S_nn is not None:
-            return self._S_nn[rows]
-        return similarity(self.T_nD[rows], self.T_nD)
+            return self._S_nn[rows, columns]
+        return similarity(self.T_nD[rows], self.T_nD[columns])
 
     @abstractmethod
     def transition(self, rows: slice) -> torch.Tensor:
         """A [t, n]: row i says where the diffusion goes from node i. An isolated node's row is 0."""
 
     @abstractmethod
-    def symmetric(self, rows: slice) -> torch.Tensor:
-        """N [t, n]."""
+    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        """N [t, n], or some columns of it."""
+
+    def times_symmetric(self, X_bn: torch.Tensor) -> torch.Tensor:
+        """X N [b, n] where N is not kept: a block above the diagonal is made once and serves below it, too."""
+        product_bn, side = torch.zeros_like(X_bn), max(math.isqrt(TILE_ENTRIES), 1)
+        blocks = [slice(i, min(i + side, self.n)) for i in range(0, self.n, side)]
+        for i, rows in enumerate(blocks):
+            for columns in blocks[i:]:
+                N_tt = self.symmetric(rows, columns)
+                product_bn[:, columns].addmm_(X_bn[:, rows], N_tt)
+                if columns != rows:
+                    product_bn[:, rows].addmm_(X_bn[:, columns], N_tt.T)
+        return product_bn
+
+    @property
+    @abstractmethod
+    def isolated_n(self) -> torch.Tensor:
+        """Nodes [n] without an edge."""
 
     @property
     @abstractmethod
     def leading_n(self) -> torch.Tensor:
         """The unit eigenvector [n] of N for its largest eigenvalue, 1: the square root of the degrees."""
+
+    def guess(self, rows: slice) -> torch.Tensor | None:
+        """A start [b, n] for Neumann's series of the own rows; None where the series is not worth trying."""
+        return None
 
     # ---- between N's coordinates and A's ----------------------------------------------------------------------------
 
@@ -93,12 +114,12 @@ class Graph(ABC):
         """P = softmax(S / temperature) [t, n], over all nodes, its diagonal left out where the settings say so."""
         return softmax(self.similarities(rows), self.settings.temperature, rows.start, self.settings.mask_self)
 
-    def _sharpened(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _sharpened(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """S after clipping and power [t, n], and which entries are edges, if not all but the diagonal."""
-        S_tn = self.similarities(rows)
+        S_tn = self.similarities(rows, columns)
         edges_tn = None
         if self._nearest_n is not None:
-            mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n
+            mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n[columns]
             edges_tn = mine_tn & theirs_tn if self.settings.mutual else mine_tn | theirs_tn
         if self.settings.clip:
             S_tn = S_tn.clamp_min(0)
@@ -132,54 +153,81 @@ class WalkGraph(Graph):
 
     def __init__(self, T_nD: torch.Tensor, settings: config.Distillation) -> None:
         super().__init__(T_nD, settings)
-        self._A_nn: torch.Tensor | None = None
-        self._m_n, largest_n = self._per_node(), self._per_node()
+        # Where the whole matrix is not kept, a tile of it is made whenever it is needed.
+        self._A_nn = self._transition(self._logits(slice(0, self.n))) if self._S_nn is not None else None
+
+    @cached_property
+    def _degrees(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """m and s [n] of every node, whose degree has the logarithm m + log s, and which nodes have none. For those m
+        is 0 and s is 1."""
+        m_n, largest_n = self._per_node(), self._per_node()
         for tile in self.tiles:
             logits_tn = self._logits(tile)
-            torch.amax(logits_tn, 1, out=self._m_n[tile])
-            A_tn = self._transition(logits_tn)
-            torch.amax(A_tn, 1, out=largest_n[tile])  # 1/s, since the largest logit's share is exp(0) / s
-            if self._S_nn is not None:
-                self._A_nn = A_tn
-        self.isolated_n = self._m_n == -torch.inf
+            torch.amax(logits_tn, 1, out=m_n[tile])
+            # 1/s, since the largest logit's share is exp(0) / s
+            torch.amax(self._transition(logits_tn), 1, out=largest_n[tile])
+        isolated_n = m_n == -torch.inf
         if self._nearest_n is not None:  # else every node has an edge to every other one
-            self._m_n, largest_n = self._m_n.masked_fill(self.isolated_n, 0), largest_n.masked_fill(self.isolated_n, 1)
-        self._s_n = 1 / largest_n
+            m_n, largest_n = m_n.masked_fill(isolated_n, 0), largest_n.masked_fill(isolated_n, 1)
+        return m_n, 1 / largest_n, isolated_n
+
+    @property
+    def isolated_n(self) -> torch.Tensor:
+        return self._degrees[2]
 
     @cached_property
     def leading_n(self) -> torch.Tensor:
-        half_n = (self._m_n + self._s_n.log()).masked_fill(self.isolated_n, -torch.inf) / 2
+        m_n, s_n, isolated_n = self._degrees
+        half_n = (m_n + s_n.log()).masked_fill(isolated_n, -torch.inf) / 2
         leading_n = (half_n - half_n.max()).exp()
         return leading_n / leading_n.norm()
+
+    def guess(self, rows: slice) -> torch.Tensor | None:
+        """(I - omega A)^-1 is the sum of (omega A)^k. Here are its first two terms and, for the others, what a row of
+        A^k tends to as k grows: it is the same for every row, and the mean row of A is near it."""
+        if self._A_nn is None:
+            return None
+        omega = self.settings.omega
+        rest_n = self._A_nn.sum(0).mul_(omega**2 / (1 - omega) / self.n)
+        guess_bn = torch.add(rest_n, self._A_nn[rows], alpha=omega)
+        guess_bn.diagonal(offset=rows.start).add_(1)
+        return guess_bn
 
     def _transition(self, logits_tn: torch.Tensor) -> torch.Tensor:
         A_tn = logits_tn.softmax(1)
         # Without neighbours' edges every node has one; with them a row may be all -inf.
         return A_tn if self._nearest_n is None else A_tn.nan_to_num(0)
 
-    def _logits(self, rows: slice) -> torch.Tensor:
-        S_tn, edges_tn = self._sharpened(rows)
-        logits_tn = (S_tn - 1).div_(self.settings.transition_temperature)
+    def _logits(self, rows: slice, columns: slice = EVERY, unit: float = 1.0) -> torch.Tensor:
+        """Logarithms of K, shifted by the same for all, times ``unit``."""
+        S_tn, edges_tn = self._sharpened(rows, columns)
+        scale, logits_tn = unit / self.settings.transition_temperature, S_tn - 1
+        if scale != 1:
+            logits_tn.mul_(scale)
         if edges_tn is not None:
             logits_tn.masked_fill_(~edges_tn, -torch.inf)
-        logits_tn.diagonal(offset=rows.start).fill_(-torch.inf)
+        logits_tn.diagonal(offset=rows.start - columns.start).fill_(-torch.inf)
         return logits_tn
 
     def transition(self, rows: slice) -> torch.Tensor:
         return self._A_nn[rows] if self._A_nn is not None else self._transition(self._logits(rows))
 
-    def symmetric(self, rows: slice) -> torch.Tensor:
+    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
         if self._A_nn is not None and rows == slice(0, self.n):
             root_nn = self._A_nn.sqrt()
             return root_nn * root_nn.T  # N_ij^2 = A_ij A_ji; cheaper than the logarithms' way
-        half_n, root_n = self._m_n / 2, self._s_n.rsqrt()
-        N_tn = self._logits(rows).sub_(half_n[rows, None]).sub_(half_n).clamp_min_(LEAST_EXPONENT).exp_()
-        return N_tn.mul_(root_n[rows, None]).mul_(root_n)
+        # In as few passes as there can be, since most of the time goes into them: logarithms of 2, and both parts of a
+        # degree's in one. What that costs in digits, corrections mend.
+        m_n, s_n, _ = self._degrees
+        half_n = (m_n + s_n.log()) * (LOG2_E / 2)
+        exponents_tn = self._logits(rows, columns, LOG2_E).sub_(half_n[rows, None]).sub_(half_n[columns])
+        return exponents_tn.clamp_min_(LEAST_EXPONENT).exp2_()
 
     def back(self, rows: slice) -> torch.Tensor:
         """exp((r_j - r_i)/2), r the logarithm of the degree. (exp(r/2) alone would overflow.)"""
-        below_n = ((self._m_n - self._m_n.max()) / 2).clamp_min_(-BACK_LIMIT[self._m_n.dtype])
-        factor_n = below_n.exp_() * self._s_n.sqrt()
+        m_n, s_n, _ = self._degrees
+        below_n = ((m_n - m_n.max()) / 2).clamp_min_(-BACK_LIMIT[m_n.dtype])
+        factor_n = below_n.exp_() * s_n.sqrt()
         return factor_n / factor_n[rows, None]
 
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
@@ -206,24 +254,27 @@ class SymmetricGraph(Graph):
         for tile in self.tiles:
             torch.sum(self._affinities(tile), 1, out=degree_n[tile])
             torch.linalg.vector_norm(self.similarities(tile), dim=1, out=length_n[tile])
-        self.isolated_n = degree_n == 0
-        self._scale_n = degree_n.masked_fill(self.isolated_n, 1).rsqrt()
+        self._scale_n = degree_n.masked_fill(degree_n == 0, 1).rsqrt()
         self._reach = length_n.max() / settings.temperature
         self._degree_n = degree_n
+
+    @property
+    def isolated_n(self) -> torch.Tensor:
+        return self._degree_n == 0
 
     @cached_property
     def leading_n(self) -> torch.Tensor:
         return self._degree_n.sqrt() / self._degree_n.sum().sqrt().clamp_min(torch.finfo(self._degree_n.dtype).tiny)
 
-    def _affinities(self, rows: slice) -> torch.Tensor:
-        S_tn, edges_tn = self._sharpened(rows)
+    def _affinities(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        S_tn, edges_tn = self._sharpened(rows, columns)
         if edges_tn is not None:
             S_tn = S_tn * edges_tn
-        S_tn.diagonal(offset=rows.start).fill_(0)
+        S_tn.diagonal(offset=rows.start - columns.start).fill_(0)
         return S_tn
 
-    def symmetric(self, rows: slice) -> torch.Tensor:
-        return self._affinities(rows).mul_(self._scale_n[rows, None]).mul_(self._scale_n)
+    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        return self._affinities(rows, columns).mul_(self._scale_n[rows, None]).mul_(self._scale_n[columns])
 
     def transition(self, rows: slice) -> torch.Tensor:
         return self.symmetric(rows)

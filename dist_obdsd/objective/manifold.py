@@ -12,7 +12,7 @@ import torch
 from dist_obdsd import config
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.objective.graph import SymmetricGraph, WalkGraph, fits, softmax
-from dist_obdsd.objective.solvers import solve_rows
+from dist_obdsd.objective.solvers import series_rows, solve_rows
 from dist_obdsd.objective.terms import similarity, without_autocast
 
 FLOAT64_TOLERANCE = 1e-10
@@ -30,7 +30,7 @@ class Solve:
     error_b: torch.Tensor
     """Bound on each row's L1 error, from the residual of its linear system; 0 where nothing is solved."""
     iterations: int = 0
-    """Of the iterative solver; 0 where Cholesky did, or nothing is solved."""
+    """Of the series or the iterative solver; 0 where Cholesky did, or nothing is solved."""
     dropped_b: torch.Tensor | None = None
     """Each row's mass at nodes outside the batch, which was dropped; None where there are none."""
 
@@ -87,7 +87,7 @@ def target_rows(
 
 
 def choose_solver(nodes: int, own_rows: int, settings: config.Distillation, bytes_per_entry: int = 4) -> str:
-    """cholesky or cg: what the settings say or, for ``auto``, what is faster and fits.
+    """cholesky or cg: what the settings say or, for ``auto``, what is faster and fits where the series does not do.
 
     Cholesky costs n^3 / 3 + 2 b n^2 operations, conjugate gradients some 3 iterations of 2 b n^2. Where one overtakes
     the other was measured on a CPU.
@@ -142,7 +142,9 @@ def _solve(
     targets, errors, iterations = [], [], 0
     for start in range(rows.start, rows.stop, height):
         part = slice(start, min(start + height, rows.stop))
-        inverse = solve_rows(graph, part, solver, tolerance, neumann)
+        inverse = series_rows(graph, part, tolerance) if settings.solver == "auto" else None
+        if inverse is None:
+            inverse = solve_rows(graph, part, solver, tolerance, neumann)
         targets.append(graph.target(inverse.Y_bn, part))
         errors.append(inverse.error_b)
         iterations = max(iterations, inverse.iterations)

@@ -2,7 +2,8 @@
 
 A corrector solves the symmetric system I - omega N, with all rows by Cholesky or with the own rows by conjugate
 gradients; what counts is the residual in A's own coordinates, from which the next correction starts. Where corrections
-stall, Neumann's series can go on in those coordinates: every step shrinks the residual by omega.
+stall, Neumann's series can go on in those coordinates: every step shrinks the residual by omega. Where a walk forgets
+at once where it began, as at the usual temperatures, the series alone does, without N.
 
 Legend: n nodes, b own rows; rows of b x n matrices are systems of their own.
 """
@@ -20,6 +21,10 @@ CG_ITERATIONS = 200
 """At most in one correction."""
 NEUMANN_ITERATIONS = 2000
 """At most; an omega of 0.99 needs 920 to shrink a residual by 1e-4."""
+SERIES = 3
+"""Products with A after which an inverse by Cholesky would have been cheaper."""
+ROUNDING = 16
+"""Of the type's epsilon: what is left of a unit row's residual when every solver has only rounding errors left."""
 
 
 class Corrector(Protocol):
@@ -91,6 +96,33 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
     return Inverse(Y_bn, error_b, iterations)
 
 
+def series_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
+    """Rows [b, n] of (I - omega A)^-1 by Neumann's series alone, where two or three products with A make them as good
+    as any solver would, as at the usual temperatures; None elsewhere.
+
+        y' = e_i + omega y A  differs from y by y's residual, and its own residual is omega times that one times A
+
+    As A's rows sum to 1, it is at most omega times as large, without another product to see it.
+    """
+    Y_bn = graph.guess(rows)
+    if Y_bn is None:
+        return None
+    omega, A_nn = graph.settings.omega, graph.transition(slice(0, graph.n))
+    # A looser goal would let the rounds, and with them the last digits, depend on which rows a rank has.
+    goal = min(tolerance, ROUNDING * torch.finfo(Y_bn.dtype).eps / (1 - omega))
+    units_bn, before = unit_rows(rows, A_nn), 2 * omega
+    for taken in range(1, SERIES + 1):
+        next_bn = torch.addmm(units_bn, Y_bn, A_nn, alpha=omega)
+        error_b = graph.error(Y_bn.sub_(next_bn))
+        worst = omega * float(error_b.max())  # the host waits here for the device
+        if worst <= goal:
+            return Inverse(next_bn, error_b * omega, taken)
+        if not worst * (worst / before) ** (SERIES - taken) <= goal:  # too slow or NaN
+            return None
+        Y_bn, before = next_bn, worst
+    return None
+
+
 class Cholesky:
     """All of I - omega N is factored once: n^3 / 3 operations. All rows of its inverse take 2 n^3 / 3 more, b of them
     2 b n^2."""
@@ -158,7 +190,7 @@ class ConjugateGradients:
     def _times_N(self, X_bn: torch.Tensor) -> torch.Tensor:
         if self._N_nn is not None:
             return X_bn @ self._N_nn
-        return sum_over_tiles(self._graph.tiles, X_bn, self._graph.symmetric)
+        return self._graph.times_symmetric(X_bn)
 
     def _without_u(self, X_bn: torch.Tensor) -> torch.Tensor:
         return X_bn.addr_(X_bn @ self._graph.leading_n, self._graph.leading_n, alpha=-1)

@@ -50,7 +50,7 @@ class Trainer:
         with collectives.agree("reading the shards"):
             self.manifest = manifests.load(settings.data.shards)
             self.train_classes, self.validation_classes = manifests.split_classes(
-                self.manifest, settings.validation.fraction, settings.seed
+                self.manifest, settings.validation, settings.seed
             )
             check_evaluable(
                 self.manifest, settings, validation_subset(self.manifest, self.validation_classes, settings)

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_obdsd.config import Validation
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.manifest import Manifest, Shard, asks, gallery_of
 from dist_obdsd.errors import InputError
@@ -77,6 +79,10 @@ def test_missing_and_broken_manifests_are_refused(tmp_path) -> None:
         manifests.load(tmp_path)
 
 
+def split(manifest: Manifest, seed: int = 0, **how: object) -> tuple[list[int], list[int]]:
+    return manifests.split_classes(manifest, Validation(**how), seed)
+
+
 @settings(deadline=None, max_examples=50)
 @given(classes=st.integers(4, 60), fraction=st.floats(0, 0.99), seed=st.integers(0, 2**31))
 def test_validation_classes_are_apart_from_training_classes(classes: int, fraction: float, seed: int) -> None:
@@ -84,17 +90,51 @@ def test_validation_classes_are_apart_from_training_classes(classes: int, fracti
     held_out = round(fraction * classes)
     if fraction > 0 and not 2 <= held_out <= classes - 2:
         with pytest.raises(InputError, match="both sides need at least two classes"):
-            manifests.split_classes(manifest, fraction, seed)
+            split(manifest, seed, fraction=fraction)
         return
-    train, validation = manifests.split_classes(manifest, fraction, seed)
+    train, validation = split(manifest, seed, fraction=fraction)
     assert len(validation) == held_out
     assert sorted(train + validation) == manifest.class_ids("train")
-    assert (train, validation) == manifests.split_classes(manifest, fraction, seed)
+    assert (train, validation) == split(manifest, seed, fraction=fraction)
+
+
+@settings(deadline=None, max_examples=50)
+@given(classes=st.integers(4, 60), folds=st.integers(2, 12), seed=st.integers(0, 2**31))
+def test_every_class_is_held_out_in_exactly_one_of_the_folds(classes: int, folds: int, seed: int) -> None:
+    manifest = make(train_classes=classes)
+    if classes // folds < 2:
+        with pytest.raises(
+            InputError, match=f"validation.folds={folds} of {classes} classes .* set it to {classes // 2} or less"
+        ):
+            split(manifest, seed, folds=folds, fold=folds - 1)
+        return
+    cuts = [split(manifest, seed, folds=folds, fold=fold) for fold in range(folds)]
+    held_out = [c for _, validation in cuts for c in validation]
+    assert sorted(held_out) == manifest.class_ids("train")
+    sizes = {len(validation) for _, validation in cuts}
+    assert max(sizes) - min(sizes) <= 1
+    for train, validation in cuts:
+        assert sorted(train + validation) == manifest.class_ids("train")
 
 
 def test_the_seed_chooses_the_validation_classes() -> None:
     manifest = make(train_classes=40)
-    assert manifests.split_classes(manifest, 0.5, 0) != manifests.split_classes(manifest, 0.5, 1)
+    assert split(manifest, 0, fraction=0.5) != split(manifest, 1, fraction=0.5)
+    assert split(manifest, 0, folds=2) != split(manifest, 1, folds=2)
+
+
+def test_validation_classes_are_held_out_by_name() -> None:
+    manifest = make()
+    assert split(manifest, classes=["class 4", "class 1", "class 4"]) == ([0, 2, 3, 5], [1, 4])
+    with pytest.raises(InputError, match="holds 'clas 3', which is no training class .*; did you mean 'class 3'?"):
+        split(manifest, classes=["class 1", "clas 3"])
+    with pytest.raises(InputError, match="holds 'class 7', which is no training class"):  # of the test split
+        split(manifest, classes=["class 1", "class 7"])
+    with pytest.raises(InputError, match="validation.classes holds out 1 of 6 classes; both sides need at least two"):
+        split(manifest, classes=["class 1"])
+    only_test = replace(manifest, splits={"test": manifest.splits["test"]})
+    with pytest.raises(InputError, match="these shards have only test; training needs a train split"):
+        split(only_test)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,8 @@ def test_every_image_is_copied_byte_for_byte_with_its_class(source, tmp_path) ->
     assert packed == manifest.load(out)
     assert packed.digest == manifest.load(out).digest
     assert (packed.images("train"), packed.images("test")) == (54, 15)
-    assert packed.recipe["options"] == {"test_fraction": 0.5, "split_seed": 0}
+    defaults = {"archives": [], "splits": {}, "depth": 1, "test_fraction": 0.5, "split_seed": 0}
+    assert packed.recipe["options"] == defaults
     seen = set()
     for shard in packed.shards():
         samples = samples_of(out, shard.file)
@@ -248,6 +249,7 @@ def test_other_counts_than_the_recipes_need_allow_partial(source, tmp_path) -> N
     warnings: list[str] = []
     packed = pack(recipe, source, tmp_path / "out", allow_partial=True, report=warnings.append)
     assert packed.recipe["partial"] is True
+    assert packed.recipe["differences"] == ["test has 15 images of 3 classes but the recipe mine expects 16 of 3"]
     assert len(warnings) == 1
     expected["test"]["images"] = 15
     whole = Recipe(name="mine", reader="folder", description="", expected=expected)

@@ -1,4 +1,5 @@
 import io
+import shutil
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_sources_that_are_missing_or_superfluous_are_refused(tmp_path) -> None:
         read(load_recipe("omniglot"), None)
     with pytest.raises(InputError, match="draws its images itself"):
         read(load_recipe("glyphs"), tmp_path)
-    with pytest.raises(InputError, match="is not a folder"):
+    with pytest.raises(InputError, match="does not exist; give the folder or the archive"):
         read(load_recipe("folder"), tmp_path / "none")
 
 
@@ -109,7 +110,7 @@ def test_omniglot_is_read_alike_from_zips_and_from_folders(tmp_path) -> None:
     recipe = load_recipe("omniglot")
     rows = []
     for source in (zips, folders):
-        with open_samples("omniglot", recipe.reader_options(), source) as samples:
+        with open_samples(recipe.reader, recipe.reader_options(), source) as samples:
             rows.append([(s.name, s.class_name, s.split, s.role, s.read()) for s in samples])
     assert rows[0] == rows[1]
     assert [row[4] for row in rows[0]] == [files[row[0]] for row in rows[0]]
@@ -138,8 +139,13 @@ def test_an_incomplete_or_broken_omniglot_is_refused(tmp_path) -> None:
     (tmp_path / "images_evaluation.zip").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"cannot open .*images_evaluation.zip.*download it again"):
         read(load_recipe("omniglot"), tmp_path)
+    (tmp_path / "images_evaluation.zip").write_bytes(whole)
     write(tmp_path / "images_background" / "A" / "1.png", png())
-    with pytest.raises(InputError, match="which is not images_background/ALPHABET/CHARACTER/IMAGE"):
+    with pytest.raises(InputError, match="A/1.png lies beside the class folders"):
+        read(load_recipe("omniglot"), tmp_path)
+    (tmp_path / "images_background" / "A" / "1.png").unlink()
+    write(tmp_path / "images_background" / "A" / "character01" / "more" / "1.png", png())
+    with pytest.raises(InputError, match="in the subfolder more/ of the class folder A/character01/; a class is 2 fol"):
         read(load_recipe("omniglot"), tmp_path)
 
 
@@ -193,12 +199,40 @@ def test_images_outside_of_class_folders_are_refused(tmp_path) -> None:
     write(tmp_path / "a" / "deep" / "readme.txt", b"")
     assert len(read(folder_recipe(), tmp_path)) == 4
     write(tmp_path / "a" / "deep" / "x.jpg", png())
-    with pytest.raises(InputError, match="has images in its subfolder deep/"):
+    with pytest.raises(InputError, match="lies in the subfolder deep/ of the class folder a/; a class is one folder"):
         read(folder_recipe(), tmp_path)
     (tmp_path / "a" / "deep" / "x.jpg").unlink()
     write(tmp_path / "x.webp", png())
     with pytest.raises(InputError, match="lies beside the class folders"):
         read(folder_recipe(), tmp_path)
+
+
+def test_class_folders_may_come_in_an_archive(tmp_path) -> None:
+    class_folders(tmp_path / "photos" / "train", "abc")
+    class_folders(tmp_path / "photos" / "test", "de")
+    expected = [(s.name, s.class_name, s.split, s.role) for s in read(folder_recipe(), tmp_path / "photos")]
+    assert len(expected) == 10
+    # With a folder of its own name around everything, and without.
+    for root in (tmp_path, tmp_path / "photos"):
+        for kind in ("zip", "gztar", "tar"):
+            archive = Path(
+                shutil.make_archive(str(tmp_path / "packed"), kind, root, "photos" if root == tmp_path else ".")
+            )
+            found = read(folder_recipe(), archive)
+            assert [(s.name, s.class_name, s.split, s.role) for s in found] == expected
+            archive.unlink()
+
+
+def test_omniglot_without_one_half_is_packed_where_that_is_allowed(tmp_path) -> None:
+    zip_parts(tmp_path, omniglot_files())
+    (tmp_path / "images_evaluation.zip").unlink()
+    with pytest.raises(InputError, match=r"neither images_evaluation.zip nor the folder .*; complete the data, or"):
+        read(load_recipe("omniglot"), tmp_path)
+    lacking: list[str] = []
+    recipe = load_recipe("omniglot")
+    with open_samples(recipe.reader, recipe.reader_options(), tmp_path, lacking.append) as samples:
+        assert {s.split for s in samples} == {"train"}
+    assert len(lacking) == 1
 
 
 # --- glyphs

@@ -1,139 +1,21 @@
-from collections import Counter
-from itertools import pairwise
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_obdsd.data import matching
-from dist_obdsd.data.manifest import Manifest, Shard
-from dist_obdsd.data.schedule import EpochPlan, allowed_world_sizes, lanes_of, plan_epoch
+from dist_obdsd.data import lanes, matching
+from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of
 from dist_obdsd.errors import InputError
+from tests.data.schedules import all_classes, check_plan, examples, manifest_of, most_open, packed, plan_of
 
 
-def manifest_of(shards: list[list[int]]) -> Manifest:
-    """A manifest whose shard i holds images of the classes ``shards[i]``, with ids counted through."""
-    made, next_id = [], 0
-    for number, classes in enumerate(shards):
-        ids = tuple(range(next_id, next_id + len(classes)))
-        next_id += len(classes)
-        made.append(Shard(f"train-{number:06d}.tar", 1, "", ids, tuple(classes), ("train",) * len(ids)))
-    names = tuple(str(c) for c in range(1 + max((c for shard in shards for c in shard), default=0)))
-    return Manifest({}, 0, 2, names, {"train": tuple(made)})
-
-
-def packed(counts: list[int], shards: int, K: int = 2, block: int = 8, seed: int = 0) -> Manifest:
-    """Like packed data: each class in blocks of about 8 (multiples of K but for the rest), dealt evenly at random."""
-    draw = np.random.default_rng(seed)
-    blocks = []
-    for label, n in enumerate(counts):
-        parts = max(1, n // block)
-        cuts = [n // K * i // parts * K for i in range(parts)] + [n]
-        blocks += [[label] * (b - a) for a, b in pairwise(cuts) if b > a]
-    made: list[list[int]] = [[] for _ in range(shards)]
-    for i in draw.permutation(len(blocks)):
-        min(made, key=len).extend(blocks[i])
-    return manifest_of([[shard[i] for i in draw.permutation(len(shard))] for shard in made])
-
-
-def all_classes(manifest: Manifest) -> list[int]:
-    return list(range(len(manifest.classes)))
-
-
-def plan_of(manifest: Manifest, epoch: int = 0, classes: list[int] | None = None, **changes: int) -> EpochPlan:
-    wanted = all_classes(manifest) if classes is None else classes
-    options = {"seed": 0, "global_size": 32, "samples_per_class": 2, "lanes": 4, "window": 2} | changes
-    return plan_epoch(manifest, wanted, epoch=epoch, **options)
-
-
-def check_plan(plan: EpochPlan, manifest: Manifest, K: int, lanes: int, B: int, classes: set[int]) -> None:
-    """Everything that must hold of every plan, counted from scratch."""
-    label_of = {i: c for s in manifest.splits["train"] for i, c in zip(s.ids, s.classes, strict=True)}
-    shard_of = {i: n for n, s in enumerate(manifest.splits["train"]) for i in s.ids}
-    assert plan.ids_SB.shape == plan.labels_SB.shape == (plan.steps, B)
-    assert plan.steps >= 1
-    everything = plan.ids_SB.ravel().tolist()
-    assert len(set(everything)) == len(everything)  # no image twice in the epoch, so none twice in a batch
-    assert [label_of[i] for i in everything] == plan.labels_SB.ravel().tolist()
-    assert {label_of[i] for i in everything} <= classes
-    groups_SGK = plan.labels_SB.reshape(plan.steps, -1, K)
-    assert (groups_SGK == groups_SGK[:, :, :1]).all()
-    repeated = sum(groups_SGK.shape[1] - len(set(row)) for row in groups_SGK[:, :, 0].tolist())
-    assert plan.repeated == repeated
-    dealt = [shard for lane in plan.windows for window in lane for shard in window]
-    assert len(dealt) == len(set(dealt))
-    # Each lane gives its own rows of every step from its own shards, within the steps in which their window is open.
-    share = B // lanes
-    for lane, windows in enumerate(plan.windows):
-        window_of = {shard: number for number, window in enumerate(windows) for shard in window}
-        opens, closes = [plan.steps] * len(windows), [-1] * len(windows)
-        for step in range(plan.steps):
-            for i in plan.ids_SB[step, lane * share : (lane + 1) * share].tolist():
-                number = window_of[shard_of[i]]
-                opens[number], closes[number] = min(opens[number], step), step
-        # The plan may open a window with a group's other image, never later than the first image needs it.
-        assert tuple(opens) == plan.opens[lane]
-        assert tuple(closes) == plan.closes[lane]
-    counts = Counter(c for c in label_of.values() if c in classes)
-    assert plan.reachable == sum(n // K * K for n in counts.values())
-    assert plan.coverage == plan.ids_SB.size / plan.reachable
-
-
-def most_open(steps: int, opens: tuple[int, ...], closes: tuple[int, ...]) -> int:
-    return max(sum(a <= step <= b for a, b in zip(opens, closes, strict=True)) for step in range(steps))
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[Manifest, dict[str, int], list[int]]:
-    K = draw(st.integers(2, 4))
-    lanes = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
-    groups = lanes * draw(st.integers(1, 3))
-    # Classes of uneven size, strewn over shards of uneven size, some of them empty.
-    random = np.random.default_rng(draw(st.integers(0, 10**6)))
-    classes, largest = draw(st.integers(2, 40)), draw(st.integers(0, 80))
-    shares = random.dirichlet(np.full(classes, draw(st.sampled_from([0.3, 1.0, 10.0]))))
-    sizes = random.integers(0, largest + 1, draw(st.integers(lanes, lanes * 4)))
-    manifest = manifest_of([random.choice(classes, n, p=shares).tolist() for n in sizes])
-    kept = [c for c in all_classes(manifest) if c % draw(st.integers(2, 9))]
-    options = {"global_size": groups * K, "samples_per_class": K, "lanes": lanes, "window": draw(st.integers(1, 5))}
-    return manifest, options | {"seed": draw(st.integers(0, 5)), "epoch": draw(st.integers(0, 5))}, kept
-
-
-@settings(max_examples=150, deadline=None)
-@given(cases())
-def test_any_manifest_gives_a_sound_plan_or_a_clear_refusal(case: tuple[Manifest, dict[str, int], list[int]]) -> None:
-    manifest, options, classes = case
-    try:
-        plan = plan_epoch(manifest, classes, **options)
-    except InputError:
-        with pytest.raises(InputError, match="shards hold images|one lane has"):
-            plan_epoch(manifest, classes, **options)
-        return
-    K, lanes, B = options["samples_per_class"], options["lanes"], options["global_size"]
-    check_plan(plan, manifest, K, lanes, B, set(classes))
-    # A lane never needs three windows at once, as long as a window outlasts the largest class of the one before.
-    per_lane = B // K // lanes
-    label_of = [dict(zip(s.ids, s.classes, strict=True)) for s in manifest.splits["train"]]
-    for windows, opens, closes in zip(plan.windows, plan.opens, plan.closes, strict=True):
-        counts = [Counter(c for n in window for c in label_of[n].values() if c in classes) for window in windows]
-        groups = [sum(n // K for n in count.values()) for count in counts]
-        largest = [max(count.values(), default=0) // K + 1 for count in counts]
-        if all(following > per_lane * (most + 1) for most, following in zip(largest, groups[1:], strict=False)):
-            assert most_open(plan.steps, opens, closes) <= 2
-    # The same again for the same seed and epoch.
-    again = plan_epoch(manifest, classes, **options)
-    assert np.array_equal(plan.ids_SB, again.ids_SB)
-    assert plan.windows == again.windows
-
-
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.integers(0, 1000), st.sampled_from([2, 3, 4]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 3, 8])
 )  # fmt: skip
 def test_packed_data_is_covered_and_no_class_repeats(seed: int, K: int, lanes: int, window: int) -> None:
     draw = np.random.default_rng(seed)
-    manifest = packed(draw.integers(K, 40, 300).tolist(), 64, K=K, seed=seed)
+    manifest = packed(draw.integers(K, 40, 300).tolist(), K, seed, shards=64)
     plan = plan_of(manifest, seed=seed, global_size=8 * K, samples_per_class=K, lanes=lanes, window=window)
     check_plan(plan, manifest, K, lanes, 8 * K, set(all_classes(manifest)))
     assert plan.coverage >= 0.95
@@ -146,19 +28,28 @@ def test_packed_data_is_covered_and_no_class_repeats(seed: int, K: int, lanes: i
 
 def test_coverage_with_the_sizes_of_the_published_benchmarks() -> None:
     for counts in ([82] * 98, [58 + i % 3 for i in range(100)], [20] * 964):
-        manifest = packed(counts, 64)
+        manifest = packed(counts)
         plan = plan_of(manifest, global_size=112, lanes=8, window=8)
         best = plan.reachable // 112 * 112 / plan.reachable
         assert plan.coverage >= max(0.95, best - 0.02)
         assert plan.repeated <= plan.steps // 20
 
 
-def test_unevenly_filled_lanes_would_lose_coverage() -> None:
-    """The control of the test above: shards of very unequal size cannot be dealt evenly, and the plan says so."""
-    manifest = manifest_of([list(range(40)) * 2, *[[0, 0, 1, 1, 2, 2, 3, 3]] * 3])
+def test_lanes_share_a_shard_where_whole_ones_would_lose_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = manifest_of([list(range(40)) * 2, *[[0, 0, 1, 1, 2, 2, 3, 3]] * 3])  # 40 groups and three times 4
     plan = plan_of(manifest, global_size=8, lanes=4, window=1)
-    assert plan.steps == 4
-    assert plan.coverage < 0.5
+    check_plan(plan, manifest, 2, 4, 8, set(range(40)))
+    assert plan.coverage == 1.0
+    assert [sum(0 in window for lane in plan.windows for window in lane)] == [4]
+    # 64 shards for 5 lanes: 13 for some and 12 for the others.
+    packed_64 = packed([40] * 64)
+    assert plan_of(packed_64, global_size=10, lanes=5).coverage > 0.98
+    # Where whole shards do, no shard is read twice.
+    windows = plan_of(packed_64, global_size=16, lanes=8).windows
+    assert sum(len(window) for lane in windows for window in lane) == 64
+    monkeypatch.setattr(lanes, "UNEVEN", 1.0)  # the control
+    assert plan_of(manifest, global_size=8, lanes=4, window=1).coverage < 0.5
+    assert plan_of(packed_64, global_size=10, lanes=5).coverage < 0.95
 
 
 def test_a_class_repeats_only_when_it_must() -> None:
@@ -170,6 +61,7 @@ def test_a_class_repeats_only_when_it_must() -> None:
 
 
 def test_lanes_exchange_classes_where_taking_in_order_gets_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "UNEVEN", 1.0)
     # Lane of shard {0, 1} can give 1 instead of 0 and so leave 0 to the lane that has nothing else.
     manifest = manifest_of([[0] * 8, [0] * 8 + [1] * 8])
     repeats = [plan_of(manifest, epoch, global_size=4, lanes=2).repeated for epoch in range(20)]
@@ -179,7 +71,7 @@ def test_lanes_exchange_classes_where_taking_in_order_gets_stuck(monkeypatch: py
 
 
 def test_every_epoch_is_another_and_the_remainders_rotate() -> None:
-    manifest = packed([9] * 40, 16)
+    manifest = packed([9] * 40, shards=16)
     plans = [plan_of(manifest, epoch) for epoch in range(12)]
     orders = {plan.ids_SB.tobytes() for plan in plans}
     assert len(orders) == 12
@@ -189,6 +81,33 @@ def test_every_epoch_is_another_and_the_remainders_rotate() -> None:
     seen = {i for plan in plans for i in plan.ids_SB.ravel().tolist()}
     assert len(seen) == 40 * 9  # 9 is odd: one of a class stays out of every epoch, not always the same
     assert all(plan.ids_SB.size < 40 * 9 for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("counts", "K", "lanes", "window", "per_lane", "shards"),
+    [
+        ([7, 9, 11] * 12, 2, 8, 1, 1, 8),  # a lane has one shard
+        ([17] * 30, 8, 4, 2, 1, 8),
+        ([5, 2, 3] * 20, 2, 2, 1, 3, 8),  # classes in one shard each
+        ([30] * 6 + [3] * 40, 3, 5, 2, 1, 16),  # lanes that share shards
+    ],
+)
+@pytest.mark.parametrize("sampling", ["epoch", "class_uniform"])
+def test_over_the_epochs_every_image_of_small_data_gets_its_turn(
+    counts: list[int], K: int, lanes: int, window: int, per_lane: int, shards: int, sampling: str
+) -> None:
+    manifest = packed(counts, K, shards=shards)
+    kept = [c for c in all_classes(manifest) if c % 7]  # the others are held out for validation
+    B = K * lanes * per_lane
+    options = {"samples_per_class": K, "global_size": B, "lanes": lanes, "window": window, "sampling": sampling}
+    seen: set[int] = set()
+    for epoch in range(40):
+        plan = plan_of(manifest, epoch, kept, **options)
+        check_plan(plan, manifest, K, lanes, B, set(kept), sampling)
+        seen.update(plan.ids_SB.ravel().tolist())
+    assert seen == {
+        i for s in manifest.splits["train"] for i, c in zip(s.ids, s.classes, strict=True) if c in set(kept)
+    }
 
 
 def test_leftover_images_join_the_next_window() -> None:
@@ -203,7 +122,7 @@ def test_leftover_images_join_the_next_window() -> None:
 
 def test_classes_are_spread_over_the_epoch() -> None:
     """A class with many images must not be left for the end, nor come all at once."""
-    manifest = packed([80] * 4 + [8] * 60, 64)
+    manifest = packed([80] * 4 + [8] * 60, shards=64)
     plan = plan_of(manifest, global_size=32, lanes=8, window=8)
     for label in range(4):
         steps = np.flatnonzero((plan.labels_SB == label).any(axis=1))
@@ -212,14 +131,14 @@ def test_classes_are_spread_over_the_epoch() -> None:
 
 
 def test_only_the_chosen_classes_are_shown() -> None:
-    manifest = packed([8] * 60, 16)
+    manifest = packed([8] * 60, shards=16)
     plan = plan_of(manifest, classes=list(range(0, 60, 2)))
     check_plan(plan, manifest, 2, 4, 32, set(range(0, 60, 2)))
     assert set(plan.labels_SB.ravel().tolist()) == set(range(0, 60, 2))
 
 
 def test_refusals_name_the_numbers() -> None:
-    manifest = packed([8] * 20, 3)
+    manifest = packed([8] * 20, shards=3)
     with pytest.raises(InputError, match=r"3 training shards .* data.lanes=4 .* \[1, 2\]"):
         plan_of(manifest)
     with pytest.raises(InputError, match=r"at most 20,"):
@@ -228,6 +147,9 @@ def test_refusals_name_the_numbers() -> None:
         plan_of(manifest, global_size=34)
     with pytest.raises(InputError, match="0 training shards"):
         plan_of(manifest, classes=[])
+    few = manifest_of([[0, 0, 1, 2, 2]] * 4)
+    assert plan_of(few, global_size=8, classes=[0, 1, 2]).too_small == 0  # class 1 has four, in four shards
+    assert plan_of(few, global_size=10, lanes=1, window=4, samples_per_class=5).too_small == 1
 
 
 def test_lanes_of_ranks() -> None:

@@ -13,7 +13,7 @@ from dist_obdsd import collectives
 from dist_obdsd.config import Evaluation, parse_config
 from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, evaluate
+from dist_obdsd.evaluation.evaluator import EvaluationResult, _train_classes, embed_all, evaluate
 from dist_obdsd.evaluation.protocols import check_evaluable
 from dist_obdsd.evaluation.retrieval import global_means
 from tests import harness
@@ -259,3 +259,16 @@ def test_a_test_set_that_cannot_be_measured_is_refused_before_training(test, rol
     check_evaluable(manifest_of([1, 1, 2, 2, 2]), parse_config(raw, "x"), [0])
     raw["evaluation"]["recall_at"] = [1]
     check_evaluable(manifest_of([1, 1], ["query", "gallery"]), parse_config(raw, "x"), [])
+
+
+def test_the_number_of_trained_classes_is_asked_for_only_where_it_counts():
+    """So shards without a training split, or with other classes than a run held out, can be evaluated."""
+    raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "validation": {"classes": ["gone", "too"]}}
+    manifest = manifest_of([1, 1])
+    assert _train_classes(manifest, parse_config(raw, "x")) is None
+    raw["evaluation"] = {"conventions": "released"}
+    with pytest.raises(InputError, match="holds 'gone', which is no training class"):
+        _train_classes(manifest, parse_config(raw, "x"))
+    assert _train_classes(replace(manifest, splits={"test": ()}), parse_config(raw, "x")) is None
+    del raw["validation"]
+    assert _train_classes(manifest, parse_config(raw, "x")) == 1

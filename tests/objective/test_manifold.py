@@ -192,6 +192,69 @@ def test_published_settings_need_no_fallback(monkeypatch: pytest.MonkeyPatch, so
                 assert solve.iterations <= 12
 
 
+FLAT = ((0.0, 1.0), (0.3, 1.0), (0.9, 1.0), (0.99, 1.0), (0.5, 0.5))
+"""Omegas and transition temperatures at which a few terms of the series are enough."""
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+def test_where_the_walk_forgets_at_once_its_series_is_solver_enough(
+    monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    T_BD, rows = unit_rows(5, 56, 64, spread).float(), slice(14, 42)
+    with monkeypatch.context() as patch:
+        patch.setattr(solvers, "Cholesky", None)
+        patch.setattr(solvers, "ConjugateGradients", None)
+        for omega, transition in FLAT:
+            chosen = options("obdsd", 1.0, transition, omega)
+            whole, own = (target_rows(T_BD, own, **chosen) for own in (slice(0, 56), rows))
+            assert 1 <= whole.iterations <= solvers.SERIES
+            assert float(whole.error_b.max()) <= min(TOLERANCE, 2e-6 / (1 - omega))
+            # As good as Cholesky's, so that the rows which a rank has do not show.
+            assert l1(whole.target_bB, oracle.target(T_BD.numpy(), **chosen)) < 2e-6
+            assert float((own.target_bB - whole.target_bB[rows]).abs().sum(1).max()) < 2e-6
+    for omega, transition in FLAT:  # and only where nobody asked for another solver
+        for solver in SOLVERS:
+            with monkeypatch.context() as patch:
+                patch.setattr(manifold, "series_rows", None)
+                target_rows(T_BD, rows, **options("obdsd", 1.0, transition, omega), solver=solver)
+
+
+def test_the_bound_of_a_series_holds_whatever_it_starts_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    T_BD = unit_rows(5, 48, 32)
+    settings = config.Distillation(omega=0.1, transition_temperature=0.5)
+    walk = graph.WalkGraph(T_BD, settings)
+    A_BB = walk.transition(slice(0, 48))
+    errors = []
+    for size in (1e-2, 1e-4, 1e-6):
+        wrong_BB = torch.linalg.inv(torch.eye(48) - 0.1 * A_BB) + size * torch.randn(48, 48, dtype=torch.float64)
+        monkeypatch.setattr(walk, "guess", lambda rows, wrong_BB=wrong_BB: wrong_BB[rows].clone())
+        monkeypatch.setattr(solvers, "ROUNDING", 1e-3 / torch.finfo(torch.float64).eps)
+        inverse = solvers.series_rows(walk, slice(0, 24), 1e-3)
+        if inverse is not None:
+            residual_bB = torch.eye(48)[:24] - inverse.Y_bn @ (torch.eye(48) - 0.1 * A_BB)
+            errors.append(float((residual_bB.abs().sum(1) / inverse.error_b).max()))
+            assert float(inverse.error_b.max()) <= 1e-3
+    assert len(errors) > 1
+    assert 1e-3 < max(errors) <= 1
+
+
+def test_where_the_series_is_slow_or_broken_a_solver_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    real = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: products.append(1) or real(*a, **k))
+    T_BD, rows = outliers(), slice(0, 48)
+    for omega, transition in ((0.5, 0.005), (0.9, 0.05), (0.99, 0.005)):
+        chosen = options("obdsd", 0.1, transition, omega)
+        products.clear()
+        solve = target_rows(T_BD, rows, **chosen)
+        assert len(products) == 1  # enough to see it
+        assert solve.iterations == 0
+        assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE + 2e-5 / (1 - omega)
+    monkeypatch.setattr(graph.WalkGraph, "guess", lambda self, rows: torch.full((48, 48), torch.nan))
+    chosen = options("obdsd", 0.1, 1.0, 0.5)
+    assert l1(target_rows(T_BD, rows, **chosen).target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE
+
+
 def test_the_known_eigenvector_is_kept_out_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     T_BD = unit_rows(5, 112, 128).float()
     for target in (graph.WalkGraph, graph.SymmetricGraph):
@@ -262,15 +325,30 @@ def test_tiles_and_parts_give_the_whole(monkeypatch: pytest.MonkeyPatch, target:
 
 
 def test_without_room_no_matrix_over_all_pairs_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    heights = []
+    shapes = []
     real = graph.similarity
-    monkeypatch.setattr(graph, "similarity", lambda X, Y: heights.append(len(X)) or real(X, Y))
+    monkeypatch.setattr(graph, "similarity", lambda X, Y: shapes.append((len(X), len(Y))) or real(X, Y))
     monkeypatch.setattr(graph, "TILE_ENTRIES", 8 * 64)
-    target_rows(unit_rows(7, 64, 8), slice(0, 4), **options("obdsd"), memory_gib=1e-9)
-    assert set(heights) == {8}  # tiles of rows
-    heights.clear()
+    solve = target_rows(unit_rows(7, 64, 8), slice(0, 4), **options("obdsd"), memory_gib=1e-9)
+    assert solve.iterations > 0
+    assert max(rows * columns for rows, columns in shapes) == 8 * 64
+    blocks = [shape for shape in shapes if shape[1] < 64]  # three rows of them, of which those below the diagonal
+    assert len(blocks) == 6 * solve.iterations  # are not made
+    shapes.clear()
     target_rows(unit_rows(7, 64, 8), slice(0, 4), **options("obdsd"))
-    assert set(heights) == {64}
+    assert set(shapes) == {(64, 64)}
+
+
+def test_the_product_by_blocks_is_that_with_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    T_BD, X_bB = unit_rows(7, 40, 8, 0.4), torch.randn(5, 40, dtype=torch.float64)
+    for sharpening in ({}, {"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"clip": True}):
+        for kind in (graph.WalkGraph, graph.SymmetricGraph):
+            whole = kind(T_BD, config.Distillation(transition_temperature=0.05, **sharpening))
+            expected = X_bB @ whole.symmetric(slice(0, 40))
+            with monkeypatch.context() as patch:
+                patch.setattr(graph, "TILE_ENTRIES", 13**2)
+                tiled = kind(T_BD, whole.settings.model_copy(update={"memory_gib": 1e-9}))
+                assert (tiled.times_symmetric(X_bB) - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
 def test_who_solves() -> None:

@@ -1,8 +1,10 @@
 """The benchmarks on small sizes, through the command line, and what their rows and findings mean."""
 
 import argparse
+import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +59,26 @@ def test_what_the_objective_is_compared_with_is_the_same_mathematics():
     total, count = oracle.multi_similarity(E_BD, labels_B.tolist(), alpha=2.0, beta=40.0, threshold=0.5, margin=0.1)
     loss = reference.multi_similarity(E_BD, labels_B, config.MultiSimilarity())
     assert loss.item() == pytest.approx((total / count).item(), rel=1e-12)
+
+
+def test_implementations_take_turns_in_blocks(monkeypatch):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(objective, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def way(name, seconds):
+        def call(E_BD):
+            calls.append(name)
+            now[0] += seconds + (len(calls) == 1)  # what a first call costs ends its block
+            return E_BD.sum()
+
+        return call
+
+    ways = {"quick": way("quick", 0.001), "slow": way("slow", 0.04), "slowest": way("slowest", 60)}
+    seconds = objective.fastest(ways, unit_rows(0), budget=0)
+    turn = [(name, len(list(run))) for name, run in itertools.groupby(calls)]
+    rest = [("slow", 3), ("slowest", 1)]
+    assert turn == [("quick", 1), *rest, ("quick", 20), *rest]
+    assert seconds == pytest.approx({"quick": 0.001, "slow": 0.04, "slowest": 60})
 
 
 def test_manifold_measures_a_rank_s_share_by_solver(tmp_path, capfd):

@@ -115,9 +115,10 @@ def test_half_precision_is_widened_and_autocast_has_no_say(spread: float) -> Non
 
 @pytest.mark.parametrize("labels", [LABELS["pairs"], list(range(B)), [7] * B], ids=["pairs", "different", "same"])
 @pytest.mark.parametrize("row", [0, 5, 11])
-def test_nan_reaches_the_sum_of_every_part(labels: list[int], row: int) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reaches_the_sum_of_every_part(labels: list[int], row: int, bad: float) -> None:
     E_BD = unit_rows(0)
-    E_BD[row, 1] = float("nan")
+    E_BD[row, 1] = bad
     for first in (0, 4, 8):
         assert loss(E_BD, labels, slice(first, first + 4)).sum.isnan()
 

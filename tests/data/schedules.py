@@ -1,0 +1,219 @@
+"""Manifests without files, and everything that must hold of a plan, counted from scratch."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from dist_obdsd.data.deal import FEWEST_GROUPS, deal_training, shard_count
+from dist_obdsd.data.lanes import deal_lanes, pieces_of
+from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.data.schedule import EpochPlan, plan_epoch
+from dist_obdsd.seeds import rng
+
+LONG = int(os.environ.get("DIST_OBDSD_EXAMPLES", "1"))
+"""Multiplies the number of examples of the property tests, which are then drawn anew in every run."""
+
+SAMPLINGS = st.sampled_from(["epoch", "class_uniform"])
+
+
+def examples(n: int) -> settings:
+    return settings(max_examples=n * LONG, deadline=None, derandomize=LONG == 1, print_blob=True)
+
+
+def manifest_of(shards: list[list[int]]) -> Manifest:
+    """A manifest whose shard i holds images of the classes ``shards[i]``, with ids counted through."""
+    made, next_id = [], 0
+    for number, classes in enumerate(shards):
+        ids = tuple(range(next_id, next_id + len(classes)))
+        next_id += len(classes)
+        made.append(Shard(f"train-{number:06d}.tar", 1, "", ids, tuple(classes), ("train",) * len(ids)))
+    names = tuple(str(c) for c in range(1 + max((c for shard in shards for c in shard), default=0)))
+    return Manifest({}, 0, 2, names, {"train": tuple(made)})
+
+
+def packed(counts: list[int], K: int = 2, seed: int = 0, shards: int | None = None) -> Manifest:
+    """What ``pack`` makes of classes of ``counts`` images, all at least K; ``shards``: another number of them."""
+    starts = np.cumsum([0, *counts]).tolist()
+    members = {label: list(range(a, b)) for label, (a, b) in enumerate(pairwise(starts))}
+    label_of = np.repeat(np.arange(len(counts)), counts).tolist()
+    number = shards or shard_count(sum(n // K for n in counts), 20_000 * len(label_of), FEWEST_GROUPS)
+    hands = deal_training(members, K, number, seed)
+    made = tuple(
+        Shard(f"train-{n:06d}.tar", 1, "", tuple(hand), tuple(label_of[i] for i in hand), ("train",) * len(hand))
+        for n, hand in enumerate(hands)
+    )
+    return Manifest({}, seed, K, tuple(map(str, range(len(counts)))), {"train": made})
+
+
+def all_classes(manifest: Manifest) -> list[int]:
+    return list(range(len(manifest.classes)))
+
+
+def plan_of(manifest: Manifest, epoch: int = 0, classes: list[int] | None = None, **changes: int | str) -> EpochPlan:
+    wanted = all_classes(manifest) if classes is None else classes
+    options = {"seed": 0, "global_size": 32, "samples_per_class": 2, "lanes": 4, "window": 2} | changes
+    return plan_epoch(manifest, wanted, epoch=epoch, **options)
+
+
+def check_plan(
+    plan: EpochPlan, manifest: Manifest, K: int, lanes: int, B: int, classes: set[int], sampling: str = "epoch"
+) -> None:
+    """Everything that must hold of every plan."""
+    label_of = {i: c for s in manifest.splits["train"] for i, c in zip(s.ids, s.classes, strict=True)}
+    shard_of = {i: n for n, s in enumerate(manifest.splits["train"]) for i in s.ids}
+    assert plan.ids_SB.shape == plan.labels_SB.shape == (plan.steps, B)
+    assert plan.steps >= 1
+    everything = plan.ids_SB.ravel().tolist()
+    assert all(len(set(row)) == B for row in plan.ids_SB.tolist())  # no image twice in a global batch
+    if sampling == "epoch":
+        assert len(set(everything)) == len(everything)  # nor in the epoch
+    assert [label_of[i] for i in everything] == plan.labels_SB.ravel().tolist()
+    assert {label_of[i] for i in everything} <= classes
+    groups_SGK = plan.labels_SB.reshape(plan.steps, -1, K)
+    assert (groups_SGK == groups_SGK[:, :, :1]).all()
+    repeated = sum(groups_SGK.shape[1] - len(set(row)) for row in groups_SGK[:, :, 0].tolist())
+    assert plan.repeated == repeated
+    # Each lane gives its own rows of every step from its own shards, within the steps in which their window is open.
+    share = B // lanes
+    lane_of: dict[int, int] = {}
+    for lane, windows in enumerate(plan.windows):
+        window_of = {shard: number for number, window in enumerate(windows) for shard in window}
+        assert len(window_of) == sum(map(len, windows))  # a lane reads a shard once
+        opens, closes = [plan.steps] * len(windows), [-1] * len(windows)
+        for step in range(plan.steps):
+            for i in plan.ids_SB[step, lane * share : (lane + 1) * share].tolist():
+                number = window_of[shard_of[i]]
+                opens[number], closes[number] = min(opens[number], step), step
+                assert lane_of.setdefault(i, lane) == lane
+        assert tuple(opens) == plan.opens[lane]
+        assert tuple(closes) == plan.closes[lane]
+    counts = Counter(c for c in label_of.values() if c in classes)
+    if sampling == "epoch":
+        assert plan.reachable == sum(n // K * K for n in counts.values())
+        # A class that one lane has no K images of at a time still gives what windows allow, so not all can be promised.
+        assert plan.steps <= plan.reachable // B
+    else:
+        assert plan.reachable == sum(n for n in counts.values() if n >= K)
+    assert plan.coverage == len(set(everything)) / plan.reachable
+    assert plan.too_small == sum(counts[c] < K for c in classes)
+
+
+def most_open(steps: int, opens: tuple[int, ...], closes: tuple[int, ...]) -> int:
+    return max(sum(a <= step <= b for a, b in zip(opens, closes, strict=True)) for step in range(steps))
+
+
+def lane_counts(case: "Case", plan: EpochPlan) -> list[list[Counter[int]]]:
+    """Lane -> window -> class -> images, as the shards were dealt."""
+    K, L, B = case.shape
+    draw = rng(case.options["seed"], "schedule", case.options["epoch"])
+    dealt = deal_lanes(pieces_of(case.manifest, case.classes, K), L, B // K // L, K, draw)
+    wide = case.options["window"]
+    assert plan.windows == tuple(
+        tuple(tuple(piece.shard for piece in lane[i : i + wide]) for i in range(0, len(lane), wide)) for lane in dealt
+    )
+    have = sorted(i for lane in dealt for piece in lane for i in piece.ids_n.tolist())
+    wanted = {
+        i for s in case.manifest.splits["train"] for i, c in zip(s.ids, s.classes, strict=True) if c in case.classes
+    }
+    assert have == sorted(wanted)  # every image in one lane
+    return [
+        [Counter(c for piece in lane[i : i + wide] for c in piece.labels_n.tolist()) for i in range(0, len(lane), wide)]
+        for lane in dealt
+    ]
+
+
+def most_groups(windows: list[Counter[int]], K: int) -> int:
+    """How many groups a lane can give at best, by trying everything: the exact figure that limits an epoch.
+
+    A group's images come from one window or from two neighbouring ones.
+    """
+    labels = {label for window in windows for label in window}
+    return sum(_most_groups(tuple(window[label] for window in windows), K) for label in labels)
+
+
+@cache
+def _most_groups(images: tuple[int, ...], K: int, older: int = 0) -> int:
+    """The most groups from a class's images window by window, ``older`` of the window before being left.
+
+    Groups within a window are exchangeable, so only how many images are mixed with older ones, and how many are kept
+    for the next window, is tried.
+    """
+    if not images:
+        return 0
+    best = 0
+    for mixed in range(min(older, images[0]) + 1):  # groups with at least one older and one newer image
+        for newer in range(mixed, mixed * (K - 1) + 1):
+            if newer > images[0] or not mixed <= mixed * K - newer <= older:
+                continue
+            rest = images[0] - newer
+            for own in {rest // K, max(0, rest // K - 1)}:
+                kept = rest - own * K
+                best = max(best, mixed + own + _most_groups(images[1:], K, min(kept, 2 * K)))
+    return best
+
+
+@dataclass(frozen=True)
+class Case:
+    """A manifest and the settings of a plan."""
+
+    manifest: Manifest = field(repr=False)  # a long text
+    about: str
+    classes: list[int]
+    options: dict[str, Any]
+    world: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """K, L, B."""
+        return self.options["samples_per_class"], self.options["lanes"], self.options["global_size"]
+
+    def plan(self, **changes: object) -> EpochPlan:
+        return plan_epoch(self.manifest, self.classes, **self.options | changes)
+
+
+@st.composite
+def packed_cases(draw: st.DrawFn) -> Case:
+    """Dealt as ``pack`` does, for world sizes of 1 to 8."""
+    world, K = draw(st.integers(1, 8)), draw(st.integers(2, 8))
+    lanes = world * draw(st.integers(1, 3 if world < 4 else 2))
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    spread = draw(st.sampled_from([0, 3, 30]))
+    classes = draw(st.integers(10, 250))
+    counts = (K + draw(st.integers(0, 25)) + random.integers(0, spread + 1, classes)).tolist()
+    options = {
+        "samples_per_class": K, "lanes": lanes, "global_size": K * lanes * draw(st.integers(1, 4)),
+        "window": draw(st.integers(1, 9)), "seed": draw(st.integers(0, 99)), "epoch": draw(st.integers(0, 9)),
+        "sampling": draw(SAMPLINGS),
+    }  # fmt: skip
+    seed = draw(st.integers(0, 3))
+    return Case(packed(counts, K, seed), f"packed({counts}, {K}, {seed})", list(range(classes)), options, world)
+
+
+@st.composite
+def foreign_cases(draw: st.DrawFn) -> Case:
+    """Classes of uneven size, strewn over shards of uneven size, or in the order of the classes."""
+    K, lanes = draw(st.integers(2, 8)), draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    classes, largest = draw(st.integers(2, 40)), draw(st.integers(0, 160))
+    shares = random.dirichlet(np.full(classes, draw(st.sampled_from([0.3, 1.0, 10.0]))))
+    sizes = random.integers(0, largest + 1, draw(st.integers(lanes, lanes * 4)))
+    drawn = [random.choice(classes, n, p=shares) for n in sizes]
+    if draw(st.booleans()):  # sorted by class: one or two classes in a shard
+        drawn = np.split(np.sort(np.concatenate(drawn)), np.cumsum(sizes)[:-1])
+    manifest = manifest_of([shard.tolist() for shard in drawn])
+    every = draw(st.integers(2, 9))
+    kept = [c for c in all_classes(manifest) if c % every]
+    options = {
+        "samples_per_class": K, "lanes": lanes, "global_size": K * lanes * draw(st.integers(1, 3)),
+        "window": draw(st.integers(1, 5)), "seed": draw(st.integers(0, 99)), "epoch": draw(st.integers(0, 9)),
+        "sampling": draw(SAMPLINGS),
+    }  # fmt: skip
+    about = f"manifest_of({[shard.tolist() for shard in drawn]})"
+    return Case(manifest, about, kept, options)
