@@ -16,7 +16,7 @@ from typing import Any
 from dist_obdsd import __version__, progress
 from dist_obdsd.errors import InputError, UserError, sentence
 
-BENCHES = ("objective", "manifold", "search")
+BENCHES = ("objective", "manifold", "search", "loader")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that ended
 
 
@@ -85,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
     bench.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: 1)")
     bench.add_argument("--budget", type=float, default=120, help="seconds that one case may take (default: 120)")
+    bench.add_argument("--shards", metavar="DIR", help="loader: shards to read (default: images that it makes itself)")
+    bench.add_argument("--workers", type=int, default=2, help="loader: decoding processes (default: 2)")
+    bench.add_argument("--image-size", type=int, default=224, help="loader: pixels, where --sizes is not given (224)")
+    bench.add_argument("--batch", type=int, default=112, help="loader: images in a batch (default: 112)")
     bench.add_argument("--json", type=Path, help="write the rows to this file")
     bench.add_argument("--plot", type=Path, help="draw the rows into this file, such as bench.png")
     bench.set_defaults(run=_bench)

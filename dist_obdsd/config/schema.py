@@ -38,11 +38,12 @@ class Data(Section):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, of pixels scaled to [0, 1]; the default is ImageNet's. One value serves every channel."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    augment: Literal["none", "crop", "affine"] = "crop"
-    """`crop`: RandomResizedCrop and horizontal flip (the published one); `affine`: small rotation, shift, scale, shear
-    (for characters, where a mirrored one is another one); `none`: as in evaluation."""
+    augment: Literal["none", "crop", "strong", "affine"] = "crop"
+    """`crop`: RandomResizedCrop and horizontal flip (the published one); `strong`: these, random changes of brightness,
+    contrast, saturation and hue, and sometimes grey; `affine`: small rotation, shift, scale, shear (for characters,
+    where a mirrored one is another one); `none`: as in evaluation."""
     crop_scale: tuple[Positive, Positive] = (0.16, 1.0)
-    """Smallest and largest share of the image's area that `crop` keeps."""
+    """Smallest and largest share of the image's area that `crop` and `strong` keep."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
     lanes: Count = 8
