@@ -7,18 +7,19 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_obdsd import __version__
+from dist_obdsd import __version__, progress
 from dist_obdsd.errors import InputError, UserError, sentence
 
 if TYPE_CHECKING:
     from dist_obdsd.training.stopping import StopSignals
 
-BENCHES = ("objective", "manifold", "search")
+BENCHES = ("objective", "manifold", "search", "loader")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that ended
 
 
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("overrides", nargs="*", metavar="options.name=value", help="settings that replace the recipe's")
     pack.add_argument("--source", type=Path, help="the download or your images: a folder, an archive or a list")
     pack.add_argument("--out", type=Path, required=True, help="the folder to make")
-    pack.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
+    pack.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
     pack.add_argument("--seed", type=int, default=0, help="of the order inside the shards")
     pack.add_argument("--samples-per-class", type=int, default=2, help="images of a class that should stay together")
     pack.add_argument(
@@ -49,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
     pack.set_defaults(run=_pack)
 
     verify = commands.add_parser("verify", help="check shards against their manifest")
-    verify.add_argument("shards", type=Path)
-    verify.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    verify.add_argument("shards", help="a folder, or a URL or pipe: command")
+    verify.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
     verify.set_defaults(run=_verify)
 
     train = commands.add_parser("train", help="train and evaluate what a config describes")
@@ -87,6 +88,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
     bench.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: 1)")
     bench.add_argument("--budget", type=float, default=120, help="seconds that one case may take (default: 120)")
+    bench.add_argument("--shards", metavar="DIR", help="loader: shards to read (default: images that it makes itself)")
+    bench.add_argument("--workers", type=int, default=2, help="loader: decoding processes (default: 2)")
+    bench.add_argument("--image-size", type=int, default=224, help="loader: pixels, where --sizes is not given (224)")
+    bench.add_argument("--batch", type=int, default=112, help="loader: images in a batch (default: 112)")
     bench.add_argument("--json", type=Path, help="write the rows to this file")
     bench.add_argument("--plot", type=Path, help="draw the rows into this file, such as bench.png")
     bench.set_defaults(run=_bench)
@@ -101,6 +106,11 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
     doctor.set_defaults(run=_doctor)
     return top
+
+
+def cores() -> int:
+    """Those that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def program() -> None:
@@ -171,6 +181,7 @@ def _pack(options: argparse.Namespace) -> int:
     from dist_obdsd.data.recipes import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    start = time.monotonic()
     manifest = pack(
         recipe,
         options.source,
@@ -181,11 +192,14 @@ def _pack(options: argparse.Namespace) -> int:
         allow_partial=options.allow_partial,
         overwrite=options.overwrite,
         workers=options.workers,
-        report=_warn,
+        report=_note,
     )
+    seconds = time.monotonic() - start
     for split, shards in manifest.splits.items():
         classes = len(manifest.class_ids(split))
         print(f"{split}: {manifest.images(split)} images of {classes} classes in {len(shards)} shards")
+    images = sum(map(len, manifest.shards()))
+    print(f"{options.out}: {progress.rate(images, sum(shard.bytes for shard in manifest.shards()), seconds)}")
     print(describe(manifest))
     return 0
 
@@ -195,10 +209,13 @@ def _verify(options: argparse.Namespace) -> int:
     from dist_obdsd.data.mixing import describe
     from dist_obdsd.data.verify import verify
 
-    report = verify(options.shards, workers=options.workers, report=_warn)
+    start = time.monotonic()
+    report = verify(options.shards, workers=options.workers, report=_note)
     if report.problems:
         raise InputError(f"{options.shards} has {len(report.problems)} problems; pack the data again")
+    seconds = time.monotonic() - start
     print(f"{options.shards}: {report.images} images in {report.shards} shards, all as the manifest says")
+    print(f"{options.shards}: {progress.rate(report.images, report.bytes, seconds)}")
     print(describe(load(options.shards)))
     return 0
 
@@ -303,6 +320,11 @@ def on_every_rank(load: Callable[[], Any]) -> Any:
 
 def speaker(is_main: bool) -> Callable[[str], None]:
     return (lambda text: print(text, flush=True)) if is_main else (lambda text: None)
+
+
+def _note(text: str) -> None:
+    """As ``_warn``, while there may be a progress bar."""
+    progress.say(f"dist-obdsd: {text}")
 
 
 def _warn(text: str) -> None:

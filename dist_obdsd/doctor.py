@@ -8,7 +8,7 @@ import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from dist_obdsd import collectives
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.manifest import Shard
 from dist_obdsd.data.mixing import mixing_of
-from dist_obdsd.data.reading import check_files
+from dist_obdsd.data.reading import cache_of, check_files
+from dist_obdsd.data.remote import begin, is_remote, location
 from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of, plan_from
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
@@ -143,7 +145,8 @@ def where_it_runs(here: Runtime, settings: Config) -> list[str]:
 
         engine_options(settings.deepspeed.config, settings.deepspeed.stage)
     lanes_of(here.rank, here.world_size, settings.data.lanes)
-    check_files(settings.data.shards, tuple(manifest.shards()))
+    shards = tuple(manifest.shards())
+    check_files(settings.data.shards, shards)
     check_evaluable(manifest, settings, validation_subset(manifest, held_out, settings))
     too_small = []
     if plan.too_small:
@@ -160,6 +163,7 @@ def where_it_runs(here: Runtime, settings: Config) -> list[str]:
         f"(images per rank: {local}){node}",
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
+        *_remote(settings, shards),
         f"{mixing_of(plan, settings.batch.samples_per_class)}",
         *too_small,
         _run_folder(settings),
@@ -250,3 +254,19 @@ def version(module: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "of unknown version"
+
+
+def _remote(settings: Config, shards: Sequence[Shard]) -> list[str]:
+    """What there is to say of shards that are not here: whether one can be read, and what the cache has."""
+    root = settings.data.shards
+    if not is_remote(root):
+        return []
+    begin(location(root, shards[0].file))
+    size = sum(shard.bytes for shard in shards) / 2**30
+    line = f"{len(shards)} remote shards of {size:.3g} GiB, the first of which can be read"
+    cache = cache_of(settings.data)
+    if cache is None:
+        return [f"{line}; data.cache is unset, so every epoch reads them anew"]
+    present = sum(cache.path(shard).exists() for shard in shards)
+    free = shutil.disk_usage(cache.folder).free / 2**30
+    return [f"{line}; {present} are in {cache.folder}, which has {free:.1f} GiB free"]

@@ -11,11 +11,11 @@ from dist_obdsd.config.ranking import (
     Ranking,
     Triplet,
 )
-from dist_obdsd.config.schema import (
+from dist_obdsd.config.schema import Config
+from dist_obdsd.config.sections import (
     SELECTION_METRIC,
     Batch,
     Checkpoint,
-    Config,
     Data,
     DeepSpeed,
     Distillation,

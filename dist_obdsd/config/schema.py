@@ -1,4 +1,4 @@
-"""The sections of a configuration. Every field has its meaning beside it.
+"""The whole configuration.
 
 Anything impossible is refused here, before a process group or a GPU is touched, with a sentence that says what to
 change.
@@ -10,279 +10,23 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from dist_obdsd.config.base import Count, NonNegative, Positive, Section, read_names
+from dist_obdsd.config.base import Count, Positive, Section
 from dist_obdsd.config.ranking import MultiSimilarity, Ranking
-
-Metric = Literal["recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum"]
-SELECTION_METRIC = "map@r"
-"""What `best_validation` and `best_test` are the best of."""
-
-
-NO_ZERO_3 = (
-    "ZeRO stage 3 would cut the weights themselves into pieces, of which the progressive teacher is a copy; an "
-    "embedding network fits one GPU, so set stage 0, 1 or 2"
+from dist_obdsd.config.sections import (
+    SELECTION_METRIC,
+    Batch,
+    Checkpoint,
+    Data,
+    DeepSpeed,
+    Distillation,
+    Evaluation,
+    Model,
+    Optim,
+    Tracking,
+    Validation,
 )
-
-
-class Data(Section):
-    shards: str
-    """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote."""
-    image_size: Count = 224
-    """Side in pixels of the square that the network sees."""
-    resize: Count | None = None
-    """Shorter side in pixels before the evaluation's centre crop; unset: image_size (256 is usual for 224)."""
-    channels: Literal[1, 3] = 3
-    """1 reads grey images, 3 reads RGB."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Per channel, of pixels scaled to [0, 1]; the default is ImageNet's. One value serves every channel."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    augment: Literal["none", "crop", "affine"] = "crop"
-    """`crop`: RandomResizedCrop and horizontal flip (the published one); `affine`: small rotation, shift, scale, shear
-    (for characters, where a mirrored one is another one); `none`: as in evaluation."""
-    crop_scale: tuple[Positive, Positive] = (0.16, 1.0)
-    """Smallest and largest share of the image's area that `crop` keeps."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
-    lanes: Count = 8
-    """The fixed number of streams that a global batch is put together from. The number of ranks must divide it."""
-    window: Count = 8
-    """Shards of one lane that are held in memory as encoded bytes at a time."""
-    sampling: Literal["epoch", "class_uniform"] = "epoch"
-    """`epoch`: each image at most once an epoch, so a class stands in batches as often as it has images;
-    `class_uniform`: in as many steps, every class about equally often (as published; data/uniform.py says how
-    equally)."""
-    max_bad_samples: Annotated[int, Field(ge=0)] = 0
-    """How many undecodable images each rank replaces, with a warning that names each, before the run stops."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise ValueError(
-                    f"data.{name} has {len(values)} values but data.channels is {self.channels}; "
-                    f"give one value or one per channel"
-                )
-        if min(self.std) <= 0:
-            raise ValueError(f"data.std is {list(self.std)}; every value must be above 0")
-        if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
-            raise ValueError(
-                f"data.crop_scale is {list(self.crop_scale)}; give [smallest, largest] with both in (0, 1]"
-            )
-        if self.resize is not None and self.resize < self.image_size:
-            raise ValueError(
-                f"data.resize is {self.resize} but the crop is data.image_size={self.image_size}; "
-                f"set data.resize to at least {self.image_size}"
-            )
-        return self
-
-
-class Batch(Section):
-    global_size: Annotated[int, Field(ge=2)] = 112
-    """Images in one optimizer step over all ranks (B). Independent of the number of ranks."""
-    samples_per_class: Annotated[int, Field(ge=2)] = 2
-    """Images of one class in a group (K)."""
-    chunk: Count | None = None
-    """Images per rank that the network holds in memory with their gradient at a time; each is then embedded twice, and
-    the result is that of the whole batch. Unset: all at once."""
-
-
-class Model(Section):
-    backbone: Literal["small_cnn", "resnet18", "resnet34", "resnet50", "squeezenet1_0"] = "resnet50"
-    embedding_dim: Count = 128
-    """Length of the unit-norm embedding (D)."""
-    pooling: Literal["avg", "max", "avg+max"] = "avg"
-    pretrained: str = "none"
-    """`none`, `torchvision` (its ImageNet weights, downloaded once) or the path of a local state dict."""
-    norm: Literal["frozen", "sync", "batch"] = "frozen"
-    """BatchNorm: `frozen` keeps the pretrained statistics, `sync` takes them over all ranks (GPUs only), `batch` over
-    each rank alone, which makes results depend on the number of ranks. small_cnn has GroupNorm and ignores this."""
-
-
-class Distillation(Section):
-    target: Literal["none", "uniform", "psd", "obdsd", "obdsd_symmetric"] = "obdsd"
-    weight: NonNegative = 1.0
-    temperature: Positive = 1.0
-    """Of the student's and the teacher's softmax over the batch."""
-    transition_temperature: Positive = 1.0
-    """Of the random walk's transition matrix A (target obdsd)."""
-    omega: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """How far the diffusion goes: 0 is psd."""
-    mask_self: bool = False
-    """Take each image's similarity to itself out of the target's start distribution P."""
-    neighbours: Count | None = None
-    """Let the diffusion run only along edges to the k nearest neighbours; unset: to all."""
-    mutual: bool = False
-    """With `neighbours`: an edge needs both images to be among each other's nearest; else one of them is enough."""
-    clip: bool = False
-    """Take negative similarities as 0 in the transition matrix. Target obdsd_symmetric always does."""
-    power: Positive = 1.0
-    """Raise the similarities in the transition matrix to this power; needs `clip`."""
-    scope: Literal["global", "rank"] = "global"
-    """Which images the target and the student's softmax run over: the global batch, or each rank's own part of it, as
-    in a published run per GPU. `rank` is the one objective that depends on the number of ranks."""
-    memory: Annotated[int, Field(ge=0)] = 0
-    """Teacher embeddings of earlier batches of the epoch that the diffusion also runs over (images)."""
-    solver: Literal["auto", "cholesky", "cg"] = "auto"
-    """Who solves the diffusion: `cholesky` for all rows at once, `cg` (conjugate gradients) for a rank's own rows.
-    `auto` tries whether a few terms of Neumann's series are as good, and else takes the faster one that fits."""
-    tolerance: Positive = 1e-4
-    """Largest L1 error of a target's row; a solve that does not reach it stops the run."""
-    memory_gib: Positive = 2.0
-    """What one rank may spend on matrices over all pairs of images; beyond it they are made anew tile by tile."""
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.target not in ("none", "uniform")
-
-    @property
-    def diffuses(self) -> bool:
-        return self.target in ("obdsd", "obdsd_symmetric")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.power != 1 and not self.clip and self.target != "obdsd_symmetric":
-            raise ValueError(
-                f"distillation.power={self.power} of a negative similarity is undefined; set distillation.clip=true"
-            )
-        if self.mutual and self.neighbours is None:
-            raise ValueError("distillation.mutual has no effect without distillation.neighbours; set that, too")
-        if self.memory and not self.diffuses:
-            raise ValueError(
-                f"distillation.memory={self.memory} has no effect on target {self.target}, which does not diffuse; "
-                f"set distillation.memory=0 or target obdsd"
-            )
-        if self.memory and self.scope == "rank":
-            raise ValueError("distillation.memory holds the global batch's images; set distillation.scope=global")
-        return self
-
-
-class Optim(Section):
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: Positive = 1e-5
-    weight_decay: NonNegative = 4e-4
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """SGD only."""
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    milestones: tuple[Count, ...] = ()
-    """Epochs at which `step` multiplies the learning rate by `gamma`."""
-    gamma: Positive = 0.3
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises linearly from 0."""
-    clip_norm: Positive | None = None
-    """Largest norm of the whole gradient; unset: no clipping."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.schedule == "step" and not self.milestones:
-            raise ValueError("optim.schedule=step needs optim.milestones, the epochs at which the rate drops")
-        if self.schedule != "step" and self.milestones:
-            raise ValueError(f"optim.milestones is set but optim.schedule is {self.schedule}; set optim.schedule=step")
-        return self
-
-
-class DeepSpeed(Section):
-    stage: Literal[0, 1, 2, 3] | None = None
-    """ZeRO stage: 1 spreads the optimizer's state over the ranks, 2 the gradients, too; unset: the file's, or 1."""
-    config: str | None = None
-    """DeepSpeed's own JSON file for bucket sizes and overlap (see launch/zero1.json); batch, precision, optimizer and
-    clipping are set here, not there."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.stage == 3:
-            raise ValueError(NO_ZERO_3)
-        return self
-
-
-class Validation(Section):
-    """Which training classes are taken out of training for model selection: a `fraction`, the ones in `classes`, or one
-    of several `folds`. By default none, so the run trains on all and reports only `last`."""
-
-    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training classes that is held out; 0 holds out none. Which ones follows from the seed."""
-    classes: Annotated[tuple[str, ...], BeforeValidator(read_names)] = ()
-    """Names of the classes to hold out, or the path of a text file with one name per line. The file is read once: a
-    run's own config holds the names."""
-    folds: Annotated[int, Field(ge=2)] | None = None
-    """Cross-validation: cut the training classes into so many parts, near-equal and by the seed, of which this run
-    holds out the one that `fold` says. Every class is held out in exactly one fold."""
-    fold: Annotated[int, Field(ge=0)] = 0
-    """Of `folds`: which part, from 0."""
-    every: Count = 1
-    """Epochs between validations."""
-    max_images: Count | None = None
-    """Validate on some of the held-out classes, whole ones, with at most so many images together; unset: on all. Which
-    ones follows from the seed, so they are the same throughout the run."""
-
-    @property
-    def holds_out(self) -> bool:
-        return bool(self.fraction or self.classes or self.folds)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        ways = [name for name in ("fraction", "classes", "folds") if getattr(self, name)]
-        if len(ways) > 1:
-            raise ValueError(
-                f"validation.{' and validation.'.join(ways)} both say what to hold out; set only one of them"
-            )
-        if self.folds is None and self.fold:
-            raise ValueError(f"validation.fold={self.fold} has no effect without validation.folds; set that, too")
-        if self.folds is not None and self.fold >= self.folds:
-            raise ValueError(
-                f"validation.fold={self.fold} but validation.folds={self.folds}; "
-                f"set validation.fold to a number from 0 to {self.folds - 1}"
-            )
-        return self
-
-
-class Evaluation(Section):
-    metrics: tuple[Metric, ...] = ("recall", "map@r")
-    """What to measure. `recall` and `map@r` need a few neighbours and cost next to nothing, `r_precision` and `map@c`
-    the same, `map@1000` a search for 1,000 neighbours, `nmi` and `f1` a k-means into as many clusters as classes,
-    `distances` (within and between classes, and their ratio) all pairs of each class, `rho_spectrum` little."""
-    conventions: Literal["correct", "released"] = "correct"
-    """`released` repeats what the authors' code does where it differs, so that published tables can be compared: class
-    sizes include the query (`map@1000`, `map@c`), queries with nothing to find count as failures, k-means makes as many
-    clusters as there are training classes, `distances` are cosine distances, and `rho_spectrum` leaves out the smallest
-    singular value."""
-    recall_at: tuple[Count, ...] = (1, 2, 4, 8)
-    """The k of Recall@k."""
-    test: bool = True
-    """Measure the test set at the end; false leaves it alone while settings are still being chosen."""
-    best_test: bool = False
-    """Also measure the test set after every validation, or, without one, every `validation.every` epochs, and report
-    the best as `best_test`. That chooses the epoch on the test set, as papers do, and flatters the result."""
-    untrained: bool = False
-    """Also measure the test set before the first step, as a reference that is never used for a choice."""
-    batch_size: Count = 256
-    """Images embedded at a time; part of the result's last bits, so it does not follow the number of ranks."""
-    backend: Literal["auto", "faiss", "torch"] = "auto"
-    """Who proposes neighbours. Both give the same result; `auto` takes the quicker one of those that work here."""
-    distance: Literal["cosine", "euclidean"] = "cosine"
-    """Who is near. Rows of unit length, such as a network's, are in the same order either way."""
-
-
-class Tracking(Section):
-    kind: Literal["mlflow", "none"] = "mlflow"
-    uri: str = "sqlite:///mlflow.db"
-    experiment: str = "dist-obdsd"
-    every_steps: Count = 50
-    """Steps between two lines on the terminal and two sendings of the step metrics."""
-
-
-class Checkpoint(Section):
-    """A run also saves after every epoch, and when a signal stops it."""
-
-    every_steps: Count | None = None
-    """Optimizer steps between checkpoints inside an epoch; unset: not by steps."""
-    every_minutes: Positive | None = 15.0
-    """Minutes without a checkpoint after which one is written inside an epoch; null: not by time."""
-    keep: Count = 2
-    """Checkpoints kept besides those that `last` and `best` point to."""
-    background: bool = False
-    """Copy what is to be saved and write it while training goes on; costs the memory of a copy."""
 
 
 class Config(Section):
@@ -383,6 +127,6 @@ class Config(Section):
 # Settings that may differ between a run and its continuation: none of them can change a result.
 CHANGEABLE_ON_RESUME = (
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
-    "data.workers", "data.shards", "data.max_bad_samples", "evaluation.backend",
+    "data.workers", "data.shards", "data.cache", "data.cache_gib", "data.max_bad_samples", "evaluation.backend",
     "tracking", "checkpoint", "strategy", "deepspeed",
 )  # fmt: skip

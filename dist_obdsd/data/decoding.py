@@ -2,15 +2,19 @@
 
 One thread takes jobs (a batch's encoded rows) from an iterator and cuts each into parts for the processes. They write
 pixels into anonymous shared memory that they inherit, so no pixel is copied through a pipe and /dev/shm, which
-containers keep small, is not used. Which process decodes a row never changes the row.
+containers keep small, is not used; what comes back lies there, too, until nobody holds it. Which process decodes a row
+never changes the row.
 """
 
+import math
 import mmap
 import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +22,7 @@ from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +32,7 @@ from dist_obdsd.errors import RunError, UserError
 from dist_obdsd.seeds import rng
 
 SLOTS = 4  # batches that may be read, decoded or ready at a time
+LENT = 2  # delivered batches that stay where they were decoded while somebody holds them; further ones are copied
 
 
 class Row(NamedTuple):
@@ -70,7 +76,9 @@ def decode_rows(rows: list[Row], out: Tensor, config: Config, group: int) -> lis
         group: a broken image is replaced by the next good one of its ``group`` consecutive rows (1: never).
     """
     bad = []
-    for i, row in enumerate(rows):
+    # All generators at once: among the decoding, code and tables that they need would be out of the cache every time.
+    generators = [None if row.place is None else rng(config.seed, "augment", *row.place) for row in rows]
+    for i, (row, generator) in enumerate(zip(rows, generators, strict=True)):
         start = i - i % group
         members = [row, *(other for other in rows[start : start + group] if other.id != row.id)]
         reason, used = "", None
@@ -81,10 +89,10 @@ def decode_rows(rows: list[Row], out: Tensor, config: Config, group: int) -> lis
                 reason = reason or str(error)
                 continue
             used = member.id
-            if row.place is None:
+            if generator is None:
                 out[i] = eval_transform(image, config.data)
             else:
-                out[i] = train_transform(image, config.data, rng(config.seed, "augment", *row.place))
+                out[i] = train_transform(image, config.data, generator)
             break
         if used != row.id:
             bad.append(Bad(i, row.id, reason, used))
@@ -104,8 +112,10 @@ class Decoder:
         """
         self._jobs, self._config, self._group = jobs, config, group
         self._shape = (rows, config.data.channels, config.data.image_size, config.data.image_size)
-        self._free: queue.Queue[int | None] = queue.Queue()
+        # A slot may come back while the garbage collector runs in a thread that is inside of this very queue.
+        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._ready: queue.Queue[Any] = queue.Queue()
+        self._lent: set[int] = set()
         for slot in range(SLOTS):
             self._free.put(slot)
         self._closed = False
@@ -120,8 +130,10 @@ class Decoder:
         self._thread.start()
 
     def _start_processes(self) -> None:
-        size = SLOTS * torch.Size(self._shape).numel()
-        self._slots = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(SLOTS, *self._shape)
+        for slot in range(SLOTS, SLOTS + LENT):
+            self._free.put(slot)
+        shape = (SLOTS + LENT, *self._shape)
+        self._slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
         context = multiprocessing.get_context("fork")
         connections: list[Connection] = []
         for _ in range(self._config.data.workers):
@@ -197,17 +209,27 @@ class Decoder:
                 raise StopIteration
             raise item if isinstance(item, UserError) else RunError(f"reading failed: {type(item).__name__}: {item}")
         job, slot, parts = item
-        n = len(job.rows)
-        # Rows beyond the job's are padding, which must not hold what another batch left in the slot.
-        images = torch.empty(self._shape, dtype=torch.uint8)
-        images[n:] = 0
         if self._executor is None:
+            images = torch.zeros(self._shape, dtype=torch.uint8)
             bad = decode_rows(job.rows, images, self._config, self._group)
+            self._free.put(slot)
         else:
             bad = [bad for part in parts for bad in part.result()]
-            images[:n] = self._slots[slot, :n]
-        self._free.put(slot)
+            images = self._deliver(slot, len(job.rows))
         return Decoded(job.about, images, bad)
+
+    def _deliver(self, slot: int, n: int) -> Tensor:
+        """The images in a slot, whose first n rows were decoded. The slot is free again when nobody holds them."""
+        array = self._slots[slot]
+        array[n:] = 0  # padding, which must not hold what another batch left there
+        if len(self._lent) == LENT:
+            images = torch.from_numpy(array.copy())
+            self._free.put(slot)
+            return images
+        self._lent.add(slot)
+        # The tensor, and whatever is a part of it, holds this array.
+        weakref.finalize(array, _take_back, self._lent, self._free, slot).atexit = False
+        return torch.from_numpy(array)
 
     def close(self) -> None:
         """Stop the thread and the processes. The owner of ``jobs`` sees to it that its iterator does not block."""
@@ -224,8 +246,13 @@ class Decoder:
             self._end()
 
 
+def _take_back(lent: set[int], free: "queue.SimpleQueue[int | None]", slot: int) -> None:
+    lent.discard(slot)
+    free.put(slot)
+
+
 def _work(
-    connection: Connection, inherited: list[Connection], parent: int, slots: Tensor, config: Config, group: int
+    connection: Connection, inherited: list[Connection], parent: int, slots: np.ndarray, config: Config, group: int
 ) -> None:
     """A decoding process: answer until the parent closes the connection or is gone."""
     # The parent decides when to end: launchers send these signals to every process of the job.
@@ -234,7 +261,11 @@ def _work(
     # The parent's ends, inherited by the fork, would keep a dead parent's connections open.
     for other in inherited:
         other.close()
+    # libjpeg prints a line, which names no file, for damage that it can pass over. Python's own messages still arrive.
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
+    images = torch.from_numpy(slots)
     while True:
         try:
             while not connection.poll(5):
@@ -244,7 +275,7 @@ def _work(
         except (EOFError, OSError):
             return
         try:
-            reply: Any = decode_rows(rows, slots[slot, start:], config, group)
+            reply: Any = decode_rows(rows, images[slot, start:], config, group)
         except Exception as error:
             reply = f"{type(error).__name__}: {error}"
         try:

@@ -1,6 +1,7 @@
 """Encoded images: is one whole, and a smaller copy of it."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,6 +14,27 @@ SUFFIXES = {
 FORMATS = tuple(name for name in SUFFIXES if name != "MPO")  # a kind of JPEG, which its decoder tells apart itself
 MEMBERS = tuple(sorted({*SUFFIXES.values(), "jpeg"}))  # the suffixes that an image may have in a shard
 QUALITY = 95  # of a JPEG or WebP that is encoded again
+MOST_PIXELS = 89_478_485  # 256 MiB as RGB; where Pillow warns, too, and at twice as many refuses by itself
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such an image with a sentence
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Parse the header of an image of one of ``FORMATS``; its pixels are decoded when they are asked for.
+
+    Raises:
+        ValueError: a small file says that it holds more pixels than memory should be given for.
+        PIL.UnidentifiedImageError and whatever else Pillow raises: it is no such image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error}; make the image smaller") from error
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels and more than {MOST_PIXELS:,} are refused, since a small "
+            f"file can claim any number; make the image smaller"
+        )
+    return image
 
 
 def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
@@ -32,9 +54,9 @@ def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
     """
     try:
         # verify() sees wrong checksums that load() passes over; load() sees missing data. An image serves only one.
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             image.verify()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             suffix = SUFFIXES[image.format or ""]
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of which nobody knows the range")

@@ -18,6 +18,7 @@ Roles are ``train``; ``both`` for an image that is query and gallery (self-retri
 
 import difflib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.gopen import gopen
 
 from dist_obdsd.config import Validation
+from dist_obdsd.data.remote import fetch, is_remote, location, shown
 from dist_obdsd.errors import InputError
 from dist_obdsd.seeds import rng
 
@@ -192,34 +193,32 @@ def check(manifest: Manifest, origin: str = "manifest") -> None:
                 )
 
 
-def is_remote(root: str) -> bool:
-    return "://" in root or root.startswith("pipe:")
-
-
-def location(root: str, file: str) -> str:
-    """Where webdataset finds a file: below a URL or ``pipe:`` command as it is, below a folder by absolute path."""
-    if is_remote(root):
-        return f"{root.rstrip('/')}/{file}"
-    return str((Path(root) / file).absolute())
-
-
 def load(root: str | Path) -> Manifest:
-    """Read the manifest of a folder, or of a URL or ``pipe:`` command that webdataset can open.
+    """Read the manifest of a folder, or of a URL or ``pipe:`` command.
 
     Raises:
         InputError: the folder or the manifest is missing, or the manifest is not sound.
+        RunError: it cannot be downloaded.
     """
     root = str(root)
     path = location(root, "manifest.json")
-    if not is_remote(root) and not Path(root).is_dir():
-        raise InputError(f"there is no shard folder {root}; make one with `dist-obdsd pack RECIPE --out {root}`")
+    if is_remote(root):
+        stream = io.BytesIO()
+        fetch(path, stream)
+        data = stream.getvalue()
+    else:
+        if not Path(root).is_dir():
+            raise InputError(f"there is no shard folder {root}; make one with `dist-obdsd pack RECIPE --out {root}`")
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"cannot read {path}: {reason}; check the path, or pack the data again") from error
     try:
-        with gopen(path) as stream:
-            text = stream.read().decode()
-    except (OSError, ValueError) as error:  # webdataset reports a failed download as an OSError
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read {path}: {reason}; check the path, or pack the data again") from error
-    return from_json(text, path)
+        text = data.decode()
+    except ValueError as error:
+        raise InputError(f"{shown(path)} is not text ({error}); pack the data again") from error
+    return from_json(text, shown(path))
 
 
 def split_classes(manifest: Manifest, validation: Validation, seed: int) -> tuple[list[int], list[int]]:

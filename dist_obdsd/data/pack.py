@@ -4,39 +4,28 @@ Everything is written into ``OUT.packing`` beside the target and renamed at the 
 is complete whenever the program was stopped. Packing the same data twice gives the same bytes.
 """
 
-import hashlib
-import json
-import os
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from dist_obdsd import progress
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.deal import FEWEST_GROUPS, FEWEST_IMAGES, deal_evenly, deal_training, shard_count
 from dist_obdsd.data.imagefile import examine
-from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.data.parallel import in_order, processes, threads
 from dist_obdsd.data.readers import Sample, open_samples, refuse
 from dist_obdsd.data.recipes import Recipe
 from dist_obdsd.data.workshop import publish, storage_error, workshop, write_synced
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.data.writing import UsableImage, write_shards
+from dist_obdsd.errors import InputError
 
 MOST_REPORTED = 20  # warnings about single images; the manifest lists all of them
-
-
-@dataclass(frozen=True)
-class _Image:
-    """A usable image: decoded once, to be read again when its shard is written."""
-
-    sample: Sample
-    suffix: str
-    read: Callable[[], bytes]
-    bytes: int
-    checksum: int
+TOGETHER = 16  # images that go to a decoding process at a time
+_Found = tuple[str, int, int, bytes | None]  # suffix, size, checksum and, where made smaller, bytes of an image
 
 
 def pack(
@@ -65,7 +54,7 @@ def pack(
         allow_partial: pack what is there of a source that lacks listed files or differs from the recipe's expected
             counts, and say so in the manifest.
         overwrite: replace a packed folder, once the new one is complete.
-        workers: threads that decode; 0 and 1 both mean none besides the caller's.
+        workers: processes that decode and write; 0 and 1 both mean none besides the caller's.
         report: called with one sentence per warning.
 
     Returns:
@@ -93,12 +82,13 @@ def pack(
             report(f"{', and '.join(differences)}; packing what is there")
             record |= {"partial": True, "differences": differences}
         try:
-            with workshop(out) as folder:
-                images, left_out = _examine_all(samples, resize, workers, folder / "spool", report)
+            # The processes first, so that they do not inherit the workshop's lock, which ends with this process alone.
+            with processes(workers) as pool, workshop(out) as folder:
+                images, left_out = _examine_all(samples, resize, pool, workers, folder / "spool", report)
                 images, too_small = _drop_small_classes(images, samples_per_class, report)
                 if left_out or too_small:
                     record["left_out"] = left_out + too_small
-                splits, classes = _write_shards(images, samples_per_class, seed, folder)
+                splits, classes = write_shards(images, samples_per_class, seed, folder, pool, workers)
                 (folder / "spool").unlink(missing_ok=True)
                 text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
                 written = manifests.from_json(text, str(out / "manifest.json"))
@@ -165,21 +155,29 @@ def _other_counts(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
 
 
 def _examine_all(
-    samples: Sequence[Sample], resize: int | None, workers: int, spool: Path, report: Callable[[str], None]
-) -> tuple[list[_Image], list[dict[str, str]]]:
+    samples: Sequence[Sample],
+    resize: int | None,
+    pool: Executor | None,
+    workers: int,
+    spool: Path,
+    report: Callable[[str], None],
+) -> tuple[list[UsableImage], list[dict[str, str]]]:
     """Decode every image. Those made smaller wait in the spool file, the others stay where they are.
 
     Returns:
         The usable images, and name and reason of each other one.
     """
-    images: list[_Image] = []
+    images: list[UsableImage] = []
     left_out: list[dict[str, str]] = []
-    chunk = 64 * max(1, workers)  # bounds how many encoded images are in memory
-    with ThreadPoolExecutor(max(1, workers)) as pool, spool.open("w+b") as file:
-        for start in range(0, len(samples), chunk):
-            part = samples[start : start + chunk]
-            look = partial(_look, resize=resize)
-            for sample, found in zip(part, pool.map(look, part) if workers > 1 else map(look, part), strict=True):
+    parts = [samples[start : start + TOGETHER] for start in range(0, len(samples), TOGETHER)]
+    with (
+        threads(workers) as readers,
+        progress.bar(len(samples), "images", "examining") as bar,
+        spool.open("w+b") as file,
+    ):
+        look = partial(_look_at, resize=resize, pool=pool)
+        for part, results in zip(parts, in_order(readers, look, parts, 2 * workers), strict=True):
+            for sample, found in zip(part, results, strict=True):
                 if isinstance(found, str):
                     left_out.append({"name": sample.name, "reason": found})
                     if len(left_out) <= MOST_REPORTED:
@@ -190,25 +188,42 @@ def _examine_all(
                 if smaller is not None:
                     read = partial(_read_at, spool, file.tell(), size)
                     file.write(smaller)
-                images.append(_Image(sample, suffix, read, size, checksum))
+                images.append(UsableImage(sample, suffix, read, size, checksum))
+            bar.update(len(part))
     if len(left_out) > MOST_REPORTED:
         report(f"left out {len(left_out)} images in all; the manifest lists them")
     return images, left_out
 
 
-def _look(sample: Sample, resize: int | None) -> tuple[str, int, int, bytes | None] | str:
-    """Suffix, size, checksum and, where made smaller, bytes of an image; or why it cannot be used."""
+def _look_at(samples: Sequence[Sample], resize: int | None, pool: Executor | None) -> list[_Found | str]:
+    """Read some images here, since an archive is open in this process alone, and decode them in another one."""
+    data = [_read(sample) for sample in samples]
+    return pool.submit(_examine, data, resize).result() if pool else _examine(data, resize)
+
+
+def _read(sample: Sample) -> bytes | str:
     try:
-        data = sample.read()
+        return sample.read()
     except Exception as error:
         # Archives raise errors of their own for a damaged entry; like a damaged image, it costs this image only.
         return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
-    try:
-        suffix, smaller = examine(data, resize)
-    except ValueError as error:
-        return f"cannot be decoded: {error}"
-    final = data if smaller is None else smaller
-    return suffix, len(final), zlib.crc32(final), smaller
+
+
+def _examine(encoded: list[bytes | str], resize: int | None) -> list[_Found | str]:
+    """What was found of each image, or why it cannot be used."""
+    results: list[_Found | str] = []
+    for data in encoded:
+        if isinstance(data, str):
+            results.append(data)
+            continue
+        try:
+            suffix, smaller = examine(data, resize)
+        except ValueError as error:
+            results.append(f"cannot be decoded: {error}")
+            continue
+        final = data if smaller is None else smaller
+        results.append((suffix, len(final), zlib.crc32(final), smaller))
+    return results
 
 
 def _read_at(path: Path, start: int, size: int) -> bytes:
@@ -218,8 +233,8 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
 
 
 def _drop_small_classes(
-    images: list[_Image], samples_per_class: int, report: Callable[[str], None]
-) -> tuple[list[_Image], list[dict[str, str]]]:
+    images: list[UsableImage], samples_per_class: int, report: Callable[[str], None]
+) -> tuple[list[UsableImage], list[dict[str, str]]]:
     """Leave out training classes that cannot fill one group, and name test classes with nothing to retrieve."""
     alone = Counter(image.sample.class_name for image in images if image.sample.split == "test")
     lonely = sorted(name for name, size in alone.items() if size == 1)
@@ -244,78 +259,3 @@ def _drop_small_classes(
             f"more; training needs at least 2"
         )
     return [image for image in images if image.sample.class_name not in small], left_out
-
-
-def _write_shards(
-    images: Sequence[_Image], samples_per_class: int, seed: int, folder: Path
-) -> tuple[dict[str, tuple[Shard, ...]], tuple[str, ...]]:
-    """Number the images and classes in their order, deal and write them."""
-    classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
-    numbers = {name: number for number, name in enumerate(classes)}
-    members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i, image in enumerate(images):
-        members[image.sample.split][numbers[image.sample.class_name]].append(i)
-    splits = {}
-    for split, by_class in members.items():
-        size = sum(images[i].bytes for ids in by_class.values() for i in ids)
-        if split == "train":
-            groups = sum(len(ids) // samples_per_class for ids in by_class.values())
-            count = shard_count(groups, size, FEWEST_GROUPS)
-            hands = deal_training(by_class, samples_per_class, count, seed)
-        else:
-            ids = [i for ids in by_class.values() for i in ids]
-            hands = deal_evenly(ids, shard_count(len(ids), size, FEWEST_IMAGES), seed, split)
-        splits[split] = tuple(
-            _write_shard(folder / f"{split}-{n:06d}.tar", hand, images, numbers) for n, hand in enumerate(hands)
-        )
-    return splits, classes
-
-
-class _Hashing:
-    """Passes bytes on to a file and hashes them on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-
-def _write_shard(path: Path, ids: Sequence[int], images: Sequence[_Image], numbers: dict[str, int]) -> Shard:
-    from webdataset.writer import TarWriter  # imports torch, which the checks above do without
-
-    with path.open("wb") as file:
-        stream = _Hashing(file)
-        # Nothing of the time, the user or the machine goes into the tar.
-        with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
-            for i in ids:
-                image = images[i]
-                class_id = numbers[image.sample.class_name]
-                data = image.read()
-                if zlib.crc32(data) != image.checksum:
-                    raise RunError(
-                        f"{image.sample.name} changed while it was packed; pack again when nothing writes there"
-                    )
-                about = {"id": i, "class": class_id, "name": image.sample.name}
-                tar.write(
-                    {
-                        "__key__": manifests.key(i),
-                        image.suffix: data,
-                        "cls": str(class_id).encode(),
-                        "json": json.dumps(about, sort_keys=True).encode(),
-                    }
-                )
-        file.flush()
-        os.fsync(file.fileno())
-    return Shard(
-        file=path.name,
-        bytes=stream.bytes,
-        sha256=stream.sha256.hexdigest(),
-        ids=tuple(ids),
-        classes=tuple(numbers[images[i].sample.class_name] for i in ids),
-        roles=tuple(images[i].sample.role for i in ids),
-    )

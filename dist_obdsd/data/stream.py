@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dist_obdsd.config import Config
+from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.decoding import Bad, Decoder, Job, Row
 from dist_obdsd.data.manifest import Manifest, Shard, key
-from dist_obdsd.data.reading import Window, WindowReader, check_files, read_shard
+from dist_obdsd.data.reading import Window, WindowReader, cache_of, check_files, read_shard
 from dist_obdsd.data.schedule import EpochPlan, lanes_of, plan_from
 from dist_obdsd.errors import InputError, RunError
 
@@ -87,6 +88,7 @@ class TrainStream:
         self._plans: dict[int, EpochPlan] = {}
         self._planning = threading.Lock()
         check_files(config.data.shards, manifest.splits.get("train", ()))
+        self._cache = cache_of(config.data)
         if start_epoch < config.epochs and start_step > self.plan(start_epoch).steps:
             raise InputError(
                 f"the position is step {start_step} of epoch {start_epoch}, which has {self.plan(start_epoch).steps} "
@@ -181,7 +183,7 @@ class TrainStream:
         with self._opening:
             if self._closed:
                 return
-            self._reader = WindowReader(self._config.data.shards, self._windows())
+            self._reader = WindowReader(self._config.data.shards, self._windows(), self._cache)
         for plan, first in self._steps():
             for step in range(first, plan.steps):
                 ids = plan.ids_SB[step, self._rows].tolist()
@@ -217,7 +219,7 @@ def evaluation_batches(
     shards = [shard for shard in manifest.splits[split] if not chosen.isdisjoint(shard.classes)]
     check_files(config.data.shards, tuple(shards))
     parcels, rows = _parcels(shards, chosen, config.evaluation.batch_size)
-    return _evaluate(parcels[rank::world_size], rows, chosen, config)
+    return _evaluate(parcels[rank::world_size], rows, chosen, config, cache_of(config.data))
 
 
 def _parcels(shards: list[Shard], chosen: set[int], batch_size: int) -> tuple[list[list[Shard]], int]:
@@ -241,10 +243,12 @@ def near_equal(n: int, most: int) -> int:
     return -(-n // -(-n // most))
 
 
-def _evaluate(parcels: list[list[Shard]], rows: int, chosen: set[int], config: Config) -> Iterator[EvaluationBatch]:
+def _evaluate(
+    parcels: list[list[Shard]], rows: int, chosen: set[int], config: Config, cache: Cache | None
+) -> Iterator[EvaluationBatch]:
     if not parcels:
         return
-    decoder = Decoder(_evaluation_jobs(parcels, chosen, config), rows, config, 1)
+    decoder = Decoder(_evaluation_jobs(parcels, chosen, config, cache), rows, config, 1)
     try:
         for decoded in decoder:
             for bad in decoded.bad:
@@ -259,7 +263,9 @@ def _evaluate(parcels: list[list[Shard]], rows: int, chosen: set[int], config: C
         decoder.close()
 
 
-def _evaluation_jobs(parcels: list[list[Shard]], chosen: set[int], config: Config) -> Iterator[Job]:
+def _evaluation_jobs(
+    parcels: list[list[Shard]], chosen: set[int], config: Config, cache: Cache | None
+) -> Iterator[Job]:
     """One job per batch; ``about`` has each row's (id, class, role)."""
     for parcel in parcels:
         about = {
@@ -271,7 +277,7 @@ def _evaluation_jobs(parcels: list[list[Shard]], chosen: set[int], config: Confi
         size = near_equal(len(about), config.evaluation.batch_size)
         rows: list[Row] = []
         for shard in parcel:
-            for sample_id, image in read_shard(config.data.shards, shard, about.keys()):
+            for sample_id, image in read_shard(config.data.shards, shard, about.keys(), cache):
                 rows.append(Row(sample_id, image, None))
                 if len(rows) == size:
                     yield Job([about[row.id] for row in rows], rows)

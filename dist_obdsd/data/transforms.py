@@ -1,46 +1,57 @@
 """From encoded bytes to the uint8 square that the network takes (which normalises it itself).
 
-Decoding goes through Pillow alone: its pixels are those that torchvision's own decoders give where both read a file,
-it reads the kinds that those refuse, and for JPEG it is the faster of the two.
+Pillow reads every header and most kinds of image. The pixels of a plain JPEG come from torchvision's decoder, which
+gives the same ones in less time; what it refuses, Pillow looks at and says why. A colour image stays as it was decoded,
+with the channels of a pixel side by side in memory: torch resizes that layout quickest.
 
 Every random parameter of a row comes from the generator that is handed in, and every row is transformed by itself, so
 the result does not depend on the batch that a row stands in.
 """
 
-import io
 import math
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from dist_obdsd.config import Data
-from dist_obdsd.data.imagefile import FORMATS
+from dist_obdsd.data.imagefile import FORMATS, open_image
 
 AFFINE_DEGREES = 10.0
 AFFINE_SHIFT = 0.1
 AFFINE_SCALE = (0.9, 1.1)
 AFFINE_SHEAR_DEGREES = 5.0
 CROP_RATIO = (3 / 4, 4 / 3)
+# Shares and largest changes of MoCo v2 (Chen et al. 2020, arXiv 2003.04297, its code's `--aug-plus` without the blur).
+JITTER_SHARE = 0.8
+BRIGHTNESS = CONTRAST = SATURATION = 0.4
+HUE = 0.1
+GREY_SHARE = 0.2
 
 
 def decode(data: bytes, channels: int) -> Tensor:
-    """Decode an image (of one of ``FORMATS``) to uint8 [channels, H, W] (1: grey, 3: RGB).
+    """Decode an image (of one of ``FORMATS``) to uint8 [channels, H, W] (1: grey, 3: RGB) of any strides.
 
     The EXIF orientation is applied; palette, CMYK and 1-bit images are converted; alpha is composited on white; of
-    16 bits the upper eight are kept.
+    16 bits the upper eight are kept; of several frames or pages the first is taken.
 
     Raises:
         ValueError: the image cannot be decoded; the text says why.
     """
     try:
         with warnings.catch_warnings():
-            # A palette with transparency in bytes draws a warning that nobody could act on.
+            # Odd but harmless metadata draw warnings that nobody could act on.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
+            if channels == 3 and image.format == "JPEG" and image.mode == "RGB" and _upright(image):
+                try:
+                    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+                except RuntimeError:
+                    pass  # Pillow finds out why
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(_converted(image, "L" if channels == 1 else "RGB"))
     except Image.UnidentifiedImageError as error:
@@ -48,7 +59,11 @@ def decode(data: bytes, channels: int) -> Tensor:
     except Exception as error:  # Pillow's plugins raise nearly every built-in type on broken files
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     tensor = torch.from_numpy(pixels)
-    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1).contiguous()
+    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
+
+
+def _upright(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -80,6 +95,8 @@ def train_transform(image: Tensor, config: Data, generator: np.random.Generator)
     """
     if config.augment == "crop":
         return _random_crop(image, config, generator)
+    if config.augment == "strong":
+        return _random_colours(_random_crop(image, config, generator), generator)
     if config.augment == "affine":
         return _random_affine(image, config, generator)
     return eval_transform(image, config)
@@ -88,9 +105,28 @@ def train_transform(image: Tensor, config: Data, generator: np.random.Generator)
 def _random_crop(image: Tensor, config: Data, generator: np.random.Generator) -> Tensor:
     """RandomResizedCrop (Szegedy et al. 2015) and a horizontal flip with probability 1/2."""
     top, left, height, width = _crop_box(image.shape[1], image.shape[2], config.crop_scale, generator)
-    square = [config.image_size, config.image_size]
-    image = functional.resized_crop(image, top, left, height, width, square, antialias=True)
+    # Copied for the resize, which else works in a slower layout.
+    part = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    image = functional.resize(part, [config.image_size, config.image_size], antialias=True)[0]
     return image.flip(-1) if generator.random() < 0.5 else image
+
+
+def _random_colours(image: Tensor, generator: np.random.Generator) -> Tensor:
+    """Brightness, contrast, saturation and hue changed in random order, then grey; each only in a share of the images.
+
+    A grey image has no saturation and no hue to change.
+    """
+    if generator.random() < JITTER_SHARE:
+        for change in generator.permutation(4).tolist():
+            if change == 0:
+                image = functional.adjust_brightness(image, generator.uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS))
+            elif change == 1:
+                image = functional.adjust_contrast(image, generator.uniform(1 - CONTRAST, 1 + CONTRAST))
+            elif change == 2:
+                image = functional.adjust_saturation(image, generator.uniform(1 - SATURATION, 1 + SATURATION))
+            else:
+                image = functional.adjust_hue(image, generator.uniform(-HUE, HUE))
+    return functional.rgb_to_grayscale(image, len(image)) if generator.random() < GREY_SHARE else image
 
 
 def _crop_box(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dist_obdsd import collectives
-from dist_obdsd.config.schema import NO_ZERO_3
+from dist_obdsd.config.sections import NO_ZERO_3
 from dist_obdsd.errors import InputError
 from dist_obdsd.runtime import Runtime
 from dist_obdsd.training.strategy import DDPStrategy, States

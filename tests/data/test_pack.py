@@ -2,24 +2,25 @@ import errno
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dist_obdsd.data import deal, manifest, workshop
+from dist_obdsd.data import deal, manifest, workshop, writing
 from dist_obdsd.data import pack as packing
 from dist_obdsd.data.imagefile import examine
 from dist_obdsd.data.pack import pack
@@ -170,8 +171,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_packing_twice_gives_the_same_bytes(source, tmp_path) -> None:
     pack(FOLDER, source, tmp_path / "one")
     time.sleep(1.1)  # a time stamp in a tar counts seconds
-    pack(FOLDER, source, tmp_path / "two", workers=3)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    for workers in (2, 3):
+        pack(FOLDER, source, tmp_path / str(workers), workers=workers)
+        assert contents(tmp_path / "one") == contents(tmp_path / str(workers))
+        pack(FOLDER, source, tmp_path / f"small {workers}", resize=5, workers=workers)
+    assert contents(tmp_path / "small 2") == contents(tmp_path / "small 3") != contents(tmp_path / "one")
     pack(FOLDER, source, tmp_path / "three", seed=1)
     assert contents(tmp_path / "one") != contents(tmp_path / "three")
 
@@ -340,7 +344,8 @@ def test_an_existing_target_is_not_touched(source, tmp_path) -> None:
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("calls", [20, 100])  # while images are examined, while shards are written
 def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, failure, calls) -> None:
-    original = packing.manifests.key if calls == 100 else packing.examine
+    module, name = (writing, "key") if calls == 100 else (packing, "examine")
+    original = getattr(module, name)
     counted = iter(range(20))
 
     def interrupted(*args):
@@ -349,41 +354,47 @@ def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, failure, 
             raise failure
         return original(*args)
 
-    monkeypatch.setattr(packing.manifests if calls == 100 else packing, original.__name__, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
     with pytest.raises(failure):
         pack(FOLDER, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-SLOW = """
-import sys, time
-from pathlib import Path
-from dist_obdsd.data import pack
-from dist_obdsd.data.recipes import load_recipe
-original = pack._write_shard
-def slow(*args):
-    shard = original(*args)
-    print("shard", flush=True)
-    time.sleep(60)
-    return shard
-pack._write_shard = slow
-pack.pack(load_recipe("folder"), Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
-def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path) -> None:
+@pytest.mark.parametrize(("module", "stage"), [(packing, "_look_at"), (writing, "_write_shard")])
+def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path, monkeypatch, module, stage) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(source), str(out)], stdout=subprocess.PIPE)
+    original = getattr(module, stage)
+    context = multiprocessing.get_context("fork")
+    reached = context.Event()
+
+    def slow(*args, **kwargs):
+        result = original(*args, **kwargs)
+        reached.set()
+        time.sleep(60)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, stage, slow)
+        process = context.Process(target=pack, args=(FOLDER, source, out), kwargs={"workers": 2})
+        process.start()
+    children = []
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"shard\n"
+        assert reached.wait(30)
+        children = psutil.Process(process.pid).children()
+        assert len(children) == 2
+        opened = [os.readlink(file) for child in children for file in Path(f"/proc/{child.pid}/fd").iterdir()]
+        assert not any(name.endswith("out.packing") for name in opened)  # nor the lock, which is on the folder
         with pytest.raises(InputError, match="another process is packing to"):
             pack(FOLDER, source, out)
-        assert (tmp_path / "out.packing" / "train-000000.tar").exists()
+        assert (tmp_path / "out.packing" / "train-000000.tar").exists() == (stage == "_write_shard")
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert not out.exists()
+    survivors = psutil.wait_procs(children, timeout=10)[1]
+    for child in survivors:
+        child.kill()
+    assert survivors == []  # its processes end with it
     write(tmp_path / "out.packing" / "left" / "over.tar", b"")
     pack(FOLDER, source, out)
     assert verify(out).problems == []
@@ -399,6 +410,25 @@ def test_a_file_that_cannot_grow_is_one_sentence(source, tmp_path) -> None:
             pack(FOLDER, source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_disk_leaves_no_manifest_and_another_run_finishes(source, small_disk) -> None:
+    for i in range(40):
+        write(source / "train/a" / f"large{i}.png", encoded(i, (100, 100)))
+    out = small_disk / "out"
+    with pytest.raises(RunError, match="packing to .*out stopped: No space left on device; free some space"):
+        pack(FOLDER, source, out, workers=2)
+    assert list(small_disk.iterdir()) == []
+    shutil.rmtree(source / "train/a")
+    pack(FOLDER, source, out, workers=2)
+    assert verify(out).problems == []
+
+
+def test_a_killed_decoding_process_is_one_sentence(source, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(packing, "examine", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RunError, match="a process that decodes images was killed; if memory ran out, lower --workers"):
+        pack(FOLDER, source, tmp_path / "out", workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -566,7 +596,9 @@ def test_glyphs_pack_into_64_equal_shards(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_the_real_omniglot_packs_whole(real_data, tmp_path) -> None:
-    packed = pack(load_recipe("omniglot"), real_data / "omniglot", tmp_path / "out")
+    start = time.monotonic()
+    packed = pack(load_recipe("omniglot"), real_data / "omniglot", tmp_path / "out", workers=2)
+    assert time.monotonic() - start < 60
     assert [len(shards) for shards in packed.splits.values()] == [64, 64]
     assert (packed.images("train"), packed.images("test")) == (19280, 13180)
     assert (len(packed.class_ids("train")), len(packed.class_ids("test"))) == (964, 659)

@@ -1,121 +1,15 @@
-import io
+import colorsys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
-from dist_obdsd.config import Data
+from dist_obdsd.data import transforms
 from dist_obdsd.data.transforms import decode, eval_transform, train_transform
 from dist_obdsd.seeds import rng
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def colours(height: int = 20, width: int = 30) -> np.ndarray:
-    """A smooth image, so that lossy formats stay close to it: red grows to the right, green downwards, blue is 40."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 40)], axis=2).astype(np.uint8)
-
-
-def settings(**changes: object) -> Data:
-    return Data.model_validate({"shards": "x", "image_size": 16, "mean": (0.5,), "std": (0.5,)} | changes)
-
-
-def assert_close(found: torch.Tensor, wanted: np.ndarray, within: int = 0) -> None:
-    wanted = wanted[None] if wanted.ndim == 2 else wanted.transpose(2, 0, 1)
-    assert found.dtype == torch.uint8
-    assert found.is_contiguous()
-    assert tuple(found.shape) == wanted.shape
-    assert np.abs(found.numpy().astype(int) - wanted.astype(int)).max() <= within
-
-
-@pytest.mark.parametrize(("kind", "within"), [("PNG", 0), ("JPEG", 6), ("WEBP", 12), ("BMP", 0), ("TIFF", 0)])
-def test_plain_colour(kind: str, within: int) -> None:
-    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"quality": 100} if kind == "WEBP" else {}
-    data = encoded(Image.fromarray(colours()), kind, **options)
-    assert_close(decode(data, 3), colours(), within)
-    grey = np.asarray(Image.fromarray(colours()).convert("L"))
-    assert_close(decode(data, 1), grey, within)
-
-
-def test_one_bit_palette_and_grey() -> None:
-    bits = (np.arange(105 * 105).reshape(105, 105) % 3 == 0).astype(np.uint8) * 255
-    data = encoded(Image.fromarray(bits).convert("1"), "PNG")
-    assert_close(decode(data, 1), bits)
-    assert_close(decode(data, 3), np.repeat(bits[:, :, None], 3, axis=2))
-    palette = Image.fromarray(colours()).quantize(64)
-    assert_close(decode(encoded(palette, "PNG"), 3), np.asarray(palette.convert("RGB")))
-    assert_close(decode(encoded(palette, "GIF"), 3), np.asarray(palette.convert("RGB")))
-
-
-def test_sixteen_bits_keep_the_upper_eight() -> None:
-    wide = (np.arange(256, dtype=np.uint16).reshape(16, 16) << 8) + 255
-    assert_close(decode(encoded(Image.fromarray(wide), "PNG"), 1), np.arange(256).reshape(16, 16))
-
-
-def test_alpha_is_composited_on_white() -> None:
-    rgba = np.zeros((4, 6, 4), dtype=np.uint8)
-    rgba[..., 0] = 200
-    rgba[:, :2, 3], rgba[:, 2:4, 3], rgba[:, 4:, 3] = 255, 51, 0  # opaque, a fifth, invisible
-    wanted = np.full((4, 6, 3), 255, dtype=np.uint8)
-    wanted[:, :2] = [200, 0, 0]
-    wanted[:, 2:4] = [244, 204, 204]
-    assert_close(decode(encoded(Image.fromarray(rgba), "PNG"), 3), wanted, 1)
-    grey_alpha = Image.fromarray(rgba).convert("LA")
-    assert_close(decode(encoded(grey_alpha, "PNG"), 1)[:, :, 4:].contiguous(), np.full((4, 2), 255))
-    transparent = Image.fromarray(np.array([[0, 1], [1, 0]], dtype=np.uint8), mode="P")
-    transparent.putpalette([10, 20, 30, 40, 50, 60])
-    assert_close(
-        decode(encoded(transparent, "PNG", transparency=0), 3),
-        np.array([[[255] * 3, [40, 50, 60]], [[40, 50, 60], [255] * 3]]),
-    )
-    key_colour = Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], dtype=np.uint8))
-    assert_close(decode(encoded(key_colour, "PNG", transparency=(1, 2, 3)), 3), np.array([[[255] * 3, [9] * 3]]))
-
-
-def test_cmyk() -> None:
-    cmyk = Image.fromarray(colours()).convert("CMYK")
-    assert_close(decode(encoded(cmyk, "JPEG", quality=100, subsampling=0), 3), colours(), 8)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_orientation_is_applied(kind: str) -> None:
-    turned = Image.fromarray(colours()).transpose(Image.Transpose.ROTATE_90)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me by 90 degrees clockwise"
-    options = {} if kind == "PNG" else {"quality": 100}
-    found = decode(encoded(turned, kind, exif=exif, **options), 3)
-    assert_close(found, colours(), 20)
-    unmarked = decode(encoded(turned, kind, **options), 3)
-    assert unmarked.shape == (3, 30, 20)  # the control
-
-
-def test_real_files_have_pillows_pixels(real_data: object) -> None:
-    import tarfile
-
-    with tarfile.open(f"{real_data}/cars196_first98.tar", "r|") as tar:
-        for member in tar:
-            if member.name.endswith("00008.jpg"):
-                data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                break
-    assert_close(decode(data, 3), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-
-
-def test_what_cannot_be_decoded_says_why() -> None:
-    whole = encoded(Image.fromarray(colours(60, 60)), "JPEG")
-    with pytest.raises(ValueError, match="(?i)truncated"):
-        decode(whole[: len(whole) // 2], 3)
-    with pytest.raises(ValueError, match="format is none of"):
-        decode(b"no image at all", 3)
-    with pytest.raises(ValueError, match="format is none of"):
-        decode(encoded(Image.fromarray(colours()), "EPS"), 3)  # would call another program
-    with pytest.raises(ValueError, match="floating-point"):
-        decode(encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), 3)
+from tests.data.pictures import assert_close, colours, encoded, settings
 
 
 def test_evaluation_resizes_the_shorter_side_and_crops_the_centre() -> None:
@@ -126,7 +20,7 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre() -> None:
     assert torch.equal(train_transform(image, settings(augment="none"), rng(0)), eval_transform(image, settings()))
 
 
-@pytest.mark.parametrize("augment", ["crop", "affine"])
+@pytest.mark.parametrize("augment", ["crop", "strong", "affine"])
 def test_a_row_is_a_function_of_its_generator(augment: str) -> None:
     image = torch.from_numpy(colours()).permute(2, 0, 1)
     config = settings(augment=augment)
@@ -136,6 +30,113 @@ def test_a_row_is_a_function_of_its_generator(augment: str) -> None:
     torch.manual_seed(1)  # torch's own randomness plays no part
     assert torch.equal(first, train_transform(image, config, rng(0, "augment", 1, 2, 3)))
     assert not torch.equal(first, train_transform(image, config, rng(0, "augment", 1, 2, 4)))
+
+
+def test_pixels_are_those_that_pillow_resizes() -> None:
+    """Within one level: the two round differently."""
+    noise = np.random.default_rng(3).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    smooth = Image.fromarray(noise).resize((45, 30), Image.Resampling.BILINEAR)
+    for source in (Image.fromarray(noise), smooth, smooth.resize((7, 5)), smooth.convert("L")):
+        channels = len(source.getbands())
+        image = decode(encoded(source, "PNG"), channels)
+        config = settings(image_size=24, resize=32, channels=channels)
+        wanted = functional.center_crop(functional.resize(source, [32], antialias=True), [24, 24])
+        assert_close(eval_transform(image, config), np.asarray(wanted), 1)
+        for seed in range(20):
+            draw = rng(seed)
+            top, left, height, width = transforms._crop_box(source.height, source.width, config.crop_scale, draw)
+            part = source.crop((left, top, left + width, top + height)).resize((24, 24), Image.Resampling.BILINEAR)
+            pixels = np.asarray(part)
+            pixels = pixels[:, ::-1] if draw.random() < 0.5 else pixels
+            assert_close(train_transform(image, config, rng(seed)), pixels, 1)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "strong", "affine"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_smaller_than_the_crop_fills_it(augment: str, channels: int) -> None:
+    config = settings(augment=augment, channels=channels, image_size=20, resize=24)
+    for height, width in ((1, 1), (2, 3), (1, 40), (19, 5)):
+        image = torch.full((channels, height, width), 130, dtype=torch.uint8)
+        found = train_transform(image, config, rng(0, augment))
+        assert found.shape == (channels, 20, 20)
+        assert found.flatten(1).float().std(dim=1).max() <= 1  # one colour, however it was changed
+        if augment != "strong":
+            assert (found.int() - 130).abs().max() <= 1
+
+
+class Scripted:
+    """A generator that gives what it is told to."""
+
+    def __init__(self, order: list[int], values: list[float], chances: list[float]) -> None:
+        self.order, self.values, self.chances = order, iter(values), iter(chances)
+
+    def random(self) -> float:
+        return next(self.chances)
+
+    def permutation(self, n: int) -> np.ndarray:
+        assert sorted(self.order) == list(range(n))
+        return np.array(self.order)
+
+    def uniform(self, low: float, high: float) -> float:
+        value = next(self.values)
+        assert low <= value <= high
+        return value
+
+
+def test_colours_are_changed_as_the_definitions_say() -> None:
+    """Two columns of one colour each, so that the contrast's mean grey is known; worked out by hand in float."""
+    image = torch.tensor([[100, 40], [150, 60], [50, 200]], dtype=torch.uint8)[:, None]
+    grey_of = np.array([0.2989, 0.587, 0.114])
+
+    def changed(order: list[int], factors: list[float]) -> np.ndarray:
+        x = image[:, 0].numpy().astype(float)
+        for change, factor in zip(order, factors, strict=True):
+            grey = grey_of @ x
+            if change == 0:
+                x = x * factor
+            elif change == 1:
+                x = factor * x + (1 - factor) * grey.mean()
+            elif change == 2:
+                x = factor * x + (1 - factor) * grey
+            else:
+                for column in x.T:
+                    h, s, v = colorsys.rgb_to_hsv(*column / 255)
+                    column[:] = 255 * np.array(colorsys.hsv_to_rgb((h + factor) % 1, s, v))
+            x = x.clip(0, 255)
+        return x
+
+    for order, factors in (
+        ([0, 1, 2, 3], [1.2, 0.7, 1.3, 0.08]),
+        ([3, 2, 1, 0], [-0.1, 0.6, 1.4, 0.6]),
+        ([2, 0, 3, 1], [1.4, 0.9, 0.05, 1.1]),
+    ):
+        found = transforms._random_colours(image, Scripted(order, factors, [0.79, 0.5]))  # type: ignore[arg-type]
+        assert np.abs(found[:, 0].numpy() - changed(order, factors)).max() <= 4  # each change rounds down
+    grey = transforms._random_colours(image, Scripted([], [], [0.81, 0.19]))  # type: ignore[arg-type]
+    assert np.abs(grey[:, 0].numpy() - grey_of @ image[:, 0].numpy()).max() <= 1
+    assert torch.equal(transforms._random_colours(image, Scripted([], [], [0.81, 0.21])), image)  # type: ignore[arg-type]
+
+
+def test_strong_changes_colours_within_bounds_and_leaves_some_as_crop_gives_them() -> None:
+    colour = np.array([150, 100, 60])
+    hue = colorsys.rgb_to_hsv(*colour / 255)[0]
+    image = torch.from_numpy(np.tile(colour.astype(np.uint8), (8, 9, 1))).permute(2, 0, 1)
+    greys, same, hues, brightness = 0, 0, [], []
+    for seed in range(300):
+        found = train_transform(image, settings(augment="strong", image_size=4), rng(seed))
+        pixel = found[:, 0, 0].numpy()
+        if len(set(pixel.tolist())) == 1:
+            greys += 1
+            continue
+        same += torch.equal(found, train_transform(image, settings(image_size=4), rng(seed)))
+        hues.append((colorsys.rgb_to_hsv(*pixel / 255)[0] - hue + 0.5) % 1 - 0.5)  # hues are a circle
+        brightness.append(pixel.mean() / colour.mean())
+    assert 40 < greys < 80  # a fifth
+    assert 30 < same < 68  # of the others a fifth: 16 % of all
+    assert -0.12 < min(hues) < -0.07
+    assert 0.07 < max(hues) < 0.12
+    assert 0.4 < min(brightness) < 0.75
+    assert 1.2 < max(brightness) < 1.6
 
 
 def test_crop_keeps_the_share_that_was_asked_for_and_flips_half() -> None:

@@ -1,0 +1,83 @@
+"""Work on all cores, with the results in the order of the tasks.
+
+Processes and not threads where images are decoded or tars written: of a small image Pillow spends most of its time
+holding the interpreter's lock, and two threads pack or verify Omniglot no quicker than one.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from dist_obdsd.errors import RunError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def processes(workers: int) -> Iterator[Executor | None]:
+    """So many processes, which end with this one whatever becomes of it; None where one would do.
+
+    Raises:
+        RunError: one of them was killed.
+    """
+    if workers <= 1:
+        yield None
+        return
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, _start)
+    try:
+        # All of them now: a fork copies locks in whatever state the threads that come later have them.
+        pool.submit(os.getpid).result()
+        yield pool
+    except BrokenExecutor as error:
+        raise RunError("a process that decodes images was killed; if memory ran out, lower --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A killed parent's children would wait for work for ever, and keep its locks.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def threads(workers: int) -> Iterator[Executor | None]:
+    """So many threads, for work that waits for disks; None where one would do."""
+    if workers <= 1:
+        yield None
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        yield pool
+
+
+def in_order(pool: Executor | None, function: Callable[[T], R], tasks: Iterable[T], ahead: int) -> Iterator[R]:
+    """``map``, with at most ``ahead`` tasks begun whose results were not taken yet: that bounds the memory."""
+    if pool is None:
+        yield from map(function, tasks)
+        return
+    waiting: deque[Future[R]] = deque()
+    try:
+        for task in tasks:
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(function, task))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

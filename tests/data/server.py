@@ -1,0 +1,69 @@
+"""A web server on this machine that fails in the ways that servers and networks do."""
+
+import http.server
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Server:
+    """Files of a folder under ``url``, and what it does instead: a list per name, one entry per request."""
+
+    folder: Path
+    url: str = ""
+    ranges: bool = True
+    """Whether a part of a file can be asked for."""
+    faults: dict[str, list[object]] = field(default_factory=lambda: defaultdict(list))
+    """An integer below 100 cuts the transfer after that many percent, a larger one is the status; bytes are sent in
+    place of the file; a function is called with the name after half of the file."""
+    requests: list[tuple[str, int]] = field(default_factory=list)
+    """(name, first byte) of each."""
+
+    def count(self, name: str) -> int:
+        return sum(requested == name for requested, _ in self.requests)
+
+
+@contextmanager
+def serving(folder: Path, ranges: bool = True) -> Iterator[Server]:
+    server = Server(folder, ranges=ranges)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            name = self.path.lstrip("/").partition("?")[0]
+            asked = self.headers.get("Range")
+            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and server.ranges else 0
+            server.requests.append((name, start))
+            fault = server.faults[name].pop(0) if server.faults[name] else None
+            path = server.folder / name
+            if (isinstance(fault, int) and fault >= 100) or not path.is_file():
+                self.send_error(fault if isinstance(fault, int) else 404)
+                return
+            data = fault if isinstance(fault, bytes) else path.read_bytes()
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            until = len(data) * fault // 100 if isinstance(fault, int) else len(data)
+            if isinstance(fault, Callable):  # type: ignore[arg-type]
+                self.wfile.write(data[start : len(data) // 2])
+                self.wfile.flush()
+                fault(name)  # type: ignore[operator]
+                start = max(start, len(data) // 2)
+            self.wfile.write(data[start:until])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        server.url = f"http://127.0.0.1:{running.server_port}"
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            running.shutdown()
+            thread.join()

@@ -1,0 +1,219 @@
+import errno
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd.data import cache as caching
+from dist_obdsd.data import remote
+from dist_obdsd.data.cache import Cache
+from dist_obdsd.data.manifest import Shard
+from dist_obdsd.errors import InputError, RunError
+from tests.data.server import Server, serving
+
+SIZE = 300_000
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "data").mkdir()
+    with serving(tmp_path / "data") as running:
+        yield running
+
+
+def shards_of(server: Server, number: int) -> list[Shard]:
+    shards = []
+    for n in range(number):
+        data = bytes([n]) * SIZE
+        (server.folder / f"{n}.tar").write_bytes(data)
+        shards.append(Shard(f"{n}.tar", SIZE, hashlib.sha256(data).hexdigest(), (), (), ()))
+    return shards
+
+
+def read(cache: Cache, server: Server, shard: Shard) -> bytes:
+    with cache.open(shard, f"{server.url}/{shard.file}") as file:
+        return file.read()
+
+
+def names(cache: Cache) -> list[str]:
+    return sorted(path.name for path in cache.folder.iterdir())
+
+
+def in_process(function: Callable[[], None]) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    return process
+
+
+def test_a_shard_is_downloaded_once(server: Server, tmp_path: Path) -> None:
+    (shard,) = shards_of(server, 1)
+    for _ in range(3):
+        cache = Cache(tmp_path / "deep" / "cache")
+        assert read(cache, server, shard) == bytes(SIZE)
+    assert server.count("0.tar") == 1
+    assert names(cache) == [f"{shard.sha256}.tar"]
+
+
+def test_data_sets_with_the_same_file_names_do_not_collide(server: Server, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    (first,) = shards_of(server, 1)
+    assert read(cache, server, first) == bytes(SIZE)
+    other = b"x" * SIZE
+    (server.folder / "0.tar").write_bytes(other)
+    second = Shard("0.tar", SIZE, hashlib.sha256(other).hexdigest(), (), (), ())
+    assert read(cache, server, second) == other
+    assert read(cache, server, first) == bytes(SIZE)
+    assert len(names(cache)) == 2
+
+
+def test_what_is_not_the_manifest_s_is_not_kept(server: Server, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    (shard,) = shards_of(server, 1)
+    server.faults["0.tar"] = [b"x" * SIZE] * 2
+    with pytest.raises(RunError, match=r"0.tar: it has SHA-256"):
+        read(cache, server, shard)
+    assert names(cache) == []
+    assert read(cache, server, shard) == bytes(SIZE)
+    cache.path(shard).write_bytes(b"shorter")  # by somebody else
+    assert read(cache, server, shard) == bytes(SIZE)
+    for sha256 in ("", "../../escape", "A" * 64):
+        with pytest.raises(InputError, match="as SHA-256 of shard 0.tar, which the cache needs"):
+            read(cache, server, Shard("0.tar", SIZE, sha256, (), (), ()))
+
+
+def test_the_oldest_used_go_first_and_none_that_is_in_use(server: Server, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", limit=3 * SIZE)
+    shards = shards_of(server, 6)
+    for n, shard in enumerate(shards[:3]):
+        read(cache, server, shard)
+        os.utime(cache.path(shard), (n, n))
+    read(cache, server, shards[0])  # is now the newest
+    with cache.open(shards[1], f"{server.url}/1.tar") as held:
+        os.utime(cache.path(shards[1]), (1, 1))
+        read(cache, server, shards[3])
+        read(cache, server, shards[4])
+        assert [cache.path(shard).exists() for shard in shards] == [False, True, False, True, True, False]
+        assert held.read() == bytes([1]) * SIZE
+    read(cache, server, shards[5])
+    assert [cache.path(shard).exists() for shard in shards] == [False, False, False, True, True, True]
+    assert sum(path.stat().st_size for path in cache.folder.iterdir()) == 3 * SIZE
+    with pytest.raises(InputError, match=r"shard 0.tar has 0.000279 GiB but data.cache_gib allows 0.000279 for all"):
+        read(Cache(tmp_path / "cache", limit=SIZE - 1), server, shards[0])
+
+
+def fill(server: Server, shards: list[Shard], folder: Path, order: int) -> None:
+    cache = Cache(folder)
+    for shard in (shards, shards[::-1], shards[2:] + shards[:2])[order]:
+        assert read(cache, server, shard) == bytes([int(shard.file[0])]) * SIZE
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_three_processes_fill_one_cache(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    def none(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", none)
+    shards = shards_of(server, 6)
+    for shard in shards:
+        server.faults[shard.file] = [lambda name: time.sleep(0.05), 60]
+    folder = tmp_path / "cache"
+    processes = [in_process(lambda order=order: fill(server, shards, folder, order)) for order in range(3)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{shard.sha256}.tar" for shard in shards)
+    for shard in shards:
+        assert hashlib.sha256((folder / f"{shard.sha256}.tar").read_bytes()).hexdigest() == shard.sha256
+    if locks:
+        assert [server.count(shard.file) for shard in shards] == [1] * 6
+
+
+def test_a_process_killed_in_a_download_leaves_nothing_behind(server: Server, tmp_path: Path) -> None:
+    first, second = shards_of(server, 2)
+    half, go_on = threading.Event(), threading.Event()
+
+    def wait(name: str) -> None:
+        half.set()
+        go_on.wait(30)
+
+    server.faults["0.tar"] = [wait]
+    folder = tmp_path / "cache"
+    process = in_process(lambda: fill(server, [first], folder, 0))
+    try:
+        assert half.wait(30)
+        deadline = time.monotonic() + 10
+        while not list(folder.glob("*.part")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        cache = Cache(folder)
+        assert names(cache) == [f"{first.sha256}.part"]  # of a process that lives
+        read(cache, server, second)
+        os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        process.join(10)
+        assert names(cache) == sorted([f"{first.sha256}.part", f"{second.sha256}.tar"])
+        assert read(cache, server, first) == bytes(SIZE)  # over the leftover
+        assert server.count("0.tar") == 2
+        (folder / f"{'0' * 64}.part").write_bytes(b"another leftover")
+        assert names(Cache(folder)) == sorted(f"{shard.sha256}.tar" for shard in (first, second))
+    finally:
+        go_on.set()
+        process.kill()
+        process.join()
+
+
+def test_without_locks_only_old_leftovers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    for name, age in (("old", caching.ABANDONED + 60), ("new", 60)):
+        (tmp_path / f"{name}.part").write_bytes(b"")
+        os.utime(tmp_path / f"{name}.part", (time.time() - age,) * 2)
+    assert names(Cache(tmp_path)) == ["new.part"]
+
+
+def test_a_full_disk_is_one_sentence(server: Server, tmp_path: Path) -> None:
+    (shard,) = shards_of(server, 1)
+    cache = Cache(tmp_path / "cache")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))
+    try:
+        with pytest.raises(RunError, match=r"no room in data.cache=.*cache for http.*0.tar: File too large; free some"):
+            read(cache, server, shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(cache) == []
+
+
+def test_a_really_full_disk(server: Server, small_disk: Path) -> None:
+    shards = shards_of(server, 4)
+    cache = Cache(small_disk / "cache")
+    for shard in shards[:3]:
+        read(cache, server, shard)
+    with pytest.raises(RunError, match=r"3.tar: No space left on device; free some space, set or lower data.cache_gib"):
+        read(cache, server, shards[3])
+    assert len(names(cache)) == 3
+    assert read(Cache(small_disk / "cache", 3 * SIZE), server, shards[3]) == bytes([3]) * SIZE
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"cannot use data.cache=.*file: File exists; choose another folder"):
+        Cache(tmp_path / "file")
+    with pytest.raises(InputError, match="Not a directory"):
+        Cache(tmp_path / "file" / "cache")

@@ -1,0 +1,163 @@
+import hashlib
+import io
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd.data import manifest, remote
+from dist_obdsd.data.remote import fetch, location, shown
+from dist_obdsd.errors import InputError, RunError
+from tests.data.server import Server, serving
+
+DATA = bytes(range(256)) * 4096  # one MiB
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    (tmp_path / "a.tar").write_bytes(DATA)
+    with serving(tmp_path) as running:
+        yield running
+
+
+def fetched(url: str, size: int | None = len(DATA), sha256: str | None = SHA256) -> bytes:
+    file = io.BytesIO(b"left over" * 200_000)
+    fetch(url, file, size, sha256)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("root", "file", "found"),
+    [
+        ("/data", "a.tar", "/data/a.tar"),
+        ("https://host/data/", "a.tar", "https://host/data/a.tar"),
+        ("https://host/data", "deep/a b.tar", "https://host/data/deep/a%20b.tar"),
+        ("https://host/{file}?key=1", "a.tar", "https://host/a.tar?key=1"),
+        ("pipe:cat /data", "a.tar", "pipe:cat /data/a.tar"),
+        ("pipe:aws s3 cp s3://b/{file} -", "a.tar", "pipe:aws s3 cp s3://b/a.tar -"),
+        ("gs://bucket/data", "a.tar", "gs://bucket/data/a.tar"),
+    ],
+)
+def test_where_a_file_is(root: str, file: str, found: str) -> None:
+    assert location(root, file) == found
+
+
+@pytest.mark.parametrize("file", ["a.tar; touch b", "$(id).tar", "-rf", "a b.tar", "`id`", "a'b", "a\nb"])
+def test_a_manifest_cannot_bring_commands_along(file: str) -> None:
+    with pytest.raises(InputError, match="not put into a command"):
+        location("pipe:cat {file}", file)
+
+
+def test_messages_keep_secrets() -> None:
+    assert shown("https://user:password@host:1/a.tar?signature=2#x") == "https://host:1/a.tar"
+    assert shown("pipe:cat /a?b") == "pipe:cat /a?b"
+
+
+def test_a_file_comes_whole(server: Server) -> None:
+    assert fetched(f"{server.url}/a.tar") == DATA
+    assert fetched(f"{server.url}/a.tar", None, None) == DATA
+    assert server.requests == [("a.tar", 0)] * 2
+
+
+def test_a_transfer_that_breaks_off_goes_on_where_it_was(server: Server) -> None:
+    server.faults["a.tar"] = [40, 503, 70]
+    assert fetched(f"{server.url}/a.tar") == DATA
+    assert [100 * start // len(DATA) for _, start in server.requests] == [0, 39, 39, 69]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_server_that_cannot_go_on_starts_again(server: Server, known: bool) -> None:
+    server.ranges = False
+    server.faults["a.tar"] = [40, 20]
+    assert fetched(f"{server.url}/a.tar", *(() if known else (None, None))) == DATA
+    assert [start for _, start in server.requests] == [0, 0, 0]
+
+
+def test_progress_earns_patience_and_none_ends_it(server: Server) -> None:
+    server.faults["a.tar"] = [10, 20, 30, 40, 50, 60, 70, 80, 90]
+    assert fetched(f"{server.url}/a.tar") == DATA
+    server.faults["a.tar"] = [50] * 20
+    with pytest.raises(RunError, match=rf"cannot download {server.url}/a.tar: the transfer ended .* early; "):
+        fetched(f"{server.url}/a.tar")
+    assert len(server.requests) == 10 + remote.ATTEMPTS
+
+
+def test_what_will_not_pass_is_not_tried_again(server: Server) -> None:
+    for status, said in ((404, "404 Not Found"), (403, "403 Forbidden")):
+        server.faults["a.tar"] = [status]
+        with pytest.raises(RunError, match=rf"cannot download {server.url}/a.tar: the server answers {said}; check"):
+            fetched(f"{server.url}/a.tar")
+    assert len(server.requests) == 2
+    server.faults["a.tar"] = [503] * 9
+    with pytest.raises(RunError, match="the server answers 503 Service Unavailable; that was the last"):
+        fetched(f"{server.url}/a.tar")
+    assert len(server.requests) == 2 + remote.ATTEMPTS
+
+
+def test_other_bytes_than_the_manifest_s(server: Server) -> None:
+    server.faults["a.tar"] = [DATA[:-1] + b"x"]
+    assert fetched(f"{server.url}/a.tar") == DATA  # once may be chance
+    with pytest.raises(RunError, match=r"it has SHA-256 .* where the manifest has 000000000000"):
+        fetched(f"{server.url}/a.tar", len(DATA), "0" * 64)
+    assert len(server.requests) == 4
+    with pytest.raises(RunError, match="it has more than the manifest's 1000 bytes"):
+        fetched(f"{server.url}/a.tar", 1000)
+    with pytest.raises(RunError, match=f"the transfer ended after {len(DATA)} of {len(DATA) + 1} bytes"):
+        fetched(f"{server.url}/a.tar", len(DATA) + 1)
+
+
+def test_a_server_that_stalls_or_is_gone_is_no_hang(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    server.faults["a.tar"] = [lambda name: time.sleep(1)]
+    assert fetched(f"{server.url}/a.tar") == DATA
+    assert [start for _, start in server.requests] == [0, 0] or server.requests[1][1] > 0
+    server.faults["a.tar"] = [lambda name: time.sleep(1)] * 9
+    with pytest.raises(RunError, match="nothing came for 0 seconds"):
+        fetched(f"{server.url}/a.tar")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(RunError, match="Connection refused"):
+            fetched(f"http://127.0.0.1:{unused.getsockname()[1]}/a.tar")
+
+
+def test_what_nothing_can_open(server: Server) -> None:
+    for url in ("s3://bucket/a.tar", "http://[half/a.tar", "http://host/a b"):
+        with pytest.raises(InputError, match=r"nothing here opens|is not an address"):
+            fetched(url)
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(DATA)
+    assert fetched(f"pipe:cat {path}") == DATA
+    # Half of it and an error at first, all of it the second time.
+    once = f"if [ -e {tmp_path}/again ]; then cat {path}; else touch {tmp_path}/again; head -c 999 {path}; exit 3; fi"
+    assert fetched(f"pipe:{once}") == DATA
+    with pytest.raises(RunError, match=r"cannot download pipe:head -c 999 .*: its command ended with exit code 7"):
+        fetched(f"pipe:head -c 999 {path}; exit 7")
+    with pytest.raises(RunError, match=f"the transfer ended after 999 of {len(DATA)} bytes"):
+        fetched(f"pipe:head -c 999 {path}")
+    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    start = time.monotonic()
+    with pytest.raises(RunError, match="nothing came for"):
+        fetched("pipe:exec sleep 100")
+    assert time.monotonic() - start < 30
+
+
+def test_a_manifest_behind_a_url(server: Server) -> None:
+    with pytest.raises(RunError, match=rf"cannot download {server.url}/manifest.json: the server answers 404"):
+        manifest.load(server.url)
+    (server.folder / "manifest.json").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=rf"{server.url}/manifest.json is not text"):
+        manifest.load(server.url)
+    (server.folder / "manifest.json").write_text("{}" + " " * 1000)
+    server.faults["manifest.json"] = [50, 50]
+    with pytest.raises(InputError, match=rf"{server.url}/manifest.json has format None"):
+        manifest.load(server.url)

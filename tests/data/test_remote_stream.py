@@ -1,0 +1,127 @@
+# ruff: noqa: F401, F811 - the fixtures of another module
+"""The stream, the evaluation, ``verify`` and ``doctor`` on shards that are not here."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd import doctor
+from dist_obdsd.cli import main
+from dist_obdsd.data import remote
+from dist_obdsd.data.manifest import Manifest, to_json
+from dist_obdsd.data.stream import TrainStream, evaluation_batches
+from dist_obdsd.data.verify import verify
+from dist_obdsd.errors import InputError, RunError
+from tests.data.server import Server, serving
+from tests.data.test_stream import CLASSES, SHARDS, alone, assert_same, batches, config_of, data
+
+Data = tuple[Path, Manifest]
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+
+
+@pytest.fixture
+def server(data: Data) -> Iterator[Server]:
+    (data[0] / "manifest.json").write_text(to_json(data[1]))
+    with serving(data[0]) as running:
+        yield running
+
+
+def files(data: Data, split: str) -> list[str]:
+    return [shard.file for shard in data[1].splits[split]]
+
+
+def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
+    data: Data,
+    alone: list,
+    server: Server,
+    tmp_path: Path,
+) -> None:
+    for file in files(data, "train"):
+        server.faults[file] = [30, 503, 80]
+    config = config_of(data[0], shards=server.url, cache=str(tmp_path / "cache"), workers=1)
+    assert_same([batches(data, config, rank, 2) for rank in range(2)], [alone])
+    assert all(server.faults[file] == [] for file in files(data, "train"))
+    assert [server.count(file) for file in files(data, "train")] == [4] * SHARDS  # in two epochs
+    # Training and evaluation share it, and so do later runs.
+    server.requests.clear()
+    for _ in range(2):
+        list(evaluation_batches(data[1], "train", config, 0, 1))
+        list(evaluation_batches(data[1], "test", config, 0, 1))
+    assert sorted(name for name, _ in server.requests) == sorted(files(data, "test"))
+    # A small one still serves.
+    largest = max(shard.bytes for shard in data[1].splits["train"])
+    small = config_of(
+        data[0], shards=server.url, cache=str(tmp_path / "small"), cache_gib=2.5 * largest / 2**30, workers=0
+    )
+    assert_same([batches(data, small)], [alone])
+    assert 1 <= len(list((tmp_path / "small").iterdir())) <= 3
+
+
+def test_without_a_cache_every_epoch_reads_anew(data: Data, alone: list, server: Server) -> None:
+    assert_same([batches(data, config_of(data[0], shards=server.url))], [alone])
+    assert [server.count(file) for file in files(data, "train")] == [2] * SHARDS
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_shards_behind_a_command(data: Data, alone: list, tmp_path: Path, cached: bool) -> None:
+    cache = str(tmp_path / "cache") if cached else None
+    assert_same([batches(data, config_of(data[0], shards=f"pipe:cat {data[0]}/{{file}}", cache=cache))], [alone])
+    with pytest.raises(RunError, match=r"cannot download pipe:false .*train-00000\d.tar: its command ended with exit"):
+        batches(data, config_of(data[0], shards=f"pipe:false {tmp_path}"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_shard_that_cannot_be_had_stops_the_run(
+    data: Data,
+    server: Server,
+    tmp_path: Path,
+    cached: bool,
+) -> None:
+    server.faults["train-000003.tar"] = [404]
+    server.faults["test-000003.tar"] = [(data[0] / "test-000002.tar").read_bytes()] * 2
+    config = config_of(data[0], shards=server.url, cache=str(tmp_path / "cache") if cached else None)
+    with pytest.raises(RunError, match=rf"cannot download {server.url}/train-000003.tar: the server answers 404"):
+        batches(data, config)
+    with pytest.raises(RunError, match=rf"cannot download {server.url}/test-000003.tar: (it has|the transfer ended)"):
+        list(evaluation_batches(data[1], "test", config, 0, 1))
+
+
+def test_a_cache_that_cannot_be_used_is_refused_at_the_start(data: Data, server: Server) -> None:
+    config = config_of(data[0], shards=server.url, cache=str(data[0] / "train-000000.tar"))
+    with pytest.raises(InputError, match="cannot use data.cache="):
+        TrainStream(data[1], list(range(CLASSES)), config, 0, 1)
+    with pytest.raises(InputError, match="cannot use data.cache="):
+        evaluation_batches(data[1], "test", config, 0, 1)
+    with pytest.raises(InputError, match="data.cache_gib bounds the cache, but data.cache names no folder"):
+        config_of(data[0], cache_gib=1.0)
+
+
+def test_verify_reads_a_url(data: Data, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = verify(server.url, workers=2)
+    assert (whole.images, whole.shards) == (CLASSES * 12 + 60, 2 * SHARDS)
+    # The samples of this module have no id in their .json, which verify is the one to mind.
+    assert all(".json that cannot be used" in problem for problem in whole.problems)
+    server.faults["train-000003.tar"] = [404]
+    problems = [problem for problem in verify(server.url).problems if ".json" not in problem]
+    assert problems == [
+        f"train-000003.tar: cannot download {server.url}/train-000003.tar: the server answers 404 Not Found; check the "
+        f"address and your access"
+    ]
+    assert main(["verify", server.url, "--workers", "1"]) == 2
+    assert f"{server.url} has {len(whole.problems)} problems" in capsys.readouterr().err
+
+
+def test_doctor_reads_a_url(data: Data, server: Server, tmp_path: Path) -> None:
+    config = config_of(data[0], shards=server.url, cache=str(tmp_path / "cache"), lanes=4)
+    assert any("the first of which can be read; 0 are in" in line for line in doctor.where_it_runs(config))
+    list(evaluation_batches(data[1], "test", config, 0, 1))
+    assert any(f"can be read; {SHARDS} are in" in line for line in doctor.where_it_runs(config))
+    assert any("data.cache is unset" in line for line in doctor.where_it_runs(config_of(data[0], shards=server.url)))
+    server.faults["train-000000.tar"] = [403]
+    with pytest.raises(RunError, match="cannot read .*train-000000.tar: the server answers 403"):
+        doctor.where_it_runs(config)

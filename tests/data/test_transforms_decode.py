@@ -1,0 +1,238 @@
+"""Every kind of image that users have, to pixels."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+
+from dist_obdsd.data import transforms
+from dist_obdsd.data.imagefile import examine
+from dist_obdsd.data.transforms import decode
+from tests.data.pictures import assert_close, colours, encoded, png, tiff16
+
+
+@pytest.mark.parametrize(("kind", "within"), [("PNG", 0), ("JPEG", 6), ("WEBP", 12), ("BMP", 0), ("TIFF", 0)])
+def test_plain_colour(kind: str, within: int) -> None:
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"quality": 100} if kind == "WEBP" else {}
+    data = encoded(Image.fromarray(colours()), kind, **options)
+    assert_close(decode(data, 3), colours(), within)
+    grey = np.asarray(Image.fromarray(colours()).convert("L"))
+    assert_close(decode(data, 1), grey, within)
+
+
+def test_one_bit_palette_and_grey() -> None:
+    bits = (np.arange(105 * 105).reshape(105, 105) % 3 == 0).astype(np.uint8) * 255
+    data = encoded(Image.fromarray(bits).convert("1"), "PNG")
+    assert_close(decode(data, 1), bits)
+    assert_close(decode(data, 3), np.repeat(bits[:, :, None], 3, axis=2))
+    palette = Image.fromarray(colours()).quantize(64)
+    assert_close(decode(encoded(palette, "PNG"), 3), np.asarray(palette.convert("RGB")))
+    assert_close(decode(encoded(palette, "GIF"), 3), np.asarray(palette.convert("RGB")))
+
+
+def test_sixteen_bits_keep_the_upper_eight() -> None:
+    wide = (np.arange(256, dtype=np.uint16).reshape(16, 16) << 8) + 255
+    assert_close(decode(encoded(Image.fromarray(wide), "PNG"), 1), np.arange(256).reshape(16, 16))
+
+
+def test_alpha_is_composited_on_white() -> None:
+    rgba = np.zeros((4, 6, 4), dtype=np.uint8)
+    rgba[..., 0] = 200
+    rgba[:, :2, 3], rgba[:, 2:4, 3], rgba[:, 4:, 3] = 255, 51, 0  # opaque, a fifth, invisible
+    wanted = np.full((4, 6, 3), 255, dtype=np.uint8)
+    wanted[:, :2] = [200, 0, 0]
+    wanted[:, 2:4] = [244, 204, 204]
+    assert_close(decode(encoded(Image.fromarray(rgba), "PNG"), 3), wanted, 1)
+    grey_alpha = Image.fromarray(rgba).convert("LA")
+    assert_close(decode(encoded(grey_alpha, "PNG"), 1)[:, :, 4:], np.full((4, 2), 255))
+    transparent = Image.fromarray(np.array([[0, 1], [1, 0]], dtype=np.uint8), mode="P")
+    transparent.putpalette([10, 20, 30, 40, 50, 60])
+    assert_close(
+        decode(encoded(transparent, "PNG", transparency=0), 3),
+        np.array([[[255] * 3, [40, 50, 60]], [[40, 50, 60], [255] * 3]]),
+    )
+    key_colour = Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], dtype=np.uint8))
+    assert_close(decode(encoded(key_colour, "PNG", transparency=(1, 2, 3)), 3), np.array([[[255] * 3, [9] * 3]]))
+
+
+def test_cmyk() -> None:
+    cmyk = Image.fromarray(colours()).convert("CMYK")
+    data = encoded(cmyk, "JPEG", quality=100, subsampling=0)
+    assert b"Adobe" in data  # so its numbers are inverted in the file
+    assert_close(decode(data, 3), colours(), 8)
+    other = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    assert_close(decode(data, 3), other.permute(1, 2, 0).numpy(), 2)
+    inks = np.zeros((2, 4, 4), dtype=np.uint8)
+    inks[:, 0], inks[:, 1], inks[:, 2] = [0, 255, 255, 0], [255, 0, 0, 0], [0, 0, 0, 102]
+    wanted = np.array([[[255, 0, 0], [0, 255, 255], [153] * 3, [255] * 3]] * 2)  # no ink is white
+    assert_close(decode(encoded(Image.fromarray(inks, mode="CMYK"), "TIFF"), 3), wanted)
+    assert_close(decode(encoded(Image.fromarray(inks, mode="CMYK"), "JPEG", quality=100, subsampling=0), 3), wanted, 6)
+
+
+# What a file's rows and columns show, by the EXIF orientation that undoes it; [H, W, 3] in upright position.
+STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x[:, ::-1].swapaxes(0, 1),  # its first row is the right-hand side
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x[::-1].swapaxes(0, 1),  # its first row is the left-hand side, from below
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](colours())))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert_close(decode(encoded(stored, "PNG", exif=exif), 3), colours())
+    assert_close(decode(encoded(stored, "TIFF", exif=exif), 3), colours())
+    assert_close(decode(encoded(stored, "WEBP", exif=exif, lossless=True), 3), colours())
+    jpeg = encoded(stored, "JPEG", exif=exif, quality=100, subsampling=0)
+    assert_close(decode(jpeg, 3), colours(), 6)
+    assert_close(decode(jpeg, 1), np.asarray(Image.fromarray(colours()).convert("L")), 6)
+    upright = decode_image(
+        torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True
+    )
+    assert torch.equal(decode(jpeg, 3), upright)
+    unmarked = decode(encoded(stored, "PNG"), 3)
+    assert torch.equal(unmarked, torch.from_numpy(colours()).permute(2, 0, 1)) == (orientation == 1)  # the control
+
+
+def test_an_orientation_in_xmp_counts_too() -> None:
+    stored = Image.fromarray(np.ascontiguousarray(STORED[6](colours())))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert_close(decode(encoded(stored, "JPEG", xmp=xmp, quality=100, subsampling=0), 3), colours(), 6)
+
+
+def test_sixteen_bits_of_every_kind_keep_the_upper_eight() -> None:
+    eight = colours(4, 6).astype(np.uint16)
+    wide = (eight << 8) + 200  # rounding would give one more
+    assert_close(decode(png(6, 4, 16, 2, wide.astype(">u2").tobytes()), 3), eight)
+    assert_close(decode(tiff16(wide), 3), eight)
+    grey = Image.fromarray(wide[..., 0])
+    assert_close(decode(encoded(grey, "TIFF"), 3), np.repeat(eight[..., :1], 3, axis=2))
+    assert_close(decode(encoded(grey, "PNG"), 3), np.repeat(eight[..., :1], 3, axis=2))
+    opaque = np.concatenate([wide, np.full((4, 6, 1), 65535, np.uint16)], axis=2)
+    assert_close(decode(png(6, 4, 16, 6, opaque.astype(">u2").tobytes()), 3), eight)
+    opaque[:, :3, 3] = 0
+    wanted = eight.copy()
+    wanted[:, :3] = 255
+    assert_close(decode(png(6, 4, 16, 6, opaque.astype(">u2").tobytes()), 3), wanted)
+    half_visible = np.stack([wide[..., 0], opaque[..., 3]], axis=2)
+    assert_close(decode(png(6, 4, 16, 4, half_visible.astype(">u2").tobytes()), 1), wanted[..., 0])
+
+
+def test_webp_of_every_kind() -> None:
+    assert_close(decode(encoded(Image.fromarray(colours()), "WEBP", lossless=True), 3), colours())
+    rgba = np.concatenate([colours(), np.full((20, 30, 1), 255, np.uint8)], axis=2)
+    rgba[:, :10, 3] = 0
+    wanted = colours()
+    wanted[:, :10] = 255
+    data = encoded(Image.fromarray(rgba), "WEBP", lossless=True, exact=True)
+    assert_close(decode(data, 3), wanted)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_several_frames_the_first_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+    assert_close(decode(data, 3), np.tile(np.array([255, 0, 0]), (4, 5, 1)), 3)
+
+
+JPEGS: dict[str, dict[str, object]] = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "restarts": {"restart_marker_blocks": 2},
+    "RGB": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_has_pillows_pixels(name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
+    for pixels in (noise, noise[:1, :1], noise[:3, :17], noise[..., 0]):
+        if name == "RGB" and pixels.ndim == 2:
+            continue
+        data = encoded(Image.fromarray(pixels), "JPEG", **JPEGS[name])
+        assert_close(decode(data, 3), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        assert_close(decode(data, 1), np.asarray(Image.open(io.BytesIO(data)).convert("L")))
+
+
+def test_a_plain_jpeg_takes_the_quick_way_and_what_that_refuses_pillow_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(*arguments: object) -> torch.Tensor:
+        asked.append(arguments)
+        raise RuntimeError("no such colours")
+
+    monkeypatch.setattr(transforms, "decode_jpeg", refuse)
+    plain = encoded(Image.fromarray(colours()), "JPEG", quality=100, subsampling=0)
+    assert_close(decode(plain, 3), colours(), 6)
+    assert len(asked) == 1
+    for image in (Image.fromarray(colours()).convert("L"), Image.fromarray(colours()).convert("CMYK")):
+        decode(encoded(image, "JPEG"), 3)
+    decode(encoded(Image.fromarray(colours()), "PNG"), 3)
+    assert len(asked) == 1
+
+
+def test_damage_that_pillow_passes_over_gives_the_same_pixels() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = bytearray(encoded(Image.fromarray(noise), "JPEG"))
+    draw = np.random.default_rng(2)
+    same = 0
+    for place in draw.integers(700, len(data) - 2, 40).tolist():
+        broken = data.copy()
+        broken[place] ^= 0x55
+        try:
+            wanted = np.asarray(Image.open(io.BytesIO(broken)).convert("RGB"))
+        except OSError:
+            with pytest.raises(ValueError, match="."):
+                decode(bytes(broken), 3)
+            continue
+        assert_close(decode(bytes(broken), 3), wanted)
+        same += 1
+    assert same > 20
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_small_file_that_claims_to_be_huge_is_refused_before_it_is_decoded() -> None:
+    for width, height in ((10_000, 9_000), (30_000, 30_000)):  # Pillow itself warns of the first and refuses the second
+        bomb = png(width, height, 1, 0, bytes(8 * height))  # rows too short, which decoding would find
+        assert len(bomb) < 2**16
+        with pytest.raises(ValueError, match=r"10000 x 9000 pixels|900000000 pixels"):
+            decode(bomb, 3)
+        with pytest.raises(ValueError, match=r"10000 x 9000 pixels|900000000 pixels"):
+            examine(bomb)
+
+
+def test_real_files_have_pillows_pixels(real_data: object) -> None:
+    import tarfile
+
+    with tarfile.open(f"{real_data}/cars196_first98.tar", "r|") as tar:
+        for member in tar:
+            if member.name.endswith("00008.jpg"):
+                data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                break
+    assert_close(decode(data, 3), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_what_cannot_be_decoded_says_why() -> None:
+    whole = encoded(Image.fromarray(colours(60, 60)), "JPEG")
+    with pytest.raises(ValueError, match="(?i)truncated"):
+        decode(whole[: len(whole) // 2], 3)
+    with pytest.raises(ValueError, match="format is none of"):
+        decode(b"no image at all", 3)
+    with pytest.raises(ValueError, match="format is none of"):
+        decode(encoded(Image.fromarray(colours()), "EPS"), 3)  # would call another program
+    with pytest.raises(ValueError, match="floating-point"):
+        decode(encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), 3)
