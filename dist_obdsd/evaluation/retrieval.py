@@ -19,6 +19,7 @@ from dist_obdsd import collectives, config
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.census import Census
 from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
+from dist_obdsd.evaluation.places import FEW, MANY, Places, count_places
 from dist_obdsd.evaluation.search import Neighbours, nearest
 
 WORST = 16
@@ -105,35 +106,86 @@ def retrieve(
     else:  # queries without a match count, too
         counted_N = census.asks_N
 
-    is_query_n, is_offered_n = counted_N[place_n], offered_N[place_n]
-    place_q = place_n[is_query_n]
     needed = {"recall": max(settings.recall_at), "map@1000": 1000, "map@c": int(size_N[counted_N].max())}
     needed["map@r"] = needed["r_precision"] = int(count_N[counted_N].max())
     width = max((needed[name] for name in settings.metrics if name in needed), default=1)
     # Recall@k is refused where the gallery is smaller; an average precision has seen all there is.
     others = offered - bool((counted_N & offered_N).any())
     k = min(width, max(others, needed["recall"] if "recall" in settings.metrics else 1))
-    # A place is as good as an id, since both have the same order, and it leads to the label at once.
-    found = nearest(
-        rows_nD[is_query_n],
-        place_q.to(rows_nD.device),
-        rows_nD[is_offered_n],
-        place_n[is_offered_n].to(rows_nD.device),
-        k,
-        distance=settings.distance,
-        backend=settings.backend,
-        scored=WORST_NEIGHBOURS,
-    )
-    found = Neighbours(found.scores_qs.cpu(), found.ids_qk.cpu())
-    class_N = class_N.int()
-    relevant_qk = class_N[found.ids_qk] == class_N[place_q][:, None]
-    values = _values(_widened(relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], settings)
+    search = _Search(rows_nD, place_n, counted_N, offered_N, class_N, settings)
+    place_q = search.place_q
+    places = search.places(k, count_N[place_q], quick=k <= others)
+    values = _values(_widened(places.relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], settings)
     return Retrieval(
         metrics=global_means(values) if values else {},
         counts=Counts(queries=int(counted_N.sum()), gallery=offered, excluded=asked - int(counted_N.sum())),
-        per_class=_per_class(gallery, relevant_qk[:, 0], class_N[place_q], classes_C),
-        failures=_worst(gallery, found, relevant_qk, place_q, census),
+        per_class=_per_class(gallery, places.relevant_qk[:, 0], class_N[place_q], classes_C),
+        failures=_worst(gallery, search, places, census),
     )
+
+
+class _Search:
+    """Asks one gallery, by counting or by listing. Its methods are collective."""
+
+    def __init__(
+        self,
+        rows_nD: torch.Tensor,
+        place_n: torch.Tensor,
+        counted_N: torch.Tensor,
+        offered_N: torch.Tensor,
+        class_N: torch.Tensor,
+        settings: config.Evaluation,
+    ) -> None:
+        self.settings, self.class_N, self.offered_N = settings, class_N, offered_N
+        is_query_n, is_offered_n = counted_N[place_n], offered_N[place_n]
+        self.place_q, self.query_qD = place_n[is_query_n], rows_nD[is_query_n]
+        self.offered_n, self.gallery_nD = place_n[is_offered_n], rows_nD[is_offered_n]
+
+    def neighbours(self, some_q: torch.Tensor, k: int, scored: int) -> Neighbours:
+        """The k nearest of some queries, on the CPU. A place stands for an id, and leads to the label at once."""
+        found = nearest(
+            self.query_qD[some_q],
+            self.place_q[some_q].to(self.query_qD.device),
+            self.gallery_nD,
+            self.offered_n.to(self.query_qD.device),
+            k,
+            distance=self.settings.distance,
+            backend=self.settings.backend,
+            scored=scored,
+        )
+        return Neighbours(found.scores_qs.cpu(), found.ids_qk.cpu())
+
+    def places(self, k: int, count_q: torch.Tensor, *, quick: bool) -> Places:
+        """Which of the first k places have an image of the query's class, for all queries, certain for all.
+
+        Args:
+            count_q: how many images of its class a query can find.
+            quick: whether counting may be tried, which takes for granted that there are k images to find.
+        """
+        places = Places.nothing(self.place_q.numel(), k)
+        if quick and k >= MANY and self.settings.backend != "faiss" and not self.query_qD.is_cuda:
+            few_q = (count_q > 0) & (count_q <= FEW)
+            places.put(
+                few_q,
+                count_places(
+                    self.query_qD[few_q],
+                    self.place_q[few_q],
+                    self.gallery_nD,
+                    self.offered_n,
+                    self.class_N,
+                    self.offered_N,
+                    k,
+                    self.settings.distance,
+                ),
+            )
+        rest_q = ~places.sure_q
+        if any(collectives.gather_json(bool(rest_q.any()))):
+            found = self.neighbours(rest_q, k, scored=1)
+            class_N = self.class_N.int()
+            relevant_rk = class_N[found.ids_qk] == class_N[self.place_q[rest_q]][:, None]
+            best_r = found.scores_qs[:, 0]
+            places.put(rest_q, Places(relevant_rk, best_r, torch.zeros_like(best_r), torch.ones_like(rest_q[rest_q])))
+        return places
 
 
 def _widened(relevant_qk: torch.Tensor, count_q: torch.Tensor, width: int) -> torch.Tensor:
@@ -199,21 +251,33 @@ def _per_class(
     )
 
 
-def _worst(
-    gallery: str, found: Neighbours, relevant_qk: torch.Tensor, place_q: torch.Tensor, census: Census
-) -> tuple[Failure, ...]:
-    """See ``Retrieval.failures``. Each rank names its own worst, and the worst of these are kept."""
-    q, k = relevant_qk.shape
+def _worst(gallery: str, search: _Search, places: Places, census: Census) -> tuple[Failure, ...]:
+    """See ``Retrieval.failures``. Only queries that can be among them are asked for their neighbours."""
+    relevant_qk, place_q = places.relevant_qk, search.place_q
+    k = relevant_qk.shape[1]
     # argmax finds the first of the largest, so the first hit; k where there is none.
     first_q = torch.where(relevant_qk.any(dim=1), relevant_qk.byte().argmax(dim=1), k)
+    # The better a query's first neighbour, the worse the query, and how good it is is known up to an error.
+    least_q, most_q = places.best_q - places.error_q, places.best_q + places.error_q
     order_q = place_q.argsort()
-    for key_q in (found.scores_qs[:, 0] if q else place_q, first_q):
+    for key_q in (least_q, first_q):
         order_q = order_q[key_q[order_q].argsort(descending=True, stable=True)]
-    own = []
-    for query in order_q[:WORST].tolist():
-        place, scores = int(place_q[query]), found.scores_qs[query, :WORST_NEIGHBOURS].tolist()
-        own.append([-int(first_q[query]), -scores[0], place, found.ids_qk[query, :WORST_NEIGHBOURS].tolist(), scores])
-    everyone = sorted(line for of_rank in collectives.gather_json(own) for line in of_rank)
+    own = [[-int(first_q[i]), -float(least_q[i]), int(place_q[i])] for i in order_q[:WORST].tolist()]
+    late, least, last = sorted(line for of_rank in collectives.gather_json(own) for line in of_rank)[:WORST][-1]
+    as_good_q = (most_q > -least) | ((most_q == -least) & (place_q <= last))
+    candidate_q = (first_q > -late) | ((first_q == -late) & as_good_q)
+    found = search.neighbours(candidate_q, min(k, WORST_NEIGHBOURS), scored=WORST_NEIGHBOURS)
+    own = [
+        [-first, -scores[0], place, neighbours, scores]
+        for first, place, neighbours, scores in zip(
+            first_q[candidate_q].tolist(),
+            place_q[candidate_q].tolist(),
+            found.ids_qk.tolist(),
+            found.scores_qs.tolist(),
+            strict=True,
+        )
+    ]
+    everyone = sorted(line for of_rank in collectives.gather_json(sorted(own)[:WORST]) for line in of_rank)
     ids_N, labels_N = census.ids_N, census.labels_N
     return tuple(
         Failure(
