@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from dist_obdsd.config.schema import Batch, Data
+from dist_obdsd.config import Batch, Data
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.schedule import EpochPlan, plan_epoch
 from dist_obdsd.errors import InputError

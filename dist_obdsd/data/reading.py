@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dist_obdsd.config.schema import Data
+from dist_obdsd.config import Data
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.imagefile import MEMBERS
 from dist_obdsd.data.manifest import Shard, key
