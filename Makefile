@@ -5,7 +5,7 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format ui clean
+.PHONY: help setup demo test lint chaos format ui clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ demo: setup  ## pack the embedded data set, train OBD-SD on two processes, evalu
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest
+
+chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
+	$(BIN)/python -m tests.chaos
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -185,6 +185,49 @@ def test_ten_steps_in_float32_agree_to_1e_5(optimizer):
                 assert other["distillation"] == pytest.approx(mine["distillation"], abs=1e-5)
 
 
+ZERO_WAYS = {
+    "sgd": ["optim.name=sgd", "optim.lr=1e-2"],
+    "adam, clipped": ["optim.lr=1e-5", "optim.clip_norm=0.01"],
+    "with proxies": ["optim.name=sgd", "optim.lr=1e-2", "optim.clip_norm=0.1", "ranking.name=proxy_anchor"],
+    "chunks": ["optim.name=sgd", "optim.lr=1e-2", "batch.chunk=5"],
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("way", ZERO_WAYS)
+def test_deepspeed_takes_the_steps_of_ddp(way, stage):
+    ((losses, weights),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way]))
+    config = settings(*ZERO_WAYS[way], "strategy=deepspeed", f"deepspeed.stage={stage}")
+    for world_size in (1, 2, 3):
+        # The first call imports DeepSpeed on every rank, which takes seconds of a core each.
+        for other_losses, other_weights in harness.run(world_size, take_steps, config, timeout=300):
+            assert distance(weights, other_weights) < 1e-5
+            for mine, other in zip(losses, other_losses, strict=True):
+                assert other["ranking"] == pytest.approx(mine["ranking"], abs=1e-5)
+                assert other["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
+    # The control: what DeepSpeed does by default, a norm clipped at 1, ends elsewhere.
+    if way == "sgd":
+        ((_, clipped),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way], "optim.clip_norm=1"))
+        assert distance(weights, clipped) > 1e-3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_deepspeed_masks_a_step_with_a_nan_on_all_ranks(stage):
+    for more in ([], ["ranking.name=proxy_anchor", "batch.chunk=5"]):
+        config = settings(*more, "strategy=deepspeed", f"deepspeed.stage={stage}")
+        check_masked(harness.run(2, take_steps, config, 4), 4)
+
+
+def test_deepspeed_s_bf16_is_that_of_ddp():
+    ((_, weights),) = harness.run(1, take_steps, settings("precision=bf16", "optim.lr=1e-5"))
+    config = settings("precision=bf16", "optim.lr=1e-5", "strategy=deepspeed")
+    ((losses, zero),) = harness.run(1, take_steps, config)
+    ((exact, _),) = harness.run(1, take_steps, settings("optim.lr=1e-5"))
+    assert distance(weights, zero) < 1e-6
+    assert losses[0]["ranking"] != exact[0]["ranking"]
+    assert all(w.dtype == np.float32 for w in zero.values())
+
+
 def test_one_ranks_wish_to_stop_reaches_all():
     for losses, _ in harness.run(3, take_steps, settings()):
         assert [step["stop"] > 0 for step in losses] == [t == 7 for t in range(STEPS)]
