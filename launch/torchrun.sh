@@ -29,8 +29,20 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 if [[ ${NNODES:-1} == 1 ]]; then
   rendezvous=(--standalone)
 else
-  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "${MASTER:?set MASTER=host:port, the same on every node}"
-    --rdzv-id "${RUN_ID:-$(basename "$config" .yaml)}")
+  : "${MASTER:?set MASTER=host:port, the same on every node}"
+  # torchrun guesses from host names which node is the MASTER and how the others reach this one, which fails where names
+  # do not resolve. The address that this node has on the way to the MASTER answers both.
+  read -r own master < <(python3 -c '
+import socket, sys
+host, port = sys.argv[1].rsplit(":", 1)
+family, kind, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+with socket.socket(family, kind) as probe:
+    probe.connect(address)  # of a datagram socket: sends nothing
+    print(probe.getsockname()[0], address[0])
+' "$MASTER")
+  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER"
+    --rdzv-id "${RUN_ID:-$(basename "$config" .yaml)}" --local-addr "$own"
+    --rdzv-conf "is_host=$([[ $own == "$master" ]] && echo 1 || echo 0)")
 fi
 if [[ -n ${GRACE:-} ]]; then
   rendezvous+=(--shutdown-timeout "$GRACE")
