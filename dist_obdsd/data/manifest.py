@@ -30,7 +30,7 @@ import numpy as np
 
 from dist_obdsd.config import Validation
 from dist_obdsd.data.remote import fetch, is_remote, location, shown
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.seeds import rng
 
 FORMAT = "dist-obdsd shards 1"
@@ -197,14 +197,16 @@ def load(root: str | Path) -> Manifest:
     """Read the manifest of a folder, or of a URL or ``pipe:`` command.
 
     Raises:
-        InputError: the folder or the manifest is missing, or the manifest is not sound.
-        RunError: it cannot be downloaded.
+        InputError: the folder or the manifest is missing or cannot be downloaded, or the manifest is not sound.
     """
     root = str(root)
     path = location(root, "manifest.json")
     if is_remote(root):
         stream = io.BytesIO()
-        fetch(path, stream)
+        try:
+            fetch(path, stream)
+        except RunError as error:  # before anything ran: most likely the address is wrong
+            raise InputError(str(error)) from error
         data = stream.getvalue()
     else:
         if not Path(root).is_dir():

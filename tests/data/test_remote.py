@@ -152,7 +152,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_manifest_behind_a_url(server: Server) -> None:
-    with pytest.raises(RunError, match=rf"cannot download {server.url}/manifest.json: the server answers 404"):
+    with pytest.raises(InputError, match=rf"cannot download {server.url}/manifest.json: the server answers 404"):
         manifest.load(server.url)
     (server.folder / "manifest.json").write_bytes(b"\xff")
     with pytest.raises(InputError, match=rf"{server.url}/manifest.json is not text"):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_obdsd import doctor
 from dist_obdsd.cli import main
@@ -13,10 +14,12 @@ from dist_obdsd.data.manifest import Manifest, to_json
 from dist_obdsd.data.stream import TrainStream, evaluation_batches
 from dist_obdsd.data.verify import verify
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.runtime import Launch, Runtime
 from tests.data.server import Server, serving
 from tests.data.test_stream import CLASSES, SHARDS, alone, assert_same, batches, config_of, data
 
 Data = tuple[Path, Manifest]
+HERE = Runtime(Launch("single"), torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +121,12 @@ def test_verify_reads_a_url(data: Data, server: Server, capsys: pytest.CaptureFi
 
 def test_doctor_reads_a_url(data: Data, server: Server, tmp_path: Path) -> None:
     config = config_of(data[0], shards=server.url, cache=str(tmp_path / "cache"), lanes=4)
-    assert any("the first of which can be read; 0 are in" in line for line in doctor.where_it_runs(config))
+    assert any("the first of which can be read; 0 are in" in line for line in doctor.where_it_runs(HERE, config))
     list(evaluation_batches(data[1], "test", config, 0, 1))
-    assert any(f"can be read; {SHARDS} are in" in line for line in doctor.where_it_runs(config))
-    assert any("data.cache is unset" in line for line in doctor.where_it_runs(config_of(data[0], shards=server.url)))
+    assert any(f"can be read; {SHARDS} are in" in line for line in doctor.where_it_runs(HERE, config))
+    assert any(
+        "data.cache is unset" in line for line in doctor.where_it_runs(HERE, config_of(data[0], shards=server.url))
+    )
     server.faults["train-000000.tar"] = [403]
     with pytest.raises(RunError, match="cannot read .*train-000000.tar: the server answers 403"):
-        doctor.where_it_runs(config)
+        doctor.where_it_runs(HERE, config)

@@ -2,17 +2,12 @@
 
 import functools
 import http.server
-import shutil
 import threading
-
-import pytest
 
 from tests import runs
 
 
 def test_shards_behind_a_url_train_the_same(folder, shards):
-    if shutil.which("curl") is None:
-        pytest.skip("webdataset reads http with curl, which is not installed here")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
