@@ -100,7 +100,7 @@ def test_deepspeed_s_launcher_trains_with_zero(folder):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("script", "number"),
-    [("torchrun.sh", signal.SIGTERM), ("torchrun.sh", signal.SIGUSR1), ("deepspeed.sh", signal.SIGUSR1)],
+    [("torchrun.sh", signal.SIGUSR1), ("deepspeed.sh", signal.SIGTERM)],
 )
 def test_a_signal_to_the_launcher_saves_and_leaves_nothing_behind(folder, script, number):  # noqa: F811
     env = {"MASTER": "127.0.0.1:29641"} if script == "deepspeed.sh" else {}
