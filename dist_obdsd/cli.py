@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input.
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -58,7 +59,25 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, help="a YAML file, see configs/")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     train.add_argument("--fresh", action="store_true", help="do not resume: train under the next free name")
+    _loudness(train)
     train.set_defaults(run=_train)
+
+    compare = commands.add_parser("compare", help="train arms x seeds and say how far they differ")
+    compare.add_argument("config", type=Path, help="a YAML file, see configs/")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    compare.add_argument(
+        "--arms", required=True, metavar="ARM,ARM,...", help="distillation targets, or NAME:key=value,key=value"
+    )
+    compare.add_argument("--seeds", default="3", metavar="N", help="how many (default: 3), or which, such as 0,4,7")
+    compare.add_argument("--grid", action="append", default=[], metavar="key=v,v", help="every arm with every value")
+    compare.add_argument("--ranks", type=int, metavar="N", help="processes of a run, by torchrun (default: one, plain)")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: runs/NAME-comparison)")
+    compare.add_argument("--json", type=Path, help="write the numbers to this file")
+    compare.add_argument("--dry-run", action="store_true", help="print each run's state and command, and do nothing")
+    compare.add_argument("--jobs", choices=("slurm",), help="print one command a line, for an array of jobs, and end")
+    compare.add_argument("--report-only", action="store_true", help="report what is finished, and train nothing")
+    _loudness(compare)
+    compare.set_defaults(run=_compare)
 
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on shards, or a file of embeddings")
     evaluate.add_argument("checkpoint", type=Path, nargs="?", help="a .pt file or a run folder")
@@ -106,6 +125,12 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
     doctor.set_defaults(run=_doctor)
     return top
+
+
+def _loudness(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="print warnings and the final table only")
+    group.add_argument("--verbose", action="store_true", help="print every step")
 
 
 def cores() -> int:
@@ -162,6 +187,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.command_line = shlex.join([top.prog, *arguments])
     return options
 
 
@@ -251,6 +277,12 @@ def _train_until(stop: "StopSignals", options: argparse.Namespace) -> int:
         if settings.tracking.kind == "mlflow":
             say(f"to see its curves: mlflow ui --backend-store-uri {settings.tracking.uri}")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dist_obdsd.study.compare import compare
+
+    return compare(options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

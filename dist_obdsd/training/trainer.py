@@ -158,6 +158,7 @@ class Trainer:
             "world_size": str(self.runtime.world_size),
             "manifest": self.manifest.digest,
             "git_commit": provenance.git_commit(),
+            "hardware": provenance.hardware(self.runtime.device),
         }
         versions = provenance.versions()
         name, resumed = self.settings.name, self.run_id
