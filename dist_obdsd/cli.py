@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> int:
         # What every rank found alike is said once; what one rank found, only that rank can say.
         if not error.everywhere or _rank() == "0":
             where = f"{error.where}: " if error.where and not error.everywhere else ""
-            print(f"dist-obdsd: {where}{error}", file=sys.stderr, flush=True)
+            print(f"{progress.paint('dist-obdsd:', 'red', sys.stderr)} {where}{error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("dist-obdsd: interrupted", file=sys.stderr)
@@ -259,23 +259,29 @@ def _train_until(stop: "StopSignals", options: argparse.Namespace) -> int:
     settings = on_every_rank(lambda: load_config(options.config, options.overrides))
     from dist_obdsd import collectives, runtime
     from dist_obdsd.training.rundir import free_name
+    from dist_obdsd.training.terminal import build_terminal
     from dist_obdsd.training.trainer import Trainer
 
     deepspeed = settings.strategy == "deepspeed"
-    with runtime.start(settings.device, settings.threads, settings.timeout_seconds, deepspeed) as rank:
+    every, size = settings.tracking.every_steps, settings.batch.global_size
+    with (
+        runtime.start(settings.device, settings.threads, settings.timeout_seconds, deepspeed) as rank,
+        build_terminal(rank.is_main, every, size, options.quiet, options.verbose) as terminal,
+    ):
         if options.fresh:
             name = collectives.from_main(free_name(Path(settings.output), settings.name))
             settings = settings.model_copy(update={"name": name})
-        say = speaker(rank.is_main)
-        say(
+        terminal.say(
             f"{settings.run_dir}: {rank.world_size} x {rank.device.type} ({rank.launch.launcher}), {settings.precision}"
         )
-        summary = Trainer(settings, rank, stop, say, _warn).run()
+        summary = Trainer(settings, rank, stop, terminal).run()
         if summary["rows"]:
-            say("\n" + table(summary["rows"]))
-        say(f"\n{summary['meta']['state']}: {settings.run_dir}")
+            terminal.tell(("" if options.quiet else "\n") + table(summary["rows"]))
+        state = summary["meta"]["state"]
+        colour = "green" if state == "finished" else "yellow"
+        terminal.say(f"\n{progress.paint(state, colour, sys.stdout)}: {settings.run_dir}")
         if settings.tracking.kind == "mlflow":
-            say(f"to see its curves: mlflow ui --backend-store-uri {settings.tracking.uri}")
+            terminal.say(f"to see its curves: mlflow ui --backend-store-uri {settings.tracking.uri}")
     return 0
 
 
@@ -355,12 +361,8 @@ def speaker(is_main: bool) -> Callable[[str], None]:
 
 
 def _note(text: str) -> None:
-    """As ``_warn``, while there may be a progress bar."""
+    """Tell of something that went wrong, while there may be a progress bar."""
     progress.say(f"dist-obdsd: {text}")
-
-
-def _warn(text: str) -> None:
-    print(f"dist-obdsd: {text}", file=sys.stderr, flush=True)
 
 
 def _numbers(text: str) -> list[int]:
