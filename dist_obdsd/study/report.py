@@ -204,8 +204,8 @@ class Report:
         )  # fmt: skip
         return (
             "n seeds; std is the standard deviation over the seeds (n - 1); intervals are those of the mean by "
-            "Student's t; p is of a two-sided paired t-test over the seeds that both arms have." + several
-            + self._why_no_interval().replace("\n\n", " ")
+            "Student's t; p is of a two-sided paired t-test over the seeds that both arms have, and is left out where "
+            "they all differ by the same." + several + self._why_no_interval().replace("\n\n", " ")
         )  # fmt: skip
 
     def _choice(self) -> str:
