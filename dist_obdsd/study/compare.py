@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dist_obdsd.cli import check_writable, write_json
 from dist_obdsd.config import Config, Tracking, load_config
+from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.files import write_atomically
 from dist_obdsd.runtime import read_launch
@@ -43,6 +44,11 @@ def compare(options: argparse.Namespace) -> int:
     study = load_config(options.config, [*options.overrides, *chosen[0].settings])
     folder = options.out or Path(study.output) / f"{study.name}-comparison"
     check_writable(options.json)
+    if options.ranks is not None:
+        if options.ranks < 1:
+            raise InputError(f"--ranks is {options.ranks}; give the number of processes of a run, 1 or more")
+        for child in children:
+            lanes_of(0, options.ranks, child.settings.data.lanes)
     shards = read_shards(children)
     check_folders(children, shards, options.ranks or 1)
     lines = [shlex.join(command(options, child, printed=True)) for child in children]
@@ -160,11 +166,11 @@ def run_one(arguments: Sequence[str], child: Child, stop: StopSignals) -> Outcom
 
 def parent_run(settings: Config, folder: Path, command_line: str) -> Tracker:
     """The tracked run that the comparison's runs are children of; the same one when the comparison goes on."""
+    make(folder)  # before hours of training end in a report that has no place
     memory = folder / "tracked.json"
     tags = {"comparison": command_line}
     tracker = build_tracker(settings.tracking, settings.name, read_json(memory).get("run_id"), tags, True, _complain)
     if tracker.run_id is not None:
-        make(folder)
         write_atomically(memory, (json.dumps({"run_id": tracker.run_id}) + "\n").encode())
     return tracker
 
