@@ -70,6 +70,7 @@ def _line(axes: Any, row: int, values: Mapping[int, float], of: Spread, marks: M
     axes.annotate(
         f"{of.mean:+.4f}" if hasattr(of, "p") else f"{of.mean:.4f}", (of.mean, row + 0.2), xytext=(0, -9),
         textcoords="offset points", ha="center", va="center", fontsize=8, color=MEAN,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )  # fmt: skip
 
 
