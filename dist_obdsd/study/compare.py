@@ -65,20 +65,22 @@ def compare(options: argparse.Namespace) -> int:
         for line in lines:
             print(shlex.join([*shlex.split(line), *parent_settings(parent)]))
         return 0
-    with StopSignals().on_duty() as stop:
-        failed = run_all(options, children, parent_settings(parent), stop) if trains else {}
-    outcomes = [failed.get(child.run_dir) or outcome_of(child) for child in children]
-    missing = [outcome for outcome in outcomes if outcome.state != FINISHED]
-    if len(missing) < len(outcomes):
-        found = Report(study.name, [options.command_line, *lines], outcomes, planning.baseline_of(chosen), shards)
-        files = found.write(folder)
-        if options.json is not None:
-            write_json(options.json, found.meta(), found.rows)
-        print(f"\n{found.headline()}\n\nreport: {folder / 'report.md'}")
-        parent.metrics(found.means(), 0)
-        for file in files:
-            parent.artifact(file)
-    parent.close("KILLED" if stop.requested else "FAILED" if missing else "FINISHED")
+    status = "FAILED"
+    try:
+        with StopSignals().on_duty() as stop:
+            failed = run_all(options, children, parent_settings(parent), stop) if trains else {}
+        outcomes = [failed.get(child.run_dir) or outcome_of(child) for child in children]
+        missing = [outcome for outcome in outcomes if outcome.state != FINISHED]
+        if len(missing) < len(outcomes):
+            commands = [options.command_line, *lines]
+            report = Report(study.name, commands, outcomes, planning.baseline_of(chosen), shards)
+            publish(report, folder, options.json, parent)
+        status = "KILLED" if stop.requested else "FAILED" if missing else "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        parent.close(status)
     if stop.requested:
         print(f"stopped by a signal with {len(missing)} of {len(outcomes)} runs to go; the same command goes on")
     elif missing:
@@ -88,6 +90,17 @@ def compare(options: argparse.Namespace) -> int:
             f"status.json; the same command goes on with them"
         )
     return 0
+
+
+def publish(report: Report, folder: Path, numbers: Path | None, parent: Tracker) -> None:
+    """Write the report, print its main table and log it."""
+    files = report.write(folder)
+    if numbers is not None:
+        write_json(numbers, report.meta(), report.rows)
+    print(f"\n{report.headline()}\n\nreport: {folder / 'report.md'}")
+    parent.metrics(report.means(), 0)
+    for file in files:
+        parent.artifact(file)
 
 
 # ---- running -------------------------------------------------------------------------------------------------------

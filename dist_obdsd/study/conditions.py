@@ -39,7 +39,7 @@ def conditions(outcomes: Sequence[Outcome], shards: Mapping[str, Manifest]) -> d
         "precision": by(lambda c: c.precision),
         "ranks": of("world_size"),
         "hardware": of("hardware"),
-        "git commit": of("git_commit"),
+        "git commit": _values([(o.child.label, _commit(o.provenance)) for o in outcomes]),
         "versions": _values([
             (o.child.label, ", ".join(f"{name[8:]} {value}" for name, value in o.provenance.items()
                                       if name.startswith("version.")))
@@ -56,6 +56,11 @@ def _values(pairs: Sequence[tuple[str, str]]) -> str:
     if len(owners) == 1:
         return next(iter(owners))
     return "; ".join(f"{', '.join(labels)}: {value}" for value, labels in owners.items())
+
+
+def _commit(provenance: Mapping[str, Any]) -> str:
+    commit = str(provenance.get("git_commit", "not recorded"))
+    return commit + " with uncommitted changes" * (provenance.get("git_dirty") == "true")
 
 
 def _dataset(manifest: Manifest) -> str:
