@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input.
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -58,7 +59,25 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, help="a YAML file, see configs/")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     train.add_argument("--fresh", action="store_true", help="do not resume: train under the next free name")
+    _loudness(train)
     train.set_defaults(run=_train)
+
+    compare = commands.add_parser("compare", help="train arms x seeds and say how far they differ")
+    compare.add_argument("config", type=Path, help="a YAML file, see configs/")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    compare.add_argument(
+        "--arms", required=True, metavar="ARM,ARM,...", help="distillation targets, or NAME:key=value,key=value"
+    )
+    compare.add_argument("--seeds", default="3", metavar="N", help="how many (default: 3), or which, such as 0,4,7")
+    compare.add_argument("--grid", action="append", default=[], metavar="key=v,v", help="every arm with every value")
+    compare.add_argument("--ranks", type=int, metavar="N", help="processes of a run, by torchrun (default: one, plain)")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: runs/NAME-comparison)")
+    compare.add_argument("--json", type=Path, help="write the numbers to this file")
+    compare.add_argument("--dry-run", action="store_true", help="print each run's state and command, and do nothing")
+    compare.add_argument("--jobs", choices=("slurm",), help="print one command a line, for an array of jobs, and end")
+    compare.add_argument("--report-only", action="store_true", help="report what is finished, and train nothing")
+    _loudness(compare)
+    compare.set_defaults(run=_compare)
 
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on shards, or a file of embeddings")
     evaluate.add_argument("checkpoint", type=Path, nargs="?", help="a .pt file or a run folder")
@@ -108,6 +127,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _loudness(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="print warnings and the final table only")
+    group.add_argument("--verbose", action="store_true", help="print every step")
+
+
 def cores() -> int:
     """Those that this process may use, which may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -132,7 +157,7 @@ def main(arguments: list[str]) -> int:
         # What every rank found alike is said once; what one rank found, only that rank can say.
         if not error.everywhere or _rank() == "0":
             where = f"{error.where}: " if error.where and not error.everywhere else ""
-            print(f"dist-obdsd: {where}{error}", file=sys.stderr, flush=True)
+            print(f"{progress.paint('dist-obdsd:', 'red', sys.stderr)} {where}{error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("dist-obdsd: interrupted", file=sys.stderr)
@@ -162,6 +187,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.command_line = shlex.join([top.prog, *arguments])
     return options
 
 
@@ -233,24 +259,36 @@ def _train_until(stop: "StopSignals", options: argparse.Namespace) -> int:
     settings = on_every_rank(lambda: load_config(options.config, options.overrides))
     from dist_obdsd import collectives, runtime
     from dist_obdsd.training.rundir import free_name
+    from dist_obdsd.training.terminal import build_terminal
     from dist_obdsd.training.trainer import Trainer
 
     deepspeed = settings.strategy == "deepspeed"
-    with runtime.start(settings.device, settings.threads, settings.timeout_seconds, deepspeed) as rank:
+    every, size = settings.tracking.every_steps, settings.batch.global_size
+    with (
+        runtime.start(settings.device, settings.threads, settings.timeout_seconds, deepspeed) as rank,
+        build_terminal(rank.is_main, every, size, options.quiet, options.verbose) as terminal,
+    ):
         if options.fresh:
             name = collectives.from_main(free_name(Path(settings.output), settings.name))
             settings = settings.model_copy(update={"name": name})
-        say = speaker(rank.is_main)
-        say(
+        terminal.say(
             f"{settings.run_dir}: {rank.world_size} x {rank.device.type} ({rank.launch.launcher}), {settings.precision}"
         )
-        summary = Trainer(settings, rank, stop, say, _warn).run()
+        summary = Trainer(settings, rank, stop, terminal).run()
         if summary["rows"]:
-            say("\n" + table(summary["rows"]))
-        say(f"\n{summary['meta']['state']}: {settings.run_dir}")
+            terminal.tell(("" if options.quiet else "\n") + table(summary["rows"]))
+        state = summary["meta"]["state"]
+        colour = "green" if state == "finished" else "yellow"
+        terminal.say(f"\n{progress.paint(state, colour, sys.stdout)}: {settings.run_dir}")
         if settings.tracking.kind == "mlflow":
-            say(f"to see its curves: mlflow ui --backend-store-uri {settings.tracking.uri}")
+            terminal.say(f"to see its curves: mlflow ui --backend-store-uri {settings.tracking.uri}")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dist_obdsd.study.compare import compare
+
+    return compare(options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -323,12 +361,8 @@ def speaker(is_main: bool) -> Callable[[str], None]:
 
 
 def _note(text: str) -> None:
-    """As ``_warn``, while there may be a progress bar."""
+    """Tell of something that went wrong, while there may be a progress bar."""
     progress.say(f"dist-obdsd: {text}")
-
-
-def _warn(text: str) -> None:
-    print(f"dist-obdsd: {text}", file=sys.stderr, flush=True)
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,21 +1,34 @@
-"""Progress bars on a terminal, and nothing where standard error is a file or a pipe."""
+"""Progress bars and colours on a terminal, and nothing of them where the output is a file or a pipe."""
 
+import os
 import sys
-from typing import Any
+from typing import Any, TextIO
+
+COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 
 
-def bar(total: int, unit: str, doing: str) -> Any:
-    """A context with ``update(n)``: a bar on a terminal, else a bar that prints nothing."""
+def bar(total: int, unit: str, doing: str, **options: Any) -> Any:
+    """A context with ``update(n)``: a bar on a terminal, else a bar that prints nothing. ``options`` are tqdm's."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=f" {unit}", desc=doing, disable=None, leave=False, dynamic_ncols=True)
+    return tqdm(total=total, unit=f" {unit}", desc=doing, disable=None, leave=False, dynamic_ncols=True, **options)
 
 
-def say(text: str) -> None:
-    """Print a line to standard error, above the bars that are there."""
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line, above the bars that are there; to standard error if no file is given."""
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(text, file=file or sys.stderr)
+
+
+def coloured(file: TextIO) -> bool:
+    """Whether colours may be written there: a terminal that has them, whose user did not set NO_COLOR."""
+    return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str, file: TextIO) -> str:
+    """The text in a colour where ``file`` shows colours, else as it is."""
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if coloured(file) else text
 
 
 def rate(images: int, size: int, seconds: float) -> str:

@@ -1,8 +1,11 @@
 """What a run was made from, for the record."""
 
+import contextlib
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,22 @@ def versions() -> dict[str, str]:
         "version.python": platform.python_version(),
         "command": " ".join(sys.argv),
     }
+
+
+def hardware(device: torch.device) -> str:
+    """What a rank computes on, such as ``NVIDIA H100 80GB HBM3`` or a processor with its usable cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{processor()}, {cores} cores"
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def git_commit() -> str:

@@ -1,21 +1,20 @@
 """What a run tells: the terminal, ``metrics.jsonl`` and the tracker hear the same numbers."""
 
-from collections.abc import Callable
-
 from dist_obdsd.config import Config
 from dist_obdsd.errors import RunError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.tracking.tracker import Tracker
 from dist_obdsd.training.rundir import RunDir
+from dist_obdsd.training.terminal import Terminal
 
 WISHES = ("stop", "save")
 
 
 class Record:
-    """Of one rank; those that do not record have no run folder, a null tracker and a silent ``say``."""
+    """Of one rank; those that do not record have no run folder, a null tracker and a silent terminal."""
 
-    def __init__(self, settings: Config, run_dir: RunDir | None, say: Callable[[str], None]) -> None:
-        self.settings, self.run_dir, self.say = settings, run_dir, say
+    def __init__(self, settings: Config, run_dir: RunDir | None, terminal: Terminal) -> None:
+        self.settings, self.run_dir, self.terminal, self.say = settings, run_dir, terminal, terminal.say
         self.tracker = Tracker()
         self._nonfinite_in_a_row = 0
         self._defective = 0
@@ -34,13 +33,11 @@ class Record:
         values = {n: value for n, value in numbers.items() if n not in WISHES and abs(value) < float("inf")}
         complaint = self._complaint(numbers)
         if complaint is not None:
-            self.say(f"step {step}: {complaint}")
+            self.terminal.tell(f"step {step}: {complaint}")
         if self.run_dir is not None:
             self.run_dir.log("step", step, about | values)
         self.tracker.metrics(about | values, step)
-        if step % self.settings.tracking.every_steps == 0:
-            losses = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k in ("ranking", "distillation"))
-            self.say(f"  step {step}: {losses}")
+        self.terminal.step(step, about, values)
         if complaint is not None and self.settings.debug:
             raise RunError(f"step {step}: {complaint}; debug=true stops here, debug=false goes on")
         if self._nonfinite_in_a_row >= self.settings.max_nonfinite_steps:

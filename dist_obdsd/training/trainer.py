@@ -4,7 +4,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from dist_obdsd import collectives
@@ -30,6 +30,7 @@ from dist_obdsd.training.snapshot import Snapshot
 from dist_obdsd.training.step import Position, StepReader, TrainStep
 from dist_obdsd.training.stopping import StopSignals
 from dist_obdsd.training.strategy import build_strategy
+from dist_obdsd.training.terminal import Terminal
 
 
 class Trainer:
@@ -40,20 +41,19 @@ class Trainer:
         settings: Config,
         runtime: Runtime,
         stop: StopSignals,
-        say: Callable[[str], None],
-        warn: Callable[[str], None],
+        terminal: Terminal,
     ) -> None:
         """Check and build everything that a first step needs. Collective.
 
         Args:
             stop: on duty already.
-            say: prints what all ranks know; does nothing on ranks that are not to speak.
-            warn: prints what this rank alone has met.
+            terminal: shows what this rank is to show.
 
         Raises:
             InputError: on every rank, when data, weights or run folder do not fit.
         """
-        self.settings, self.runtime, self.stop, self.say, self.warn = settings, runtime, stop, say, warn
+        self.settings, self.runtime, self.stop, self.terminal = settings, runtime, stop, terminal
+        self.say = say = terminal.say
         collectives.agree_same("the config", settings.digest())
         with collectives.agree("reading the shards"):
             self.manifest = manifests.load(settings.data.shards)
@@ -82,7 +82,7 @@ class Trainer:
         with collectives.agree("opening the run folder"):
             if runtime.is_main:
                 self.run_dir = RunDir(settings.run_dir)
-        self.record = Record(settings, self.run_dir, say)
+        self.record = Record(settings, self.run_dir, terminal)
         self.checkpoints = settings.run_dir / "checkpoints"
         self.saver = Saver(settings.checkpoint, self.checkpoints, self._saved)
         self.judge = Judge(
@@ -158,10 +158,11 @@ class Trainer:
             "world_size": str(self.runtime.world_size),
             "manifest": self.manifest.digest,
             "git_commit": provenance.git_commit(),
+            "hardware": provenance.hardware(self.runtime.device),
         }
         versions = provenance.versions()
         name, resumed = self.settings.name, self.run_id
-        tracker = build_tracker(self.settings.tracking, name, resumed, tags, self.runtime.is_main, self.say)
+        tracker = build_tracker(self.settings.tracking, name, resumed, tags, self.runtime.is_main, self.terminal.tell)
         self.record.tracker, self.run_id = tracker, tracker.run_id or resumed
         if self.run_dir is not None:
             path = self.run_dir.write_text("config.yaml", self.settings.to_yaml())
@@ -211,7 +212,7 @@ class Trainer:
                 self.runtime.world_size,
                 self.position.epoch,
                 self.position.step,
-                self.warn,
+                self.terminal.warn,
             )
         try:
             while self.position.epoch < self.settings.epochs and not self._reached_max_steps():
@@ -235,6 +236,10 @@ class Trainer:
         repeated = f", {plan.repeated} class repetitions" if plan.repeated else ""
         self.say(f"{title}: {plan.steps} steps, {plan.coverage:.1%} of the reachable images{repeated}")
         self.strategy.network.train()
+        left = (settings.epochs - epoch) * plan.steps - position.step
+        if settings.max_steps is not None:
+            left = min(left, settings.max_steps - position.global_step)
+        self.terminal.begin(title, position.step, plan.steps, left)
         started, waited, steps = time.perf_counter(), 0.0, 0
         while position.step < plan.steps and not self._reached_max_steps():
             before = time.perf_counter()
@@ -260,6 +265,7 @@ class Trainer:
                 self._read(self.reader.drain())  # what is recorded must reach as far as what is saved
                 self._save(best=False)
         self._read(self.reader.drain())
+        self.terminal.end()
         if steps:
             images, seconds = steps * settings.batch.global_size, time.perf_counter() - started
             self.record.epoch(title, epoch, position.global_step, images, seconds, waited)

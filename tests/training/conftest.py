@@ -1,7 +1,10 @@
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dist_obdsd import cli
 from tests import runs
 
 
@@ -20,3 +23,21 @@ def folder(tmp_path: Path, shards: Path) -> Path:
     """An empty working folder with a config for the shards."""
     (tmp_path / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(shards)))
     return tmp_path
+
+
+@pytest.fixture
+def train(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Train in this process: exit code, standard output, standard error."""
+    monkeypatch.chdir(folder)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "SLURM_STEP_ID" not in os.environ
+
+    def run(*overrides: str) -> tuple[int, str, str]:
+        code = cli.main(["train", "tiny.yaml", "data.workers=0", *overrides])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run

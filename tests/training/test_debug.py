@@ -1,26 +1,7 @@
 """What a run says, in debug mode and otherwise, of a step that went wrong. In one process, through the command line."""
 
-import os
-
-import pytest
-
-from dist_obdsd import cli
 from dist_obdsd.objective import manifold
 from tests import runs
-
-
-@pytest.fixture
-def train(folder, monkeypatch, capfd):
-    monkeypatch.chdir(folder)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert "SLURM_STEP_ID" not in os.environ
-
-    def run(*overrides):
-        code = cli.main(["train", "tiny.yaml", "data.workers=0", *overrides])
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def test_a_target_that_is_no_distribution_is_counted_and_in_debug_mode_an_error(train, folder, monkeypatch):

@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from dist_obdsd.errors import RunError
+from dist_obdsd.tracking.provenance import processor
 
 Row = dict[str, Any]
 
@@ -73,7 +74,7 @@ def peak_mib() -> float:
 
 def meta(options: Any) -> dict[str, Any]:
     """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "date": datetime.date.today().isoformat(),
         "device": device,
@@ -83,13 +84,6 @@ def meta(options: Any) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,0 +1,100 @@
+"""What a run shows: a bar on a terminal and lines elsewhere, through the real program."""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd.training.terminal import Bar, Lines, Terminal, build_terminal
+from tests import runs
+
+SHOWN = r"epoch 2/2 +\d+% \|.*\| \d/6 steps, .*images/s, \d+% data wait, run \d:\d\d:\d\d left, ranking .*distillation"
+
+
+def on_a_terminal(*arguments: str, cwd: Path, **env: str) -> str:
+    """Run the program with a pseudo-terminal of 200 columns as its output."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    environment = {k: v for k, v in runs.environment({"TERM": "xterm"}).items() if k != "NO_COLOR"} | env
+    process = subprocess.Popen(runs.command(*arguments), stdout=theirs, stderr=theirs, cwd=cwd, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, shown
+    return shown.decode()
+
+
+def test_a_bar_on_a_terminal_and_lines_above_it(folder: Path) -> None:
+    shown = on_a_terminal("train", "tiny.yaml", "epochs=2", "tracking.every_steps=1", "data.workers=0", cwd=folder)
+    lines = re.split(r"[\r\n]+", shown)
+    assert any(re.match(SHOWN, line) for line in lines), shown
+    assert "\x1b[32mfinished\x1b[0m: runs/tiny" in lines
+    assert not any("step 1:" in line for line in lines)  # the bar says it
+    # Lines stand alone: the bar was taken away before them.
+    assert any(re.fullmatch(r"epoch 1/2: [\d.]+ s, \d+ images/s, [\d.]+% waiting for data", line) for line in lines)
+
+
+def test_no_bar_and_no_colour_in_a_pipe(train) -> None:
+    code, out, err = train("epochs=2")
+    assert code == 0
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("  step")] == ["  step 0", "  step 5",
+                                                                                              "  step 10"]  # fmt: skip
+    assert not re.search("[\r\x1b]|data wait", out + err)
+
+
+def test_quiet_and_verbose(train) -> None:
+    code, out, _ = train("--verbose", "epochs=2", "name=verbose")
+    assert code == 0
+    assert len([line for line in out.splitlines() if line.startswith("  step ")]) == 12
+    code, out, _ = train("--quiet", "epochs=2", "name=quiet", "optim.lr=1e300", "optim.name=sgd")
+    assert code == 1
+    assert "is not finite, so the step was left out" in out
+    assert "epoch 1" not in out
+    code, out, _ = train("--quiet", "epochs=2", "name=quieter")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["protocol", "last"]
+    with pytest.raises(SystemExit, match="2"):
+        train("--quiet", "--verbose")
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_fits_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert type(build_terminal(True, 50, 8, quiet=False, verbose=False)) is Lines
+    monkeypatch.setattr(sys, "stderr", Screen())
+    assert type(build_terminal(True, 50, 8, quiet=False, verbose=False)) is Bar
+    assert type(build_terminal(True, 50, 8, quiet=True, verbose=False)) is Lines
+    assert type(build_terminal(False, 50, 8, quiet=False, verbose=True)) is Terminal
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("TERM", "xterm")])
+def test_colours_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "stderr", Screen())
+    with Bar(1, 8) as terminal:
+        terminal.begin("epoch 1/1", 0, 4, 4)
+        terminal.warn("it is cold")
+    assert ("\x1b[33m" in sys.stderr.getvalue()) == (value == "xterm")
+    assert ("\x1b[32m" in sys.stderr.getvalue()) == (value == "xterm")
