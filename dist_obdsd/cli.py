@@ -95,10 +95,20 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--shards", help="embed a split of these shards")
     embed.add_argument("--split", default="test")
     embed.add_argument("--images", type=Path, metavar="DIR", help="or embed all images in and below this folder")
-    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz or .parquet file to write")
+    embed.add_argument("--out", type=Path, metavar="FILE", help="the .npz or .parquet file to write")
+    embed.add_argument("--index", type=Path, metavar="FILE", help="write a faiss index, and its keys beside it")
     embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     embed.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.batch_size=64")
     embed.set_defaults(run=_embed)
+
+    export = commands.add_parser("export", help="write a checkpoint's network for torch.export and ONNX")
+    export.add_argument("checkpoint", type=Path, help="a .pt file or a run folder")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    export.add_argument("--format", default="torch,onnx", help="torch, onnx or both (default: torch,onnx)")
+    export.add_argument("--images", type=Path, metavar="DIR", help="verify on these images (default: drawn letters)")
+    export.add_argument("--shards", metavar="DIR", help="or on images of these shards")
+    export.add_argument("--split", default="test")
+    export.set_defaults(run=_export)
 
     bench = commands.add_parser("bench", help="measure a part of the system on this machine")
     bench.add_argument("name", choices=BENCHES)
@@ -301,6 +311,12 @@ def _embed(options: argparse.Namespace) -> int:
     from dist_obdsd import commands
 
     return commands.embed(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dist_obdsd import commands
+
+    return commands.export(options)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What ``dist-obdsd evaluate`` and ``dist-obdsd embed`` do."""
+"""What ``dist-obdsd evaluate``, ``embed`` and ``export`` do."""
 
 import argparse
 import csv
@@ -11,18 +11,21 @@ import numpy as np
 import torch
 
 from dist_obdsd import collectives, runtime
+from dist_obdsd import export as exporting
 from dist_obdsd.cli import check_writable, on_every_rank, speaker, table, write_json
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.glyphs import draw_letters
 from dist_obdsd.data.imagefolder import find_images, folder_batches
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.stream import evaluation_batches
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation import embeddings, pictures
+from dist_obdsd.evaluation import embeddings, index, pictures
 from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, evaluate_split, measure
 from dist_obdsd.evaluation.scores import unit_rows
 from dist_obdsd.files import write_atomically
-from dist_obdsd.model.embedder import Embedder, build_embedder
+from dist_obdsd.inference import network_of, settings_of
+from dist_obdsd.model.embedder import Embedder
 from dist_obdsd.runtime import Runtime
 from dist_obdsd.training import checkpoint
 
@@ -134,8 +137,7 @@ def embed(options: argparse.Namespace) -> int:
     """Write the embeddings of shards or of a folder of images to a file."""
     if (options.shards is None) == (options.images is None):
         raise _alike(InputError("embed takes its images from --shards DIR or --images DIR; give one of the two"))
-    on_every_rank(lambda: embeddings.check_suffix(options.out))
-    on_every_rank(lambda: check_writable(options.out))
+    on_every_rank(lambda: _check_embed_outputs(options))
     state, settings = _checkpoint(options.checkpoint, options.overrides, options.shards or str(options.images))
     with runtime.start(settings.device, settings.threads, settings.timeout_seconds) as rank:
         batches: Callable[[], Iterable[Any]]
@@ -151,12 +153,60 @@ def embed(options: argparse.Namespace) -> int:
             collectives.agree_same("the folder of images", embeddings.digest(folder.paths))
             known = _table_of_paths(folder.paths, folder.classes)
             batches = lambda: folder_batches(folder, settings, rank.rank, rank.world_size)  # noqa: E731
-        network = _network(state, settings, rank, options).eval()
+        network = _network(state, settings, rank, options)
         with collectives.agree("embedding the images"), torch.inference_mode():
             rows_nD, ids_n, _, _ = embed_all(network, batches(), rank.device)
-        embeddings.write(options.out, rows_nD, ids_n, known, options.dtype)
-        speaker(rank.is_main)(f"{options.out}: {len(known.ids)} embeddings of {settings.model.embedding_dim} numbers")
+        if options.out is not None:
+            embeddings.write(options.out, rows_nD, ids_n, known, options.dtype)
+        if options.index is not None:
+            index.write(options.index, rows_nD, ids_n, known)
+        for path in filter(None, (options.out, options.index)):
+            speaker(rank.is_main)(f"{path}: {len(known.ids)} embeddings of {settings.model.embedding_dim} numbers")
     return 0
+
+
+def _check_embed_outputs(options: argparse.Namespace) -> None:
+    if options.out is None and options.index is None:
+        raise InputError("embed writes --out FILE, --index FILE or both; give one of them")
+    if options.out is not None:
+        embeddings.check_suffix(options.out)
+    if options.index is not None:
+        index.check_faiss()
+        if options.out is not None and options.out.absolute() in map(
+            Path.absolute, (options.index, index.keys_path(options.index))
+        ):
+            raise InputError(f"--out and --index both write {options.out}; give them different names")
+    check_writable(options.out, options.index)
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a checkpoint's network as files that other programs run."""
+    if options.shards is not None and options.images is not None:
+        raise InputError("export is verified on --shards DIR or on --images DIR; give one of the two, or none")
+    formats = list(dict.fromkeys(options.format.split(",")))
+    exporting.check_request(formats, options.out)
+    images, source = _images_to_verify(options)
+    worst = exporting.export(options.checkpoint, options.out, formats, images, source)
+    for name, difference in worst.items():
+        print(
+            f"{options.out / exporting.FILES[name]}: differs from the checkpoint by at most {difference:.1e} "
+            f"({len(images)} images from {source})"
+        )
+    return 0
+
+
+def _images_to_verify(options: argparse.Namespace) -> tuple[list[Any], str]:
+    count = exporting.IMAGES
+    if options.images is not None:
+        folder = find_images(options.images)
+        every = -(-len(folder.paths) // count)  # from all over the folder
+        return [folder.root / path for path in folder.paths[::every]], str(options.images)
+    if options.shards is not None:
+        manifest = _split_of(options.shards, options.split)
+        ids = [image_id for shard in manifest.splits[options.split] for image_id in shard.ids][:count]
+        found = pictures.read_images(options.shards, manifest, ids)
+        return [found[image_id] for image_id in ids], options.shards
+    return draw_letters(count), "drawn letters"
 
 
 def _table_of_split(manifest: Manifest, split: str) -> embeddings.Table:
@@ -184,14 +234,8 @@ def _table_of_paths(paths: list[str], classes: list[str]) -> embeddings.Table:
 
 
 def _checkpoint(path: Path, overrides: list[str], shards: str) -> tuple[dict[str, Any], Config]:
-    """A checkpoint's state and its settings, for images that it need not have been trained on."""
     state = on_every_rank(lambda: checkpoint.load(path))
-    state["config"]["data"]["shards"] = shards
-    # The checkpoint's own weights replace any that the backbone was started from.
-    state["config"]["model"]["pretrained"] = "none"
-    if state["config"]["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only
-        state["config"]["model"]["norm"] = "frozen"
-    return state, on_every_rank(lambda: parse_config(override_config(state["config"], overrides), "the checkpoint"))
+    return state, on_every_rank(lambda: settings_of(state, overrides, shards))
 
 
 def _split_of(shards: str, split: str) -> Manifest:
@@ -204,15 +248,8 @@ def _split_of(shards: str, split: str) -> Manifest:
 
 def _network(state: dict[str, Any], settings: Config, rank: Runtime, options: argparse.Namespace) -> Embedder:
     with collectives.agree("reading the checkpoint"):
-        network = build_embedder(settings, rank.device, lambda text: None)
-        try:
-            network.load_state_dict(state["student"])
-        except RuntimeError as error:
-            raise InputError(
-                f"{options.checkpoint} does not fit the settings {', '.join(options.overrides)}; leave model.* and "
-                f"data.channels as they were in training"
-            ) from error
-    return network
+        return network_of(state, settings, rank.device, options.checkpoint, options.overrides)
+    raise AssertionError  # agree() raises whatever the block raised
 
 
 def _alike(error: InputError) -> InputError:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import harness
+from dist_obdsd.cli import main
+from tests import harness, runs
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -26,6 +27,20 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"no real data at {REAL_DATA}: set DIST_OBDSD_DATA to its folder")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``images/``, their ``packed/`` shards and the finished run ``runs/tiny``, to be read only.
+
+    The run held out classes, so it has a best epoch, and is tracked in ``mlflow.db``.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    runs.make_images(folder / "images")
+    assert main(["pack", "folder", "--source", f"{folder}/images", "--out", f"{folder}/packed", "--workers", "1"]) == 0
+    (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", "packed"))
+    runs.train(folder, "data.resize=18", "validation.fraction=0.25", "evaluation.test=false", "tracking.kind=mlflow")
+    return folder
 
 
 @pytest.fixture

@@ -268,6 +268,8 @@ class Tracking(Section):
     kind: Literal["mlflow", "none"] = "mlflow"
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "dist-obdsd"
+    log_model: bool = True
+    """At the end log the best epoch, or the last where there is no validation, as a model that MLflow can serve."""
     every_steps: Count = 50
     """Steps between two lines on the terminal and two sendings of the step metrics."""
 

@@ -94,6 +94,11 @@ def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:
     return sorted(found, key=lambda row: (row[2] == "test", row[1], row[0]))
 
 
+def draw_letters(count: int) -> list[bytes]:
+    """PNG bytes of so many different letters of the first face, the plain images of ``draw_glyphs``."""
+    return [_png(_place(ink, 0, 0)) for ink in list(_draw_face(FACES[0]).values())[:count]]
+
+
 Ink = tuple[Image.Image, int]  # a letter cut to its ink, and the ink's top in pixels relative to the baseline
 
 

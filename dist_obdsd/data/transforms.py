@@ -53,12 +53,20 @@ def decode(data: bytes, channels: int) -> Tensor:
                 except RuntimeError:
                     pass  # Pillow finds out why
             ImageOps.exif_transpose(image, in_place=True)
-            pixels = np.array(_converted(image, "L" if channels == 1 else "RGB"))
+            return pixels(image, channels)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"its format is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's plugins raise nearly every built-in type on broken files
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    tensor = torch.from_numpy(pixels)
+
+
+def pixels(image: Image.Image, channels: int) -> Tensor:
+    """An image that stands upright as uint8 [channels, H, W], converted as ``decode`` says.
+
+    Raises:
+        ValueError and whatever else Pillow raises: the image cannot be decoded or converted.
+    """
+    tensor = torch.from_numpy(np.array(_converted(image, "L" if channels == 1 else "RGB")))
     return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
 
 

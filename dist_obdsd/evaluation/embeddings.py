@@ -69,7 +69,18 @@ def check_suffix(path: Path) -> None:
 # ---- writing ----
 
 
-def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table, dtype: str) -> None:
+Writer = Callable[[BinaryIO, Table, int, str, Iterator[np.ndarray]], None]
+"""Writes (file, table, D, dtype, blocks of rows by ascending id)."""
+
+
+def write(
+    path: Path,
+    rows_nD: torch.Tensor,
+    ids_n: torch.Tensor,
+    table: Table,
+    dtype: str,
+    writer: Writer | None = None,
+) -> None:
     """Write one file, by ascending id, whole or not at all. Collective; the same bytes for any number of ranks.
 
     Rows come to the writing rank in blocks, so no rank holds more than its share and a block.
@@ -78,6 +89,7 @@ def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table, 
         rows_nD: this rank's embeddings; an id may be on several ranks.
         table: of all ranks; every one of its ids must be on some rank.
         dtype: float16 or float32.
+        writer: of the file's format; None: as its suffix says.
 
     Raises:
         InputError: on every rank: the suffix is unknown, or the file cannot be written.
@@ -88,12 +100,14 @@ def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table, 
     failure: Exception | None = None
     ids_N = torch.from_numpy(table.ids)
     blocks = _blocks(rows_nD, ids_n, ids_N, dtype)
-    with collectives.agree("writing the embeddings"):
-        check_suffix(path)
+    if writer is None:
+        with collectives.agree("writing the embeddings"):
+            check_suffix(path)
+        writer = _WRITERS[path.suffix]
     try:
         if collectives.rank() == 0:
             with replacing(path) as file:
-                _WRITERS[path.suffix](file, table, dim, dtype, blocks)
+                writer(file, table, dim, dtype, blocks)
     except OSError as error:
         failure = error
     for _ in blocks:  # the other ranks only send, and so does a writer that failed
@@ -142,7 +156,7 @@ def _write_parquet(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: I
             start += len(rows)
 
 
-_WRITERS: dict[str, Callable[..., None]] = {".npz": _write_npz, ".parquet": _write_parquet}
+_WRITERS: dict[str, Writer] = {".npz": _write_npz, ".parquet": _write_parquet}
 
 
 # ---- reading ----

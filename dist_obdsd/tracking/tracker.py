@@ -23,6 +23,9 @@ class Tracker:
     def artifact(self, path: Path) -> None:
         """Log a file."""
 
+    def model(self, checkpoint: Path) -> None:
+        """Log a checkpoint as a model that MLflow can load and serve."""
+
     def close(self, status: str) -> None:
         """Send what is waiting and end the run as FINISHED, FAILED or KILLED."""
 
@@ -88,6 +91,14 @@ class MLflowTracker(Tracker):
 
     def artifact(self, path: Path) -> None:
         self._guarded(lambda: self._client.log_artifact(self.run_id, str(path)))
+
+    def model(self, checkpoint: Path) -> None:
+        if not self._alive or self.run_id is None:
+            return
+        from dist_obdsd.tracking.model import log_model
+
+        run_id = self.run_id
+        self._guarded(lambda: log_model(self._client, run_id, checkpoint))
 
     def close(self, status: str) -> None:
         self._flush()

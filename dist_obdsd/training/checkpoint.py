@@ -18,6 +18,7 @@ tensors, loaded with ``weights_only=True``, so that loading never executes anyth
 name, flushed to the disk and renamed, so that a name always stands for a whole file.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,18 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     return path
 
 
-def find(path: Path) -> Path | None:
+def find(path: Path, which: str = "last") -> Path | None:
     """The checkpoint that a path means: a file, a run folder, its checkpoints folder or one of the pointers.
+
+    Args:
+        which: the pointer to follow in a folder, ``last`` or ``best``.
 
     Raises:
         InputError: a pointer names a file that is missing.
     """
     for folder in (path, path / "checkpoints"):
-        if (folder / "last").is_file():
-            path = folder / "last"
+        if (folder / which).is_file():
+            path = folder / which
     if path.is_file() and path.name in ("last", "best"):
         pointer, path = path, path.parent / path.read_text().strip()
         if not path.is_file():
@@ -95,6 +99,8 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"there is no checkpoint at {path}; give a .pt file or a run folder")
     try:
         state = torch.load(found, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{found} is not a readable checkpoint but another kind of file; give a run folder") from error
     except Exception as error:
         raise InputError(
             f"{found} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); it may be cut short, "

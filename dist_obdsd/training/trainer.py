@@ -318,6 +318,9 @@ class Trainer:
         }
         if self.run_dir is not None:
             self.record.tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
+            found = checkpoint.find(self.checkpoints, "best") or checkpoint.find(self.checkpoints)
+            if self.settings.tracking.log_model and found is not None:
+                self.record.tracker.model(found)
             self.run_dir.write_status("finished", f"{self.position.epoch} epochs, {self.position.global_step} steps")
         return summary
 

@@ -1,0 +1,76 @@
+"""A gallery as a faiss index: what ``dist-obdsd embed --index`` writes.
+
+``gallery.faiss`` is an exact index of inner products (the cosines of unit rows) that answers with the images' ids.
+``gallery.faiss.keys.parquet`` beside it says what they stand for: ``ids``, ``keys`` (paths, or keys in the shards) and
+where known ``labels``, ``classes`` and ``roles``, by ascending id::
+
+    index = faiss.read_index("gallery.faiss")
+    keys = pyarrow.parquet.read_table("gallery.faiss.keys.parquet").to_pandas().set_index("ids")
+    cosines, ids = index.search(embedder(images).numpy(), 10)
+    print(keys.loc[ids[0]], cosines[0])
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from dist_obdsd import collectives
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation import embeddings
+from dist_obdsd.evaluation.embeddings import Table
+from dist_obdsd.files import replacing
+
+
+def keys_path(path: Path) -> Path:
+    """The file of keys that belongs to an index."""
+    return path.with_name(path.name + ".keys.parquet")
+
+
+def check_faiss() -> None:
+    """Raises: InputError: faiss is not installed."""
+    if importlib.util.find_spec("faiss") is None:
+        raise InputError(
+            "--index needs faiss, which is not installed; pip install faiss-cpu, or write the embeddings with --out"
+        )
+
+
+def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) -> None:
+    """Write an index and its keys, each whole or not at all. Collective; the same bytes for any number of ranks.
+
+    Args:
+        rows_nD: this rank's unit rows; an id may be on several ranks.
+        table: of all ranks; every one of its ids must be on some rank.
+
+    Raises:
+        InputError: on every rank: a file cannot be written.
+    """
+    with collectives.agree("writing the keys"):
+        if collectives.rank() == 0:
+            _write_keys(keys_path(path), table)  # first: who sees the index finds its keys
+    embeddings.write(path, rows_nD, ids_n, table, "float32", _write_index)
+
+
+def _write_keys(path: Path, table: Table) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with replacing(path) as file:
+            parquet.write_table(pa.table({"ids": table.ids, **table.columns}), file)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}; free some space or choose another file") from error
+
+
+def _write_index(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: Iterator[np.ndarray]) -> None:
+    import faiss
+
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+    start = 0
+    for rows in blocks:
+        index.add_with_ids(rows, table.ids[start : start + len(rows)])
+        start += len(rows)
+    faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]

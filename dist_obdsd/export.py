@@ -1,0 +1,251 @@
+"""A checkpoint's network as a file that runs without this program: ``torch.export`` and ONNX.
+
+The exported network is in float32, takes uint8 images in batches of any size and normalises them itself. A folder of
+exports holds ``model.pt2``, ``model.onnx``, ``preprocessing.json`` (what an image goes through before, and what was
+verified) and ``README.md``; both model files carry the preprocessing in themselves, too. It appears only after every
+model file in it was read back and gave the checkpoint's own embeddings on real images.
+
+Legend: n images, C channels, s side, D embedding dimension.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_obdsd import __version__
+from dist_obdsd.data.imagefile import FORMATS
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.inference import ImageEmbedder, load
+
+FORMAT = "dist-obdsd export 1"
+FILES = {"torch": "model.pt2", "onnx": "model.onnx"}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-5  # largest difference to the checkpoint in any number of an embedding; float32 rounds to about 1e-7
+BATCHES = (1, 2, 3, 5, 8, 13, 32)  # sizes of the batches that are verified, one after the other
+IMAGES = sum(BATCHES)  # what verifying takes
+
+
+def check_request(formats: Sequence[str], out: Path) -> None:
+    """Find out before the work whether it can be done.
+
+    Raises:
+        InputError: an unknown format, a package that it needs is missing, or ``out`` holds something else.
+    """
+    unknown = [name for name in formats if name not in FILES]
+    if unknown or not formats:
+        raise InputError(f"--format {','.join(formats)} is unknown; give {' or '.join(FILES)}, or both with a comma")
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if "onnx" in formats and missing:
+        raise InputError(
+            f"the format onnx needs {', '.join(missing)}; install them with pip install 'dist-obdsd[export]', or give "
+            f"--format torch"
+        )
+    if out.is_dir() and any(out.iterdir()) and not (out / "preprocessing.json").is_file():
+        raise InputError(f"{out} holds other files; choose an --out that is new, empty or an earlier export")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose a folder for --out")
+
+
+def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any], source: str) -> dict[str, float]:
+    """Write a folder of exports, whole or not at all; an earlier one in its place is replaced.
+
+    Args:
+        path: a run folder or a checkpoint file.
+        formats: of ``FILES``.
+        images: to verify with, as ``ImageEmbedder`` takes them; fewer than ``IMAGES`` are used several times.
+        source: says where the images are from.
+
+    Returns:
+        For each format the largest difference to the checkpoint's embeddings.
+
+    Raises:
+        InputError: as in ``check_request``; there is no checkpoint, an image is broken, or ``out`` cannot be written.
+        RunError: a file's embeddings are not the checkpoint's.
+    """
+    check_request(formats, out)
+    embedder = load(path, device="cpu")
+    images_nCss = torch.stack([embedder.prepare(image) for image in images])
+    images_nCss = images_nCss[torch.arange(IMAGES) % len(images)]
+    expected_nD = embedder.embed_prepared(images_nCss)
+    about = preprocessing(embedder) | {"checkpoint": _identity(embedder.path)}
+    program = _program(embedder, images_nCss[:2])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+            folder = Path(place) / "new"
+            folder.mkdir()
+            worst = {}
+            for name in formats:
+                _WRITERS[name](program, folder / FILES[name], json.dumps(about))
+                worst[name] = verify(name, _READERS[name](folder / FILES[name]), images_nCss, expected_nD)
+            verified = {"images": len(images), "source": source, "batch_sizes": BATCHES, "largest_difference": worst}
+            (folder / "preprocessing.json").write_text(json.dumps(about | {"verified": verified}, indent=1) + "\n")
+            (folder / "README.md").write_text(_readme(about, formats))
+            if out.exists():
+                out.rename(Path(place) / "old")
+            folder.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    return worst
+
+
+def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
+    """What an image goes through between its file and its embedding, as plain data."""
+    data = embedder.settings.data
+    channels = "RGB" if data.channels == 3 else "grey"
+    side = data.image_size
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "input": {"name": "images", "dtype": "uint8", "shape": ["batch", data.channels, side, side]},
+        "output": {"name": "embeddings", "dtype": "float32", "shape": ["batch", embedder.dim], "unit_length": True},
+        "decode": {
+            "channels": channels,
+            "formats": FORMATS,
+            "orientation": "as EXIF says",
+            "alpha": "on white",
+            "frame": "the first",
+            "16_bit": "the upper 8",
+        },
+        "resize": {"shorter_side": data.resize or side, "interpolation": "bilinear", "antialias": True},
+        "crop": {"size": side, "where": "centre"},
+        # What the network does itself: (pixel / 255 - mean) / std.
+        "normalisation": {"inside_the_network": True, "scale": 1 / 255, "mean": data.mean, "std": data.std},
+    }
+
+
+def verify(name: str, run: Callable[[Tensor], Tensor], images_nCss: Tensor, expected_nD: Tensor) -> float:
+    """The largest difference between what ``run`` gives for the images, in batches of many sizes, and the checkpoint.
+
+    Raises:
+        RunError: it is above ``TOLERANCE``, or is not a number.
+    """
+    worst = 0.0
+    for batch_bCss, wanted_bD in zip(_cut(images_nCss), _cut(expected_nD), strict=True):
+        rows_bD = run(batch_bCss)
+        if rows_bD.shape != wanted_bD.shape:
+            raise RunError(
+                f"the {name} export gives shape {list(rows_bD.shape)}, the checkpoint {list(wanted_bD.shape)}"
+            )
+        difference = (rows_bD - wanted_bD).abs().max().item()
+        if not difference <= TOLERANCE:
+            raise RunError(
+                f"the {name} export differs from the checkpoint by {difference:.2g} in a batch of {len(batch_bCss)}, "
+                f"above the {TOLERANCE:g} that is allowed, so nothing was written; try another version of torch or of "
+                f"{' and '.join(ONNX_PACKAGES)}"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _cut(rows: Tensor) -> Iterator[Tensor]:
+    return iter(rows.split(list(BATCHES)))
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Which checkpoint it is."""
+    with path.open("rb") as file:
+        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+# ---- writing and reading back ----
+
+
+def _program(embedder: ImageEmbedder, images_bCss: Tensor) -> torch.export.ExportedProgram:
+    network = copy.deepcopy(embedder.network).float()
+    batch = torch.export.Dim("batch", min=1)
+    # Two images, since a batch of one would be taken for a constant.
+    return torch.export.export(network, (images_bCss,), dynamic_shapes=({0: batch},))
+
+
+def _write_torch(program: torch.export.ExportedProgram, path: Path, about: str) -> None:
+    torch.export.save(program, path, extra_files={"preprocessing.json": about})
+
+
+def _read_torch(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(path).module()
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own making; nobody could act on them
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=["images"],
+            output_names=["embeddings"],
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
+    assert made is not None
+    made.model.metadata_props["preprocessing"] = about
+    made.save(path, external_data=False)
+
+
+def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images_bCss: torch.from_numpy(session.run(["embeddings"], {"images": images_bCss.numpy()})[0])
+
+
+_WRITERS = {"torch": _write_torch, "onnx": _write_onnx}
+_READERS = {"torch": _read_torch, "onnx": _read_onnx}
+
+
+# ---- the folder's README ----
+
+README = """# An image embedder
+
+{files}: uint8 images [batch, {channels}, {side}, {side}] to float32 rows [batch, {dim}] of length 1, any batch size.
+The network scales and normalises the pixels itself. Two images are the more alike the larger the product of their rows
+(the cosine) is. `preprocessing.json` says all of this for programs, and how closely the files agree with the checkpoint
+(`{checkpoint}`) that they were made from. From images to rows:
+
+```python
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional
+
+
+def prepare(path):
+    image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
+    pixels = functional.resize(functional.pil_to_tensor(image), [{resize}], antialias=True)
+    return functional.center_crop(pixels, [{side}, {side}])
+
+
+images = torch.stack([prepare(path) for path in paths])
+{uses}
+```
+"""
+
+USES = {
+    "torch": 'rows = torch.export.load("model.pt2").module()(images)',
+    "onnx": """
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+rows = session.run(None, {"images": images.numpy()})[0]""",
+}
+
+
+def _readme(about: dict[str, Any], formats: Sequence[str]) -> str:
+    return README.format(
+        files=" and ".join(f"`{FILES[name]}`" for name in formats),
+        channels=about["input"]["shape"][1],
+        side=about["crop"]["size"],
+        dim=about["output"]["shape"][1],
+        checkpoint=about["checkpoint"]["file"],
+        mode="RGB" if about["decode"]["channels"] == "RGB" else "L",
+        resize=about["resize"]["shorter_side"],
+        uses="\n".join(USES[name] for name in formats).strip(),
+    )

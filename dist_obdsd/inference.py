@@ -1,0 +1,228 @@
+"""A trained network, ready to embed whatever images a program has at hand.
+
+Legend: n images, C channels, H, W their height and width, s the side that the network sees, D embedding dimension.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dist_obdsd.config import Config, override_config, parse_config
+from dist_obdsd.data.transforms import decode, eval_transform, pixels
+from dist_obdsd.errors import InputError
+from dist_obdsd.model.embedder import Embedder, build_embedder
+from dist_obdsd.runtime import Launch, choose_device
+from dist_obdsd.training import checkpoint
+
+
+def load(
+    path: str | Path,
+    *,
+    which: Literal["last", "best"] = "last",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: int = 32,
+) -> "ImageEmbedder":
+    """A trained network, ready for images::
+
+        embedder = dist_obdsd.load("runs/photos")
+        rows = embedder(["a.jpg", "b.jpg"])      # float32 [2, D], of unit length
+        print(rows[0] @ rows[1])                 # the cosine of the two images
+
+    Args:
+        path: a run folder or a checkpoint file.
+        which: of a run folder's checkpoints; ``best`` is the best by validation.
+        device: ``auto`` takes a GPU where there is one.
+        batch_size: images that go through the network at a time.
+
+    Raises:
+        InputError: there is no such checkpoint, or no such device.
+    """
+    path = Path(path)
+    if which not in ("last", "best"):
+        raise InputError(f"which={which!r} is neither 'last' nor 'best'; give one of them")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} embeds nothing; give a number from 1")
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device={device!r} is none of 'auto', 'cpu' and 'cuda'; give one of them")
+    found = checkpoint.find(path, which)
+    if found is None and checkpoint.find(path) is not None:
+        raise InputError(
+            f"{path} has no best checkpoint, which needs classes held out for validation (validation.fraction); "
+            f"take which='last'"
+        )
+    state = checkpoint.load(found or path)
+    settings = settings_of(state)
+    chosen = choose_device(device, Launch("single"), torch.cuda.device_count())
+    return ImageEmbedder(network_of(state, settings, chosen, found or path), settings, batch_size, found or path)
+
+
+def settings_of(state: dict[str, Any], overrides: Sequence[str] = (), shards: str = "none") -> Config:
+    """A checkpoint's settings, for images that it need not have been trained on.
+
+    Args:
+        state: a checkpoint's content; its ``config`` is changed.
+        overrides: ``a.b=c``, put over the checkpoint's own.
+        shards: where those images are packed, if they are.
+
+    Raises:
+        InputError: a setting is unknown or impossible.
+    """
+    config = state["config"]
+    config["data"]["shards"] = shards
+    # The checkpoint's own weights replace any that the backbone was started from.
+    config["model"]["pretrained"] = "none"
+    if config["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only
+        config["model"]["norm"] = "frozen"
+    return parse_config(override_config(config, overrides), "the checkpoint")
+
+
+def network_of(
+    state: dict[str, Any], settings: Config, device: torch.device, path: Path, overrides: Sequence[str] = ()
+) -> Embedder:
+    """A checkpoint's network, in evaluation mode.
+
+    Raises:
+        InputError: the weights do not fit the settings, which ``overrides`` may have changed.
+    """
+    network = build_embedder(settings, device, lambda text: None)
+    try:
+        network.load_state_dict(state["student"])
+    except RuntimeError as error:
+        why = f"the settings {', '.join(overrides)}" if overrides else "its own settings"
+        raise InputError(
+            f"{path} does not fit {why}; leave model.* and data.channels as they were in training"
+        ) from error
+    return network.eval()
+
+
+class ImageEmbedder:
+    """Images in, unit rows out. Made by ``load``."""
+
+    def __init__(self, network: Embedder, settings: Config, batch_size: int, path: Path) -> None:
+        """``path`` is the checkpoint file that the network is from."""
+        self.network, self.settings, self.batch_size, self.path = network, settings, batch_size, path
+        self.device = network.mean.device
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.settings.model.embedding_dim
+
+    def __call__(self, images: Any) -> Tensor:
+        """Embed one image or many; see ``prepare`` for what may be given.
+
+        Returns:
+            float32 [n, D] on the CPU, rows of length 1 in the order of the images; n is 1 for a single image.
+
+        Raises:
+            InputError: an image cannot be read; the message says which one.
+        """
+        rows = [torch.empty(0, self.dim)]
+        for batch in _batches(enumerate(_listed(images)), self.batch_size):
+            rows.append(self.embed_prepared(torch.stack([self._prepared(image, f"image {i}") for i, image in batch])))
+        return torch.cat(rows)
+
+    def embed_prepared(self, images_nCss: Tensor) -> Tensor:
+        """As calling does, of images that ``prepare`` made, all at once."""
+        with torch.no_grad():
+            return self.network(images_nCss.to(self.device)).float().cpu()
+
+    def prepare(self, image: Any) -> Tensor:
+        """uint8 [C, s, s]: one image as the network sees it, with the evaluation's resize and centre crop.
+
+        Args:
+            image: the path of an image file; the bytes of one; a Pillow image; a tensor [H, W] or [C, H, W], uint8 or
+                floating point from 0 to 1 and not normalised; or an array [H, W] or [H, W, C] of such numbers. C is 1
+                or 3; grey becomes RGB and RGB grey where the network wants it.
+
+        Raises:
+            InputError: it is none of these, or cannot be decoded.
+        """
+        return self._prepared(image, "the image")
+
+    def _prepared(self, image: Any, name: str) -> Tensor:
+        """As ``prepare``; an image that is no path is called ``name`` in the error."""
+        data = self.settings.data
+        try:
+            return eval_transform(_decoded(image, data.channels), data)
+        except (ValueError, OSError) as error:
+            name = str(image) if isinstance(image, str | Path) else name
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise InputError(f"{name} cannot be embedded: {reason}") from error
+
+
+def _listed(images: Any) -> Iterable[Any]:
+    """The images one by one: a single one becomes a list of one, a batch its rows."""
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return [images]
+    if isinstance(images, Tensor | np.ndarray):
+        if images.ndim == 4:
+            return list(images)
+        return [images]
+    if not isinstance(images, Iterable):
+        raise InputError(f"an image of type {type(images).__name__} cannot be embedded; {WANTED}")
+    return images
+
+
+WANTED = "give a path, encoded bytes, a Pillow image, a tensor [C, H, W], an array [H, W, C], or a list of them"
+
+
+def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(images)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _decoded(image: Any, channels: int) -> Tensor:
+    """uint8 [channels, H, W]."""
+    if isinstance(image, str | Path):
+        image = Path(image).read_bytes()
+    if isinstance(image, bytes):
+        return decode(image, channels)
+    if isinstance(image, Image.Image):
+        try:
+            return pixels(ImageOps.exif_transpose(image), channels)
+        except Exception as error:  # Pillow may read the file only now, and raises nearly anything on a broken one
+            raise ValueError(str(error) or type(error).__name__) from error
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "uif":
+            raise ValueError(f"its pixels are of type {image.dtype}; they must be uint8, or floating point from 0 to 1")
+        if image.ndim == 3 and image.shape[2] not in (1, 3):
+            raise ValueError(f"the array has shape {list(image.shape)}; it must be [H, W] or [H, W, C] with C 1 or 3")
+        image = torch.from_numpy(np.array(image))  # a copy, since torch wants arrays that may be written to
+        image = image.permute(2, 0, 1) if image.ndim == 3 else image
+    if not isinstance(image, Tensor):
+        raise ValueError(f"it is of type {type(image).__name__}; {WANTED}")
+    return _with_channels(_as_bytes(image.detach().cpu()), channels)
+
+
+def _as_bytes(image: Tensor) -> Tensor:
+    """uint8 [C, H, W] with C 1 or 3."""
+    image = image[None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"the tensor has shape {list(image.shape)}; it must be [H, W] or [C, H, W] with C 1 or 3")
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise ValueError(f"its pixels are of type {image.dtype}; they must be uint8, or floating point from 0 to 1")
+    if not ((image >= 0) & (image <= 1)).all().item():
+        raise ValueError(
+            f"its floating-point pixels are from {image.min():.3g} to {image.max():.3g} but must be from 0 to 1; "
+            f"do not normalise them, the network does"
+        )
+    # In float32, where half precision would be off by more than a step.
+    return (image.float() * 255).round().to(torch.uint8)
+
+
+def _with_channels(image: Tensor, channels: int) -> Tensor:
+    if image.shape[0] == channels:
+        return image
+    if channels == 3:
+        return image.expand(3, -1, -1)
+    return pixels(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), channels)

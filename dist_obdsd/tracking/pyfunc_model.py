@@ -1,0 +1,51 @@
+"""The file that MLflow runs to load a logged model: images in, embeddings out. ``model`` logs it.
+
+It is copied away from this package, which a machine that serves the model need not have: the model carries its code.
+"""
+
+import base64
+import binascii
+import sys
+from typing import Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class EmbeddingModel(PythonModel):
+    """A column ``image`` becomes float32 rows [n, D] of unit length."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        sys.path.append(context.artifacts["package"])  # last: one that is installed comes first
+        from dist_obdsd.inference import load
+
+        self.embedder = load(context.artifacts["checkpoint"])
+
+    # Without type hints, from which MLflow would make a signature of its own.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Embed the images of a table.
+
+        Args:
+            model_input: a DataFrame whose column ``image`` holds the bytes of image files (as base64 in JSON and CSV)
+                or arrays [H, W] or [H, W, C] of pixels.
+
+        Returns:
+            float32 array [n, D].
+
+        Raises:
+            InputError: an image cannot be read; the message says which one.
+        """
+        return self.embedder([_image(value, place) for place, value in enumerate(model_input["image"])]).numpy()
+
+
+def _image(value: Any, place: int) -> Any:
+    # MLflow itself decodes base64 in JSON only. A text is never a path: callers have no business with this machine's.
+    if not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value)
+    except binascii.Error as error:
+        raise ValueError(f"image {place} is a text that is not base64; send the bytes of an image file") from error
+
+
+set_model(EmbeddingModel())

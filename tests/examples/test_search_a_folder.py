@@ -1,0 +1,63 @@
+"""The example as a user starts it, on fewer images."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from tests import runs
+
+
+@pytest.fixture
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("search_a_folder", runs.ROOT / "examples" / "search_a_folder.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.CLASSES = 32
+    return module
+
+
+def test_it_trains_and_finds_images_of_the_query_s_class(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["search_a_folder.py", "--out", str(tmp_path), "--epochs", "3"])
+    example.main()
+    said = capsys.readouterr().out
+    blocks = said.split(" is most like\n")[1:]
+    assert len(blocks) == 2
+    for block, name in zip(blocks, ("badge_00", "badge_16"), strict=True):
+        near = [line.split() for line in block.split("\n\n")[0].splitlines()]
+        assert len(near) == 5
+        assert all(f"{name}/00.png" not in key for _, key in near)  # not the query itself
+        assert sum(key.startswith(name) for _, key in near) >= 3  # by chance one of 32 would be
+        assert [value for value, _ in near] == sorted((value for value, _ in near), reverse=True)
+        assert float(near[0][0]) < 1
+
+    # Started again on a query of the user's: nothing is trained anew, and a broken one is named.
+    arguments = ["search_a_folder.py", "--out", str(tmp_path), "--epochs", "3", "--query"]
+    Image.open(tmp_path / "images" / "badge_05" / "03.png").rotate(4).save(tmp_path / "new.png")
+    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "new.png")])
+    example.main()
+    said = capsys.readouterr().out
+    assert "is finished already" in said
+    assert said.split(" is most like\n")[1].splitlines()[0].split()[1] == "badge_05/03.png"
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "broken.png")])
+    with pytest.raises(SystemExit, match=r"broken.png cannot be embedded"):
+        example.main()
+
+
+def test_an_empty_folder_ends_it_with_one_sentence(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "argv", ["x", "--images", str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        example.main()
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

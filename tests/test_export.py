@@ -1,0 +1,184 @@
+"""Exported networks: read back by their own runtimes, beside the checkpoint they were made from."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+import dist_obdsd
+from dist_obdsd import export as exporting
+from dist_obdsd.cli import main
+from dist_obdsd.config import parse_config
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.model.embedder import build_embedder
+from dist_obdsd.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both formats of the tiny run, by the command, verified on its images."""
+    out = tmp_path_factory.mktemp("exported") / "new" / "ex"
+    assert main(["export", f"{trained}/runs/tiny", "--out", str(out), "--images", f"{trained}/images"]) == 0
+    return out
+
+
+def paths(trained: Path) -> list[Path]:
+    return sorted((trained / "images").glob("*/*.png"))
+
+
+def test_both_formats_agree_in_batches_of_any_size(trained: Path, exported: Path) -> None:
+    embedder = dist_obdsd.load(trained / "runs" / "tiny")
+    images = torch.stack([embedder.prepare(path) for path in paths(trained)])
+    wanted = embedder.embed_prepared(images).numpy()
+    program = torch.export.load(exported / "model.pt2").module()
+    session = onnxruntime.InferenceSession(exported / "model.onnx")
+    for size in (1, 2, 7, 192):
+        part = images[:size]
+        with torch.no_grad():
+            np.testing.assert_allclose(program(part).numpy(), wanted[:size], atol=1e-5)
+        rows = session.run(["embeddings"], {"images": part.numpy()})[0]
+        assert rows.dtype == np.float32
+        np.testing.assert_allclose(rows, wanted[:size], atol=1e-5)
+    assert session.get_inputs()[0].shape == ["batch", 1, 16, 16]
+
+
+def test_the_preprocessing_is_in_every_file(exported: Path) -> None:
+    about = json.loads((exported / "preprocessing.json").read_text())
+    verified = about.pop("verified")
+    assert verified["batch_sizes"] == list(exporting.BATCHES)
+    assert set(verified["largest_difference"]) == {"torch", "onnx"}
+    assert max(verified["largest_difference"].values()) <= 1e-5
+    assert about["input"] == {"name": "images", "dtype": "uint8", "shape": ["batch", 1, 16, 16]}
+    assert about["resize"] == {"shorter_side": 18, "interpolation": "bilinear", "antialias": True}
+    assert about["normalisation"]["mean"] == [0.5]
+    assert about["output"]["shape"] == ["batch", 16]
+    assert len(about["checkpoint"]["sha256"]) == 64
+    inside = onnxruntime.InferenceSession(exported / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(inside["preprocessing"]) == about
+    extra = {"preprocessing.json": ""}
+    torch.export.load(exported / "model.pt2", extra_files=extra)
+    assert json.loads(extra["preprocessing.json"]) == about
+
+
+def test_the_readme_s_program_gives_the_checkpoint_s_rows(
+    trained: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (exported / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "dist_obdsd" not in code
+    with_torch, with_onnx = code.split("import onnxruntime\n")  # either way ends with its rows
+    monkeypatch.chdir(exported)
+    some = paths(trained)[::50]
+    names: dict[str, Any] = {"paths": some}
+    wanted = dist_obdsd.load(trained / "runs" / "tiny")(some)
+    for part in (with_torch, "import onnxruntime\n" + with_onnx):
+        names.pop("rows", None)
+        exec(part, names)
+        np.testing.assert_allclose(torch.as_tensor(names["rows"]).detach(), wanted, atol=1e-5)
+
+
+def test_what_does_not_agree_is_not_left_behind(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "ex"
+    some = paths(trained)[:3]
+    worst = exporting.export(trained / "runs" / "tiny", out, ["torch"], some, "here")
+    assert 0 < worst["torch"] <= 1e-5  # the checkpoint is in float64, so float32 shows
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(before) == {"model.pt2", "preprocessing.json", "README.md"}
+    monkeypatch.setattr(exporting, "TOLERANCE", worst["torch"] / 10)
+    with pytest.raises(RunError, match="torch export differs from the checkpoint by"):
+        exporting.export(trained / "runs" / "tiny", out, ["torch"], some, "here")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before  # the earlier one stands
+    assert [path.name for path in tmp_path.iterdir()] == ["ex"]
+
+
+def test_verifying_sees_a_difference_in_any_batch() -> None:
+    images = torch.arange(exporting.IMAGES, dtype=torch.float32)[:, None]
+    assert exporting.verify("torch", lambda batch: batch * 1.0, images, images) == 0
+    for wrong in (0, 5, exporting.IMAGES - 1):
+        near = images.clone()
+        near[wrong] += 1e-4
+        with pytest.raises(RunError, match="differs from the checkpoint by"):
+            exporting.verify("torch", lambda batch: batch, near, images)
+    with pytest.raises(RunError, match="by nan"):
+        exporting.verify("torch", lambda batch: batch * torch.nan, images, images)
+    with pytest.raises(RunError, match="gives shape"):
+        exporting.verify("torch", lambda batch: batch[:1], images, images)
+
+
+def test_bad_requests_are_refused_before_the_work(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    for formats, out, words in (
+        (["coreml"], "new", "--format coreml is unknown"),
+        ([""], "new", "is unknown"),
+        (["torch"], "full", "holds other files"),
+        (["torch"], "full/thesis.tex", "is a file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            exporting.check_request(formats, tmp_path / out)
+    monkeypatch.setattr(exporting, "ONNX_PACKAGES", (*exporting.ONNX_PACKAGES, "no_such_package"))
+    with pytest.raises(InputError, match=r"needs no_such_package; install .* or give --format torch"):
+        exporting.check_request(["torch", "onnx"], tmp_path / "new")
+    exporting.check_request(["torch"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "there is no checkpoint at nowhere"),
+        (["tiny.yaml"], "another kind of file"),
+        (["runs/tiny", "--images", "runs"], "holds no image"),
+        (["runs/tiny", "--images", "images", "--shards", "packed"], "give one of the two"),
+        (["runs/tiny", "--shards", "packed", "--split", "other"], "it has train, test"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(
+    trained: Path, tmp_path: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(trained)
+    assert main(["export", *arguments, "--out", str(tmp_path / "ex"), "--format", "torch"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "ex").exists()
+
+
+def test_real_photographs_through_a_pretrained_network(real_data: Path, tmp_path: Path) -> None:
+    """SqueezeNet with its ImageNet weights on Cars, at the published sizes."""
+    with tarfile.open(real_data / "cars196_first98.tar") as archive:
+        members = [archive.next() for _ in range(40)]
+        photos = [m for m in members if m is not None and m.name.endswith(".jpg")][:8]
+        images = [archive.extractfile(m).read() for m in photos]  # type: ignore[union-attr]
+    assert len(images) == 8
+    raw = {
+        "name": "cars", "epochs": 2, "data": {"shards": "none", "image_size": 224, "resize": 256},
+        "model": {"backbone": "squeezenet1_0", "pretrained": str(real_data / "squeezenet1_0_imagenet.pth")},
+    }  # fmt: skip
+    settings = parse_config(raw, "test")
+    network = build_embedder(settings, torch.device("cpu"), print)
+    state = dict.fromkeys(checkpoint.ENTRIES - {"format"}) | {
+        "config": settings.model_dump(mode="json"),
+        "student": network.state_dict(),
+        "position": {"epoch": 1, "step": 0, "global_step": 1},
+    }
+    path = checkpoint.save(tmp_path / "checkpoints", state, best=False, keep=1)
+    worst = exporting.export(path, tmp_path / "ex", ["torch", "onnx"], images, "Cars")
+    assert max(worst.values()) <= 1e-5
+    embedder = dist_obdsd.load(path)
+    rows = embedder(images)
+    assert (rows @ rows.T).fill_diagonal_(0).max() < 1 - 1e-3  # the photographs do differ
+    session = onnxruntime.InferenceSession(tmp_path / "ex" / "model.onnx")
+    prepared = torch.stack([embedder.prepare(image) for image in images]).numpy()
+    np.testing.assert_allclose(session.run(None, {"images": prepared})[0], rows, atol=1e-5)
+    with Image.open(io.BytesIO(images[0])) as photo:
+        assert torch.equal(embedder.prepare(photo), torch.from_numpy(prepared[0]))

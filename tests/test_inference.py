@@ -1,0 +1,188 @@
+"""``dist_obdsd.load`` against ``embed`` on the command line, and every kind of image against every other."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dist_obdsd
+from dist_obdsd.cli import main
+from dist_obdsd.config import parse_config
+from dist_obdsd.errors import InputError
+from dist_obdsd.inference import ImageEmbedder
+from dist_obdsd.model.embedder import build_embedder
+
+
+@pytest.fixture(scope="module")
+def embedder(trained: Path) -> ImageEmbedder:
+    return dist_obdsd.load(trained / "runs" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def coloured() -> ImageEmbedder:
+    """An untrained network for RGB, with a resize before the crop."""
+    data = {"shards": "none", "image_size": 24, "resize": 32}
+    settings = parse_config({"name": "rgb", "epochs": 2, "data": data, "model": {"backbone": "small_cnn"}}, "test")
+    network = build_embedder(settings, torch.device("cpu"), print).eval()
+    return ImageEmbedder(network, settings, 2, Path("none"))
+
+
+def picture(height: int = 40, width: int = 50) -> np.ndarray:
+    """uint8 [H, W, 3]: smooth, so that JPEG changes little, and different in every channel."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([4 * x, 5 * y, 2 * (x + y)], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def test_the_package_alone_imports_at_once() -> None:
+    script = "import sys, dist_obdsd; print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+    assert not hasattr(dist_obdsd, "laod")
+
+
+def test_rows_are_those_of_embed(trained: Path, embedder: ImageEmbedder, tmp_path: Path) -> None:
+    out = tmp_path / "rows.npz"
+    assert main(["embed", f"{trained}/runs/tiny", "--images", f"{trained}/images", "--out", str(out)]) == 0
+    with np.load(out) as archive:
+        wanted, keys = archive["embeddings"], archive["keys"]
+    rows = embedder(trained / "images" / key for key in keys)
+    assert rows.shape == (192, embedder.dim) == (192, 16)
+    assert rows.dtype == torch.float32
+    assert not rows.requires_grad
+    np.testing.assert_allclose(rows.numpy(), wanted, atol=1e-6)
+    # Different images differ, so the rows stand in the images' order.
+    assert np.abs(wanted - np.roll(wanted, 1, axis=0)).max(axis=1).min() > 1e-3
+    one = embedder(str(trained / "images" / keys[7]))
+    np.testing.assert_allclose(one.numpy(), wanted[7:8], atol=1e-6)
+
+
+def test_best_and_last_are_the_pointers_checkpoints(trained: Path) -> None:
+    folder = trained / "runs" / "tiny" / "checkpoints"
+    for which in ("last", "best"):
+        embedder = dist_obdsd.load(trained / "runs" / "tiny", which=which)  # type: ignore[arg-type]
+        assert embedder.path.name == (folder / which).read_text()
+        state = torch.load(embedder.path, weights_only=True)["student"]
+        assert all(torch.equal(value, state[name]) for name, value in embedder.network.state_dict().items())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_image_gives_the_same_row(
+    channels: int, embedder: ImageEmbedder, coloured: ImageEmbedder, tmp_path: Path
+) -> None:
+    array = picture()
+    image = Image.fromarray(array)
+    path = tmp_path / "a.png"
+    image.save(path)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    kinds = [
+        path, str(path), path.read_bytes(), image, Image.open(path), array, array / 255, tensor, tensor / 255,
+        tensor.double() / 255, (tensor / 255).requires_grad_(), np.asfortranarray(array),
+    ]  # fmt: skip
+    embed = embedder if channels == 1 else coloured
+    wanted = embed.prepare(path)
+    for kind in kinds:
+        assert torch.equal(embed.prepare(kind), wanted)
+    rows = embed(kinds)
+    assert rows.shape == (len(kinds), embed.dim)
+    for same in (rows, embed(torch.stack([tensor] * 3)), embed(np.stack([array] * 2))):  # batches in one piece
+        assert (same - embed(path)).abs().max() < 1e-6
+    assert (embed(255 - array) - rows[0]).abs().max() > 1e-3
+
+
+def test_grey_pixels_are_read_by_a_network_for_colours(coloured: ImageEmbedder) -> None:
+    grey = picture()[:, :, 0]
+    kinds = [Image.fromarray(grey), grey, grey[:, :, None], torch.tensor(grey), torch.tensor(grey)[None]]
+    kinds += [Image.fromarray(grey).convert("RGB"), np.stack([grey] * 3, axis=-1)]
+    for kind in kinds:
+        assert torch.equal(coloured.prepare(kind), coloured.prepare(kinds[0]))
+    assert (coloured(kinds) - coloured(kinds[0])).abs().max() < 1e-6
+
+
+def test_orientation_and_alpha_are_read_as_in_training(coloured: ImageEmbedder, tmp_path: Path) -> None:
+    array = picture()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(np.rot90(array)).save(tmp_path / "turned.png", exif=exif)
+    turned = Image.open(tmp_path / "turned.png")
+    upright = coloured.prepare(array)
+    assert torch.equal(coloured.prepare(turned), upright)
+    assert turned.getexif()[0x0112] == 6  # the caller's image is left as it was
+    assert torch.equal(coloured.prepare(tmp_path / "turned.png"), upright)
+    clear = np.dstack([array, np.zeros(array.shape[:2], np.uint8)])
+    assert (coloured.prepare(Image.fromarray(clear)) == 255).all()
+
+
+def test_the_image_is_resized_and_cropped_as_in_evaluation(coloured: ImageEmbedder) -> None:
+    # 40 x 50 is resized to 32 x 40, of which the middle 24 x 24 stay: columns 8 to 32 of 40.
+    ramp = np.tile(np.arange(50, dtype=np.float32) / 50, (40, 1))
+    seen = coloured.prepare(ramp).float() / 255
+    assert seen.shape == (3, 24, 24)
+    expected = ((torch.arange(8, 32) + 0.5) * 50 / 40 - 0.5) / 50
+    assert (seen[0, 12] - expected).abs().max() < 0.01
+
+
+def test_batches_do_not_change_a_row(coloured: ImageEmbedder) -> None:
+    images = [np.roll(picture(), i, axis=0) for i in range(7)]
+    alone = torch.cat([coloured(image) for image in images])
+    for size in (1, 3, 7, 100):
+        rows = ImageEmbedder(coloured.network, coloured.settings, size, coloured.path)(images)
+        assert (rows - alone).abs().max() < 1e-6
+    assert coloured([]).shape == (0, 128)
+
+
+def test_a_broken_image_is_named(trained: Path, embedder: ImageEmbedder, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_bytes(b"no image")
+    good = trained / "images" / "class_00" / "0.png"
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:200])
+    cases: list[tuple[Any, str]] = [
+        (tmp_path / "no.png", "no.png cannot be embedded: its format is none of"),
+        (tmp_path / "missing.png", "missing.png cannot be embedded: No such file"),
+        (tmp_path, "Is a directory"),
+        (cut, "cut.png cannot be embedded"),
+        ([good, Image.open(cut)], "image 1 cannot be embedded"),
+        ([good, b"nothing"], "image 1 cannot be embedded: its format is none of"),
+        ([good, None], "image 1 cannot be embedded: it is of type NoneType"),
+        (7, "of type int"),
+        (np.zeros((4, 5, 4), np.uint8), r"shape \[4, 5, 4\]; it must be \[H, W\] or \[H, W, C\] with C 1 or 3"),
+        (torch.zeros(4, 5, 5), r"shape \[4, 5, 5\]; it must be \[H, W\] or \[C, H, W\] with C 1 or 3"),
+        (torch.zeros(0, 5), "shape"),
+        (torch.zeros(3, dtype=torch.uint8), "shape"),
+        (torch.full((3, 4, 4), 1.5), "from 1.5 to 1.5 but must be from 0 to 1; do not normalise"),
+        (torch.full((3, 4, 4), torch.nan), "must be from 0 to 1"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "type torch.int64"),
+        (np.zeros((4, 4), dtype=object), "type object"),
+    ]
+    for images, words in cases:
+        with pytest.raises(InputError, match=words):
+            embedder(images)
+
+
+def test_what_is_no_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
+    run = trained / "runs" / "tiny"
+    (tmp_path / "checkpoints").mkdir()
+    name = (run / "checkpoints" / "last").read_text()
+    for file in ("last", name):  # a run without a best epoch
+        (tmp_path / "checkpoints" / file).write_bytes((run / "checkpoints" / file).read_bytes())
+    (tmp_path / "cut.pt").write_bytes((run / "checkpoints" / name).read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (tmp_path / "nothing", {}, "there is no checkpoint at"),
+        (trained / "images", {}, "there is no checkpoint at"),
+        (run / "config.yaml", {}, "another kind of file"),
+        (tmp_path / "cut.pt", {}, "not a readable checkpoint"),
+        (tmp_path / "other.pt", {}, "has format None"),
+        (tmp_path, {"which": "best"}, "has no best checkpoint"),
+        (run, {"which": "newest"}, "neither 'last' nor 'best'"),
+        (run, {"device": "tpu"}, "device='tpu'"),
+        (run, {"batch_size": 0}, "batch_size=0"),
+    ]
+    for path, arguments, words in cases:
+        with pytest.raises(InputError, match=words):
+            dist_obdsd.load(path, **arguments)
+    assert dist_obdsd.load(tmp_path).path.name == name
