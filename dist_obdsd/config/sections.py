@@ -270,6 +270,8 @@ class Tracking(Section):
     experiment: str = "dist-obdsd"
     every_steps: Count = 50
     """Steps between two lines on the terminal and two sendings of the step metrics."""
+    figures: bool = True
+    """Draw figures at the end of a run, into runs/NAME/figures/ and the tracked run. Takes some seconds."""
 
 
 class Checkpoint(Section):

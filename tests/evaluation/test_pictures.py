@@ -62,7 +62,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
 
 
 def test_long_names_keep_their_end() -> None:
-    assert pictures._shortened("seven") == "seven"
-    shown = pictures._shortened("Alphabet_of_the_Magi/character07")
+    assert pictures.shortened("seven") == "seven"
+    shown = pictures.shortened("Alphabet_of_the_Magi/character07")
     assert len(shown) == pictures.NAME_LENGTH
     assert shown.endswith("/character07")
