@@ -118,7 +118,7 @@ def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, settings: config.
         figure.colorbar(image, ax=of, shrink=0.85, label=f"{unit} (grey: 0)", extend="min")
     for of in axes:
         _frame_classes(of, labels_B[rows])
-        of.set(xlabel="image, ordered by class", ylabel="image, ordered by class")
+        of.set(xlabel=f"image, ordered by class ({rows.stop} of {len(T_BD)})", ylabel="image, ordered by class")
     return figure
 
 
