@@ -232,15 +232,20 @@ def _plain(name: str) -> str:
 
 
 def _projected(rows_mD: np.ndarray, seed: int) -> np.ndarray:
-    """[m, 2]. Rows that are all the same, as of a collapsed network, have no principal components to start from."""
+    """t-SNE, [m, 2]. Rows that are all the same, as of a collapsed network, have no principal components to start from,
+    and scikit-learn would divide by zero and crash the process."""
     from sklearn.manifold import TSNE
 
-    spread = min(rows_mD.shape) > 1 and float(np.ptp(rows_mD, axis=0).max()) > 1e-6
+    # The map depends on the ratios of distances alone; near rows keep their digits this way.
+    centred_mD = rows_mD - rows_mD.mean(axis=0)
+    spread = float(np.abs(centred_mD).max())
+    if spread > 1e-9:
+        centred_mD /= spread
+    init = "pca" if spread > 1e-9 and min(rows_mD.shape) > 1 else "random"
     perplexity = min(30.0, max(1.0, (len(rows_mD) - 1) / 3))
-    method = TSNE(perplexity=perplexity, init="pca" if spread else "random", random_state=seed, n_jobs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return method.fit_transform(rows_mD)
+        return TSNE(perplexity=perplexity, init=init, random_state=seed, n_jobs=1).fit_transform(centred_mD)
 
 
 def _log_norm(*matrices: torch.Tensor) -> Any:
