@@ -130,6 +130,11 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("overrides", nargs="*", metavar="key=value")
     status.set_defaults(run=_status)
 
+    figures = commands.add_parser("figures", help="draw the figures of a run folder anew")
+    figures.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder; of a running one, what there is yet")
+    figures.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as data.shards=DIR")
+    figures.set_defaults(run=_figures)
+
     doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
     doctor.add_argument("config", type=Path, nargs="?")
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
@@ -347,6 +352,17 @@ def _status(options: argparse.Namespace) -> int:
     if status.get("message"):
         print(status["message"], file=sys.stderr)
     return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from dist_obdsd.tracking.album import draw
+
+    failed: list[str] = []
+    for path in draw(options.run_dir, failed.append, options.overrides):
+        print(path)
+    for reason in failed:
+        _note(reason)
+    return 1 if failed else 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

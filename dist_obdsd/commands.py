@@ -121,7 +121,7 @@ def _report(
                 return
             images = pictures.read_images(options.shards, manifest, pictures.shown(failures))
             title = f"The {len(failures)} worst of {result.queries} queries and their nearest neighbours"
-            pictures.draw(options.failures, failures, images, names, title)
+            pictures.write(options.failures, pictures.retrieval_grid({"": failures}, images, names, title))
 
 
 def _write_per_class(path: Path, result: EvaluationResult, names: Mapping[int, str]) -> None:

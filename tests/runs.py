@@ -24,7 +24,7 @@ model: {backbone: small_cnn, embedding_dim: 16}
 distillation: {target: obdsd, weight: 2, temperature: 0.1, transition_temperature: 0.05, omega: 0.5}
 optim: {lr: 0.001}
 evaluation: {recall_at: [1, 2], batch_size: 32}
-tracking: {kind: none, every_steps: 5}
+tracking: {kind: none, every_steps: 5, figures: false}
 """
 
 

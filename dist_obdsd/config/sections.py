@@ -272,6 +272,8 @@ class Tracking(Section):
     """At the end log the best epoch, or the last where there is no validation, as a model that MLflow can serve."""
     every_steps: Count = 50
     """Steps between two lines on the terminal and two sendings of the step metrics."""
+    figures: bool = True
+    """Draw figures at the end of a run, into runs/NAME/figures/ and the tracked run. Takes some seconds."""
 
 
 class Checkpoint(Section):

@@ -23,7 +23,8 @@ from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation.census import Census, check_counts, take_census
 from dist_obdsd.evaluation.clustering import contingency, k_means, nmi, pairwise_f1
 from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
-from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, Failure, retrieve
+from dist_obdsd.evaluation.portrait import Portrait, take_portrait
+from dist_obdsd.evaluation.retrieval import Answer, ClassRecall, Counts, retrieve
 from dist_obdsd.runtime import Runtime
 
 
@@ -58,8 +59,12 @@ class EvaluationResult:
     """By name; the gallery without a name is ""."""
     per_class: tuple[ClassRecall, ...] = ()
     """By gallery, then label; classes without a query that counts are missing."""
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[Answer, ...] = ()
     """By gallery, the worst first; see ``Retrieval.failures``."""
+    successes: tuple[Answer, ...] = ()
+    """By gallery, the best first; see ``Retrieval.successes``."""
+    portrait: Portrait | None = field(default=None, compare=False)
+    """What figures show of the embeddings, if it was asked for."""
 
 
 def embed_all(
@@ -106,6 +111,7 @@ def evaluate(
     seed: int = 0,
     train_classes: int | None = None,
     expected_classes: Mapping[int, int] | None = None,
+    portrait: bool = False,
 ) -> EvaluationResult:
     """Embed, search and measure. Collective; the same result on every rank.
 
@@ -131,6 +137,7 @@ def evaluate(
         seed=seed,
         train_classes=train_classes,
         expected_classes=expected_classes,
+        portrait=portrait,
     )
     return replace(result, seconds=max(collectives.gather_json(time.perf_counter() - started)))
 
@@ -147,6 +154,7 @@ def measure(
     seed: int = 0,
     train_classes: int | None = None,
     expected_classes: Mapping[int, int] | None = None,
+    portrait: bool = False,
 ) -> EvaluationResult:
     """Search and measure embedded images. Collective; the same result on every rank.
 
@@ -164,6 +172,7 @@ def measure(
         seed: of k-means.
         train_classes: how many classes the network was trained on, for ``conventions: released``.
         expected_classes: label -> images of all ranks; None: whatever there is.
+        portrait: whether to keep what figures are drawn from.
 
     Raises:
         RunError: the images are not those expected, or an embedding is not finite; on every rank.
@@ -192,6 +201,8 @@ def measure(
         galleries={name: of.counts for name, of in found.items()},
         per_class=tuple(one for of in found.values() for one in of.per_class),
         failures=tuple(one for of in found.values() for one in of.failures),
+        successes=tuple(one for of in found.values() for one in of.successes),
+        portrait=take_portrait(rows_nD, place_n, census, seed) if portrait else None,
     )
 
 
@@ -234,11 +245,13 @@ def evaluate_split(
     runtime: Runtime,
     classes: list[int] | None = None,
     between: Callable[[Iterator[EvaluationBatch]], Iterator[EvaluationBatch]] = iter,
+    portrait: bool = False,
 ) -> EvaluationResult:
     """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank.
 
     Args:
         between: the batches come through it; what it raises between two of them on any rank ends all ranks' evaluation.
+        portrait: whether to keep what figures are drawn from.
     """
     wanted = None if classes is None else set(classes)
     expected = Counter(c for shard in manifest.splits[split] for c in shard.classes if wanted is None or c in wanted)
@@ -260,6 +273,7 @@ def evaluate_split(
                 device=runtime.device,
                 seed=settings.seed,
                 train_classes=_train_classes(manifest, settings),
+                portrait=portrait,
             )
     finally:
         network.train(training)

@@ -8,7 +8,7 @@ p pairs of images.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -97,13 +97,24 @@ def rho_spectrum(rows_nD: torch.Tensor, *, leave_out: int = 0) -> float:
     >>> rho_spectrum(torch.eye(2)), round(rho_spectrum(torch.tensor([[4.0, 0.0], [0.0, 1.0]])), 6)
     (0.0, 0.223144)
     """
+    return rho(singular_values(rows_nD), leave_out=leave_out)
+
+
+def singular_values(rows_nD: torch.Tensor) -> list[float]:
+    """The min(N, D) singular values of the matrix of all ranks' rows, the largest first. Collective; the same on every
+    rank."""
     count = sum(collectives.gather_json(rows_nD.shape[0]))
     # LAPACK may round differently on another machine, so one rank's answer is everyone's.
     squares = collectives.from_main(torch.linalg.eigvalsh(gram(rows_nD).cpu()).flip(0).tolist())
-    kept = squares[: max(1, min(count, len(squares)) - leave_out)]
+    return [math.sqrt(max(square, 0.0)) for square in squares[: max(1, min(count, len(squares)))]]
+
+
+def rho(singular: Sequence[float], *, leave_out: int = 0) -> float:
+    """``rho_spectrum`` from the singular values, the largest first."""
+    kept = singular[: max(1, len(singular) - leave_out)]
     if kept[0] <= 0:
         return 0.0
-    values = [max(math.sqrt(max(square, 0.0)), RESOLUTION * math.sqrt(kept[0])) for square in kept]
+    values = [max(value, RESOLUTION * kept[0]) for value in kept]
     total = math.fsum(values)
     return max(0.0, math.fsum(math.log(total / (len(values) * value)) for value in values) / len(values))
 

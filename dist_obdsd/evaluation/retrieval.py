@@ -11,6 +11,7 @@ k neighbours, C classes, D embedding dimension.
 
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -21,10 +22,11 @@ from dist_obdsd.evaluation.census import Census
 from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
 from dist_obdsd.evaluation.places import FEW, MANY, Places, count_places
 from dist_obdsd.evaluation.search import Neighbours, nearest
+from dist_obdsd.seeds import rng
 
-WORST = 16
-"""Queries kept as failures."""
-WORST_NEIGHBOURS = 8
+SHOWN = 16
+"""Queries kept as failures, and as many as successes."""
+SHOWN_NEIGHBOURS = 8
 """Neighbours kept of each."""
 
 
@@ -51,8 +53,8 @@ class ClassRecall:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A query that its class came late to, with its nearest neighbours, best first."""
+class Answer:
+    """A query with its nearest neighbours, best first."""
 
     gallery: str
     query_id: int
@@ -70,9 +72,12 @@ class Retrieval:
     counts: Counts
     per_class: tuple[ClassRecall, ...]
     """By label; classes without a counted query are missing."""
-    failures: tuple[Failure, ...]
-    """The ``WORST`` queries: those whose class comes latest among the neighbours searched (or not at all); among
+    failures: tuple[Answer, ...]
+    """The ``SHOWN`` worst queries: those whose class comes latest among the neighbours searched (or not at all); among
     equals those with the higher score of the first neighbour; then by id."""
+    successes: tuple[Answer, ...]
+    """The ``SHOWN`` best queries, one of a class at most: those with the most images of their class among the first
+    ``SHOWN_NEIGHBOURS``; among equals in an order drawn at random, but always the same."""
 
 
 def retrieve(
@@ -116,11 +121,13 @@ def retrieve(
     place_q = search.place_q
     places = search.places(k, count_N[place_q], quick=k <= others)
     values = _values(_widened(places.relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], settings)
+    failures, successes = _answers(gallery, search, places, census)
     return Retrieval(
         metrics=global_means(values) if values else {},
         counts=Counts(queries=int(counted_N.sum()), gallery=offered, excluded=asked - int(counted_N.sum())),
         per_class=_per_class(gallery, places.relevant_qk[:, 0], class_N[place_q], classes_C),
-        failures=_worst(gallery, search, places, census),
+        failures=failures,
+        successes=successes,
     )
 
 
@@ -251,42 +258,79 @@ def _per_class(
     )
 
 
-def _worst(gallery: str, search: _Search, places: Places, census: Census) -> tuple[Failure, ...]:
-    """See ``Retrieval.failures``. Only queries that can be among them are asked for their neighbours."""
-    relevant_qk, place_q = places.relevant_qk, search.place_q
-    k = relevant_qk.shape[1]
-    # argmax finds the first of the largest, so the first hit; k where there is none.
-    first_q = torch.where(relevant_qk.any(dim=1), relevant_qk.byte().argmax(dim=1), k)
-    # The better a query's first neighbour, the worse the query, and how good it is is known up to an error.
-    least_q, most_q = places.best_q - places.error_q, places.best_q + places.error_q
-    order_q = place_q.argsort()
-    for key_q in (least_q, first_q):
-        order_q = order_q[key_q[order_q].argsort(descending=True, stable=True)]
-    own = [[-int(first_q[i]), -float(least_q[i]), int(place_q[i])] for i in order_q[:WORST].tolist()]
-    late, least, last = sorted(line for of_rank in collectives.gather_json(own) for line in of_rank)[:WORST][-1]
-    as_good_q = (most_q > -least) | ((most_q == -least) & (place_q <= last))
-    candidate_q = (first_q > -late) | ((first_q == -late) & as_good_q)
-    found = search.neighbours(candidate_q, min(k, WORST_NEIGHBOURS), scored=WORST_NEIGHBOURS)
-    own = [
+def _answers(
+    gallery: str, search: _Search, places: Places, census: Census
+) -> tuple[tuple[Answer, ...], tuple[Answer, ...]]:
+    """``Retrieval``'s failures and successes. Only queries that can be among them are asked for their neighbours."""
+    place_q, k = search.place_q, places.relevant_qk.shape[1]
+    first_q, bad_q = _bad(places, place_q)
+    good = _good(places, place_q, census)
+    good_q = torch.isin(place_q, torch.tensor(good, dtype=torch.int64))
+    asked_q = bad_q | good_q
+    found = search.neighbours(asked_q, min(k, SHOWN_NEIGHBOURS), scored=SHOWN_NEIGHBOURS)
+    lines = [
         [-first, -scores[0], place, neighbours, scores]
         for first, place, neighbours, scores in zip(
-            first_q[candidate_q].tolist(),
-            place_q[candidate_q].tolist(),
+            first_q[asked_q].tolist(),
+            place_q[asked_q].tolist(),
             found.ids_qk.tolist(),
             found.scores_qs.tolist(),
             strict=True,
         )
     ]
-    everyone = sorted(line for of_rank in collectives.gather_json(sorted(own)[:WORST]) for line in of_rank)
+    bad = sorted(line for line, is_bad in zip(lines, bad_q[asked_q].tolist(), strict=True) if is_bad)[:SHOWN]
+    own = [bad, [line for line in lines if line[2] in good]]
+    everyone = zip(*collectives.gather_json(own), strict=True)
+    worst, best = (sorted(line for part in parts for line in part) for parts in everyone)
+    best.sort(key=lambda line: good.index(line[2]))
     ids_N, labels_N = census.ids_N, census.labels_N
-    return tuple(
-        Failure(
-            gallery,
-            query_id=int(ids_N[place]),
-            query_label=int(labels_N[place]),
-            neighbour_ids=tuple(ids_N[neighbours].tolist()),
-            neighbour_labels=tuple(labels_N[neighbours].tolist()),
-            neighbour_scores=tuple(scores),
+    failures, successes = (
+        tuple(
+            Answer(
+                gallery,
+                query_id=int(ids_N[place]),
+                query_label=int(labels_N[place]),
+                neighbour_ids=tuple(ids_N[neighbours].tolist()),
+                neighbour_labels=tuple(labels_N[neighbours].tolist()),
+                neighbour_scores=tuple(scores),
+            )
+            for _, _, place, neighbours, scores in lines
         )
-        for _, _, place, neighbours, scores in everyone[:WORST]
+        for lines in (worst[:SHOWN], best)
     )
+    return failures, successes
+
+
+def _bad(places: Places, place_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the place of each query's first hit [q], whether it may be a failure [q])."""
+    relevant_qk = places.relevant_qk
+    # argmax finds the first of the largest, so the first hit; k where there is none.
+    first_q = torch.where(relevant_qk.any(dim=1), relevant_qk.byte().argmax(dim=1), relevant_qk.shape[1])
+    # The better a query's first neighbour, the worse the query, and how good it is is known up to an error.
+    least_q, most_q = places.best_q - places.error_q, places.best_q + places.error_q
+    order_q = place_q.argsort()
+    for key_q in (least_q, first_q):
+        order_q = order_q[key_q[order_q].argsort(descending=True, stable=True)]
+    own = [[-int(first_q[i]), -float(least_q[i]), int(place_q[i])] for i in order_q[:SHOWN].tolist()]
+    late, least, last = sorted(line for of_rank in collectives.gather_json(own) for line in of_rank)[:SHOWN][-1]
+    as_good_q = (most_q > -least) | ((most_q == -least) & (place_q <= last))
+    return first_q, (first_q > -late) | ((first_q == -late) & as_good_q)
+
+
+def _good(places: Places, place_q: torch.Tensor, census: Census) -> list[int]:
+    """The places of the successes, the best first. A class's best query is among the best of its own rank."""
+    right_q = places.relevant_qk[:, :SHOWN_NEIGHBOURS].sum(dim=1)
+    drawn_q = torch.from_numpy(rng(0, "best queries").permutation(len(census)))[place_q]
+    order_q = drawn_q.argsort()
+    order_q = order_q[right_q[order_q].argsort(descending=True, stable=True)]
+    class_q = census.classes[1][place_q]
+    own: dict[int, list[int]] = {}
+    for i in order_q.tolist():
+        own.setdefault(int(class_q[i]), [-int(right_q[i]), int(drawn_q[i]), int(place_q[i])])
+        if len(own) == SHOWN:
+            break
+    best: dict[int, int] = {}
+    everyone = [item for of_rank in collectives.gather_json(list(own.items())) for item in of_rank]
+    for of_class, line in sorted(everyone, key=itemgetter(1)):
+        best.setdefault(of_class, line[2])
+    return list(best.values())[:SHOWN]

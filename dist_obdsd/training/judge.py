@@ -141,8 +141,10 @@ class Judge:
         self.best_test = state.get("best_test")  # older checkpoints have none
 
     def _measure(self, what: str, split: str, classes: list[int] | None, epoch: int) -> dict[str, float]:
+        # Figures show the test set or, where it must not be looked at, the validation classes.
+        portrait = self.settings.tracking.figures and what == ("test" if self.tests else "validation")
         result = evaluate_split(
-            self.student, self.manifest, split, self.settings, self.runtime, classes, self.stop.between
+            self.student, self.manifest, split, self.settings, self.runtime, classes, self.stop.between, portrait
         )
         self.record(what, result, epoch)
         return result.metrics

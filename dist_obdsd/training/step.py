@@ -18,6 +18,7 @@ from dist_obdsd.objective.objective import Objective, class_indices, is_ranking
 from dist_obdsd.objective.terms import View
 from dist_obdsd.runtime import Runtime
 from dist_obdsd.seeds import derive
+from dist_obdsd.tracking.album import Seen
 from dist_obdsd.training.optim import learning_rate
 from dist_obdsd.training.strategy import DDPStrategy
 
@@ -80,6 +81,8 @@ class TrainStep:
         """
         self.settings, self.runtime, self.strategy = settings, runtime, strategy
         self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
+        self.latest: Seen | None = None
+        """The batch of the latest step, the same on every rank."""
 
     def __call__(
         self, batch: Batch, position: Position, progress: float, stop: bool = False, save: bool = False
@@ -111,6 +114,8 @@ class TrainStep:
             T_BD = collectives.gather_rows(T_bD, check_sizes=False)
         # Sizes come from a config that all ranks share, so comparing them once is enough.
         E_BD = collectives.gather_rows(E_bD, check_sizes=position.global_step == 0)
+        whose = "student" if T_BD is None else "teacher"
+        self.latest = Seen(E_BD.detach() if T_BD is None else T_BD, batch.labels_B, whose)
         first_row = self.runtime.rank * E_bD.shape[0]
         seed = derive(self.settings.seed, "ranking", position.epoch, position.step)
         terms = self.objective.terms(View(E_bD, E_BD, labels_B, first_row, seed), T_BD)

@@ -13,6 +13,7 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.errors import RunError, StoppedError, UserError, sentence
+from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher, check_identical
@@ -20,6 +21,7 @@ from dist_obdsd.objective.manifold import choose_solver
 from dist_obdsd.objective.objective import build_objective
 from dist_obdsd.runtime import Runtime
 from dist_obdsd.tracking import provenance
+from dist_obdsd.tracking.album import Album
 from dist_obdsd.tracking.tracker import build_tracker
 from dist_obdsd.training import checkpoint
 from dist_obdsd.training.judge import Judge
@@ -83,12 +85,12 @@ class Trainer:
             if runtime.is_main:
                 self.run_dir = RunDir(settings.run_dir)
         self.record = Record(settings, self.run_dir, terminal)
+        self.album = Album(self.run_dir.path if self.run_dir and settings.tracking.figures else None, say)
         self.checkpoints = settings.run_dir / "checkpoints"
         self.saver = Saver(settings.checkpoint, self.checkpoints, self._saved)
         self.judge = Judge(
-            settings, self.manifest, self.validation_classes, self.student, runtime,
-            lambda what, result, epoch: self.record.measured(what, result, epoch, self.position.global_step), stop,
-        )  # fmt: skip
+            settings, self.manifest, self.validation_classes, self.student, runtime, self._measured, stop
+        )
         self.snapshot = Snapshot(
             settings, self.manifest.digest, self.validation_classes, self.student, self.teacher, self.objective,
             self.strategy, self.judge,
@@ -267,6 +269,7 @@ class Trainer:
         self._read(self.reader.drain())
         self.terminal.end()
         if steps:
+            self.album.keep_batch(self.step.latest, epoch)
             images, seconds = steps * settings.batch.global_size, time.perf_counter() - started
             self.record.epoch(title, epoch, position.global_step, images, seconds, waited)
         return self.wanted["stop"]
@@ -280,6 +283,10 @@ class Trainer:
             for wish in self.wanted:
                 self.wanted[wish] |= numbers[wish] > 0
             self.record.step(about, numbers)
+
+    def _measured(self, what: str, result: EvaluationResult, epoch: int) -> None:
+        self.record.measured(what, result, epoch, self.position.global_step)
+        self.album.keep_evaluation(what, result, epoch, self.manifest.classes)
 
     def _finish_epoch(self) -> None:
         """Promote the teacher, measure and save."""
@@ -318,6 +325,10 @@ class Trainer:
         }
         if self.run_dir is not None:
             self.record.tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
+        with collectives.agree("drawing the figures"):
+            for path in self.album.draw():
+                self.record.tracker.artifact(path)
+        if self.run_dir is not None:
             found = checkpoint.find(self.checkpoints, "best") or checkpoint.find(self.checkpoints)
             if self.settings.tracking.log_model and found is not None:
                 self.record.tracker.model(found)

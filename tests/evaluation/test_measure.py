@@ -10,8 +10,9 @@ import torch
 from dist_obdsd import collectives
 from dist_obdsd.config import Evaluation
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.evaluation import portrait
 from dist_obdsd.evaluation.evaluator import measure
-from dist_obdsd.evaluation.retrieval import WORST, WORST_NEIGHBOURS
+from dist_obdsd.evaluation.retrieval import SHOWN, SHOWN_NEIGHBOURS
 from dist_obdsd.seeds import rng
 from tests import harness
 from tests.evaluation import oracle
@@ -129,14 +130,15 @@ def test_the_conventions_differ_where_they_say() -> None:
     assert correct["metrics"]["recall@1"] > released["metrics"]["recall@1"]
 
 
-def test_recall_by_class_and_the_worst_queries() -> None:
+def test_recall_by_class_and_the_worst_and_best_queries() -> None:
     rows, ids, labels, roles = data("cameras")
     found = measure_worker("cameras", "even")
     by_id = {
         i: (row, label, role)
         for i, row, label, role in zip(ids.tolist(), rows.double().tolist(), labels.tolist(), roles, strict=True)
     }
-    per_class, failures = [], []
+    drawn = dict(zip(sorted(by_id), rng(0, "best queries").permutation(N).tolist(), strict=True))
+    per_class, failures, successes = [], [], []
     for name, of in (("", ("both", "gallery")), ("left", ("gallery:left",)), ("right-2", ("gallery:right-2",))):
         gallery = [i for i, (_, _, role) in by_id.items() if role in of]
         hits: dict[int, list[bool]] = {}
@@ -150,20 +152,59 @@ def test_recall_by_class_and_the_worst_queries() -> None:
             right = [by_id[i][1] == label for _, i in near]
             hits.setdefault(label, []).append(right[0])
             first = right.index(True) if True in right else len(right)
-            ranked.append((-first, -near[0][0], query, label, near[:WORST_NEIGHBOURS]))
+            ranked.append((-first, -near[0][0], query, label, near[:SHOWN_NEIGHBOURS]))
         per_class += [
             {"gallery": name, "label": label, "queries": len(of_class), "recall": sum(of_class) / len(of_class)}
             for label, of_class in sorted(hits.items())
         ]
-        for _, _, query, label, near in sorted(ranked)[:WORST]:
-            failures.append((name, query, label, [i for _, i in near], [by_id[i][1] for _, i in near]))
+        best: dict[int, Any] = {}
+        for line in sorted(ranked, key=lambda line: (-sum(by_id[i][1] == line[3] for _, i in line[4]), drawn[line[2]])):
+            best.setdefault(line[3], line)
+        for chosen, lines in ((failures, sorted(ranked)), (successes, list(best.values()))):
+            for _, _, query, label, near in lines[:SHOWN]:
+                chosen.append((name, query, label, [i for _, i in near], [by_id[i][1] for _, i in near]))
     assert list(found["per_class"]) == per_class
-    assert [
-        (f["gallery"], f["query_id"], f["query_label"], list(f["neighbour_ids"]), list(f["neighbour_labels"]))
-        for f in found["failures"]
-    ] == failures
-    assert len(failures) > WORST
+    for name, answers in (("failures", failures), ("successes", successes)):
+        assert [
+            (f["gallery"], f["query_id"], f["query_label"], list(f["neighbour_ids"]), list(f["neighbour_labels"]))
+            for f in found[name]
+        ] == answers
+    assert len(failures) > SHOWN
     assert any(f["neighbour_labels"][0] != f["query_label"] for f in found["failures"])
+
+
+def portrait_worker(layout: str) -> list[Any]:
+    rows, ids, labels, roles = data("plain")
+    mine = own(layout)
+    result = measure(
+        rows[mine] if len(mine) else torch.empty(0, 0), ids[mine], labels[mine], [roles[i] for i in mine.tolist()],
+        expected_count=N, settings=Evaluation(), device=CPU, seed=4, portrait=True,
+    )  # fmt: skip
+    assert result.portrait is not None
+    return [result.portrait.rows_mD.tolist(), result.portrait.labels_m.tolist(), result.portrait.singular]
+
+
+def test_a_portrait_is_the_same_on_any_ranks_and_of_a_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [
+        answer
+        for world in harness.WORLD_SIZES
+        for layout in ("even", "last")
+        for answer in harness.run(world, portrait_worker, layout)
+    ]
+    assert all(answer == answers[0] for answer in answers)
+    rows, _, labels, _ = data("plain")
+    found, of, singular = answers[0]
+    assert of == labels.sort().values.tolist()  # all 13 classes fit
+    class_of = {tuple(row): label for row, label in zip(rows.tolist(), labels.tolist(), strict=True)}
+    assert [class_of.pop(tuple(row)) for row in found] == of  # each image once, beside its own label
+    torch.testing.assert_close(torch.tensor(singular), torch.linalg.svdvals(rows), atol=1e-5, rtol=1e-5)
+
+    monkeypatch.setattr(portrait, "CLASSES", 4)
+    monkeypatch.setattr(portrait, "IMAGES", 12)
+    _, of, _ = portrait_worker("even")
+    sizes = torch.tensor(of).unique(return_counts=True)[1]
+    assert len(sizes) == 4
+    assert sizes.max() <= 3
 
 
 def found_width(name: str, found: dict[str, Any], largest: int) -> int:
