@@ -101,6 +101,12 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("overrides", nargs="*", metavar="key=value")
     status.set_defaults(run=_status)
 
+    replay = commands.add_parser("replay", help="send to the tracking server what it missed of a run")
+    replay.add_argument("spool", type=Path, help="a run folder, or its tracking.jsonl")
+    replay.add_argument("--uri", help="another server, which gets all of the run")
+    replay.add_argument("--new-run", action="store_true", help="send all to a new run, when the old one is lost")
+    replay.set_defaults(run=_replay)
+
     doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
     doctor.add_argument("config", type=Path, nargs="?")
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
@@ -249,7 +255,8 @@ def _train_until(stop: "StopSignals", options: argparse.Namespace) -> int:
             say("\n" + table(summary["rows"]))
         say(f"\n{summary['meta']['state']}: {settings.run_dir}")
         if settings.tracking.kind == "mlflow":
-            say(f"to see its curves: mlflow ui --backend-store-uri {settings.tracking.uri}")
+            uri = settings.tracking.uri
+            say(f"to see its curves: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}")
     return 0
 
 
@@ -292,6 +299,13 @@ def _status(options: argparse.Namespace) -> int:
     print(status.get("state", "none"))
     if status.get("message"):
         print(status["message"], file=sys.stderr)
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from dist_obdsd.tracking.writer import replay
+
+    replay(options.spool, options.uri, options.new_run, speaker(True))
     return 0
 
 
