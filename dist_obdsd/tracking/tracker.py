@@ -100,6 +100,8 @@ class MLflowTracker(Tracker):
 
     def close(self, status: str) -> None:
         self._guarded(lambda spool: spool.append("end", status=status))
+        if self._spool is not None:
+            self._spool.close()
         if self._writer is None:
             return
         self._writer.close(self._wait)
@@ -118,6 +120,8 @@ class MLflowTracker(Tracker):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
+        if self._spool is not None:
+            self._spool.close()
         self._spool = None
         reason = getattr(error, "strerror", None) or error
         self._say(

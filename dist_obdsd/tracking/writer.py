@@ -65,6 +65,8 @@ class Writer:
         if self._thread.is_alive():
             self.trouble = self.trouble or "it is slow or does not answer"
         self._stop.set()  # from now on the thread prints nothing and begins nothing
+        self._wake.set()
+        self._thread.join(0.1)
 
     def _run(self) -> None:
         pause = 0.0
