@@ -135,6 +135,12 @@ def parser() -> argparse.ArgumentParser:
     figures.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as data.shards=DIR")
     figures.set_defaults(run=_figures)
 
+    replay = commands.add_parser("replay", help="send to the tracking server what it missed of a run")
+    replay.add_argument("spool", type=Path, help="a run folder, or its tracking.jsonl")
+    replay.add_argument("--uri", help="another server, which gets all of the run")
+    replay.add_argument("--new-run", action="store_true", help="send all to a new run, when the old one is lost")
+    replay.set_defaults(run=_replay)
+
     doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
     doctor.add_argument("config", type=Path, nargs="?")
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
@@ -296,7 +302,10 @@ def _train_until(stop: "StopSignals", options: argparse.Namespace) -> int:
         colour = "green" if state == "finished" else "yellow"
         terminal.say(f"\n{progress.paint(state, colour, sys.stdout)}: {settings.run_dir}")
         if settings.tracking.kind == "mlflow":
-            terminal.say(f"to see its curves: mlflow ui --backend-store-uri {settings.tracking.uri}")
+            uri = settings.tracking.uri
+            terminal.say(
+                f"to see its curves: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}"
+            )
     return 0
 
 
@@ -363,6 +372,13 @@ def _figures(options: argparse.Namespace) -> int:
     for reason in failed:
         _note(reason)
     return 1 if failed else 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from dist_obdsd.tracking.writer import replay
+
+    replay(options.spool, options.uri, options.new_run, speaker(True))
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -195,11 +195,11 @@ def _tracking(settings: Config) -> str:
     uri = settings.tracking.uri
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return f"tracking: {uri} will be made by the first run"  # asking would make it
-    from mlflow.tracking import MlflowClient
+    from dist_obdsd.tracking import store
 
     started = time.perf_counter()
     try:
-        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+        store.check(uri)
     except Exception as error:  # whatever a store does
         return f"tracking: {uri} does not answer ({' '.join(str(error).split())[:120]}); a run would go on without it"
     return f"tracking: {uri} answers after {time.perf_counter() - started:.1f} s"

@@ -12,6 +12,8 @@ import torch
 import torchvision
 
 import dist_obdsd
+from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.data.remote import is_remote, shown
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,8 +50,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_commit() -> str:
-    """The commit that the working folder is at, with ``-dirty`` for uncommitted changes, or ``unknown``."""
+def git() -> dict[str, str]:
+    """The commit that the working folder is at, and whether it has uncommitted changes; ``unknown`` without git."""
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
@@ -57,7 +59,23 @@ def git_commit() -> str:
             text=True,
             timeout=10,
             check=False,
-        )
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.strip() or "unknown"
+        answer = ""
+    if not answer:
+        return {"git_commit": "unknown", "git_dirty": "unknown"}
+    return {"git_commit": answer.removesuffix("-dirty"), "git_dirty": str(answer.endswith("-dirty")).lower()}
+
+
+def dataset(manifest: Manifest, shards: str) -> dict[str, Any]:
+    """What ``Tracker.dataset`` is told of the data."""
+    splits = {
+        name: {"images": manifest.images(name), "classes": len(manifest.class_ids(name))} for name in manifest.splits
+    }
+    source = shown(shards) if is_remote(shards) else str(Path(shards).absolute())
+    return {
+        "name": str(manifest.recipe.get("name", "shards")),
+        "digest": manifest.digest,
+        "source": source,
+        "profile": {"splits": splits},
+    }

@@ -1,129 +1,180 @@
 """Experiment tracking. A rank that does not log has a ``Tracker``, which does nothing; rank 0 may have MLflow's."""
 
-import os
-import time
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_obdsd import config
+from dist_obdsd.config import Config
+from dist_obdsd.errors import InputError, UserError
+from dist_obdsd.tracking import spool as spools
+from dist_obdsd.tracking.spool import Spool, State
+from dist_obdsd.tracking.store import absolute, load_libraries
+from dist_obdsd.tracking.writer import Writer
 
 
 class Tracker:
     """The null tracker: every call is accepted and nothing happens."""
 
-    run_id: str | None = None
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run, or a local one (``local-...``) until the server was reached."""
+        return None
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log settings once, by dotted name."""
+        """Log settings by dotted name. One that was logged before stays as it is."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at an optimizer step. They may be sent later."""
+        """Log numbers at an optimizer step. What a metric was at a step that is done again stays as it is."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Log texts that may change."""
+
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Log what the run is trained on."""
 
     def artifact(self, path: Path) -> None:
-        """Log a file."""
+        """Log a file, or a folder under its name. It is read when it is sent, and must stay until then."""
 
     def model(self, checkpoint: Path) -> None:
         """Log a checkpoint as a model that MLflow can load and serve."""
 
     def close(self, status: str) -> None:
-        """Send what is waiting and end the run as FINISHED, FAILED or KILLED."""
+        """Send what is waiting, for a while, and end the run as FINISHED, FAILED or KILLED."""
 
 
 class MLflowTracker(Tracker):
-    """One MLflow run. The first failure is told once and ends tracking, never training: metrics.jsonl has it all."""
+    """One MLflow run. A call is a line in the spool; a thread sends it, now or later or never, and no call waits."""
 
     def __init__(
         self,
-        settings: config.Tracking,
-        name: str,
+        settings: Config,
+        manifest: str,
         run_id: str | None,
         tags: Mapping[str, str],
-        warn: Callable[[str], None],
+        say: Callable[[str], None],
     ) -> None:
-        """Start a run, or continue the one called ``run_id``."""
-        # An unreachable server must be given up after seconds; MLflow's own patience is minutes per call.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        self._warn = warn
-        self._waiting: list[Any] = []
-        self._alive = True
-        self._uri = settings.uri
-        self._every = settings.every_steps
-        self._guarded(lambda: self._open(settings, name, run_id, tags))
+        """Start a run, or continue the one in the run folder.
 
-    def _open(self, settings: config.Tracking, name: str, run_id: str | None, tags: Mapping[str, str]) -> None:
-        from mlflow.tracking import MlflowClient
+        Args:
+            manifest: digest of the shards' manifest.
+            run_id: what a checkpoint says that this run is called.
+        """
+        self._settings, self._say, self._wait = settings.tracking, say, settings.tracking.wait_seconds
+        self._id = run_id
+        self._spool: Spool | None = None
+        self._writer: Writer | None = None
+        uri = absolute(settings.tracking.uri)
+        try:
+            self._spool, state = _open(settings, manifest, run_id, uri, say)
+            self._id = state.run_id or state.run
+            self._spool.append("start", tags=dict(tags))
+            load_libraries(uri)
+            self._writer = Writer(self._spool.path, state, uri, say)
+        except ImportError as error:
+            say(f"tracking: {error}; pip install mlflow, and `dist-obdsd replay {settings.run_dir}` sends this run")
+        except (OSError, UserError) as error:
+            self._give_up(error)
 
-        self._client = MlflowClient(tracking_uri=settings.uri)
-        if run_id is not None:
-            self._client.update_run(run_id, status="RUNNING")
-            self.run_id = run_id
-            return
-        experiment = self._client.get_experiment_by_name(settings.experiment)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(settings.experiment)
-        self.run_id = self._client.create_run(experiment_id, run_name=name, tags=dict(tags)).info.run_id
+    @property
+    def run_id(self) -> str | None:
+        return self._writer.state.run_id or self._id if self._writer else self._id
 
     def params(self, values: Mapping[str, Any]) -> None:
-        if not self._alive:
-            return
-        from mlflow.entities import Param
-
-        entries = [Param(key, str(value)) for key, value in values.items()]
-        self._guarded(lambda: self._client.log_batch(self.run_id, params=entries))
+        self._guarded(lambda spool: spool.params(values))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        if not self._alive:
-            return
-        from mlflow.entities import Metric
+        self._guarded(lambda spool: spool.metrics(values, step))
 
-        now = int(time.time() * 1000)
-        # MLflow's names allow no "@", which the field's metrics have.
-        self._waiting += [Metric(key.replace("@", "_at_"), value, now, step) for key, value in values.items()]
-        if len(self._waiting) >= 10 * self._every:
-            self._flush()
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._guarded(lambda spool: spool.append("tags", values=dict(values)))
 
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for start in range(0, len(waiting), 1000):  # MLflow takes at most 1000 metrics a call
-            batch = waiting[start : start + 1000]
-            self._guarded(lambda batch=batch: self._client.log_batch(self.run_id, metrics=batch))  # type: ignore[misc]
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        told = {"name": name, "digest": digest, "source": source, "profile": dict(profile)}
+        self._guarded(lambda spool: spool.append("dataset", **told))
 
     def artifact(self, path: Path) -> None:
-        self._guarded(lambda: self._client.log_artifact(self.run_id, str(path)))
+        self._guarded(lambda spool: spool.append("artifact", path=_within(spool, path)))
 
     def model(self, checkpoint: Path) -> None:
-        if not self._alive or self.run_id is None:
-            return
-        from dist_obdsd.tracking.model import log_model
-
-        run_id = self.run_id
-        self._guarded(lambda: log_model(self._client, run_id, checkpoint))
+        self._guarded(lambda spool: spool.append("model", path=_within(spool, checkpoint)))
 
     def close(self, status: str) -> None:
-        self._flush()
-        self._guarded(lambda: self._client.set_terminated(self.run_id, status=status))
+        self._guarded(lambda spool: spool.append("end", status=status))
+        if self._spool is not None:
+            self._spool.close()
+        if self._writer is None:
+            return
+        self._writer.close(self._wait)
+        if self._spool is not None and (missing := self._spool.number - self._writer.state.number):
+            self._say(
+                f"tracking at {self._settings.uri} lacks {missing} of {self._spool.number} calls "
+                f"({self._writer.trouble}); `dist-obdsd replay {self._spool.path.parent}` sends the rest"
+            )
 
-    def _guarded(self, call: Callable[[], Any]) -> None:
-        if not self._alive:
+    def _guarded(self, append: Callable[[Spool], None]) -> None:
+        if self._spool is None:
             return
         try:
-            call()
-        except Exception as error:  # whatever the store does, the run goes on
-            self._alive = False
-            reason = " ".join(str(error).split())[:200]
-            self._warn(f"tracking at {self._uri} stopped ({reason}); the run goes on, metrics.jsonl has every number")
+            append(self._spool)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._spool is not None:
+            self._spool.close()
+        self._spool = None
+        reason = getattr(error, "strerror", None) or error
+        self._say(
+            f"tracking stopped, since its spool cannot be written ({reason}); the run goes on, metrics.jsonl has it"
+        )
+
+
+def _within(spool: Spool, path: Path) -> str:
+    """Relative to the run folder, which may move, where the path is in it."""
+    folder, whole = spool.path.parent.absolute(), path.absolute()
+    return str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
+
+
+def _open(
+    settings: Config, manifest: str, run_id: str | None, uri: str, say: Callable[[str], None]
+) -> tuple[Spool, State]:
+    """The run's spool, a new one if there is none or if it is another run's.
+
+    Raises:
+        OSError, UserError: it cannot be written.
+    """
+    path = settings.run_dir / spools.NAME
+    config = settings.model_dump(mode="json")
+    if path.exists() and path.stat().st_size:
+        try:
+            head = spools.read_head(path)
+            other = spools.whose(head, config, manifest)
+            if not other:
+                return Spool(path, head), State.load(path, head)
+        except InputError as error:
+            other = str(error)
+        aside = next(to for n in itertools.count(1) if not (to := path.with_name(f"tracking-{n}.jsonl")).exists())
+        path.rename(aside)
+        if State.path(path).exists():
+            State.path(path).rename(State.path(aside))
+        say(f"tracking: {path} is not of this run ({other}), so it is kept as {aside.name} and a new one begins")
+    local = run_id if run_id is not None and run_id.startswith(spools.LOCAL) else None
+    head = spools.new_head(uri, config, manifest, local)
+    state = State(head["run"], uri, None if local else run_id)
+    state.save(path)
+    return Spool(path, head), state
 
 
 def build_tracker(
-    settings: config.Tracking,
-    name: str,
+    settings: Config,
+    manifest: str,
     run_id: str | None,
     tags: Mapping[str, str],
     is_main: bool,
-    warn: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Tracker:
     """MLflow on the main rank if it is asked for, else the null tracker."""
-    if settings.kind == "none" or not is_main:
+    if settings.tracking.kind == "none" or not is_main:
         return Tracker()
-    return MLflowTracker(settings, name, run_id, tags, warn)
+    return MLflowTracker(settings, manifest, run_id, tags, say)

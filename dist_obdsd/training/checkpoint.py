@@ -88,6 +88,12 @@ def find(path: Path, which: str = "last") -> Path | None:
     return path if path.is_file() else None
 
 
+def pointers(folder: Path) -> dict[str, str]:
+    """The files that ``last`` and ``best`` name, with their sizes, as tags for a tracker."""
+    found = {name: find(folder / name) for name in ("last", "best")}
+    return {f"checkpoint.{n}": f"{p.absolute()} ({p.stat().st_size} bytes)" for n, p in found.items() if p is not None}
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 

@@ -1,9 +1,11 @@
 """What a run tells: the terminal, ``metrics.jsonl`` and the tracker hear the same numbers."""
 
+from dist_obdsd import collectives
 from dist_obdsd.config import Config
 from dist_obdsd.errors import RunError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.tracking.tracker import Tracker
+from dist_obdsd.tracking.usage import Usage, by_node
 from dist_obdsd.training.rundir import RunDir
 from dist_obdsd.training.terminal import Terminal
 
@@ -13,9 +15,13 @@ WISHES = ("stop", "save")
 class Record:
     """Of one rank; those that do not record have no run folder, a null tracker and a silent terminal."""
 
-    def __init__(self, settings: Config, run_dir: RunDir | None, terminal: Terminal) -> None:
+    def __init__(
+        self, settings: Config, run_dir: RunDir | None, terminal: Terminal, first_of_node: bool = True
+    ) -> None:
         self.settings, self.run_dir, self.terminal, self.say = settings, run_dir, terminal, terminal.say
         self.tracker = Tracker()
+        self._tracked = settings.tracking.kind != "none"
+        self._usage = Usage() if self._tracked and first_of_node else None
         self._nonfinite_in_a_row = 0
         self._defective = 0
 
@@ -55,6 +61,12 @@ class Record:
             self._defective += 1
             return f"{share:.1%} of the target's rows are no distribution (step {self._defective} so)"
         return None
+
+    def usage(self, steps: int, last: bool) -> None:
+        """Track how busy every node is, after every ``tracking.every_steps`` steps and an epoch's last. Collective."""
+        if self._tracked and (last or steps % self.settings.tracking.every_steps == 0):
+            readings = collectives.gather_json(self._usage.read() if self._usage else None)
+            self.tracker.metrics(by_node(readings), steps)
 
     def epoch(self, title: str, epoch: int, global_step: int, images: int, seconds: float, waited: float) -> None:
         """Record how quick the part of an epoch was that this process trained."""

@@ -84,7 +84,7 @@ class Trainer:
         with collectives.agree("opening the run folder"):
             if runtime.is_main:
                 self.run_dir = RunDir(settings.run_dir)
-        self.record = Record(settings, self.run_dir, terminal)
+        self.record = Record(settings, self.run_dir, terminal, runtime.launch.local_rank == 0)
         self.album = Album(self.run_dir.path if self.run_dir and settings.tracking.figures else None, say)
         self.checkpoints = settings.run_dir / "checkpoints"
         self.saver = Saver(settings.checkpoint, self.checkpoints, self._saved)
@@ -159,24 +159,28 @@ class Trainer:
             "launcher": self.runtime.launch.launcher,
             "world_size": str(self.runtime.world_size),
             "manifest": self.manifest.digest,
-            "git_commit": provenance.git_commit(),
+            **provenance.git(),
             "hardware": provenance.hardware(self.runtime.device),
         }
         versions = provenance.versions()
-        name, resumed = self.settings.name, self.run_id
-        tracker = build_tracker(self.settings.tracking, name, resumed, tags, self.runtime.is_main, self.terminal.tell)
-        self.record.tracker, self.run_id = tracker, tracker.run_id or resumed
+        tracker = build_tracker(
+            self.settings, self.manifest.digest, self.run_id, tags, self.runtime.is_main, self.terminal.tell
+        )
+        self.record.tracker = tracker
         if self.run_dir is not None:
             path = self.run_dir.write_text("config.yaml", self.settings.to_yaml())
             self.run_dir.write_text("provenance.json", json.dumps(tags | versions, indent=1) + "\n")
-            if resumed is None:
-                tracker.params(provenance.flatten(self.settings.model_dump(mode="json")) | versions)
-                tracker.artifact(path)
+            tracker.params(provenance.flatten(self.settings.model_dump(mode="json")) | versions)
+            tracker.dataset(**provenance.dataset(self.manifest, self.settings.data.shards))
+            tracker.artifact(path)
         status = "FAILED"
         try:
             summary = self._run()
             status = "FINISHED" if summary["meta"]["state"] == "finished" else "KILLED"
             return summary
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
             tracker.close(status)
 
@@ -261,6 +265,7 @@ class Trainer:
             waited += wait
             steps += 1
             self._read(self.reader.push(about, names, numbers))
+            self.record.usage(position.global_step, last=position.step == plan.steps)
             if self.wanted["stop"]:
                 break
             if (self.wanted["save"] or self.saver.due(position.global_step)) and position.step < plan.steps:
@@ -319,7 +324,7 @@ class Trainer:
                 "world_size": self.runtime.world_size,
                 "validation_classes": len(self.judge.classes),
                 "best_validation": self.judge.best_validation,
-                "tracked_run": self.run_id,
+                "tracked_run": self._tracked_run(),
             },
             "rows": rows,
         }
@@ -364,15 +369,21 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         self.wanted["save"] = False
-        state = self.snapshot.take(self.position, self.unjudged, self.run_id)
+        state = self.snapshot.take(self.position, self.unjudged, self._tracked_run())
         with collectives.agree("saving the checkpoint"):
             if self.run_dir is not None:
                 self.saver.save(state, best)
+
+    def _tracked_run(self) -> str | None:
+        """The tracker learns its run's id at some time, or never; a run that is not tracked keeps what it was told."""
+        return self.record.tracker.run_id or self.run_id
 
     def _saved(self, name: str, size: int, seconds: float) -> None:
         self.say(f"saved {name}: {size / 2**20:.1f} MiB, training waited {seconds:.2f} s for it")
         values = {"mib": size / 2**20, "seconds": seconds}
         self.record.values("checkpoint", values, self.position.epoch, self.position.global_step)
+        # A tracking server is no place for files of this size, so it learns where they are.
+        self.record.tracker.tags(checkpoint.pointers(self.checkpoints))
 
     def _resume(self) -> None:
         """Continue from the run folder's last checkpoint, if it has one. Rank 0 decides which. Collective."""

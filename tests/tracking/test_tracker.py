@@ -1,62 +1,156 @@
+"""Real training runs and what MLflow has of them."""
+
 import json
+import signal
+import socket
+import statistics
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from dist_obdsd.config import Tracking
-from dist_obdsd.tracking.tracker import MLflowTracker, Tracker, build_tracker
+from dist_obdsd.config import parse_config
+from dist_obdsd.tracking import spool as spools
+from dist_obdsd.tracking.tracker import MLflowTracker
+from dist_obdsd.training import checkpoint
 from tests import runs
-from tests.training.conftest import folder, shards  # noqa: F401
 
 
-def test_a_run_is_in_mlflow_with_settings_losses_and_metrics(folder):  # noqa: F811
+def the_run(uri: str, name: str, experiment: str = "dist-obdsd"):
+    client = MlflowClient(uri)
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    (run,) = client.search_runs([experiment_id], f"attributes.run_name = '{name}'")
+    return client, run
+
+
+def points(client, run, name: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name))
+
+
+def test_a_run_is_in_mlflow_with_settings_losses_and_metrics(folder):
     runs.train(folder, "tracking.kind=mlflow", ranks=2)
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("dist-obdsd").experiment_id])
+    client, run = the_run(f"sqlite:///{folder}/mlflow.db", "tiny")
     assert run.info.status == "FINISHED"
     assert run.data.params["distillation.omega"] == "0.5"
-    assert run.data.tags["world_size"] == "2"
-    steps = runs.metrics(folder / "runs" / "tiny", "step")
-    history = sorted(client.get_metric_history(run.info.run_id, "ranking"), key=lambda metric: metric.step)
-    assert [(m.step, m.value) for m in history] == [(row["step"], row["ranking"]) for row in steps]
+    tags = run.data.tags
+    assert (tags["world_size"], tags["launcher"]) == ("2", "torchrun")
+    assert tags["checkpoint.last"].startswith(f"{folder}/runs/tiny/checkpoints/epoch-0003.pt (")
     summary = json.loads((folder / "runs" / "tiny" / "summary.json").read_text())
+    (given,) = run.inputs.dataset_inputs
+    assert given.dataset.digest == tags["manifest"][:36] == summary["meta"]["manifest"][:36]
+    assert given.dataset.name == "folder"
+    assert '"train": {"images": 96, "classes": 12}' in given.dataset.profile
+    rows = runs.metrics(folder / "runs" / "tiny", "step")
+    for name in ("ranking", "distillation", "target_entropy", "ramp", "lr", "data_wait", "seconds"):
+        assert points(client, run, name) == [(row["step"], row[name]) for row in rows if name in row]
     value = next(row["value"] for row in summary["rows"] if row["metric"] == "recall@1")
     assert run.data.metrics["test/recall_at_1"] == value
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "summary.json"}
+    # Two ranks on one node, which tells its state once per interval (5) and at the end of an epoch (6 steps each).
+    memory = points(client, run, "system/node-0/system_memory_usage_percentage")
+    assert [step for step, _ in memory] == [5, 6, 10, 12, 15, 18]
+    assert all(0 < value < 100 for _, value in memory)
+    assert "system/node-1/system_memory_usage_percentage" not in run.data.metrics
 
 
-def test_a_resumed_run_continues_the_same_mlflow_run(folder):  # noqa: F811
-    runs.train(folder, "tracking.kind=mlflow", "max_steps=4")
-    runs.train(folder, "tracking.kind=mlflow")
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("dist-obdsd").experiment_id])
-    history = client.get_metric_history(run.info.run_id, "ranking")
-    assert sorted(m.step for m in history) == [row["step"] for row in runs.metrics(folder / "runs" / "tiny", "step")]
+# Between two checkpoints, at 18 and 24 steps, and when the server has some of the steps that will be done again.
+KILLS_ITSELF = """
+path = __import__("pathlib").Path("runs/tiny/tracking.state.json")
+while b'"step": 20' not in path.with_name("tracking.jsonl").read_bytes()[:json.loads(path.read_text())["sent"]]:
+    time.sleep(0.02)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
-def test_an_unreachable_server_is_told_once_and_the_run_goes_on(folder):  # noqa: F811
-    done = runs.train(folder, "tracking.kind=mlflow", "tracking.uri=http://127.0.0.1:9", "max_steps=3")
-    assert done.stdout.count("tracking at http://127.0.0.1:9 stopped") == 1
-    assert runs.status(folder / "runs" / "tiny")["state"] == "finished"
+def test_a_killed_run_and_a_hanging_server_leave_one_run_with_every_step_once(folder, server):
+    settings = ("tracking.kind=mlflow", f"tracking.uri={server.uri}", "tracking.wait_seconds=0.5", "epochs=6",
+                "tracking.experiment=killed", "data.workers=0")  # fmt: skip
+    run_dir = folder / "runs" / "tiny"
+    killed = breaks(folder, KILLS_ITSELF, 23, *settings)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    server.kill()
+    with socket.create_server(("127.0.0.1", server.port)):  # takes connections and never answers
+        done = runs.program("train", "tiny.yaml", *settings, cwd=folder, env={"MLFLOW_HTTP_REQUEST_TIMEOUT": "60"})
+    assert done.returncode == 0, done.stderr
+    assert "18 steps are done" in done.stdout
+    assert done.stdout.count("tracking at ") == 1
+    assert "`dist-obdsd replay runs/tiny` sends the rest" in done.stdout
+    rows = runs.metrics(run_dir, "step")
+    assert [row["step"] for row in rows] == list(range(36))
+    with_server, without = ([row["seconds"] for row in part] for part in (rows[:18], rows[18:]))
+    # Loosely: a call that waited for this server would take a minute.
+    assert statistics.median(without) < 3 * statistics.median(with_server) + 0.05
+    assert max(without) < 10
+
+    server.start()
+    replayed = runs.program("replay", "runs/tiny", cwd=folder)
+    assert replayed.returncode == 0, replayed.stderr
+    client, run = the_run(server.uri, "tiny", "killed")
+    assert run.info.status == "FINISHED"
+    assert checkpoint.load(run_dir)["tracker"] == run.info.run_id
+    assert json.loads((run_dir / "summary.json").read_text())["meta"]["tracked_run"] == run.info.run_id
+    assert points(client, run, "ranking") == [(row["step"], row["ranking"]) for row in rows]
+    for name in run.data.metrics:  # clock times, too, which differ when a step is done again
+        at = [step for step, _ in points(client, run, name)]
+        assert len(at) == len(set(at)), name
+    assert [step for step, _ in points(client, run, "seconds")] == list(range(36))
 
 
-def test_without_mlflow_the_run_goes_on(monkeypatch):
+def breaks(folder: Path, what: str, step: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Train, and do something to the process before a step."""
+    code = BREAKS.replace("WHAT", textwrap.indent(what, " " * 8)).replace("STEP", str(step))
+    return subprocess.run(
+        [sys.executable, "-c", code, "train", "tiny.yaml", *overrides], cwd=folder, env=runs.environment(),
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+BREAKS = """
+import json, os, signal, sys, time
+from dist_obdsd import cli
+from dist_obdsd.training.step import TrainStep
+once = TrainStep.__call__
+def call(self, batch, position, *rest):
+    if position.global_step == STEP:
+WHAT
+    return once(self, batch, position, *rest)
+TrainStep.__call__ = call
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_is_a_kill_and_an_error_a_failure(folder, server):
+    settings = ("tracking.kind=mlflow", f"tracking.uri={server.uri}", "tracking.experiment=statuses")
+    done = breaks(folder, "os.kill(os.getpid(), signal.SIGTERM)", 2, *settings)
+    assert done.returncode == 0, done.stderr
+    run = the_run(server.uri, "tiny", "statuses")[1]
+    assert run.info.status == "KILLED"
+    assert breaks(folder, "raise OSError(5, 'no')", 5, *settings).returncode == 1
+    failed = the_run(server.uri, "tiny", "statuses")[1]
+    assert (failed.info.run_id, failed.info.status) == (run.info.run_id, "FAILED")
+
+
+def test_without_mlflow_the_run_goes_on_and_is_sent_later(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
-    monkeypatch.setitem(sys.modules, "mlflow.entities", None)
     said: list[str] = []
-    tracker = build_tracker(Tracking(), "x", None, {}, True, said.append)
+    settings = parse_config({"name": "x", "output": str(tmp_path), "epochs": 2, "data": {"shards": "s"}}, "test")
+    settings.run_dir.mkdir()
+    tracker = MLflowTracker(settings, "m", None, {}, said.append)
     tracker.params({"a": 1})
     tracker.metrics({"b": 2.0}, 0)
     tracker.close("FINISHED")
     assert len(said) == 1
-    assert "the run goes on" in said[0]
+    assert "pip install mlflow" in said[0]
+    kinds = [call["kind"] for call, _ in spools.calls(settings.run_dir / spools.NAME, 0)]
+    assert kinds == ["start", "params", "metrics", "end"]
 
 
-def test_only_the_main_rank_has_a_tracker(tmp_path):
-    settings = Tracking(uri=f"sqlite:///{tmp_path}/m.db")
-    other = build_tracker(settings, "x", None, {}, False, print)
-    assert type(other) is Tracker
-    other.metrics({"a": 1.0}, 0)
-    other.close("FINISHED")
-    assert not (tmp_path / "m.db").exists()
-    assert isinstance(build_tracker(settings, "x", None, {}, True, print), MLflowTracker)
+def test_replay_refuses_what_is_no_spool(folder):
+    (folder / "spool.jsonl").write_text('{"format": "dist-obdsd spool 9"}\n')
+    for path, message in (("spool.jsonl", "has format 'dist-obdsd spool 9'"), ("none", "cannot read none")):
+        done = runs.program("replay", path, cwd=folder)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
