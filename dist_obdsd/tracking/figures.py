@@ -209,6 +209,7 @@ def loss_curves(steps: Sequence[Mapping[str, float]], title: str, batch: int | N
         of.grid(visible=True, alpha=0.25)
         for border in borders if len(borders) < MOST_EPOCHS else []:
             of.axvline(border - 0.5, color="grey", linewidth=0.6, alpha=0.6, zorder=0)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)  # of all, since they share it
     for of in axes[-2:]:
         of.set_xlabel("optimizer step" + (" (grey lines: a new epoch)" if 0 < len(borders) < MOST_EPOCHS else ""))
     axes[0].legend(fontsize=8)
@@ -293,10 +294,12 @@ def _column(steps: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
 
 
 def _curve(axes: "Axes", place: Sequence[int], values: np.ndarray, name: str, colour: str) -> None:
-    """A value per step, pale, and its mean over the steps round it."""
+    """A value per step, pale, and its mean over the steps round it, where there are enough for one."""
     width = max(len(values) // 25, 1)
-    axes.plot(place, values, color=colour, alpha=0.3, linewidth=0.8, label=f"{name}, every step")
-    axes.plot(place, smoothed(values, width), color=colour, linewidth=1.8, label=f"{name}, mean of {width} steps")
+    pale: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if width > 1 else {}
+    axes.plot(place, values, color=colour, **pale, label=f"{name}, every step")
+    if width > 1:
+        axes.plot(place, smoothed(values, width), color=colour, linewidth=1.8, label=f"{name}, mean of {width} steps")
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
