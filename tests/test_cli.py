@@ -16,7 +16,19 @@ def test_help_answers_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
-    names = ("pack", "verify", "train", "compare", "evaluate", "embed", "export", "figures", "bench", "doctor", "replay")
+    names = (
+        "pack",
+        "verify",
+        "train",
+        "compare",
+        "evaluate",
+        "embed",
+        "export",
+        "figures",
+        "bench",
+        "doctor",
+        "replay",
+    )
     for command in names:
         assert f"    {command}" in done.stdout
 

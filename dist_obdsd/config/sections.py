@@ -271,14 +271,14 @@ class Tracking(Section):
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = "dist-obdsd"
     parent: str | None = None
     """MLflow's id of a run under which this one is shown, such as that of a comparison."""
-    log_model: bool = True
-    """At the end log the best epoch, or the last where there is no validation, as a model that MLflow can serve."""
-    figures: bool = True
-    """Draw figures at the end of a run, into runs/NAME/figures/ and the tracked run. Takes some seconds."""
     every_steps: Count = 50
     """Steps between two lines on the terminal and two readings of every node's CPU, memory and GPUs."""
     wait_seconds: NonNegative = 10.0
     """How long the end of a run waits for a server that is slow or away; `dist-obdsd replay` sends the rest."""
+    log_model: bool = True
+    """At the end log the best epoch, or the last where there is no validation, as a model that MLflow can serve."""
+    figures: bool = True
+    """Draw figures at the end of a run, into runs/NAME/figures/ and the tracked run. Takes some seconds."""
 
 
 class Checkpoint(Section):

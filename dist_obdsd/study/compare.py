@@ -4,6 +4,7 @@ A comparison keeps no state but its runs: one that was left half-way goes on fro
 """
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -16,12 +17,12 @@ from dist_obdsd.cli import check_writable, write_json
 from dist_obdsd.config import Config, load_config
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.files import write_atomically
 from dist_obdsd.runtime import read_launch
 from dist_obdsd.study import arms as planning
 from dist_obdsd.study.arms import Child
-from dist_obdsd.study.outcomes import FINISHED, Outcome, check_folders, outcome_of, read_shards, state_of
+from dist_obdsd.study.outcomes import FINISHED, Outcome, check_folders, outcome_of, read_json, read_shards, state_of
 from dist_obdsd.study.report import Report, make
-from dist_obdsd.tracking.spool import LOCAL
 from dist_obdsd.tracking.tracker import Tracker, build_tracker
 from dist_obdsd.training.rundir import read_status
 from dist_obdsd.training.stopping import StopSignals
@@ -60,16 +61,14 @@ def compare(options: argparse.Namespace) -> int:
     if trains and read_launch(os.environ).world_size > 1:
         raise InputError("compare starts the ranks of its runs itself; start it without a launcher, with --ranks N")
     parent = Tracker() if options.report_only else parent_run(study, folder, options.command_line)
-    told = parent_settings(parent, study.tracking.wait_seconds)
     if options.jobs:
         for line in lines:
-            print(shlex.join([*shlex.split(line), *told]))
-        parent.close("RUNNING")
+            print(shlex.join([*shlex.split(line), *parent_settings(parent)]))
         return 0
     status = "FAILED"
     try:
         with StopSignals().on_duty() as stop:
-            failed = run_all(options, children, told, stop) if trains else {}
+            failed = run_all(options, children, parent_settings(parent), stop) if trains else {}
         outcomes = [failed.get(child.run_dir) or outcome_of(child) for child in children]
         missing = [outcome for outcome in outcomes if outcome.state != FINISHED]
         if len(missing) < len(outcomes):
@@ -99,7 +98,8 @@ def publish(report: Report, folder: Path, numbers: Path | None, parent: Tracker)
     if numbers is not None:
         write_json(numbers, report.meta(), report.rows)
     print(f"\n{report.headline()}\n\nreport: {folder / 'report.md'}")
-    parent.metrics(report.means(), 0)
+    # A metric keeps its first value at a step, and a comparison that goes on knows more.
+    parent.metrics(report.means(), len(report.finished))
     for file in files:
         parent.artifact(file)
 
@@ -181,19 +181,17 @@ def run_one(arguments: Sequence[str], child: Child, stop: StopSignals) -> Outcom
 def parent_run(settings: Config, folder: Path, command_line: str) -> Tracker:
     """The tracked run that the comparison's runs are children of; the same one when the comparison goes on."""
     make(folder)  # before hours of training end in a report that has no place
-    own = settings.model_copy(
-        update={"name": folder.name, "output": str(folder.parent)}
-    )  # whose spool is in the folder
-    return build_tracker(own, "", None, {"comparison": command_line}, True, _complain)
+    memory = folder / "tracked.json"
+    tags = {"comparison": command_line}
+    tracker = build_tracker(settings, folder, "", read_json(memory).get("run_id"), tags, True, _complain)
+    if (run_id := tracker.reach()) is not None:
+        write_atomically(memory, (json.dumps({"run_id": run_id}) + "\n").encode())
+    return tracker
 
 
-def parent_settings(parent: Tracker, seconds: float) -> list[str]:
-    """What a run is told of its parent, once the server has given it an id, for which this waits at most so long."""
-    deadline = time.monotonic() + seconds
-    while (parent.run_id or "").startswith(LOCAL) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    known = parent.run_id is not None and not parent.run_id.startswith(LOCAL)
-    return [f"tracking.parent={parent.run_id}"] if known else []
+def parent_settings(parent: Tracker) -> list[str]:
+    """What a run is told of its parent."""
+    return [f"tracking.parent={parent.run_id}"] if parent.run_id else []
 
 
 def _complain(text: str) -> None:

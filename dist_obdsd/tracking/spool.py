@@ -10,7 +10,8 @@ with a running number and the time at which it was made, in milliseconds since 1
     {"n": 4, "time": ms, "kind": "tags", "values": {name: text}}
     {"n": 5, "time": ms, "kind": "dataset", "name": ..., "digest": ..., "source": ..., "profile": {...}}
     {"n": 6, "time": ms, "kind": "artifact", "path": from the spool's folder, or absolute}
-    {"n": 7, "time": ms, "kind": "end", "status": "FINISHED"}
+    {"n": 7, "time": ms, "kind": "model", "path": of a checkpoint, likewise}
+    {"n": 8, "time": ms, "kind": "end", "status": "FINISHED"}
 
 ``tracking.state.json`` beside it remembers where the calls went and how far the server has taken them.
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_obdsd.errors import RunError
-from dist_obdsd.tracking.spool import BATCH, Call, State
+from dist_obdsd.tracking.spool import BATCH, LOCAL, Call, State
 
 LOCAL_ID = "dist_obdsd.local_id"
+LOGGED_MODEL = "dist_obdsd.model"  # the checkpoint that was logged as a model
 SMALL_BATCH = 100  # parameters or tags that MLflow takes in one call
 KEY, PARAM, TAG, DIGEST = 250, 6000, 8000, 36  # the longest that MLflow takes, in characters
 _ODD = re.compile(r"[^\w\-. :/]")
@@ -94,6 +95,8 @@ class Store:
         self._state, self._head, self._folder, self._warn = state, head, folder, warn
         self._client = MlflowClient(tracking_uri=state.uri)
         self._warned: set[str] = set()
+        self.kind = ""
+        """Of the calls that are being sent, or were last."""
 
     def send(self, calls: list[Call]) -> None:
         """Send calls of one kind.
@@ -104,10 +107,10 @@ class Store:
         """
         from mlflow.exceptions import MlflowException
 
-        kind = calls[0]["kind"]
+        kind = self.kind = calls[0]["kind"]
         try:
             if self._state.run_id is None:
-                self._state.run_id = self._find() or self._create(calls[0])
+                self._state.run_id = self._find(self._head["run"]) or self._create(calls[0])
             getattr(self, f"_{kind}")(self._state.run_id, calls)
         except MlflowException as error:
             if error.error_code not in _REFUSALS or self._state.run_id is None:
@@ -139,15 +142,18 @@ class Store:
             )
         return experiment.experiment_id
 
-    def _find(self) -> str | None:
-        """The run, if a call that made it got no answer."""
-        wanted = f"tags.`{LOCAL_ID}` = '{self._head['run']}'"
+    def _find(self, local: str) -> str | None:
+        """The run with a local id, if there is one: a call that made it may have got no answer."""
+        wanted = f"tags.`{LOCAL_ID}` = '{local}'"
         found = self._client.search_runs([self._experiment()], filter_string=wanted, max_results=1)
         return found[0].info.run_id if found else None
 
     def _create(self, call: Call) -> str:
         tags = {LOCAL_ID: self._head["run"]}
-        if parent := self._head["config"]["tracking"]["parent"]:
+        parent = self._head["config"]["tracking"]["parent"]
+        if parent is not None and parent.startswith(LOCAL):  # whoever started this one did not know more
+            parent = self._find(parent)
+        if parent:
             tags["mlflow.parentRunId"] = parent
         name = self._head["config"]["name"]
         return self._client.create_run(self._experiment(), call["time"], tags, run_name=name).info.run_id
@@ -219,16 +225,17 @@ class Store:
             self._left_out(f"the artifact {path.name}", reason(error))
 
     def _model(self, run_id: str, calls: list[Call]) -> None:
+        path = self._folder / calls[0]["path"]
+        if self._client.get_run(run_id).data.tags.get(LOGGED_MODEL) == path.name:
+            return
         from dist_obdsd.tracking.model import log_model
 
-        experiment = self._client.get_run(run_id).info.experiment_id
-        if self._client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"):
-            return  # a call that logged it got no answer
         try:
-            log_model(self._client, run_id, self._folder / calls[0]["path"])
-        except Exception as error:
+            log_model(self._client, run_id, path)
+            self._client.set_tag(run_id, LOGGED_MODEL, path.name)
+        except Exception as error:  # as of an artifact
             self._check_run(run_id)
-            self._left_out("the model", reason(error))
+            self._left_out(f"the model {path.name}", reason(error))
 
     def _end(self, run_id: str, calls: list[Call]) -> None:
         self.terminate(calls[0]["status"], calls[0]["time"])

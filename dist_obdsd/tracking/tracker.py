@@ -1,6 +1,7 @@
 """Experiment tracking. A rank that does not log has a ``Tracker``, which does nothing; rank 0 may have MLflow's."""
 
 import itertools
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ class Tracker:
     def run_id(self) -> str | None:
         """MLflow's id of the run, or a local one (``local-...``) until the server was reached."""
         return None
+
+    def reach(self) -> str | None:
+        """``run_id`` after a wait, of at most ``tracking.wait_seconds``, for the server to give one."""
+        return self.run_id
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log settings by dotted name. One that was logged before stays as it is."""
@@ -49,6 +54,7 @@ class MLflowTracker(Tracker):
     def __init__(
         self,
         settings: Config,
+        folder: Path,
         manifest: str,
         run_id: str | None,
         tags: Mapping[str, str],
@@ -57,6 +63,7 @@ class MLflowTracker(Tracker):
         """Start a run, or continue the one in the run folder.
 
         Args:
+            folder: for the spool.
             manifest: digest of the shards' manifest.
             run_id: what a checkpoint says that this run is called.
         """
@@ -66,19 +73,27 @@ class MLflowTracker(Tracker):
         self._writer: Writer | None = None
         uri = absolute(settings.tracking.uri)
         try:
-            self._spool, state = _open(settings, manifest, run_id, uri, say)
+            self._spool, state = _open(settings, folder, manifest, run_id, uri, say)
             self._id = state.run_id or state.run
             self._spool.append("start", tags=dict(tags))
             load_libraries(uri)
             self._writer = Writer(self._spool.path, state, uri, say)
         except ImportError as error:
-            say(f"tracking: {error}; pip install mlflow, and `dist-obdsd replay {settings.run_dir}` sends this run")
+            say(f"tracking: {error}; pip install mlflow, and `dist-obdsd replay {folder}` sends this run")
         except (OSError, UserError) as error:
             self._give_up(error)
 
     @property
     def run_id(self) -> str | None:
         return self._writer.state.run_id or self._id if self._writer else self._id
+
+    def reach(self) -> str | None:
+        deadline = time.monotonic() + self._wait
+        while self._writer and not self._writer.state.run_id and not self._writer.trouble:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return self.run_id
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._guarded(lambda spool: spool.params(values))
@@ -131,20 +146,20 @@ class MLflowTracker(Tracker):
 
 
 def _within(spool: Spool, path: Path) -> str:
-    """Relative to the run folder, which may move, where the path is in it."""
+    """A path from the spool's folder where it is inside, since that may be moved; else absolute."""
     folder, whole = spool.path.parent.absolute(), path.absolute()
     return str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
 
 
 def _open(
-    settings: Config, manifest: str, run_id: str | None, uri: str, say: Callable[[str], None]
+    settings: Config, folder: Path, manifest: str, run_id: str | None, uri: str, say: Callable[[str], None]
 ) -> tuple[Spool, State]:
     """The run's spool, a new one if there is none or if it is another run's.
 
     Raises:
         OSError, UserError: it cannot be written.
     """
-    path = settings.run_dir / spools.NAME
+    path = folder / spools.NAME
     config = settings.model_dump(mode="json")
     if path.exists() and path.stat().st_size:
         try:
@@ -168,13 +183,14 @@ def _open(
 
 def build_tracker(
     settings: Config,
+    folder: Path,
     manifest: str,
     run_id: str | None,
     tags: Mapping[str, str],
     is_main: bool,
     say: Callable[[str], None],
 ) -> Tracker:
-    """MLflow on the main rank if it is asked for, else the null tracker."""
+    """MLflow on the main rank if it is asked for, else the null tracker. The arguments are ``MLflowTracker``'s."""
     if settings.tracking.kind == "none" or not is_main:
         return Tracker()
-    return MLflowTracker(settings, manifest, run_id, tags, say)
+    return MLflowTracker(settings, folder, manifest, run_id, tags, say)

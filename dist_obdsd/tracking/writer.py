@@ -11,6 +11,7 @@ from dist_obdsd.tracking.spool import State
 from dist_obdsd.tracking.store import GoneError, Store, absolute, load_libraries, reason
 
 INTERVAL = 2.0  # seconds between two looks into the spool
+MODEL_PATIENCE = 5  # a model, which has to be made first, may take so many times longer
 PATIENCE = (1.0, 60.0)  # seconds from a failure to the next attempt: doubled from the first to the second
 
 
@@ -62,6 +63,8 @@ class Writer:
         self._closing.set()
         self._wake.set()
         self._thread.join(seconds)
+        if self._store is not None and self._store.kind == "model" and not self.trouble:
+            self._thread.join(MODEL_PATIENCE * seconds)  # it is our own work that takes so long
         if self._thread.is_alive():
             self.trouble = self.trouble or "it is slow or does not answer"
         self._stop.set()  # from now on the thread prints nothing and begins nothing

@@ -164,8 +164,9 @@ class Trainer:
         }
         versions = provenance.versions()
         tracker = build_tracker(
-            self.settings, self.manifest.digest, self.run_id, tags, self.runtime.is_main, self.terminal.tell
-        )
+            self.settings, self.settings.run_dir, self.manifest.digest, self.run_id, tags, self.runtime.is_main,
+            self.terminal.tell,
+        )  # fmt: skip
         self.record.tracker = tracker
         if self.run_dir is not None:
             path = self.run_dir.write_text("config.yaml", self.settings.to_yaml())

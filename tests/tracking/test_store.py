@@ -34,7 +34,7 @@ class Job:
             "test",
         )
         settings.run_dir.mkdir(exist_ok=True)
-        return MLflowTracker(settings, MANIFEST, run_id, TAGS, self.said.append)
+        return MLflowTracker(settings, settings.run_dir, MANIFEST, run_id, TAGS, self.said.append)
 
     def replay(self, uri=None, new_run=False):
         replay(self.folder / "x", uri, new_run, self.said.append)
@@ -223,7 +223,7 @@ def test_a_read_only_store_and_a_full_disk_never_stop_a_run(job, tmp_path, small
 
 def test_only_the_main_rank_has_a_tracker(tmp_path):
     settings = parse_config({"name": "x", "output": str(tmp_path), "epochs": 2, "data": {"shards": "s"}}, "test")
-    other = build_tracker(settings, MANIFEST, None, {}, False, print)
+    other = build_tracker(settings, settings.run_dir, MANIFEST, None, {}, False, print)
     assert type(other) is Tracker
     other.metrics({"a": 1.0}, 0)
     other.close("FINISHED")

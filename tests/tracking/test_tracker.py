@@ -137,7 +137,7 @@ def test_without_mlflow_the_run_goes_on_and_is_sent_later(tmp_path, monkeypatch)
     said: list[str] = []
     settings = parse_config({"name": "x", "output": str(tmp_path), "epochs": 2, "data": {"shards": "s"}}, "test")
     settings.run_dir.mkdir()
-    tracker = MLflowTracker(settings, "m", None, {}, said.append)
+    tracker = MLflowTracker(settings, settings.run_dir, "m", None, {}, said.append)
     tracker.params({"a": 1})
     tracker.metrics({"b": 2.0}, 0)
     tracker.close("FINISHED")
