@@ -171,6 +171,19 @@ def wait_until_it_sends(job):
         time.sleep(0.05)
 
 
+def test_a_parent_may_be_told_by_its_local_id(job, tmp_path):
+    parent = job.tracker()
+    local, run_id = parent.run_id, parent.reach()
+    assert local.startswith("local-")
+    assert job.client.get_run(run_id).info.run_name == "x"
+    (tmp_path / "child").mkdir()
+    child = Job(tmp_path / "child", job.uri)
+    tracker = child.tracker(parent=local, experiment=job.folder.name)
+    tracker.close("FINISHED")
+    parent.close("FINISHED")
+    assert job.client.get_run(tracker.run_id).data.tags["mlflow.parentRunId"] == run_id
+
+
 def test_a_run_that_was_killed_ends_as_killed(job):
     tracker = job.tracker()
     tracker.metrics({"loss": 1}, 0)

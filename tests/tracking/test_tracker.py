@@ -91,6 +91,8 @@ def test_a_killed_run_and_a_hanging_server_leave_one_run_with_every_step_once(fo
     assert run.info.status == "FINISHED"
     assert checkpoint.load(run_dir)["tracker"] == run.info.run_id
     assert json.loads((run_dir / "summary.json").read_text())["meta"]["tracked_run"] == run.info.run_id
+    assert len(run.outputs.model_outputs) == 1
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "summary.json"}
     assert points(client, run, "ranking") == [(row["step"], row["ranking"]) for row in rows]
     for name in run.data.metrics:  # clock times, too, which differ when a step is done again
         at = [step for step, _ in points(client, run, name)]
