@@ -82,13 +82,14 @@ def test_both_deliver_the_images_that_are_there(tmp_path: Path) -> None:
     config = loader.settings(str(tmp_path / "shards"), 12, 8, 1)
     for source in (loader.stream(config, manifest), loader.image_folder(config, tmp_path / "images")):
         seen: set[int] = set()
+        others = set(multiprocessing.active_children())  # such as the process groups of other tests
         with source as batches:
             for _ in range(12):
                 images = next(batches)
                 assert (images.shape, images.dtype) == ((8, 3, 12, 12), torch.uint8)
                 seen |= set(images.unique().tolist())
         assert seen == {25 * label for label in range(8)}
-        assert not multiprocessing.active_children()  # though the batches are still held
+        assert set(multiprocessing.active_children()) <= others  # though the batches are still held
     assert set(manifests.load(tmp_path / "shards").splits) == {"train"}
 
 
