@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input.
 """
 
 import argparse
+import atexit
 import json
 import os
 import shlex
@@ -161,7 +162,14 @@ def cores() -> int:
 
 def program() -> None:
     """Entry point: run, then exit with the code that says how it went."""
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if "deepspeed" in sys.modules:
+        # Its globals hold process groups, whose native threads now and then abort the interpreter's own exit.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 Four ways of being started are understood: torchrun, the DeepSpeed launcher, SLURM's srun, and a plain single process.
 """
 
+import gc
 import os
 import platform
 import re
@@ -169,4 +170,6 @@ def start(
     yield Runtime(launch, chosen)
     # Not after a failure: leaving in good order would wait for ranks that may be stuck waiting for this one.
     if dist.is_initialized():
+        # What waits for the garbage collector may hold the group, whose threads abort a process that exits with them.
+        gc.collect()
         dist.destroy_process_group()
