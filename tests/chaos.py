@@ -106,7 +106,7 @@ def result(run: Path) -> dict[str, Any]:
 
 def difference(a: Any, b: Any, where: str = "") -> str | None:
     """The first place where two results differ in a bit."""
-    if type(a) is not type(b):
+    if type(a) is not type(b) and not (isinstance(a, dict) and isinstance(b, dict)):  # OrderedDicts are copied to dicts
         return f"{where}: {type(a).__name__} and {type(b).__name__}"
     if isinstance(a, dict):
         if a.keys() != b.keys():
