@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_obdsd import __version__, progress
 from dist_obdsd.errors import InputError, UserError, sentence
+from dist_obdsd.machine import usable_cores
 
 if TYPE_CHECKING:
     from dist_obdsd.training.stopping import StopSignals
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("overrides", nargs="*", metavar="options.name=value", help="settings that replace the recipe's")
     pack.add_argument("--source", type=Path, help="the download or your images: a folder, an archive or a list")
     pack.add_argument("--out", type=Path, required=True, help="the folder to make")
-    pack.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
+    pack.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     pack.add_argument("--seed", type=int, default=0, help="of the order inside the shards")
     pack.add_argument("--samples-per-class", type=int, default=2, help="images of a class that should stay together")
     pack.add_argument(
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check shards against their manifest")
     verify.add_argument("shards", help="a folder, or a URL or pipe: command")
-    verify.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
+    verify.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     verify.set_defaults(run=_verify)
 
     train = commands.add_parser("train", help="train and evaluate what a config describes")
@@ -153,11 +154,6 @@ def _loudness(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="print warnings and the final table only")
     group.add_argument("--verbose", action="store_true", help="print every step")
-
-
-def cores() -> int:
-    """Those that this process may use, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def program() -> None:

@@ -24,6 +24,7 @@ from dist_obdsd.data.remote import begin, is_remote, location
 from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of, plan_from
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
+from dist_obdsd.machine import usable_cores
 from dist_obdsd.runtime import Runtime
 
 PARTS = {
@@ -76,7 +77,7 @@ def machine(here: Runtime) -> dict[str, str]:
     rows = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}, host {platform.node()}",
         "launcher": f"{launch.launcher}, rank {launch.rank} of {launch.world_size}",
-        "cpu": f"{_cores()} cores, torch uses {torch.get_num_threads()} threads in this process",
+        "cpu": f"{usable_cores()} cores, torch uses {torch.get_num_threads()} threads in this process",
         "gpu": "; ".join(devices) or f"none that torch finds (built for CUDA {torch.version.cuda or 'none'})",
         "backend": _backends(),
         "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
@@ -98,7 +99,7 @@ def job(here: Runtime, settings: Config | None) -> dict[str, str]:
             "host": platform.node(),
             "device": str(here.device),
             "threads": torch.get_num_threads(),
-            "cores": _cores(),
+            "cores": usable_cores(),
             "versions": {module: version(module) for module in PARTS},
         }
     )
@@ -227,10 +228,6 @@ def _timed(call: Callable[[], Any], here: Runtime) -> float:
 
 def _advice(needed: bool, what: str) -> str:
     return f"; {what}" if needed else ""
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shared_memory() -> float | None:

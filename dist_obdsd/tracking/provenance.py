@@ -1,7 +1,6 @@
 """What a run was made from, for the record."""
 
 import contextlib
-import os
 import platform
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torchvision
 import dist_obdsd
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.remote import is_remote, shown
+from dist_obdsd.machine import usable_cores
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -38,8 +38,7 @@ def hardware(device: torch.device) -> str:
     """What a rank computes on, such as ``NVIDIA H100 80GB HBM3`` or a processor with its usable cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{processor()}, {cores} cores"
+    return f"{processor()}, {usable_cores()} cores"
 
 
 def processor() -> str:

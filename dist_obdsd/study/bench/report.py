@@ -3,7 +3,6 @@
 import datetime
 import math
 import multiprocessing
-import os
 import platform
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import numpy
 import torch
 
 from dist_obdsd.errors import RunError
+from dist_obdsd.machine import usable_cores
 from dist_obdsd.tracking.provenance import processor
 
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ def meta(options: Any) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "device": device,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "threads": options.threads,
         "torch": torch.__version__,
         "numpy": numpy.__version__,
