@@ -98,6 +98,9 @@ class Model(Section):
     norm: Literal["frozen", "sync", "batch"] = "frozen"
     """BatchNorm: `frozen` keeps the pretrained statistics, `sync` takes them over all ranks (GPUs only), `batch` over
     each rank alone, which makes results depend on the number of ranks. small_cnn has GroupNorm and ignores this."""
+    channels_last: bool = True
+    """Keep images and convolutions with the channels innermost, as the fast kernels of GPUs and CPUs want them. It
+    changes no result beyond rounding."""
 
 
 class Distillation(Section):

@@ -98,6 +98,7 @@ class Embedder(nn.Module):
         self.pooling = settings.pooling
         self.head = nn.Linear(features, settings.embedding_dim)
         self.freeze_statistics = settings.norm == "frozen"
+        self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         # Constants of the data, not state: kept out of checkpoints and of the teacher's comparison.
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(data.mean).view(shape), persistent=False)
@@ -112,7 +113,7 @@ class Embedder(nn.Module):
         return self
 
     def forward(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        x = images_bCss.to(self.mean.dtype).div(255)
+        x = images_bCss.to(self.mean.dtype, memory_format=self.layout).div(255)
         x = self.trunk((x - self.mean) / self.std)
         pooled_bF = {
             "avg": lambda: x.mean((2, 3)),
@@ -151,4 +152,4 @@ def build_embedder(
     if has_batch_norm and settings.model.norm == "frozen" and settings.model.pretrained == "none":
         warn("model.norm=frozen without pretrained weights keeps the initial statistics, so BatchNorm does nothing")
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
-    return model.to(device=device, dtype=dtype)
+    return model.to(device=device, dtype=dtype).to(memory_format=model.layout)

@@ -74,12 +74,16 @@ def state_by_name(optimizer: torch.optim.Optimizer | None, parameters: Iterable[
 def load_state_by_name(
     optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named], state: dict[str, dict[str, Any]]
 ) -> None:
-    """The inverse of ``state_by_name``. Tensors move to their parameter's device."""
+    """The inverse of ``state_by_name``. Tensors move to their parameter's device and layout."""
     if optimizer is None:
         return
     for name, p in parameters:
         if name in state:
-            optimizer.state[p] = {
-                key: value.to(p.device) if isinstance(value, torch.Tensor) else value
-                for key, value in state[name].items()
-            }
+            optimizer.state[p] = {key: _placed_like(p, value) for key, value in state[name].items()}
+
+
+def _placed_like(p: torch.Tensor, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.shape != p.shape:
+        return value.to(p.device) if isinstance(value, torch.Tensor) else value
+    # The fused optimizers walk through the memory of weights and state side by side and do not look at strides.
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)

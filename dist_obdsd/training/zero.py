@@ -54,6 +54,8 @@ class ZeroStrategy(DDPStrategy):
             # An all-reduce over shared memory, which would be compiled at the first start and serves one host alone.
             deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
         os.environ.setdefault("LOCAL_RANK", str(runtime.launch.local_rank))  # DeepSpeed insists; srun does not set it
+        # DeepSpeed sends and keeps weights as flat rows, so a layout with channels innermost ends here.
+        self.student.to(memory_format=torch.contiguous_format)
         options["train_micro_batch_size_per_gpu"] = self.settings.batch.global_size // runtime.world_size
         self._engine, *_ = deepspeed.initialize(
             # The engine turns autocast off around its module, so the module turns it on inside.

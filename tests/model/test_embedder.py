@@ -49,6 +49,22 @@ def test_rows_do_not_depend_on_their_batch_mates():
     assert not torch.allclose(batch(images)[:2], batch(images[:2]), atol=1e-3)
 
 
+@pytest.mark.parametrize("backbone", ["small_cnn", "resnet18", "squeezenet1_0"])
+def test_the_layout_of_memory_changes_only_rounding(backbone):
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows, gradients = [], []
+    for layout in ("true", "false"):
+        net = build(f"model.backbone={backbone}", f"model.channels_last={layout}", "precision=float64")
+        E = net(images)
+        weight = next(p for p in net.trunk.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+        assert weight.is_contiguous(memory_format=net.layout)
+        (E * torch.arange(E.shape[1])).sum().backward()
+        rows.append(E.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.allclose(rows[0], rows[1], atol=1e-12, rtol=0)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-9 * gradients[1].abs().max(), rtol=0)
+
+
 def test_the_same_seed_gives_the_same_network_and_another_another():
     state = torch.get_rng_state()
     a, b, c = build("seed=1"), build("seed=1"), build("seed=2")

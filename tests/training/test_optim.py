@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -44,3 +46,32 @@ def test_learning_rates():
     assert learning_rate(cosine, 1, 2, 0.999, 9) < 1e-5
     warm = Optim(lr=1.0, warmup_steps=4)
     assert [learning_rate(warm, 0, 4, 0.0, n) for n in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_state_takes_the_layout_of_the_weights(name):
+    """ZeRO keeps flat rows; a run that goes on under DDP has the channels innermost."""
+    settings = Optim(name=name, lr=0.1)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def convolution(layout: torch.memory_format) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Conv2d(3, 4, 3, dtype=torch.float64).to(memory_format=layout)
+
+    def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, n: int) -> None:
+        for _ in range(n):
+            optimizer.zero_grad()
+            net(images).square().mean().backward()
+            optimizer.step()
+
+    flat, innermost = convolution(torch.contiguous_format), convolution(torch.channels_last)
+    before = build_optimizer(settings, flat.named_parameters())
+    steps(flat, before, 2)
+    innermost.load_state_dict(flat.state_dict())
+    after = build_optimizer(settings, innermost.named_parameters())
+    kept = copy.deepcopy(state_by_name(before, flat.named_parameters()))
+    load_state_by_name(after, innermost.named_parameters(), kept)
+    steps(flat, before, 3)
+    steps(innermost, after, 3)
+    assert innermost.weight.stride() != flat.weight.stride()
+    assert torch.allclose(innermost.weight, flat.weight, atol=1e-13)
