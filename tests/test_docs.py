@@ -24,6 +24,8 @@ SETTING = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z_]+)(?![\w/(])(
 SUFFIXES = ("yaml", "jsonl", "json", "md", "py", "onnx", "sh")
 FREE = ("ranking.kwargs", "ranking.miner_kwargs")
 """Settings whose inner names are another library's."""
+SHORTEST = 12
+"""Letters that a quoted message needs, so that it can be told from others."""
 STARTS = (["dist-obdsd"], ["-m", "dist_obdsd"], ["--module", "dist_obdsd"])
 FOLDERS = re.compile(r"(?<![\w/.-])((?:dist_obdsd|configs|launch|shards|tests|examples|docs)/[\w./-]*\w)")
 
@@ -126,14 +128,14 @@ def unknown_messages(text: str, page: Path) -> Iterator[str]:
             for quote in re.findall(r"`([^`]+)`", cell):
                 parts = [part for part in quote.split("…") if part.strip()]
                 pattern = re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
-                if len("".join(parts)) < 12 or not any(map(pattern.search, texts())):
+                if len("".join(parts)) < SHORTEST or not any(map(pattern.search, texts())):
                     yield quote
 
 
 @cache
 def texts() -> list[str]:
     """Every text in the package but docstrings, with NUL for what is filled in."""
-    found = []
+    found = set()
     for path in (ROOT / "dist_obdsd").rglob("*.py"):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -141,8 +143,8 @@ def texts() -> list[str]:
                 if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                     child.value.value = ""  # a docstring
             if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
-                found.append(text_of(node))
-    return found
+                found.add(text_of(node))
+    return [text for text in found if len(text) >= SHORTEST]
 
 
 def text_of(node: ast.expr) -> str:
