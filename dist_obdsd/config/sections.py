@@ -39,7 +39,7 @@ class Data(Section):
     """`crop`: RandomResizedCrop and horizontal flip (the published one); `strong`: these, random changes of brightness,
     contrast, saturation and hue, and sometimes grey; `affine`: small rotation, shift, scale, shear (for characters,
     where a mirrored one is another one); `none`: as in evaluation."""
-    crop_scale: tuple[Positive, Positive] = (0.16, 1.0)
+    crop_scale: tuple[Positive, Positive] = (0.08, 1.0)
     """Smallest and largest share of the image's area that `crop` and `strong` keep."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
@@ -94,7 +94,8 @@ class Model(Section):
     """Length of the unit-norm embedding (D)."""
     pooling: Literal["avg", "max", "avg+max"] = "avg"
     pretrained: str = "none"
-    """`none`, `torchvision` (its ImageNet weights, downloaded once) or the path of a local state dict."""
+    """`none`, `torchvision` (its newest ImageNet weights, downloaded once), `torchvision:NAME` (those of that name, as
+    IMAGENET1K_V1, which published figures start from) or the path of a local state dict."""
     norm: Literal["frozen", "sync", "batch"] = "frozen"
     """BatchNorm: `frozen` keeps the pretrained statistics, `sync` takes them over all ranks (GPUs only), `batch` over
     each rank alone, which makes results depend on the number of ranks. small_cnn has GroupNorm and ignores this."""

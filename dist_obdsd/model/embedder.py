@@ -47,9 +47,8 @@ def _trunk(settings: config.Model, channels: int) -> tuple[nn.Module, int]:
     if settings.backbone == "small_cnn":
         net = SmallCNN(channels)
     else:
-        weights = "DEFAULT" if settings.pretrained == "torchvision" else None
-        net = _quietly(lambda: models.get_model(settings.backbone, weights=weights))
-    if settings.pretrained not in ("none", "torchvision"):
+        net = _quietly(lambda: models.get_model(settings.backbone, weights=_published_weights(settings)))
+    if settings.pretrained != "none" and not settings.pretrained.startswith("torchvision"):
         _load_weights(net, settings.pretrained, settings.backbone)
     if settings.backbone == "small_cnn":
         return net, SmallCNN.widths[-1]
@@ -57,6 +56,19 @@ def _trunk(settings: config.Model, channels: int) -> tuple[nn.Module, int]:
         return net.features, 512
     features = net.fc.in_features
     return nn.Sequential(*list(net.children())[:-2]), features
+
+
+def _published_weights(settings: config.Model) -> models.WeightsEnum | None:
+    source, _, name = settings.pretrained.partition(":")
+    if source != "torchvision":
+        return None
+    known = models.get_model_weights(settings.backbone)
+    if name and name not in known.__members__:
+        raise InputError(
+            f"model.pretrained={settings.pretrained}: torchvision has {', '.join(weights.name for weights in known)} for "
+            f"{settings.backbone}; give one of these, or torchvision for the newest"
+        )
+    return known[name or "DEFAULT"]
 
 
 def _quietly(make: Callable[[], nn.Module]) -> nn.Module:

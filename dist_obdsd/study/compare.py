@@ -183,7 +183,8 @@ def parent_run(settings: Config, folder: Path, command_line: str) -> Tracker:
     make(folder)  # before hours of training end in a report that has no place
     memory = folder / "tracked.json"
     tags = {"comparison": command_line}
-    tracker = build_tracker(settings, folder, "", read_json(memory).get("run_id"), tags, True, _complain)
+    shown = settings.model_copy(update={"name": f"{settings.name}-comparison"})
+    tracker = build_tracker(shown, folder, "", read_json(memory).get("run_id"), tags, True, _complain)
     if (run_id := tracker.reach()) is not None:
         write_atomically(memory, (json.dumps({"run_id": run_id}) + "\n").encode())
     return tracker

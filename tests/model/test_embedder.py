@@ -4,7 +4,7 @@ from torchvision import models
 
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.errors import InputError
-from dist_obdsd.model.embedder import build_embedder
+from dist_obdsd.model.embedder import _published_weights, build_embedder
 
 CPU = torch.device("cpu")
 
@@ -104,3 +104,14 @@ def test_real_squeezenet_weights(real_data):
     path = real_data / "squeezenet1_0_imagenet.pth"
     net = build("model.backbone=squeezenet1_0", f"model.pretrained={path}")
     assert torch.equal(net.trunk[0].weight, torch.load(path, weights_only=True)["features.0.weight"])
+
+
+def test_published_weights_are_chosen_by_name():
+    def named(pretrained: str):
+        return _published_weights(settings(f"model.pretrained={pretrained}").model)
+
+    assert named("torchvision") is models.ResNet50_Weights.IMAGENET1K_V2
+    assert named("torchvision:IMAGENET1K_V1") is models.ResNet50_Weights.IMAGENET1K_V1
+    assert named("none") is None
+    with pytest.raises(InputError, match="has IMAGENET1K_V1, IMAGENET1K_V2 for resnet50; give one of these"):
+        named("torchvision:V3")
