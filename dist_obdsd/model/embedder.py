@@ -66,8 +66,8 @@ def _published_weights(settings: config.Model) -> models.WeightsEnum | None:
     if name and name not in known.__members__:
         names = ", ".join(weights.name for weights in known)
         raise InputError(
-            f"model.pretrained={settings.pretrained}: torchvision has {names} for {settings.backbone}; give one of these, "
-            f"or torchvision for the newest"
+            f"model.pretrained={settings.pretrained}: torchvision has {names} for {settings.backbone}; give one of "
+            f"these, or torchvision for the newest"
         )
     return known[name or "DEFAULT"]
 
