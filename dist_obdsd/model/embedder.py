@@ -30,12 +30,12 @@ class SmallCNN(nn.Module):
             layers += [
                 nn.Conv2d(channels, width, 3, padding=1, bias=False),
                 nn.GroupNorm(8, width),
-                nn.ReLU(inplace=True),
                 nn.MaxPool2d(2),
+                nn.ReLU(inplace=True),  # after the pooling, with which it commutes, it has a quarter of the work
             ]
             channels = width
-        # The last map is pooled globally, so it keeps its resolution.
-        self.layers = nn.Sequential(*layers[:-1])
+        del layers[-2]  # the last map is pooled globally, so it keeps its resolution
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, images_bCss: torch.Tensor) -> torch.Tensor:
         return self.layers(images_bCss)
