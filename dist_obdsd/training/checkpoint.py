@@ -19,13 +19,14 @@ name, flushed to the disk and renamed, so that a name always stands for a whole 
 """
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.files import replacing, write_atomically
+from dist_obdsd.files import replacing, why_not_written, write_atomically
 
 FORMAT = "dist-obdsd checkpoint 1"
 ENTRIES = frozenset(
@@ -45,19 +46,25 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     Raises:
         RunError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".*.writing"):  # of a run that was killed while it wrote
-        unfinished.unlink()
     position = state["position"]
     name = f"epoch-{position['epoch']:04d}.pt" if position["step"] == 0 else f"step-{position['global_step']:08d}.pt"
     path = folder / name
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".*.writing"):  # of a run that was killed while it wrote
+            unfinished.unlink()
         with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch hides a full disk behind a complaint about its own file format.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = str(error).splitlines()[0]
+        if isinstance(cause, OSError):
+            reason = why_not_written(cause, folder if folder.exists() else folder.parent, _bytes(state))
+        before = "the previous one is intact" if (folder / "last").exists() else "there is none before it"
         raise RunError(
-            f"cannot write the checkpoint {path}: {str(error).splitlines()[0]}; the previous one is intact, "
-            f"so free some space and start the same command again"
+            f"cannot write the checkpoint {path}: {reason}; {before}, so free some space "
+            f"and start the same command again"
         ) from error
     if best:  # first: what `last` names says that the best one is in place
         write_atomically(folder / "best", name.encode())
@@ -67,6 +74,20 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     for old in [file for file in files if file.name not in pointed][: -keep if keep else None]:
         old.unlink()
     return path
+
+
+def _bytes(value: Any) -> int:
+    """What the tensors of a state take in a file, which holds their storages whole and once."""
+    storages = {s.data_ptr(): s.nbytes() for tensor in _tensors(value) for s in [tensor.untyped_storage()]}
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(entry)
 
 
 def find(path: Path, which: str = "last") -> Path | None:
