@@ -10,7 +10,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from dist_obdsd.arguments import parse
 from dist_obdsd.errors import InputError, UserError, sentence
 
 if TYPE_CHECKING:
+    from dist_obdsd.config import Config
+    from dist_obdsd.runtime import Runtime
     from dist_obdsd.training.stopping import StopSignals
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that ended
@@ -27,8 +30,9 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gl
 def program() -> None:
     """Entry point: run, then exit with the code that says how it went."""
     code = main(sys.argv[1:])
-    if "deepspeed" in sys.modules:
-        # Its globals hold process groups, whose native threads now and then abort the interpreter's own exit.
+    if "deepspeed" in sys.modules or (code and "torch" in sys.modules):
+        # Its globals hold process groups, and after a failure nobody destroys them: their native threads now and then
+        # abort the interpreter's own exit.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -134,22 +138,21 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _train_until(stop: "StopSignals", options: argparse.Namespace) -> int:
-    from dist_obdsd.config import load_config
+    with _joined(options) as (settings, rank):
+        assert settings is not None
+        return _train_on(rank, settings, stop, options)
 
-    settings = on_every_rank(lambda: load_config(options.config, options.overrides))
-    from dist_obdsd import collectives, runtime
+
+def _train_on(rank: "Runtime", settings: "Config", stop: "StopSignals", options: argparse.Namespace) -> int:
+    from dist_obdsd import collectives
     from dist_obdsd.training.rundir import free_name
     from dist_obdsd.training.terminal import build_terminal
     from dist_obdsd.training.trainer import Trainer
 
-    deepspeed = settings.strategy == "deepspeed"
     every, size = settings.tracking.every_steps, settings.batch.global_size
-    with (
-        runtime.start(settings.device, settings.threads, settings.timeout_seconds, deepspeed) as rank,
-        build_terminal(rank.is_main, every, size, options.quiet, options.verbose) as terminal,
-    ):
-        if options.fresh:
-            name = collectives.from_main(free_name(Path(settings.output), settings.name))
+    with build_terminal(rank.is_main, every, size, options.quiet, options.verbose) as terminal:
+        fresh = free_name(Path(settings.output), settings.name) if options.fresh else None
+        if (name := collectives.from_main(fresh)) is not None:
             settings = settings.model_copy(update={"name": name})
         terminal.say(
             f"{settings.run_dir}: {rank.world_size} x {rank.device.type} ({rank.launch.launcher}), {settings.precision}"
@@ -241,17 +244,45 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    settings = None
-    if options.config is not None:
-        from dist_obdsd.config import load_config
+    with _joined(options) as (settings, rank):
+        from dist_obdsd import doctor
 
-        settings = on_every_rank(lambda: load_config(options.config, options.overrides))
-    from dist_obdsd import doctor, runtime
-
-    chosen = (settings.device, settings.threads, settings.timeout_seconds) if settings else ()
-    with runtime.start(*chosen) as rank:
         doctor.examine(rank, settings, speaker(rank.is_main))
     return 0
+
+
+@contextmanager
+def _joined(options: argparse.Namespace) -> "Iterator[tuple[Config | None, Runtime]]":
+    """The config, if one is given, and the process group that it asks for.
+
+    Raises:
+        InputError: on every rank, also where one rank alone cannot read its config: the others would wait for it.
+    """
+    settings, failure = None, None
+    try:
+        if options.config is not None:
+            from dist_obdsd.config import load_config
+
+            settings = load_config(options.config, options.overrides)
+    except UserError as error:
+        if not _launched():
+            raise  # at once, without importing torch
+        failure = error
+    from dist_obdsd import collectives, runtime
+
+    chosen: tuple[Any, ...] = ()
+    if settings is not None:
+        chosen = (settings.device, settings.threads, settings.timeout_seconds, settings.strategy == "deepspeed")
+    with runtime.start(*chosen) as rank:
+        with collectives.agree("reading the config"):
+            if failure is not None:
+                raise failure
+        yield settings, rank
+
+
+def _launched() -> bool:
+    """Whether a launcher may have started other ranks."""
+    return bool(os.environ.keys() & {"RANK", "SLURM_STEP_ID"})
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -19,13 +19,14 @@ name, flushed to the disk and renamed, so that a name always stands for a whole 
 """
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.errors import InputError, RunError, sentence
 from dist_obdsd.files import replacing, why_not_written, write_atomically
 
 FORMAT = "dist-obdsd checkpoint 1"
@@ -125,18 +126,31 @@ def load(path: Path) -> dict[str, Any]:
     if found is None:
         raise InputError(f"there is no checkpoint at {path}; give a .pt file or a run folder")
     try:
-        state = torch.load(found, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{found} is not a readable checkpoint but another kind of file; give a run folder") from error
+        state = _read(found)
     except Exception as error:
+        reason = UNREADABLE.get(type(error), sentence(error))
         raise InputError(
-            f"{found} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); it may be cut short, "
-            f"so take an earlier one from the same folder"
+            f"{found} is not a readable checkpoint: {reason}; take an earlier one from the same folder by writing its "
+            f"name into {found.parent / 'last'}"
         ) from error
     version = state.get("format") if isinstance(state, dict) else None
     if version != FORMAT:
-        raise InputError(f"{found} has format {version!r} but this program reads {FORMAT!r}")
+        raise InputError(f"{found} has format {version!r} but this program reads {FORMAT!r}; give a run folder")
     missing = ENTRIES - state.keys()
     if missing:
         raise InputError(f"{found} lacks {', '.join(sorted(missing))}; it was not written by this program")
     return state
+
+
+UNREADABLE = {
+    zipfile.BadZipFile: "it is cut short or another kind of file",
+    pickle.UnpicklingError: "it holds more than tensors and plain containers, which would have to be executed",
+}
+
+
+def _read(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        # torch does not look at the checksums that it writes, so to it a damaged weight is a weight like any other.
+        if (damaged := archive.testzip()) is not None:
+            raise InputError(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)

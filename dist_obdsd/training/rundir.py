@@ -29,9 +29,14 @@ class RunDir:
             raise InputError(f"cannot write the run folder {path}: {error.strerror}; choose another output") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(
                 f"the run folder {path} is in use by a live run; wait, stop it, or set another name"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"the run folder {path} cannot be locked ({error.strerror}) against a second run; "
+                f"set output to a file system with locks"
             ) from error
         self._metrics: TextIO | None = None
 

@@ -64,6 +64,11 @@ class Saver:
             (future, seconds), self._pending = self._pending, None
             self._tell(future.result(), seconds)
 
+    def close(self) -> None:
+        """Let a file that is being written become whole, also where the run ends early. What it says is not heard."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
     def _write(self, state: dict[str, Any], best: bool) -> Path:
         return checkpoint.save(self._folder, state, best=best, keep=self._settings.keep)
 

@@ -10,7 +10,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
-from dist_obdsd.errors import StoppedError
+from dist_obdsd.errors import InputError, StoppedError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
 from dist_obdsd.model.embedder import build_embedder
@@ -19,6 +19,7 @@ from dist_obdsd.objective.manifold import describe
 from dist_obdsd.objective.objective import build_objective
 from dist_obdsd.runtime import Runtime
 from dist_obdsd.tracking.album import Album
+from dist_obdsd.tracking.provenance import flatten
 from dist_obdsd.training import checkpoint, failure
 from dist_obdsd.training.judge import Judge
 from dist_obdsd.training.record import Record, begin_tracking
@@ -52,7 +53,7 @@ class Trainer:
         """
         self.settings, self.runtime, self.stop, self.terminal = settings, runtime, stop, terminal
         self.say = say = terminal.say
-        collectives.agree_same("the config", settings.digest())
+        collectives.agree_on_settings(flatten(settings.model_dump(mode="json")))
         with collectives.agree("reading the shards"):
             self.manifest = manifests.load(settings.data.shards)
             self.train_classes, self.validation_classes = manifests.split_classes(
@@ -62,7 +63,7 @@ class Trainer:
                 self.manifest, settings, validation_subset(self.manifest, self.validation_classes, settings)
             )
             lanes_of(runtime.rank, runtime.world_size, settings.data.lanes)
-        collectives.agree_same("the manifest", self.manifest.digest)
+        collectives.agree_same(f"the manifest of {settings.data.shards}", self.manifest.digest, InputError)
         with collectives.agree("building the network"):
             self.student = build_embedder(settings, runtime.device, say, runtime.world_size)
             self.objective = build_objective(settings, self.train_classes, runtime.device)
@@ -113,6 +114,7 @@ class Trainer:
                         self.run_dir.cut_metrics(self.position.global_step)
                 return self._tracked()
         finally:
+            self.saver.close()
             if self.run_dir is not None:
                 self.run_dir.close()
 
