@@ -3,10 +3,11 @@
 Each function works alike without a process group, as a world of one. Shapes: b rows here, B = W * b rows on all ranks.
 """
 
+import hashlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -172,17 +173,49 @@ def from_main(value: Any) -> Any:
     return gather_json(value if rank() == 0 else None)[0]
 
 
-def agree_same(what: str, value: str) -> None:
+def agree_same(what: str, value: str, kind: type[UserError] = RunError) -> None:
     """Check that every rank holds the same value.
 
+    Args:
+        kind: InputError where the value is what a user gave.
+
     Raises:
-        RunError: on every rank, naming the first two ranks that differ.
+        RunError, InputError: on every rank, naming the first two ranks that differ.
     """
     values = gather_json(value)
     for other, theirs in enumerate(values):
         if theirs != values[0]:
             message = f"{what} differs: rank 0 has {values[0]} and rank {other} has {theirs}; start all ranks alike"
-            raise _on_every_rank(RunError(message))
+            raise _on_every_rank(kind(message))
+
+
+def agree_on_settings(settings: Mapping[str, Any]) -> None:
+    """Check that every rank was started with the same settings.
+
+    Args:
+        settings: by name, anything JSON can hold.
+
+    Raises:
+        InputError: on every rank, with the names that differ, their values and the ranks that have them.
+    """
+    if len(set(gather_json(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()))) == 1:
+        return
+    differences = []
+    found = gather_json(dict(settings))
+    for name in sorted(set().union(*found)):
+        holders: dict[str, list[int]] = {}
+        for number, theirs in enumerate(found):
+            holders.setdefault(json.dumps(theirs[name]) if name in theirs else "not set", []).append(number)
+        if len(holders) > 1:
+            differences.append(f"{name} is " + ", ".join(f"{value} on {_ranks(who)}" for value, who in holders.items()))
+    message = f"the ranks were started with different settings ({'; '.join(differences)}); start all ranks alike"
+    raise _on_every_rank(InputError(message))
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    if len(numbers) > 8:
+        return f"{len(numbers)} ranks"
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 TIMEOUTS = ("Timed out waiting", "timed out", "Wait timeout", "Watchdog caught collective operation timeout")

@@ -150,7 +150,7 @@ def embed(options: argparse.Namespace) -> int:
         else:
             with collectives.agree("looking for images"):
                 folder = find_images(options.images)
-            collectives.agree_same("the folder of images", embeddings.digest(folder.paths))
+            collectives.agree_same("the folder of images", embeddings.digest(folder.paths), InputError)
             known = _table_of_paths(folder.paths, folder.classes)
             batches = lambda: folder_batches(folder, settings, rank.rank, rank.world_size)  # noqa: E731
         network = _network(state, settings, rank, options)

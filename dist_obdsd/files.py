@@ -1,6 +1,8 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,4 +33,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         with replacing(path) as file:
             file.write(data)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; free some space or choose another output") from error
+        reason = why_not_written(error, path.parent, len(data))
+        raise RunError(f"cannot write {path}: {reason}; free some space or choose another output") from error
+
+
+def why_not_written(error: OSError, folder: Path, needed: int) -> str:
+    """What the system says of a failed write; of a full disk also how many bytes it has and how many are needed."""
+    if error.errno != errno.ENOSPC:
+        return error.strerror or str(error)
+    free = shutil.disk_usage(folder).free
+    return f"{error.strerror}, since {_size(needed)} are needed and {_size(free)} are free"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count:,} bytes"

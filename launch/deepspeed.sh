@@ -27,7 +27,7 @@ ZERO=${ZERO:-$(dirname "$0")/zero1.json}
 
 options=(--num_gpus "$NPROC")
 if [[ -n ${HOSTFILE:-} ]]; then
-  if [[ ! -r $HOSTFILE ]]; then
+  if [[ ! -f $HOSTFILE || ! -r $HOSTFILE ]]; then
     echo "launch/deepspeed.sh: cannot read HOSTFILE=$HOSTFILE; see launch/hostfile.example" >&2
     exit 2
   fi

@@ -117,7 +117,7 @@ class Config(Section):
         return Path(self.output) / self.name
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, so that ranks can compare what they were started with."""
+        """SHA-256 of the canonical JSON: the same for the same settings."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

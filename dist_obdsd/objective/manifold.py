@@ -106,6 +106,23 @@ def choose_solver(nodes: int, own_rows: int, settings: config.Distillation, byte
     return "cholesky" if fit and nodes <= 6 * own_rows else "cg"
 
 
+def describe(settings: config.Config, world_size: int) -> list[str]:
+    """What depends on the sizes of a run, in sentences, before anything runs.
+
+    Raises:
+        InputError: as ``choose_solver``.
+    """
+    B, distillation, lines = settings.batch.global_size, settings.distillation, []
+    own = B // world_size
+    if distillation.scope == "rank" and world_size > 1:
+        lines.append(f"distillation.scope=rank: {world_size} manifolds of {own} images, so results depend on the ranks")
+    if distillation.diffuses:
+        nodes = (own if distillation.scope == "rank" else B) + distillation.memory
+        solver = choose_solver(nodes, own, distillation, 8 if settings.precision == "float64" else 4)
+        lines.append(f"diffusion over {nodes} images for {own} rows a rank: {solver}")
+    return lines
+
+
 def _exact(target_bB: torch.Tensor) -> Solve:
     return Solve(target_bB, target_bB.new_zeros(target_bB.shape[0]))
 

@@ -19,13 +19,15 @@ name, flushed to the disk and renamed, so that a name always stands for a whole 
 """
 
 import pickle
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.files import replacing, write_atomically
+from dist_obdsd.errors import InputError, RunError, sentence
+from dist_obdsd.files import replacing, why_not_written, write_atomically
 
 FORMAT = "dist-obdsd checkpoint 1"
 ENTRIES = frozenset(
@@ -45,19 +47,25 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     Raises:
         RunError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".*.writing"):  # of a run that was killed while it wrote
-        unfinished.unlink()
     position = state["position"]
     name = f"epoch-{position['epoch']:04d}.pt" if position["step"] == 0 else f"step-{position['global_step']:08d}.pt"
     path = folder / name
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".*.writing"):  # of a run that was killed while it wrote
+            unfinished.unlink()
         with replacing(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch hides a full disk behind a complaint about its own file format.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = str(error).splitlines()[0]
+        if isinstance(cause, OSError):
+            reason = why_not_written(cause, folder if folder.exists() else folder.parent, _bytes(state))
+        before = "the previous one is intact" if (folder / "last").exists() else "there is none before it"
         raise RunError(
-            f"cannot write the checkpoint {path}: {str(error).splitlines()[0]}; the previous one is intact, "
-            f"so free some space and start the same command again"
+            f"cannot write the checkpoint {path}: {reason}; {before}, so free some space "
+            f"and start the same command again"
         ) from error
     if best:  # first: what `last` names says that the best one is in place
         write_atomically(folder / "best", name.encode())
@@ -67,6 +75,20 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     for old in [file for file in files if file.name not in pointed][: -keep if keep else None]:
         old.unlink()
     return path
+
+
+def _bytes(value: Any) -> int:
+    """What the tensors of a state take in a file, which holds their storages whole and once."""
+    storages = {s.data_ptr(): s.nbytes() for tensor in _tensors(value) for s in [tensor.untyped_storage()]}
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(entry)
 
 
 def find(path: Path, which: str = "last") -> Path | None:
@@ -104,18 +126,31 @@ def load(path: Path) -> dict[str, Any]:
     if found is None:
         raise InputError(f"there is no checkpoint at {path}; give a .pt file or a run folder")
     try:
-        state = torch.load(found, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{found} is not a readable checkpoint but another kind of file; give a run folder") from error
+        state = _read(found)
     except Exception as error:
+        reason = UNREADABLE.get(type(error), sentence(error))
         raise InputError(
-            f"{found} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); it may be cut short, "
-            f"so take an earlier one from the same folder"
+            f"{found} is not a readable checkpoint: {reason}; take an earlier one from the same folder by writing its "
+            f"name into {found.parent / 'last'}"
         ) from error
     version = state.get("format") if isinstance(state, dict) else None
     if version != FORMAT:
-        raise InputError(f"{found} has format {version!r} but this program reads {FORMAT!r}")
+        raise InputError(f"{found} has format {version!r} but this program reads {FORMAT!r}; give a run folder")
     missing = ENTRIES - state.keys()
     if missing:
         raise InputError(f"{found} lacks {', '.join(sorted(missing))}; it was not written by this program")
     return state
+
+
+UNREADABLE = {
+    zipfile.BadZipFile: "it is cut short or another kind of file",
+    pickle.UnpicklingError: "it holds more than tensors and plain containers, which would have to be executed",
+}
+
+
+def _read(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        # torch does not look at the checksums that it writes, so to it a damaged weight is a weight like any other.
+        if (damaged := archive.testzip()) is not None:
+            raise InputError(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)

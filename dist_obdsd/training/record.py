@@ -1,10 +1,16 @@
 """What a run tells: the terminal, ``metrics.jsonl`` and the tracker hear the same numbers."""
 
+import json
+from collections.abc import Callable
+
 from dist_obdsd import collectives
 from dist_obdsd.config import Config
+from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.errors import RunError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
-from dist_obdsd.tracking.tracker import Tracker
+from dist_obdsd.runtime import Runtime
+from dist_obdsd.tracking import provenance
+from dist_obdsd.tracking.tracker import Tracker, build_tracker
 from dist_obdsd.tracking.usage import Usage, by_node
 from dist_obdsd.training.rundir import RunDir
 from dist_obdsd.training.terminal import Terminal
@@ -85,3 +91,35 @@ class Record:
         if self.run_dir is not None:
             self.run_dir.log(kind, global_step, {"epoch": epoch, **values})
         self.tracker.metrics({f"{kind}/{name}": value for name, value in values.items()}, global_step)
+
+
+def begin_tracking(
+    settings: Config,
+    run_dir: RunDir | None,
+    manifest: Manifest,
+    runtime: Runtime,
+    run_id: str | None,
+    say: Callable[[str], None],
+) -> Tracker:
+    """Write what the run is made from, into its folder and to the tracker, and return the tracker.
+
+    Args:
+        run_dir: None on ranks that do not record.
+        run_id: of the tracked run that is to go on.
+    """
+    tags = {
+        "launcher": runtime.launch.launcher,
+        "world_size": str(runtime.world_size),
+        "manifest": manifest.digest,
+        **provenance.git(),
+        "hardware": provenance.hardware(runtime.device),
+    }
+    versions = provenance.versions()
+    tracker = build_tracker(settings, settings.run_dir, manifest.digest, run_id, tags, runtime.is_main, say)
+    if run_dir is not None:
+        path = run_dir.write_text("config.yaml", settings.to_yaml())
+        run_dir.write_text("provenance.json", json.dumps(tags | versions, indent=1) + "\n")
+        tracker.params(provenance.flatten(settings.model_dump(mode="json")) | versions)
+        tracker.dataset(**provenance.dataset(manifest, settings.data.shards))
+        tracker.artifact(path)
+    return tracker

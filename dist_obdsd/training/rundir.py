@@ -4,11 +4,12 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.files import write_atomically
+from dist_obdsd.files import why_not_written, write_atomically
 
 
 class RunDir:
@@ -28,9 +29,14 @@ class RunDir:
             raise InputError(f"cannot write the run folder {path}: {error.strerror}; choose another output") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(
                 f"the run folder {path} is in use by a live run; wait, stop it, or set another name"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"the run folder {path} cannot be locked ({error.strerror}) against a second run; "
+                f"set output to a file system with locks"
             ) from error
         self._metrics: TextIO | None = None
 
@@ -66,11 +72,19 @@ class RunDir:
         """Append one line to ``metrics.jsonl``. ``step`` counts optimizer steps from 0."""
         if self._metrics is None:
             raise RunError("the metrics file is not open; call cut_metrics first")
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        line = json.dumps({"kind": kind, "step": step, **values}) + "\n"
+        try:
+            self._metrics.write(line)
+        except OSError as error:
+            reason = why_not_written(error, self.path, len(line))
+            raise RunError(
+                f"cannot write {self._metrics.name}: {reason}; free some space and start the same command again"
+            ) from error
 
     def close(self) -> None:
         if self._metrics is not None:
-            self._metrics.close()
+            with suppress(OSError):  # the line that could not be written is tried once more, in vain
+                self._metrics.close()
         self._lock.close()
 
 
@@ -84,7 +98,17 @@ def read_status(path: Path) -> dict[str, Any]:
 def write_status(path: Path, state: str, message: str) -> None:
     """Record running, finished, preempted or failed: what scripts judge a run by, whatever its launcher returns."""
     status = {"state": state, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
-    write_atomically(path / "status.json", (json.dumps(status) + "\n").encode())
+    text = (json.dumps(status) + "\n").encode()
+    try:
+        write_atomically(path / "status.json", text)
+    except RunError as error:
+        # On a full disk the room of the old status is what there is; for a moment a reader may find half of the new.
+        try:
+            with (path / "status.json").open("r+b") as file:
+                file.write(text)
+                file.truncate()
+        except OSError:
+            raise error from None
 
 
 def free_name(output: Path, name: str) -> str:

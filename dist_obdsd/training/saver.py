@@ -31,7 +31,10 @@ class Saver:
         return every is not None and global_step % every == 0
 
     def overdue(self) -> bool:
-        """Whether the last checkpoint is too long ago. The clock's answer, so one rank's counts for all."""
+        """Whether the last checkpoint is too long ago, or could not be written in the background, which ``save`` will
+        say. The clock's answer, so one rank's counts for all."""
+        if self._pending is not None and self._pending[0].done() and self._pending[0].exception() is not None:
+            return True
         minutes = self._settings.every_minutes
         return minutes is not None and time.monotonic() - self._last > 60 * minutes
 
@@ -60,6 +63,11 @@ class Saver:
         if self._pending is not None:
             (future, seconds), self._pending = self._pending, None
             self._tell(future.result(), seconds)
+
+    def close(self) -> None:
+        """Let a file that is being written become whole, also where the run ends early. What it says is not heard."""
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def _write(self, state: dict[str, Any], best: bool) -> Path:
         return checkpoint.save(self._folder, state, best=best, keep=self._settings.keep)

@@ -56,7 +56,7 @@ class Snapshot:
             What ``take`` was given.
 
         Raises:
-            InputError: the checkpoint is of other settings or other shards.
+            InputError: the checkpoint is of other settings, other shards or another network.
         """
         changes = changed_settings(state["config"], self.settings.model_dump(mode="json"))
         if changes:
@@ -69,8 +69,14 @@ class Snapshot:
                 f"{self.settings.run_dir} was trained on shards with manifest {state['manifest'][:12]} but "
                 f"{self.settings.data.shards} has {self.manifest[:12]}; point data.shards to the same shards"
             )
-        self.objective.load(state, self.strategy.device)
-        self.strategy.load(state["student"], state["optimizer"], state["objective_optimizer"])
+        try:
+            self.objective.load(state, self.strategy.device)
+            self.strategy.load(state["student"], state["optimizer"], state["objective_optimizer"])
+        except RuntimeError as error:  # torch's first line names a class, the second a parameter
+            raise InputError(
+                f"the checkpoint in {self.settings.run_dir} is of another network than its settings make here "
+                f"({' '.join(str(error).split(chr(10))[1:2]).strip()}); use the versions in its provenance.json"
+            ) from error
         self.judge.load(state)
         unjudged = state.get("unjudged", False)  # older checkpoints have none
         return Position(**state["position"]), unjudged, state["tracker"]

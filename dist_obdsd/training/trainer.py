@@ -1,8 +1,6 @@
 """Training, from a checked config to a summary. One process is one rank; every rank runs the same lines."""
 
-import contextlib
 import json
-import platform
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -12,21 +10,20 @@ from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
-from dist_obdsd.errors import RunError, StoppedError, UserError, sentence
+from dist_obdsd.errors import InputError, StoppedError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher, check_identical
-from dist_obdsd.objective.manifold import choose_solver
+from dist_obdsd.objective.manifold import describe
 from dist_obdsd.objective.objective import build_objective
 from dist_obdsd.runtime import Runtime
-from dist_obdsd.tracking import provenance
 from dist_obdsd.tracking.album import Album
-from dist_obdsd.tracking.tracker import build_tracker
-from dist_obdsd.training import checkpoint
+from dist_obdsd.tracking.provenance import flatten
+from dist_obdsd.training import checkpoint, failure
 from dist_obdsd.training.judge import Judge
-from dist_obdsd.training.record import Record
-from dist_obdsd.training.rundir import RunDir, read_status, write_status
+from dist_obdsd.training.record import Record, begin_tracking
+from dist_obdsd.training.rundir import RunDir
 from dist_obdsd.training.saver import Saver
 from dist_obdsd.training.snapshot import Snapshot
 from dist_obdsd.training.step import Position, StepReader, TrainStep
@@ -56,7 +53,7 @@ class Trainer:
         """
         self.settings, self.runtime, self.stop, self.terminal = settings, runtime, stop, terminal
         self.say = say = terminal.say
-        collectives.agree_same("the config", settings.digest())
+        collectives.agree_on_settings(flatten(settings.model_dump(mode="json")))
         with collectives.agree("reading the shards"):
             self.manifest = manifests.load(settings.data.shards)
             self.train_classes, self.validation_classes = manifests.split_classes(
@@ -66,11 +63,12 @@ class Trainer:
                 self.manifest, settings, validation_subset(self.manifest, self.validation_classes, settings)
             )
             lanes_of(runtime.rank, runtime.world_size, settings.data.lanes)
-        collectives.agree_same("the manifest", self.manifest.digest)
+        collectives.agree_same(f"the manifest of {settings.data.shards}", self.manifest.digest, InputError)
         with collectives.agree("building the network"):
             self.student = build_embedder(settings, runtime.device, say, runtime.world_size)
             self.objective = build_objective(settings, self.train_classes, runtime.device)
-            self._check_objective()
+            for line in describe(settings, runtime.world_size):
+                say(line)
         self.teacher = ProgressiveTeacher(self.student) if settings.distillation.needs_teacher else None
         own = list(self.objective.ranking.named_parameters())
         self.strategy = build_strategy(self.student, settings, runtime, own)
@@ -96,17 +94,6 @@ class Trainer:
             self.strategy, self.judge,
         )  # fmt: skip
 
-    def _check_objective(self) -> None:
-        """Say once what depends on sizes, before anything runs."""
-        settings, W = self.settings, self.runtime.world_size
-        B, distillation = settings.batch.global_size, settings.distillation
-        if distillation.scope == "rank" and W > 1:
-            self.say(f"distillation.scope=rank: {W} manifolds of {B // W} images, so results depend on the ranks")
-        if distillation.diffuses:
-            nodes = (B // W if distillation.scope == "rank" else B) + distillation.memory
-            solver = choose_solver(nodes, B // W, distillation, 8 if settings.precision == "float64" else 4)
-            self.say(f"diffusion over {nodes} images for {B // W} rows a rank: {solver}")
-
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
@@ -117,63 +104,25 @@ class Trainer:
             run early.
         """
         try:
-            self._resume()
-            if (summary := self._finished_before()) is not None:
-                return summary
-            with collectives.agree("preparing the run folder"):
-                if self.run_dir is not None:
-                    self.run_dir.write_status("running", "")
-                    self.run_dir.cut_metrics(self.position.global_step)
-            return self._tracked()
-        except BaseException as error:  # Ctrl-C as well
-            failure = self._located(error)
-            # The first rank to fail has the cause; the others only notice that it is gone.
-            if read_status(self.settings.run_dir).get("state") == "running":
-                with contextlib.suppress(RunError):  # a full disk must not hide what went wrong before
-                    where = getattr(failure, "where", "")
-                    write_status(self.settings.run_dir, "failed", f"{where}: {sentence(failure)}")
-            raise failure from (None if failure is error else error)
+            with failure.recorded(self.settings, self.runtime.rank, lambda: self.position.global_step):
+                self._resume()
+                if (summary := self._finished_before()) is not None:
+                    return summary
+                with collectives.agree("preparing the run folder"):
+                    if self.run_dir is not None:
+                        self.run_dir.write_status("running", "")
+                        self.run_dir.cut_metrics(self.position.global_step)
+                return self._tracked()
         finally:
+            self.saver.close()
             if self.run_dir is not None:
                 self.run_dir.close()
 
-    def _located(self, error: BaseException) -> BaseException:
-        """The error with rank, host and step; a collective's timeout with the ranks that hang."""
-        here = f"rank {self.runtime.rank} on {platform.node()} at step {self.position.global_step}"
-        if collectives.is_timeout(error):
-            missing = collectives.absentees()
-            who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
-            error = RunError(
-                f"{who} did not answer within timeout_seconds={self.settings.timeout_seconds:g} and hangs or cannot be "
-                f"reached; look at what it does there (py-spy dump), or raise timeout_seconds if it is only slow"
-            )
-        if isinstance(error, UserError):
-            error.where = here
-        elif isinstance(error, Exception):
-            error.add_note(here)
-        return error
-
     def _tracked(self) -> dict[str, Any]:
         """Run inside a tracked run that ends with a truthful status."""
-        tags = {
-            "launcher": self.runtime.launch.launcher,
-            "world_size": str(self.runtime.world_size),
-            "manifest": self.manifest.digest,
-            **provenance.git(),
-            "hardware": provenance.hardware(self.runtime.device),
-        }
-        versions = provenance.versions()
-        tracker = build_tracker(
-            self.settings, self.settings.run_dir, self.manifest.digest, self.run_id, tags, self.runtime.is_main,
-            self.terminal.tell,
-        )  # fmt: skip
-        self.record.tracker = tracker
-        if self.run_dir is not None:
-            path = self.run_dir.write_text("config.yaml", self.settings.to_yaml())
-            self.run_dir.write_text("provenance.json", json.dumps(tags | versions, indent=1) + "\n")
-            tracker.params(provenance.flatten(self.settings.model_dump(mode="json")) | versions)
-            tracker.dataset(**provenance.dataset(self.manifest, self.settings.data.shards))
-            tracker.artifact(path)
+        self.record.tracker = tracker = begin_tracking(
+            self.settings, self.run_dir, self.manifest, self.runtime, self.run_id, self.terminal.tell
+        )
         status = "FAILED"
         try:
             summary = self._run()

@@ -42,7 +42,7 @@ class ZeroStrategy(DDPStrategy):
     def _wrap(self, runtime: Runtime) -> nn.Module:
         with collectives.agree("reading the DeepSpeed file"):
             options = engine_options(self.settings.deepspeed.config, self.settings.deepspeed.stage)
-        collectives.agree_same("the DeepSpeed file", json.dumps(options, sort_keys=True))
+        collectives.agree_same("the DeepSpeed file", json.dumps(options, sort_keys=True), InputError)
         self.stage = options["zero_optimization"]["stage"]
         try:
             import deepspeed

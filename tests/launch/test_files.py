@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from dist_obdsd import cli
+from dist_obdsd import arguments
 from dist_obdsd.errors import InputError
 from dist_obdsd.training.zero import engine_options
 from tests.runs import ROOT
@@ -57,7 +57,7 @@ def test_the_kubernetes_job_is_what_the_operator_takes():
     grace = next(int(part.partition("=")[2]) for part in command if part.startswith("--shutdown-timeout"))
     assert 30 <= grace < pod["spec"]["terminationGracePeriodSeconds"]
     assert any("SIGUSR1" in part and "SIGTERM" in part for part in command)
-    options = cli.parse(command[command.index("dist_obdsd") + 1 :])
+    options = arguments.parse(command[command.index("dist_obdsd") + 1 :])
     assert options.command == "train"
     assert (ROOT / options.config).is_file()
 

@@ -123,9 +123,10 @@ def test_a_signal_to_the_launcher_saves_and_leaves_nothing_behind(folder, script
 
 
 def test_a_hostfile_that_cannot_be_read(folder):  # noqa: F811
-    process = start("deepspeed.sh", cwd=folder, env={"HOSTFILE": "nowhere"})
-    assert "cannot read HOSTFILE=nowhere; see launch/hostfile.example" in finished(process)
-    assert process.returncode == 2
+    for hostfile in ("nowhere", "."):
+        process = start("deepspeed.sh", cwd=folder, env={"HOSTFILE": hostfile})
+        assert f"cannot read HOSTFILE={hostfile}; see launch/hostfile.example" in finished(process)
+        assert process.returncode == 2
 
 
 def test_doctor_measures_what_lies_between_the_ranks(folder):  # noqa: F811

@@ -22,7 +22,7 @@ def call(self, batch, position, *rest):
         WHAT
     return once(self, batch, position, *rest)
 TrainStep.__call__ = call
-sys.exit(cli.main(sys.argv[1:]))
+cli.program()
 """
 
 
@@ -109,7 +109,7 @@ def after_epoch(self, epoch):
         os.kill(os.getpid(), signal.SIGTERM)
     return once(self, epoch)
 Judge.after_epoch = after_epoch
-sys.exit(cli.main(sys.argv[1:]))
+cli.program()
 """
 
 

@@ -1,0 +1,145 @@
+"""What the command line takes. Imports nothing heavy, so that ``--help`` answers at once."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from dist_obdsd import __version__
+from dist_obdsd.machine import usable_cores
+
+BENCHES = ("objective", "manifold", "search", "loader")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse, and take overrides wherever they stand: argparse itself wants all positionals in one row."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    strays = [text for text in rest if text.startswith("-") or "=" not in text]
+    if strays or (rest and not hasattr(options, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    options.command_line = shlex.join([top.prog, *arguments])
+    return options
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="dist-obdsd",
+        description="Train and evaluate image embeddings on one or many GPUs, with self-distillation and diffusion "
+        "over the batch manifold (OBD-SD).",
+    )
+    top.add_argument("--version", action="version", version=f"dist-obdsd {__version__}")
+    # The DeepSpeed launcher puts this before the subcommand; the environment says the same.
+    top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    pack = commands.add_parser("pack", help="turn a benchmark's download or your own images into shards")
+    pack.add_argument("recipe", help="a recipe's name (see shards/) or the path of a recipe YAML")
+    pack.add_argument("overrides", nargs="*", metavar="options.name=value", help="settings that replace the recipe's")
+    pack.add_argument("--source", type=Path, help="the download or your images: a folder, an archive or a list")
+    pack.add_argument("--out", type=Path, required=True, help="the folder to make")
+    pack.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
+    pack.add_argument("--seed", type=int, default=0, help="of the order inside the shards")
+    pack.add_argument("--samples-per-class", type=int, default=2, help="images of a class that should stay together")
+    pack.add_argument(
+        "--resize", type=int, help="shrink images to this shorter side in pixels; default: copy the bytes"
+    )
+    pack.add_argument("--allow-partial", action="store_true", help="pack what is there of an incomplete source")
+    pack.add_argument("--overwrite", action="store_true", help="replace shards that are already there")
+
+    verify = commands.add_parser("verify", help="check shards against their manifest")
+    verify.add_argument("shards", help="a folder, or a URL or pipe: command")
+    verify.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
+
+    train = commands.add_parser("train", help="train and evaluate what a config describes")
+    train.add_argument("config", type=Path, help="a YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    train.add_argument("--fresh", action="store_true", help="do not resume: train under the next free name")
+    _loudness(train)
+
+    compare = commands.add_parser("compare", help="train arms x seeds and say how far they differ")
+    compare.add_argument("config", type=Path, help="a YAML file, see configs/")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    compare.add_argument(
+        "--arms", required=True, metavar="ARM,ARM,...", help="distillation targets, or NAME:key=value,key=value"
+    )
+    compare.add_argument("--seeds", default="3", metavar="N", help="how many (default: 3), or which, such as 0,4,7")
+    compare.add_argument("--grid", action="append", default=[], metavar="key=v,v", help="every arm with every value")
+    compare.add_argument("--ranks", type=int, metavar="N", help="processes of a run, by torchrun (default: one, plain)")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: runs/NAME-comparison)")
+    compare.add_argument("--json", type=Path, help="write the numbers to this file")
+    compare.add_argument("--dry-run", action="store_true", help="print each run's state and command, and do nothing")
+    compare.add_argument("--jobs", choices=("slurm",), help="print one command a line, for an array of jobs, and end")
+    compare.add_argument("--report-only", action="store_true", help="report what is finished, and train nothing")
+    _loudness(compare)
+
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint on shards, or a file of embeddings")
+    evaluate.add_argument("checkpoint", type=Path, nargs="?", help="a .pt file or a run folder")
+    evaluate.add_argument("--shards", help="the images to embed; with --embeddings, the images for --failures")
+    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--embeddings", type=Path, metavar="FILE", help="measure these, an .npz or .parquet file")
+    evaluate.add_argument("--json", type=Path, help="write the numbers to this file")
+    evaluate.add_argument("--per-class", type=Path, metavar="CSV", help="write Recall@1 of every class to this file")
+    evaluate.add_argument("--failures", type=Path, metavar="PNG", help="draw the worst queries into this file")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.backend=torch")
+
+    embed = commands.add_parser("embed", help="write the embeddings of images to a file")
+    embed.add_argument("checkpoint", type=Path, help="a .pt file or a run folder")
+    embed.add_argument("--shards", help="embed a split of these shards")
+    embed.add_argument("--split", default="test")
+    embed.add_argument("--images", type=Path, metavar="DIR", help="or embed all images in and below this folder")
+    embed.add_argument("--out", type=Path, metavar="FILE", help="the .npz or .parquet file to write")
+    embed.add_argument("--index", type=Path, metavar="FILE", help="write a faiss index, and its keys beside it")
+    embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    embed.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.batch_size=64")
+
+    export = commands.add_parser("export", help="write a checkpoint's network for torch.export and ONNX")
+    export.add_argument("checkpoint", type=Path, help="a .pt file or a run folder")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    export.add_argument("--format", default="torch,onnx", help="torch, onnx or both (default: torch,onnx)")
+    export.add_argument("--images", type=Path, metavar="DIR", help="verify on these images (default: drawn letters)")
+    export.add_argument("--shards", metavar="DIR", help="or on images of these shards")
+    export.add_argument("--split", default="test")
+
+    bench = commands.add_parser("bench", help="measure a part of the system on this machine")
+    bench.add_argument("name", choices=BENCHES)
+    bench.add_argument("--sizes", type=_numbers, metavar="N,N,...", help="sizes to measure (default: the bench's own)")
+    bench.add_argument("--worlds", type=_numbers, metavar="W,W,...", help="numbers of ranks (default: the bench's own)")
+    bench.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
+    bench.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: 1)")
+    bench.add_argument("--budget", type=float, default=120, help="seconds that one case may take (default: 120)")
+    bench.add_argument("--shards", metavar="DIR", help="loader: shards to read (default: images that it makes itself)")
+    bench.add_argument("--workers", type=int, default=2, help="loader: decoding processes (default: 2)")
+    bench.add_argument("--image-size", type=int, default=224, help="loader: pixels, where --sizes is not given (224)")
+    bench.add_argument("--batch", type=int, default=112, help="loader: images in a batch (default: 112)")
+    bench.add_argument("--json", type=Path, help="write the rows to this file")
+    bench.add_argument("--plot", type=Path, help="draw the rows into this file, such as bench.png")
+
+    status = commands.add_parser("status", help="print a run's state: none, running, finished, preempted or failed")
+    status.add_argument("config", type=Path, help="the run's YAML file, with the overrides it was started with")
+    status.add_argument("overrides", nargs="*", metavar="key=value")
+
+    figures = commands.add_parser("figures", help="draw the figures of a run folder anew")
+    figures.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder; of a running one, what there is yet")
+    figures.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as data.shards=DIR")
+
+    replay = commands.add_parser("replay", help="send to the tracking server what it missed of a run")
+    replay.add_argument("spool", type=Path, help="a run folder, or its tracking.jsonl")
+    replay.add_argument("--uri", help="another server, which gets all of the run")
+    replay.add_argument("--new-run", action="store_true", help="send all to a new run, when the old one is lost")
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
+    doctor.add_argument("config", type=Path, nargs="?")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    return top
+
+
+def _loudness(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="print warnings and the final table only")
+    group.add_argument("--verbose", action="store_true", help="print every step")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

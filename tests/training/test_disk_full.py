@@ -1,0 +1,58 @@
+"""A disk that is full, as a small file system of its own: what is said, what is left, and how it goes on."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd.training import checkpoint
+from tests import chaos, runs
+
+SETTINGS = ("epochs=2", "precision=float32", "checkpoint.keep=1")  # 12 steps, checkpoints of 3.3 MiB
+
+
+def resize(disk: Path, mib: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={mib}m", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_no_room_for_a_checkpoint_ends_the_run_and_later_it_goes_on_with_the_same_bits(train, small_disk, background):
+    resize(small_disk, 5)
+    more = ["checkpoint.background=true", "checkpoint.every_steps=5"] if background else []
+    run, command = small_disk / "tiny", (*SETTINGS, *more, f"output={small_disk}")
+    code, _, said = train(*command)
+    assert code == 1
+    (line,) = said.splitlines()
+    kept, lost = ("step-00000005", "epoch-0001") if background else ("epoch-0001", "epoch-0002")
+    assert f"cannot write the checkpoint {run}/checkpoints/{lost}.pt: No space left on device, since 3." in line
+    assert "MiB are needed and " in line
+    assert "MiB are free; the previous one is intact, so free some space and start the same command again" in line
+    status = runs.status(run)
+    assert status["state"] == "failed"
+    assert lost in status["message"]
+    # In the background, too, this is found out soon and not at the next checkpoint.
+    assert len(runs.metrics(run, "step")) < (10 if background else 13)
+    assert checkpoint.find(run).name == f"{kept}.pt"
+    assert checkpoint.load(run)["position"]["global_step"] == (5 if background else 6)
+    assert not list((run / "checkpoints").glob(".*"))
+
+    resize(small_disk, 20)
+    code, out, _ = train(*command)
+    assert code == 0
+    assert f"from {kept}.pt" in out
+    assert train(*SETTINGS, "name=whole")[0] == 0
+    assert chaos.difference(chaos.result(Path("runs/whole")), chaos.result(run)) is None
+
+
+def test_without_a_byte_left_the_run_s_status_still_says_so(train, small_disk):
+    run, page = small_disk / "tiny", os.sysconf("SC_PAGESIZE")
+    # status.json, config.yaml and provenance.json take one page each, and then there is none for metrics.jsonl.
+    (small_disk / "filler").write_bytes(bytes(2**20 - 3 * page))
+    code, _, said = train(*SETTINGS, f"output={small_disk}")
+    assert code == 1
+    (line,) = said.splitlines()
+    assert f"cannot write {run}/metrics.jsonl: No space left on device, since " in line
+    assert " bytes are needed and 0 bytes are free; free some space and start the same command again" in line
+    assert runs.status(run)["state"] == "failed"
+    assert "metrics.jsonl" in runs.status(run)["message"]
