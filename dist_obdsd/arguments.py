@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_obdsd import __version__
 from dist_obdsd.machine import usable_cores
 
-BENCHES = ("objective", "manifold", "search", "loader")
+BENCHES = ("objective", "manifold", "search", "loader", "step")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -111,8 +111,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--budget", type=float, default=120, help="seconds that one case may take (default: 120)")
     bench.add_argument("--shards", metavar="DIR", help="loader: shards to read (default: images that it makes itself)")
     bench.add_argument("--workers", type=int, default=2, help="loader: decoding processes (default: 2)")
-    bench.add_argument("--image-size", type=int, default=224, help="loader: pixels, where --sizes is not given (224)")
-    bench.add_argument("--batch", type=int, default=112, help="loader: images in a batch (default: 112)")
+    bench.add_argument("--image-size", type=int, help="loader, step: pixels (default: 224; 32 for small_cnn)")
+    bench.add_argument("--batch", type=int, default=112, help="loader, step: images in a (rank's) batch (112)")
+    bench.add_argument("--backbone", default="small_cnn", help="step: model.backbone (default: small_cnn)")
+    bench.add_argument("--precision", default="float32", help="step: float32 or bf16 (default: float32)")
+    bench.add_argument("--gigabytes", type=float, default=25, help="step: GB/s of a GPU's network, projected (25)")
+    bench.add_argument("--latency", type=float, default=20, help="step: microseconds of a message, projected (20)")
+    bench.add_argument("--trace", type=Path, help="step: write three steps of obdsd here, for Perfetto")
     bench.add_argument("--json", type=Path, help="write the rows to this file")
     bench.add_argument("--plot", type=Path, help="draw the rows into this file, such as bench.png")
 

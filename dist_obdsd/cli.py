@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
     """
     options = parse(arguments)
     try:
-        return COMMANDS[options.command](options)
+        code = COMMANDS[options.command](options)
+        sys.stdout.flush()  # here, where a reader that has gone is not an error
+        return code
     except UserError as error:
         _tell_launcher(error)
         # What every rank found alike is said once; what one rank found, only that rank can say.
@@ -58,6 +60,10 @@ def main(arguments: list[str]) -> int:
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("dist-obdsd: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output, such as head, has enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if any(mark in str(error) for mark in LOST_PEER):

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -82,3 +83,13 @@ def test_the_deepspeed_launcher_starts_two_ranks(folder):  # noqa: F811
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 x cpu (deepspeed)" in done.stdout
     assert len(runs.metrics(folder / "runs" / "tiny", "step")) == 3
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(runs.CONFIG)
+    reads, writes = os.pipe()
+    os.close(reads)  # as head does
+    done = subprocess.run(runs.command("status", "tiny.yaml"), stdout=writes, stderr=subprocess.PIPE, text=True,
+                          cwd=tmp_path, env=runs.environment(), check=False)  # fmt: skip
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> list[Row]:
             manifest = manifests.load(shards)
             extract(shards, manifest, files)
         rows = []
-        for size in options.sizes or [options.image_size]:
+        for size in options.sizes or [options.image_size or 224]:
             config = settings(shards, size, options.batch, options.workers)
             rows += compare(config, manifest, files, options.budget)
         return rows

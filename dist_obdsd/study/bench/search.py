@@ -9,18 +9,15 @@ Shapes: n images of this rank, D embedding dimension.
 import argparse
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import time
 
 import torch
 
 from dist_obdsd import collectives, runtime
-from dist_obdsd.errors import RunError
 from dist_obdsd.evaluation.search import nearest
 from dist_obdsd.seeds import derive
+from dist_obdsd.study.bench.ranks import START_SECONDS, matmul_flops, on_ranks
 from dist_obdsd.study.bench.report import Row, peak_mib
 
 SIZES = (10_000, 50_000, 200_000, 1_000_000)
@@ -29,9 +26,7 @@ BACKENDS = ("torch", "faiss")
 NEIGHBOURS = 20
 PER_CLASS = 10
 DRAWN = 10_000  # images drawn at a time from a seed of their own, so that a rank draws only its share
-MULTIPLIED = 2048  # side of the square matrices that the peak is measured with
 EXPECTED_SHARE = 0.25  # of the peak, which the number of queries is planned with
-START_SECONDS = 120.0  # that starting the ranks may take besides the budget
 PLOT = {
     "x": "n",
     "y": "ms_per_query",
@@ -52,29 +47,10 @@ def run(options: argparse.Namespace) -> list[Row]:
         for world in options.worlds or WORLDS:
             for backend in BACKENDS:
                 what = {"n": n, "dim": options.dim, "ranks": world, "backend": backend}
-                rows.append(what | _on_ranks(world, [n, options.dim, backend, options.threads, options.budget]))
+                case = [n, options.dim, backend, options.threads, options.budget]
+                rows.append(what | on_ranks(__name__, world, case, options.budget))
                 print(f"{what}: {rows[-1].get('skipped') or 'done'}", file=sys.stderr, flush=True)
     return rows
-
-
-def _on_ranks(world: int, case: list[float | str]) -> Row:
-    """One case on ``world`` ranks, started as a user starts them."""
-    seconds = START_SECONDS + 2 * float(case[-1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-               "-m", __name__, json.dumps(case)]  # fmt: skip
-    # A session of their own, so that a launcher that is killed leaves no rank behind.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        said, complaint = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return {"skipped": f"took more than {seconds:.0f} s"}
-    if process.returncode:
-        raise RunError(f"the case {case} on {world} ranks failed:\n{complaint}")
-    return json.loads(said.splitlines()[-1])
 
 
 def _rank(n: int, dim: int, backend: str, threads: int, budget: float) -> None:
@@ -84,7 +60,7 @@ def _rank(n: int, dim: int, backend: str, threads: int, budget: float) -> None:
         ids_n = torch.arange(n)[rank.rank :: world]
         rows_nD = _embeddings(ids_n, n, dim).to(device)
         ids_n = ids_n.to(device)
-        peak = sum(collectives.gather_json(_matmul_flops(device)))
+        peak = sum(collectives.gather_json(matmul_flops(device)))
         affordable = budget * EXPECTED_SHARE * peak / (2 * n * dim)
         queries = n if affordable >= n else max(world, 10 ** math.floor(math.log10(max(affordable, 1))))
         is_query_n = ids_n < queries
@@ -119,17 +95,6 @@ def _embeddings(ids_n: torch.Tensor, n: int, dim: int) -> torch.Tensor:
         own = ids_n[(ids_n >= start) & (ids_n < start + DRAWN)] - start
         parts.append(torch.nn.functional.normalize(rows[own]))
     return torch.cat(parts)
-
-
-def _matmul_flops(device: torch.device) -> float:
-    """Float32 operations per second of a large matrix product here: the best of several tries."""
-    a, b = torch.randn(2, MULTIPLIED, MULTIPLIED, device=device).unbind()
-    best = math.inf
-    for _ in range(8):
-        started = time.perf_counter()
-        float((a @ b)[0, 0])  # reading a number waits for a GPU
-        best = min(best, time.perf_counter() - started)
-    return 2 * MULTIPLIED**3 / best
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Benchmarks over several processes, started as a user starts them."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from dist_obdsd.errors import RunError
+from dist_obdsd.study.bench.report import Row
+
+START_SECONDS = 120.0  # that starting the ranks may take besides the budget
+
+
+def on_ranks(module: str, world: int, case: Any, budget: float) -> Any:
+    """Run a case on ``world`` ranks under torchrun.
+
+    Args:
+        module: what each rank runs with the case, as JSON, as its argument; rank 0's last line is the answer, as JSON.
+
+    Returns:
+        The answer, or ``{"skipped": reason}`` where it took longer than twice the budget.
+
+    Raises:
+        RunError: a rank failed, with what it said.
+    """
+    seconds = START_SECONDS + 2 * budget
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
+               "-m", module, json.dumps(case)]  # fmt: skip
+    # A session of their own, so that a launcher that is killed leaves no rank behind.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        said, complaint = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        skipped: Row = {"skipped": f"took more than {seconds:.0f} s"}
+        return skipped
+    if process.returncode:
+        raise RunError(f"the case {case} on {world} ranks failed:\n{complaint}")
+    return json.loads(said.splitlines()[-1])
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of a large matrix product here: the best of several tries."""
+    side = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
+    best = math.inf
+    for _ in range(8):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # reading a number waits for a GPU
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best

@@ -1,0 +1,302 @@
+"""``bench step``: a whole training step by arm, where its time goes, and what many GPUs would make of it.
+
+The arms take turns in one process per rank, a block of steps each, so that a machine whose speed drifts slows all of
+them down alike. A step's time is a block's divided by its steps, the median over the blocks; its parts are medians over
+all steps. Images are made up and already decoded: the wait for data is what ``bench loader`` measures, and every run
+prints its own.
+
+    overhead   step time / that of the arm ``none``
+    floor      the same if only the teacher's forward pass came on top
+    excess     (step - step of ``none``) / teacher's forward pass: 1 if the objective cost nothing
+
+Weak scaling: every rank has ``--batch`` images, whatever the number of ranks.
+
+Legend: b rows of a rank, B rows of the global batch, D embedding dimension, W ranks.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_obdsd import collectives, runtime
+from dist_obdsd.config import Config, parse_config
+from dist_obdsd.data.stream import Batch
+from dist_obdsd.errors import InputError
+from dist_obdsd.model.embedder import build_embedder
+from dist_obdsd.model.teacher import ProgressiveTeacher
+from dist_obdsd.objective.objective import build_objective
+from dist_obdsd.objective.terms import View
+from dist_obdsd.study.bench import projection
+from dist_obdsd.study.bench.objective import embeddings
+from dist_obdsd.study.bench.ranks import START_SECONDS, matmul_flops, on_ranks
+from dist_obdsd.study.bench.report import Row
+from dist_obdsd.training.step import Position, TrainStep
+from dist_obdsd.training.strategy import build_strategy
+
+ARMS = ("none", "psd", "obdsd")
+PARTS = ("student forward", "teacher", "communication", "objective", "student backward", "optimizer")
+WARM_UP, BLOCKS = 3, 5
+BLOCK_SECONDS = 1.0
+PLOT: dict[str, Any] = {
+    "x": "W",
+    "y": "images_per_s",
+    "label": lambda row: row["arm"],
+    "title": "training steps",
+}
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """A row per number of ranks and arm; then rows of a projection, from the parts on one rank."""
+    rows: list[Row] = []
+    for world in options.worlds or (1, 2):
+        case = {name: getattr(options, name) for name in ("backbone", "image_size", "batch", "dim", "precision",
+                                                          "threads", "budget")}  # fmt: skip
+        case["trace"] = str(options.trace) if options.trace and not rows else None
+        settings(case, "none", world)  # complains here, once
+        answer = on_ranks(__name__, world, case, options.budget)
+        if isinstance(answer, dict):
+            rows.append({"W": world} | answer)
+        else:
+            rows += answer
+    return rows + projection.rows(rows, options)
+
+
+def findings(rows: list[Row]) -> dict[str, float]:
+    """What decides: the overhead of each arm, and its excess over the teacher's forward pass."""
+    return {
+        f"{what} of {row['arm']} on {row['W']} ranks": row[what]
+        for row in rows
+        for what in ("overhead", "excess")
+        if row["arm"] in ARMS[1:] and what in row
+    }
+
+
+def settings(case: dict[str, Any], arm: str, world: int) -> Config:
+    """The config of an arm, with the published weights of CUB200 and sharper temperatures.
+
+    Raises:
+        InputError: a backbone, precision or size that does not fit.
+    """
+    if case["batch"] % 2:
+        raise InputError(f"--batch is {case['batch']}; give an even number, since a batch is made of pairs")
+    small = case["backbone"] == "small_cnn"
+    raw = {
+        "name": "bench",
+        "epochs": 2,
+        "precision": case["precision"],
+        "data": {
+            "shards": "none",
+            "image_size": case["image_size"] or (32 if small else 224),
+            "lanes": world,
+            **({"channels": 1, "mean": [0.5], "std": [0.5]} if small else {}),
+        },
+        "batch": {"global_size": case["batch"] * world, "samples_per_class": 2},
+        "model": {"backbone": case["backbone"], "embedding_dim": case["dim"]},
+        "distillation": {"target": arm, "weight": 3, "temperature": 0.1, "transition_temperature": 0.05, "omega": 0.5},
+        "optim": {"lr": 1e-5},
+    }
+    return parse_config(raw, "bench step")
+
+
+# ---- on a rank ------------------------------------------------------------------------------------------------------
+
+
+class Split:
+    """Where a step's time goes: marks between its parts, on the host's clock or, for a GPU, in its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, ended: str) -> None:
+        """Note that the part ``ended`` ends here."""
+        moment: Any = time.perf_counter()
+        if self.cuda:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self._marks.append((ended, moment))
+
+    def around(self, owner: Any, name: str, part: str, then: Callable[[Any], None] = lambda result: None) -> None:
+        """Let the calls of a function or method count as ``part``."""
+        inner = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.mark("other")
+            result = inner(*args, **kwargs)
+            self.mark(part)
+            then(result)
+            return result
+
+        setattr(owner, name, timed)
+
+    def seconds(self) -> dict[str, float]:
+        """The parts since the last call. Waits for a GPU."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        parts: dict[str, float] = defaultdict(float)
+        for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
+            parts[part] += before.elapsed_time(after) / 1000 if self.cuda else after - before
+        self._marks.clear()
+        return parts
+
+
+class Arm:
+    """A network, its teacher and everything else that a step needs, and steps on images that it makes up."""
+
+    def __init__(self, config: Config, rank: runtime.Runtime, split: Split) -> None:
+        self.config, self.rank, self.split = config, rank, split
+        say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+        student = build_embedder(config, rank.device, say, rank.world_size)
+        teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
+        B = config.batch.global_size
+        objective = build_objective(config, range(B // 2), rank.device)
+        strategy = build_strategy(student, config, rank, [])
+        strategy.network.train()
+        self.parameters = sum(p.numel() for p in student.parameters())
+        self.step = TrainStep(config, rank, strategy, teacher, objective, range(B // 2))
+        b, data = B // rank.world_size, config.data
+        images_b = torch.randint(0, 256, (b, data.channels, data.image_size, data.image_size), dtype=torch.uint8)
+        if rank.device.type == "cuda":
+            images_b = images_b.pin_memory()
+        ids_b, labels_B = torch.arange(b), torch.arange(B) // 2
+        self.batch = Batch(1, 0, images_b, ids_b, labels_B, [])
+        self._divide(strategy, teacher, objective)
+        self.times: list[float] = []
+        self.parts: dict[str, list[float]] = defaultdict(list)
+        self.flops = self.peak_mib = 0.0
+
+    def _divide(self, strategy: Any, teacher: ProgressiveTeacher | None, objective: Any) -> None:
+        split = self.split
+        # The gradient reaches the embeddings where the objective's backward ends and the network's begins.
+        split.around(
+            strategy, "embed", "student forward", lambda E_bD: E_bD.register_hook(lambda g: split.mark("objective"))
+        )
+        if teacher is not None:
+            split.around(teacher.network, "forward", "teacher")
+        split.around(objective, "terms", "objective")
+        split.around(objective, "loss", "objective")
+        split.around(strategy, "_backward", "student backward")
+        split.around(strategy, "_clipped_norm", "optimizer")
+        split.around(strategy, "_take_step", "optimizer")
+
+    def take(self) -> None:
+        # In the last of two epochs, at half the ramp; beyond the first step, which checks more.
+        self.step(self.batch, Position(1, 0, 1), 0.0)
+
+    def warm_up(self) -> None:
+        with FlopCounterMode(display=False) as counter:
+            self.take()
+        self.flops = counter.get_total_flops()
+        for _ in range(WARM_UP):
+            self.take()
+        self.split.seconds()
+
+    def block(self, steps: int) -> None:
+        cuda = self.rank.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.split.mark("between")
+            self.take()
+            self.split.mark("other")
+        parts = self.split.seconds()
+        self.times.append((time.perf_counter() - started) / steps)
+        for part in (*PARTS, "other"):
+            self.parts[part].append(parts.get(part, 0.0) / steps)
+        if cuda:
+            self.peak_mib = torch.cuda.max_memory_allocated() / 2**20
+
+    def row(self, none: "Arm | None", peak: float) -> Row:
+        seconds = statistics.median(self.times)
+        B = self.config.batch.global_size
+        row: Row = {"W": self.rank.world_size, "B": B, "arm": self.config.distillation.target}
+        row |= {"images_per_s": B / seconds, "ms": 1000 * seconds}
+        row |= {part: 1000 * statistics.median(values) for part, values in self.parts.items()}
+        if none is not None:
+            base, teacher = 1000 * statistics.median(none.times), row["teacher"]
+            row["overhead"] = row["ms"] / base
+            if teacher:
+                row |= {"floor": 1 + teacher / base, "excess": (row["ms"] - base) / teacher}
+        row["mfu"] = self.flops / seconds / peak
+        return row | ({"peak_mib": self.peak_mib} if self.peak_mib else {})
+
+
+def _rank(case: dict[str, Any]) -> None:
+    """This rank's part of a case; rank 0 prints the rows."""
+    with runtime.start(threads=case["threads"], timeout_seconds=START_SECONDS + 2 * case["budget"]) as rank:
+        split = Split(rank.device)
+        for name in ("gather_rows", "sum_across"):
+            split.around(collectives, name, "communication")
+        arms = [Arm(settings(case, arm, rank.world_size), rank, split) for arm in ARMS]
+        for arm in arms:
+            arm.warm_up()
+        started = time.perf_counter()
+        arms[0].block(1)
+        # Every rank takes the same number of steps, and all blocks together half the budget at most.
+        taken = max(collectives.gather_json(time.perf_counter() - started))
+        steps = max(1, int(min(BLOCK_SECONDS, case["budget"] / (2 * BLOCKS * len(ARMS))) / taken))
+        arms[0].times.clear()
+        arms[0].parts.clear()
+        for _ in range(BLOCKS):
+            for arm in arms:
+                arm.block(steps)
+        peak = matmul_flops(rank.device, torch.bfloat16 if case["precision"] == "bf16" else torch.float32)
+        rows = [arm.row(arms[0], peak) for arm in arms]
+        if case["trace"]:
+            _trace(arms[-1], Path(case["trace"]), rank.is_main)
+        if rank.world_size == 1:
+            rows[-1][projection.MEASURED] = {
+                "parameters": arms[-1].parameters,
+                "objective": _objective_alone(arms[-1], case["budget"] / 4),
+            }
+        if rank.is_main:
+            print(json.dumps(rows))
+
+
+def _trace(arm: Arm, path: Path, writes: bool) -> None:
+    """Three steps for chrome://tracing or Perfetto."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * arm.split.cuda
+    with profile(activities=activities) as trace:
+        for _ in range(3):
+            arm.take()
+    if writes:
+        trace.export_chrome_trace(str(path))
+
+
+def _objective_alone(arm: Arm, budget: float) -> list[tuple[int, float]]:
+    """(B, seconds) of one rank's objective, forward and backward, for ever larger batches of which it has b rows."""
+    objective, device = arm.step.objective, arm.rank.device
+    b, found = arm.config.batch.global_size, []
+    for W in projection.WORLDS:
+        B = b * W
+        E_BD, T_BD = (embeddings(B, arm.config.model.embedding_dim, seed, str(device)) for seed in (0, 1))
+        labels_B = torch.arange(B, device=device) // 2
+        best = float("inf")
+        for _ in range(2):
+            started = time.perf_counter()
+            E_bD = E_BD[:b].clone().requires_grad_()
+            terms = objective.terms(View(E_bD, torch.cat([E_bD, E_BD[b:]]), labels_B, 0, 0), T_BD)
+            objective.loss(terms, {name: term.count for name, term in terms.items()}, 1, 0.5).backward()
+            if arm.split.cuda:
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+        found.append((B, best))
+        if 60 * best > budget:  # eight times the batch takes up to 64 times as long
+            break
+    return found
+
+
+if __name__ == "__main__":
+    _rank(json.loads(sys.argv[1]))
