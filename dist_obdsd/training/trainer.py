@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from dist_obdsd import collectives
+from dist_obdsd import collectives, machine
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.schedule import lanes_of
@@ -53,6 +53,8 @@ class Trainer:
         """
         self.settings, self.runtime, self.stop, self.terminal = settings, runtime, stop, terminal
         self.say = say = terminal.say
+        if runtime.device.type == "cpu":
+            machine.keep_freed_memory()
         collectives.agree_on_settings(flatten(settings.model_dump(mode="json")))
         with collectives.agree("reading the shards"):
             self.manifest = manifests.load(settings.data.shards)

@@ -28,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_obdsd import collectives, runtime
+from dist_obdsd import collectives, machine, runtime
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.stream import Batch
 from dist_obdsd.errors import InputError
@@ -236,6 +236,8 @@ class Arm:
 def _rank(case: dict[str, Any]) -> None:
     """This rank's part of a case; rank 0 prints the rows."""
     with runtime.start(threads=case["threads"], timeout_seconds=START_SECONDS + 2 * case["budget"]) as rank:
+        if rank.device.type == "cpu":
+            machine.keep_freed_memory()
         split = Split(rank.device)
         for name in ("gather_rows", "sum_across"):
             split.around(collectives, name, "communication")

@@ -1,0 +1,30 @@
+import subprocess
+import sys
+
+from tests import runs
+
+# Page faults of ten allocations of 64 MiB that are written to, after a first one.
+FAULTS = """
+import resource, sys, torch
+from dist_obdsd import machine
+if sys.argv[1] == "kept":
+    machine.keep_freed_memory()
+torch.set_num_threads(1)
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True, timeout=120,
+                          env=runs.environment())  # fmt: skip
+    return int(done.stdout)
+
+
+def test_freed_memory_is_kept():
+    pages = 10 * 2**26 // 2**21  # at least, even if the kernel gives pages of 2 MiB
+    assert faults("kept") < pages / 10
+    assert faults("given back") >= pages  # the control
