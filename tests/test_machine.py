@@ -3,7 +3,7 @@ import sys
 
 from tests import runs
 
-# Page faults of ten allocations of 16 MiB that are written to, after some that find their place.
+# Page faults of ten allocations of 64 MiB that are written to, after some that find their place.
 FAULTS = """
 import resource, sys, torch
 from dist_obdsd import machine
@@ -11,10 +11,10 @@ if sys.argv[1] == "kept":
     machine.keep_freed_memory()
 torch.set_num_threads(1)
 for _ in range(20):
-    torch.ones(2**22)
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    torch.ones(2**22)
+    torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -26,6 +26,6 @@ def faults(how: str) -> int:
 
 
 def test_freed_memory_is_kept():
-    pages = 10 * 2**24 // 2**21  # at least, even if the kernel gives pages of 2 MiB
+    pages = 10 * 2**26 // 2**21  # at least, even if the kernel gives pages of 2 MiB
     assert faults("kept") < pages / 2
     assert faults("given back") >= pages  # the control

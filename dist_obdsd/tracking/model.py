@@ -82,8 +82,8 @@ def write_model(state: dict[str, Any], folder: Path, model: Any = None) -> None:
     settings = settings_of(state)
     rows = TensorSpec(np.dtype("float32"), (-1, settings.model.embedding_dim), "embeddings")
     signature = ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema([rows]))
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow asks for type hints, though it is given the signature
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings(record=True):
+        # Recorded and dropped: MLflow asks for type hints, though it is given the signature, behind any filter.
         weights, package = Path(place) / "checkpoint.pt", Path(place) / "dist_obdsd.zip"
         torch.save(_for_embedding(state), weights)
         _write_package(package)

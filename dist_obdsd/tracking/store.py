@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,7 @@ def load_libraries(uri: str) -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow.tracking
 
-    # What it would say while it saves a model, whose signature it is given, in the middle of a run's own lines.
-    warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
+    # What it would say while it saves a model, in the middle of a run's own lines.
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     if not uri.startswith(("http://", "https://")):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401

@@ -30,7 +30,8 @@ def points(client, run, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_run_is_in_mlflow_with_settings_losses_and_metrics(folder):
-    runs.train(folder, "tracking.kind=mlflow", ranks=2)
+    done = runs.train(folder, "tracking.kind=mlflow", ranks=2)
+    assert "Warning" not in done.stderr
     client, run = the_run(f"sqlite:///{folder}/mlflow.db", "tiny")
     assert run.info.status == "FINISHED"
     assert run.data.params["distillation.omega"] == "0.5"
