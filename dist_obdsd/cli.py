@@ -150,13 +150,15 @@ def _train_until(stop: "StopSignals", options: argparse.Namespace) -> int:
 
 
 def _train_on(rank: "Runtime", settings: "Config", stop: "StopSignals", options: argparse.Namespace) -> int:
-    from dist_obdsd import collectives
+    from dist_obdsd import collectives, runtime
     from dist_obdsd.training.rundir import free_name
     from dist_obdsd.training.terminal import build_terminal
     from dist_obdsd.training.trainer import Trainer
 
     every, size = settings.tracking.every_steps, settings.batch.global_size
     with build_terminal(rank.is_main, every, size, options.quiet, options.verbose) as terminal:
+        if (trap := runtime.restart_trap(os.environ)) is not None:
+            terminal.tell(trap)
         fresh = free_name(Path(settings.output), settings.name) if options.fresh else None
         if (name := collectives.from_main(fresh)) is not None:
             settings = settings.model_copy(update={"name": name})

@@ -85,6 +85,20 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     return Launch("single")
 
 
+def restart_trap(env: Mapping[str, str]) -> str | None:
+    """What is wrong with how torchrun would start ranks again, in a sentence. Pure.
+
+    Its agents keep one store for all attempts (https://github.com/pytorch/pytorch/issues/135712): a rank that comes
+    before another finds that one's old address there, and the job waits, or fails and needs another attempt.
+    """
+    if env.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return (
+        "torchrun --max-restarts lets ranks that are started again wait for ranks that are gone; export "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, as launch/torchrun.sh does"
+    )
+
+
 def _checked(launcher: str, rank: str, world: str, local_rank: str, local_world: str, host: str, port: str) -> Launch:
     try:
         launch = Launch(launcher, int(rank), int(world), int(local_rank), int(local_world), (host, int(port)))

@@ -25,6 +25,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # A collective that NCCL cannot finish ends the process instead of blocking it for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# Ranks that are started again would else share a store with those before them, and wait for ranks that are gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 if [[ ${NNODES:-1} == 1 ]]; then
   rendezvous=(--standalone)

@@ -1,7 +1,7 @@
 import pytest
 
 from dist_obdsd.errors import InputError
-from dist_obdsd.runtime import Launch, choose_device, read_launch
+from dist_obdsd.runtime import Launch, choose_device, read_launch, restart_trap
 
 VARIABLES = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
@@ -51,6 +51,14 @@ def test_a_broken_environment_is_refused(change, sentence):
     env = {name: value for name, value in (VARIABLES | change).items() if value is not None}
     with pytest.raises(InputError, match=sentence):
         read_launch(env)
+
+
+def test_a_store_that_outlives_its_ranks_is_told():
+    env = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (restart_trap(env) or "")
+    assert restart_trap(env | {"TORCHELASTIC_USE_AGENT_STORE": "False"}) is None
+    assert restart_trap(env | {"TORCHELASTIC_MAX_RESTARTS": "0"}) is None
+    assert restart_trap({}) is None
 
 
 def test_every_rank_of_a_node_gets_the_same_kind_of_device():
