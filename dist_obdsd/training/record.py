@@ -30,6 +30,8 @@ class Record:
         self._usage = Usage() if self._tracked and first_of_node else None
         self._nonfinite_in_a_row = 0
         self._defective = 0
+        self._stepping = 0.0
+        self._saving: list[float] = []
 
     def step(self, about: dict[str, float], numbers: dict[str, float]) -> None:
         """Record one optimizer step.
@@ -76,9 +78,23 @@ class Record:
 
     def epoch(self, title: str, epoch: int, global_step: int, images: int, seconds: float, waited: float) -> None:
         """Record how quick the part of an epoch was that this process trained."""
+        self._stepping += seconds
         rate, share = images / seconds, waited / seconds
         self.values("epoch", {"seconds": seconds, "images_per_s": rate, "data_wait_share": share}, epoch, global_step)
         self.say(f"{title}: {seconds:.1f} s, {rate:.0f} images/s, {share:.1%} waiting for data")
+
+    def saved(self, seconds: float) -> None:
+        """Record how long training stood still for a checkpoint: to collect its state, and to write or copy it."""
+        self._saving.append(seconds)
+
+    def cost_of_saving(self) -> None:
+        """Tell what the checkpoints of this process cost, beside the time of its steps."""
+        if self._stepping:
+            total = sum(self._saving)
+            self.say(
+                f"{len(self._saving)} checkpoints: training stood still for {total:.2f} s, "
+                f"{total / self._stepping:.2%} of the {self._stepping:.1f} s of its steps"
+            )
 
     def measured(self, what: str, result: EvaluationResult, epoch: int, global_step: int) -> None:
         """Record an evaluation."""

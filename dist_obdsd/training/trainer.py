@@ -265,6 +265,7 @@ class Trainer:
         """Look at the test set, once, and write the summary."""
         with collectives.agree("saving the checkpoint"):
             self.saver.wait()
+        self.record.cost_of_saving()
         rows = self.judge.after_training(self.position.epoch, self.position.step == 0, self._load_best)
         summary = {
             "meta": {
@@ -321,10 +322,12 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         self.wanted["save"] = False
+        started = time.perf_counter()
         state = self.snapshot.take(self.position, self.unjudged, self._tracked_run())
         with collectives.agree("saving the checkpoint"):
             if self.run_dir is not None:
                 self.saver.save(state, best)
+        self.record.saved(time.perf_counter() - started)
 
     def _tracked_run(self) -> str | None:
         """The tracker learns its run's id at some time, or never; a run that is not tracked keeps what it was told."""

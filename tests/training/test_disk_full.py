@@ -41,6 +41,7 @@ def test_no_room_for_a_checkpoint_ends_the_run_and_later_it_goes_on_with_the_sam
     code, out, _ = train(*command)
     assert code == 0
     assert f"from {kept}.pt" in out
+    assert f"{'3' if background else '1'} checkpoints: training stood still for 0." in out
     assert train(*SETTINGS, "name=whole")[0] == 0
     assert chaos.difference(chaos.result(Path("runs/whole")), chaos.result(run)) is None
 
