@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,16 +29,21 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gl
 
 
 def program() -> None:
-    """Entry point: run, then exit with the code that says how it went."""
+    """Entry point: run, then exit with the code that says how it went.
+
+    The interpreter's own end would take torch's modules apart, which costs more than a second of each rank, and now and
+    then aborts a process when it comes to the native threads of process groups. So all that is registered for the end
+    is done, threads included, and the rest is left to the kernel.
+    """
     code = main(sys.argv[1:])
-    if "deepspeed" in sys.modules or (code and "torch" in sys.modules):
-        # Its globals hold process groups, and after a failure nobody destroys them: their native threads now and then
-        # abort the interpreter's own exit.
-        atexit._run_exitfuncs()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    except OSError:  # a pipe that nobody reads, or a full disk
+        code = code or 1
+    os._exit(code)
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch
 
 from dist_obdsd.training import checkpoint
 from tests import runs
+from tests.nursery import Program
 
 SETTINGS = (
     "precision=float32", "epochs=20", "timeout_seconds=20", "checkpoint.every_steps=2", "validation.fraction=0.25",
@@ -45,23 +45,25 @@ TIMES = ("seconds", "data_wait", "images_per_s", "data_wait_share")
 class Job:
     """The ranks of one run, started one by one or by torchrun."""
 
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[subprocess.Popen[bytes] | Program]
     log: Path
 
     @classmethod
-    def start(cls, folder: Path, name: str, ranks: int, *overrides: str, torchrun: bool = False) -> "Job":
+    def start(
+        cls, folder: Path, name: str, ranks: int, *overrides: str, torchrun: bool = False, forked: bool = False
+    ) -> "Job":
+        """Start it; ``forked`` ranks (``tests.nursery``) start at once."""
         arguments = ("train", "tiny.yaml", f"name={name}", *SETTINGS, *overrides)
         log = folder / f"{name}.log"
         with log.open("ab") as out:
             if torchrun:
                 command = runs.command(*arguments, ranks=ranks)
                 return cls([_spawn(command, folder, out, {})], log)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            own = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
-            return cls([_spawn(runs.command(*arguments), folder, out, shared | mine) for mine in own], log)
+            own = runs.group_environments(ranks)
+            if forked:
+                env = [runs.environment(mine) for mine in own]
+                return cls([Program(arguments, cwd=folder, env=one, stdout=out, stderr=out) for one in env], log)
+            return cls([_spawn(runs.command(*arguments), folder, out, mine) for mine in own], log)
 
     def alive(self) -> bool:
         return any(process.poll() is None for process in self.processes)
@@ -156,15 +158,15 @@ def _steps(run: Path) -> int:
         return 0
 
 
-def untouched(folder: Path, name: str, ranks: int, *overrides: str) -> dict[str, Any]:
-    job = Job.start(folder, name, ranks, *overrides)
+def untouched(folder: Path, name: str, ranks: int, *overrides: str, forked: bool = False) -> dict[str, Any]:
+    job = Job.start(folder, name, ranks, *overrides, forked=forked)
     codes = job.wait()
     assert not any(codes), job.log.read_text()[-3000:]
     return result(folder / "runs" / name)
 
 
 def killed(folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan: list[tuple[str, int | None]],
-           seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+           seed: int, forked: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Kill and restart one run.
 
     Args:
@@ -175,7 +177,7 @@ def killed(folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan
     """
     draw, run, rows = random.Random(seed), folder / "runs" / name, []
     for moment, victim in plan:
-        job = Job.start(folder, name, ranks, *overrides)
+        job = Job.start(folder, name, ranks, *overrides, forked=forked)
         if not wait_for(moment, job, run, draw, 10**6):
             job.wait()
             break
@@ -187,7 +189,7 @@ def killed(folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan
         job.wait(60)
         others = time.monotonic() - killed_at
         rows.append({"moment": moment, "victim": "all" if victim is None else victim, "step": steps, "others": others})
-    job = Job.start(folder, name, ranks, *overrides)
+    job = Job.start(folder, name, ranks, *overrides, forked=forked)
     codes = job.wait()
     assert not any(codes), job.log.read_text()[-3000:]
     return result(run), rows

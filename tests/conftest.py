@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_obdsd.cli import main
-from tests import harness, runs
+from tests import harness, nursery, runs
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -16,9 +16,10 @@ REAL_DATA = Path(os.environ.get("DIST_OBDSD_DATA", Path(__file__).parents[1] / "
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _process_groups() -> Iterator[None]:
+def _processes() -> Iterator[None]:
     yield
     harness.close()
+    nursery.close()
 
 
 @pytest.fixture(scope="session")

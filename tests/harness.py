@@ -1,18 +1,24 @@
 """Real process groups for tests: one per world size, kept alive for the whole test session.
 
-Importing torch takes longer than most tests, so the processes are started once. A test names a module-level function;
+Processes that meet take longer than most tests, so they are started once. A test names a module-level function;
 every rank imports and calls it, and the results come back in rank order. An exception on a rank comes back as its
 traceback, and a rank that does not answer in time fails the test and takes its group down.
 """
 
 import multiprocessing
 import os
-import queue
+import pickle
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.nursery import ROOT, Program
 
 WORLD_SIZES = (1, 2, 3)
 MORE_WORLD_SIZES = (*WORLD_SIZES, 4)
@@ -43,64 +49,79 @@ def close() -> None:
 
 class Group:
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory(prefix="dist-obdsd-test-")
-        self.results = context.Queue()
-        self.tasks = [context.Queue() for _ in range(world_size)]
-        self.processes = [
-            context.Process(
-                target=_serve,
-                args=(rank, world_size, os.path.join(self.folder.name, "store"), self.tasks[rank], self.results),
-            )
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
+        self.ranks: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = multiprocessing.Pipe()
+            arguments = [str(rank), str(world_size), os.path.join(self.folder.name, "store")]
+            with theirs:
+                self.processes.append(
+                    Program(
+                        arguments, code="from tests import harness; harness.serve()", cwd=ROOT, env=os.environ,
+                        stdin=theirs, stdout=sys.__stdout__, stderr=sys.__stderr__,
+                    )
+                )  # fmt: skip
+            self.ranks.append(ours)
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
-        for tasks in self.tasks:
-            tasks.put((function, args))
+        task = pickle.dumps((function, args))
+        for rank in self.ranks:
+            rank.send_bytes(task)
         answers: dict[int, Any] = {}
         failures = []
-        while len(answers) < len(self.processes):
-            try:
-                rank, failed, value = self.results.get(timeout=timeout)
-            except queue.Empty:
-                missing = sorted(set(range(len(self.processes))) - answers.keys())
-                failures.append(f"ranks {missing} did not answer within {timeout:.0f} s")
+        while missing := [rank for number, rank in enumerate(self.ranks) if number not in answers]:
+            ready = connection.wait(missing, timeout)
+            if not ready:
+                numbers = sorted(set(range(len(self.ranks))) - answers.keys())
+                failures.append(f"ranks {numbers} did not answer within {timeout:.0f} s")
                 break
-            answers[rank] = value
-            if failed:
-                failures.append(f"rank {rank}:\n{value}")
-                timeout = 10.0  # the others are likely waiting for this one in a collective
+            for rank in ready:
+                number = self.ranks.index(rank)
+                try:
+                    failed, answers[number] = pickle.loads(rank.recv_bytes())
+                except EOFError:
+                    failed, answers[number] = True, f"ended with {self.processes[number].wait()}"
+                if failed:
+                    failures.append(f"rank {number}:\n{answers[number]}")
+                    timeout = 10.0  # the others are likely waiting for this one in a collective
         if failures:
             raise AssertionError("\n".join(failures))
-        return [answers[rank] for rank in range(len(self.processes))]
+        return [answers[rank] for rank in range(len(self.ranks))]
 
     def close(self) -> None:
-        for tasks in self.tasks:
-            tasks.put(None)
+        for rank in self.ranks:
+            rank.close()
         for process in self.processes:
-            process.join(timeout=2)
-            if process.is_alive():
+            try:
+                process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
                 process.kill()
-                process.join()
+                process.wait()
         self.folder.cleanup()
 
 
-def _serve(rank: int, world_size: int, store: str, tasks: Any, results: Any) -> None:
+def serve() -> None:
+    """A rank's process: do what comes by standard input, and answer there, until nothing more can come."""
     import torch
     import torch.distributed as dist
 
+    rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    tasks = Connection(os.dup(0))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
-    while (task := tasks.get()) is not None:
-        function, args = task
+    while True:
         try:
-            results.put((rank, False, function(*args)))
+            function, args = pickle.loads(tasks.recv_bytes())
+        except EOFError:
+            break
+        try:
+            answer = (False, function(*args))
         except Exception:
-            results.put((rank, True, traceback.format_exc()))
+            answer = (True, traceback.format_exc())
+        tasks.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
+    os._exit(0)  # the interpreter's own end would take a second

@@ -1,16 +1,24 @@
 """Real runs through the command line, and small real shards to run on."""
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+from tests.nursery import ROOT, Program
+
+SECONDS = 300.0
+"""That a program may take; the slowest one takes ten on a quiet machine."""
 
 CONFIG = """
 name: tiny
@@ -41,13 +49,36 @@ def make_images(folder: Path, classes: int = 24, per_class: int = 8) -> Path:
 
 
 def program(
-    *arguments: str | Path, ranks: int = 0, cwd: Path, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run ``dist-obdsd ...``, alone or under torchrun, to its end."""
-    return subprocess.run(
-        command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
-        env=environment(env),
-    )  # fmt: skip
+    *arguments: str | Path, ranks: int = 0, cwd: Path, env: dict[str, str] | None = None, anew: bool = False,
+    code: str | None = None,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run ``dist-obdsd ...`` to its end: alone, or as several ranks that share an output.
+
+    Args:
+        anew: start Python anew, and torchrun for several ranks, in place of ``tests.nursery``.
+        code: Python that runs in place of the program, with its arguments.
+    """
+    if anew:
+        return subprocess.run(
+            command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=SECONDS, check=False, cwd=cwd,
+            env=environment(env),
+        )  # fmt: skip
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        own = group_environments(ranks) if ranks else [{}]
+        started = [
+            Program(
+                [*map(str, arguments)], cwd=cwd, env=environment((env or {}) | mine), stdout=out, stderr=err, code=code
+            )
+            for mine in own
+        ]
+        deadline = time.monotonic() + SECONDS
+        try:
+            codes = [one.wait(max(0.1, deadline - time.monotonic())) for one in started]
+        finally:
+            for one in started:
+                one.kill()
+        said = [os.pread(file.fileno(), 1 << 24, 0).decode() for file in (out, err)]
+    return subprocess.CompletedProcess([*map(str, arguments)], next(filter(None, codes), 0), *said)
 
 
 def command(*arguments: str | Path, ranks: int = 0) -> list[str]:
@@ -57,14 +88,33 @@ def command(*arguments: str | Path, ranks: int = 0) -> list[str]:
     return [*launcher, "dist_obdsd", *map(str, arguments)]
 
 
+def group_environments(ranks: int) -> list[dict[str, str]]:
+    """What tells ranks on this machine of each other, as torchrun sets it."""
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port())}  # fmt: skip
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def free_port() -> int:
+    """A free one below those that the system itself hands out, so that no connection takes it until it is used."""
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port among a hundred")
+
+
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     return os.environ | own | (more or {})
 
 
-def train(folder: Path, *overrides: str, ranks: int = 0, code: int = 0) -> subprocess.CompletedProcess[str]:
+def train(
+    folder: Path, *overrides: str, ranks: int = 0, code: int = 0, anew: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Train in ``folder``, which has a ``tiny.yaml``, and check the exit code."""
-    done = program("train", "tiny.yaml", *overrides, ranks=ranks, cwd=folder)
+    done = program("train", "tiny.yaml", *overrides, ranks=ranks, cwd=folder, anew=anew)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

@@ -130,7 +130,7 @@ def test_a_hostfile_that_cannot_be_read(folder):  # noqa: F811
 
 
 def test_doctor_measures_what_lies_between_the_ranks(folder):  # noqa: F811
-    done = runs.program("doctor", "tiny.yaml", ranks=2, cwd=folder)
+    done = runs.program("doctor", "tiny.yaml", ranks=2, cwd=folder, anew=True)
     assert done.returncode == 0, done.stderr
     rows = {line[:14].strip(): line[15:] for line in done.stdout.splitlines()}
     assert rows["launcher"] == "torchrun, rank 0 of 2"

@@ -30,7 +30,7 @@ def points(client, run, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_run_is_in_mlflow_with_settings_losses_and_metrics(folder):
-    done = runs.train(folder, "tracking.kind=mlflow", ranks=2)
+    done = runs.train(folder, "tracking.kind=mlflow", ranks=2, anew=True)
     assert "Warning" not in done.stderr
     client, run = the_run(f"sqlite:///{folder}/mlflow.db", "tiny")
     assert run.info.status == "FINISHED"
@@ -104,10 +104,7 @@ def test_a_killed_run_and_a_hanging_server_leave_one_run_with_every_step_once(fo
 def breaks(folder: Path, what: str, step: int, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Train, and do something to the process before a step."""
     code = BREAKS.replace("WHAT", textwrap.indent(what, " " * 8)).replace("STEP", str(step))
-    return subprocess.run(
-        [sys.executable, "-c", code, "train", "tiny.yaml", *overrides], cwd=folder, env=runs.environment(),
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    return runs.program("train", "tiny.yaml", *overrides, cwd=folder, code=code)
 
 
 BREAKS = """
@@ -120,7 +117,7 @@ def call(self, batch, position, *rest):
 WHAT
     return once(self, batch, position, *rest)
 TrainStep.__call__ = call
-sys.exit(cli.main(sys.argv[1:]))
+cli.program()
 """
 
 

@@ -43,7 +43,7 @@ def test_a_world_size_that_does_not_divide_the_lanes(folder):
 
 
 def test_a_missing_folder_is_told_once_by_all_ranks(folder):
-    done = runs.program("train", "tiny.yaml", "data.shards=nowhere", ranks=2, cwd=folder)
+    done = runs.program("train", "tiny.yaml", "data.shards=nowhere", ranks=2, cwd=folder, anew=True)
     assert done.returncode != 0
     assert "there is no shard folder" in one_line(done.stderr)
 

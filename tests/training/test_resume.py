@@ -11,6 +11,7 @@ import torch
 
 from dist_obdsd.training import checkpoint
 from tests import runs
+from tests.nursery import Program
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -23,37 +24,31 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def start_and_wait(folder: Path, *overrides: str, ranks: int, until: str) -> subprocess.Popen[str]:
-    """Start training and return when the metrics file holds ``until``."""
-    process = subprocess.Popen(
-        runs.command("train", "tiny.yaml", *overrides, ranks=ranks), cwd=folder, env=runs.environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+def wait_for(text: str, folder: Path, process: subprocess.Popen[bytes] | Program) -> None:
+    """Return when the metrics file holds ``text``."""
     record = folder / "runs" / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (record.exists() and until in record.read_text()):
-        assert process.poll() is None, process.communicate()[0]
+    while not (record.exists() and text in record.read_text()):
+        assert process.poll() is None, (folder / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return process
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=60)
-    return output
 
 
 def test_killed_and_restarted_ends_with_the_same_bits(folder):
-    """On several ranks, and with DeepSpeed: test_survival."""
-    runs.train(folder, "name=whole", "epochs=4")
-    process = start_and_wait(folder, "epochs=4", ranks=0, until='"step": 13,')
-    # The launcher first, so that it cannot restart or tidy up; its workers have sessions of their own.
+    """Each in a process that was started anew. On several ranks, and with DeepSpeed: test_survival."""
+    runs.train(folder, "name=whole", "epochs=4", anew=True)
+    with (folder / "log").open("wb") as out:
+        process = subprocess.Popen(
+            runs.command("train", "tiny.yaml", "epochs=4"), cwd=folder, env=runs.environment(), stdout=out,
+            stderr=out, start_new_session=True,
+        )  # fmt: skip
+    wait_for('"step": 13,', folder, process)
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         member.kill()
-    ended(process)
+    process.wait(timeout=60)
     assert (folder / "runs" / "tiny" / "checkpoints" / "last").exists()
     assert runs.status(folder / "runs" / "tiny")["state"] == "running"
-    done = runs.train(folder, "epochs=4")
+    done = runs.train(folder, "epochs=4", anew=True)
     assert "resuming" in done.stdout
     whole, resumed = folder / "runs" / "whole", folder / "runs" / "tiny"
     assert same_bits(weights(whole), weights(resumed))
@@ -65,16 +60,15 @@ def test_killed_and_restarted_ends_with_the_same_bits(folder):
 
 def test_a_signal_stops_between_steps_and_the_same_command_goes_on(folder):
     runs.train(folder, "name=whole", ranks=2)
-    process = start_and_wait(folder, ranks=2, until='"step": 7,')
-    # To one worker only: the others learn of it from the step's all-reduce.
-    workers = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    import os
-
-    os.kill(int(workers[-1]), signal.SIGUSR1)
-    output = ended(process)
-    assert process.returncode == 0, output
+    with (folder / "log").open("wb") as out:
+        ranks = [
+            Program(["train", "tiny.yaml"], cwd=folder, env=runs.environment(env), stdout=out, stderr=out)
+            for env in runs.group_environments(2)
+        ]
+    wait_for('"step": 7,', folder, ranks[0])
+    # To one rank only: the others learn of it from the step's all-reduce.
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0], (folder / "log").read_text()
     assert runs.status(folder / "runs" / "tiny")["state"] == "preempted"
     assert checkpoint.load(folder / "runs" / "tiny")["position"]["step"] > 0
     runs.train(folder, ranks=2)

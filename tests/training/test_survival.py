@@ -1,16 +1,13 @@
 """What a run survives, in short; ``python -m tests.chaos`` does the same at many random moments."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from dist_obdsd.training import checkpoint
 from tests import chaos, runs
+from tests.nursery import Program
 
 HANGS = """
 import os, sys, time
@@ -36,8 +33,8 @@ cli.program()
 )
 def test_kill_9_changes_no_bit(folder, ranks, overrides, plan):
     overrides = (*overrides, "epochs=6")
-    whole = chaos.untouched(folder, "whole", ranks, *overrides)
-    found, rows = chaos.killed(folder, "killed", ranks, overrides, plan, seed=0)
+    whole = chaos.untouched(folder, "whole", ranks, *overrides, forked=True)
+    found, rows = chaos.killed(folder, "killed", ranks, overrides, plan, seed=0, forked=True)
     assert len(rows) == len(plan)
     assert chaos.difference(whole, found) is None
     # The control: a difference would be seen.
@@ -84,10 +81,7 @@ def test_a_signal_during_a_measurement_ends_it_and_the_epoch_is_measured_later(f
     more = ("validation.fraction=0.25", "evaluation.batch_size=2", "epochs=3", "evaluation.best_test=true")
     runs.train(folder, "name=whole", *more)
     code = WAITS.replace("EPOCH", "2")
-    process = subprocess.run(
-        [sys.executable, "-c", code, "train", "tiny.yaml", *more], cwd=folder, env=runs.environment(),
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    process = runs.program("train", "tiny.yaml", *more, cwd=folder, code=code)
     assert process.returncode == 0, process.stderr
     run = folder / "runs" / "tiny"
     assert runs.status(run)["state"] == "preempted"
@@ -124,23 +118,20 @@ def test_sigterm_leaves_a_checkpoint_a_status_and_no_process(folder, to_launcher
 def two_ranks(folder, what: str, *overrides: str) -> tuple[list[int], list[str], float]:
     """Exit codes, outputs and seconds of two ranks of which the second one does ``what`` before its fifth step."""
     code = HANGS.replace("WHAT", what)
-    port = str(20000 + os.getpid() % 20000)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, "train", "tiny.yaml", "data.workers=0", *overrides], cwd=folder, text=True,
-            env=runs.environment(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    first = processes[0].communicate(timeout=120)[0]
+    logs = [folder / "0.log", folder / "1.log"]
+    processes = []
+    for log, env in zip(logs, runs.group_environments(2), strict=True):
+        with log.open("wb") as out:
+            arguments = ("train", "tiny.yaml", "data.workers=0", *overrides)
+            processes.append(
+                Program(arguments, cwd=folder, env=runs.environment(env), stdout=out, stderr=out, code=code)
+            )
+    processes[0].wait(timeout=120)
     seconds = time.monotonic() - started
     if "sleep" in what:
-        processes[1].send_signal(signal.SIGKILL)
-    second = processes[1].communicate(timeout=60)[0]
-    return [process.returncode for process in processes], [first, second], seconds
+        processes[1].kill()
+    return [process.wait(timeout=60) for process in processes], [log.read_text() for log in logs], seconds
 
 
 def test_a_rank_that_hangs_is_named_after_the_timeout(folder):

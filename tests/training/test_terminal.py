@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from dist_obdsd.training.terminal import Bar, Lines, Terminal, build_terminal
 from tests import runs
+from tests.nursery import Program
 
 SHOWN = r"epoch 2/2 +\d+% \|.*\| \d/6 steps, .*images/s, \d+% data wait, run \d:\d\d:\d\d left, ranking .*distillation"
 
@@ -24,8 +24,8 @@ def on_a_terminal(*arguments: str, cwd: Path, **env: str) -> str:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     environment = {k: v for k, v in runs.environment({"TERM": "xterm"}).items() if k != "NO_COLOR"} | env
-    process = subprocess.Popen(runs.command(*arguments), stdout=theirs, stderr=theirs, cwd=cwd, env=environment)
-    os.close(theirs)
+    with os.fdopen(theirs, "wb") as screen:
+        process = Program(arguments, cwd=cwd, env=environment, stdout=screen, stderr=screen)
     shown = b""
     while True:
         try:
