@@ -24,8 +24,8 @@ demo: setup  ## pack the embedded data set, train OBD-SD on two processes, evalu
 	$(BIN)/torchrun --standalone --nproc-per-node $(DEMO_RANKS) -m dist_obdsd train configs/glyphs.yaml --fresh
 	@echo "run 'make ui' and open http://127.0.0.1:5000"
 
-test: setup  ## the whole test suite
-	$(BIN)/python -m pytest
+test: setup  ## the whole test suite, in up to four processes
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos

@@ -7,12 +7,25 @@ import pytest
 import torch
 
 from dist_obdsd.cli import main
+from dist_obdsd.machine import usable_cores
 from tests import harness, nursery, runs
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 REAL_DATA = Path(os.environ.get("DIST_OBDSD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes ``pytest -n auto`` tests with: more than four would mostly wait for each other's ranks."""
+    return min(4, usable_cores())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first, so that workers end together when each takes the next file."""
+    first = ["training", "launch", "study", "tracking", "evaluation"]
+    items.sort(key=lambda item: first.index(name) if (name := item.path.parent.name) in first else len(first))
 
 
 @pytest.fixture(scope="session", autouse=True)

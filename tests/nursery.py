@@ -149,21 +149,29 @@ def _become(request: dict[str, Any]) -> None:
     time.tzset()
     os.chdir(request["cwd"])
     sys.path[0] = ""
-    if request["code"] is None:
-        sys.argv = ["-m", *request["arguments"]]
-        runpy.run_module("dist_obdsd", run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = ["-c", *request["arguments"]]
-        sys.modules["__main__"] = main = types.ModuleType("__main__")
-        exec(request["code"], vars(main))
+    try:
+        if request["code"] is None:
+            sys.argv = ["-m", *request["arguments"]]
+            runpy.run_module("dist_obdsd", run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = ["-c", *request["arguments"]]
+            sys.modules["__main__"] = main = types.ModuleType("__main__")
+            exec(request["code"], vars(main))
+    except SystemExit as end:  # of argparse, before anything was begun; here torch would be taken apart for a second
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever uses this process decides when it ends
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    import sklearn.manifold  # noqa: F401
+
     import dist_obdsd.commands
     import dist_obdsd.data.pack
     import dist_obdsd.training.trainer  # noqa: F401
 
-    with open("/proc/self/status") as status:
-        assert "Threads:\t1\n" in status.read(), "a process with threads cannot be forked soundly"
+    threads = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")[1:]}
+    # The allocator that pyarrow brings along starts a thread which it stops and starts around forks.
+    assert threads <= {"jemalloc_bg_thd"}, f"a process with threads cannot be forked soundly: {threads}"
     _become(_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 import dist_obdsd
 from dist_obdsd.data.manifest import Manifest
@@ -25,6 +24,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    import torchvision  # takes more than a second, which who only asks for the hardware does without
+
     return {
         "version.dist_obdsd": dist_obdsd.__version__,
         "version.torch": torch.__version__,
