@@ -34,6 +34,22 @@ def test_help_answers_without_importing_torch():
         assert f"    {command}" in done.stdout
 
 
+def test_the_end_of_a_program_waits_for_threads_and_is_heard_by_whoever_asked_for_it():
+    script = (
+        "import atexit, threading, time\nfrom dist_obdsd import cli\n"
+        "def main(arguments):\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
+        "    atexit.register(print, 'at exit')\n    print('main')\n    return 3\n"
+        "cli.main = main\ncli.program()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.split("\n") == ["main", "thread", "at exit", ""]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script.replace("3", "0")], stdout=full, check=False)
+    assert done.returncode == 1
+
+
 @pytest.mark.parametrize("arguments", [["trian"], ["train"], ["pack", "glyphs"], ["train", "a.yaml", "--nonsense"]])
 def test_bad_usage_exits_with_2(arguments, tmp_path):
     assert runs.program(*arguments, cwd=tmp_path).returncode == 2
