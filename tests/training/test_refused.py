@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from dist_obdsd import collectives
 from dist_obdsd.errors import InputError
 from tests import harness, runs
+from tests.nursery import Program
 
 
 class Executes:
@@ -114,21 +113,17 @@ def test_different_settings_are_told_by_name_value_and_rank():
     ],
 )
 def test_a_rank_that_was_started_differently_ends_all_at_once(folder, of_rank_1, sentence):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            runs.command("train", "tiny.yaml", *more), cwd=folder, text=True, stderr=subprocess.PIPE,
-            env=runs.environment(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}), stdout=subprocess.DEVNULL,
-        )
-        for rank, more in enumerate([(), (of_rank_1,)])
-    ]  # fmt: skip
-    said = [process.communicate(timeout=60)[1] for process in processes]
+    logs = [folder / "0.log", folder / "1.log"]
+    processes = []
+    for log, env, more in zip(logs, runs.group_environments(2), ([], [of_rank_1]), strict=True):
+        with log.open("wb") as err, open(os.devnull, "wb") as out:
+            arguments = ["train", "tiny.yaml", *more]
+            processes.append(Program(arguments, cwd=folder, env=runs.environment(env), stdout=out, stderr=err))
+    codes = [process.wait(timeout=60) for process in processes]
     assert time.monotonic() - started < 60  # the config's timeout_seconds: nobody waited for it
-    assert [process.returncode for process in processes] == [2, 2], said
+    said = [log.read_text() for log in logs]
+    assert codes == [2, 2], said
     assert sentence in said[0]
     assert said[1] == ""  # by one of them
     assert not (folder / "runs").exists()
