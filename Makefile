@@ -5,7 +5,7 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint chaos format ui clean
+.PHONY: help setup demo test bench lint chaos format ui clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,10 @@ demo: setup  ## pack the embedded data set, train OBD-SD on two processes, evalu
 
 test: setup  ## the whole test suite, in up to four processes
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+bench: setup  ## time the objective and the training step, and compare the ratios with the committed ones
+	$(BIN)/dist-obdsd bench objective --sizes 112,448 --budget 60 --json bench-objective.json --baseline docs/bench/objective.json
+	$(BIN)/dist-obdsd bench step --worlds 1,2 --json bench-step.json --baseline docs/bench/step.json
 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos

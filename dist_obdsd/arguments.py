@@ -119,6 +119,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--latency", type=float, default=20, help="step: microseconds of a message, projected (20)")
     bench.add_argument("--trace", type=Path, help="step: write three steps of obdsd here, for Perfetto")
     bench.add_argument("--json", type=Path, help="write the rows to this file")
+    bench.add_argument("--baseline", type=Path, metavar="FILE", help="compare the findings with an earlier --json file")
+    bench.add_argument("--tolerance", type=float, default=0.2, help="share by which a finding may be worse (0.2)")
     bench.add_argument("--plot", type=Path, help="draw the rows into this file, such as bench.png")
 
     status = commands.add_parser("status", help="print a run's state: none, running, finished, preempted or failed")

@@ -223,9 +223,12 @@ def _bench(options: argparse.Namespace) -> int:
         print(f"{name}: {value:.3g}")
     if options.json is not None:
         write_json(options.json, report.meta(options) | found, rows)
+    compared = report.against(options.baseline, found, options.tolerance) if options.baseline is not None else []
+    if compared:
+        print(report.table(compared))
     if options.plot is not None:
         report.plot(options.plot, rows, **bench.PLOT)
-    return 0
+    return 1 if any(row["verdict"] == "worse" for row in compared) else 0
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_obdsd import cli, config
-from dist_obdsd.errors import RunError
+from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.study.bench import manifold, objective, reference, report
 from tests import oracle
 from tests.objective.data import unit_rows
@@ -118,6 +118,31 @@ def test_findings_are_slopes_of_logarithms():
     assert found["exponent at 512 rows a rank"] == pytest.approx(2)
     assert found["exponent of the inverse"] == pytest.approx(3)
     assert manifold.findings(rows[:1]) == {}
+
+
+def test_findings_are_held_against_an_earlier_file(tmp_path):
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"meta": {"date": "2026-01-01", "a": 1.0, "b": 1.0, "c": 1.0}, "rows": []}))
+    rows = report.against(earlier, {"a": 1.3, "b": 1.1, "c": 0.7, "d": 5.0}, tolerance=0.2)
+    assert [(row["finding"], row["verdict"]) for row in rows] == [
+        ("a", "worse"), ("b", "alike"), ("c", "better"), ("d", "new"),
+    ]  # fmt: skip
+    assert rows[0]["change"] == pytest.approx(1.3)
+    earlier.write_text("[]")
+    with pytest.raises(InputError, match="earlier.json is no file that bench --json wrote"):
+        report.against(earlier, {"a": 1.0}, tolerance=0.2)
+
+
+def test_a_regression_is_an_exit_code(tmp_path, capsys):
+    arguments = ["bench", "objective", "--sizes", "16", "--dim", "8", "--budget", "2"]
+    assert cli.main([*arguments, "--json", str(tmp_path / "now.json")]) == 0
+    kept = json.loads((tmp_path / "now.json").read_text())
+    shares = {name: value for name, value in kept["meta"].items() if name.startswith("share of")}
+    assert len(shares) == 4  # three arms beside the loop, one beside another library
+    kept["meta"] |= {name: value / 100 for name, value in shares.items()}
+    (tmp_path / "better.json").write_text(json.dumps(kept))
+    assert cli.main([*arguments, "--baseline", str(tmp_path / "better.json")]) == 1
+    assert capsys.readouterr().out.count("worse") == 4
 
 
 def sleep(seconds):

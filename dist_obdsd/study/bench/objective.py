@@ -65,6 +65,15 @@ def run(options: Any) -> list[Row]:
     return rows
 
 
+def findings(rows: list[Row]) -> dict[str, float]:
+    """Our share of the time of each other implementation."""
+    return {
+        f"share of {row['implementation']}, {row['arm']}, B={row['B']}": 1 / row["ratio"]
+        for row in rows
+        if row["ratio"] != 1
+    }
+
+
 def implementations(
     arm: str, T_BD: torch.Tensor, labels_B: torch.Tensor
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

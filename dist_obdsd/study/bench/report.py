@@ -1,18 +1,19 @@
 """What every benchmark shares: a process per case, and rows as a table, a JSON file or a log-log plot."""
 
 import datetime
+import json
 import math
 import multiprocessing
 import platform
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
-from dist_obdsd.errors import RunError
+from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.machine import usable_cores
 from dist_obdsd.tracking.provenance import processor
 
@@ -104,6 +105,33 @@ def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 1000 or value == 0 else f"{value:.3g}"
+
+
+def against(baseline: Path, found: Mapping[str, float], tolerance: float) -> list[Row]:
+    """A bench's findings beside those of an earlier ``--json`` file, by ratio; all of them are the better the less.
+
+    Absolute times say nothing on another machine, so only findings are compared: ratios and exponents of one run.
+
+    Returns:
+        Rows with ``finding``, ``before``, ``now``, ``change`` (now / before) and ``verdict``: better or worse beyond
+        the tolerance, alike, or not in the other file.
+
+    Raises:
+        InputError: the file is not one of ours.
+    """
+    try:
+        before = json.loads(baseline.read_text())["meta"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--baseline {baseline} is no file that bench --json wrote ({error})") from error
+    rows: list[Row] = []
+    for name, now in found.items():
+        if name not in before:
+            rows.append({"finding": name, "now": now, "verdict": "new"})
+            continue
+        change = now / before[name]
+        verdict = "worse" if change > 1 + tolerance else "better" if change < 1 / (1 + tolerance) else "alike"
+        rows.append({"finding": name, "before": before[name], "now": now, "change": change, "verdict": verdict})
+    return rows
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
