@@ -51,7 +51,7 @@ class ProgressiveTeacher:
 def fingerprints(network: nn.Module) -> dict[str, str]:
     """A digest of each tensor's bytes."""
     return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        name: hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
         if tensor.dim()
         else repr(tensor.item())
         for name, tensor in network.state_dict().items()

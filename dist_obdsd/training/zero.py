@@ -55,7 +55,9 @@ class ZeroStrategy(DDPStrategy):
             deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
         os.environ.setdefault("LOCAL_RANK", str(runtime.launch.local_rank))  # DeepSpeed insists; srun does not set it
         # DeepSpeed sends and keeps weights as flat rows, so a layout with channels innermost ends here.
-        self.student.to(memory_format=torch.contiguous_format)
+        for _, p in self.parameters:
+            # Not ``contiguous``: a kernel of 1 x 1 is contiguous by name in either layout, with strides that differ.
+            p.data = p.data.flatten().view(p.shape)
         options["train_micro_batch_size_per_gpu"] = self.settings.batch.global_size // runtime.world_size
         self._engine, *_ = deepspeed.initialize(
             # The engine turns autocast off around its module, so the module turns it on inside.

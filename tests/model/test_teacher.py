@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from dist_obdsd.config import override_config, parse_config
 from dist_obdsd.errors import RunError
-from dist_obdsd.model.teacher import ProgressiveTeacher
+from dist_obdsd.model.embedder import build_embedder
+from dist_obdsd.model.teacher import ProgressiveTeacher, fingerprints
 from tests import harness
 
 
@@ -48,3 +50,19 @@ def test_a_teacher_that_differs_on_one_rank_stops_all_with_its_name(world_size):
     assert harness.run(world_size, promote_on_ranks, False) == [""] * world_size
     for message in harness.run(world_size, promote_on_ranks, True):
         assert "1 tensors (1.bias)" in message
+
+
+@pytest.mark.parametrize("backbone", ["small_cnn", "resnet18", "squeezenet1_0"])
+def test_fingerprints_are_of_values_whatever_the_layout(backbone):
+    """Kernels of 1 x 1 are contiguous by name in either layout, and have other strides."""
+    prints = []
+    for layout in ("true", "false"):
+        raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "model": {"backbone": backbone}}
+        config = parse_config(override_config(raw, [f"model.channels_last={layout}"]), "x")
+        net = build_embedder(config, torch.device("cpu"), lambda text: None)
+        ProgressiveTeacher(net).promote(net, 1)
+        prints.append(fingerprints(net))
+    assert prints[0] == prints[1]
+    with torch.no_grad():
+        next(net.parameters()).flatten()[3] += 1
+    assert fingerprints(net) != prints[1]
