@@ -68,9 +68,7 @@ def main(arguments: list[str]) -> int:
         print("dist-obdsd: interrupted", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # Whoever read our output, such as head, has enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1  # whoever read our output, such as head, has enough
     except Exception as error:
         if any(mark in str(error) for mark in LOST_PEER):
             # The rank that is gone says why; a traceback here would only bury it.

@@ -97,7 +97,7 @@ class Config(Section):
             )
         if self.model.backbone != "small_cnn" and self.data.channels != 3:
             raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
-        if self.model.backbone == "small_cnn" and self.model.pretrained.startswith("torchvision"):
+        if self.model.backbone == "small_cnn" and self.model.torchvision_weights:
             raise ValueError("torchvision has no weights for small_cnn; set model.pretrained to none or to a file")
         if SELECTION_METRIC not in self.evaluation.metrics and (self.validation.holds_out or self.evaluation.best_test):
             raise ValueError(

@@ -103,6 +103,12 @@ class Model(Section):
     """Keep images and convolutions with the channels innermost, as the fast kernels of GPUs and CPUs want them. It
     changes no result beyond rounding."""
 
+    @property
+    def torchvision_weights(self) -> str | None:
+        """Torchvision's name of the weights to begin with; None where ``pretrained`` is `none` or a file."""
+        source, _, name = self.pretrained.partition(":")
+        return (name or "DEFAULT") if source == "torchvision" else None
+
 
 class Distillation(Section):
     target: Literal["none", "uniform", "psd", "obdsd", "obdsd_symmetric"] = "obdsd"

@@ -48,7 +48,7 @@ def _trunk(settings: config.Model, channels: int) -> tuple[nn.Module, int]:
         net = SmallCNN(channels)
     else:
         net = _quietly(lambda: models.get_model(settings.backbone, weights=_published_weights(settings)))
-    if settings.pretrained != "none" and not settings.pretrained.startswith("torchvision"):
+    if settings.pretrained != "none" and settings.torchvision_weights is None:
         _load_weights(net, settings.pretrained, settings.backbone)
     if settings.backbone == "small_cnn":
         return net, SmallCNN.widths[-1]
@@ -59,17 +59,17 @@ def _trunk(settings: config.Model, channels: int) -> tuple[nn.Module, int]:
 
 
 def _published_weights(settings: config.Model) -> models.WeightsEnum | None:
-    source, _, name = settings.pretrained.partition(":")
-    if source != "torchvision":
+    name = settings.torchvision_weights
+    if name is None:
         return None
     known = models.get_model_weights(settings.backbone)
-    if name and name not in known.__members__:
+    if name not in known.__members__:
         names = ", ".join(weights.name for weights in known)
         raise InputError(
             f"model.pretrained={settings.pretrained}: torchvision has {names} for {settings.backbone}; give one of "
             f"these, or torchvision for the newest"
         )
-    return known[name or "DEFAULT"]
+    return known[name]
 
 
 def _quietly(make: Callable[[], nn.Module]) -> nn.Module:

@@ -113,5 +113,7 @@ def test_published_weights_are_chosen_by_name():
     assert named("torchvision") is models.ResNet50_Weights.IMAGENET1K_V2
     assert named("torchvision:IMAGENET1K_V1") is models.ResNet50_Weights.IMAGENET1K_V1
     assert named("none") is None
+    with pytest.raises(InputError, match="torchvision-resnet50.pth is no file"):  # a file's name, like any other
+        build("model.pretrained=torchvision-resnet50.pth")
     with pytest.raises(InputError, match="has IMAGENET1K_V1, IMAGENET1K_V2 for resnet50; give one of these"):
         named("torchvision:V3")
