@@ -83,7 +83,9 @@ def load_state_by_name(
 
 
 def _placed_like(p: torch.Tensor, value: Any) -> Any:
-    if not isinstance(value, torch.Tensor) or value.shape != p.shape:
-        return value.to(p.device) if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.shape != p.shape:
+        return value.to(p.device)
     # The fused optimizers walk through the memory of weights and state side by side and do not look at strides.
     return torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -29,10 +29,11 @@ def rows(measured: list[Row], options: argparse.Namespace) -> list[Row]:
     parameters, points = alone[MEASURED]["parameters"], alone.pop(MEASURED)["objective"]
     student = sum(alone[part] for part in STUDENT)
     alone["bottleneck_B"] = bottleneck(points, student)
+    seconds_at = dict(map(tuple, points))
     b, found = alone["B"], []
     for W in WORLDS:
         B = W * b
-        known = dict(map(tuple, points)).get(B)
+        known = seconds_at.get(B)
         row: Row = {"W": W, "B": B, "arm": "obdsd, projected"}
         if known is None:
             found.append(row | {"skipped": "its objective takes longer than the budget on this device"})
