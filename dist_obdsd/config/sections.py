@@ -171,6 +171,9 @@ class Distillation(Section):
 class Optim(Section):
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Positive = 1e-5
+    head_scale: Positive = 1.0
+    """The rate of the embedding layer, which no pretraining has, in units of `lr`: above 1 it can find its place before
+    the pretrained weights have moved far."""
     weight_decay: NonNegative = 4e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD only."""

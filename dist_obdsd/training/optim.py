@@ -14,24 +14,32 @@ from dist_obdsd import config
 OBJECTIVE_RATE = 100
 """Learning rate of the ranking loss's own parameters, in units of the student's, where the settings leave it open."""
 
+HEAD = "head."
+"""What the names of the embedding layer's parameters begin with."""
+
 Named = tuple[str, torch.nn.Parameter]
 
 
 def build_optimizer(settings: config.Optim, parameters: Iterable[Named]) -> torch.optim.Optimizer:
-    """One group with every trainable parameter. Fused, since only the fused step can be masked on the device."""
-    trainable = [p for _, p in parameters if p.requires_grad]
+    """Every trainable parameter, in a group for each rate that parameters have beside the learning rate, its ``scale``.
+    Fused, since only the fused step can be masked on the device."""
+    by_scale: dict[float, list[torch.nn.Parameter]] = {}
+    for name, p in parameters:
+        if p.requires_grad:
+            by_scale.setdefault(settings.head_scale if name.startswith(HEAD) else 1.0, []).append(p)
+    groups = [{"params": members, "scale": scale} for scale, members in by_scale.items()]
     if settings.name == "sgd":
         optimizer = torch.optim.SGD(
-            trainable, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+            groups, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
         if settings.momentum:
             # The fused step leaves the buffer that it makes unwritten when the first step is masked; from 0 the first
             # step is the same as without a buffer.
-            for p in trainable:
+            for p in (p for members in by_scale.values() for p in members):
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
-    return kind(trainable, settings.lr, weight_decay=settings.weight_decay, fused=True)
+    return kind(groups, settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
 def build_objective_optimizer(

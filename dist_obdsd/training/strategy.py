@@ -176,7 +176,7 @@ class DDPStrategy:
 def _prepare(optimizer: torch.optim.Optimizer, masked: torch.Tensor, rate: float) -> None:
     optimizer.found_inf = masked  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
 
 
 def build_strategy(

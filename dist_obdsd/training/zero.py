@@ -58,6 +58,8 @@ class ZeroStrategy(DDPStrategy):
         for _, p in self.parameters:
             # Not ``contiguous``: a kernel of 1 x 1 is contiguous by name in either layout, with strides that differ.
             p.data = p.data.flatten().view(p.shape)
+        # DeepSpeed replaces each group's parameters by one flat share of them.
+        self._groups = {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         options["train_micro_batch_size_per_gpu"] = self.settings.batch.global_size // runtime.world_size
         self._engine, *_ = deepspeed.initialize(
             # The engine turns autocast off around its module, so the module turns it on inside.
@@ -111,6 +113,10 @@ class ZeroStrategy(DDPStrategy):
             return super().optimizer_state()
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        # DeepSpeed links weights with their state after its first group's first step, when the others have none.
+        zero = self._engine.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
         states: States = {}
         for name, p in self.parameters:
             flat = self._flat(p)
@@ -142,8 +148,8 @@ class ZeroStrategy(DDPStrategy):
                     kept[key].narrow(0, there.start, there.numel).copy_(part)
 
     def _flat(self, p: nn.Parameter) -> torch.Tensor:
-        """This rank's flat share of the float32 weights that ``p`` is a part of; there is one parameter group."""
-        return self._engine.optimizer.single_partition_of_fp32_groups[0]
+        """This rank's flat share of the float32 weights that ``p`` is a part of."""
+        return self._engine.optimizer.single_partition_of_fp32_groups[self._groups[p]]
 
 
 class _Autocast(nn.Module):

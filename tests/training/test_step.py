@@ -147,6 +147,20 @@ def test_the_loss_s_own_parameters_learn_at_their_own_rate():
     assert 0 < moved[0.01] < moved[0.02] < 3 * moved[0.01]
 
 
+def test_the_embedding_layer_learns_at_its_own_rate():
+    sgd = "precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0"
+    config = settings(*sgd)
+    start = {name: p.detach().numpy() for name, p in build_embedder(config, CPU, print).named_parameters()}
+    still, moved = (
+        harness.run(1, take_steps, settings(*sgd, f"optim.lr={lr}", f"optim.head_scale={scale}"))[0][1]
+        for lr, scale in ((0.01, 1e-12), (1e-12, 1e10))
+    )
+    for name in start:
+        head = name.startswith("head.")
+        assert (abs(still[name] - start[name]).max() < 1e-9) == head
+        assert (abs(moved[name] - start[name]).max() > 1e-6) == head
+
+
 def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
     scoped = settings(*WHOLE, "distillation.scope=rank")
     ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
@@ -189,7 +203,7 @@ ZERO_WAYS = {
     "sgd": ["optim.name=sgd", "optim.lr=1e-2"],
     "adam, clipped": ["optim.lr=1e-5", "optim.clip_norm=0.01"],
     "with proxies": ["optim.name=sgd", "optim.lr=1e-2", "optim.clip_norm=0.1", "ranking.name=proxy_anchor"],
-    "chunks": ["optim.name=sgd", "optim.lr=1e-2", "batch.chunk=5"],
+    "chunks, a faster head": ["optim.name=sgd", "optim.lr=1e-2", "batch.chunk=5", "optim.head_scale=3"],
 }
 
 

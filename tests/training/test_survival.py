@@ -43,7 +43,14 @@ def test_kill_9_changes_no_bit(folder, ranks, overrides, plan):
 
 
 def test_a_run_moves_between_strategies_and_world_sizes(folder):
-    common = ("precision=float32", "ranking.name=proxy_anchor", "ranking.lr=0.01", "epochs=3", "optim.clip_norm=1")
+    common = (
+        "optim.head_scale=2",
+        "precision=float32",
+        "ranking.name=proxy_anchor",
+        "ranking.lr=0.01",
+        "epochs=3",
+        "optim.clip_norm=1",
+    )
     runs.train(folder, "name=whole", *common)
     stops = [(2, "max_steps=7"), (0, "max_steps=14")]
     ways = [("strategy=deepspeed", "deepspeed.stage=1"), ("strategy=deepspeed", "deepspeed.stage=2")]
