@@ -63,6 +63,29 @@ def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
     return _GatherRows.apply(x_b)
 
 
+class Gathering:
+    """The rows of all ranks in rank order, on their way while this rank goes on. No gradient."""
+
+    def __init__(self, x_b: torch.Tensor) -> None:
+        """Begin to send and receive.
+
+        Args:
+            x_b: [b, ...], the same shape on every rank.
+        """
+        self.device = x_b.device
+        self._x_B, self._work = x_b.detach().contiguous(), None
+        if world_size() > 1:
+            self._sent, self._x_B = self._x_B, x_b.new_empty(world_size() * x_b.shape[0], *x_b.shape[1:])
+            self._work = dist.all_gather_into_tensor(self._x_B, self._sent, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """[B, ...]. On a GPU its stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._x_B
+
+
 def gather_ragged(x_n: torch.Tensor) -> torch.Tensor:
     """The rows of all ranks in rank order, when their numbers differ. No gradient."""
     x_n = x_n.detach()

@@ -111,10 +111,10 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def train(
-    folder: Path, *overrides: str, ranks: int = 0, code: int = 0, anew: bool = False
+    folder: Path, *overrides: str, ranks: int = 0, code: int = 0, anew: bool = False, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Train in ``folder``, which has a ``tiny.yaml``, and check the exit code."""
-    done = program("train", "tiny.yaml", *overrides, ranks=ranks, cwd=folder, anew=anew)
+    done = program("train", "tiny.yaml", *overrides, ranks=ranks, cwd=folder, anew=anew, env=env)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

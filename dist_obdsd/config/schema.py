@@ -95,6 +95,11 @@ class Config(Section):
                 f"model.norm={self.model.norm} would take BatchNorm's statistics of a chunk, not of the batch; "
                 f"set model.norm=frozen or leave batch.chunk out"
             )
+        if self.model.compile and self.model.norm == "sync":
+            raise ValueError(
+                "model.compile=true would be cut in two at every SyncBatchNorm; set model.norm=frozen or "
+                "model.compile=false"
+            )
         if self.model.backbone != "small_cnn" and self.data.channels != 3:
             raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
         if self.model.backbone == "small_cnn" and self.model.torchvision_weights:
@@ -108,6 +113,8 @@ class Config(Section):
             raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")
         if self.precision == "float64" and self.strategy == "deepspeed":
             raise ValueError("DeepSpeed has no float64; set precision=float32 or strategy=ddp")
+        if self.precision == "float64" and self.distillation.teacher_precision == "bf16":
+            raise ValueError("distillation.teacher_precision=bf16 cannot prove anything; set it to same for float64")
         if self.precision == "float64" and self.device == "cuda":
             raise ValueError("precision=float64 is for proofs on CPU; set device=cpu or precision=float32")
         return self

@@ -102,6 +102,10 @@ class Model(Section):
     channels_last: bool = True
     """Keep images and convolutions with the channels innermost, as the fast kernels of GPUs and CPUs want them. It
     changes no result beyond rounding."""
+    compile: bool = False
+    """Let torch.compile make the kernels of training steps, for student and teacher. That takes a minute or more at the
+    start; `bench step --compile` tells whether it pays. It changes no result beyond rounding; evaluation does without.
+    Where it does not work, one line says why and the run goes on without it."""
 
     @property
     def torchvision_weights(self) -> str | None:
@@ -115,6 +119,8 @@ class Distillation(Section):
     weight: NonNegative = 1.0
     temperature: Positive = 1.0
     """Of the student's and the teacher's softmax over the batch."""
+    teacher_precision: Literal["same", "bf16"] = "same"
+    """Of the teacher's forward pass: the student's, or bf16 also where the student is trained in float32."""
     transition_temperature: Positive = 1.0
     """Of the random walk's transition matrix A (target obdsd)."""
     omega: Annotated[float, Field(ge=0, lt=1)] = 0.5

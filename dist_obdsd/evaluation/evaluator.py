@@ -265,7 +265,7 @@ def evaluate_split(
     try:
         with torch.inference_mode():
             return evaluate(
-                network,
+                network.forward,  # and not a call, which model.compile may have replaced
                 between(batches()),
                 expected_count=expected.total(),
                 expected_classes=expected,

@@ -23,9 +23,10 @@ class ProgressiveTeacher:
         self.epoch = 0
         """How many epochs the weights were trained for: 0 is the initial student."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        """Unit rows [b, D], without gradient."""
+        """Unit rows [b, D], without gradient. They are what torch calls an inference tensor: copy them (``torch.cat``
+        does) before they meet others that have one."""
         return self.network(images_bCss)
 
     @torch.no_grad()

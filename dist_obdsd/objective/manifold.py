@@ -11,9 +11,10 @@ import torch
 
 from dist_obdsd import config
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.objective.graph import SymmetricGraph, WalkGraph, fits, softmax
-from dist_obdsd.objective.solvers import series_rows, solve_rows
+from dist_obdsd.objective.graph import Graph, SymmetricGraph, WalkGraph, fits, softmax
+from dist_obdsd.objective.solvers import series_goal, series_rows, solve_rows
 from dist_obdsd.objective.terms import similarity, without_autocast
+from dist_obdsd.transfer import Arriving
 
 FLOAT64_TOLERANCE = 1e-10
 """What is aimed at for float64 embeddings."""
@@ -35,9 +36,49 @@ class Solve:
     """Each row's mass at nodes outside the batch, which was dropped; None where there are none."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """A solve that was queued on the device before anybody looked at it."""
+
+    solve: Solve
+    worst: Arriving
+    """Its largest error."""
+    goal: float
+    """What that must be to be accepted."""
+
+
+@torch.no_grad()
+def begin(
+    T_BD: torch.Tensor, rows: slice, settings: config.Distillation, memory_MD: torch.Tensor | None = None
+) -> Ahead | None:
+    """Queue what mostly is the whole diffusion, so that the device has other work when the host asks for its error:
+    called before the student's forward pass, with ``target_rows`` after it. None where nothing can be done ahead.
+
+    Args:
+        As of ``target_rows``.
+    """
+    if not settings.diffuses or settings.solver != "auto":
+        return None
+    with without_autocast(T_BD.device):
+        T_nD = _nodes(T_BD, memory_MD)
+        if (rows.stop - rows.start) * len(T_nD) > PART_ENTRIES:
+            return None
+        graph = _graph(T_nD, settings)
+        inverse = series_rows(graph, rows, 0.0, unseen=True)
+        if inverse is None:
+            return None
+        solve = Solve(graph.target(inverse.Y_bn, rows), inverse.error_b, inverse.iterations)
+        goal = series_goal(solve.target_bB.dtype, settings, _goal(T_nD, settings))
+        return Ahead(solve, Arriving(inverse.error_b.max()[None]), goal)
+
+
 @torch.no_grad()
 def target_rows(
-    T_BD: torch.Tensor, rows: slice, settings: config.Distillation, memory_MD: torch.Tensor | None = None
+    T_BD: torch.Tensor,
+    rows: slice,
+    settings: config.Distillation,
+    memory_MD: torch.Tensor | None = None,
+    ahead: Ahead | None = None,
 ) -> Solve:
     """The target distribution of this rank's rows (arXiv 2211.07566, PSD and OBDP).
 
@@ -62,6 +103,7 @@ def target_rows(
         T_BD: the teacher's unit rows of the whole batch, B of at least 2. ``uniform`` reads only its shape.
         rows: this rank's rows, with explicit start and stop.
         memory_MD: unit rows of further images by the same teacher, for the diffused targets.
+        ahead: what ``begin`` returned for the same arguments.
 
     Raises:
         InputError: for a batch of fewer than two rows, rows outside it or an unknown target.
@@ -81,8 +123,11 @@ def target_rows(
         if target == "psd":
             S_bB = similarity(T_BD[rows], T_BD)
             return _exact(softmax(S_bB, settings.temperature, rows.start, settings.mask_self))
-        T_nD = T_BD if memory_MD is None or not len(memory_MD) else torch.cat([T_BD, memory_MD])
-        solve = _diffused(T_nD, rows, settings)
+        T_nD = _nodes(T_BD, memory_MD)
+        if ahead is not None and ahead.worst.read()[0] <= ahead.goal:
+            solve = ahead.solve
+        else:
+            solve = _diffused(T_nD, rows, settings)
         return solve if len(T_nD) == B else _within_batch(solve, T_BD, rows, settings)
 
 
@@ -123,6 +168,18 @@ def describe(settings: config.Config, world_size: int) -> list[str]:
     return lines
 
 
+def _nodes(T_BD: torch.Tensor, memory_MD: torch.Tensor | None) -> torch.Tensor:
+    return T_BD if memory_MD is None or not len(memory_MD) else torch.cat([T_BD, memory_MD])
+
+
+def _graph(T_nD: torch.Tensor, settings: config.Distillation) -> Graph:
+    return (WalkGraph if settings.target == "obdsd" else SymmetricGraph)(T_nD, settings)
+
+
+def _goal(T_nD: torch.Tensor, settings: config.Distillation) -> float:
+    return min(settings.tolerance, FLOAT64_TOLERANCE) if T_nD.dtype == torch.float64 else settings.tolerance
+
+
 def _exact(target_bB: torch.Tensor) -> Solve:
     return Solve(target_bB, target_bB.new_zeros(target_bB.shape[0]))
 
@@ -132,7 +189,7 @@ def _diffused(T_nD: torch.Tensor, rows: slice, settings: config.Distillation) ->
     [b, n]"""
     precise, dtype = T_nD.dtype == torch.float64, torch.promote_types(T_nD.dtype, torch.float32)
     solver = choose_solver(len(T_nD), rows.stop - rows.start, settings, dtype.itemsize)
-    goal = min(settings.tolerance, FLOAT64_TOLERANCE) if precise else settings.tolerance
+    goal = _goal(T_nD, settings)
     retry = not precise and fits(len(T_nD), 8, settings)
     solve = _solve(T_nD, rows, settings, solver, goal, neumann=not retry)
     # NaN compares false, so a failed solve is not accepted either.
@@ -154,7 +211,7 @@ def _diffused(T_nD: torch.Tensor, rows: slice, settings: config.Distillation) ->
 def _solve(
     T_nD: torch.Tensor, rows: slice, settings: config.Distillation, solver: str, tolerance: float, neumann: bool
 ) -> Solve:
-    graph = (WalkGraph if settings.target == "obdsd" else SymmetricGraph)(T_nD, settings)
+    graph = _graph(T_nD, settings)
     height = max(PART_ENTRIES // graph.n, 1)
     targets, errors, iterations = [], [], 0
     for start in range(rows.start, rows.stop, height):

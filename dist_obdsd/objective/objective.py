@@ -28,7 +28,19 @@ class Objective:
         self.memory_MD: torch.Tensor | None = None
         """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
 
-    def terms(self, view: View, T_BD: torch.Tensor | None = None) -> dict[str, Term]:
+    def begin(self, T_BD: torch.Tensor, rows: slice) -> manifold.Ahead | None:
+        """Queue the target's diffusion ahead of the student's forward pass; see ``manifold.begin``. For ``terms``.
+
+        Args:
+            rows: this rank's.
+        """
+        if self.distillation.scope == "rank":
+            T_BD, rows = T_BD[rows], slice(0, rows.stop - rows.start)
+        return manifold.begin(T_BD, rows, self.distillation, self.memory_MD)
+
+    def terms(
+        self, view: View, T_BD: torch.Tensor | None = None, ahead: manifold.Ahead | None = None
+    ) -> dict[str, Term]:
         """This rank's share of every term.
 
         The names and their order are the same on every rank. All hang on ``E_BD`` or are without gradient: the
@@ -37,6 +49,7 @@ class Objective:
         Args:
             view: the student's rows.
             T_BD: the teacher's unit rows; their D may differ. Left out where ``needs_teacher`` says so.
+            ahead: what ``begin`` returned for them, if it was called.
 
         Returns:
             The ranking loss's parts first, named ``ranking`` or ``ranking_...``; ``distillation`` if there is a target;
@@ -58,7 +71,7 @@ class Objective:
         S_bB = view.S_bB
         if settings.scope == "rank":
             S_bB, T_BD, rows = S_bB[:, rows], T_BD[rows], slice(0, view.b)
-        solve = manifold.target_rows(T_BD, rows, settings, self.memory_MD)
+        solve = manifold.target_rows(T_BD, rows, settings, self.memory_MD, ahead)
         self._remember(T_BD)
         terms |= distillation.distil(S_bB, solve.target_bB, settings.temperature, rows.start)
         if settings.diffuses:
@@ -104,7 +117,8 @@ class Objective:
         sums_n = torch.stack([terms[name].sum for name in factors])
         # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
         counts_n = torch.stack([global_counts[name] for name in factors]).to(sums_n.dtype)
-        factors_n = sums_n.new_tensor([factor * world_size for factor in factors.values()])
+        # Fills take their number along; a tensor made of numbers would be a copy to the GPU that the host waits for.
+        factors_n = torch.stack([sums_n.new_full((), factor * world_size) for factor in factors.values()])
         return sums_n @ (factors_n / (counts_n + (counts_n == 0)))
 
     # ---- memory -----------------------------------------------------------------------------------------------------

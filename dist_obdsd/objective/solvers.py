@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from dist_obdsd import config
 from dist_obdsd.objective.graph import Graph, sum_over_tiles
 
 CORRECTIONS = 8
@@ -96,31 +97,42 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
     return Inverse(Y_bn, error_b, iterations)
 
 
-def series_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
+def series_rows(graph: Graph, rows: slice, tolerance: float, unseen: bool = False) -> Inverse | None:
     """Rows [b, n] of (I - omega A)^-1 by Neumann's series alone, where two or three products with A make them as good
     as any solver would, as at the usual temperatures; None elsewhere.
 
         y' = e_i + omega y A  differs from y by y's residual, and its own residual is omega times that one times A
 
     As A's rows sum to 1, it is at most omega times as large, without another product to see it.
+
+    Args:
+        unseen: take all the products without a look at their errors, for which the host would have to wait. Whether
+            ``series_goal`` was reached is then for the caller to see.
     """
     Y_bn = graph.guess(rows)
     if Y_bn is None:
         return None
     omega, A_nn = graph.settings.omega, graph.transition(slice(0, graph.n))
-    # A looser goal would let the rounds, and with them the last digits, depend on which rows a rank has.
-    goal = min(tolerance, ROUNDING * torch.finfo(Y_bn.dtype).eps / (1 - omega))
+    goal = series_goal(Y_bn.dtype, graph.settings, tolerance)
     units_bn, before = unit_rows(rows, A_nn), 2 * omega
     for taken in range(1, SERIES + 1):
         next_bn = torch.addmm(units_bn, Y_bn, A_nn, alpha=omega)
-        error_b = graph.error(Y_bn.sub_(next_bn))
-        worst = omega * float(error_b.max())  # the host waits here for the device
-        if worst <= goal:
-            return Inverse(next_bn, error_b * omega, taken)
-        if not worst * (worst / before) ** (SERIES - taken) <= goal:  # too slow or NaN
-            return None
-        Y_bn, before = next_bn, worst
-    return None
+        error_b = graph.error(Y_bn.sub_(next_bn)) * omega
+        if not unseen:
+            worst = float(error_b.max())  # the host waits here for the device
+            if worst <= goal:
+                return Inverse(next_bn, error_b, taken)
+            if not worst * (worst / before) ** (SERIES - taken) <= goal:  # too slow or NaN
+                return None
+            before = worst
+        Y_bn = next_bn
+    return Inverse(next_bn, error_b, SERIES) if unseen else None
+
+
+def series_goal(dtype: torch.dtype, settings: config.Distillation, tolerance: float) -> float:
+    """The error that the series must reach. A looser one would let the rounds, and with them the last digits, depend on
+    which rows a rank has."""
+    return min(tolerance, ROUNDING * torch.finfo(dtype).eps / (1 - settings.omega))
 
 
 class Cholesky:

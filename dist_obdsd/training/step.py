@@ -20,7 +20,8 @@ from dist_obdsd.runtime import Runtime
 from dist_obdsd.seeds import derive
 from dist_obdsd.tracking.album import Seen
 from dist_obdsd.training.optim import learning_rate
-from dist_obdsd.training.strategy import DDPStrategy
+from dist_obdsd.training.strategy import DDPStrategy, autocast
+from dist_obdsd.transfer import Arriving
 
 
 @dataclass
@@ -37,18 +38,13 @@ class StepReader:
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
-        self._waiting: deque[tuple[dict[str, float], list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._waiting: deque[tuple[dict[str, float], list[str], Arriving]] = deque()
 
     def push(
         self, about: dict[str, float], names: list[str], numbers: torch.Tensor
     ) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
         """Queue one step: what the host knows of it, and its [n] named numbers. Yields steps that are old enough."""
-        event = None
-        if numbers.is_cuda:
-            numbers = numbers.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._waiting.append((about, names, numbers, event))
+        self._waiting.append((about, names, Arriving(numbers)))
         return self._read(self._lag)
 
     def drain(self) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
@@ -57,10 +53,8 @@ class StepReader:
 
     def _read(self, left: int) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
         while len(self._waiting) > left:
-            about, names, numbers, event = self._waiting.popleft()
-            if event is not None:
-                event.synchronize()
-            yield about, dict(zip(names, numbers.tolist(), strict=True))
+            about, names, numbers = self._waiting.popleft()
+            yield about, dict(zip(names, numbers.read(), strict=True))
 
 
 class TrainStep:
@@ -81,6 +75,8 @@ class TrainStep:
         """
         self.settings, self.runtime, self.strategy = settings, runtime, strategy
         self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
+        self.looks_later = runtime.device.type == "cuda"
+        """Whether the diffusion is queued before anybody looks at its error; a GPU has more to do by then."""
         self.latest: Seen | None = None
         """The batch of the latest step, the same on every rank."""
 
@@ -105,27 +101,34 @@ class TrainStep:
         ramp = self.objective.ramp(position.epoch, self.settings.epochs)
         images_b = batch.images_b.to(device, non_blocking=True)
         labels_B = class_indices(batch.labels_B, self.classes_C).to(device, non_blocking=True)
-        E_bD = self.strategy.embed(images_b)
-        T_BD = None
+        b, T_BD, gathering, ahead = images_b.shape[0], None, None, None
+        rows = slice(self.runtime.rank * b, (self.runtime.rank + 1) * b)
+        # The teacher comes first: its rows travel while the student's forward pass runs. On a GPU they have travelled
+        # by then, and the diffusion is queued, too, so that its error is known before the host asks.
         if self.teacher is not None and self.objective.needs_teacher(ramp):
-            with self.strategy.autocast():
-                chunks = images_b.split(self.settings.batch.chunk or images_b.shape[0])
+            with autocast(self.settings, device, teacher=True):
+                chunks = images_b.split(self.settings.batch.chunk or b)
                 T_bD = torch.cat([self.teacher(images) for images in chunks])
-            T_BD = collectives.gather_rows(T_bD, check_sizes=False)
+            gathering = collectives.Gathering(T_bD)
+            if self.looks_later:
+                ahead = self.objective.begin(gathering.wait(), rows)
+        E_bD = self.strategy.embed(images_b)
         # Sizes come from a config that all ranks share, so comparing them once is enough.
         E_BD = collectives.gather_rows(E_bD, check_sizes=position.global_step == 0)
+        seed = derive(self.settings.seed, "ranking", position.epoch, position.step)
+        if gathering is not None:
+            T_BD = gathering.wait()
         whose = "student" if T_BD is None else "teacher"
         self.latest = Seen(E_BD.detach() if T_BD is None else T_BD, batch.labels_B, whose)
-        first_row = self.runtime.rank * E_bD.shape[0]
-        seed = derive(self.settings.seed, "ranking", position.epoch, position.step)
-        terms = self.objective.terms(View(E_bD, E_BD, labels_B, first_row, seed), T_BD)
+        terms = self.objective.terms(View(E_bD, E_BD, labels_B, rows.start, seed), T_BD, ahead)
 
         # The step contract: one small all-reduce carries every sum, every count, the finite flag and the wishes.
         n = len(terms)
         sums = torch.stack([term.sum.detach().double() for term in terms.values()])
         counts = torch.stack([term.count.detach().double() for term in terms.values()])
         nonfinite = (~torch.isfinite(sums)).any().double()[None]
-        parts = [sums, counts, nonfinite, sums.new_tensor([float(stop), float(save)])]
+        # A fill takes its number along, where a tensor made of numbers would be a copy that the host waits for.
+        parts = [sums, counts, nonfinite, sums.new_full((1,), float(stop)), sums.new_full((1,), float(save))]
         sums, counts, nonfinite, wishes = collectives.sum_across(torch.cat(parts)).split([n, n, 1, 2])
         loss = self.objective.loss(terms, dict(zip(terms, counts, strict=True)), self.runtime.world_size, ramp)
 

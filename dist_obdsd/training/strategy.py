@@ -21,6 +21,21 @@ from dist_obdsd.training.optim import (
     state_by_name,
 )
 
+
+def autocast(settings: Config, device: torch.device, teacher: bool = False) -> AbstractContextManager[object]:
+    """The precision of the student's forward pass, or of the teacher's."""
+    low = settings.precision == "bf16" or (teacher and settings.distillation.teacher_precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
+def blank_images(settings: Config, runtime: Runtime) -> torch.Tensor:
+    """uint8 [b, C, s, s] of zeros, of the shape that the network sees in a step."""
+    rows = settings.batch.chunk or settings.batch.global_size // runtime.world_size
+    data = settings.data
+    shape = (rows, data.channels, data.image_size, data.image_size)
+    return torch.zeros(shape, dtype=torch.uint8, device=runtime.device)
+
+
 States = dict[str, dict[str, Any]]
 """Parameter name -> the optimizer's state of it, with tensors of the parameter's shape: the checkpoint's layout."""
 
@@ -61,29 +76,26 @@ class DDPStrategy:
                 broadcast_buffers=self.buffers_differ,
                 gradient_as_bucket_view=True,
             )
-        self._settle_buckets(network)
+        self._settle_buckets(network, blank_images(self.settings, runtime))
         return network
 
-    def _settle_buckets(self, network: DistributedDataParallel) -> None:
+    def _settle_buckets(self, network: DistributedDataParallel, images_bCss: torch.Tensor) -> None:
         """Bring the gradient buckets to their final layout before the first real step.
 
         DDP groups the gradients anew after its first backward pass, by the order in which they came. The layout decides
         in which order gloo adds up the ranks, so a run that is resumed would differ, from three ranks on, in the last
         bits from one that went on.
         """
-        data = self.settings.data
-        images = torch.zeros(2, data.channels, data.image_size, data.image_size, dtype=torch.uint8, device=self.device)
+        if not self.settings.model.compile:
+            images_bCss = images_bCss[:2]  # any will do, unless another shape would be compiled, too
         kept = [buffer.clone() for buffer in self.student.buffers()]
         for _ in range(2):
-            self._through(network, images).sum().backward()
+            self._through(network, images_bCss).sum().backward()
         for p in self.student.parameters():
             if p.grad is not None:
                 p.grad.zero_()
         for buffer, before in zip(self.student.buffers(), kept, strict=True):
             buffer.copy_(before)
-
-    def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def embed(self, images_bCss: torch.Tensor) -> torch.Tensor:
         """E_bD with gradient, which ``step`` hands on to the parameters."""
@@ -95,7 +107,7 @@ class DDPStrategy:
         return self._cached.E_bD
 
     def _through(self, network: nn.Module, images_bCss: torch.Tensor) -> torch.Tensor:
-        with self.autocast():
+        with autocast(self.settings, self.device):
             return network(images_bCss)
 
     def step(self, loss: torch.Tensor, nonfinite: torch.Tensor, rate: float) -> torch.Tensor:

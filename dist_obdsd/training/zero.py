@@ -22,7 +22,7 @@ from dist_obdsd import collectives
 from dist_obdsd.config.sections import NO_ZERO_3
 from dist_obdsd.errors import InputError
 from dist_obdsd.runtime import Runtime
-from dist_obdsd.training.strategy import DDPStrategy, States
+from dist_obdsd.training.strategy import DDPStrategy, States, autocast
 
 OURS = {
     "train_batch_size": "batch.global_size",
@@ -157,10 +157,10 @@ class _Autocast(nn.Module):
 
     def __init__(self, strategy: ZeroStrategy) -> None:
         super().__init__()
-        self.student, self._autocast = strategy.student, strategy.autocast
+        self.student, self._settings, self._device = strategy.student, strategy.settings, strategy.device
 
     def forward(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        with self._autocast():
+        with autocast(self._settings, self._device):
             return self.student(images_bCss)
 
 

@@ -1,0 +1,84 @@
+"""torch.compile in training, and going on without it."""
+
+import os
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dist_obdsd.model.compiling import compile_in_place
+from dist_obdsd.training import checkpoint
+from tests import harness, runs
+
+NO_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler here"
+)
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3)
+    )
+
+
+def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]:
+    """On each rank: what is said, whether calls run the network itself, and whether trying left no trace.
+
+    Args:
+        broken: the rank that cannot compile; the others only seem to, which costs nothing.
+        path: where that rank looks for a compiler; None: its torch.compile fails at once.
+    """
+    import torch.distributed as dist
+
+    said: list[str] = []
+    net, images = network(), torch.zeros(2, 1, 8, 8)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def refuse(**options: object) -> None:
+        raise RuntimeError("no compiler\nsecond line")
+
+    if dist.get_rank() != broken:
+        net.compile = lambda **options: None
+    elif path is None:
+        net.compile = refuse
+    with patch.dict(os.environ, {"PATH": path} if path is not None else {}):
+        compile_in_place({net: nullcontext()}, images, said.append)
+    clean = all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    return said, net._compiled_call_impl is None, clean and all(p.grad is None for p in net.parameters())
+
+
+def test_where_one_rank_cannot_compile_all_go_on_without() -> None:
+    for said, plain, clean in harness.run(2, settle, 1):
+        assert said == [
+            "model.compile=true does not work on rank 1 (RuntimeError: no compiler); all ranks go on without it"
+        ]
+        assert plain
+        assert clean
+    assert [said for said, _, _ in harness.run(2, settle, 2)] == [[], []]
+
+
+def test_a_machine_without_a_compiler_goes_on_without() -> None:
+    (((line,), plain, clean),) = harness.run(1, settle, 0, "/no/such/folder")
+    assert re.fullmatch(r"model.compile=true does not work on rank 0 \(.+: .+\); all ranks go on without it", line)
+    assert plain
+    assert clean
+
+
+@NO_COMPILER
+def test_a_compiled_run_is_the_same_up_to_rounding(folder: Path) -> None:
+    common = ("precision=float32", "epochs=2", "optim.lr=1e-5", "distillation.target=none")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    runs.train(folder, "name=plain", *common)
+    done = runs.train(folder, "name=compiled", *common, "model.compile=true", ranks=2, env=cache)
+    assert "does not work" not in done.stdout
+    assert any((folder / "cache").rglob("*.so"))  # something was compiled
+    plain, compiled = (checkpoint.load(folder / "runs" / name)["student"] for name in ("plain", "compiled"))
+    for name, value in plain.items():
+        assert (compiled[name] - value).abs().max() < 1e-5
+    rows = [[row["ranking"] for row in runs.metrics(folder / "runs" / name, "step")] for name in ("plain", "compiled")]
+    assert rows[1] == pytest.approx(rows[0], abs=1e-4)
