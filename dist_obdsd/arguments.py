@@ -115,6 +115,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, default=112, help="loader, step: images in a (rank's) batch (112)")
     bench.add_argument("--backbone", default="small_cnn", help="step: model.backbone (default: small_cnn)")
     bench.add_argument("--precision", default="float32", help="step: float32 or bf16 (default: float32)")
+    bench.add_argument("--teacher-precision", default="same", help="step: same or bf16 (default: same)")
+    bench.add_argument("--compile", action="store_true", help="step: with torch.compile")
     bench.add_argument("--gigabytes", type=float, default=25, help="step: GB/s of a GPU's network, projected (25)")
     bench.add_argument("--latency", type=float, default=20, help="step: microseconds of a message, projected (20)")
     bench.add_argument("--trace", type=Path, help="step: write three steps of obdsd here, for Perfetto")

@@ -88,17 +88,18 @@ def embed_all(
     roles: list[str] = []
     with torch.no_grad():
         for batch in batches:
-            rows = embed(batch.images.to(device))
+            rows = embed(batch.images.to(device, non_blocking=True))
             if rows.ndim != 2 or rows.shape[0] != batch.images.shape[0]:
                 raise RunError(
                     f"the network returned shape {tuple(rows.shape)} for {batch.images.shape[0]} images; "
                     f"it must return one row per image"
                 )
-            embeddings.append(rows[: batch.ids.numel()].float().cpu())
+            # They stay where they are until the end: a copy here would let a GPU wait for the next batch's decoding.
+            embeddings.append(rows[: batch.ids.numel()].float())
             ids.append(batch.ids.cpu())
             labels.append(batch.labels.cpu())
             roles.extend(batch.roles)
-    return torch.cat(embeddings or [torch.empty(0, 0)]), torch.cat(ids), torch.cat(labels), roles
+    return torch.cat(embeddings or [torch.empty(0, 0)]).cpu(), torch.cat(ids), torch.cat(labels), roles
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from dist_obdsd import collectives
 from dist_obdsd.config import Config
 from dist_obdsd.data.stream import Batch
 from dist_obdsd.errors import RunError
+from dist_obdsd.model.calls import autocast
 from dist_obdsd.model.teacher import ProgressiveTeacher
 from dist_obdsd.objective.objective import Objective, class_indices, is_ranking
 from dist_obdsd.objective.terms import View
@@ -20,7 +21,7 @@ from dist_obdsd.runtime import Runtime
 from dist_obdsd.seeds import derive
 from dist_obdsd.tracking.album import Seen
 from dist_obdsd.training.optim import learning_rate
-from dist_obdsd.training.strategy import DDPStrategy, autocast
+from dist_obdsd.training.strategy import DDPStrategy
 from dist_obdsd.transfer import Arriving
 
 

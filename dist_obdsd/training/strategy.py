@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_obdsd import collectives
 from dist_obdsd.config import Config
+from dist_obdsd.model.calls import autocast, blank_images
 from dist_obdsd.runtime import Runtime
 from dist_obdsd.training.accumulation import CachedGradient
 from dist_obdsd.training.optim import (
@@ -20,21 +21,6 @@ from dist_obdsd.training.optim import (
     load_state_by_name,
     state_by_name,
 )
-
-
-def autocast(settings: Config, device: torch.device, teacher: bool = False) -> AbstractContextManager[object]:
-    """The precision of the student's forward pass, or of the teacher's."""
-    low = settings.precision == "bf16" or (teacher and settings.distillation.teacher_precision == "bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
-
-
-def blank_images(settings: Config, runtime: Runtime) -> torch.Tensor:
-    """uint8 [b, C, s, s] of zeros, of the shape that the network sees in a step."""
-    rows = settings.batch.chunk or settings.batch.global_size // runtime.world_size
-    data = settings.data
-    shape = (rows, data.channels, data.image_size, data.image_size)
-    return torch.zeros(shape, dtype=torch.uint8, device=runtime.device)
-
 
 States = dict[str, dict[str, Any]]
 """Parameter name -> the optimizer's state of it, with tensors of the parameter's shape: the checkpoint's layout."""

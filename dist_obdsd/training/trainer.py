@@ -3,10 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any
-
-from torch import nn
 
 from dist_obdsd import collectives, machine
 from dist_obdsd.config import Config
@@ -16,7 +13,7 @@ from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.errors import InputError, StoppedError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
-from dist_obdsd.model.compiling import compile_in_place
+from dist_obdsd.model.calls import check_precision, compile_networks
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher, check_identical
 from dist_obdsd.objective.manifold import describe
@@ -32,7 +29,7 @@ from dist_obdsd.training.saver import Saver
 from dist_obdsd.training.snapshot import Snapshot
 from dist_obdsd.training.step import Position, StepReader, TrainStep
 from dist_obdsd.training.stopping import StopSignals
-from dist_obdsd.training.strategy import autocast, blank_images, build_strategy
+from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.terminal import Terminal
 
 
@@ -71,13 +68,13 @@ class Trainer:
             lanes_of(runtime.rank, runtime.world_size, settings.data.lanes)
         collectives.agree_same(f"the manifest of {settings.data.shards}", self.manifest.digest, InputError)
         with collectives.agree("building the network"):
+            check_precision(settings, runtime.device)
             self.student = build_embedder(settings, runtime.device, say, runtime.world_size)
             self.objective = build_objective(settings, self.train_classes, runtime.device)
             for line in describe(settings, runtime.world_size):
                 say(line)
         self.teacher = ProgressiveTeacher(self.student) if settings.distillation.needs_teacher else None
-        if settings.model.compile:
-            self._compile()
+        compile_networks(settings, runtime, self.student, self.teacher, say)
         own = list(self.objective.ranking.named_parameters())
         self.strategy = build_strategy(self.student, settings, runtime, own)
         self.step = TrainStep(settings, runtime, self.strategy, self.teacher, self.objective, self.train_classes)
@@ -101,14 +98,6 @@ class Trainer:
             settings, self.manifest.digest, self.validation_classes, self.student, self.teacher, self.objective,
             self.strategy, self.judge,
         )  # fmt: skip
-
-    def _compile(self) -> None:
-        settings, device = self.settings, self.runtime.device
-        images = blank_images(settings, self.runtime)
-        networks: dict[nn.Module, AbstractContextManager[object]] = {self.student.train(): autocast(settings, device)}
-        if self.teacher is not None:
-            networks[self.teacher.network] = autocast(settings, device, teacher=True)
-        compile_in_place(networks, images, self.say)
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,9 @@ from torch import nn
 from dist_obdsd import collectives
 from dist_obdsd.config.sections import NO_ZERO_3
 from dist_obdsd.errors import InputError
+from dist_obdsd.model.calls import autocast
 from dist_obdsd.runtime import Runtime
-from dist_obdsd.training.strategy import DDPStrategy, States, autocast
+from dist_obdsd.training.strategy import DDPStrategy, States
 
 OURS = {
     "train_batch_size": "batch.global_size",

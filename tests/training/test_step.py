@@ -154,6 +154,15 @@ def test_the_host_reads_nothing_within_a_step(ranking):
         harness.run(1, take_steps, config, None, True)
 
 
+def test_a_teacher_in_bf16_changes_the_target_by_bf16_s_rounding_alone():
+    common = ("precision=float32", "optim.lr=1e-5")
+    ((full, _),) = harness.run(1, take_steps, settings(*common))
+    ((low, _),) = harness.run(1, take_steps, settings(*common, "distillation.teacher_precision=bf16"))
+    assert low[0]["ranking"] == full[0]["ranking"]
+    assert low[0]["distillation"] != full[0]["distillation"]
+    assert low[0]["distillation"] == pytest.approx(full[0]["distillation"], abs=0.01)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_chunks_change_nothing_and_a_memory_does(world_size):
     ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))

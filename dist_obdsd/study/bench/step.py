@@ -32,6 +32,7 @@ from dist_obdsd import collectives, machine, runtime
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.stream import Batch
 from dist_obdsd.errors import InputError
+from dist_obdsd.model.calls import compile_networks
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher
 from dist_obdsd.objective.objective import build_objective
@@ -60,7 +61,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for world in options.worlds or (1, 2):
         case = {name: getattr(options, name) for name in ("backbone", "image_size", "batch", "dim", "precision",
-                                                          "threads", "budget")}  # fmt: skip
+                                                          "compile", "teacher_precision", "threads",
+                                                          "budget")}  # fmt: skip
         case["trace"] = str(options.trace) if options.trace and not rows else None
         settings(case, "none", world)  # complains here, once
         answer = on_ranks(__name__, world, case, options.budget)
@@ -101,8 +103,15 @@ def settings(case: dict[str, Any], arm: str, world: int) -> Config:
             **({"channels": 1, "mean": [0.5], "std": [0.5]} if small else {}),
         },
         "batch": {"global_size": case["batch"] * world, "samples_per_class": 2},
-        "model": {"backbone": case["backbone"], "embedding_dim": case["dim"]},
-        "distillation": {"target": arm, "weight": 3, "temperature": 0.1, "transition_temperature": 0.05, "omega": 0.5},
+        "model": {"backbone": case["backbone"], "embedding_dim": case["dim"], "compile": case["compile"]},
+        "distillation": {
+            "target": arm,
+            "weight": 3,
+            "temperature": 0.1,
+            "transition_temperature": 0.05,
+            "omega": 0.5,
+            "teacher_precision": case["teacher_precision"],
+        },
         "optim": {"lr": 1e-5},
     }
     return parse_config(raw, "bench step")
@@ -160,6 +169,7 @@ class Arm:
         teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
         B = config.batch.global_size
         objective = build_objective(config, range(B // 2), rank.device)
+        compile_networks(config, rank, student, teacher, say)
         strategy = build_strategy(student, config, rank, [])
         strategy.network.train()
         self.parameters = sum(p.numel() for p in student.parameters())
@@ -170,19 +180,20 @@ class Arm:
             images_b = images_b.pin_memory()
         ids_b, labels_B = torch.arange(b), torch.arange(B) // 2
         self.batch = Batch(1, 0, images_b, ids_b, labels_B, [])
-        self._divide(strategy, teacher, objective)
+        self._divide(strategy, objective)
         self.times: list[float] = []
         self.parts: dict[str, list[float]] = defaultdict(list)
         self.flops = self.peak_mib = 0.0
 
-    def _divide(self, strategy: Any, teacher: ProgressiveTeacher | None, objective: Any) -> None:
+    def _divide(self, strategy: Any, objective: Any) -> None:
         split = self.split
         # The gradient reaches the embeddings where the objective's backward ends and the network's begins.
         split.around(
             strategy, "embed", "student forward", lambda E_bD: E_bD.register_hook(lambda g: split.mark("objective"))
         )
-        if teacher is not None:
-            split.around(teacher.network, "forward", "teacher")
+        if self.step.teacher is not None:
+            split.around(self.step, "teacher", "teacher")
+        split.around(objective, "begin", "objective")
         split.around(objective, "terms", "objective")
         split.around(objective, "loss", "objective")
         split.around(strategy, "_backward", "student backward")
@@ -194,7 +205,8 @@ class Arm:
         self.step(self.batch, Position(1, 0, 1), 0.0)
 
     def warm_up(self) -> None:
-        with FlopCounterMode(display=False) as counter:
+        # The counter sees operations of torch, not what a compiler made of them.
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self.take()
         self.flops = counter.get_total_flops()
         for _ in range(WARM_UP):
@@ -239,8 +251,8 @@ def _rank(case: dict[str, Any]) -> None:
         if rank.device.type == "cpu":
             machine.keep_freed_memory()
         split = Split(rank.device)
-        for name in ("gather_rows", "sum_across"):
-            split.around(collectives, name, "communication")
+        for owner, name in ((collectives, "gather_rows"), (collectives, "sum_across"), (collectives.Gathering, "wait")):
+            split.around(owner, name, "communication")
         arms = [Arm(settings(case, arm, rank.world_size), rank, split) for arm in ARMS]
         for arm in arms:
             arm.warm_up()

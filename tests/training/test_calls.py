@@ -9,8 +9,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import yaml
 
-from dist_obdsd.model.compiling import compile_in_place
+from dist_obdsd.config import override_config, parse_config
+from dist_obdsd.errors import InputError
+from dist_obdsd.model.calls import check_precision, compile_in_place
 from dist_obdsd.training import checkpoint
 from tests import harness, runs
 
@@ -67,6 +70,22 @@ def test_a_machine_without_a_compiler_goes_on_without() -> None:
     assert re.fullmatch(r"model.compile=true does not work on rank 0 \(.+: .+\); all ranks go on without it", line)
     assert plain
     assert clean
+
+
+def test_bf16_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = yaml.safe_load(runs.CONFIG)
+    low, teacher, full = (
+        parse_config(override_config(raw, more), "x")
+        for more in (["precision=bf16"], ["precision=float32", "distillation.teacher_precision=bf16"], [])
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    with pytest.raises(InputError, match="^precision=bf16 but Old GPU computes no bf16; set it to float32$"):
+        check_precision(low, torch.device("cuda", 0))
+    with pytest.raises(InputError, match="^distillation.teacher_precision=bf16 but .*; set it to same$"):
+        check_precision(teacher, torch.device("cuda", 0))
+    check_precision(full, torch.device("cuda", 0))
+    check_precision(low, torch.device("cpu"))
 
 
 @NO_COMPILER
