@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import util
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dist_obdsd.config import Config
 from dist_obdsd.data.transforms import decode, eval_transform, train_transform
+from dist_obdsd.data.upload import pin, unpin
 from dist_obdsd.errors import RunError, UserError
 from dist_obdsd.seeds import rng
 
@@ -102,13 +103,23 @@ def decode_rows(rows: list[Row], out: Tensor, config: Config, group: int) -> lis
 class Decoder:
     """Iterates over ``jobs``, decoded."""
 
-    def __init__(self, jobs: Iterator[Job], rows: int, config: Config, group: int) -> None:
+    def __init__(
+        self,
+        jobs: Iterator[Job],
+        rows: int,
+        config: Config,
+        group: int,
+        pinned: bool = False,
+        warn: Callable[[str], None] = print,
+    ) -> None:
         """Start ``config.data.workers`` processes and the thread that takes jobs.
 
         Args:
             jobs: is run in a thread of its own; what it raises reaches the caller of ``__next__``.
             rows: rows of the images that come back; a job has at most as many.
             group: see ``decode_rows``; parts never cut a group.
+            pinned: let what the processes decode lie in pinned memory, for a GPU to fetch (see ``upload``).
+            warn: is told if it cannot.
         """
         self._jobs, self._config, self._group = jobs, config, group
         self._shape = (rows, config.data.channels, config.data.image_size, config.data.image_size)
@@ -126,6 +137,7 @@ class Decoder:
             # Processes before threads: a fork copies locks in whatever state other threads have them.
             self._start_processes()
             self._executor = ThreadPoolExecutor(config.data.workers, "decoding")
+            self._pinned = pinned and self._pin_slots(warn)
         self._thread = threading.Thread(target=self._feed, name="feeding", daemon=True)
         self._thread.start()
 
@@ -151,6 +163,15 @@ class Decoder:
             self._idle.put((process, ours))
         # The processes ignore SIGTERM, so the interpreter's own clean-up at exit would wait for them for ever.
         self._end = util.Finalize(None, _end_processes, args=(self._processes, connections), exitpriority=20)
+
+    def _pin_slots(self, warn: Callable[[str], None]) -> bool:
+        try:
+            pin(self._slots)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warn(f"the images' memory cannot be pinned ({reason}); they are copied once more on their way to the GPU")
+            return False
+        return True
 
     def _feed(self) -> None:
         try:
@@ -244,6 +265,9 @@ class Decoder:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
             self._end()
+            if self._pinned:
+                unpin(self._slots)
+                self._pinned = False
 
 
 def _take_back(lent: set[int], free: "queue.SimpleQueue[int | None]", slot: int) -> None:

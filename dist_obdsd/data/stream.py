@@ -67,12 +67,14 @@ class TrainStream:
         start_epoch: int = 0,
         start_step: int = 0,
         warn: Callable[[str], None] = print,
+        pinned: bool = False,
     ) -> None:
         """Plan the first epoch and start to read and decode.
 
         Args:
             classes: the class ids to train on.
             warn: is told once of every broken image that is replaced.
+            pinned: let the images lie in memory that a GPU can fetch by itself.
 
         Raises:
             InputError: a shard file is missing, the world size does not divide the lanes, the data is too small for
@@ -97,7 +99,7 @@ class TrainStream:
         # The reader's thread starts only after the decoding processes were forked.
         self._reader: WindowReader | None = None
         self._opening, self._closed = threading.Lock(), False
-        self._decoder = Decoder(self._jobs(), b, config, config.batch.samples_per_class)
+        self._decoder = Decoder(self._jobs(), b, config, config.batch.samples_per_class, pinned, warn)
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch. The latest ones are kept."""

@@ -12,6 +12,7 @@ import torch
 from dist_obdsd import collectives
 from dist_obdsd.config import Config
 from dist_obdsd.data.stream import Batch
+from dist_obdsd.data.upload import Upload
 from dist_obdsd.errors import RunError
 from dist_obdsd.model.calls import autocast
 from dist_obdsd.model.teacher import ProgressiveTeacher
@@ -76,6 +77,7 @@ class TrainStep:
         """
         self.settings, self.runtime, self.strategy = settings, runtime, strategy
         self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
+        self.upload = Upload(runtime.device)
         self.looks_later = runtime.device.type == "cuda"
         """Whether the diffusion is queued before anybody looks at its error; a GPU has more to do by then."""
         self.latest: Seen | None = None
@@ -98,16 +100,15 @@ class TrainStep:
         """
         if (batch.epoch, batch.step) != (position.epoch, position.step):
             raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {position}; this is a defect")
-        device = self.runtime.device
         ramp = self.objective.ramp(position.epoch, self.settings.epochs)
-        images_b = batch.images_b.to(device, non_blocking=True)
-        labels_B = class_indices(batch.labels_B, self.classes_C).to(device, non_blocking=True)
+        images_b = self.upload(batch.images_b)
+        labels_B = self.upload(class_indices(batch.labels_B, self.classes_C))
         b, T_BD, gathering, ahead = images_b.shape[0], None, None, None
         rows = slice(self.runtime.rank * b, (self.runtime.rank + 1) * b)
         # The teacher comes first: its rows travel while the student's forward pass runs. On a GPU they have travelled
         # by then, and the diffusion is queued, too, so that its error is known before the host asks.
         if self.teacher is not None and self.objective.needs_teacher(ramp):
-            with autocast(self.settings, device, teacher=True):
+            with autocast(self.settings, self.runtime.device, teacher=True):
                 chunks = images_b.split(self.settings.batch.chunk or b)
                 T_bD = torch.cat([self.teacher(images) for images in chunks])
             gathering = collectives.Gathering(T_bD)

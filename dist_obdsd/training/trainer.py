@@ -174,6 +174,7 @@ class Trainer:
                 self.position.epoch,
                 self.position.step,
                 self.terminal.warn,
+                pinned=self.runtime.device.type == "cuda",
             )
         try:
             while self.position.epoch < self.settings.epochs and not self._reached_max_steps():

@@ -1,0 +1,60 @@
+"""What holds on the CPU, too; copies to a GPU are tested where there is one."""
+
+import numpy as np
+import pytest
+import torch
+
+from dist_obdsd.data import decoding
+from dist_obdsd.data.decoding import Decoder
+from dist_obdsd.data.upload import Upload, pin, unpin
+from tests.data.test_decoding import ROWS, config, jobs, values
+
+
+def test_on_the_cpu_nothing_is_copied() -> None:
+    images, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
+    upload = Upload(torch.device("cpu"))
+    assert upload(images) is images
+    assert upload(labels) is labels
+
+
+def test_memory_that_cannot_be_pinned_is_said_once_and_used_as_it_is() -> None:
+    lines: list[str] = []
+    decoder = Decoder(jobs(9), ROWS, config(1), 1, pinned=True, warn=lines.append)
+    try:
+        assert [values(batch) for batch in decoder] == [{i} for i in range(9)]
+    finally:
+        decoder.close()
+    if torch.cuda.is_available():
+        assert lines == []
+    else:
+        assert len(lines) == 1
+        assert lines[0].startswith("the images' memory cannot be pinned (Found no NVIDIA driver")
+
+
+def test_memory_is_pinned_where_it_lies_and_given_back_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the decoder asks of the driver; on a machine with a GPU, the driver itself is asked."""
+    pinned: dict[int, int] = {}
+
+    def taken(memory: np.ndarray) -> None:
+        pinned[memory.ctypes.data] = memory.nbytes
+        if torch.cuda.is_available():
+            pin(memory)
+
+    def given_back(memory: np.ndarray) -> None:
+        del pinned[memory.ctypes.data]
+        if torch.cuda.is_available():
+            unpin(memory)
+
+    monkeypatch.setattr(decoding, "pin", taken)
+    monkeypatch.setattr(decoding, "unpin", given_back)
+    decoder = Decoder(jobs(9), ROWS, config(1), 1, pinned=True)
+    ((start, size),) = pinned.items()
+    for batch in decoder:
+        assert start <= batch.images.data_ptr() <= start + size - batch.images.nbytes
+        assert batch.images.is_pinned() == torch.cuda.is_available()
+        del batch
+    decoder.close()
+    assert not pinned
+    decoder.close()
+    Decoder(jobs(1), ROWS, config(1), 1).close()  # the control: nobody asked
+    assert not pinned
