@@ -10,10 +10,11 @@ the result does not depend on the batch that a row stands in.
 
 import math
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
@@ -60,6 +61,27 @@ def decode(data: bytes, channels: int) -> Tensor:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of what any JPEG decoder may be given; None: ``decode`` has to look at it.
+
+    That is a JPEG of three components, Y, Cb and Cr, which stands upright and whose end is there: not every decoder
+    minds when it is missing.
+    """
+    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = open_image(data)
+            if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.format != "JPEG":
+                return None
+            components = [component[0] for component in image.layer]
+            coded = components == [1, 2, 3] and image.info.get("adobe_transform", 1) == 1
+            return (image.height, image.width) if coded and _upright(image) else None
+    except Exception:  # as in ``decode``, which says what is wrong
+        return None
+
+
 def pixels(image: Image.Image, channels: int) -> Tensor:
     """An image that stands upright as uint8 [channels, H, W], converted as ``decode`` says.
 
@@ -87,12 +109,53 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+class Frame(NamedTuple):
+    """Which square of an image is taken: a part of the image is resized, and the square lies in the result."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    rows: int
+    """Height of the resized part."""
+    columns: int
+    down: int
+    """First row of the square in the resized part."""
+    right: int
+    mirrored: bool
+
+
+def eval_frame(height: int, width: int, config: Data) -> Frame:
+    """Of an image of this size: the shorter side becomes ``resize`` (default image_size), and the centre is taken."""
+    s, shorter = config.image_size, config.resize or config.image_size
+    rows, columns = (shorter * side // min(height, width) for side in (height, width))
+    return Frame(0, 0, height, width, rows, columns, round((rows - s) / 2), round((columns - s) / 2), False)
+
+
+def train_frame(height: int, width: int, config: Data, generator: np.random.Generator) -> Frame:
+    """What ``config.augment`` takes of an image of this size; of `affine` nothing is known yet.
+
+    ``crop`` and ``strong``: RandomResizedCrop (Szegedy et al. 2015) and a horizontal flip with probability 1/2.
+    """
+    if config.augment == "none":
+        return eval_frame(height, width, config)
+    box = _crop_box(height, width, config.crop_scale, generator)
+    return Frame(*box, config.image_size, config.image_size, 0, 0, generator.random() < 0.5)
+
+
+def framed(image: Tensor, frame: Frame, size: int) -> Tensor:
+    """uint8 [C, H, W] -> [C, size, size], antialiased."""
+    part = image[None, :, frame.top : frame.top + frame.height, frame.left : frame.left + frame.width]
+    # Copied for the resize, which else works in a slower layout.
+    part = part.contiguous(memory_format=torch.channels_last)
+    part = functional.resize(part, [frame.rows, frame.columns], antialias=True)[0]
+    square = part[:, frame.down : frame.down + size, frame.right : frame.right + size]
+    return square.flip(-1) if frame.mirrored else square
+
+
 def eval_transform(image: Tensor, config: Data) -> Tensor:
-    """uint8 [C, H, W] -> [C, s, s]: shorter side to ``resize`` (default image_size), antialiased, and centre crop."""
-    shorter = config.resize or config.image_size
-    if min(image.shape[1:]) != shorter:
-        image = functional.resize(image, [shorter], antialias=True)
-    return functional.center_crop(image, [config.image_size, config.image_size]).contiguous()
+    """uint8 [C, H, W] -> [C, s, s], as ``eval_frame`` says."""
+    return framed(image, eval_frame(image.shape[1], image.shape[2], config), config.image_size).contiguous()
 
 
 def train_transform(image: Tensor, config: Data, generator: np.random.Generator) -> Tensor:
@@ -101,22 +164,10 @@ def train_transform(image: Tensor, config: Data, generator: np.random.Generator)
     Args:
         generator: this row's own; all its random parameters are drawn from it.
     """
-    if config.augment == "crop":
-        return _random_crop(image, config, generator)
-    if config.augment == "strong":
-        return _random_colours(_random_crop(image, config, generator), generator)
     if config.augment == "affine":
         return _random_affine(image, config, generator)
-    return eval_transform(image, config)
-
-
-def _random_crop(image: Tensor, config: Data, generator: np.random.Generator) -> Tensor:
-    """RandomResizedCrop (Szegedy et al. 2015) and a horizontal flip with probability 1/2."""
-    top, left, height, width = _crop_box(image.shape[1], image.shape[2], config.crop_scale, generator)
-    # Copied for the resize, which else works in a slower layout.
-    part = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    image = functional.resize(part, [config.image_size, config.image_size], antialias=True)[0]
-    return image.flip(-1) if generator.random() < 0.5 else image
+    image = framed(image, train_frame(image.shape[1], image.shape[2], config, generator), config.image_size)
+    return _random_colours(image, generator) if config.augment == "strong" else image
 
 
 def _random_colours(image: Tensor, generator: np.random.Generator) -> Tensor:
