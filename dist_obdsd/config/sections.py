@@ -41,6 +41,10 @@ class Data(Section):
     where a mirrored one is another one); `none`: as in evaluation."""
     crop_scale: tuple[Positive, Positive] = (0.08, 1.0)
     """Smallest and largest share of the image's area that `crop` and `strong` keep."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """`gpu`: in training the GPU decodes JPEGs, crops, resizes and flips them. The CPU decodes all other images, and
+    all of an evaluation, whose numbers must not depend on the device. Resizing gives the same pixels, decoding nearly;
+    a GPU without nvJPEG leaves all to the CPU."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
     lanes: Count = 8
@@ -68,6 +72,13 @@ class Data(Section):
             raise ValueError(
                 f"data.crop_scale is {list(self.crop_scale)}; give [smallest, largest] with both in (0, 1]"
             )
+        if self.decode == "gpu" and self.augment not in ("crop", "none"):
+            raise ValueError(
+                f"data.decode=gpu can crop, resize and flip, but not data.augment={self.augment}; "
+                f"set data.augment to crop or none, or data.decode=cpu"
+            )
+        if self.decode == "gpu" and self.channels != 3:
+            raise ValueError("data.decode=gpu gives RGB images; set data.channels=3 or data.decode=cpu")
         if self.cache_gib is not None and self.cache is None:
             raise ValueError("data.cache_gib bounds the cache, but data.cache names no folder; set data.cache, too")
         if self.resize is not None and self.resize < self.image_size:

@@ -20,39 +20,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import util
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_obdsd.config import Config
-from dist_obdsd.data.transforms import decode, eval_transform, train_transform
+from dist_obdsd.data.rows import Bad, Left, Part, Row, decode_rows
 from dist_obdsd.data.upload import pin, unpin
 from dist_obdsd.errors import RunError, UserError
-from dist_obdsd.seeds import rng
 
 SLOTS = 4  # batches that may be read, decoded or ready at a time
 LENT = 2  # delivered batches that stay where they were decoded while somebody holds them; further ones are copied
-
-
-class Row(NamedTuple):
-    """One image to decode."""
-
-    id: int
-    data: bytes
-    place: tuple[int, int, int] | None
-    """(epoch, step, global row), which the augmentation is drawn from; None: as in evaluation."""
-
-
-class Bad(NamedTuple):
-    """A row that could not be decoded."""
-
-    row: int
-    id: int
-    reason: str
-    replacement: int | None
-    """The image of the same group that stands in its row; None when there is none."""
 
 
 @dataclass(frozen=True)
@@ -66,38 +46,11 @@ class Job:
 class Decoded:
     about: Any
     images: Tensor
-    """uint8 [rows, C, s, s]; rows beyond the job's are zero."""
+    """uint8 [rows, C, s, s]; rows beyond the job's are zero, those that were left hold anything."""
     bad: list[Bad]
-
-
-def decode_rows(rows: list[Row], out: Tensor, config: Config, group: int) -> list[Bad]:
-    """Decode and transform ``rows`` into ``out`` [at least len(rows), C, s, s].
-
-    Args:
-        group: a broken image is replaced by the next good one of its ``group`` consecutive rows (1: never).
-    """
-    bad = []
-    # All generators at once: among the decoding, code and tables that they need would be out of the cache every time.
-    generators = [None if row.place is None else rng(config.seed, "augment", *row.place) for row in rows]
-    for i, (row, generator) in enumerate(zip(rows, generators, strict=True)):
-        start = i - i % group
-        members = [row, *(other for other in rows[start : start + group] if other.id != row.id)]
-        reason, used = "", None
-        for member in members:
-            try:
-                image = decode(member.data, config.data.channels)
-            except ValueError as error:
-                reason = reason or str(error)
-                continue
-            used = member.id
-            if generator is None:
-                out[i] = eval_transform(image, config.data)
-            else:
-                out[i] = train_transform(image, config.data, generator)
-            break
-        if used != row.id:
-            bad.append(Bad(i, row.id, reason, used))
-    return bad
+    left: list[Left]
+    rows: list[Row]
+    """The job's."""
 
 
 class Decoder:
@@ -109,6 +62,7 @@ class Decoder:
         rows: int,
         config: Config,
         group: int,
+        leave: bool = False,
         pinned: bool = False,
         warn: Callable[[str], None] = print,
     ) -> None:
@@ -118,10 +72,11 @@ class Decoder:
             jobs: is run in a thread of its own; what it raises reaches the caller of ``__next__``.
             rows: rows of the images that come back; a job has at most as many.
             group: see ``decode_rows``; parts never cut a group.
+            leave: see there.
             pinned: let what the processes decode lie in pinned memory, for a GPU to fetch (see ``upload``).
             warn: is told if it cannot.
         """
-        self._jobs, self._config, self._group = jobs, config, group
+        self._jobs, self._config, self._group, self._leave = jobs, config, group, leave
         self._shape = (rows, config.data.channels, config.data.image_size, config.data.image_size)
         # A slot may come back while the garbage collector runs in a thread that is inside of this very queue.
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -153,7 +108,7 @@ class Decoder:
             connections.append(ours)
             process = context.Process(
                 target=_work,
-                args=(theirs, list(connections), os.getpid(), self._slots, self._config, self._group),
+                args=(theirs, list(connections), os.getpid(), self._slots, self._config, self._group, self._leave),
                 name="dist-obdsd decoding",
                 daemon=True,
             )
@@ -184,7 +139,7 @@ class Decoder:
         except BaseException as error:
             self._ready.put(error)
 
-    def _submit(self, job: Job, slot: int) -> list[Future[list[Bad]]]:
+    def _submit(self, job: Job, slot: int) -> list[Future[Part]]:
         if self._executor is None:
             return []
         n, workers = len(job.rows), self._config.data.workers
@@ -194,7 +149,7 @@ class Decoder:
             for start in range(0, n, part)
         ]
 
-    def _decode_elsewhere(self, slot: int, start: int, rows: list[Row]) -> list[Bad]:
+    def _decode_elsewhere(self, slot: int, start: int, rows: list[Row]) -> Part:
         process, connection = self._idle.get()
         try:
             connection.send((slot, start, rows))
@@ -209,7 +164,7 @@ class Decoder:
             self._idle.put((process, connection))
         if isinstance(reply, str):
             raise RunError(f"a decoding process failed: {reply}")
-        return [bad._replace(row=bad.row + start) for bad in reply]
+        return reply.moved(start)
 
     def __iter__(self) -> "Decoder":
         return self
@@ -232,12 +187,13 @@ class Decoder:
         job, slot, parts = item
         if self._executor is None:
             images = torch.zeros(self._shape, dtype=torch.uint8)
-            bad = decode_rows(job.rows, images, self._config, self._group)
+            done = [decode_rows(job.rows, images, self._config, self._group, self._leave)]
             self._free.put(slot)
         else:
-            bad = [bad for part in parts for bad in part.result()]
+            done = [part.result() for part in parts]
             images = self._deliver(slot, len(job.rows))
-        return Decoded(job.about, images, bad)
+        bad, left = [bad for part in done for bad in part.bad], [left for part in done for left in part.left]
+        return Decoded(job.about, images, bad, left, job.rows)
 
     def _deliver(self, slot: int, n: int) -> Tensor:
         """The images in a slot, whose first n rows were decoded. The slot is free again when nobody holds them."""
@@ -276,7 +232,13 @@ def _take_back(lent: set[int], free: "queue.SimpleQueue[int | None]", slot: int)
 
 
 def _work(
-    connection: Connection, inherited: list[Connection], parent: int, slots: np.ndarray, config: Config, group: int
+    connection: Connection,
+    inherited: list[Connection],
+    parent: int,
+    slots: np.ndarray,
+    config: Config,
+    group: int,
+    leave: bool,
 ) -> None:
     """A decoding process: answer until the parent closes the connection or is gone."""
     # The parent decides when to end: launchers send these signals to every process of the job.
@@ -299,7 +261,7 @@ def _work(
         except (EOFError, OSError):
             return
         try:
-            reply: Any = decode_rows(rows, images[slot, start:], config, group)
+            reply: Any = decode_rows(rows, images[slot, start:], config, group, leave)
         except Exception as error:
             reply = f"{type(error).__name__}: {error}"
         try:

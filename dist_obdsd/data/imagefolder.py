@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from dist_obdsd.config import Config
-from dist_obdsd.data.decoding import Decoder, Job, Row
+from dist_obdsd.data.decoding import Decoder, Job
 from dist_obdsd.data.readers import IMAGE_SUFFIXES
+from dist_obdsd.data.rows import Row
 from dist_obdsd.data.stream import EvaluationBatch, near_equal
 from dist_obdsd.errors import InputError, RunError
 

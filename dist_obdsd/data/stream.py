@@ -17,9 +17,11 @@ from torch import Tensor
 
 from dist_obdsd.config import Config
 from dist_obdsd.data.cache import Cache
-from dist_obdsd.data.decoding import Bad, Decoder, Job, Row
+from dist_obdsd.data.decoding import Decoder, Job
+from dist_obdsd.data.gpu import DeviceDecoder
 from dist_obdsd.data.manifest import Manifest, Shard, key
 from dist_obdsd.data.reading import Window, WindowReader, cache_of, check_files, read_shard
+from dist_obdsd.data.rows import Bad, Row
 from dist_obdsd.data.schedule import EpochPlan, lanes_of, plan_from
 from dist_obdsd.errors import InputError, RunError
 
@@ -31,7 +33,7 @@ class Batch:
     epoch: int
     step: int
     images_b: Tensor
-    """uint8 [b, C, s, s]."""
+    """uint8 [b, C, s, s], on the CPU, or on the device that decoded them."""
     ids_b: Tensor
     """int64 [b], the images that are really there."""
     labels_B: Tensor
@@ -68,6 +70,7 @@ class TrainStream:
         start_step: int = 0,
         warn: Callable[[str], None] = print,
         pinned: bool = False,
+        device_decoder: DeviceDecoder | None = None,
     ) -> None:
         """Plan the first epoch and start to read and decode.
 
@@ -75,6 +78,7 @@ class TrainStream:
             classes: the class ids to train on.
             warn: is told once of every broken image that is replaced.
             pinned: let the images lie in memory that a GPU can fetch by itself.
+            device_decoder: decodes what it can, so that the batches' images come on its device.
 
         Raises:
             InputError: a shard file is missing, the world size does not divide the lanes, the data is too small for
@@ -99,7 +103,10 @@ class TrainStream:
         # The reader's thread starts only after the decoding processes were forked.
         self._reader: WindowReader | None = None
         self._opening, self._closed = threading.Lock(), False
-        self._decoder = Decoder(self._jobs(), b, config, config.batch.samples_per_class, pinned, warn)
+        self._device_decoder = device_decoder
+        self._decoder = Decoder(
+            self._jobs(), b, config, config.batch.samples_per_class, device_decoder is not None, pinned, warn
+        )
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch. The latest ones are kept."""
@@ -125,10 +132,13 @@ class TrainStream:
         """
         decoded = next(self._decoder)
         epoch, step, ids, labels_B = decoded.about
+        images_b, broken = decoded.images, decoded.bad
+        if self._device_decoder is not None:
+            images_b, broken = self._device_decoder(decoded)
         ids_b = torch.tensor(ids)
-        for bad in decoded.bad:
+        for bad in broken:
             ids_b[bad.row] = self._accept(bad)
-        return Batch(epoch, step, decoded.images, ids_b, labels_B, [key(bad.id) for bad in decoded.bad])
+        return Batch(epoch, step, images_b, ids_b, labels_B, [key(bad.id) for bad in broken])
 
     def close(self) -> None:
         """Stop the threads and processes. Harmless when called again."""

@@ -8,6 +8,7 @@ from typing import Any
 from dist_obdsd import collectives, machine
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.gpu import build_device_decoder
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.errors import InputError, StoppedError
@@ -73,6 +74,7 @@ class Trainer:
             self.objective = build_objective(settings, self.train_classes, runtime.device)
             for line in describe(settings, runtime.world_size):
                 say(line)
+        self.device_decoder = build_device_decoder(settings, runtime.device, say, terminal.warn)
         self.teacher = ProgressiveTeacher(self.student) if settings.distillation.needs_teacher else None
         compile_networks(settings, runtime, self.student, self.teacher, say)
         own = list(self.objective.ranking.named_parameters())
@@ -175,6 +177,7 @@ class Trainer:
                 self.position.step,
                 self.terminal.warn,
                 pinned=self.runtime.device.type == "cuda",
+                device_decoder=self.device_decoder,
             )
         try:
             while self.position.epoch < self.settings.epochs and not self._reached_max_steps():

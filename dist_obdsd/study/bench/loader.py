@@ -32,12 +32,13 @@ from torchvision.datasets import ImageFolder
 
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.decoding import LENT, SLOTS, decode_rows
-from dist_obdsd.data.decoding import Row as Encoded
+from dist_obdsd.data.decoding import LENT, SLOTS
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.pack import pack
 from dist_obdsd.data.reading import read_shard
 from dist_obdsd.data.recipes import load_recipe
+from dist_obdsd.data.rows import Row as Encoded
+from dist_obdsd.data.rows import decode_rows
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.errors import InputError
 from dist_obdsd.seeds import rng

@@ -1,0 +1,138 @@
+"""JPEGs decoded, cropped, resized and flipped where the network is (``data.decode=gpu``).
+
+The decoding processes read the headers and draw what is to be taken of each image, as for the CPU; here nvJPEG decodes
+all the JPEGs of a batch, and ``resample`` does the rest. Every other row comes decoded, and what the GPU's decoder
+refuses is decoded here on the CPU, so that the same images count as broken. With the device ``cpu`` all of it runs
+there, for tests.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from dist_obdsd import collectives
+from dist_obdsd.config import Config
+from dist_obdsd.data.decoding import Decoded
+from dist_obdsd.data.resampling import resample, stretches
+from dist_obdsd.data.rows import Bad, decode_row, generator_of
+from dist_obdsd.data.upload import Upload
+from dist_obdsd.errors import InputError
+
+TOGETHER = 2**27  # pixels of whole images that are decoded together, which takes 3 bytes for each
+
+
+class DeviceDecoder:
+    """Finishes batches: ``images_b, bad = DeviceDecoder(device, config)(decoded)``."""
+
+    def __init__(self, device: torch.device, config: Config, warn: Callable[[str], None] = print) -> None:
+        """
+        Args:
+            warn: is told of the first JPEG that the device's decoder refuses.
+        """
+        self.device, self._config, self._warn = device, config, warn
+        self._refused = False
+        self._upload = Upload(device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, decoded: Decoded) -> tuple[Tensor, list[Bad]]:
+        """The images on the device, uint8 [b, C, s, s], and the rows that could not be decoded, in order."""
+        with self._on_stream():
+            images_b, bad = self._finish(decoded)
+        if self._stream is not None:
+            using = torch.cuda.current_stream(self.device)
+            using.wait_stream(self._stream)
+            images_b.record_stream(using)
+        return images_b, sorted(decoded.bad + bad, key=lambda bad: bad.row)
+
+    def missing(self) -> str | None:
+        """Why the device cannot decode a small JPEG; None: it can."""
+        file = io.BytesIO()
+        Image.new("RGB", (32, 24), (180, 120, 60)).save(file, "JPEG")
+        with self._on_stream():
+            (image,) = self._decode([file.getvalue()])
+            return None if isinstance(image, Tensor) else image
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _finish(self, decoded: Decoded) -> tuple[Tensor, list[Bad]]:
+        done: list[tuple[Tensor, Tensor]] = []
+        refused: list[tuple[int, str]] = []
+        for start, end in stretches([left.size for left in decoded.left], TOGETHER):
+            left = decoded.left[start:end]
+            found = self._decode([decoded.rows[one.row].data for one in left])
+            taken = [(one, image) for one, image in zip(left, found, strict=True) if isinstance(image, Tensor)]
+            refused += [(one.row, image) for one, image in zip(left, found, strict=True) if isinstance(image, str)]
+            if taken:
+                frames, images = [one.frame for one, _ in taken], [image for _, image in taken]
+                places = torch.tensor([one.row for one, _ in taken])
+                done.append((places, resample(images, frames, self._config.data.image_size)))
+        bad = [broken for row, reason in refused if (broken := self._on_cpu(decoded, row, reason))]
+        if sum(len(places) for places, _ in done) == len(decoded.images):
+            images_b = torch.empty_like(decoded.images, device=self.device)
+        else:
+            images_b = self._upload(decoded.images)
+        for places, images_n in done:
+            images_b.index_copy_(0, self._upload(places), images_n)
+        return images_b, bad
+
+    def _on_cpu(self, decoded: Decoded, row: int, reason: str) -> Bad | None:
+        """Decode what the device refused."""
+        rows, config = decoded.rows, self._config
+        generator = generator_of(rows[row], config)
+        bad = decode_row(rows, row, generator, decoded.images[row], config, config.batch.samples_per_class)
+        if bad is None and not self._refused:
+            self._refused = True
+            self._warn(f"the GPU's decoder refuses a JPEG ({reason}); the CPU decodes it, and others like it")
+        return bad
+
+    def _decode(self, encoded: list[bytes]) -> list[Tensor | str]:
+        """Each image as uint8 [3, H, W] on the device, or why it was refused."""
+        if not encoded:
+            return []
+        if self._stream is not None:
+            # The decoder writes into new memory at once, also while work is queued on the current stream that still
+            # reads what was there before (https://github.com/pytorch/vision/pull/9606). Here that is no step, but at
+            # most the batch before this one.
+            self._stream.synchronize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of read-only memory, which nobody writes to
+            files = [torch.frombuffer(data, dtype=torch.uint8) for data in encoded]
+            try:
+                return list(decode_jpeg(files, ImageReadMode.RGB, self.device))
+            except (RuntimeError, AttributeError) as error:
+                if len(files) == 1:
+                    return [str(error).splitlines()[0]]
+        return [image for data in encoded for image in self._decode([data])]
+
+
+def build_device_decoder(
+    config: Config, device: torch.device, say: Callable[[str], None], warn: Callable[[str], None]
+) -> DeviceDecoder | None:
+    """The decoder that the config asks for, or None where the CPU decodes. Collective.
+
+    Raises:
+        InputError: on every rank, when a rank is to decode on a GPU and has none.
+    """
+    if config.data.decode == "cpu":
+        return None
+    with collectives.agree("choosing where to decode"):
+        if device.type == "cpu":
+            raise InputError("data.decode=gpu, but this run has no GPU; set data.decode=cpu, or run it on a GPU")
+    decoder = DeviceDecoder(device, config, warn)
+    return decoder if works_everywhere(decoder, say) else None
+
+
+def works_everywhere(decoder: DeviceDecoder, say: Callable[[str], None]) -> bool:
+    """Whether every rank can decode on its device; if not, a line says which cannot, and why. Collective."""
+    for rank, reason in enumerate(collectives.gather_json(decoder.missing())):
+        if reason is not None:
+            say(f"the CPU decodes the images, since rank {rank} cannot decode a JPEG on its GPU: {reason}")
+            return False
+    return True
