@@ -111,6 +111,7 @@ def test_what_only_the_cpu_reads_alike_is_not_given() -> None:
         "grey": encoded(picture.convert("L"), "JPEG"),
         "CMYK": encoded(picture.convert("CMYK"), "JPEG"),
         "RGB": encoded(picture, "JPEG", keep_rgb=True),
+        "RGB by Adobe": whole[:2] + b"\xff\xee\x00\x0eAdobe" + bytes(7) + whole[2:],
         "two pictures": encoded(picture, "MPO", save_all=True, append_images=[picture]),
         "turned": encoded(picture, "JPEG", exif=turned),
         "turned by XMP": encoded(picture, "JPEG", xmp=xmp),

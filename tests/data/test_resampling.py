@@ -82,6 +82,27 @@ def test_an_image_is_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch) ->
     assert max(taken) > 1
 
 
+@pytest.mark.parametrize("part", [1, 3, 8, 9, 50, 300, 1024])
+def test_the_weights_are_whole_numbers_and_their_sums_with_pixels_are_exact(part: int) -> None:
+    s = 8
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    weights, (bits,) = resampling._weights(part * one, s * one, zero, zero, s, part)
+    upper, lower = weights[0].double().split(s)
+    for some in (upper, lower):
+        assert torch.equal(some, some.round())
+        assert 0 <= some.min() <= some.max() < 256
+        assert 255 * some.sum(1).max() < 2**24  # the whole numbers up to there are float32's
+    whole = 256 * upper + lower
+    scale = part / s
+    wanted = torch.tensor(
+        [[max(0.0, 1 - abs(j + 0.5 - scale * (i + 0.5)) / max(scale, 1)) for j in range(part)] for i in range(s)]
+    ).double()
+    wanted /= wanted.sum(1, keepdim=True)
+    assert (whole / 2 ** int(bits) - wanted).abs().max() <= 0.5 / 2 ** int(bits) + 1e-7
+    assert whole.max() < 2**15
+    assert bits == 22 or 2 * wanted.max() * 2 ** int(bits) > 2**15 - 1  # as many bits as fit
+
+
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=20), st.integers(1, 5000))
 def test_stretches_hold_every_image_in_order_and_no_more_pixels_than_allowed(
     sizes: list[tuple[int, int]], most: int
