@@ -20,7 +20,7 @@ from dist_obdsd import collectives
 from dist_obdsd.config import Config
 from dist_obdsd.data.decoding import Decoded
 from dist_obdsd.data.resampling import resample, stretches
-from dist_obdsd.data.rows import Bad, decode_row, generator_of
+from dist_obdsd.data.rows import Bad, Left, decode_row, generator_of
 from dist_obdsd.data.upload import Upload
 from dist_obdsd.errors import InputError
 
@@ -36,7 +36,8 @@ class DeviceDecoder:
             warn: is told of the first JPEG that the device's decoder refuses.
         """
         self.device, self._config, self._warn = device, config, warn
-        self._refused = False
+        self._refused: dict[int, str] = {}  # an image's id -> why; it is not asked for again
+        self._told = False
         self._upload = Upload(device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -62,18 +63,22 @@ class DeviceDecoder:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _finish(self, decoded: Decoded) -> tuple[Tensor, list[Bad]]:
-        done: list[tuple[Tensor, Tensor]] = []
-        refused: list[tuple[int, str]] = []
-        for start, end in stretches([left.size for left in decoded.left], TOGETHER):
-            left = decoded.left[start:end]
-            found = self._decode([decoded.rows[one.row].data for one in left])
-            taken = [(one, image) for one, image in zip(left, found, strict=True) if isinstance(image, Tensor)]
-            refused += [(one.row, image) for one, image in zip(left, found, strict=True) if isinstance(image, str)]
+        rows, done = decoded.rows, []
+        asked = [left for left in decoded.left if rows[left.row].id not in self._refused]
+        for start, end in stretches([left.size for left in asked], TOGETHER):
+            taken: list[tuple[Left, Tensor]] = []
+            found = self._decode([rows[left.row].data for left in asked[start:end]])
+            for left, image in zip(asked[start:end], found, strict=True):
+                if isinstance(image, Tensor):
+                    taken.append((left, image))
+                else:
+                    self._refused[rows[left.row].id] = image
             if taken:
-                frames, images = [one.frame for one, _ in taken], [image for _, image in taken]
-                places = torch.tensor([one.row for one, _ in taken])
+                frames, images = [left.frame for left, _ in taken], [image for _, image in taken]
+                places = torch.tensor([left.row for left, _ in taken])
                 done.append((places, resample(images, frames, self._config.data.image_size)))
-        bad = [broken for row, reason in refused if (broken := self._on_cpu(decoded, row, reason))]
+        refused = [left.row for left in decoded.left if rows[left.row].id in self._refused]
+        bad = [broken for row in refused if (broken := self._on_cpu(decoded, row))]
         if sum(len(places) for places, _ in done) == len(decoded.images):
             images_b = torch.empty_like(decoded.images, device=self.device)
         else:
@@ -82,13 +87,14 @@ class DeviceDecoder:
             images_b.index_copy_(0, self._upload(places), images_n)
         return images_b, bad
 
-    def _on_cpu(self, decoded: Decoded, row: int, reason: str) -> Bad | None:
+    def _on_cpu(self, decoded: Decoded, row: int) -> Bad | None:
         """Decode what the device refused."""
         rows, config = decoded.rows, self._config
         generator = generator_of(rows[row], config)
         bad = decode_row(rows, row, generator, decoded.images[row], config, config.batch.samples_per_class)
-        if bad is None and not self._refused:
-            self._refused = True
+        if bad is None and not self._told:
+            self._told = True
+            reason = self._refused[rows[row].id]
             self._warn(f"the GPU's decoder refuses a JPEG ({reason}); the CPU decodes it, and others like it")
         return bad
 
