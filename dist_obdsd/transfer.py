@@ -1,12 +1,21 @@
-"""Between a GPU's memory and the host's, without one waiting for the other. On a CPU all of it is already there."""
+"""Between a GPU's memory and the host's, without one waiting for the other. On a CPU all of it is already there.
 
+A GPU copies from and to pinned memory by itself, while kernels run. Of any other memory the driver makes a copy of its
+own first, and may wait for what the GPU has been given to do.
+"""
+
+import contextlib
+from collections import deque
+
+import numpy as np
 import torch
+from torch import Tensor
 
 
 class Arriving:
     """A few numbers [n] on their way to the host."""
 
-    def __init__(self, numbers_n: torch.Tensor) -> None:
+    def __init__(self, numbers_n: Tensor) -> None:
         self._numbers_n, self._copied = numbers_n, None
         if numbers_n.is_cuda:
             self._numbers_n = numbers_n.to("cpu", non_blocking=True)
@@ -18,3 +27,53 @@ class Arriving:
         if self._copied is not None:
             self._copied.synchronize()
         return self._numbers_n.tolist()
+
+
+class Upload:
+    """Copies tensors to a device: ``images = Upload(device)(batch.images_b)``. On the CPU it hands back what it got."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copying: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device. What the current stream is given to do from now on waits for it; the host does not.
+
+        The caller may let go of the tensor at once: it is held here until it is copied, because its memory is used
+        again when nobody holds it (see ``Decoder``).
+        """
+        if self._stream is None or tensor.device == self.device:
+            return tensor.to(self.device)
+        while self._copying and self._copying[0][0].query():
+            self._copying.popleft()
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        # On a stream of its own, the copy does not queue behind the steps that the GPU has yet to take.
+        with torch.cuda.stream(self._stream):
+            there = pinned.to(self.device, non_blocking=True)
+            copied = self._stream.record_event()
+        using = torch.cuda.current_stream(self.device)
+        using.wait_event(copied)
+        there.record_stream(using)  # its memory belongs to the copying stream, which knows nothing of its use
+        self._copying.append((copied, pinned))
+        return there
+
+
+def pin(memory: np.ndarray) -> None:
+    """Pin memory that is there already, such as what processes share; ``unpin`` before it is given back.
+
+    Raises:
+        RuntimeError: the driver refuses, or there is none.
+    """
+    try:
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)))
+    except RuntimeError:
+        # The CUDA runtime keeps its latest error and would blame the next kernel for it, so a kernel takes it off.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")
+        raise
+
+
+def unpin(memory: np.ndarray) -> None:
+    """Undo ``pin``. Whoever copied from there has seen to it that the copies are done."""
+    torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from dist_obdsd.config import Config
 from dist_obdsd.data.rows import Bad, Left, Part, Row, decode_rows
-from dist_obdsd.data.upload import pin, unpin
 from dist_obdsd.errors import RunError, UserError
+from dist_obdsd.transfer import pin, unpin
 
 SLOTS = 4  # batches that may be read, decoded or ready at a time
 LENT = 2  # delivered batches that stay where they were decoded while somebody holds them; further ones are copied
@@ -73,7 +73,7 @@ class Decoder:
             rows: rows of the images that come back; a job has at most as many.
             group: see ``decode_rows``; parts never cut a group.
             leave: see there.
-            pinned: let what the processes decode lie in pinned memory, for a GPU to fetch (see ``upload``).
+            pinned: let what the processes decode lie in pinned memory, for a GPU to fetch (see ``transfer``).
             warn: is told if it cannot.
         """
         self._jobs, self._config, self._group, self._leave = jobs, config, group, leave

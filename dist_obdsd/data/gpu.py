@@ -21,8 +21,8 @@ from dist_obdsd.config import Config
 from dist_obdsd.data.decoding import Decoded
 from dist_obdsd.data.resampling import resample, stretches
 from dist_obdsd.data.rows import Bad, Left, decode_row, generator_of
-from dist_obdsd.data.upload import Upload
 from dist_obdsd.errors import InputError
+from dist_obdsd.transfer import Upload
 
 TOGETHER = 2**27  # pixels of whole images that are decoded together, which takes 3 bytes for each
 

@@ -12,7 +12,6 @@ import torch
 from dist_obdsd import collectives
 from dist_obdsd.config import Config
 from dist_obdsd.data.stream import Batch
-from dist_obdsd.data.upload import Upload
 from dist_obdsd.errors import RunError
 from dist_obdsd.model.calls import autocast
 from dist_obdsd.model.teacher import ProgressiveTeacher
@@ -23,7 +22,7 @@ from dist_obdsd.seeds import derive
 from dist_obdsd.tracking.album import Seen
 from dist_obdsd.training.optim import learning_rate
 from dist_obdsd.training.strategy import DDPStrategy
-from dist_obdsd.transfer import Arriving
+from dist_obdsd.transfer import Arriving, Upload
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dist_obdsd.data.resampling import resample, stretches
 from dist_obdsd.data.transforms import Frame, eval_frame, framed, train_frame
 from dist_obdsd.seeds import rng
 from tests.data.pictures import settings
+from tests.hostreads import HostReads
 
 # Where the CPU has no AVX2, torch's kernel computes in float32, which rounds otherwise.
 LEVELS = 0 if torch.backends.cpu.get_cpu_capability().startswith("AVX") else 1
@@ -49,7 +50,9 @@ def test_the_pixels_are_those_of_the_kernel_for_one_image(s: int) -> None:
     frames = [train_frame(*image.shape[1:], settings(image_size=s), draw) for image in images]
     frames[-2] = frames[-2]._replace(top=0, left=0, height=900, width=30)
     assert {frame.mirrored for frame in frames} == {False, True}
-    found = resample(images, frames, s)
+    with HostReads() as reads:
+        found = resample(images, frames, s)
+    assert reads.found == []  # a GPU is not waited for
     assert differences(found, one_by_one(images, frames, s)).max() <= LEVELS
     mirrored = [frame._replace(mirrored=not frame.mirrored) for frame in frames]  # the control
     assert s == 1 or differences(found, one_by_one(images, mirrored, s)).max() > 9

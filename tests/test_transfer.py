@@ -6,7 +6,7 @@ import torch
 
 from dist_obdsd.data import decoding
 from dist_obdsd.data.decoding import Decoder
-from dist_obdsd.data.upload import Upload, pin, unpin
+from dist_obdsd.transfer import Upload, pin, unpin
 from tests.data.test_decoding import ROWS, config, jobs, values
 
 
