@@ -26,6 +26,7 @@ from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
 from dist_obdsd.evaluation.portrait import Portrait, take_portrait
 from dist_obdsd.evaluation.retrieval import Answer, ClassRecall, Counts, retrieve
 from dist_obdsd.runtime import Runtime
+from dist_obdsd.transfer import Upload
 
 
 class Batch(Protocol):
@@ -86,9 +87,10 @@ def embed_all(
     embeddings = []
     ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     roles: list[str] = []
+    upload = Upload(device)
     with torch.no_grad():
         for batch in batches:
-            rows = embed(batch.images.to(device, non_blocking=True))
+            rows = embed(upload(batch.images))
             if rows.ndim != 2 or rows.shape[0] != batch.images.shape[0]:
                 raise RunError(
                     f"the network returned shape {tuple(rows.shape)} for {batch.images.shape[0]} images; "
