@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from dist_obdsd.runtime import Runtime
     from dist_obdsd.training.stopping import StopSignals
 
+# What only some commands need, by the name of its module; training and measuring do without.
+OPTIONAL = {
+    "matplotlib": "matplotlib",
+    "mlflow": "mlflow",
+    "pyarrow": "pyarrow",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+}
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that ended
 
 
@@ -54,7 +62,7 @@ def main(arguments: list[str]) -> int:
     """
     options = parse(arguments)
     try:
-        code = COMMANDS[options.command](options)
+        code = _run(options)
         sys.stdout.flush()  # here, where a reader that has gone is not an error
         return code
     except UserError as error:
@@ -79,6 +87,18 @@ def main(arguments: list[str]) -> int:
         where = "".join(f"{note}: " for note in getattr(error, "__notes__", [f"rank {_rank()}"]))
         print(f"dist-obdsd: {where}{sentence(error)}", file=sys.stderr, flush=True)
         return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        return COMMANDS[options.command](options)
+    except ModuleNotFoundError as error:
+        package = OPTIONAL.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        raise InputError(
+            f"{options.command} needs {package} for this, which is not installed; pip install {package}"
+        ) from error
 
 
 def _rank() -> str:

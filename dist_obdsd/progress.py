@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
 COLOURS = {"red": "31", "green": "32", "yellow": "33"}
@@ -9,16 +10,39 @@ COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 
 def bar(total: int, unit: str, doing: str, **options: Any) -> Any:
     """A context with ``update(n)``: a bar on a terminal, else a bar that prints nothing. ``options`` are tqdm's."""
-    from tqdm import tqdm
-
+    tqdm = _tqdm()
+    if tqdm is None:
+        return _NoBar()
     return tqdm(total=total, unit=f" {unit}", desc=doing, disable=None, leave=False, dynamic_ncols=True, **options)
 
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line, above the bars that are there; to standard error if no file is given."""
-    from tqdm import tqdm
+    tqdm = _tqdm()
+    if tqdm is None:
+        print(text, file=file or sys.stderr)
+    else:
+        tqdm.write(text, file=file or sys.stderr)
 
-    tqdm.write(text, file=file or sys.stderr)
+
+def has_bars() -> bool:
+    """Whether bars can be shown: standard error is a terminal, and tqdm is installed."""
+    return sys.stderr.isatty() and _tqdm() is not None
+
+
+def _tqdm() -> Any:
+    """The class, or None where tqdm is not installed: what trains and measures does without it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
+
+
+class _NoBar(AbstractContextManager[Any]):
+    def __exit__(self, *error: object) -> None: ...
+
+    def update(self, n: int) -> None: ...
 
 
 def coloured(file: TextIO) -> bool:

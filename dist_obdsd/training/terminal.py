@@ -123,6 +123,6 @@ def build_terminal(is_main: bool, every: int, global_size: int, quiet: bool, ver
         return Terminal()
     if quiet:
         return Lines(0, quiet=True)
-    if sys.stderr.isatty():
+    if progress.has_bars():
         return Bar(1 if verbose else 0, global_size)
     return Lines(1 if verbose else every)

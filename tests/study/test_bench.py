@@ -41,6 +41,14 @@ def test_objective_compares_three_implementations_in_one_run(tmp_path, capfd):
     assert "loop and inverse" in capfd.readouterr().out
 
 
+def test_a_library_that_is_not_there_is_left_out_in_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(objective, "has_peer", lambda: False)
+    bench("objective", "--sizes", "8", "--dim", "4", "--budget", 1)
+    said = capfd.readouterr().out
+    assert said.count("pytorch-metric-learning is not installed; pip install pytorch-metric-learning") == 1
+    assert "share of loop and inverse, none, B=8" in said
+
+
 def test_what_the_objective_is_compared_with_is_the_same_mathematics():
     E_BD, T_BD = unit_rows(0, 16, 8), unit_rows(1, 16, 8)
     labels_B = torch.arange(16) // 2

@@ -6,6 +6,7 @@ training step runs another implementation in between, whose code and data would 
 fastest one most.
 """
 
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ ARMS = ("none", "psd", "obdsd")
 BLOCK_CALLS, BLOCK_SECONDS = 20, 0.1
 """A block ends after so many calls, or with the call that passes so many seconds."""
 RANKING = config.MultiSimilarity()
+PEER = "pytorch-metric-learning"
+NO_PEER = f"{PEER} is not installed; pip install {PEER}"
 PLOT: dict[str, Any] = {
     "x": "B",
     "y": "seconds",
@@ -62,6 +65,8 @@ def run(options: Any) -> list[Row]:
                 {"B": B, "arm": arm, "implementation": name, "seconds": taken, "ratio": taken / seconds["dist-obdsd"]}
                 for name, taken in seconds.items()
             ]
+    if not has_peer():
+        rows.append({"arm": "none", "implementation": PEER, "skipped": NO_PEER})
     return rows
 
 
@@ -70,7 +75,7 @@ def findings(rows: list[Row]) -> dict[str, float]:
     return {
         f"share of {row['implementation']}, {row['arm']}, B={row['B']}": 1 / row["ratio"]
         for row in rows
-        if row["ratio"] != 1
+        if row.get("ratio", 1) != 1
     }
 
 
@@ -89,13 +94,23 @@ def implementations(
         "dist-obdsd": ours,
         "loop and inverse": lambda E_BD: reference.objective(E_BD, T_BD, labels_B, RANKING, settings),
     }
-    if arm == "none":
-        from pytorch_metric_learning import losses, miners
-
-        miner = miners.MultiSimilarityMiner(epsilon=RANKING.margin)
-        loss = losses.MultiSimilarityLoss(alpha=RANKING.alpha, beta=RANKING.beta, base=RANKING.threshold)
-        ways["pytorch-metric-learning"] = lambda E_BD: loss(E_BD, labels_B, miner(E_BD, labels_B))
+    if arm == "none" and has_peer():
+        loss, miner = peer()
+        ways[PEER] = lambda E_BD: loss(E_BD, labels_B, miner(E_BD, labels_B))
     return ways
+
+
+def has_peer() -> bool:
+    """Whether pytorch-metric-learning is installed."""
+    return importlib.util.find_spec("pytorch_metric_learning") is not None
+
+
+def peer() -> tuple[Any, Any]:
+    """The same ranking loss and its miner in pytorch-metric-learning."""
+    from pytorch_metric_learning import losses, miners
+
+    miner = miners.MultiSimilarityMiner(epsilon=RANKING.margin)
+    return losses.MultiSimilarityLoss(alpha=RANKING.alpha, beta=RANKING.beta, base=RANKING.threshold), miner
 
 
 def fastest(
