@@ -1,0 +1,84 @@
+"""The training step's bench at the sizes that the targets are stated for, and what it found beside them."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from dist_obdsd.errors import RunError
+from dist_obdsd.study.bench import step
+from dist_obdsd.study.bench.report import Row
+
+COLUMNS = ("backbone", "pixels", "B", "arm", "ms", *step.PARTS, "other", "images_per_s", "overhead", "objective share",
+           "peak_mib", "mfu")  # fmt: skip
+SIZES = (112, 448)
+OVERHEAD, SHARE = 1.30, 0.02
+
+
+def run(quick: bool, budget: float) -> list[Row]:
+    """A row per batch and arm: ResNet-50 at 224 pixels in bf16, or something tiny.
+
+    Args:
+        budget: seconds for all of it, besides what starting takes.
+    """
+    rows: list[Row] = []
+    for B in (8,) if quick else SIZES:
+        case: dict[str, Any] = {
+            "backbone": "small_cnn" if quick else "resnet50", "image_size": 16 if quick else 224, "batch": B,
+            "dim": 128, "precision": "bf16", "threads": 1, "budget": budget / (1 if quick else len(SIZES)),
+            "worlds": (1,), "trace": None, "gigabytes": 25.0, "latency": 20.0,
+        }  # fmt: skip
+        about = {"backbone": case["backbone"], "pixels": case["image_size"], "B": B}
+        try:
+            measured = step.run(argparse.Namespace(**case))
+        except RunError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            rows.append(about | {"skipped": "this GPU has too little memory for it"})
+            continue
+        rows += [
+            about | row | ({"objective share": row["objective"] / row["ms"]} if "ms" in row else {})
+            for row in measured
+            if "projected" not in row.get("arm", "")
+        ]
+    return rows
+
+
+def targets(rows: Sequence[Row]) -> list[Row]:
+    """What was aimed at for ResNet-50 on a GPU beside what was found."""
+    found = []
+    for row in rows:
+        if row.get("arm") != "obdsd" or row["backbone"] != "resnet50":
+            continue
+        case = f"ResNet-50, 224 pixels, B={row['B']}"
+        found.append(_aim(f"step of obdsd / step of none, {case}", OVERHEAD, row["overhead"]))
+        if row["B"] == max(SIZES):
+            found.append(_aim(f"objective's share of the step, {case}", SHARE, row["objective share"]))
+    return found
+
+
+def _aim(what: str, limit: float, found: float) -> Row:
+    return {"target": what, "at most": limit, "found": found, "verdict": "met" if found <= limit else "missed"}
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table; a row that was skipped says why in its last cell."""
+    kept = [name for name in columns if any(name in row for row in rows)]
+    lines = ["| " + " | ".join(kept) + " |", "|" + "---|" * len(kept)]
+    for row in rows:
+        cells = [_cell(row.get(name)) for name in kept]
+        if "skipped" in row:
+            cells[-1] = row["skipped"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:,.0f}"
+        if isinstance(value, float) and value >= 1000
+        else f"{value:.3g}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -1,0 +1,194 @@
+"""What the checks share: a network with all that a step needs, on a device, and comparisons that say what they found.
+
+Legend: b rows of this rank, B rows of the global batch.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import yaml
+
+from dist_obdsd import runtime
+from dist_obdsd.config import Config, override_config, parse_config
+from dist_obdsd.data.stream import Batch
+from dist_obdsd.model.embedder import build_embedder
+from dist_obdsd.model.teacher import ProgressiveTeacher
+from dist_obdsd.objective.objective import build_objective
+from dist_obdsd.runtime import Launch, Runtime
+from dist_obdsd.training.step import Position, TrainStep
+from dist_obdsd.training.strategy import build_strategy
+
+CPU = torch.device("cpu")
+B = 32
+Numbers = dict[str, float]
+Gradients = dict[str, torch.Tensor]
+
+
+class CheckError(Exception):
+    """A check did not find what it must find."""
+
+
+class Skipped(Exception):  # noqa: N818
+    """What a check needs is not here."""
+
+
+def within(what: str, found: float, limit: float) -> str:
+    """The finding as text.
+
+    Raises:
+        CheckError: it is above the limit, or NaN.
+    """
+    text = f"{what} {found:.1e} (at most {limit:.0e})"
+    if not found <= limit:
+        raise CheckError(text)
+    return text
+
+
+def settings(backbone: str, *overrides: str) -> Config:
+    """A batch of 32 in pairs, and an objective that is smooth: with so wide a margin no pair is mined away, so rounding
+    cannot decide which pairs count."""
+    small = backbone == "small_cnn"
+    raw: dict[str, Any] = {
+        "name": "gpu-check",
+        "epochs": 2,
+        "data": {"shards": "none", "image_size": 32 if small else 64, "lanes": 1,
+                 **({"channels": 1, "mean": [0.5], "std": [0.5]} if small else {})},
+        "batch": {"global_size": B, "samples_per_class": 2},
+        "model": {"backbone": backbone, "embedding_dim": 32},
+        "ranking": {"name": "multi_similarity", "margin": 2.5, "beta": 10},
+        "distillation": {"weight": 3, "temperature": 0.1, "transition_temperature": 0.05},
+        "optim": {"lr": 1e-3},
+    }  # fmt: skip
+    return parse_config(override_config(raw, overrides), "the check")
+
+
+def made_up_images(config: Config, seed: int) -> torch.Tensor:
+    """uint8 [B, C, s, s]: a pattern for each pair of one class, and noise."""
+    draw = torch.Generator().manual_seed(seed)
+    data = config.data
+    patterns = torch.rand(B // 2, data.channels, 4, 4, generator=draw)
+    shift = torch.rand(B // 2, data.channels, 1, 1, generator=draw)
+    patterns = (0.5 * patterns + 0.5 * shift).repeat_interleave(2, 0)
+    images = torch.nn.functional.interpolate(patterns, size=(data.image_size,) * 2)
+    return (255 * (images + 0.1 * torch.randn(images.shape, generator=draw)).clamp(0, 1)).byte()
+
+
+@cache
+def _spread_weights(settings: str) -> dict[str, torch.Tensor]:
+    config = parse_config(yaml.safe_load(settings), "the check")
+    network = build_embedder(config, CPU, lambda text: None)
+    images_B = made_up_images(config, 0)
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().momentum = None  # takes over the statistics of the one batch
+    seen: list[torch.Tensor] = []
+    network.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(images_B)
+        for norm in norms:
+            norm.eval()
+        network(images_B)
+        network.head.bias.copy_(-network.head.weight @ seen[-1].mean(0))
+    return network.state_dict()
+
+
+def spread_weights(config: Config) -> dict[str, torch.Tensor]:
+    """Initial weights in float64 with BatchNorm's statistics and the last bias from a batch, so that its embeddings
+    point in all directions, as a trained network's do: those of fresh weights are all but the same."""
+    plain = {"name": "spread", "epochs": 2, "precision": "float64", "device": "cpu"}
+    parts = config.model_dump(mode="json", include={"data", "model"})
+    return _spread_weights(yaml.safe_dump(plain | {"batch": {"global_size": B}} | parts))
+
+
+class Rig:
+    """A student that has moved away from its teacher, with an objective and an optimizer."""
+
+    def __init__(self, config: Config, device: torch.device, rank: Runtime | None = None) -> None:
+        """
+        Args:
+            rank: of a running process group; by default there is this process alone.
+        """
+        self.config, self.device = config, device
+        self.rank = rank or Runtime(Launch("check"), device)
+        self.student = build_embedder(config, device, lambda text: None, self.rank.world_size)
+        self.student.load_state_dict(spread_weights(config))
+        self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in self.student.parameters():  # drawn in float32 on the CPU, so that all rigs move alike
+                noise = torch.randn(p.shape, generator=draw)
+                p.add_((0.05 * noise * p.detach().float().cpu().std(correction=0)).to(p))
+        self.objective = build_objective(config, range(B // 2), device)
+        self.strategy = build_strategy(self.student, config, self.rank, [])
+        self.strategy.network.train()
+        self.step = TrainStep(config, self.rank, self.strategy, self.teacher, self.objective, range(B // 2))
+        self.taken = 0
+        self.gradients: Gradients = {}
+        self.strategy.optimizer.register_step_pre_hook(lambda *_: self._keep_gradients())
+        self.keeps_gradients = True
+
+    def _keep_gradients(self) -> None:
+        if self.keeps_gradients:
+            self.gradients = {
+                name: p.grad.detach().clone() for name, p in self.strategy.parameters if p.grad is not None
+            }
+
+    def batch(self, seed: int = 0) -> Batch:
+        """The next step's, in memory that a GPU can read while the host goes on."""
+        images_B = made_up_images(self.config, seed)
+        labels_B, b = torch.arange(B) // 2, B // self.rank.world_size
+        own = slice(self.rank.rank * b, (self.rank.rank + 1) * b)
+        images_b = images_B[own].contiguous(memory_format=torch.contiguous_format)
+        if self.device.type == "cuda":
+            images_b, labels_B = images_b.pin_memory(), labels_B.pin_memory()
+        return Batch(1, self.taken, images_b, torch.arange(b), labels_B, [])
+
+    def take(self, batch: Batch | None = None) -> tuple[list[str], torch.Tensor]:
+        """One step of the second epoch, at half the ramp: names and the numbers that they name, on the device."""
+        batch = batch or self.batch()
+        answer = self.step(batch, Position(1, self.taken, self.taken), 0.0)
+        self.taken += 1
+        return answer
+
+    def numbers(self, batch: Batch | None = None) -> Numbers:
+        names, values = self.take(batch)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copies of all weights and of all that the optimizer keeps."""
+        kept = {f"weights.{name}": tensor for name, tensor in self.student.state_dict().items()}
+        for name, state in self.strategy.optimizer_state().items():
+            kept |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        return {name: tensor.detach().clone() for name, tensor in kept.items()}
+
+
+def distance(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
+    """The norm of all differences in units of the norm of what is wanted, in float64 on the CPU."""
+    if found.keys() != wanted.keys():
+        raise CheckError(f"there are {sorted(found.keys() ^ wanted.keys())[:3]} in one of the two only")
+    pairs = [(found[name].cpu().double(), wanted[name].cpu().double()) for name in wanted]
+    difference = torch.stack([(a - b).square().sum() for a, b in pairs]).sum().sqrt()
+    return float(difference / torch.stack([b.square().sum() for _, b in pairs]).sum().sqrt())
+
+
+def same_bits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name].cpu(), wanted[name].cpu()) for name in wanted)
+
+
+@contextmanager
+def convolutions_in_float32() -> Iterator[None]:
+    """torch lets cuDNN round the factors of float32 convolutions to TF32 unless it is told not to."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def started(device: torch.device) -> Any:
+    """The context in which a run's own process is: what a run sets, it sets here, too."""
+    return runtime.start(device.type, threads=torch.get_num_threads())

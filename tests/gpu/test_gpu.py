@@ -1,0 +1,220 @@
+"""The checks of a device: on a GPU where there is one, and their code on a CPU; and that each can fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_obdsd.objective import manifold, solvers
+from dist_obdsd.training import strategy
+from dist_obdsd.training.snapshot import Snapshot
+from tests import bare, harness, runs
+from tests.gpu import __main__ as program
+from tests.gpu import bench, checks, ranks, solving, steps
+from tests.gpu.hostreads import HostReads
+from tests.gpu.rig import CPU, CheckError, Rig, Skipped, settings, within
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("name", checks.CHECKS)
+def test_on_a_gpu(name: str) -> None:
+    try:
+        print(checks.CHECKS[name](torch.device("cuda", 0), False))
+    except Skipped as reason:
+        pytest.skip(str(reason))
+
+
+def test_a_bare_machine_runs_every_check_and_bench(tmp_path: Path) -> None:
+    # Without ``ranks``, whose processes would import torch again; the next test runs it on those that there are.
+    alone = [name for name in checks.CHECKS if name != "ranks"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--quick", "--budget", "1", "--out", tmp_path / "out",
+         "--only", ",".join([*alone, "bench"])],
+        cwd=Path(__file__).parents[2], env=runs.environment(bare.environment(tmp_path)), capture_output=True, text=True,
+        timeout=runs.SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    assert written["meta"]["torch"] == torch.__version__.partition("+")[0]
+    checked, measured = written["rows"][: len(alone)], written["rows"][len(alone) :]
+    assert [(row["check"], row["verdict"]) for row in checked] == [(name, "ok") for name in alone]
+    assert [row["arm"] for row in measured] == ["none", "psd", "obdsd"]
+    assert all(row["ms"] > 0 and 0 < row["objective share"] < 1 for row in measured)
+    text = (tmp_path / "out" / "gpu-check.md").read_text()
+    assert text.rstrip().endswith("all that ran is as it must be")
+    assert text in done.stdout
+    assert all(done.stdout.count(f"ok      {name} (") == 1 for name in alone)
+
+
+def test_ranks_are_one_batch_and_are_told_from_another(tmp_path: Path) -> None:
+    target = "distillation.target=obdsd"
+    for arm, weight in (("obdsd", 3), ("other", 30)):
+        alone = Rig(settings("small_cnn", target, f"distillation.weight={weight}"), CPU)
+        alone.take()
+        torch.save(alone.gradients, tmp_path / arm)
+    for found in harness.run(2, _errors, {"obdsd": target, "other": target}, str(tmp_path)):
+        assert found["obdsd"] < ranks.LIMIT
+        assert found["other"] > 100 * ranks.LIMIT
+
+
+def _errors(arms: dict[str, str], folder: str) -> dict[str, float]:
+    import torch.distributed as dist
+
+    from dist_obdsd.runtime import Launch, Runtime
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return ranks.errors(Runtime(Launch("test", rank, world, rank, world), CPU), arms, folder)
+
+
+def test_a_step_that_is_not_masked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = strategy._prepare
+    monkeypatch.setattr(strategy, "_prepare", lambda optimizer, masked, rate: prepare(optimizer, 0 * masked, rate))
+    with pytest.raises(CheckError, match="changed"):
+        steps.masked_step_changes_nothing(CPU, True)
+
+
+def test_what_is_not_exact_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(x: torch.Tensor) -> torch.Tensor:  # to TF32's ten bits
+        return (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+    exact = torch.Tensor.__matmul__
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(rounded(a), rounded(b)))
+        with pytest.raises(CheckError, match="L1 error"):
+            solving.solvers_agree(CPU, True)
+    clipped = strategy.DDPStrategy._clipped_norm
+
+    def longer(self: strategy.DDPStrategy, own: list[torch.nn.Parameter]) -> torch.Tensor:
+        for _, p in self.parameters:
+            if p.dtype == torch.float32:  # not the reference
+                p.grad *= 1.001
+        return clipped(self, own)
+
+    monkeypatch.setattr(strategy.DDPStrategy, "_clipped_norm", longer)
+    with pytest.raises(CheckError, match="error of the gradient"):
+        steps.step_is_exact(CPU, True)
+
+
+def test_a_resumed_run_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_back = Snapshot.put_back
+
+    def forgetful(self: Snapshot, state: dict) -> object:
+        return put_back(self, state | {"optimizer": {}})
+
+    monkeypatch.setattr(Snapshot, "put_back", forgetful)
+    with pytest.raises(CheckError, match="the resumed one elsewhere"):
+        checks.CHECKS["resumed"](CPU, True)
+
+
+def test_what_would_wait_for_a_gpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = torch.randn(4), torch.arange(4)
+    with HostReads() as reads:
+        labels_are_known = bool((labels == 2).any()) and labels[labels > 1].shape == (2,)
+        torch.where(x > 0, x, 0.0).sum()
+        x.new_full((1,), 3.0)
+    assert labels_are_known
+    assert reads.found == []
+    waits = [
+        lambda: float(x.sum()), lambda: bool((x > 0).any()), lambda: x[x > 0], x.nonzero, x.tolist, x.numpy,
+        lambda: x.new_tensor([1.0]), lambda: torch.tensor(1.0, device="cpu"), lambda: x.argmax().item(),
+        lambda: torch.equal(x, x + 1), lambda: x.masked_select(x > 0), lambda: int(labels[x.argsort()][0]),
+    ]  # fmt: skip
+    for number, wait in enumerate(waits):
+        with HostReads() as reads:
+            wait()
+        assert reads.found, number
+    # In the package, with its place.
+    solve = solvers.solve_rows
+    monkeypatch.setattr(manifold, "solve_rows", lambda *args: [solve(*args) for _ in range(2)][-1])
+    with pytest.raises(CheckError, match=r"obdsd waits 4 times: .*objective/solvers.py:\d+ _local_scalar_dense"):
+        steps.step_does_not_wait(CPU, True)
+
+
+def test_a_failure_is_an_exit_code_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(device: torch.device, quick: bool) -> str:
+        raise RuntimeError("no kernel image is available")
+
+    def missing(device: torch.device, quick: bool) -> str:
+        raise Skipped("there is one GPU")
+
+    short = {"broken": broken, "off": lambda *_: within("error", 2.0, 1.0), "missing": missing, "fine": lambda *_: "1"}
+    monkeypatch.setattr(checks, "CHECKS", short)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    arguments = ["--device", "cpu", "--only", ",".join(short), "--out", str(tmp_path)]
+    assert program.main(arguments) == 1
+    said = capsys.readouterr()
+    assert "failed  broken (0.0 s): RuntimeError: no kernel image is available" in said.out
+    assert "failed  off (0.0 s): error 2.0e+00 (at most 1e+00)" in said.out
+    assert "skipped missing (0.0 s): there is one GPU" in said.out
+    assert "| fine | ok |" in (tmp_path / "gpu-check.md").read_text()
+    assert said.out.rstrip().endswith("failed: broken, off")
+    assert "Traceback" in said.err
+    assert program.main([*arguments[:2], "--only", "fine"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--only", "exact,speed"], "--only names 'speed'; there are solvers, masked"),
+        (["--budget", "0"], "--budget is 0; give the seconds"),
+        (["--out", "/dev/null/x"], "cannot write to /dev/null/x: Not a directory"),
+    ],
+)
+def test_bad_usage_is_a_sentence(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert program.main(["--device", "cpu", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_what_a_cpu_can(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert program.main([]) == 2
+    assert "torch finds no CUDA device here; --device cpu --quick" in capsys.readouterr().err
+
+
+def test_targets_stand_beside_what_was_found() -> None:
+    about = {"backbone": "resnet50", "pixels": 224, "arm": "obdsd"}
+    rows = [
+        about | {"B": 112, "overhead": 1.4, "objective share": 0.5},
+        about | {"B": 448, "overhead": 1.3, "objective share": 0.021},
+        {"backbone": "resnet50", "pixels": 224, "B": 448, "arm": "none", "overhead": 1.0},
+        {"backbone": "resnet50", "pixels": 224, "B": 896, "skipped": "this GPU has too little memory for it"},
+    ]
+    found = bench.targets(rows)
+    assert [(row["at most"], row["found"], row["verdict"]) for row in found] == [
+        (1.3, 1.4, "missed"), (1.3, 1.3, "met"), (0.02, 0.021, "missed"),
+    ]  # fmt: skip
+    text = bench.markdown(("B", "arm", "overhead", "nothing"), rows).splitlines()
+    assert text[0] == "| B | arm | overhead |"
+    assert text[2] == "| 112 | obdsd | 1.4 |"
+    assert text[-1] == "| 896 |  | this GPU has too little memory for it |"
+
+
+def test_a_batch_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(options: object) -> list:
+        if options.batch == max(bench.SIZES):
+            raise bench.RunError("the case failed:\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate")
+        return [{"B": 112, "arm": "none", "ms": 2.0, "objective": 1.0}, {"B": 1, "arm": "obdsd, projected"}]
+
+    monkeypatch.setattr(bench.step, "run", run)
+    first, second = bench.run(False, 10)
+    assert first["objective share"] == 0.5
+    assert second == {
+        "backbone": "resnet50",
+        "pixels": 224,
+        "B": 448,
+        "skipped": "this GPU has too little memory for it",
+    }
