@@ -5,10 +5,10 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint chaos format ui clean
+.PHONY: help setup demo test bench gpu-check lint chaos format ui clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/installed  ## make .venv and install everything into it
 
@@ -30,6 +30,9 @@ test: setup  ## the whole test suite, in up to four processes
 bench: setup  ## time the objective and the training step, and compare the ratios with the committed ones
 	$(BIN)/dist-obdsd bench objective --sizes 112,448 --budget 60 --json bench-objective.json --baseline docs/bench/objective.json
 	$(BIN)/dist-obdsd bench step --worlds 1,2 --json bench-step.json --baseline docs/bench/step.json
+
+gpu-check:  ## check a GPU and time training steps on it, without .venv: torch, torchvision, webdataset, pydantic, pyyaml
+	$(PYTHON) -m tests.gpu $(OPTIONS)
 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos

@@ -1,9 +1,9 @@
 """``bench objective``: the whole objective, forward and backward, beside a plain script and another library.
 
-One process holds the whole batch. The implementations of a case take turns, and the fastest call of each counts, so
-that a machine whose speed drifts slows all of them down alike. A turn is a block of calls in a row, for each alike: no
-training step runs another implementation in between, whose code and data would fill the processor's caches and cost the
-fastest one most.
+One process holds the whole batch; ``--worlds`` adds the ranking loss over several ranks (``peers.py``). The
+implementations of a case take turns, and the fastest call of each counts, so that a machine whose speed drifts slows
+all of them down alike. A turn is a block of calls in a row, for each alike: no training step runs another
+implementation in between, whose code and data would fill the processor's caches and cost the fastest one most.
 """
 
 import importlib.util
@@ -23,6 +23,7 @@ from dist_obdsd.study.bench.report import Row
 
 SIZES = (112, 448, 1024, 4096)
 ARMS = ("none", "psd", "obdsd")
+ROUNDS = 50
 BLOCK_CALLS, BLOCK_SECONDS = 20, 0.1
 """A block ends after so many calls, or with the call that passes so many seconds."""
 RANKING = config.MultiSimilarity()
@@ -31,8 +32,8 @@ NO_PEER = f"{PEER} is not installed; pip install {PEER}"
 PLOT: dict[str, Any] = {
     "x": "B",
     "y": "seconds",
-    "label": lambda row: f"{row['arm']}, {row['implementation']}",
-    "title": "objective, forward and backward, one process",
+    "label": lambda row: f"{row['arm']}, {row['implementation']}{_where(row)}",
+    "title": "objective, forward and backward",
 }
 
 
@@ -50,11 +51,15 @@ def embeddings(B: int, dim: int, seed: int, device: str) -> torch.Tensor:
 
 
 def run(options: Any) -> list[Row]:
+    from dist_obdsd.study.bench import peers  # which imports this module
+
+    sizes, worlds = options.sizes or SIZES, [W for W in options.worlds or () if W > 1]
+    peers.check(sizes, worlds)
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[Row] = []
     too_slow: set[str] = set()
-    for B in options.sizes or SIZES:
+    for B in sizes:
         E_BD, T_BD = embeddings(B, options.dim, 0, device), embeddings(B, options.dim, 1, device)
         labels_B = torch.arange(B, device=device) // 2
         for arm in ARMS:
@@ -65,6 +70,8 @@ def run(options: Any) -> list[Row]:
                 {"B": B, "arm": arm, "implementation": name, "seconds": taken, "ratio": taken / seconds["dist-obdsd"]}
                 for name, taken in seconds.items()
             ]
+    for world in worlds:
+        rows += peers.run(sizes, world, options)
     if not has_peer():
         rows.append({"arm": "none", "implementation": PEER, "skipped": NO_PEER})
     return rows
@@ -73,10 +80,14 @@ def run(options: Any) -> list[Row]:
 def findings(rows: list[Row]) -> dict[str, float]:
     """Our share of the time of each other implementation."""
     return {
-        f"share of {row['implementation']}, {row['arm']}, B={row['B']}": 1 / row["ratio"]
+        f"share of {row['implementation']}, {row['arm']}, B={row['B']}{_where(row)}": 1 / row["ratio"]
         for row in rows
         if row.get("ratio", 1) != 1
     }
+
+
+def _where(row: Row) -> str:
+    return f" on {row['W']} ranks" if "W" in row else ""
 
 
 def implementations(
@@ -116,10 +127,10 @@ def peer() -> tuple[Any, Any]:
 def fastest(
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]], E_BD: torch.Tensor, budget: float
 ) -> dict[str, float]:
-    """Seconds of one forward and backward of each: the least of all calls, in up to 50 rounds within the budget."""
+    """Seconds of one forward and backward of each: the least of all calls, in ``ROUNDS`` rounds at most."""
     best = dict.fromkeys(ways, float("inf"))
     started = time.perf_counter()
-    for turn in range(50):
+    for turn in range(ROUNDS):
         if turn > 1 and time.perf_counter() - started > budget / 10:
             break
         for name, way in ways.items():
