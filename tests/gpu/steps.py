@@ -3,7 +3,6 @@
 import torch
 
 from dist_obdsd.training.step import StepReader
-from tests.gpu.hostreads import HostReads
 from tests.gpu.rig import (
     CPU,
     CheckError,
@@ -16,6 +15,7 @@ from tests.gpu.rig import (
     settings,
     within,
 )
+from tests.hostreads import HostReads
 
 ARMS = ("none", "psd", "obdsd")
 LIMITS = {
@@ -28,8 +28,8 @@ LIMITS = {
 }
 """Of the losses' and of the gradient's relative error. On a CPU the gradient's was 1.5e-6 and 3.5e-2 in the small CNN,
 1.4e-3 and 3.6e-1 in ResNet-18, whose untrained layers amplify rounding; tf32 lies between the two."""
-READS = {"none": 0, "psd": 0, "obdsd": 3}
-"""Numbers that a step may read on a CPU, where nothing waits for them: Neumann's series looks how far it came."""
+GENTLE = ("distillation.transition_temperature=30", "distillation.omega=0.3")
+"""A walk that forgets at once where it began: its diffusion needs no solver, which would look at what it has so far."""
 
 
 def step_is_exact(device: torch.device, quick: bool) -> str:
@@ -68,13 +68,12 @@ def _one_step(device: torch.device, backbone: str, *overrides: str) -> tuple[Num
 def step_does_not_wait(device: torch.device, quick: bool) -> str:
     """No number comes back to the host inside a step, and none goes to the device in a way that waits.
 
-    A GPU itself complains where something waits for it (``torch.cuda.set_sync_debug_mode``). An event that was recorded
-    in the queue may be waited for: the device goes on beside it.
+    A GPU itself complains where something waits for it (``torch.cuda.set_sync_debug_mode``); on a CPU every operation
+    is looked at. An event in the queue may be waited for: the device has more to do by then.
     """
-    found = []
     for arm in ARMS:
-        for more in ([], ["batch.chunk=8"]):
-            config = settings("small_cnn", f"distillation.target={arm}", "precision=bf16", *more)
+        for more in ([], ["batch.chunk=8"], ["optim.clip_norm=1"]):
+            config = settings("small_cnn", f"distillation.target={arm}", "precision=bf16", *GENTLE, *more)
             rig = Rig(config, device)
             rig.keeps_gradients = False
             reader = StepReader(lag=100)
@@ -86,11 +85,9 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
             batch = rig.batch()
             with HostReads() as reads:
                 rig.take(batch)
-            if len(reads.found) > READS[arm]:
+            if reads.found:
                 raise CheckError(f"a step of {arm} waits {len(reads.found)} times: {', '.join(reads.found)}")
-            if not more:
-                found.append(f"{arm} {len(reads.found)}")
-    return f"numbers read in a step: {', '.join(found)}" if found else "the device never waited for the host"
+    return "no operation of a step makes the host wait"
 
 
 def _on_gpu(rig: Rig, reader: StepReader) -> None:
