@@ -35,7 +35,7 @@ def test_a_bare_machine_runs_every_check_and_bench(tmp_path: Path) -> None:
         [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--quick", "--budget", "1", "--out", tmp_path / "out",
          "--only", ",".join([*alone, "bench"])],
         cwd=Path(__file__).parents[2], env=runs.environment(bare.environment(tmp_path)), capture_output=True, text=True,
-        timeout=runs.SECONDS, check=False,
+        timeout=2 * runs.SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "out" / "gpu-check.json").read_text())

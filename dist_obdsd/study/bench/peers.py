@@ -31,7 +31,7 @@ from dist_obdsd.study.bench.report import Row
 
 OURS, THEIRS = "dist-obdsd", objective.PEER
 EFFICIENT = f"{THEIRS}, efficient"
-"""Each rank has only its own rows as anchors, which is quicker and another gradient."""
+"""Each rank has only its own rows as anchors: quicker, and another gradient, W times as long if pairs share a rank."""
 Way = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -80,8 +80,9 @@ def measure(rank: runtime.Runtime, B: int, dim: int, budget: float) -> list[Row]
     for name, way in ways.items():
         whole_BD = E_BD.clone().requires_grad_()
         alone[OURS if name == OURS else THEIRS](whole_BD).backward()
-        gradient_bD = _call(way, E_BD[own]) / rank.world_size  # DDP takes the mean
-        wanted_bD = torch.zeros_like(gradient_bD) if whole_BD.grad is None else whole_BD.grad[own]
+        gradient_bD = _call(way, E_BD[own]).double() / rank.world_size  # DDP takes the mean
+        assert whole_BD.grad is not None
+        wanted_bD = whole_BD.grad[own].double()
         error = (gradient_bD - wanted_bD).norm() / wanted_bD.norm()
         cosine = (gradient_bD * wanted_bD).sum() / (gradient_bD.norm() * wanted_bD.norm())
         mine[name] = [float(error), 1 - float(cosine)]
