@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_obdsd.data.transforms import Frame
+from dist_obdsd.transfer import Upload
 
 TOGETHER = 2**22  # pixels of padded images, or of results where those are larger, in one product: for its memory
 
@@ -27,7 +28,8 @@ def resample(images: Sequence[Tensor], frames: Sequence[Frame], s: int) -> Tenso
     """
     # Images of like size are padded least.
     order = sorted(range(len(images)), key=lambda i: (frames[i].height, frames[i].width))
-    table = torch.tensor([frames[i] for i in order], dtype=torch.float64, device=images[0].device)
+    upload = Upload(images[0].device)  # a tensor made on the device from numbers is a copy that the host waits for
+    table = upload(torch.tensor([frames[i] for i in order], dtype=torch.float64))
     done = []
     for start, end in stretches([(max(s, frames[i].height), max(s, frames[i].width)) for i in order], TOGETHER):
         parts = [
@@ -35,8 +37,7 @@ def resample(images: Sequence[Tensor], frames: Sequence[Frame], s: int) -> Tenso
             for i, f in ((i, frames[i]) for i in order[start:end])
         ]
         done.append(_together(parts, table[start:end], s))
-    places = torch.tensor(order, device=images[0].device).argsort()
-    return torch.cat(done)[places]
+    return torch.cat(done)[upload(torch.tensor(order).argsort())]
 
 
 def stretches(sizes: Sequence[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
