@@ -24,6 +24,8 @@ NEUMANN_ITERATIONS = 2000
 """At most; an omega of 0.99 needs 920 to shrink a residual by 1e-4."""
 SERIES = 3
 """Products with A after which an inverse by Cholesky would have been cheaper."""
+UNSEEN = 8
+"""Products with A that are taken where nobody looks whether fewer would do. They cost a GPU less than a look."""
 ROUNDING = 16
 """Of the type's epsilon: what is left of a unit row's residual when every solver has only rounding errors left."""
 
@@ -115,7 +117,7 @@ def series_rows(graph: Graph, rows: slice, tolerance: float, unseen: bool = Fals
     omega, A_nn = graph.settings.omega, graph.transition(slice(0, graph.n))
     goal = series_goal(Y_bn.dtype, graph.settings, tolerance)
     units_bn, before = unit_rows(rows, A_nn), 2 * omega
-    for taken in range(1, SERIES + 1):
+    for taken in range(1, (UNSEEN if unseen else SERIES) + 1):
         next_bn = torch.addmm(units_bn, Y_bn, A_nn, alpha=omega)
         error_b = graph.error(Y_bn.sub_(next_bn)) * omega
         if not unseen:
@@ -126,7 +128,7 @@ def series_rows(graph: Graph, rows: slice, tolerance: float, unseen: bool = Fals
                 return None
             before = worst
         Y_bn = next_bn
-    return Inverse(next_bn, error_b, SERIES) if unseen else None
+    return Inverse(next_bn, error_b, UNSEEN) if unseen else None
 
 
 def series_goal(dtype: torch.dtype, settings: config.Distillation, tolerance: float) -> float:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,12 +41,12 @@ def main(arguments: Sequence[str]) -> int:
     about = _about(device)
     print(f"{about['device']}: {_versions(about)}", flush=True)
     rows, failed = _checked(options, device)
-    measured, aims = _measured(options, failed)
-    text = _report(about, rows, measured, aims, failed)
+    measured, waits, aims = _measured(options, device, failed)
+    text = _report(about, rows, measured, waits, aims, failed)
     print(f"\n{text}", flush=True)
     if options.out is not None:
         (options.out / "gpu-check.md").write_text(text + "\n")
-        whole = {"meta": about, "rows": rows + measured + aims}
+        whole = {"meta": about, "rows": rows + measured + waits + aims}
         (options.out / "gpu-check.json").write_text(json.dumps(whole, indent=1) + "\n")
     return 1 if failed else 0
 
@@ -132,23 +133,27 @@ def _checked(options: argparse.Namespace, device: "torch.device") -> tuple[list[
     return rows, [row["check"] for row in rows if row["verdict"] == "failed"]
 
 
-def _measured(options: argparse.Namespace, failed: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The bench's rows and the targets beside them; adds to ``failed`` where there are none."""
-    from tests.gpu import bench
+def _measured(
+    options: argparse.Namespace, device: "torch.device", failed: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of steps, of the wait for data, and of the targets beside them; adds to ``failed`` where there are none."""
+    from tests.gpu import bench, feeding
 
     if BENCH not in options.only:
-        return [], []
+        return [], [], []
     try:
         rows = bench.run(options.quick, min(options.budget, 4.0) if options.quick else options.budget)
+        waits = feeding.data_wait(device, options.quick)
     except Exception as error:  # what the checks found counts nevertheless
+        traceback.print_exc()
         failed.append(BENCH)
-        return [{"skipped": sentence(error)}], []
-    return rows, bench.targets(rows)
+        return [{"skipped": sentence(error)}], [], []
+    return rows, waits, bench.targets(rows + waits)
 
 
 def _report(
-    about: dict[str, Any], rows: list[dict[str, Any]], measured: list[dict[str, Any]], aims: list[dict[str, Any]],
-    failed: list[str],
+    about: dict[str, Any], rows: list[dict[str, Any]], measured: list[dict[str, Any]],
+    waits: list[dict[str, Any]], aims: list[dict[str, Any]], failed: list[str],
 ) -> str:  # fmt: skip
     """All of it in Markdown."""
     from tests.gpu import bench
@@ -158,6 +163,8 @@ def _report(
         parts.append(bench.markdown(("check", "verdict", "seconds", "found"), rows))
     if measured:
         parts.append(bench.markdown(bench.COLUMNS, measured))
+    if waits:
+        parts.append(bench.markdown(bench.WAITING, waits))
     if aims:
         parts.append(bench.markdown(("target", "at most", "found", "verdict"), aims))
     parts.append(f"failed: {', '.join(failed)}" if failed else "all that ran is as it must be")

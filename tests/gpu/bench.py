@@ -8,12 +8,13 @@ from dist_obdsd.errors import RunError
 from dist_obdsd.study.bench import step
 from dist_obdsd.study.bench.report import Row
 
+WAITING = ("backbone", "decode", "images_per_s", "data wait")
 COLUMNS = ("backbone", "pixels", "B", "compiled", "arm", "ms", *step.PARTS, "other", "images_per_s", "overhead",
            "objective share", "peak_mib", "mfu")  # fmt: skip
 LARGE = 448
 CASES = ((112, False), (LARGE, False), (LARGE, True))
 """Batch, and whether torch.compile makes the kernels, which takes a minute or more at the start."""
-OVERHEAD, SHARE = 1.30, 0.02
+OVERHEAD, SHARE, WAIT = 1.30, 0.02, 0.02
 
 
 def run(quick: bool, budget: float) -> list[Row]:
@@ -50,6 +51,8 @@ def targets(rows: Sequence[Row]) -> list[Row]:
     """What was aimed at for ResNet-50 on a GPU beside what was found."""
     found = []
     for row in rows:
+        if row.get("decode") == "gpu" and "data wait" in row:
+            found.append(_aim(f"wait for data, {row['backbone']}, decoded on the GPU", WAIT, row["data wait"]))
         if row.get("arm") != "obdsd" or row["backbone"] != "resnet50":
             continue
         case = f"ResNet-50, 224 pixels, B={row['B']}{', compiled' * row['compiled']}"

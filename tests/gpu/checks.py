@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dist_obdsd.errors import sentence
-from tests.gpu import ranks, solving, steps, whole
+from tests.gpu import feeding, ranks, solving, steps, whole
 from tests.gpu.rig import CheckError, Skipped
 
 Check = Callable[[torch.device, bool], str]
@@ -17,11 +17,14 @@ CHECKS: dict[str, Check] = {
     "masked": steps.masked_step_changes_nothing,
     "waiting": steps.step_does_not_wait,
     "group": ranks.group_of_one,
+    "uploads": feeding.uploads_arrive,
+    "decoding": feeding.jpegs_decode_alike,
     "layout": steps.layout_and_chunks_change_nothing,
     "exact": steps.step_is_exact,
     "evaluation": whole.evaluation_is_the_same,
     "resumed": whole.resumed_run_is_the_same,
     "ranks": ranks.ranks_are_one_batch,
+    "compiled": steps.compiled_step_is_the_same,
 }
 
 

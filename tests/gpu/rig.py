@@ -14,6 +14,7 @@ import yaml
 from dist_obdsd import runtime
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.stream import Batch
+from dist_obdsd.model.calls import compile_networks
 from dist_obdsd.model.embedder import build_embedder
 from dist_obdsd.model.teacher import ProgressiveTeacher
 from dist_obdsd.objective.objective import build_objective
@@ -122,6 +123,10 @@ class Rig:
                 noise = torch.randn(p.shape, generator=draw)
                 p.add_((0.05 * noise * p.detach().float().cpu().std(correction=0)).to(p))
         self.objective = build_objective(config, range(B // 2), device)
+        failures: list[str] = []
+        compile_networks(config, self.rank, self.student, self.teacher, failures.append)
+        if failures:
+            raise Skipped(failures[0])
         self.strategy = build_strategy(self.student, config, self.rank, [])
         self.strategy.network.train()
         self.step = TrainStep(config, self.rank, self.strategy, self.teacher, self.objective, range(B // 2))

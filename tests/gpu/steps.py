@@ -9,6 +9,7 @@ from tests.gpu.rig import (
     Gradients,
     Numbers,
     Rig,
+    Skipped,
     convolutions_in_float32,
     distance,
     same_bits,
@@ -153,6 +154,21 @@ def layout_and_chunks_change_nothing(device: torch.device, quick: bool) -> str:
     if device.type == "cuda":
         said.append(f"peak {peaks['plain']:.0f} MiB at once, {peaks['chunks']:.0f} MiB in chunks")
     return "; ".join(said)
+
+
+def compiled_step_is_the_same(device: torch.device, quick: bool) -> str:
+    """The gradient of a compiled student that learns from a compiled teacher, beside that of both as they are."""
+    if quick and device.type == "cpu":
+        raise Skipped("compiling for a CPU takes half a minute; it is checked without --quick")
+    backbone = "small_cnn" if quick else "resnet18"
+    with convolutions_in_float32():
+        plain, compiled = (
+            _one_step(device, backbone, "precision=float32", f"model.compile={choice}") for choice in ("false", "true")
+        )
+    losses, slopes = LIMITS[backbone, "float32"]
+    error = abs(compiled[0]["distillation"] / plain[0]["distillation"] - 1)
+    said = within(f"{backbone}: difference of the distillation", error, losses)
+    return f"{said}; {within('of the gradient', distance(compiled[1], plain[1]), slopes)}"
 
 
 def _peak_mib(rig: Rig) -> float:

@@ -30,7 +30,8 @@ def test_on_a_gpu(name: str) -> None:
 
 def test_a_bare_machine_runs_every_check_and_bench(tmp_path: Path) -> None:
     # Without ``ranks``, whose processes would import torch again; the next test runs it on those that there are.
-    alone = [name for name in checks.CHECKS if name != "ranks"]
+    # What a CPU has no decoder or no patience for is said to be skipped.
+    alone = [name for name in checks.CHECKS if name not in ("ranks", "compiled")]
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--quick", "--budget", "1", "--out", tmp_path / "out",
          "--only", ",".join([*alone, "bench"])],
@@ -40,10 +41,14 @@ def test_a_bare_machine_runs_every_check_and_bench(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
     assert written["meta"]["torch"] == torch.__version__.partition("+")[0]
-    checked, measured = written["rows"][: len(alone)], written["rows"][len(alone) :]
+    checked, rest = written["rows"][: len(alone)], written["rows"][len(alone) :]
+    measured, (on_cpu, on_gpu) = rest[:-2], rest[-2:]
     assert [(row["check"], row["verdict"]) for row in checked] == [(name, "ok") for name in alone]
     assert [row["arm"] for row in measured] == ["none", "psd", "obdsd"]
     assert all(row["ms"] > 0 and 0 < row["objective share"] < 1 for row in measured)
+    assert (on_cpu["decode"], on_gpu["decode"]) == ("cpu", "gpu")
+    assert 0 <= on_cpu["data wait"] < 1
+    assert "skipped" in on_gpu
     text = (tmp_path / "out" / "gpu-check.md").read_text()
     assert text.rstrip().endswith("all that ran is as it must be")
     assert text in done.stdout
@@ -192,6 +197,9 @@ def test_targets_stand_beside_what_was_found() -> None:
         {"backbone": "resnet50", "pixels": 224, "B": 448, "arm": "none", "overhead": 1.0},
         {"backbone": "resnet50", "pixels": 224, "B": 896, "skipped": "this GPU has too little memory for it"},
     ]
+    waits = [{"backbone": "resnet50", "decode": "cpu", "data wait": 0.5}]
+    waits += [{"backbone": "resnet50", "decode": "gpu", **found} for found in ({"data wait": 0.01}, {"skipped": "no"})]
+    assert [(row["at most"], row["found"]) for row in bench.targets(waits)] == [(0.02, 0.01)]
     found = bench.targets(rows)
     assert [(row["at most"], row["found"], row["verdict"]) for row in found] == [
         (1.3, 1.4, "missed"), (1.3, 1.3, "met"), (0.02, 0.021, "missed"),

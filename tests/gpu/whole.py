@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,16 +32,16 @@ def resumed_run_is_the_same(device: torch.device, quick: bool) -> str:
     deterministic kernels, since some backward passes have none; then two runs of which none was stopped say how far
     apart such runs are, and the resumed one must be as near.
     """
-    with _shards(48 if quick else 96) as folder, _deterministic(device):
+    with shards(lambda images: make_images(images, 12 if quick else 24)) as folder, _deterministic(device):
         overrides = [f"device={device.type}", "precision=float32", "epochs=3", "optim.name=sgd", "optim.lr=0.01",
                      "data.workers=0", "evaluation.test=false"]  # fmt: skip
         ways = {"whole": [[]], "again": [[]], "resumed": [["max_steps=5"], ["max_steps=7"], []]}
         weights = {}
         for way, attempts in ways.items():
             for more in attempts:
-                _command("train", "tiny.yaml", f"name={way}", *overrides, *more)
+                command("train", "tiny.yaml", f"name={way}", *overrides, *more)
             weights[way] = checkpoint.load(folder / "runs" / way / "checkpoints" / "last")["student"]
-        _command("train", "tiny.yaml", "name=other", "seed=1", *overrides)
+        command("train", "tiny.yaml", "name=other", "seed=1", *overrides)
         other = checkpoint.load(folder / "runs" / "other" / "checkpoints" / "last")["student"]
     if distance(other, weights["whole"]) < 100 * ROUNDING:
         raise CheckError("another seed's run ended at the same weights, so the comparison says nothing")
@@ -80,14 +80,12 @@ def evaluation_is_the_same(device: torch.device, quick: bool) -> str:
                         f"{name} {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]
                     ]
                     raise CheckError(f"{distance_of}: {'; '.join(differ)} on {where} and the CPU")
-    with _shards(96) as folder:
-        _command(
-            "train", "tiny.yaml", f"device={device.type}", "precision=float32", "epochs=2", "evaluation.test=false"
-        )
+    with shards(make_images) as folder:
+        command("train", "tiny.yaml", f"device={device.type}", "precision=float32", "epochs=2", "evaluation.test=false")
         values = {}
         for where in ("cpu", device.type):
             file = folder / f"{where}.json"
-            _command("evaluate", "runs/tiny", "--shards", "packed", "--json", str(file), f"device={where}",
+            command("evaluate", "runs/tiny", "--shards", "packed", "--json", str(file), f"device={where}",
                      "evaluation.backend=torch")  # fmt: skip
             values[where] = {row["metric"]: row["value"] for row in json.loads(file.read_text())["rows"]}
     apart = max(abs(values["cpu"][name] - values[device.type][name]) for name in values["cpu"])
@@ -96,22 +94,26 @@ def evaluation_is_the_same(device: torch.device, quick: bool) -> str:
 
 
 @contextmanager
-def _shards(images: int) -> Iterator[Path]:
-    """A working folder with a config and packed shards of classes of 8 images."""
+def shards(make: Callable[[Path], object]) -> Iterator[Path]:
+    """A working folder with a config and packed shards, of whose classes half are to train on.
+
+    Args:
+        make: fills a folder with a folder of images per class.
+    """
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
         folder = Path(name)
-        make_images(folder / "images", classes=2 * images // 8)  # half of them are the test set
+        make(folder / "images")
         (folder / "tiny.yaml").write_text(CONFIG.replace("SHARDS", "packed"))
         os.chdir(folder)
         try:
-            _command("pack", "folder", "--source", "images", "--out", "packed", "--workers", "1")
+            command("pack", "folder", "--source", "images", "--out", "packed", "--workers", "1")
             yield folder
         finally:
             os.chdir(before)
 
 
-def _command(*arguments: str) -> None:
+def command(*arguments: str) -> None:
     """``dist-obdsd ARGUMENTS`` in this process, quietly."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

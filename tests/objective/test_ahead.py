@@ -47,7 +47,7 @@ def test_what_was_queued_unseen_is_the_target_or_not_used(
             1e-9 if dtype == torch.float64 else 1e-4
         )
     # A walk that forgets slowly needs a solver; without that control nothing would show that errors are looked at.
-    assert not used[0.005, 0.9]
+    assert used[0.005, 0.9] == (kind in ("equal", "opposed") and dtype == torch.float32)
 
 
 def test_at_the_usual_temperatures_the_look_is_all_that_is_left_to_do() -> None:

@@ -1,0 +1,123 @@
+"""Images on their way to a device: memory that is used again, JPEGs that the device decodes, and the wait for both."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dist_obdsd.config import Config, override_config, parse_config
+from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.gpu import DeviceDecoder
+from dist_obdsd.data.stream import Batch, TrainStream
+from dist_obdsd.transfer import Upload
+from tests.gpu.rig import CheckError, Skipped, within
+from tests.gpu.whole import command, shards
+
+LEVELS = 2.0
+"""Of 255: the mean difference that two JPEG decoders' pixels may have after resizing."""
+SKIPPED = "this device decodes no JPEG"
+
+
+def make_jpegs(folder: Path, classes: int, per_class: int, size: tuple[int, int]) -> None:
+    """A folder per class of photos without edges: a blurred pattern of the class, and one of the image."""
+    rng = np.random.default_rng(0)
+    for c in range(classes):
+        pattern = rng.uniform(0, 255, (5, 6, 3))
+        (folder / f"class_{c:03d}").mkdir(parents=True)
+        for i in range(per_class):
+            mixed = np.clip(pattern + rng.normal(0, 40, pattern.shape), 0, 255).astype(np.uint8)
+            photo = Image.fromarray(mixed).resize(size, Image.Resampling.BICUBIC)
+            photo.save(folder / f"class_{c:03d}" / f"{i}.jpg", quality=90)
+
+
+def _settings(folder: Path, *overrides: str) -> Config:
+    raw: dict[str, Any] = {
+        "name": "feeding", "epochs": 2,
+        "data": {"shards": str(folder / "packed"), "image_size": 96, "augment": "crop", "workers": 2, "lanes": 4},
+        "batch": {"global_size": 16, "samples_per_class": 2},
+    }  # fmt: skip
+    return parse_config(override_config(raw, overrides), "the check")
+
+
+def _batches(config: Config, **more: Any) -> Iterator[Batch]:
+    manifest = manifests.load(config.data.shards)
+    classes, _ = manifests.split_classes(manifest, config.validation, config.seed)
+    with closing(TrainStream(manifest, classes, config, 0, 1, **more)) as stream:
+        yield from stream
+
+
+def uploads_arrive(device: torch.device, quick: bool) -> str:
+    """Every batch of two epochs reaches a busy device as it was, though its memory is used again and again."""
+    upload, count = Upload(device), 0
+    with shards(lambda images: make_jpegs(images, 24, 8, (120, 90))) as folder:
+        config = _settings(folder)
+        busy = torch.randn(64 if quick else 2048, 64 if quick else 2048, device=device)
+        arrived = []
+        for batch in _batches(config, pinned=device.type == "cuda"):
+            for _ in range(8):  # what the copy must not wait for, and what must not overtake it
+                busy = (busy @ busy).clamp_(-1, 1)
+            arrived.append(upload(batch.images_b).clone())
+            del batch
+        for batch, there in zip(_batches(config), arrived, strict=True):
+            if not torch.equal(there.cpu(), batch.images_b):
+                raise CheckError(f"batch {count} arrived with other pixels")
+            count += 1
+    return f"{count} batches with their pixels"
+
+
+def jpegs_decode_alike(device: torch.device, quick: bool) -> str:
+    """The same crops of the same JPEGs, decoded by the device and by the CPU."""
+    with shards(lambda images: make_jpegs(images, 24, 8, (120, 90))) as folder:
+        config = _settings(folder)
+        decoder = DeviceDecoder(device, config)
+        if (reason := decoder.missing()) is not None:
+            raise Skipped(f"{SKIPPED}: {reason}")
+        apart = [
+            (theirs.images_b.cpu().float() - ours.images_b.float()).abs().mean().item()
+            for theirs, ours in zip(_batches(config, device_decoder=decoder), _batches(config), strict=True)
+        ]
+    return within("largest mean difference of a batch in levels", max(apart), LEVELS)
+
+
+def data_wait(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """A row for each way of decoding: the share of a training run's steps that waited for images.
+
+    Photos of 400 x 320 pixels, eight decoding processes, the arm ``none``, whose steps are the shortest; without the
+    first epoch, in which everything warms up.
+    """
+    small = {"model.backbone": "small_cnn", "data.image_size": "16", "batch.global_size": "16"}
+    large = {"model.backbone": "resnet50", "data.image_size": "224", "batch.global_size": "112"}
+    size, classes = ((40, 32), 24) if quick else ((400, 320), 280)
+    rows: list[dict[str, Any]] = []
+    with shards(lambda images: make_jpegs(images, classes, 8, size)) as folder:
+        for decode in ("cpu", "gpu"):
+            row: dict[str, Any] = {"backbone": (small if quick else large)["model.backbone"], "decode": decode}
+            if decode == "gpu" and (device.type == "cpu" or DeviceDecoder(device, _settings(folder)).missing()):
+                rows.append(row | {"skipped": SKIPPED})
+                continue
+            more = {
+                **(small if quick else large), "data.decode": decode, "data.workers": "2" if quick else "8",
+                "data.channels": "3", "data.lanes": "8", "data.augment": "crop", "device": device.type,
+                "precision": "bf16", "optim.lr": "1e-5", "epochs": "4", "distillation.target": "none",
+                "evaluation.test": "false",
+            }  # fmt: skip
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+            command("train", "tiny.yaml", *(f"{name}={value}" for name, value in more.items()))
+            lines = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+            found = [line for line in map(json.loads, lines) if line["kind"] == "epoch" and line["epoch"] > 0]
+            rows.append(row | _shares(found))
+    return rows
+
+
+def _shares(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = sum(line["seconds"] for line in epochs)
+    return {
+        "images_per_s": sum(line["images_per_s"] * line["seconds"] for line in epochs) / seconds,
+        "data wait": sum(line["data_wait_share"] * line["seconds"] for line in epochs) / seconds,
+    }
