@@ -57,8 +57,8 @@ def begin(
     Args:
         As of ``target_rows``.
     """
-    if not settings.diffuses or settings.solver != "auto":
-        return None
+    if settings.target != "obdsd" or settings.solver != "auto":
+        return None  # the others have no series to begin with
     with without_autocast(T_BD.device):
         T_nD = _nodes(T_BD, memory_MD)
         if (rows.stop - rows.start) * len(T_nD) > PART_ENTRIES:

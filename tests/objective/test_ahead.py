@@ -72,5 +72,11 @@ def test_with_a_memory_the_queued_target_is_cut_to_the_batch() -> None:
 
 def test_where_nothing_can_be_queued_nothing_is() -> None:
     T_BD = MANIFOLDS["ordinary"].float()
-    for chosen in (settings(target="psd"), settings(solver="cg"), settings(memory_gib=1e-9), settings(target="none")):
+    for chosen in (
+        settings(target="psd"),
+        settings(target="obdsd_symmetric"),
+        settings(solver="cg"),
+        settings(memory_gib=1e-9),
+        settings(target="none"),
+    ):
         assert manifold.begin(T_BD, ALL, chosen) is None
