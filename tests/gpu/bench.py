@@ -29,7 +29,8 @@ def run(quick: bool, budget: float) -> list[Row]:
         case: dict[str, Any] = {
             "backbone": "small_cnn" if quick else "resnet50", "image_size": 16 if quick else 224, "batch": B,
             "dim": 128, "precision": "bf16", "threads": 1, "budget": budget / len(cases), "compile": compiled,
-            "teacher_precision": "same", "worlds": (1,), "trace": None, "gigabytes": 25.0, "latency": 20.0,
+            "teacher_precision": "same", "shards": None, "workers": 0, "decode": "cpu", "worlds": (1,), "trace": None,
+            "gigabytes": 25.0, "latency": 20.0,
         }  # fmt: skip
         about = {"backbone": case["backbone"], "pixels": case["image_size"], "B": B, "compiled": compiled}
         try:

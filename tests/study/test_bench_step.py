@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_obdsd.study.bench import projection
-from dist_obdsd.study.bench.step import PARTS, Split
+from dist_obdsd.study.bench.step import PARTS, WAIT, Split
 from tests import runs
 
 
@@ -38,9 +38,25 @@ def test_arms_are_divided_into_their_parts_on_real_ranks(tmp_path: Path) -> None
     assert "excess of obdsd on 2 ranks" in done.stdout
 
 
+def test_batches_come_from_shards_where_there_are_some(tmp_path: Path) -> None:
+    runs.make_images(tmp_path / "images")
+    packed = runs.program("pack", "folder", "--source", "images", "--out", "packed", cwd=tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    done = runs.program("bench", "step", "--worlds", "1", "--batch", "8", "--dim", "16", "--image-size", "16",
+                        "--budget", "2", "--json", "bench.json", "--shards", "packed", "--workers", "1",
+                        cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    none, psd, obdsd = json.loads((tmp_path / "bench.json").read_text())["rows"][:3]
+    for row in (none, psd, obdsd):
+        assert 0 < row[WAIT] < row["ms"]
+        assert row["objective"] > 0
+    assert obdsd["teacher"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--shards", "nowhere"], "nowhere"),
         (["--batch", "7"], "--batch is 7; give an even number"),
         (["--backbone", "vgg"], "model.backbone"),
         (["--precision", "float16"], "precision"),

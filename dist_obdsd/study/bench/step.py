@@ -2,8 +2,8 @@
 
 The arms take turns in one process per rank, a block of steps each, so that a machine whose speed drifts slows all of
 them down alike. A step's time is a block's divided by its steps, the median over the blocks; its parts are medians over
-all steps. Images are made up and already decoded: the wait for data is what ``bench loader`` measures, and every run
-prints its own.
+all steps. Without ``--shards`` one batch of images is made up and taken again and again, so nobody waits for data; with
+it, batches come as in a run, with ``--workers`` decoding processes per rank.
 
     overhead   step time / that of the arm ``none``
     floor      the same if only the teacher's forward pass came on top
@@ -21,6 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_obdsd import collectives, machine, runtime
 from dist_obdsd.config import Config, parse_config
-from dist_obdsd.data.stream import Batch
+from dist_obdsd.data import manifest as manifests
 from dist_obdsd.errors import InputError
 from dist_obdsd.model.calls import compile_networks
 from dist_obdsd.model.embedder import build_embedder
@@ -38,13 +39,18 @@ from dist_obdsd.model.teacher import ProgressiveTeacher
 from dist_obdsd.objective.objective import build_objective
 from dist_obdsd.objective.terms import View
 from dist_obdsd.study.bench import projection
+from dist_obdsd.study.bench.feed import EPOCHS, Feed
 from dist_obdsd.study.bench.objective import embeddings
 from dist_obdsd.study.bench.ranks import START_SECONDS, matmul_flops, on_ranks
 from dist_obdsd.study.bench.report import Row
 from dist_obdsd.training.step import Position, TrainStep
 from dist_obdsd.training.strategy import build_strategy
 
+CASE = ("backbone", "image_size", "batch", "dim", "precision", "compile", "teacher_precision", "threads", "budget",
+        "shards", "workers", "decode")  # fmt: skip
+"""The options that say what is measured."""
 ARMS = ("none", "psd", "obdsd")
+WAIT = "data wait"
 PARTS = ("student forward", "teacher", "communication", "objective", "student backward", "optimizer")
 WARM_UP, BLOCKS = 3, 5
 BLOCK_SECONDS = 1.0
@@ -59,12 +65,12 @@ PLOT: dict[str, Any] = {
 def run(options: argparse.Namespace) -> list[Row]:
     """A row per number of ranks and arm; then rows of a projection, from the parts on one rank."""
     rows: list[Row] = []
+    if options.shards:
+        manifests.load(options.shards)  # complains here, once
     for world in options.worlds or (1, 2):
-        case = {name: getattr(options, name) for name in ("backbone", "image_size", "batch", "dim", "precision",
-                                                          "compile", "teacher_precision", "threads",
-                                                          "budget")}  # fmt: skip
+        case = {name: getattr(options, name) for name in CASE}
         case["trace"] = str(options.trace) if options.trace and not rows else None
-        settings(case, "none", world)  # complains here, once
+        settings(case, "none", world)  # likewise
         answer = on_ranks(__name__, world, case, options.budget)
         if isinstance(answer, dict):
             rows.append({"W": world} | answer)
@@ -94,10 +100,12 @@ def settings(case: dict[str, Any], arm: str, world: int) -> Config:
     small = case["backbone"] == "small_cnn"
     raw = {
         "name": "bench",
-        "epochs": 2,
+        "epochs": EPOCHS,
         "precision": case["precision"],
         "data": {
-            "shards": "none",
+            "shards": str(case["shards"] or ""),
+            "workers": case["workers"],
+            "decode": case["decode"],
             "image_size": case["image_size"] or (32 if small else 224),
             "lanes": world,
             **({"channels": 1, "mean": [0.5], "std": [0.5]} if small else {}),
@@ -115,6 +123,10 @@ def settings(case: dict[str, Any], arm: str, world: int) -> Config:
         "optim": {"lr": 1e-5},
     }
     return parse_config(raw, "bench step")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 # ---- on a rank ------------------------------------------------------------------------------------------------------
@@ -160,26 +172,18 @@ class Split:
 
 
 class Arm:
-    """A network, its teacher and everything else that a step needs, and steps on images that it makes up."""
+    """A network, its teacher and everything else that a step needs, and the steps that it takes."""
 
-    def __init__(self, config: Config, rank: runtime.Runtime, split: Split) -> None:
-        self.config, self.rank, self.split = config, rank, split
-        say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    def __init__(self, config: Config, rank: runtime.Runtime, split: Split, feed: Feed) -> None:
+        self.config, self.rank, self.split, self.feed = config, rank, split, feed
         student = build_embedder(config, rank.device, say, rank.world_size)
         teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
-        B = config.batch.global_size
-        objective = build_objective(config, range(B // 2), rank.device)
+        objective = build_objective(config, feed.classes, rank.device)
         compile_networks(config, rank, student, teacher, say)
         strategy = build_strategy(student, config, rank, [])
         strategy.network.train()
         self.parameters = sum(p.numel() for p in student.parameters())
-        self.step = TrainStep(config, rank, strategy, teacher, objective, range(B // 2))
-        b, data = B // rank.world_size, config.data
-        images_b = torch.randint(0, 256, (b, data.channels, data.image_size, data.image_size), dtype=torch.uint8)
-        if rank.device.type == "cuda":
-            images_b = images_b.pin_memory()
-        ids_b, labels_B = torch.arange(b), torch.arange(B) // 2
-        self.batch = Batch(1, 0, images_b, ids_b, labels_B, [])
+        self.step = TrainStep(config, rank, strategy, teacher, objective, feed.classes)
         self._divide(strategy, objective)
         self.times: list[float] = []
         self.parts: dict[str, list[float]] = defaultdict(list)
@@ -201,8 +205,9 @@ class Arm:
         split.around(strategy, "_take_step", "optimizer")
 
     def take(self) -> None:
-        # In the last of two epochs, at half the ramp; beyond the first step, which checks more.
-        self.step(self.batch, Position(1, 0, 1), 0.0)
+        batch = self.feed()
+        self.split.mark(WAIT)
+        self.step(batch, Position(batch.epoch, batch.step, 1), 0.0)  # not the run's first step, which checks more
 
     def warm_up(self) -> None:
         # The counter sees operations of torch, not what a compiler made of them.
@@ -225,7 +230,7 @@ class Arm:
             self.split.mark("other")
         parts = self.split.seconds()
         self.times.append((time.perf_counter() - started) / steps)
-        for part in (*PARTS, "other"):
+        for part in (*[WAIT] * bool(self.config.data.shards), *PARTS, "other"):
             self.parts[part].append(parts.get(part, 0.0) / steps)
         if cuda:
             self.peak_mib = torch.cuda.max_memory_allocated() / 2**20
@@ -247,13 +252,16 @@ class Arm:
 
 def _rank(case: dict[str, Any]) -> None:
     """This rank's part of a case; rank 0 prints the rows."""
-    with runtime.start(threads=case["threads"], timeout_seconds=START_SECONDS + 2 * case["budget"]) as rank:
+    seconds = START_SECONDS + 2 * case["budget"]
+    with runtime.start(threads=case["threads"], timeout_seconds=seconds) as rank, ExitStack() as stack:
         if rank.device.type == "cpu":
             machine.keep_freed_memory()
         split = Split(rank.device)
         for owner, name in ((collectives, "gather_rows"), (collectives, "sum_across"), (collectives.Gathering, "wait")):
             split.around(owner, name, "communication")
-        arms = [Arm(settings(case, arm, rank.world_size), rank, split) for arm in ARMS]
+        configs = [settings(case, arm, rank.world_size) for arm in ARMS]
+        feed = stack.enter_context(Feed(configs[0], rank, say))
+        arms = [Arm(config, rank, split, feed) for config in configs]
         for arm in arms:
             arm.warm_up()
         started = time.perf_counter()
