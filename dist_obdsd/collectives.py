@@ -72,10 +72,10 @@ class Gathering:
         Args:
             x_b: [b, ...], the same shape on every rank.
         """
-        self.device = x_b.device
+        self.B = world_size() * x_b.shape[0]
         self._x_B, self._work = x_b.detach().contiguous(), None
         if world_size() > 1:
-            self._sent, self._x_B = self._x_B, x_b.new_empty(world_size() * x_b.shape[0], *x_b.shape[1:])
+            self._sent, self._x_B = self._x_B, x_b.new_empty(self.B, *x_b.shape[1:])  # kept until it is sent
             self._work = dist.all_gather_into_tensor(self._x_B, self._sent, async_op=True)
 
     def wait(self) -> torch.Tensor:

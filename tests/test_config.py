@@ -105,6 +105,14 @@ def test_only_what_cannot_change_a_result_may_change_on_resume():
     assert changed_settings(old, other) == ["data.lanes: 8 -> 4", "epochs: 3 -> 4", "optim.lr: 1e-05 -> 0.5"]
 
 
+def test_a_setting_that_an_older_version_did_not_know_had_its_default():
+    old, new = (parse().model_dump(mode="json") for _ in range(2))
+    del old["optim"]["head_scale"]
+    assert changed_settings(old, new) == []
+    new["optim"]["head_scale"] = 2.0
+    assert changed_settings(old, new) == ["optim.head_scale: 1.0 -> 2.0"]
+
+
 def test_a_ranking_loss_is_chosen_by_name_and_has_settings_of_its_own():
     assert parse().ranking.name == "multi_similarity"
     assert parse("ranking.alpha=3").ranking.alpha == 3

@@ -1,5 +1,6 @@
 """A YAML file and dotted overrides become one checked ``Config``; unknown names are refused."""
 
+import contextlib
 import copy
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
@@ -109,8 +110,12 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two dumped configs and must not, as ``name: old -> new`` (see CHANGEABLE_ON_RESUME)."""
+    """What differs between two dumped configs and must not, as ``name: old -> new`` (see CHANGEABLE_ON_RESUME). A
+    setting that the old one's version did not know has its default there."""
     changes = []
+    if not prefix:
+        with contextlib.suppress(ValueError):
+            old = Config.model_validate(old).model_dump(mode="json")
     for key in sorted(old.keys() | new.keys()):
         name = prefix + key
         if name in CHANGEABLE_ON_RESUME:

@@ -2,7 +2,7 @@
 
 The decoding processes read the headers and draw what is to be taken of each image, as for the CPU; here nvJPEG decodes
 all the JPEGs of a batch, and ``resample`` does the rest. Every other row comes decoded, and what the GPU's decoder
-refuses is decoded here on the CPU, so that the same images count as broken. With the device ``cpu`` all of it runs
+refuses is decoded here on the CPU, which decides whether it is broken. With the device ``cpu`` all of it runs
 there, for tests.
 """
 
@@ -20,7 +20,7 @@ from dist_obdsd import collectives
 from dist_obdsd.config import Config
 from dist_obdsd.data.decoding import Decoded
 from dist_obdsd.data.resampling import resample, stretches
-from dist_obdsd.data.rows import Bad, Left, decode_row, generator_of
+from dist_obdsd.data.rows import Bad, Left, Row, decode_row, generator_of
 from dist_obdsd.errors import InputError
 from dist_obdsd.transfer import Upload
 
@@ -66,17 +66,7 @@ class DeviceDecoder:
         rows, done = decoded.rows, []
         asked = [left for left in decoded.left if rows[left.row].id not in self._refused]
         for start, end in stretches([left.size for left in asked], TOGETHER):
-            taken: list[tuple[Left, Tensor]] = []
-            found = self._decode([rows[left.row].data for left in asked[start:end]])
-            for left, image in zip(asked[start:end], found, strict=True):
-                if isinstance(image, Tensor):
-                    taken.append((left, image))
-                else:
-                    self._refused[rows[left.row].id] = image
-            if taken:
-                frames, images = [left.frame for left, _ in taken], [image for _, image in taken]
-                places = torch.tensor([left.row for left, _ in taken])
-                done.append((places, resample(images, frames, self._config.data.image_size)))
+            done += self._taken(asked[start:end], rows)
         refused = [left.row for left in decoded.left if rows[left.row].id in self._refused]
         bad = [broken for row in refused if (broken := self._on_cpu(decoded, row))]
         if sum(len(places) for places, _ in done) == len(decoded.images):
@@ -86,6 +76,24 @@ class DeviceDecoder:
         for places, images_n in done:
             images_b.index_copy_(0, self._upload(places), images_n)
         return images_b, bad
+
+    def _taken(self, asked: list[Left], rows: list[Row]) -> list[tuple[Tensor, Tensor]]:
+        """Places [n] and squares [n, C, s, s] of what the device decodes. The whole images end with this call."""
+        taken: list[tuple[Left, Tensor]] = []
+        for left, image in zip(asked, self._decode([rows[left.row].data for left in asked]), strict=True):
+            if isinstance(image, Tensor):
+                taken.append((left, image))
+            else:
+                self._refused[rows[left.row].id] = image
+        if not taken:
+            return []
+        frames, images = [left.frame for left, _ in taken], [image for _, image in taken]
+        return [
+            (
+                torch.tensor([left.row for left, _ in taken]),
+                resample(images, frames, self._config.data.image_size, self._upload),
+            )
+        ]
 
     def _on_cpu(self, decoded: Decoded, row: int) -> Bad | None:
         """Decode what the device refused."""
@@ -112,7 +120,9 @@ class DeviceDecoder:
             files = [torch.frombuffer(data, dtype=torch.uint8) for data in encoded]
             try:
                 return list(decode_jpeg(files, ImageReadMode.RGB, self.device))
-            except (RuntimeError, AttributeError) as error:
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise  # which says nothing about the image
+            except (RuntimeError, AttributeError) as error:  # AttributeError: built without nvJPEG
                 if len(files) == 1:
                     return [str(error).splitlines()[0]]
         return [image for data in encoded for image in self._decode([data])]

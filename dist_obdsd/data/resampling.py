@@ -20,15 +20,19 @@ from dist_obdsd.transfer import Upload
 TOGETHER = 2**22  # pixels of padded images, or of results where those are larger, in one product: for its memory
 
 
-def resample(images: Sequence[Tensor], frames: Sequence[Frame], s: int) -> Tensor:
+def resample(images: Sequence[Tensor], frames: Sequence[Frame], s: int, upload: Upload | None = None) -> Tensor:
     """``framed`` for each of n images on one device: uint8 [C, H, W] -> uint8 [n, C, s, s].
 
     The pixels are the same where the square is all of the resized part. Where it is a piece of that they may differ by
     one level, since the kernel gives the weights of all pieces the same number of bits.
+
+    Args:
+        upload: to the images' device; made here if it is left out.
     """
     # Images of like size are padded least.
     order = sorted(range(len(images)), key=lambda i: (frames[i].height, frames[i].width))
-    upload = Upload(images[0].device)  # a tensor made on the device from numbers is a copy that the host waits for
+    # A tensor made on the device from numbers would be a copy that the host waits for.
+    upload = upload or Upload(images[0].device)
     table = upload(torch.tensor([frames[i] for i in order], dtype=torch.float64))
     done = []
     for start, end in stretches([(max(s, frames[i].height), max(s, frames[i].width)) for i in order], TOGETHER):

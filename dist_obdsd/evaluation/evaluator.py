@@ -101,7 +101,8 @@ def embed_all(
             ids.append(batch.ids.cpu())
             labels.append(batch.labels.cpu())
             roles.extend(batch.roles)
-    return torch.cat(embeddings or [torch.empty(0, 0)]).cpu(), torch.cat(ids), torch.cat(labels), roles
+    rows_nD = torch.cat([rows.cpu() for rows in embeddings] or [torch.empty(0, 0)])
+    return rows_nD, torch.cat(ids), torch.cat(labels), roles
 
 
 def evaluate(

@@ -42,9 +42,8 @@ def check_precision(settings: Config, device: torch.device) -> None:
 
 def blank_images(settings: Config, runtime: Runtime) -> torch.Tensor:
     """uint8 [b, C, s, s] of zeros, of the shape that the network sees in a step."""
-    rows = settings.batch.chunk or settings.batch.global_size // runtime.world_size
-    data = settings.data
-    shape = (rows, data.channels, data.image_size, data.image_size)
+    b, data = settings.batch.global_size // runtime.world_size, settings.data
+    shape = (min(settings.batch.chunk or b, b), data.channels, data.image_size, data.image_size)
     return torch.zeros(shape, dtype=torch.uint8, device=runtime.device)
 
 

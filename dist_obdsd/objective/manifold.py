@@ -12,7 +12,7 @@ import torch
 from dist_obdsd import config
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.objective.graph import Graph, SymmetricGraph, WalkGraph, fits, softmax
-from dist_obdsd.objective.solvers import series_goal, series_rows, solve_rows
+from dist_obdsd.objective.solvers import series_goal, series_rows, series_rows_unseen, solve_rows
 from dist_obdsd.objective.terms import similarity, without_autocast
 from dist_obdsd.transfer import Arriving
 
@@ -20,6 +20,8 @@ FLOAT64_TOLERANCE = 1e-10
 """What is aimed at for float64 embeddings."""
 LEAST_MASS = 1e-3
 """Of a row's mass, what must be left in the batch's columns for it to be used."""
+AHEAD_SIZE = 2**33
+"""Largest b n^2 of a solve ahead, which takes more products than are needed: beyond it they cost more than a look."""
 PART_ENTRIES = 2**26
 """Entries of one part of the own rows: the solver's state is some ten matrices of this size, 256 MiB each."""
 
@@ -47,24 +49,25 @@ class Ahead:
     """What that must be to be accepted."""
 
 
+def solves_ahead(b: int, B: int, settings: config.Distillation) -> bool:
+    """Whether ``begin`` is for a target of b own rows in a batch of B."""
+    return settings.target == "obdsd" and settings.solver == "auto" and b * (B + settings.memory) ** 2 <= AHEAD_SIZE
+
+
 @torch.no_grad()
 def begin(
     T_BD: torch.Tensor, rows: slice, settings: config.Distillation, memory_MD: torch.Tensor | None = None
 ) -> Ahead | None:
     """Queue what mostly is the whole diffusion, so that the device has other work when the host asks for its error:
-    called before the student's forward pass, with ``target_rows`` after it. None where nothing can be done ahead.
+    called before the student's forward pass, with ``target_rows`` after it. None where the matrices are not kept whole.
 
     Args:
-        As of ``target_rows``.
+        As of ``target_rows``; of ones for which ``solves_ahead`` holds.
     """
-    if settings.target != "obdsd" or settings.solver != "auto":
-        return None  # the others have no series to begin with
     with without_autocast(T_BD.device):
         T_nD = _nodes(T_BD, memory_MD)
-        if (rows.stop - rows.start) * len(T_nD) > PART_ENTRIES:
-            return None
         graph = _graph(T_nD, settings)
-        inverse = series_rows(graph, rows, 0.0, unseen=True)
+        inverse = series_rows_unseen(graph, rows)
         if inverse is None:
             return None
         solve = Solve(graph.target(inverse.Y_bn, rows), inverse.error_b, inverse.iterations)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dist_obdsd import config
+from dist_obdsd.collectives import Gathering
 from dist_obdsd.errors import InputError
 from dist_obdsd.objective import distillation, manifold
 from dist_obdsd.objective.ranking import RankingLoss, build_ranking
@@ -28,15 +29,21 @@ class Objective:
         self.memory_MD: torch.Tensor | None = None
         """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
 
-    def begin(self, T_BD: torch.Tensor, rows: slice) -> manifold.Ahead | None:
-        """Queue the target's diffusion ahead of the student's forward pass; see ``manifold.begin``. For ``terms``.
+    def begin(self, teacher: Gathering, rows: slice) -> manifold.Ahead | None:
+        """Queue the target's diffusion ahead of the student's forward pass, for ``terms``; see ``manifold.begin``.
 
         Args:
+            teacher: the teacher's unit rows of all ranks; waited for only where their diffusion can be solved ahead.
             rows: this rank's.
         """
-        if self.distillation.scope == "rank":
-            T_BD, rows = T_BD[rows], slice(0, rows.stop - rows.start)
-        return manifold.begin(T_BD, rows, self.distillation, self.memory_MD)
+        settings, b, B = self.distillation, rows.stop - rows.start, teacher.B
+        own = settings.scope == "rank"
+        if not manifold.solves_ahead(b, b if own else B, settings):
+            return None
+        T_BD = teacher.wait()
+        if own:
+            T_BD, rows = T_BD[rows], slice(0, b)
+        return manifold.begin(T_BD, rows, settings, self.memory_MD)
 
     def terms(
         self, view: View, T_BD: torch.Tensor | None = None, ahead: manifold.Ahead | None = None

@@ -8,6 +8,7 @@ at once where it began, as at the usual temperatures, the series alone does, wit
 Legend: n nodes, b own rows; rows of b x n matrices are systems of their own.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +26,7 @@ NEUMANN_ITERATIONS = 2000
 SERIES = 3
 """Products with A after which an inverse by Cholesky would have been cheaper."""
 UNSEEN = 8
-"""Products with A that are taken where nobody looks whether fewer would do. They cost a GPU less than a look."""
+"""Products with A that are taken where nobody looks whether fewer would do."""
 ROUNDING = 16
 """Of the type's epsilon: what is left of a unit row's residual when every solver has only rounding errors left."""
 
@@ -99,36 +100,47 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
     return Inverse(Y_bn, error_b, iterations)
 
 
-def series_rows(graph: Graph, rows: slice, tolerance: float, unseen: bool = False) -> Inverse | None:
+def series_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
     """Rows [b, n] of (I - omega A)^-1 by Neumann's series alone, where two or three products with A make them as good
     as any solver would, as at the usual temperatures; None elsewhere.
 
         y' = e_i + omega y A  differs from y by y's residual, and its own residual is omega times that one times A
 
     As A's rows sum to 1, it is at most omega times as large, without another product to see it.
-
-    Args:
-        unseen: take all the products without a look at their errors, for which the host would have to wait. Whether
-            ``series_goal`` was reached is then for the caller to see.
     """
+    goal, before = series_goal(graph.T_nD.dtype, graph.settings, tolerance), 2 * graph.settings.omega
+    for taken, (Y_bn, error_b) in enumerate(_series(graph, rows, SERIES), 1):
+        worst = float(error_b.max())  # the host waits here for the device
+        if worst <= goal:
+            return Inverse(Y_bn, error_b, taken)
+        # Written so that NaN, and with omega 0 anything that is left, is too slow.
+        if not (before and worst * (worst / before) ** (SERIES - taken) <= goal):
+            return None
+        before = worst
+    return None
+
+
+def series_rows_unseen(graph: Graph, rows: slice) -> Inverse | None:
+    """The same with more products, and without a look at their errors. Whether ``series_goal`` was reached is for the
+    caller to see; None where the graph has nothing to begin with."""
+    inverse = None
+    for Y_bn, error_b in _series(graph, rows, UNSEEN):
+        inverse = Inverse(Y_bn, error_b, UNSEEN)
+    return inverse
+
+
+def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Ever better rows [b, n], each with a bound [b] on its error; none where there is nothing to begin with. Rows are
+    overwritten when the next ones are asked for."""
     Y_bn = graph.guess(rows)
     if Y_bn is None:
-        return None
+        return
     omega, A_nn = graph.settings.omega, graph.transition(slice(0, graph.n))
-    goal = series_goal(Y_bn.dtype, graph.settings, tolerance)
-    units_bn, before = unit_rows(rows, A_nn), 2 * omega
-    for taken in range(1, (UNSEEN if unseen else SERIES) + 1):
+    units_bn = unit_rows(rows, A_nn)
+    for _ in range(products):
         next_bn = torch.addmm(units_bn, Y_bn, A_nn, alpha=omega)
-        error_b = graph.error(Y_bn.sub_(next_bn)) * omega
-        if not unseen:
-            worst = float(error_b.max())  # the host waits here for the device
-            if worst <= goal:
-                return Inverse(next_bn, error_b, taken)
-            if not worst * (worst / before) ** (SERIES - taken) <= goal:  # too slow or NaN
-                return None
-            before = worst
+        yield next_bn, graph.error(Y_bn.sub_(next_bn)) * omega
         Y_bn = next_bn
-    return Inverse(next_bn, error_b, UNSEEN) if unseen else None
 
 
 def series_goal(dtype: torch.dtype, settings: config.Distillation, tolerance: float) -> float:

@@ -104,15 +104,15 @@ class TrainStep:
         labels_B = self.upload(class_indices(batch.labels_B, self.classes_C))
         b, T_BD, gathering, ahead = images_b.shape[0], None, None, None
         rows = slice(self.runtime.rank * b, (self.runtime.rank + 1) * b)
-        # The teacher comes first: its rows travel while the student's forward pass runs. On a GPU they have travelled
-        # by then, and the diffusion is queued, too, so that its error is known before the host asks.
+        # The teacher comes first: its rows travel while the student's forward pass runs. On a GPU the diffusion is
+        # queued before that, too, where it can be, so that its error is known before the host asks.
         if self.teacher is not None and self.objective.needs_teacher(ramp):
             with autocast(self.settings, self.runtime.device, teacher=True):
                 chunks = images_b.split(self.settings.batch.chunk or b)
                 T_bD = torch.cat([self.teacher(images) for images in chunks])
             gathering = collectives.Gathering(T_bD)
             if self.looks_later:
-                ahead = self.objective.begin(gathering.wait(), rows)
+                ahead = self.objective.begin(gathering, rows)
         E_bD = self.strategy.embed(images_b)
         # Sizes come from a config that all ranks share, so comparing them once is enough.
         E_BD = collectives.gather_rows(E_bD, check_sizes=position.global_step == 0)

@@ -312,3 +312,16 @@ def test_a_run_without_a_gpu_is_refused_unless_the_cpu_is_to_decode() -> None:
     assert build_device_decoder(settings(), CPU, print, print) is None
     with pytest.raises(InputError, match=r"data.decode=gpu, but this run has no GPU; set data.decode=cpu, or run it"):
         build_device_decoder(settings(decode="gpu"), CPU, print, print)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_says_nothing_about_an_image_is_not_held_against_it(
+    monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]
+) -> None:
+    def fail(*arguments: object) -> list[torch.Tensor]:
+        raise error("the GPU is in trouble")
+
+    rows = rows_of([encoded(noise(i), "JPEG") for i in range(2)])
+    monkeypatch.setattr(gpu, "decode_jpeg", fail)
+    with pytest.raises(error, match="in trouble"):
+        on_device(rows, settings())

@@ -71,12 +71,21 @@ def test_with_a_memory_the_queued_target_is_cut_to_the_batch() -> None:
 
 
 def test_where_nothing_can_be_queued_nothing_is() -> None:
-    T_BD = MANIFOLDS["ordinary"].float()
-    for chosen in (
-        settings(target="psd"),
-        settings(target="obdsd_symmetric"),
-        settings(solver="cg"),
-        settings(memory_gib=1e-9),
-        settings(target="none"),
+    assert manifold.begin(MANIFOLDS["ordinary"].float(), ALL, settings(memory_gib=1e-9)) is None
+    assert manifold.solves_ahead(112, 7168, settings())
+    for size, chosen in (
+        (112, settings(target="psd")),
+        (112, settings(target="obdsd_symmetric")),
+        (112, settings(solver="cg")),
+        (112, settings(target="none")),
+        (32768, settings()),
     ):
-        assert manifold.begin(T_BD, ALL, chosen) is None
+        assert not manifold.solves_ahead(112, size, chosen)
+
+
+@pytest.mark.parametrize("omega", [0.0, 0.5])
+def test_nan_embeddings_give_nan_targets_also_without_any_diffusion(omega: float) -> None:
+    T_BD = MANIFOLDS["ordinary"].float()
+    T_BD[3] = torch.nan
+    for ahead in (None, manifold.begin(T_BD, ALL, settings(omega=omega))):
+        assert manifold.target_rows(T_BD, ALL, settings(omega=omega), ahead=ahead).target_bB.isnan().any()

@@ -13,7 +13,8 @@ import yaml
 
 from dist_obdsd.config import override_config, parse_config
 from dist_obdsd.errors import InputError
-from dist_obdsd.model.calls import check_precision, compile_in_place
+from dist_obdsd.model.calls import blank_images, check_precision, compile_in_place
+from dist_obdsd.runtime import Launch, Runtime
 from dist_obdsd.training import checkpoint
 from tests import harness, runs
 
@@ -70,6 +71,14 @@ def test_a_machine_without_a_compiler_goes_on_without() -> None:
     assert re.fullmatch(r"model.compile=true does not work on rank 0 \(.+: .+\); all ranks go on without it", line)
     assert plain
     assert clean
+
+
+def test_blank_images_have_the_shape_of_a_step_s() -> None:
+    raw = yaml.safe_load(runs.CONFIG)
+    for overrides, ranks, rows in ([], 2, 8), (["batch.chunk=3"], 2, 3), (["batch.chunk=100"], 4, 4):
+        config = parse_config(override_config(raw, overrides), "x")
+        runtime = Runtime(Launch("test", 0, ranks), torch.device("cpu"))
+        assert blank_images(config, runtime).shape == (rows, 1, 16, 16)
 
 
 def test_bf16_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
