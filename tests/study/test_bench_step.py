@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_obdsd.study.bench import projection
+from dist_obdsd.runtime import Launch, Runtime
+from dist_obdsd.study.bench import projection, step
 from dist_obdsd.study.bench.step import PARTS, WAIT, Split
 from tests import runs
 
@@ -38,18 +39,20 @@ def test_arms_are_divided_into_their_parts_on_real_ranks(tmp_path: Path) -> None
     assert "excess of obdsd on 2 ranks" in done.stdout
 
 
-def test_batches_come_from_shards_where_there_are_some(tmp_path: Path) -> None:
+def test_batches_come_from_shards_and_what_cannot_be_compiled_is_said_and_marked(tmp_path: Path) -> None:
     runs.make_images(tmp_path / "images")
     packed = runs.program("pack", "folder", "--source", "images", "--out", "packed", cwd=tmp_path)
     assert packed.returncode == 0, packed.stderr
     done = runs.program("bench", "step", "--worlds", "1", "--batch", "8", "--dim", "16", "--image-size", "16",
                         "--budget", "2", "--json", "bench.json", "--shards", "packed", "--workers", "1",
-                        cwd=tmp_path)  # fmt: skip
+                        "--compile", cwd=tmp_path, env={"PATH": "/no/such/folder"})  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "model.compile=true does not work on rank 0 (" in done.stderr
     none, psd, obdsd = json.loads((tmp_path / "bench.json").read_text())["rows"][:3]
     for row in (none, psd, obdsd):
         assert 0 < row[WAIT] < row["ms"]
         assert row["objective"] > 0
+        assert row["compiled"] is False
     assert obdsd["teacher"] > 0
 
 
@@ -60,12 +63,34 @@ def test_batches_come_from_shards_where_there_are_some(tmp_path: Path) -> None:
         (["--batch", "7"], "--batch is 7; give an even number"),
         (["--backbone", "vgg"], "model.backbone"),
         (["--precision", "float16"], "precision"),
+        (["--decode", "gpu", "--backbone", "resnet18"], "give packed ones by --shards"),
+        (["--decode", "gpu", "--shards", "packed"], "small_cnn reads grey ones; give --backbone resnet50"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    if "packed" in arguments:
+        runs.make_images(tmp_path / "images", 8)
+        packed = runs.program("pack", "folder", "--source", "images", "--out", "packed", cwd=tmp_path)
+        assert packed.returncode == 0, packed.stderr
     done = runs.program("bench", "step", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert sentence in done.stderr
+
+
+def test_the_objective_alone_takes_the_step_s_road() -> None:
+    case = {"backbone": "small_cnn", "image_size": 16, "batch": 8, "dim": 8, "precision": "float32", "compile": False,
+            "teacher_precision": "same", "shards": None, "workers": 0, "decode": "cpu"}  # fmt: skip
+    config, rank = step.settings(case, "obdsd", 1), Runtime(Launch("test"), torch.device("cpu"))
+    with step.Feed(config, rank, step.say) as feed:
+        arm = step.Arm(config, rank, Split(rank.device), feed)
+    handed, terms = [], arm.step.objective.terms
+    arm.step.objective.terms = lambda view, T_BD, ahead: handed.append(ahead) or terms(view, T_BD, ahead)
+    for looks_later in (False, True):
+        arm.step.looks_later = looks_later
+        ((B, seconds),) = step._objective_alone(arm, 0.0)
+        assert B == 64
+        assert seconds > 0
+    assert [ahead is not None for ahead in handed] == [False, False, True, True]
 
 
 class Machine:

@@ -21,6 +21,8 @@ class Feed(AbstractContextManager["Feed"]):
 
     classes: Sequence[int]
     """That the labels are of, sorted."""
+    decode = "cpu"
+    """Where JPEGs are decoded, which need not be where the config wishes."""
 
     def __init__(self, config: Config, rank: runtime.Runtime, say: Any) -> None:
         """Make a batch up, in pinned memory for a GPU, or start to read. Collective.
@@ -37,9 +39,11 @@ class Feed(AbstractContextManager["Feed"]):
         if data.shards:
             manifest = manifests.load(data.shards)
             self.classes, _ = manifests.split_classes(manifest, config.validation, config.seed)
+            decoder = build_device_decoder(config, rank.device, say, say)
+            self.decode = "cpu" if decoder is None else "gpu"
             self._stream = TrainStream(
                 manifest, self.classes, config, rank.rank, rank.world_size, config.epochs // 2, 0, say, pinned=cuda,
-                device_decoder=build_device_decoder(config, rank.device, say, say),
+                device_decoder=decoder,
             )  # fmt: skip
             return
         self.classes = range(B // 2)
