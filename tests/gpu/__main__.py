@@ -11,12 +11,11 @@ import json
 import os
 import platform
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_obdsd.errors import InputError, sentence
+from dist_obdsd.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -136,18 +135,21 @@ def _checked(options: argparse.Namespace, device: "torch.device") -> tuple[list[
 def _measured(
     options: argparse.Namespace, device: "torch.device", failed: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of steps, of the wait for data, and of the targets beside them; adds to ``failed`` where there are none."""
+    """Rows of steps, of the wait for data, and of the targets beside them; adds to ``failed`` where a row failed."""
     from tests.gpu import bench, feeding
 
     if BENCH not in options.only:
         return [], [], []
-    try:
-        rows = bench.run(options.quick, min(options.budget, 4.0) if options.quick else options.budget)
-        waits = feeding.data_wait(device, options.quick)
-    except Exception as error:  # what the checks found counts nevertheless
-        traceback.print_exc()
+    budget = min(options.budget, 4.0) if options.quick else options.budget
+    found = []
+    for measure in (lambda: bench.run(options.quick, budget), lambda: feeding.data_wait(device, options.quick)):
+        try:
+            found.append(measure())
+        except Exception as error:  # what the checks and the other bench found counts nevertheless
+            found.append([bench.failure(error)])
+    rows, waits = found
+    if any("failed" in row for row in rows + waits):
         failed.append(BENCH)
-        return [{"skipped": sentence(error)}], [], []
     return rows, waits, bench.targets(rows + waits)
 
 
@@ -164,7 +166,7 @@ def _report(
     if measured:
         parts.append(bench.markdown(bench.COLUMNS, measured))
     if waits:
-        parts.append(bench.markdown(bench.WAITING, waits))
+        parts += [bench.markdown(bench.WAITING, waits), bench.WAITING_MEANS]
     if aims:
         parts.append(bench.markdown(("target", "at most", "found", "verdict"), aims))
     parts.append(f"failed: {', '.join(failed)}" if failed else "all that ran is as it must be")
