@@ -217,7 +217,8 @@ def test_a_spool_of_another_run_is_kept_aside_and_not_replayed_into_this_one(job
         job.replay()
 
 
-def test_a_read_only_store_and_a_full_disk_never_stop_a_run(job, tmp_path, small_disk):
+def test_a_read_only_store_and_a_full_disk_never_stop_a_run(job, tmp_path, small_disk, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MLflow takes such a URI for a relative path, too, and makes its folders
     MlflowClient(f"sqlite:///{tmp_path}/there.db").search_experiments()
     tracker = job.tracker(uri=f"sqlite:///file:{tmp_path}/there.db?mode=ro&uri=true", wait_seconds=0.5)
     tracker.metrics({"loss": 1}, 0)
