@@ -42,16 +42,17 @@ def build_optimizer(settings: config.Optim, parameters: Iterable[Named]) -> torc
     return kind(groups, settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
-def build_objective_optimizer(
-    settings: config.Config, parameters: Sequence[Named]
-) -> tuple[torch.optim.Optimizer | None, float]:
-    """The optimizer of the ranking loss's own parameters, if there are any, and its rate in units of the student's."""
+def build_objective_optimizer(settings: config.Config, parameters: Sequence[Named]) -> torch.optim.Optimizer | None:
+    """The optimizer of the ranking loss's own parameters, if there are any."""
     if not parameters:
-        return None, 1.0
+        return None
     ranking, optim = settings.ranking, settings.optim
     assert isinstance(ranking, config.Learnable), "a loss with parameters has settings for them"
     own = {"lr": ranking.lr or OBJECTIVE_RATE * optim.lr, "weight_decay": ranking.weight_decay}
-    return build_optimizer(optim.model_copy(update=own), parameters), own["lr"] / optim.lr
+    optimizer = build_optimizer(optim.model_copy(update=own), parameters)
+    for group in optimizer.param_groups:  # whatever the parameters are called
+        group["scale"] = own["lr"] / optim.lr
+    return optimizer
 
 
 def learning_rate(settings: config.Optim, epoch: int, epochs: int, progress: float, global_step: int) -> float:

@@ -43,7 +43,7 @@ class DDPStrategy:
         self.parameters = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         self.optimizer = build_optimizer(settings.optim, self.parameters)
         self.objective_parameters = list(objective_parameters)
-        self.objective_optimizer, self.objective_rate = build_objective_optimizer(settings, self.objective_parameters)
+        self.objective_optimizer = build_objective_optimizer(settings, self.objective_parameters)
         self._cached: CachedGradient | None = None
         # Only per-rank batch statistics differ between ranks; other buffers need no broadcast at each forward.
         self.buffers_differ = settings.model.norm == "batch"
@@ -123,7 +123,7 @@ class DDPStrategy:
         _prepare(self.optimizer, masked, rate)
         self._take_step()
         if self.objective_optimizer is not None:
-            _prepare(self.objective_optimizer, masked, rate * self.objective_rate)
+            _prepare(self.objective_optimizer, masked, rate)
             self.objective_optimizer.step()
             self.objective_optimizer.zero_grad(set_to_none=False)
         return torch.stack([norm.double(), masked.double()])

@@ -1,12 +1,12 @@
 """The training step's bench at the sizes that the targets are stated for, and what it found beside them."""
 
-import argparse
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from dist_obdsd.arguments import parse
 from dist_obdsd.errors import RunError, sentence
 from dist_obdsd.study.bench import step
 from dist_obdsd.study.bench.report import Row
@@ -34,15 +34,13 @@ def run(quick: bool, budget: float) -> list[Row]:
     rows: list[Row] = []
     cases = ((8, False),) if quick else CASES
     for B, compiled in cases:
-        case: dict[str, Any] = {
-            "backbone": "small_cnn" if quick else "resnet50", "image_size": 16 if quick else 224, "batch": B,
-            "dim": 128, "precision": "bf16", "threads": 1, "budget": budget / len(cases), "compile": compiled,
-            "teacher_precision": "same", "shards": None, "workers": 0, "decode": "cpu", "worlds": (1,), "trace": None,
-            "gigabytes": 25.0, "latency": 20.0,
-        }  # fmt: skip
-        about = {"backbone": case["backbone"], "pixels": case["image_size"], "B": B, "compiled": compiled}
+        backbone, side = ("small_cnn", 16) if quick else ("resnet50", 224)
+        command = ["bench", "step", "--worlds", "1", "--precision", "bf16", "--backbone", backbone, "--image-size",
+                   str(side), "--batch", str(B), "--budget", str(budget / len(cases)),
+                   *["--compile"] * compiled]  # fmt: skip
+        about = {"backbone": backbone, "pixels": side, "B": B, "compiled": compiled}
         try:
-            measured = step.run(argparse.Namespace(**case))
+            measured = step.run(parse(command))
         except Exception as error:
             if isinstance(error, RunError) and "out of memory" in str(error).lower():
                 rows.append(about | {"skipped": "this GPU has too little memory for it"})

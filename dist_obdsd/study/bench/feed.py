@@ -1,8 +1,7 @@
 """Batches for ``bench step``: one that is made up, again and again, or those of a training run's stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ class Feed(AbstractContextManager["Feed"]):
     decode = "cpu"
     """Where JPEGs are decoded, which need not be where the config wishes."""
 
-    def __init__(self, config: Config, rank: runtime.Runtime, say: Any) -> None:
+    def __init__(self, config: Config, rank: runtime.Runtime, say: Callable[[str], None]) -> None:
         """Make a batch up, in pinned memory for a GPU, or start to read. Collective.
 
         Args:
