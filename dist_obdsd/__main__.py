@@ -1,3 +1,3 @@
-from dist_obdsd.cli import program
+from dist_obdsd.cli.main import program
 
 program()

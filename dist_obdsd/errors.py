@@ -7,13 +7,13 @@ Every message is one clear sentence: what was found, what is needed, what to do.
 class UserError(Exception):
     """What they have in common."""
 
-    everywhere = False
+    on_all_ranks = False
     """Every rank raised this same error, so one of them should print it."""
     where = ""
     """Rank, host and step at which a run met it; empty before there is a run."""
 
 
-def sentence(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An error in one line; of those that are not ours, the type says what the text may not."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dist_obdsd import __version__
-from dist_obdsd.data.imagefile import FORMATS
+from dist_obdsd.data.images import FORMATS
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.inference import ImageEmbedder, load
 
@@ -100,7 +100,7 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
 
 def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
     """What an image goes through between its file and its embedding, as plain data."""
-    data = embedder.settings.data
+    data = embedder.config.data
     channels = "RGB" if data.channels == 3 else "grey"
     side = data.image_size
     return {

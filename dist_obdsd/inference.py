@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dist_obdsd import checkpoint
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.transforms import decode, eval_transform, pixels
+from dist_obdsd.distributed.launch import Launch, choose_device
 from dist_obdsd.errors import InputError
-from dist_obdsd.model.embedder import Embedder, build_embedder
-from dist_obdsd.runtime import Launch, choose_device
-from dist_obdsd.training import checkpoint
+from dist_obdsd.models.embedder import Embedder, build_embedder
 
 
 def load(
@@ -57,9 +57,9 @@ def load(
             f"take which='last'"
         )
     state = checkpoint.load(found or path)
-    settings = settings_of(state)
+    config = settings_of(state)
     chosen = choose_device(device, Launch("single"), torch.cuda.device_count())
-    return ImageEmbedder(network_of(state, settings, chosen, found or path), settings, batch_size, found or path)
+    return ImageEmbedder(network_of(state, config, chosen, found or path), config, batch_size, found or path)
 
 
 def settings_of(state: dict[str, Any], overrides: Sequence[str] = (), shards: str = "none") -> Config:
@@ -83,14 +83,14 @@ def settings_of(state: dict[str, Any], overrides: Sequence[str] = (), shards: st
 
 
 def network_of(
-    state: dict[str, Any], settings: Config, device: torch.device, path: Path, overrides: Sequence[str] = ()
+    state: dict[str, Any], config: Config, device: torch.device, path: Path, overrides: Sequence[str] = ()
 ) -> Embedder:
     """A checkpoint's network, in evaluation mode.
 
     Raises:
         InputError: the weights do not fit the settings, which ``overrides`` may have changed.
     """
-    network = build_embedder(settings, device, lambda text: None)
+    network = build_embedder(config, device, lambda text: None)
     try:
         network.load_state_dict(state["student"])
     except RuntimeError as error:
@@ -104,15 +104,15 @@ def network_of(
 class ImageEmbedder:
     """Images in, unit rows out. Made by ``load``."""
 
-    def __init__(self, network: Embedder, settings: Config, batch_size: int, path: Path) -> None:
+    def __init__(self, network: Embedder, config: Config, batch_size: int, path: Path) -> None:
         """``path`` is the checkpoint file that the network is from."""
-        self.network, self.settings, self.batch_size, self.path = network, settings, batch_size, path
+        self.network, self.config, self.batch_size, self.path = network, config, batch_size, path
         self.device = network.mean.device
 
     @property
     def dim(self) -> int:
         """D."""
-        return self.settings.model.embedding_dim
+        return self.config.model.embedding_dim
 
     def __call__(self, images: Any) -> Tensor:
         """Embed one image or many; see ``prepare`` for what may be given.
@@ -148,7 +148,7 @@ class ImageEmbedder:
 
     def _prepared(self, image: Any, name: str) -> Tensor:
         """As ``prepare``; an image that is no path is called ``name`` in the error."""
-        data = self.settings.data
+        data = self.config.data
         try:
             return eval_transform(_decoded(image, data.channels), data)
         except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep what this process frees instead of handing it back to the kernel. Elsewhere nothing happens.
 
     A network's activations on a CPU are buffers of many MiB, which malloc maps anew at every step and the kernel fills

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Arriving:
+class AsyncHostCopy:
     """A few numbers [n] on their way to the host."""
 
     def __init__(self, numbers_n: Tensor) -> None:
@@ -29,7 +29,7 @@ class Arriving:
         return self._numbers_n.tolist()
 
 
-class Upload:
+class DeviceUploader:
     """Copies tensors to a device: ``images = Upload(device)(batch.images_b)``. On the CPU it hands back what it got."""
 
     def __init__(self, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from pyarrow import parquet
 
 import dist_obdsd
-from dist_obdsd.cli import main as program
+from dist_obdsd.cli.main import main as program
 from dist_obdsd.errors import InputError
 
 CLASSES, PER_CLASS, SIDE = 48, 12, 48

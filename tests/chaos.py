@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch
 
-from dist_obdsd.training import checkpoint
+from dist_obdsd import checkpoint
 from tests import runs
 from tests.nursery import Program
 

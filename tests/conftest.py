@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_obdsd.cli import main
+from dist_obdsd.cli.main import main
 from dist_obdsd.machine import usable_cores
 from tests import harness, nursery, runs
 
@@ -24,7 +24,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with long tests come first, so that workers end together when each takes the next file."""
-    first = ["training", "launch", "study", "tracking", "evaluation"]
+    first = ["training", "launch", "experiments", "benchmarks", "tracking", "figures", "evaluation"]
     items.sort(key=lambda item: first.index(name) if (name := item.path.parent.name) in first else len(first))
 
 

@@ -167,8 +167,8 @@ if __name__ == "__main__":
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import sklearn.manifold  # noqa: F401
 
-    import dist_obdsd.commands
-    import dist_obdsd.data.pack
+    import dist_obdsd.cli.evaluate
+    import dist_obdsd.data.packing.pack
     import dist_obdsd.training.trainer  # noqa: F401
 
     threads = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")[1:]}

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 import dist_obdsd
+from dist_obdsd import checkpoint
 from dist_obdsd import export as exporting
-from dist_obdsd.cli import main
+from dist_obdsd.cli.main import main
 from dist_obdsd.config import parse_config
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.model.embedder import build_embedder
-from dist_obdsd.training import checkpoint
+from dist_obdsd.models.embedder import build_embedder
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import dist_obdsd
-from dist_obdsd.cli import main
+from dist_obdsd.cli.main import main
 from dist_obdsd.config import parse_config
 from dist_obdsd.errors import InputError
 from dist_obdsd.inference import ImageEmbedder
-from dist_obdsd.model.embedder import build_embedder
+from dist_obdsd.models.embedder import build_embedder
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_batches_do_not_change_a_row(coloured: ImageEmbedder) -> None:
     images = [np.roll(picture(), i, axis=0) for i in range(7)]
     alone = torch.cat([coloured(image) for image in images])
     for size in (1, 3, 7, 100):
-        rows = ImageEmbedder(coloured.network, coloured.settings, size, coloured.path)(images)
+        rows = ImageEmbedder(coloured.network, coloured.config, size, coloured.path)(images)
         assert (rows - alone).abs().max() < 1e-6
     assert coloured([]).shape == (0, 128)
 

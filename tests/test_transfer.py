@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from dist_obdsd.data import decoding
-from dist_obdsd.data.decoding import Decoder
-from dist_obdsd.transfer import Upload, pin, unpin
-from tests.data.test_decoding import ROWS, config, jobs, values
+from dist_obdsd.data import decoding_workers as decoding
+from dist_obdsd.data.decoding_workers import Decoder
+from dist_obdsd.transfer import DeviceUploader, pin, unpin
+from tests.data.test_decoding_workers import ROWS, config, jobs, values
 
 
 def test_on_the_cpu_nothing_is_copied() -> None:
     images, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
-    upload = Upload(torch.device("cpu"))
+    upload = DeviceUploader(torch.device("cpu"))
     assert upload(images) is images
     assert upload(labels) is labels
 

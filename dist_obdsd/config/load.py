@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from dist_obdsd.config.ranking import TAGS
 from dist_obdsd.config.schema import CHANGEABLE_ON_RESUME, Config
+from dist_obdsd.config.yaml_file import mistake, read_mapping
 from dist_obdsd.errors import InputError
-from dist_obdsd.yamlfile import mistake, read_mapping
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

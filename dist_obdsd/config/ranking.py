@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag
 from dist_obdsd.config.base import NonNegative, Positive, Section
 
 
-class Learnable(Section):
+class LearnableConfig(Section):
     """A loss with parameters of its own, which have an optimizer of their own."""
 
     lr: Positive | None = None
@@ -20,7 +20,7 @@ class Learnable(Section):
     """Of the loss's own parameters."""
 
 
-class MultiSimilarity(Section):
+class MultiSimilarityConfig(Section):
     name: Literal["multi_similarity"] = "multi_similarity"
     alpha: Positive = 2.0
     beta: Positive = 40.0
@@ -30,7 +30,7 @@ class MultiSimilarity(Section):
     """The mining margin epsilon."""
 
 
-class Contrastive(Section):
+class ContrastiveConfig(Section):
     name: Literal["contrastive"] = "contrastive"
     positive_margin: NonNegative = 0.0
     """Distance up to which a positive pair costs nothing."""
@@ -38,13 +38,13 @@ class Contrastive(Section):
     """Distance from which a negative pair costs nothing; unit rows are at most 2 apart."""
 
 
-class Triplet(Section):
+class TripletConfig(Section):
     name: Literal["triplet"] = "triplet"
     margin: Positive = 0.2
     """How much farther than the positive the negative should be."""
 
 
-class Margin(Learnable):
+class MarginConfig(LearnableConfig):
     name: Literal["margin"] = "margin"
     alpha: Positive = 0.2
     """Half width of the band around the boundary beta."""
@@ -60,13 +60,13 @@ class Margin(Learnable):
     """Distance above which a negative is never drawn."""
 
 
-class ProxyAnchor(Learnable):
+class ProxyAnchorConfig(LearnableConfig):
     name: Literal["proxy_anchor"] = "proxy_anchor"
     alpha: Positive = 32.0
     delta: NonNegative = 0.1
 
 
-class PytorchMetricLearning(Learnable):
+class PytorchMetricLearningConfig(LearnableConfig):
     """Any loss of pytorch-metric-learning, over the gathered batch."""
 
     name: Annotated[str, Field(pattern=r"^pml\.\w+$")]
@@ -78,8 +78,8 @@ class PytorchMetricLearning(Learnable):
     miner_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
-NATIVE = (MultiSimilarity, Contrastive, Triplet, Margin, ProxyAnchor)
-TAGS = {section.model_fields["name"].default: section for section in NATIVE} | {"pml": PytorchMetricLearning}
+NATIVE = (MultiSimilarityConfig, ContrastiveConfig, TripletConfig, MarginConfig, ProxyAnchorConfig)
+TAGS = {section.model_fields["name"].default: section for section in NATIVE} | {"pml": PytorchMetricLearningConfig}
 
 
 def _tag(value: Any) -> str | None:
@@ -88,13 +88,13 @@ def _tag(value: Any) -> str | None:
     return name if name in TAGS else None
 
 
-Ranking = Annotated[
-    Annotated[MultiSimilarity, Tag("multi_similarity")]
-    | Annotated[Contrastive, Tag("contrastive")]
-    | Annotated[Triplet, Tag("triplet")]
-    | Annotated[Margin, Tag("margin")]
-    | Annotated[ProxyAnchor, Tag("proxy_anchor")]
-    | Annotated[PytorchMetricLearning, Tag("pml")],
+RankingConfig = Annotated[
+    Annotated[MultiSimilarityConfig, Tag("multi_similarity")]
+    | Annotated[ContrastiveConfig, Tag("contrastive")]
+    | Annotated[TripletConfig, Tag("triplet")]
+    | Annotated[MarginConfig, Tag("margin")]
+    | Annotated[ProxyAnchorConfig, Tag("proxy_anchor")]
+    | Annotated[PytorchMetricLearningConfig, Tag("pml")],
     Discriminator(
         _tag,
         custom_error_type="ranking_name",

@@ -13,19 +13,19 @@ import yaml
 from pydantic import Field, model_validator
 
 from dist_obdsd.config.base import Count, Positive, Section
-from dist_obdsd.config.ranking import MultiSimilarity, Ranking
+from dist_obdsd.config.ranking import MultiSimilarityConfig, RankingConfig
 from dist_obdsd.config.sections import (
     SELECTION_METRIC,
-    Batch,
-    Checkpoint,
-    Data,
-    DeepSpeed,
-    Distillation,
-    Evaluation,
-    Model,
-    Optim,
-    Tracking,
-    Validation,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    DistillationConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    TrackingConfig,
+    ValidationConfig,
 )
 
 
@@ -53,17 +53,17 @@ class Config(Section):
     """Wait for every step's numbers and stop at the first NaN, infinity or target that is no distribution."""
     strategy: Literal["ddp", "deepspeed"] = "ddp"
     """Who sums up the gradients: torch's DistributedDataParallel or DeepSpeed's engine. The result is the same."""
-    deepspeed: DeepSpeed = DeepSpeed()
-    data: Data
-    batch: Batch = Batch()
-    model: Model = Model()
-    ranking: Ranking = MultiSimilarity()
-    distillation: Distillation = Distillation()
-    optim: Optim = Optim()
-    validation: Validation = Validation()
-    evaluation: Evaluation = Evaluation()
-    tracking: Tracking = Tracking()
-    checkpoint: Checkpoint = Checkpoint()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    model: ModelConfig = ModelConfig()
+    ranking: RankingConfig = MultiSimilarityConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    optim: OptimConfig = OptimConfig()
+    validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

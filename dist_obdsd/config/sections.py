@@ -17,7 +17,7 @@ NO_ZERO_3 = (
 )
 
 
-class Data(Section):
+class DataConfig(Section):
     shards: str
     """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote, or where they are remote a URL or a
     `pipe:` command, in which `{file}` stands for a file's name (shards/README.md)."""
@@ -89,7 +89,7 @@ class Data(Section):
         return self
 
 
-class Batch(Section):
+class BatchConfig(Section):
     global_size: Annotated[int, Field(ge=2)] = 112
     """Images in one optimizer step over all ranks (B). Independent of the number of ranks."""
     samples_per_class: Annotated[int, Field(ge=2)] = 2
@@ -99,7 +99,7 @@ class Batch(Section):
     the result is that of the whole batch. Unset: all at once."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     backbone: Literal["small_cnn", "resnet18", "resnet34", "resnet50", "squeezenet1_0"] = "resnet50"
     embedding_dim: Count = 128
     """Length of the unit-norm embedding (D)."""
@@ -126,7 +126,7 @@ class Model(Section):
         return (name or "DEFAULT") if source == "torchvision" else None
 
 
-class Distillation(Section):
+class DistillationConfig(Section):
     target: Literal["none", "uniform", "psd", "obdsd", "obdsd_symmetric"] = "obdsd"
     weight: NonNegative = 1.0
     temperature: Positive = 1.0
@@ -186,7 +186,7 @@ class Distillation(Section):
         return self
 
 
-class Optim(Section):
+class OptimConfig(Section):
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Positive = 1e-5
     head_scale: Positive = 1.0
@@ -213,7 +213,7 @@ class Optim(Section):
         return self
 
 
-class DeepSpeed(Section):
+class DeepSpeedConfig(Section):
     stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage: 1 spreads the optimizer's state over the ranks, 2 the gradients, too; unset: the file's, or 1."""
     config: str | None = None
@@ -227,7 +227,7 @@ class DeepSpeed(Section):
         return self
 
 
-class Validation(Section):
+class ValidationConfig(Section):
     """Which training classes are taken out of training for model selection: a `fraction`, the ones in `classes`, or one
     of several `folds`. By default none, so the run trains on all and reports only `last`."""
 
@@ -268,7 +268,7 @@ class Validation(Section):
         return self
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     metrics: tuple[Metric, ...] = ("recall", "map@r")
     """What to measure. `recall` and `map@r` need a few neighbours and cost next to nothing, `r_precision` and `map@c`
     the same, `map@1000` a search for 1,000 neighbours, `nmi` and `f1` a k-means into as many clusters as classes,
@@ -295,7 +295,7 @@ class Evaluation(Section):
     """Who is near. Rows of unit length, such as a network's, are in the same order either way."""
 
 
-class Tracking(Section):
+class TrackingConfig(Section):
     kind: Literal["mlflow", "none"] = "mlflow"
     uri: str = "sqlite:///mlflow.db"
     """The MLflow server (`http://...`) or database. It may be away: what it misses is kept in the run folder."""
@@ -312,7 +312,7 @@ class Tracking(Section):
     """Draw figures at the end of a run, into runs/NAME/figures/ and the tracked run. Takes some seconds."""
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """A run also saves after every epoch, and when a signal stops it."""
 
     every_steps: Count | None = None

@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from dist_obdsd import collectives
 from dist_obdsd.config import Config
-from dist_obdsd.data.decoding import Decoded
+from dist_obdsd.data.decode_tasks import Bad, Left, Row, decode_row, generator_of
+from dist_obdsd.data.decoding_workers import Decoded
 from dist_obdsd.data.resampling import resample, stretches
-from dist_obdsd.data.rows import Bad, Left, Row, decode_row, generator_of
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
-from dist_obdsd.transfer import Upload
+from dist_obdsd.transfer import DeviceUploader
 
 TOGETHER = 2**27  # pixels of whole images that are decoded together, which takes 3 bytes for each
 
@@ -38,7 +39,7 @@ class DeviceDecoder:
         self.device, self._config, self._warn = device, config, warn
         self._refused: dict[int, str] = {}  # an image's id -> why; it is not asked for again
         self._told = False
-        self._upload = Upload(device)
+        self._upload = DeviceUploader(device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, decoded: Decoded) -> tuple[Tensor, list[Bad]]:
@@ -138,7 +139,7 @@ def build_device_decoder(
     """
     if config.data.decode == "cpu":
         return None
-    with collectives.agree("choosing where to decode"):
+    with raise_on_all_ranks("choosing where to decode"):
         if device.type == "cpu":
             raise InputError("data.decode=gpu, but this run has no GPU; set data.decode=cpu, or run it on a GPU")
     decoder = DeviceDecoder(device, config, warn)

@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from dist_obdsd.config import Validation
+from dist_obdsd.config import ValidationConfig
 from dist_obdsd.data.remote import fetch, is_remote, location, shown
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.seeds import rng
+from dist_obdsd.rng import rng
 
 FORMAT = "dist-obdsd shards 1"
 ROLES = ("train", "both", "query", "gallery")
@@ -223,7 +223,7 @@ def load(root: str | Path) -> Manifest:
     return from_json(text, shown(path))
 
 
-def split_classes(manifest: Manifest, validation: Validation, seed: int) -> tuple[list[int], list[int]]:
+def split_classes(manifest: Manifest, validation: ValidationConfig, seed: int) -> tuple[list[int], list[int]]:
     """Cut the training classes into those to train on and those to validate on; the two share no class.
 
     Returns:

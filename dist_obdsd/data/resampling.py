@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from dist_obdsd.data.transforms import Frame
-from dist_obdsd.transfer import Upload
+from dist_obdsd.transfer import DeviceUploader
 
 TOGETHER = 2**22  # pixels of padded images, or of results where those are larger, in one product: for its memory
 
 
-def resample(images: Sequence[Tensor], frames: Sequence[Frame], s: int, upload: Upload | None = None) -> Tensor:
+def resample(images: Sequence[Tensor], frames: Sequence[Frame], s: int, upload: DeviceUploader | None = None) -> Tensor:
     """``framed`` for each of n images on one device: uint8 [C, H, W] -> uint8 [n, C, s, s].
 
     The pixels are the same where the square is all of the resized part. Where it is a piece of that they may differ by
@@ -32,7 +32,7 @@ def resample(images: Sequence[Tensor], frames: Sequence[Frame], s: int, upload: 
     # Images of like size are padded least.
     order = sorted(range(len(images)), key=lambda i: (frames[i].height, frames[i].width))
     # A tensor made on the device from numbers would be a copy that the host waits for.
-    upload = upload or Upload(images[0].device)
+    upload = upload or DeviceUploader(images[0].device)
     table = upload(torch.tensor([frames[i] for i in order], dtype=torch.float64))
     done = []
     for start, end in stretches([(max(s, frames[i].height), max(s, frames[i].width)) for i in order], TOGETHER):

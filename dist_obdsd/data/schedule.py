@@ -22,12 +22,12 @@ from typing import Literal
 import numpy as np
 
 from dist_obdsd.config import Config
+from dist_obdsd.data.batch_composer import Group, Lane, take_steps
+from dist_obdsd.data.class_uniform import Cells, draw_images, uniform_lanes
 from dist_obdsd.data.lanes import Piece, deal_lanes, groups_in, pieces_of
 from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.data.matching import Group, Lane, take_steps
-from dist_obdsd.data.uniform import Cells, draw_images, uniform_lanes
 from dist_obdsd.errors import InputError
-from dist_obdsd.seeds import rng
+from dist_obdsd.rng import rng
 
 Sampling = Literal["epoch", "class_uniform"]
 

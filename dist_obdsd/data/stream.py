@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dist_obdsd.config import Config
 from dist_obdsd.data.cache import Cache
-from dist_obdsd.data.decoding import Decoder, Job
+from dist_obdsd.data.decode_tasks import Bad, Row
+from dist_obdsd.data.decoding_workers import Decoder, Job
 from dist_obdsd.data.gpu import DeviceDecoder
 from dist_obdsd.data.manifest import Manifest, Shard, key
-from dist_obdsd.data.reading import Window, WindowReader, cache_of, check_files, read_shard
-from dist_obdsd.data.rows import Bad, Row
 from dist_obdsd.data.schedule import EpochPlan, lanes_of, plan_from
+from dist_obdsd.data.shard_reader import Window, WindowReader, cache_of, check_files, read_shard
 from dist_obdsd.errors import InputError, RunError
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from dist_obdsd.config import Data
-from dist_obdsd.data.imagefile import FORMATS, open_image
+from dist_obdsd.config import DataConfig
+from dist_obdsd.data.images import FORMATS, open_image
 
 AFFINE_DEGREES = 10.0
 AFFINE_SHIFT = 0.1
@@ -125,14 +125,14 @@ class Frame(NamedTuple):
     mirrored: bool
 
 
-def eval_frame(height: int, width: int, config: Data) -> Frame:
+def eval_frame(height: int, width: int, config: DataConfig) -> Frame:
     """Of an image of this size: the shorter side becomes ``resize`` (default image_size), and the centre is taken."""
     s, shorter = config.image_size, config.resize or config.image_size
     rows, columns = (shorter * side // min(height, width) for side in (height, width))
     return Frame(0, 0, height, width, rows, columns, round((rows - s) / 2), round((columns - s) / 2), False)
 
 
-def train_frame(height: int, width: int, config: Data, generator: np.random.Generator) -> Frame:
+def train_frame(height: int, width: int, config: DataConfig, generator: np.random.Generator) -> Frame:
     """What ``config.augment`` takes of an image of this size; of `affine` nothing is known yet.
 
     ``crop`` and ``strong``: RandomResizedCrop (Szegedy et al. 2015) and a horizontal flip with probability 1/2.
@@ -153,12 +153,12 @@ def framed(image: Tensor, frame: Frame, size: int) -> Tensor:
     return square.flip(-1) if frame.mirrored else square
 
 
-def eval_transform(image: Tensor, config: Data) -> Tensor:
+def eval_transform(image: Tensor, config: DataConfig) -> Tensor:
     """uint8 [C, H, W] -> [C, s, s], as ``eval_frame`` says."""
     return framed(image, eval_frame(image.shape[1], image.shape[2], config), config.image_size).contiguous()
 
 
-def train_transform(image: Tensor, config: Data, generator: np.random.Generator) -> Tensor:
+def train_transform(image: Tensor, config: DataConfig, generator: np.random.Generator) -> Tensor:
     """uint8 [C, H, W] -> [C, s, s] with the augmentation that ``config.augment`` names.
 
     Args:
@@ -204,7 +204,7 @@ def _crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _random_affine(image: Tensor, config: Data, generator: np.random.Generator) -> Tensor:
+def _random_affine(image: Tensor, config: DataConfig, generator: np.random.Generator) -> Tensor:
     """Resize to the square, then one small affine map, bilinear, the gaps filled with the image's own background."""
     s = config.image_size
     if tuple(image.shape[1:]) != (s, s):

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.exact import group_means
-from dist_obdsd.seeds import rng
+from dist_obdsd.rng import rng
 
 ITERATIONS = 20  # as the released code has it
 CELLS = 1 << 21  # scores held at a time
@@ -51,7 +52,7 @@ def k_means(rows_nD: torch.Tensor, ids_n: torch.Tensor, k: int, *, seed: int, it
         InputError: on every rank: k is below 1 or above N.
     """
     ids_N = collectives.gather_ragged(ids_n).sort().values
-    with collectives.agree("k-means"):
+    with raise_on_all_ranks("k-means"):
         if not 1 <= k <= ids_N.numel():
             raise InputError(f"k-means into {k} clusters needs at least as many images, but there are {ids_N.numel()}")
     drawn = torch.from_numpy(rng(seed, "k-means").permutation(ids_N.numel())[:k]).to(ids_N.device)

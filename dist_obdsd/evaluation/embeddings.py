@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.files import replacing
 
@@ -101,7 +102,7 @@ def write(
     ids_N = torch.from_numpy(table.ids)
     blocks = _blocks(rows_nD, ids_n, ids_N, dtype)
     if writer is None:
-        with collectives.agree("writing the embeddings"):
+        with raise_on_all_ranks("writing the embeddings"):
             check_suffix(path)
         writer = _WRITERS[path.suffix]
     try:
@@ -112,7 +113,7 @@ def write(
         failure = error
     for _ in blocks:  # the other ranks only send, and so does a writer that failed
         pass
-    with collectives.agree("writing the embeddings"):
+    with raise_on_all_ranks("writing the embeddings"):
         if failure is not None:
             raise InputError(f"cannot write {path}: {failure}; free some space or choose another file") from failure
 
@@ -171,7 +172,7 @@ def read(path: Path) -> Embeddings:
         InputError: on every rank: the file is missing, not of its format or lacks what is needed; columns differ in
             length; an id occurs twice; an embedding is NaN or infinite.
     """
-    with collectives.agree(f"reading {path}"):
+    with raise_on_all_ranks(f"reading {path}"):
         check_suffix(path)
         with _open(path) as source:
             names = source.names

@@ -15,18 +15,19 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dist_obdsd import collectives, config
-from dist_obdsd.config import Config
+from dist_obdsd.config import Config, EvaluationConfig
 from dist_obdsd.data.manifest import Manifest, split_classes
 from dist_obdsd.data.stream import EvaluationBatch, evaluation_batches
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
+from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.census import Census, check_counts, take_census
 from dist_obdsd.evaluation.clustering import contingency, k_means, nmi, pairwise_f1
+from dist_obdsd.evaluation.embedding_sample import Portrait, take_portrait
+from dist_obdsd.evaluation.eval_index import Census, check_counts, take_census
 from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
-from dist_obdsd.evaluation.portrait import Portrait, take_portrait
 from dist_obdsd.evaluation.retrieval import Answer, ClassRecall, Counts, retrieve
-from dist_obdsd.runtime import Runtime
-from dist_obdsd.transfer import Upload
+from dist_obdsd.transfer import DeviceUploader
 
 
 class Batch(Protocol):
@@ -87,7 +88,7 @@ def embed_all(
     embeddings = []
     ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     roles: list[str] = []
-    upload = Upload(device)
+    upload = DeviceUploader(device)
     with torch.no_grad():
         for batch in batches:
             rows = embed(upload(batch.images))
@@ -110,7 +111,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     expected_count: int,
-    config: config.Evaluation,
+    config: EvaluationConfig,
     device: torch.device,
     seed: int = 0,
     train_classes: int | None = None,
@@ -128,7 +129,7 @@ def evaluate(
         RunError, InputError: as in ``measure``, and what ``embed`` or ``batches`` raise; on every rank.
     """
     started = time.perf_counter()
-    with collectives.agree("embedding the evaluation images"):
+    with raise_on_all_ranks("embedding the evaluation images"):
         rows_nD, ids_n, labels_n, roles = embed_all(embed, batches, device)
     result = measure(
         rows_nD,
@@ -136,7 +137,7 @@ def evaluate(
         labels_n,
         roles,
         expected_count=expected_count,
-        settings=config,
+        config=config,
         device=device,
         seed=seed,
         train_classes=train_classes,
@@ -153,7 +154,7 @@ def measure(
     roles: Sequence[str],
     *,
     expected_count: int | None,
-    settings: config.Evaluation,
+    config: EvaluationConfig,
     device: torch.device,
     seed: int = 0,
     train_classes: int | None = None,
@@ -171,7 +172,7 @@ def measure(
         labels_n: [n] int64.
         roles: n roles.
         expected_count: images of all ranks, duplicates not counted; None: whatever there is.
-        settings: what to measure, and which search backend.
+        config: what to measure, and which search backend.
         device: where the search runs.
         seed: of k-means.
         train_classes: how many classes the network was trained on, for ``conventions: released``.
@@ -188,13 +189,13 @@ def measure(
     census = take_census(ids_n, labels_n, roles)
     check_counts(census, expected_count, expected_classes)
     rows_nD, place_n = rows_nD[census.kept_n].to(device), census.place_n[census.kept_n]
-    found = {name: retrieve(name, rows_nD, place_n, census, settings) for name in census.galleries or ("",)}
+    found = {name: retrieve(name, rows_nD, place_n, census, config) for name in census.galleries or ("",)}
     metrics = {
         f"{name}/{metric}" if name else metric: value
         for name, of in found.items()
         for metric, value in of.metrics.items()
     }
-    metrics |= _of_all_images(rows_nD, place_n, census, settings, seed, train_classes)
+    metrics |= _of_all_images(rows_nD, place_n, census, config, seed, train_classes)
     return EvaluationResult(
         metrics=metrics,
         queries=sum(of.counts.queries for of in found.values()),
@@ -214,17 +215,17 @@ def _of_all_images(
     rows_nD: torch.Tensor,
     place_n: torch.Tensor,
     census: Census,
-    settings: config.Evaluation,
+    config: EvaluationConfig,
     seed: int,
     train_classes: int | None,
 ) -> dict[str, float]:
     """The metrics that know no queries: of queries and galleries together. Collective."""
     metrics: dict[str, float] = {}
-    released = settings.conventions == "released"
+    released = config.conventions == "released"
     classes_C, class_N = census.classes
     place_n = place_n.to(rows_nD.device)
     class_n = class_N.to(rows_nD.device)[place_n]
-    if {"nmi", "f1"} & set(settings.metrics):
+    if {"nmi", "f1"} & set(config.metrics):
         clusters = train_classes if released else classes_C.numel()
         if clusters is None:
             raise InputError(
@@ -233,10 +234,10 @@ def _of_all_images(
             )
         found = k_means(rows_nD, place_n, clusters, seed=seed)
         table = contingency(class_n.cpu(), found.cluster_n.cpu())
-        metrics |= {name: of(table) for name, of in (("nmi", nmi), ("f1", pairwise_f1)) if name in settings.metrics}
-    if "distances" in settings.metrics:
+        metrics |= {name: of(table) for name, of in (("nmi", nmi), ("f1", pairwise_f1)) if name in config.metrics}
+    if "distances" in config.metrics:
         metrics |= class_distances(rows_nD, class_n, classes_C.numel(), cosine=released)
-    if "rho_spectrum" in settings.metrics:
+    if "rho_spectrum" in config.metrics:
         metrics["rho_spectrum"] = rho_spectrum(rows_nD, leave_out=int(released))
     return metrics
 
@@ -245,7 +246,7 @@ def evaluate_split(
     network: nn.Module,
     manifest: Manifest,
     split: str,
-    settings: Config,
+    config: Config,
     runtime: Runtime,
     classes: list[int] | None = None,
     between: Callable[[Iterator[EvaluationBatch]], Iterator[EvaluationBatch]] = iter,
@@ -264,7 +265,7 @@ def evaluate_split(
 
     def batches() -> Iterator[EvaluationBatch]:
         # Opened only where the evaluator reads it, since there a failure on one rank reaches all.
-        yield from evaluation_batches(manifest, split, settings, runtime.rank, runtime.world_size, classes)
+        yield from evaluation_batches(manifest, split, config, runtime.rank, runtime.world_size, classes)
 
     try:
         with torch.inference_mode():
@@ -273,21 +274,21 @@ def evaluate_split(
                 between(batches()),
                 expected_count=expected.total(),
                 expected_classes=expected,
-                config=settings.evaluation,
+                config=config.evaluation,
                 device=runtime.device,
-                seed=settings.seed,
-                train_classes=_train_classes(manifest, settings),
+                seed=config.seed,
+                train_classes=_train_classes(manifest, config),
                 portrait=portrait,
             )
     finally:
         network.train(training)
 
 
-def _train_classes(manifest: Manifest, settings: config.Config) -> int | None:
+def _train_classes(manifest: Manifest, config: Config) -> int | None:
     """How many classes were trained on, where a metric asks for it and the shards tell."""
-    if settings.evaluation.conventions != "released" or "train" not in manifest.splits:
+    if config.evaluation.conventions != "released" or "train" not in manifest.splits:
         return None
-    return len(split_classes(manifest, settings.validation, settings.seed)[0])
+    return len(split_classes(manifest, config.validation, config.seed)[0])
 
 
 def _checked_rows(
@@ -299,7 +300,7 @@ def _checked_rows(
         InputError: on every rank: columns of different lengths, or rows of different dimensions or types.
         RunError: on every rank: a row is NaN or infinite.
     """
-    with collectives.agree("the embeddings to evaluate"):
+    with raise_on_all_ranks("the embeddings to evaluate"):
         if rows_nD.ndim != 2 or not rows_nD.is_floating_point():
             raise InputError(
                 f"the embeddings have shape {tuple(rows_nD.shape)} and type {rows_nD.dtype}; they must be "
@@ -319,7 +320,7 @@ def _checked_rows(
             )
     own = [rows_nD.shape[1], str(rows_nD.dtype)] if ids_n.numel() else None
     kinds = sorted({(dim, kind) for dim, kind in filter(None, collectives.gather_json(own))})
-    with collectives.agree("the embeddings to evaluate"):
+    with raise_on_all_ranks("the embeddings to evaluate"):
         if len(kinds) > 1:
             raise InputError(f"the ranks' embeddings are of different kinds: {kinds}; embed all images alike")
     if kinds and own is None:

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
 
 LIMB = 15  # bits; a product of two limbs has 30, so 2^22 of them add up exactly in float64
 LIMB_ROWS = 1 << 22

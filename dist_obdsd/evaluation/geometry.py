@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.exact import FixedPoint, gram, group_means, largest_entry
 
@@ -48,7 +49,7 @@ def class_distances(rows_nD: torch.Tensor, class_n: torch.Tensor, classes: int, 
         rows_nD = _unit(rows_nD.double())
     means_CD, sizes_C = group_means(rows_nD, class_n, classes)
     several_C = sizes_C > 1
-    with collectives.agree("the distances of the classes"):
+    with raise_on_all_ranks("the distances of the classes"):
         if int((sizes_C > 0).sum()) < 2 or not several_C.any():
             raise InputError(
                 "evaluation.metrics asks for distances, which need two classes and a class of two images; take "
@@ -105,7 +106,7 @@ def singular_values(rows_nD: torch.Tensor) -> list[float]:
     rank."""
     count = sum(collectives.gather_json(rows_nD.shape[0]))
     # LAPACK may round differently on another machine, so one rank's answer is everyone's.
-    squares = collectives.from_main(torch.linalg.eigvalsh(gram(rows_nD).cpu()).flip(0).tolist())
+    squares = collectives.broadcast_object(torch.linalg.eigvalsh(gram(rows_nD).cpu()).flip(0).tolist())
     return [math.sqrt(max(square, 0.0)) for square in squares[: max(1, min(count, len(squares)))]]
 
 

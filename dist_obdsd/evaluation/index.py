@@ -18,7 +18,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import embeddings
 from dist_obdsd.evaluation.embeddings import Table
@@ -48,7 +49,7 @@ def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) 
     Raises:
         InputError: on every rank: a file cannot be written.
     """
-    with collectives.agree("writing the keys"):
+    with raise_on_all_ranks("writing the keys"):
         if collectives.rank() == 0:
             _write_keys(keys_path(path), table)  # first: who sees the index finds its keys
     embeddings.write(path, rows_nD, ids_n, table, "float32", _write_index)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
 from dist_obdsd.evaluation.scores import (
     Distance,
     error_bound,
@@ -170,12 +170,12 @@ class _Counting:
         """
         query_m = collectives.padded(query_m, height, 0)
         exact_mR = torch.full((height, self.R), -torch.inf, dtype=torch.float64)
-        _, _, exact_mR = collectives.round_trip(rows_mD, height, [query_m, exact_mR], self._score)
+        _, _, exact_mR = collectives.ring_rotate(rows_mD, height, [query_m, exact_mR], self._score)
         e_m = collectives.padded(e_m, height, torch.inf)
         asked = _Asked(
             query_m, exact_mR, torch.zeros(exact_mR.shape, dtype=torch.int64), e_m, exact_mR.amax(1), e_m.isfinite()
         )
-        _, *tensors = collectives.round_trip(rows_mD, height, asked.tensors(), self._count)
+        _, *tensors = collectives.ring_rotate(rows_mD, height, asked.tensors(), self._count)
         return _Asked(*tensors)[: len(rows_mD)]
 
     def _pairs_of_a_class(self, query_m: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:

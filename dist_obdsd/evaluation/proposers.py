@@ -119,9 +119,9 @@ def faiss_proposer(rows_nD: torch.Tensor, faiss: Any, distance: Distance) -> Pro
     device = rows_nD.device
     rough_nD = rough_rows(rows_nD.float(), distance, query=False)
     if rows_nD.is_cuda:
-        settings = faiss.GpuIndexFlatConfig()
-        settings.device = device.index or 0
-        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), rough_nD.shape[1], settings)
+        config = faiss.GpuIndexFlatConfig()
+        config.device = device.index or 0
+        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), rough_nD.shape[1], config)
     else:
         index = faiss.IndexFlatIP(rough_nD.shape[1])
     index.add(rough_nD.cpu().numpy())

@@ -16,13 +16,15 @@ from operator import itemgetter
 import torch
 from torch import nn
 
-from dist_obdsd import collectives, config
+from dist_obdsd.config import EvaluationConfig
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.census import Census
+from dist_obdsd.evaluation.eval_index import Census
 from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
 from dist_obdsd.evaluation.places import FEW, MANY, Places, count_places
 from dist_obdsd.evaluation.search import Neighbours, nearest
-from dist_obdsd.seeds import rng
+from dist_obdsd.rng import rng
 
 SHOWN = 16
 """Queries kept as failures, and as many as successes."""
@@ -81,7 +83,7 @@ class Retrieval:
 
 
 def retrieve(
-    gallery: str, rows_nD: torch.Tensor, place_n: torch.Tensor, census: Census, settings: config.Evaluation
+    gallery: str, rows_nD: torch.Tensor, place_n: torch.Tensor, census: Census, config: EvaluationConfig
 ) -> Retrieval:
     """Ask one gallery all queries. Collective; the same result on every rank.
 
@@ -100,27 +102,27 @@ def retrieve(
     count_N = size_N - offered_N.long()  # R: gallery images of the query's class, the query itself excluded
     matched_N = census.asks_N & (count_N > 0)
     asked, matched, offered = int(census.asks_N.sum()), int(matched_N.sum()), int(offered_N.sum())
-    with collectives.agree("the count of queries"):
+    with raise_on_all_ranks("the count of queries"):
         if not matched:
             raise InputError(
                 f"none of the {asked} queries has another image of its class among the {offered} gallery images"
                 f"{gallery and f' of {gallery}'}; evaluation needs classes with at least two images"
             )
-    if settings.conventions == "correct":
+    if config.conventions == "correct":
         counted_N, size_N = matched_N, count_N
     else:  # queries without a match count, too
         counted_N = census.asks_N
 
-    needed = {"recall": max(settings.recall_at), "map@1000": 1000, "map@c": int(size_N[counted_N].max())}
+    needed = {"recall": max(config.recall_at), "map@1000": 1000, "map@c": int(size_N[counted_N].max())}
     needed["map@r"] = needed["r_precision"] = int(count_N[counted_N].max())
-    width = max((needed[name] for name in settings.metrics if name in needed), default=1)
+    width = max((needed[name] for name in config.metrics if name in needed), default=1)
     # Recall@k is refused where the gallery is smaller; an average precision has seen all there is.
     others = offered - bool((counted_N & offered_N).any())
-    k = min(width, max(others, needed["recall"] if "recall" in settings.metrics else 1))
-    search = _Search(rows_nD, place_n, counted_N, offered_N, class_N, settings)
+    k = min(width, max(others, needed["recall"] if "recall" in config.metrics else 1))
+    search = _Search(rows_nD, place_n, counted_N, offered_N, class_N, config)
     place_q = search.place_q
     places = search.places(k, count_N[place_q], quick=k <= others)
-    values = _values(_widened(places.relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], settings)
+    values = _values(_widened(places.relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], config)
     failures, successes = _answers(gallery, search, places, census)
     return Retrieval(
         metrics=global_means(values) if values else {},
@@ -141,9 +143,9 @@ class _Search:
         counted_N: torch.Tensor,
         offered_N: torch.Tensor,
         class_N: torch.Tensor,
-        settings: config.Evaluation,
+        config: EvaluationConfig,
     ) -> None:
-        self.settings, self.class_N, self.offered_N = settings, class_N, offered_N
+        self.config, self.class_N, self.offered_N = config, class_N, offered_N
         is_query_n, is_offered_n = counted_N[place_n], offered_N[place_n]
         self.place_q, self.query_qD = place_n[is_query_n], rows_nD[is_query_n]
         self.offered_n, self.gallery_nD = place_n[is_offered_n], rows_nD[is_offered_n]
@@ -156,8 +158,8 @@ class _Search:
             self.gallery_nD,
             self.offered_n.to(self.query_qD.device),
             k,
-            distance=self.settings.distance,
-            backend=self.settings.backend,
+            distance=self.config.distance,
+            backend=self.config.backend,
             scored=scored,
         )
         return Neighbours(found.scores_qs.cpu(), found.ids_qk.cpu())
@@ -170,7 +172,7 @@ class _Search:
             quick: whether counting may be tried, which takes for granted that there are k images to find.
         """
         places = Places.nothing(self.place_q.numel(), k)
-        if quick and k >= MANY and self.settings.backend != "faiss" and not self.query_qD.is_cuda:
+        if quick and k >= MANY and self.config.backend != "faiss" and not self.query_qD.is_cuda:
             few_q = (count_q > 0) & (count_q <= FEW)
             places.put(
                 few_q,
@@ -182,7 +184,7 @@ class _Search:
                     self.class_N,
                     self.offered_N,
                     k,
-                    self.settings.distance,
+                    self.config.distance,
                 ),
             )
         rest_q = ~places.sure_q
@@ -210,22 +212,22 @@ def _widened(relevant_qk: torch.Tensor, count_q: torch.Tensor, width: int) -> to
 
 
 def _values(
-    relevant_qk: torch.Tensor, count_q: torch.Tensor, size_q: torch.Tensor, settings: config.Evaluation
+    relevant_qk: torch.Tensor, count_q: torch.Tensor, size_q: torch.Tensor, config: EvaluationConfig
 ) -> dict[str, torch.Tensor]:
     """The per-query values of the metrics that are means over queries."""
     values: dict[str, torch.Tensor] = {}
     # A query that has nothing to find and yet counts finds nothing in what is taken for a class of one.
     count_q, size_q = count_q.clamp(min=1), size_q.clamp(min=1)
-    if "recall" in settings.metrics:
-        values |= {f"recall@{k}": value_q for k, value_q in recall_at_k(relevant_qk, settings.recall_at).items()}
-    if "map@r" in settings.metrics:
+    if "recall" in config.metrics:
+        values |= {f"recall@{k}": value_q for k, value_q in recall_at_k(relevant_qk, config.recall_at).items()}
+    if "map@r" in config.metrics:
         values["map@r"] = map_at_r(relevant_qk, count_q)
-    if "r_precision" in settings.metrics:
+    if "r_precision" in config.metrics:
         values["r_precision"] = r_precision(relevant_qk, count_q)
-    if "map@1000" in settings.metrics:
-        divisor_q = size_q if settings.conventions == "released" else None
+    if "map@1000" in config.metrics:
+        divisor_q = size_q if config.conventions == "released" else None
         values["map@1000"] = map_at_k(relevant_qk, count_q, 1000, divisor_q)
-    if "map@c" in settings.metrics:
+    if "map@c" in config.metrics:
         values["map@c"] = map_at_class_size(relevant_qk, size_q)
     return values
 

@@ -22,7 +22,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import assert_equal_across_ranks
+from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation import proposers
 from dist_obdsd.evaluation.scores import (
@@ -92,8 +94,8 @@ def nearest(
     scored = k if scored is None else min(scored, k)
     setup = (k, query_qD.shape[1], gallery_nD.shape[1], str(query_qD.dtype), str(gallery_nD.dtype), block,
              exclude_self, distance, scored)  # fmt: skip
-    collectives.agree_same("the search (k, dimensions, types, block, exclude_self, distance, scored)", str(setup))
-    with collectives.agree("the nearest-neighbour search"):
+    assert_equal_across_ranks("the search (k, dimensions, types, block, exclude_self, distance, scored)", str(setup))
+    with raise_on_all_ranks("the nearest-neighbour search"):
         _check_finite("query", query_qD, query_ids_q)
         _check_finite("gallery", gallery_nD, gallery_ids_n)
         if query_qD.dtype != gallery_nD.dtype or query_qD.shape[1] != gallery_nD.shape[1]:
@@ -234,7 +236,7 @@ class _Search:
                 columns = columns.gather(1, order)
             rough_mc[:, : scores.shape[1]], places_mc[:, : columns.shape[1]] = scores, columns
 
-        _, rough_mc, places_mc = collectives.round_trip(rows_mD, height, [rough_mc, places_mc], visit)
+        _, rough_mc, places_mc = collectives.ring_rotate(rows_mD, height, [rough_mc, places_mc], visit)
         return rough_mc[: rows_mD.shape[0]], places_mc[: rows_mD.shape[0]]
 
     def _without_self(
@@ -273,7 +275,7 @@ class _Search:
             )
 
         padded = [collectives.padded(places_mc, height, -1), collectives.padded(exact_mc, height, torch.nan)]
-        return collectives.round_trip(rows_mD, height, padded, visit)[2][: rows_mD.shape[0]]
+        return collectives.ring_rotate(rows_mD, height, padded, visit)[2][: rows_mD.shape[0]]
 
     def scan(self, rows_mD: torch.Tensor, ids_m: torch.Tensor, height: int) -> tuple[Neighbours, torch.Tensor]:
         """The neighbours of this rank's block by scoring every row of every rank; always certain."""
@@ -295,7 +297,7 @@ class _Search:
                 scores_mk[:], found_mk[:] = scores[:, :k], ids[:, :k]
 
         travelling = [collectives.padded(ids_m[:, None], height, 0), nothing.scores_qs, nothing.ids_qk]
-        *_, scores_mk, found_mk = collectives.round_trip(rows_mD, height, travelling, visit)
+        *_, scores_mk, found_mk = collectives.ring_rotate(rows_mD, height, travelling, visit)
         m = rows_mD.shape[0]
         return Neighbours(scores_mk[:m, : self.scored], found_mk[:m]), torch.ones_like(ids_m, dtype=torch.bool)
 
@@ -326,7 +328,7 @@ def _gathered_ids(query_ids_q: torch.Tensor, gallery_ids_n: torch.Tensor, k: int
     ids_N = collectives.gather_ragged(gallery_ids_n)
     size, distinct_N = ids_N.numel(), ids_N.unique()
     holds_self = exclude_self and any(collectives.gather_json(bool(torch.isin(query_ids_q, distinct_N).any())))
-    with collectives.agree("the nearest-neighbour search"):
+    with raise_on_all_ranks("the nearest-neighbour search"):
         if distinct_N.numel() < size:
             raise RunError(
                 f"the gallery's {size} images have only {distinct_N.numel()} different ids; drop the duplicates first"

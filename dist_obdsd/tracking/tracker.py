@@ -8,10 +8,10 @@ from typing import Any
 
 from dist_obdsd.config import Config
 from dist_obdsd.errors import InputError, UserError
-from dist_obdsd.tracking import spool as spools
-from dist_obdsd.tracking.spool import Spool, State
-from dist_obdsd.tracking.store import absolute, load_libraries
-from dist_obdsd.tracking.writer import Writer
+from dist_obdsd.tracking import event_log as spools
+from dist_obdsd.tracking.event_log import Spool, State
+from dist_obdsd.tracking.mlflow_backend import absolute, load_libraries
+from dist_obdsd.tracking.uploader import Writer
 
 
 class Tracker:
@@ -53,7 +53,7 @@ class MLflowTracker(Tracker):
 
     def __init__(
         self,
-        settings: Config,
+        config: Config,
         folder: Path,
         manifest: str,
         run_id: str | None,
@@ -67,13 +67,13 @@ class MLflowTracker(Tracker):
             manifest: digest of the shards' manifest.
             run_id: what a checkpoint says that this run is called.
         """
-        self._settings, self._say, self._wait = settings.tracking, say, settings.tracking.wait_seconds
+        self._settings, self._say, self._wait = config.tracking, say, config.tracking.wait_seconds
         self._id = run_id
         self._spool: Spool | None = None
         self._writer: Writer | None = None
-        uri = absolute(settings.tracking.uri)
+        uri = absolute(config.tracking.uri)
         try:
-            self._spool, state = _open(settings, folder, manifest, run_id, uri, say)
+            self._spool, state = _open(config, folder, manifest, run_id, uri, say)
             self._id = state.run_id or state.run
             self._spool.append("start", tags=dict(tags))
             load_libraries(uri)
@@ -152,7 +152,7 @@ def _within(spool: Spool, path: Path) -> str:
 
 
 def _open(
-    settings: Config, folder: Path, manifest: str, run_id: str | None, uri: str, say: Callable[[str], None]
+    config: Config, folder: Path, manifest: str, run_id: str | None, uri: str, say: Callable[[str], None]
 ) -> tuple[Spool, State]:
     """The run's spool, a new one if there is none or if it is another run's.
 
@@ -160,11 +160,11 @@ def _open(
         OSError, UserError: it cannot be written.
     """
     path = folder / spools.NAME
-    config = settings.model_dump(mode="json")
+    dumped = config.model_dump(mode="json")
     if path.exists() and path.stat().st_size:
         try:
             head = spools.read_head(path)
-            other = spools.whose(head, config, manifest)
+            other = spools.whose(head, dumped, manifest)
             if not other:
                 return Spool(path, head), State.load(path, head)
         except InputError as error:
@@ -175,14 +175,14 @@ def _open(
             State.path(path).rename(State.path(aside))
         say(f"tracking: {path} is not of this run ({other}), so it is kept as {aside.name} and a new one begins")
     local = run_id if run_id is not None and run_id.startswith(spools.LOCAL) else None
-    head = spools.new_head(uri, config, manifest, local)
+    head = spools.new_head(uri, dumped, manifest, local)
     state = State(head["run"], uri, None if local else run_id)
     state.save(path)
     return Spool(path, head), state
 
 
 def build_tracker(
-    settings: Config,
+    config: Config,
     folder: Path,
     manifest: str,
     run_id: str | None,
@@ -191,6 +191,6 @@ def build_tracker(
     say: Callable[[str], None],
 ) -> Tracker:
     """MLflow on the main rank if it is asked for, else the null tracker. The arguments are ``MLflowTracker``'s."""
-    if settings.tracking.kind == "none" or not is_main:
+    if config.tracking.kind == "none" or not is_main:
         return Tracker()
-    return MLflowTracker(settings, folder, manifest, run_id, tags, say)
+    return MLflowTracker(config, folder, manifest, run_id, tags, say)

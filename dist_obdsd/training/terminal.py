@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from typing import Any, Self
 
-from dist_obdsd import progress
+from dist_obdsd import console as progress
 
 LOSSES = ("ranking", "distillation")
 RECENT = 20

@@ -5,33 +5,36 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from dist_obdsd import collectives, machine
+from dist_obdsd import checkpoint, machine
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.gpu import build_device_decoder
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import assert_equal_across_ranks
+from dist_obdsd.distributed.failures import assert_same_config, raise_on_all_ranks
+from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, StoppedError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
-from dist_obdsd.evaluation.protocols import check_evaluable, validation_subset
-from dist_obdsd.model.calls import check_precision, compile_networks
-from dist_obdsd.model.embedder import build_embedder
-from dist_obdsd.model.teacher import ProgressiveTeacher, check_identical
-from dist_obdsd.objective.manifold import describe
-from dist_obdsd.objective.objective import build_objective
-from dist_obdsd.runtime import Runtime
-from dist_obdsd.tracking.album import Album
+from dist_obdsd.evaluation.splits import check_evaluable, validation_subset
+from dist_obdsd.figures.run_figures import Album
+from dist_obdsd.losses.obdsd import build_objective
+from dist_obdsd.manifold.targets import describe
+from dist_obdsd.models.embedder import build_embedder
+from dist_obdsd.models.precision import check_precision, compile_networks
+from dist_obdsd.models.teacher import ProgressiveTeacher, check_identical
 from dist_obdsd.tracking.provenance import flatten
-from dist_obdsd.training import checkpoint, failure
-from dist_obdsd.training.judge import Judge
-from dist_obdsd.training.record import Record, begin_tracking
-from dist_obdsd.training.rundir import RunDir
-from dist_obdsd.training.saver import Saver
-from dist_obdsd.training.snapshot import Snapshot
-from dist_obdsd.training.step import Position, StepReader, TrainStep
-from dist_obdsd.training.stopping import StopSignals
-from dist_obdsd.training.strategy import build_strategy
+from dist_obdsd.training import failures as failure
+from dist_obdsd.training.checkpoint_manager import Saver
+from dist_obdsd.training.ddp import build_strategy
+from dist_obdsd.training.metrics_logger import MetricsLogger, begin_tracking
+from dist_obdsd.training.model_selection import ModelSelector
+from dist_obdsd.training.preemption import PreemptionHandler
+from dist_obdsd.training.run_dir import RunDir
+from dist_obdsd.training.snapshot import RunState
 from dist_obdsd.training.terminal import Terminal
+from dist_obdsd.training.train_step import DelayedMetrics, TrainProgress, TrainStep
 
 
 class Trainer:
@@ -39,9 +42,9 @@ class Trainer:
 
     def __init__(
         self,
-        settings: Config,
+        config: Config,
         runtime: Runtime,
-        stop: StopSignals,
+        stop: PreemptionHandler,
         terminal: Terminal,
     ) -> None:
         """Check and build everything that a first step needs. Collective.
@@ -53,51 +56,49 @@ class Trainer:
         Raises:
             InputError: on every rank, when data, weights or run folder do not fit.
         """
-        self.settings, self.runtime, self.stop, self.terminal = settings, runtime, stop, terminal
+        self.config, self.runtime, self.stop, self.terminal = config, runtime, stop, terminal
         self.say = say = terminal.say
         if runtime.device.type == "cpu":
-            machine.keep_freed_memory()
-        collectives.agree_on_settings(flatten(settings.model_dump(mode="json")))
-        with collectives.agree("reading the shards"):
-            self.manifest = manifests.load(settings.data.shards)
+            machine.tune_malloc()
+        assert_same_config(flatten(config.model_dump(mode="json")))
+        with raise_on_all_ranks("reading the shards"):
+            self.manifest = manifests.load(config.data.shards)
             self.train_classes, self.validation_classes = manifests.split_classes(
-                self.manifest, settings.validation, settings.seed
+                self.manifest, config.validation, config.seed
             )
-            check_evaluable(
-                self.manifest, settings, validation_subset(self.manifest, self.validation_classes, settings)
-            )
-            lanes_of(runtime.rank, runtime.world_size, settings.data.lanes)
-        collectives.agree_same(f"the manifest of {settings.data.shards}", self.manifest.digest, InputError)
-        with collectives.agree("building the network"):
-            check_precision(settings, runtime.device)
-            self.student = build_embedder(settings, runtime.device, say, runtime.world_size)
-            self.objective = build_objective(settings, self.train_classes, runtime.device)
-            for line in describe(settings, runtime.world_size):
+            check_evaluable(self.manifest, config, validation_subset(self.manifest, self.validation_classes, config))
+            lanes_of(runtime.rank, runtime.world_size, config.data.lanes)
+        assert_equal_across_ranks(f"the manifest of {config.data.shards}", self.manifest.digest, InputError)
+        with raise_on_all_ranks("building the network"):
+            check_precision(config, runtime.device)
+            self.student = build_embedder(config, runtime.device, say, runtime.world_size)
+            self.objective = build_objective(config, self.train_classes, runtime.device)
+            for line in describe(config, runtime.world_size):
                 say(line)
-        self.device_decoder = build_device_decoder(settings, runtime.device, say, terminal.warn)
-        self.teacher = ProgressiveTeacher(self.student) if settings.distillation.needs_teacher else None
-        compile_networks(settings, runtime, self.student, self.teacher, say)
+        self.device_decoder = build_device_decoder(config, runtime.device, say, terminal.warn)
+        self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
+        compile_networks(config, runtime, self.student, self.teacher, say)
         own = list(self.objective.ranking.named_parameters())
-        self.strategy = build_strategy(self.student, settings, runtime, own)
-        self.step = TrainStep(settings, runtime, self.strategy, self.teacher, self.objective, self.train_classes)
-        self.reader = StepReader(lag=0 if settings.debug else 1 if runtime.device.type == "cpu" else 8)
-        self.position = Position()
-        self.unjudged = False  # the epoch before the position is trained and not yet measured
+        self.strategy = build_strategy(self.student, config, runtime, own)
+        self.step = TrainStep(config, runtime, self.strategy, self.teacher, self.objective, self.train_classes)
+        self.reader = DelayedMetrics(lag=0 if config.debug else 1 if runtime.device.type == "cpu" else 8)
+        self.position = TrainProgress()
+        self.pending_validation = False  # the epoch before the position is trained and not yet measured
         self.run_id: str | None = None
         self.wanted = {"stop": False, "save": False}  # by any rank
         self.run_dir: RunDir | None = None
-        with collectives.agree("opening the run folder"):
+        with raise_on_all_ranks("opening the run folder"):
             if runtime.is_main:
-                self.run_dir = RunDir(settings.run_dir)
-        self.record = Record(settings, self.run_dir, terminal, runtime.launch.local_rank == 0)
-        self.album = Album(self.run_dir.path if self.run_dir and settings.tracking.figures else None, say)
-        self.checkpoints = settings.run_dir / "checkpoints"
-        self.saver = Saver(settings.checkpoint, self.checkpoints, self._saved)
-        self.judge = Judge(
-            settings, self.manifest, self.validation_classes, self.student, runtime, self._measured, stop
+                self.run_dir = RunDir(config.run_dir)
+        self.record = MetricsLogger(config, self.run_dir, terminal, runtime.launch.local_rank == 0)
+        self.album = Album(self.run_dir.path if self.run_dir and config.tracking.figures else None, say)
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.saver = Saver(config.checkpoint, self.checkpoints, self._saved)
+        self.judge = ModelSelector(
+            config, self.manifest, self.validation_classes, self.student, runtime, self._measured, stop
         )
-        self.snapshot = Snapshot(
-            settings, self.manifest.digest, self.validation_classes, self.student, self.teacher, self.objective,
+        self.snapshot = RunState(
+            config, self.manifest.digest, self.validation_classes, self.student, self.teacher, self.objective,
             self.strategy, self.judge,
         )  # fmt: skip
 
@@ -111,11 +112,11 @@ class Trainer:
             run early.
         """
         try:
-            with failure.recorded(self.settings, self.runtime.rank, lambda: self.position.global_step):
+            with failure.report_failure(self.config, self.runtime.rank, lambda: self.position.global_step):
                 self._resume()
                 if (summary := self._finished_before()) is not None:
                     return summary
-                with collectives.agree("preparing the run folder"):
+                with raise_on_all_ranks("preparing the run folder"):
                     if self.run_dir is not None:
                         self.run_dir.write_status("running", "")
                         self.run_dir.cut_metrics(self.position.global_step)
@@ -128,7 +129,7 @@ class Trainer:
     def _tracked(self) -> dict[str, Any]:
         """Run inside a tracked run that ends with a truthful status."""
         self.record.tracker = tracker = begin_tracking(
-            self.settings, self.run_dir, self.manifest, self.runtime, self.run_id, self.terminal.tell
+            self.config, self.run_dir, self.manifest, self.runtime, self.run_id, self.terminal.tell
         )
         status = "FAILED"
         try:
@@ -143,12 +144,12 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         try:
-            with collectives.agree("starting"):
+            with raise_on_all_ranks("starting"):
                 self.stop.check()
             if self.position.global_step == 0:
                 self.judge.before_training()
-            if self.unjudged:
-                self._judge_epoch()
+            if self.pending_validation:
+                self._validate_epoch()
             if self._train():
                 return self._preempted(save=True)
         except StoppedError:
@@ -164,13 +165,13 @@ class Trainer:
         Raises:
             StoppedError: on every rank, when a signal stopped a measurement after one.
         """
-        if self.position.epoch == self.settings.epochs or self._reached_max_steps():
+        if self.position.epoch == self.config.epochs or self._reached_max_steps():
             return False
-        with collectives.agree("opening the stream"):
+        with raise_on_all_ranks("opening the stream"):
             stream = TrainStream(
                 self.manifest,
                 self.train_classes,
-                self.settings,
+                self.config,
                 self.runtime.rank,
                 self.runtime.world_size,
                 self.position.epoch,
@@ -180,7 +181,7 @@ class Trainer:
                 device_decoder=self.device_decoder,
             )
         try:
-            while self.position.epoch < self.settings.epochs and not self._reached_max_steps():
+            while self.position.epoch < self.config.epochs and not self._reached_max_steps():
                 steps = stream.plan(self.position.epoch).steps
                 if self._train_epoch(stream):
                     return True
@@ -195,15 +196,15 @@ class Trainer:
 
     def _train_epoch(self, stream: TrainStream) -> bool:
         """The rest of the epoch at the current position. True when a signal stopped it."""
-        settings, position = self.settings, self.position
+        config, position = self.config, self.position
         plan, epoch = stream.plan(position.epoch), position.epoch
-        title = f"epoch {epoch + 1}/{settings.epochs}"
+        title = f"epoch {epoch + 1}/{config.epochs}"
         repeated = f", {plan.repeated} class repetitions" if plan.repeated else ""
         self.say(f"{title}: {plan.steps} steps, {plan.coverage:.1%} of the reachable images{repeated}")
         self.strategy.network.train()
-        left = (settings.epochs - epoch) * plan.steps - position.step
-        if settings.max_steps is not None:
-            left = min(left, settings.max_steps - position.global_step)
+        left = (config.epochs - epoch) * plan.steps - position.step
+        if config.max_steps is not None:
+            left = min(left, config.max_steps - position.global_step)
         self.terminal.begin(title, position.step, plan.steps, left)
         started, waited, steps = time.perf_counter(), 0.0, 0
         while position.step < plan.steps and not self._reached_max_steps():
@@ -215,7 +216,7 @@ class Trainer:
             about: dict[str, float] = {
                 "step": position.global_step,
                 "epoch": epoch,
-                "ramp": self.step.objective.ramp(epoch, settings.epochs),
+                "ramp": self.step.objective.ramp(epoch, config.epochs),
                 "data_wait": wait,
             }
             about["seconds"] = time.perf_counter() - before
@@ -234,7 +235,7 @@ class Trainer:
         self.terminal.end()
         if steps:
             self.album.keep_batch(self.step.latest, epoch)
-            images, seconds = steps * settings.batch.global_size, time.perf_counter() - started
+            images, seconds = steps * config.batch.global_size, time.perf_counter() - started
             self.record.epoch(title, epoch, position.global_step, images, seconds, waited)
         return self.wanted["stop"]
 
@@ -260,24 +261,24 @@ class Trainer:
             self.teacher.promote(self.student, self.position.epoch)
             self.objective.forget()
         check_identical("the ranking loss", self.objective.ranking)
-        self._judge_epoch()
+        self._validate_epoch()
 
-    def _judge_epoch(self) -> None:
-        self.unjudged = True
+    def _validate_epoch(self) -> None:
+        self.pending_validation = True
         best = self.judge.after_epoch(self.position.epoch)
-        self.unjudged = False
+        self.pending_validation = False
         self._save(best)
 
     def _finish(self) -> dict[str, Any]:
         """Look at the test set, once, and write the summary."""
-        with collectives.agree("saving the checkpoint"):
+        with raise_on_all_ranks("saving the checkpoint"):
             self.saver.wait()
         self.record.cost_of_saving()
         rows = self.judge.after_training(self.position.epoch, self.position.step == 0, self._load_best)
         summary = {
             "meta": {
                 "state": "finished",
-                "name": self.settings.name,
+                "name": self.config.name,
                 "manifest": self.manifest.digest,
                 "epochs": self.position.epoch,
                 "steps": self.position.global_step,
@@ -290,12 +291,12 @@ class Trainer:
         }
         if self.run_dir is not None:
             self.record.tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
-        with collectives.agree("drawing the figures"):
+        with raise_on_all_ranks("drawing the figures"):
             for path in self.album.draw():
                 self.record.tracker.artifact(path)
         if self.run_dir is not None:
             found = checkpoint.find(self.checkpoints, "best") or checkpoint.find(self.checkpoints)
-            if self.settings.tracking.log_model and found is not None:
+            if self.config.tracking.log_model and found is not None:
                 self.record.tracker.model(found)
             self.run_dir.write_status("finished", f"{self.position.epoch} epochs, {self.position.global_step} steps")
         return summary
@@ -304,7 +305,7 @@ class Trainer:
         if save:
             self.strategy.sync_buffers()
             self._save(best=False)
-        with collectives.agree("saving the checkpoint"):
+        with raise_on_all_ranks("saving the checkpoint"):
             self.saver.wait()
         message = f"stopped by a signal after {self.position.global_step} steps; the same command goes on from there"
         if self.run_dir is not None:
@@ -315,14 +316,14 @@ class Trainer:
 
     def _load_best(self) -> None:
         """Put the weights of the best epoch by validation into the student. Collective."""
-        with collectives.agree("reading the best checkpoint"):
+        with raise_on_all_ranks("reading the best checkpoint"):
             if self.run_dir is not None:
                 self.student.load_state_dict(checkpoint.load(self.checkpoints / "best")["student"])
         # Other nodes may not see rank 0's folder.
         collectives.broadcast_(list(self.student.state_dict().values()))
 
     def _reached_max_steps(self) -> bool:
-        limit = self.settings.max_steps
+        limit = self.config.max_steps
         return limit is not None and self.position.global_step >= limit
 
     # ---- state ------------------------------------------------------------------------------------------------------
@@ -330,8 +331,8 @@ class Trainer:
     def _save(self, best: bool) -> None:
         self.wanted["save"] = False
         started = time.perf_counter()
-        state = self.snapshot.take(self.position, self.unjudged, self._tracked_run())
-        with collectives.agree("saving the checkpoint"):
+        state = self.snapshot.take(self.position, self.pending_validation, self._tracked_run())
+        with raise_on_all_ranks("saving the checkpoint"):
             if self.run_dir is not None:
                 self.saver.save(state, best)
         self.record.saved(time.perf_counter() - started)
@@ -351,26 +352,26 @@ class Trainer:
         """Continue from the run folder's last checkpoint, if it has one. Rank 0 decides which. Collective."""
         folder = self.checkpoints
         found = None
-        with collectives.agree("finding the last checkpoint"):
+        with raise_on_all_ranks("finding the last checkpoint"):
             if self.run_dir is not None:
                 found = checkpoint.find(folder)
-        name = collectives.from_main(found.name if found else None)
+        name = collectives.broadcast_object(found.name if found else None)
         if name is None:
             return
-        with collectives.agree("resuming"):
+        with raise_on_all_ranks("resuming"):
             state = checkpoint.load(folder / name)
-            self.position, self.unjudged, self.run_id = self.snapshot.put_back(state)
+            self.position, self.pending_validation, self.run_id = self.snapshot.put_back(state)
         if self.teacher is not None:
             self.teacher.load(state["teacher"])
-        self.say(f"resuming {self.settings.run_dir} from {name}: {self.position.global_step} steps are done")
+        self.say(f"resuming {self.config.run_dir} from {name}: {self.position.global_step} steps are done")
 
     def _finished_before(self) -> dict[str, Any] | None:
         """The summary of a run that is already complete."""
         summary = None
-        done = self.position.epoch == self.settings.epochs or self._reached_max_steps()
+        done = self.position.epoch == self.config.epochs or self._reached_max_steps()
         if done and self.run_dir is not None and self.run_dir.status().get("state") == "finished":
             summary = json.loads((self.run_dir.path / "summary.json").read_text())
-        summary = collectives.from_main(summary)
+        summary = collectives.broadcast_object(summary)
         if summary is not None:
-            self.say(f"{self.settings.run_dir} is finished already; --fresh trains it again under a new name")
+            self.say(f"{self.config.run_dir} is finished already; --fresh trains it again under a new name")
         return summary

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dist_obdsd.config import Data
+from dist_obdsd.config import DataConfig
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -52,8 +52,8 @@ def colours(height: int = 20, width: int = 30) -> np.ndarray:
     return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 40)], axis=2).astype(np.uint8)
 
 
-def settings(**changes: object) -> Data:
-    return Data.model_validate({"shards": "x", "image_size": 16, "mean": (0.5,), "std": (0.5,)} | changes)
+def settings(**changes: object) -> DataConfig:
+    return DataConfig.model_validate({"shards": "x", "image_size": 16, "mean": (0.5,), "std": (0.5,)} | changes)
 
 
 def assert_close(found: torch.Tensor, wanted: np.ndarray, within: int = 0) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from dist_obdsd.data.deal import FEWEST_GROUPS, deal_training, shard_count
 from dist_obdsd.data.lanes import deal_lanes, pieces_of
 from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.data.packing.shard_assignment import FEWEST_GROUPS, deal_training, shard_count
 from dist_obdsd.data.schedule import EpochPlan, plan_epoch
-from dist_obdsd.seeds import rng
+from dist_obdsd.rng import rng
 
 LONG = int(os.environ.get("DIST_OBDSD_EXAMPLES", "1"))
 """Multiplies the number of examples of the property tests, which are then drawn anew in every run."""

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_obdsd import collectives
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data import gpu
-from dist_obdsd.data.decoding import Decoded, Decoder, Job
+from dist_obdsd.data.decode_tasks import Bad, Row, decode_rows
+from dist_obdsd.data.decoding_workers import Decoded, Decoder, Job
 from dist_obdsd.data.gpu import DeviceDecoder, build_device_decoder, works_everywhere
 from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.data.rows import Bad, Row, decode_rows
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.data.transforms import jpeg_size
+from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
 from tests import harness
 from tests.data.pictures import colours, encoded
@@ -254,7 +254,7 @@ def test_the_same_bits_for_any_ranks_and_workers_and_after_a_resume(
 
 def test_broken_images_count_as_on_the_cpu(data: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
     """One image in the shards is broken when it is read."""
-    from dist_obdsd.data import reading
+    from dist_obdsd.data import shard_reader as reading
 
     inner = reading.read_shard
 
@@ -284,7 +284,7 @@ def test_broken_images_count_as_on_the_cpu(data: tuple[Path, Manifest], monkeypa
 # ---- whether --------------------------------------------------------------------------------------------------------
 
 
-def everywhere(lacking: list[int]) -> tuple[bool, list[str]]:
+def on_all_ranks(lacking: list[int]) -> tuple[bool, list[str]]:
     """On a rank of ``lacking``, torchvision is one without nvJPEG."""
 
     def refuse(*arguments: object) -> list[torch.Tensor]:
@@ -300,12 +300,12 @@ def everywhere(lacking: list[int]) -> tuple[bool, list[str]]:
 
 
 def test_one_rank_without_a_decoder_sends_all_to_the_cpu_and_one_line_says_so() -> None:
-    assert harness.run(3, everywhere, []) == [(True, [])] * 3
+    assert harness.run(3, on_all_ranks, []) == [(True, [])] * 3
     line = (
         "the CPU decodes the images, since rank 1 cannot decode a JPEG on its GPU: "
         "decode_jpegs_cuda: torchvision not compiled with nvJPEG support"
     )
-    assert harness.run(3, everywhere, [1, 2]) == [(False, [line])] * 3
+    assert harness.run(3, on_all_ranks, [1, 2]) == [(False, [line])] * 3
 
 
 def test_a_run_without_a_gpu_is_refused_unless_the_cpu_is_to_decode() -> None:

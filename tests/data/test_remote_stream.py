@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_obdsd import doctor
-from dist_obdsd.cli import main
+from dist_obdsd.cli import doctor
+from dist_obdsd.cli.main import main
 from dist_obdsd.data import remote
 from dist_obdsd.data.manifest import Manifest, to_json
+from dist_obdsd.data.packing.verify import verify
 from dist_obdsd.data.stream import TrainStream, evaluation_batches
-from dist_obdsd.data.verify import verify
+from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.runtime import Launch, Runtime
 from tests.data.server import Server, serving
 from tests.data.test_stream import CLASSES, SHARDS, alone, assert_same, batches, config_of, data
 

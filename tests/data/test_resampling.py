@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dist_obdsd.data import resampling
 from dist_obdsd.data.resampling import resample, stretches
 from dist_obdsd.data.transforms import Frame, eval_frame, framed, train_frame
-from dist_obdsd.seeds import rng
+from dist_obdsd.rng import rng
 from tests.data.pictures import settings
 from tests.hostreads import HostReads
 

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_obdsd.data import lanes, matching
+from dist_obdsd.data import batch_composer as matching
+from dist_obdsd.data import lanes
 from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of
 from dist_obdsd.errors import InputError
 from tests.data.schedules import all_classes, check_plan, examples, manifest_of, most_open, packed, plan_of

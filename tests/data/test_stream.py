@@ -18,7 +18,8 @@ from PIL import Image
 from webdataset import TarWriter
 
 from dist_obdsd.config import Config, parse_config
-from dist_obdsd.data import reading, stream
+from dist_obdsd.data import shard_reader as reading
+from dist_obdsd.data import stream
 from dist_obdsd.data.manifest import Manifest, Shard, key
 from dist_obdsd.data.stream import Batch, EvaluationBatch, TrainStream, evaluation_batches
 from dist_obdsd.errors import InputError, RunError

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 from dist_obdsd.data import transforms
-from dist_obdsd.data.imagefile import examine
+from dist_obdsd.data.images import examine
 from dist_obdsd.data.transforms import decode
 from tests.data.pictures import assert_close, colours, encoded, png, tiff16
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from dist_obdsd.config import Evaluation
+from dist_obdsd.config import EvaluationConfig
 from dist_obdsd.evaluation.evaluator import measure
 
 C, PER_CLASS, D = 659, 20, 128
@@ -81,13 +81,13 @@ def main(noise: float = 1.5) -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     rows, labels = embeddings(noise)
-    settings = Evaluation(metrics=("recall", "map@r", "map@1000", "nmi", "f1"), recall_at=KS)
+    settings = EvaluationConfig(metrics=("recall", "map@r", "map@1000", "nmi", "f1"), recall_at=KS)
     n = len(rows)
     for _ in range(3):
         slow = {name: seconds(run) for name, run in plain(rows.numpy(), labels.numpy()).items()}
         fast = seconds(
             lambda: measure(
-                rows, torch.arange(n), labels, ["both"] * n, expected_count=n, settings=settings,
+                rows, torch.arange(n), labels, ["both"] * n, expected_count=n, config=settings,
                 device=torch.device("cpu"),
             )
         )  # fmt: skip

@@ -6,11 +6,11 @@ import functools
 import pytest
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import clustering
 from dist_obdsd.evaluation.clustering import contingency, k_means, nearest_centre, nmi, pairwise_f1
-from dist_obdsd.seeds import rng
+from dist_obdsd.rng import rng
 from tests import harness
 from tests.evaluation import oracle
 

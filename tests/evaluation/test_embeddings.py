@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import embeddings
 from tests import harness

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from dist_obdsd import collectives
-from dist_obdsd.config import Evaluation, parse_config
+from dist_obdsd.config import EvaluationConfig, parse_config
 from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation.evaluator import EvaluationResult, _train_classes, embed_all, evaluate
-from dist_obdsd.evaluation.protocols import check_evaluable
 from dist_obdsd.evaluation.retrieval import global_means
+from dist_obdsd.evaluation.splits import check_evaluable
 from tests import harness
 from tests.evaluation import oracle
 
@@ -87,7 +87,7 @@ def evaluate_worker(protocol: str, layout: str, backend: str, recall_at: tuple[i
             embed,
             batches(protocol, own_places(layout)),
             expected_count=90,
-            config=Evaluation(recall_at=recall_at, backend=backend),
+            config=EvaluationConfig(recall_at=recall_at, backend=backend),
             device=CPU,
         )
     return asdict(result)
@@ -196,7 +196,7 @@ def refusal_worker(fault: str) -> tuple[str, str]:
     if fault == "no gallery":
         share = changed(share, lambda batch: replace(batch, roles=["query"] * len(batch.roles)))
     try:
-        evaluate(network, share, expected_count=90, config=Evaluation(recall_at=recall_at), device=CPU)
+        evaluate(network, share, expected_count=90, config=EvaluationConfig(recall_at=recall_at), device=CPU)
     except (InputError, RunError) as error:
         return type(error).__name__, str(error)
     raise AssertionError("not refused")

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
 from dist_obdsd.evaluation.exact import FixedPoint, gram, group_means, largest_entry
 from tests import harness
 

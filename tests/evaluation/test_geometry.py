@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import geometry
 from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum

@@ -9,8 +9,8 @@ import torch
 from pyarrow import parquet
 
 import dist_obdsd
-from dist_obdsd import collectives
-from dist_obdsd.cli import main
+from dist_obdsd.cli.main import main
+from dist_obdsd.distributed import collectives
 from dist_obdsd.evaluation import index
 from dist_obdsd.evaluation.embeddings import Table
 from tests import harness

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from dist_obdsd import collectives
-from dist_obdsd.config import Evaluation
+from dist_obdsd.config import EvaluationConfig
+from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation import portrait
+from dist_obdsd.evaluation import embedding_sample as portrait
 from dist_obdsd.evaluation.evaluator import measure
 from dist_obdsd.evaluation.retrieval import SHOWN, SHOWN_NEIGHBOURS
-from dist_obdsd.seeds import rng
+from dist_obdsd.rng import rng
 from tests import harness
 from tests.evaluation import oracle
 
@@ -59,7 +59,7 @@ def measure_worker(kind: str, layout: str, **settings: Any) -> dict[str, Any]:
     mine = own(layout)
     result = measure(
         rows[mine] if len(mine) else torch.empty(0, 0), ids[mine], labels[mine], [roles[i] for i in mine.tolist()],
-        expected_count=N, settings=Evaluation(recall_at=RECALL_AT, **settings), device=CPU, seed=4,
+        expected_count=N, config=EvaluationConfig(recall_at=RECALL_AT, **settings), device=CPU, seed=4,
         train_classes=TRAIN_CLASSES,
     )  # fmt: skip
     return asdict(result) | {"seconds": None}
@@ -178,7 +178,7 @@ def portrait_worker(layout: str) -> list[Any]:
     mine = own(layout)
     result = measure(
         rows[mine] if len(mine) else torch.empty(0, 0), ids[mine], labels[mine], [roles[i] for i in mine.tolist()],
-        expected_count=N, settings=Evaluation(), device=CPU, seed=4, portrait=True,
+        expected_count=N, config=EvaluationConfig(), device=CPU, seed=4, portrait=True,
     )  # fmt: skip
     assert result.portrait is not None
     return [result.portrait.rows_mD.tolist(), result.portrait.labels_m.tolist(), result.portrait.singular]
@@ -218,10 +218,8 @@ def test_a_class_larger_than_a_thousand_and_a_small_gallery() -> None:
     random = torch.Generator().manual_seed(5)
     labels = torch.tensor([0] * 1040 + [1] * 60)
     rows = torch.nn.functional.normalize(torch.randn(1100, 3, generator=random) + labels[:, None])
-    settings = Evaluation(metrics=("map@1000",))
-    found = measure(
-        rows, torch.arange(1100), labels, ["both"] * 1100, expected_count=None, settings=settings, device=CPU
-    )
+    settings = EvaluationConfig(metrics=("map@1000",))
+    found = measure(rows, torch.arange(1100), labels, ["both"] * 1100, expected_count=None, config=settings, device=CPU)
     total = 0.0
     scores = (rows.double() @ rows.double().T).fill_diagonal_(-9)
     for query, order in enumerate(scores.argsort(dim=1, descending=True)[:, :1000].tolist()):
@@ -233,7 +231,7 @@ def test_a_class_larger_than_a_thousand_and_a_small_gallery() -> None:
         total += precisions / min(1000, int((labels == labels[query]).sum()) - 1)
     assert found.metrics == {"map@1000": pytest.approx(total / 1100, abs=1e-12)}
     few = measure(
-        rows[1030:1050], torch.arange(20), labels[1030:1050], ["both"] * 20, expected_count=20, settings=settings,
+        rows[1030:1050], torch.arange(20), labels[1030:1050], ["both"] * 20, expected_count=20, config=settings,
         device=CPU,
     )  # fmt: skip
     by_id, label_of = (dict(enumerate(x[1030:1050].tolist())) for x in (rows.double(), labels))
@@ -248,7 +246,7 @@ def refusal_worker(fault: str) -> tuple[str, str]:
     rows, ids, labels, roles = (list(x) if isinstance(x, list) else x.clone() for x in data("plain"))
     last = collectives.rank() == collectives.world_size() - 1
     mine = own("even")
-    more: dict[str, Any] = {"expected_count": N, "settings": Evaluation(recall_at=RECALL_AT)}
+    more: dict[str, Any] = {"expected_count": N, "settings": EvaluationConfig(recall_at=RECALL_AT)}
     if fault == "nan":
         rows[mine[-1], 2] = torch.nan
     of_labels = labels[mine]
@@ -264,13 +262,13 @@ def refusal_worker(fault: str) -> tuple[str, str]:
     if fault == "images":
         more["expected_count"] = N + 2
     if fault == "gallery":
-        more["settings"] = Evaluation(recall_at=(1, 90))
+        more["settings"] = EvaluationConfig(recall_at=(1, 90))
     if fault == "a gallery lacks every class":
         roles = ["query" if label < 0 else "gallery:east" for label in labels.tolist()]
     if fault == "training classes":
-        more["settings"] = Evaluation(metrics=("nmi",), conventions="released")
+        more["settings"] = EvaluationConfig(metrics=("nmi",), conventions="released")
     if fault == "clusters":
-        more["settings"] = Evaluation(metrics=("f1",), conventions="released")
+        more["settings"] = EvaluationConfig(metrics=("f1",), conventions="released")
         more["train_classes"] = N + 1
     try:
         measure(rows[mine], ids[mine], of_labels, [roles[i] for i in mine.tolist()], device=CPU, **more)

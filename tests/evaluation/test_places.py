@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
 from dist_obdsd.evaluation import places, retrieval, scores
 from dist_obdsd.evaluation.places import count_places
 from tests import harness

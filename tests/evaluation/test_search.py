@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation import proposers, scores, search
 from dist_obdsd.evaluation.search import nearest

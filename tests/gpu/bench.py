@@ -6,10 +6,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dist_obdsd.arguments import parse
-from dist_obdsd.errors import RunError, sentence
-from dist_obdsd.study.bench import step
-from dist_obdsd.study.bench.report import Row
+from benchmarks import step
+from benchmarks.report import Row
+from dist_obdsd.cli.parser import parse
+from dist_obdsd.errors import RunError, format_error
 
 WAITING = ("backbone", "decode", "arm", "images_per_s", "data wait")
 WAITING_MEANS = (
@@ -63,7 +63,7 @@ def failure(error: Exception) -> Row:
         traceback.print_exc()
     # Of what ranks said, the latest error with a text; the launcher's own, at the end, has none.
     told = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*Error: .+)$", str(error), re.MULTILINE)
-    return {"skipped": told[-1] if told else sentence(error).splitlines()[0], "failed": True}
+    return {"skipped": told[-1] if told else format_error(error).splitlines()[0], "failed": True}
 
 
 def targets(rows: Sequence[Row]) -> list[Row]:

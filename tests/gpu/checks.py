@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_obdsd.errors import sentence
+from dist_obdsd.errors import format_error
 from tests.gpu import feeding, ranks, solving, steps, whole
 from tests.gpu.rig import CheckError, Skipped
 
@@ -39,5 +39,5 @@ def run(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
         verdict, found = "failed", str(error)
     except Exception as error:  # a defect, or a device that lacks something; the other checks go on
         traceback.print_exc()
-        verdict, found = "failed", sentence(error)
+        verdict, found = "failed", format_error(error)
     return {"check": name, "verdict": verdict, "seconds": time.perf_counter() - started, "found": found}

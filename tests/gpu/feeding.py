@@ -16,7 +16,7 @@ from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.gpu import DeviceDecoder
 from dist_obdsd.data.stream import Batch, TrainStream
-from dist_obdsd.transfer import Upload
+from dist_obdsd.transfer import DeviceUploader
 from tests.gpu import bench
 from tests.gpu.rig import CheckError, Skipped, within
 from tests.gpu.whole import command, shards
@@ -60,7 +60,7 @@ def _batches(config: Config, **more: Any) -> Iterator[Batch]:
 
 def uploads_arrive(device: torch.device, quick: bool) -> str:
     """Every batch of two epochs reaches a busy device as it was, though its memory is used again and again."""
-    upload, count = Upload(device), 0
+    upload, count = DeviceUploader(device), 0
     with shards(lambda images: make_jpegs(images, 24, 8, (120, 90))) as folder:
         config = _settings(folder)
         busy = torch.randn(64 if quick else 2048, 64 if quick else 2048, device=device)

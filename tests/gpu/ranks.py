@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_obdsd import collectives, runtime
-from dist_obdsd.runtime import Runtime
-from dist_obdsd.study.bench.ranks import on_ranks
+from benchmarks.ranks import on_ranks
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed.launch import Runtime
 from tests.gpu.rig import CheckError, Rig, Skipped, convolutions_in_float32, distance, settings, within
 
 LIMIT = 1e-4

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 import yaml
 
-from dist_obdsd import runtime
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.stream import Batch
-from dist_obdsd.model.calls import compile_networks
-from dist_obdsd.model.embedder import build_embedder
-from dist_obdsd.model.teacher import ProgressiveTeacher
-from dist_obdsd.objective.objective import build_objective
-from dist_obdsd.runtime import Launch, Runtime
-from dist_obdsd.training.step import Position, TrainStep
-from dist_obdsd.training.strategy import build_strategy
+from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed.launch import Launch, Runtime
+from dist_obdsd.losses.obdsd import build_objective
+from dist_obdsd.models.embedder import build_embedder
+from dist_obdsd.models.precision import compile_networks
+from dist_obdsd.models.teacher import ProgressiveTeacher
+from dist_obdsd.training.ddp import build_strategy
+from dist_obdsd.training.train_step import TrainProgress, TrainStep
 
 CPU = torch.device("cpu")
 B = 32
@@ -156,7 +156,7 @@ class Rig:
     def take(self, batch: Batch | None = None) -> tuple[list[str], torch.Tensor]:
         """One step of the second epoch, at half the ramp: names and the numbers that they name, on the device."""
         batch = batch or self.batch()
-        answer = self.step(batch, Position(1, self.taken, self.taken), 0.0)
+        answer = self.step(batch, TrainProgress(1, self.taken, self.taken), 0.0)
         self.taken += 1
         return answer
 

@@ -6,9 +6,9 @@ Legend: B rows of the batch, D embedding dimension.
 import torch
 from torch.nn import functional
 
-from dist_obdsd import config
-from dist_obdsd.objective import manifold
-from dist_obdsd.study.bench import reference
+from benchmarks import reference
+from dist_obdsd.config import DistillationConfig
+from dist_obdsd.manifold import targets as manifold
 from tests.gpu.rig import CPU, started, within
 
 CASES = ((1.0, 0.3), (0.1, 0.5), (0.005, 0.5), (0.005, 0.99))
@@ -54,5 +54,5 @@ def solvers_agree(device: torch.device, quick: bool) -> str:
     return f"worst share of what is allowed: {worst[1]:.0%} ({worst[0].partition(':')[0]})"
 
 
-def _distillation(solver: str, settings: dict[str, float]) -> config.Distillation:
-    return config.Distillation.model_validate({"target": "obdsd", "solver": solver, **settings})
+def _distillation(solver: str, settings: dict[str, float]) -> DistillationConfig:
+    return DistillationConfig.model_validate({"target": "obdsd", "solver": solver, **settings})

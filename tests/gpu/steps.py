@@ -2,7 +2,7 @@
 
 import torch
 
-from dist_obdsd.training.step import StepReader
+from dist_obdsd.training.train_step import DelayedMetrics
 from tests.gpu.rig import (
     CPU,
     CheckError,
@@ -77,7 +77,7 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
             config = settings("small_cnn", f"distillation.target={arm}", "precision=bf16", *GENTLE, *more)
             rig = Rig(config, device)
             rig.keeps_gradients = False
-            reader = StepReader(lag=100)
+            reader = DelayedMetrics(lag=100)
             for _ in range(3):
                 rig.take()
             if device.type == "cuda":
@@ -91,7 +91,7 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
     return "no operation of a step makes the host wait"
 
 
-def _on_gpu(rig: Rig, reader: StepReader) -> None:
+def _on_gpu(rig: Rig, reader: DelayedMetrics) -> None:
     batches = []
     for t in range(3):
         batches.append(rig.batch(t))

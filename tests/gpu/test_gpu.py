@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_obdsd.objective import manifold
-from dist_obdsd.training import strategy
-from dist_obdsd.training.snapshot import Snapshot
+from dist_obdsd.manifold import targets as manifold
+from dist_obdsd.training import ddp as strategy
+from dist_obdsd.training.snapshot import RunState
 from tests import bare, harness, runs
 from tests.gpu import __main__ as program
 from tests.gpu import bench, checks, feeding, ranks, solving, steps
@@ -71,7 +71,7 @@ def test_ranks_are_one_batch_and_are_told_from_another(tmp_path: Path) -> None:
 def _errors(arms: dict[str, str], folder: str) -> dict[str, float]:
     import torch.distributed as dist
 
-    from dist_obdsd.runtime import Launch, Runtime
+    from dist_obdsd.distributed.launch import Launch, Runtime
 
     rank, world = dist.get_rank(), dist.get_world_size()
     return ranks.errors(Runtime(Launch("test", rank, world, rank, world), CPU), arms, folder)
@@ -107,12 +107,12 @@ def test_what_is_not_exact_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_resumed_run_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_back = Snapshot.put_back
+    put_back = RunState.put_back
 
-    def forgetful(self: Snapshot, state: dict) -> object:
+    def forgetful(self: RunState, state: dict) -> object:
         return put_back(self, state | {"optimizer": {}})
 
-    monkeypatch.setattr(Snapshot, "put_back", forgetful)
+    monkeypatch.setattr(RunState, "put_back", forgetful)
     with pytest.raises(CheckError, match="the resumed one elsewhere"):
         checks.CHECKS["resumed"](CPU, True)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from dist_obdsd import cli, config
+from dist_obdsd import checkpoint
+from dist_obdsd.cli.main import main as cli
+from dist_obdsd.config import EvaluationConfig
 from dist_obdsd.evaluation.evaluator import measure
 from dist_obdsd.evaluation.scores import unit_rows
-from dist_obdsd.training import checkpoint
 from tests.gpu.rig import CPU, CheckError, distance, same_bits, started, within
 from tests.runs import CONFIG, make_images
 
@@ -66,12 +67,12 @@ def evaluation_is_the_same(device: torch.device, quick: bool) -> str:
     results = {}
     with started(device):
         for distance_of in ("cosine", "euclidean"):
-            settings = config.Evaluation.model_validate(
+            settings = EvaluationConfig.model_validate(
                 {"metrics": METRICS, "recall_at": [1, 10, 100], "backend": "torch", "distance": distance_of}
             )
             for where, order_n in ((CPU, torch.arange(n)), (device, torch.randperm(n, generator=draw))):
                 found = measure(
-                    rows_nD[order_n], order_n, labels_n[order_n], ["both"] * n, expected_count=n, settings=settings,
+                    rows_nD[order_n], order_n, labels_n[order_n], ["both"] * n, expected_count=n, config=settings,
                     device=where,
                 )  # fmt: skip
                 if results.setdefault(distance_of, found.metrics) != found.metrics:

@@ -9,9 +9,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from dist_obdsd import arguments
+from dist_obdsd.cli import parser as arguments
 from dist_obdsd.errors import InputError
-from dist_obdsd.training.zero import engine_options
+from dist_obdsd.training.deepspeed import engine_options
 from tests.runs import ROOT
 
 LAUNCH = ROOT / "launch"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
+from dist_obdsd import checkpoint
 from dist_obdsd.config import parse_config
-from dist_obdsd.tracking import spool as spools
+from dist_obdsd.tracking import event_log as spools
 from dist_obdsd.tracking.tracker import MLflowTracker
-from dist_obdsd.training import checkpoint
 from tests import runs
 
 
@@ -109,8 +109,8 @@ def breaks(folder: Path, what: str, step: int, *overrides: str) -> subprocess.Co
 
 BREAKS = """
 import json, os, signal, sys, time
-from dist_obdsd import cli
-from dist_obdsd.training.step import TrainStep
+from dist_obdsd.cli.main import main as cli
+from dist_obdsd.training.train_step import TrainStep
 once = TrainStep.__call__
 def call(self, batch, position, *rest):
     if position.global_step == STEP:

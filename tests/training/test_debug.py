@@ -1,6 +1,6 @@
 """What a run says, in debug mode and otherwise, of a step that went wrong. In one process, through the command line."""
 
-from dist_obdsd.objective import manifold
+from dist_obdsd.manifold import targets as manifold
 from tests import runs
 
 

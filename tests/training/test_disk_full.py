@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_obdsd.training import checkpoint
+from dist_obdsd import checkpoint
 from tests import chaos, runs
 
 SETTINGS = ("epochs=2", "precision=float32", "checkpoint.keep=1")  # 12 steps, checkpoints of 3.3 MiB

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_obdsd import collectives
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import assert_same_config
 from dist_obdsd.errors import InputError
 from tests import harness, runs
 from tests.nursery import Program
@@ -86,7 +87,7 @@ def test_a_checkpoint_that_is_not_the_run_s_own_is_refused_with_what_differs(tra
 
 def settings_worker(found: list[dict[str, Any]]) -> str:
     try:
-        collectives.agree_on_settings(found[collectives.rank()])
+        assert_same_config(found[collectives.rank()])
     except InputError as error:
         return str(error)
     return "agreed"

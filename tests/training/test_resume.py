@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from dist_obdsd.training import checkpoint
+from dist_obdsd import checkpoint
 from tests import runs
 from tests.nursery import Program
 

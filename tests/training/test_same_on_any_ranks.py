@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_obdsd.training import checkpoint
+from dist_obdsd import checkpoint
 from tests import runs
 
 LOSSES = {"ranking", "distillation", "target_entropy", "grad_norm", "anchors"}

@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-from dist_obdsd.training import checkpoint
+from dist_obdsd import checkpoint
 from tests import chaos, runs
 from tests.nursery import Program
 
 HANGS = """
 import os, sys, time
-from dist_obdsd import cli
-from dist_obdsd.training.step import TrainStep
+from dist_obdsd.cli.main import main as cli
+from dist_obdsd.training.train_step import TrainStep
 once = TrainStep.__call__
 def call(self, batch, position, *rest):
     if position.global_step == 4 and os.environ["RANK"] == "1":
@@ -102,8 +102,8 @@ def test_a_signal_during_a_measurement_ends_it_and_the_epoch_is_measured_later(f
 
 WAITS = """
 import os, signal, sys
-from dist_obdsd import cli
-from dist_obdsd.training.judge import Judge
+from dist_obdsd.cli.main import main as cli
+from dist_obdsd.training.model_selection import Judge
 once = Judge.after_epoch
 def after_epoch(self, epoch):
     if epoch == EPOCH:

@@ -1,0 +1,270 @@
+"""What the machines of a job have, and whether a config can run on them. Every rank looks at its own."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_obdsd.config import Config
+from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.class_diversity import mixing_of
+from dist_obdsd.data.manifest import Shard
+from dist_obdsd.data.remote import begin, is_remote, location
+from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of, plan_from
+from dist_obdsd.data.shard_reader import cache_of, check_files
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
+from dist_obdsd.distributed.launch import Runtime
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation.splits import check_evaluable, validation_subset
+from dist_obdsd.machine import usable_cores
+
+PARTS = {
+    "torch": "everything",
+    "torchvision": "backbones and image decoding",
+    "webdataset": "reading and writing shards",
+    "faiss": "the faiss search backend (the torch one gives the same result)",
+    "mlflow": "tracking",
+    "deepspeed": "strategy=deepspeed",
+}
+DISTRIBUTIONS = {"faiss": ("faiss-gpu", "faiss-cpu", "faiss")}
+FEWEST_FILES = 4096  # open files that many workers, shards and sockets need
+LEAST_SHARED = 1.0  # GiB of /dev/shm; NCCL keeps its buffers there
+MOST_SKEW = 2.0  # seconds between hosts' clocks, beyond which their logs cannot be put in order
+PROBE_MIB = 16
+
+
+def examine(here: Runtime, config: Config | None, say: Callable[[str], None]) -> None:
+    """Print what there is. Collective.
+
+    Args:
+        config: also says whether and where this config can run.
+        say: prints on one rank.
+
+    Raises:
+        InputError: on every rank: the config cannot run here, with the reason.
+    """
+    for name, text in machine(here).items():
+        say(f"{name:14} {text}")
+    if here.world_size > 1:
+        say("")
+        for name, text in job(here, config).items():
+            say(f"{name:14} {text}")
+    if config is not None:
+        say("")
+        with raise_on_all_ranks("the config"):
+            lines = where_it_runs(here, config)
+        for line in lines:
+            say(line)
+
+
+def machine(here: Runtime) -> dict[str, str]:
+    """This rank's machine, by what is looked at."""
+    launch = here.launch
+    devices = [
+        f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+        for i in range(torch.cuda.device_count())
+    ]
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    rows = {
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}, host {platform.node()}",
+        "launcher": f"{launch.launcher}, rank {launch.rank} of {launch.world_size}",
+        "cpu": f"{usable_cores()} cores, torch uses {torch.get_num_threads()} threads in this process",
+        "gpu": "; ".join(devices) or f"none that torch finds (built for CUDA {torch.version.cuda or 'none'})",
+        "backend": _backends(),
+        "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
+        "open files": f"at most {files}" + _advice(files < FEWEST_FILES, f"raise it to {FEWEST_FILES} (ulimit -n)"),
+    }
+    shared = _shared_memory()
+    if shared is not None:
+        low = shared < LEAST_SHARED and bool(devices)
+        rows["shared memory"] = f"{shared:.1f} GiB free" + _advice(low, "NCCL needs more (docker run --shm-size=8g)")
+    for module, purpose in PARTS.items():
+        rows[module] = version(module) or f"missing: needed for {purpose}"
+    return rows
+
+
+def job(here: Runtime, config: Config | None) -> dict[str, str]:
+    """What the ranks find out together. Collective."""
+    facts = collectives.gather_json(
+        {
+            "host": platform.node(),
+            "device": str(here.device),
+            "threads": torch.get_num_threads(),
+            "cores": usable_cores(),
+            "versions": {module: version(module) for module in PARTS},
+        }
+    )
+    hosts: dict[str, list[int]] = {}
+    for rank, fact in enumerate(facts):
+        hosts.setdefault(fact["host"], []).append(rank)
+    rows = {"hosts": "; ".join(f"{host}: ranks {', '.join(map(str, ranks))}" for host, ranks in hosts.items())}
+    kinds = sorted({fact["device"].partition(":")[0] for fact in facts})
+    rows["devices"] = ", ".join(kinds) + _advice(len(kinds) > 1, "ranks must be on one kind of device")
+    busiest = max(sum(facts[rank]["threads"] for rank in ranks) / facts[ranks[0]]["cores"] for ranks in hosts.values())
+    rows["threads"] = f"{busiest:.1f} of torch per core on the busiest host" + _advice(busiest > 1, "lower threads")
+    differing = [module for module in PARTS if len({str(fact["versions"][module]) for fact in facts}) > 1]
+    rows["versions"] = "alike" if not differing else f"{', '.join(differing)} differ between the ranks"
+    skew, error = _clock_skew()
+    rows["clocks"] = f"apart by {skew:.3f} s (+- {error:.3f} s)" + _advice(skew > MOST_SKEW, "run an NTP client")
+    x = torch.ones(PROBE_MIB * 2**18, device=here.device)
+    seconds = _timed(lambda: collectives.sum_across(x), here)
+    rows["all-reduce"] = f"{PROBE_MIB} MiB in {1e3 * seconds:.1f} ms, {PROBE_MIB / 2**10 / seconds:.2f} GiB/s"
+    b = config.batch.global_size // here.world_size if config else 112
+    D = config.model.embedding_dim if config else 128
+    E_bD = torch.ones(max(b, 1), D, device=here.device)
+    seconds = _timed(lambda: collectives.gather_rows(E_bD, check_sizes=False), here)
+    rows["gather"] = f"embeddings of {E_bD.shape[0]} x {here.world_size} images, {D} dimensions: {1e3 * seconds:.2f} ms"
+    return rows
+
+
+def where_it_runs(here: Runtime, config: Config) -> list[str]:
+    """The world sizes that a config allows, from its own shards, and what it finds here.
+
+    Raises:
+        InputError: its device, shards, schedule, run folder or packages do not fit.
+    """
+    manifest = manifests.load(config.data.shards)
+    classes, held_out = manifests.split_classes(manifest, config.validation, config.seed)
+    plan = plan_from(config, manifest, classes, epoch=0)
+    for wanted, module, setting in (
+        (config.tracking.kind == "mlflow", "mlflow", "tracking.kind=none"),
+        (config.strategy == "deepspeed", "deepspeed", "strategy=ddp"),
+    ):
+        if wanted and version(module) is None:
+            raise InputError(f"{module} is not installed; install it or set {setting}")
+    if config.strategy == "deepspeed":
+        from dist_obdsd.training.deepspeed import engine_options
+
+        engine_options(config.deepspeed.config, config.deepspeed.stage)
+    lanes_of(here.rank, here.world_size, config.data.lanes)
+    shards = tuple(manifest.shards())
+    check_files(config.data.shards, shards)
+    check_evaluable(manifest, config, validation_subset(manifest, held_out, config))
+    too_small = []
+    if plan.too_small:
+        too_small.append(
+            f"{plan.too_small} classes have fewer than batch.samples_per_class={config.batch.samples_per_class} "
+            f"images and are never shown"
+        )
+    sizes = allowed_world_sizes(config.data.lanes)
+    local = ", ".join(f"{config.batch.global_size // size} on {size}" for size in sizes)
+    gpus = torch.cuda.device_count()
+    node = f"; one rank per GPU, and this node has {gpus}" if here.device.type == "cuda" else ""
+    return [
+        f"{config.name}: runs on {here.device.type} with {', '.join(map(str, sizes))} ranks "
+        f"(images per rank: {local}){node}",
+        f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
+        f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
+        *_remote(config, shards),
+        f"{mixing_of(plan, config.batch.samples_per_class)}",
+        *too_small,
+        _run_folder(config),
+        _tracking(config) if here.is_main else "",
+    ]
+
+
+def _run_folder(config: Config) -> str:
+    """Whether the run folder can be written, and what stands there."""
+    from dist_obdsd.training.run_dir import read_status
+
+    folder = config.run_dir
+    above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if not os.access(above, os.W_OK):
+        raise InputError(
+            f"the run folder {folder} cannot be made, since {above} is not writable; choose another output"
+        )
+    free = shutil.disk_usage(above).free / 2**30
+    state = read_status(folder).get("state")
+    return f"run folder {folder}: {state or 'new'}, {free:.1f} GiB free there" + _advice(free < 1, "make room")
+
+
+def _tracking(config: Config) -> str:
+    """Whether the tracking store answers. It may not: a run goes on without it."""
+    if config.tracking.kind == "none":
+        return "tracking: none"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    uri = config.tracking.uri
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return f"tracking: {uri} will be made by the first run"  # asking would make it
+    from dist_obdsd.tracking import mlflow_backend as store
+
+    started = time.perf_counter()
+    try:
+        store.check(uri)
+    except Exception as error:  # whatever a store does
+        return f"tracking: {uri} does not answer ({' '.join(str(error).split())[:120]}); a run would go on without it"
+    return f"tracking: {uri} answers after {time.perf_counter() - started:.1f} s"
+
+
+def _clock_skew() -> tuple[float, float]:
+    """How far the ranks' clocks are apart, and how exactly that could be told (seconds)."""
+    collectives.gather_json(None)  # all have arrived
+    before = time.time()
+    times = collectives.gather_json(before)
+    return max(times) - min(times), time.time() - before
+
+
+def _timed(call: Callable[[], Any], here: Runtime) -> float:
+    """The median of some calls in seconds, after one that warms up."""
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        call()
+        if here.device.type == "cuda":
+            torch.cuda.synchronize(here.device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _advice(needed: bool, what: str) -> str:
+    return f"; {what}" if needed else ""
+
+
+def _shared_memory() -> float | None:
+    shared = Path("/dev/shm")
+    return shutil.disk_usage(shared).free / 2**30 if shared.is_dir() else None
+
+
+def _backends() -> str:
+    found = [name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")()]
+    chosen = "nccl" if torch.cuda.is_available() else "gloo"
+    return f"torch has {' and '.join(found) or 'none'}; several ranks here talk over {chosen}"
+
+
+def version(module: str) -> str | None:
+    """The installed version, or None where the module cannot be imported."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    for name in DISTRIBUTIONS.get(module, (module,)):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def _remote(config: Config, shards: Sequence[Shard]) -> list[str]:
+    """What there is to say of shards that are not here: whether one can be read, and what the cache has."""
+    root = config.data.shards
+    if not is_remote(root):
+        return []
+    begin(location(root, shards[0].file))
+    size = sum(shard.bytes for shard in shards) / 2**30
+    line = f"{len(shards)} remote shards of {size:.3g} GiB, the first of which can be read"
+    cache = cache_of(config.data)
+    if cache is None:
+        return [f"{line}; data.cache is unset, so every epoch reads them anew"]
+    present = sum(cache.path(shard).exists() for shard in shards)
+    free = shutil.disk_usage(cache.folder).free / 2**30
+    return [f"{line}; {present} are in {cache.folder}, which has {free:.1f} GiB free"]

@@ -1,0 +1,200 @@
+"""The glyphs data set: letters of the twelve DejaVu faces that matplotlib ships, drawn as small grey images.
+
+A class is a character and its images are the faces, each drawn several times with a small change of size and place.
+Latin letters are for training; the letters of Greek, Cyrillic, Armenian and Georgian are for testing, so that
+retrieval is measured on scripts that were never seen. Letters that look the same in some face (Latin A, Greek Alpha,
+Cyrillic A) are one class, which stands on the training side as soon as one of them is Latin.
+"""
+
+import io
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dist_obdsd.errors import InputError
+from dist_obdsd.rng import rng
+
+# The DejaVu faces with letters. The two Display faces of the family hold only mathematical symbols.
+FACES = tuple(
+    f"DejaVu{family}{style}"
+    for family, styles in (
+        ("Sans", ("", "-Bold", "-Oblique", "-BoldOblique")),
+        ("SansMono", ("", "-Bold", "-Oblique", "-BoldOblique")),
+        ("Serif", ("", "-Bold", "-Italic", "-BoldItalic")),
+    )
+    for style in styles
+)
+# Ranges of code points by script. Latin ends before the phonetic alphabet; of polytonic Greek, the letters with a
+# breathing are in.
+LATIN = ((0x0041, 0x024F),)
+OTHERS = {
+    "Greek": ((0x0370, 0x03FF), (0x1F00, 0x1F6F)),
+    "Cyrillic": ((0x0400, 0x052F), (0xA640, 0xA69F)),
+    "Armenian": ((0x0530, 0x058F), (0xFB13, 0xFB17)),
+    "Georgian": ((0x10A0, 0x10FF), (0x2D00, 0x2D2F)),
+}
+SIDE = 32  # pixels of an image
+POINTS = 20  # font size of a face's first image; 32 pixels hold all but four of the widest letters
+BASELINE = 24  # row of the baseline
+SIZES = (17, 18, 19, 21, 22)  # font sizes of the others
+SHIFT = 2  # pixels by which the others are moved, at most, in each direction
+FEWEST_FACES = 4
+# Two letters look the same where the squared difference of their images, ink aligned, is at most this share of the
+# ink's own square. DejaVu draws true twins (A, Alpha) alike to the bit or, where hinting rounds differently, to 1 %;
+# letters that a reader tells apart differ by more than 2 %.
+SAME = 0.015
+
+
+def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:
+    """Draw the whole set.
+
+    Args:
+        seed: of the sizes and shifts.
+        variants: images of a letter in a face; the first is the plain one.
+
+    Returns:
+        (name, class name, split, PNG bytes) of every image, sorted by split, class and name; no bitmap twice.
+
+    Raises:
+        InputError: matplotlib's folder lacks a face.
+    """
+    plain = {face: _draw_face(face) for face in FACES}
+    classes = _classes(plain)
+    fonts = {(face, size): _font(face, size) for face in FACES for size in SIZES}
+    found = []
+    seen: set[bytes] = set()
+    for letters in sorted(classes):
+        split = "train" if any(_inside(letter, LATIN) for letter in letters) else "test"
+        class_name = f"U+{ord(letters[0]):04X}"
+        for letter in letters:
+            for face in FACES:
+                if letter not in plain[face]:
+                    continue
+                choice = rng(seed, "glyphs", face, letter)
+                for variant in range(variants):
+                    if variant == 0:
+                        image = _place(plain[face][letter], 0, 0)
+                    else:
+                        font = fonts[face, SIZES[choice.integers(len(SIZES))]]
+                        dx, dy = choice.integers(-SHIFT, SHIFT + 1, size=2).tolist()
+                        ink = _ink(font, letter)
+                        if ink is None:
+                            continue
+                        image = _place(ink, dx, dy)
+                    # Merged letters, and upright and slanted faces, can give the same bitmap: a copy in the gallery
+                    # would make retrieval trivial.
+                    if image.tobytes() in seen:
+                        continue
+                    seen.add(image.tobytes())
+                    name = f"{class_name}/U+{ord(letter):04X}-{face}-{variant}.png"
+                    found.append((name, class_name, split, _png(image)))
+    return sorted(found, key=lambda row: (row[2] == "test", row[1], row[0]))
+
+
+def draw_letters(count: int) -> list[bytes]:
+    """PNG bytes of so many different letters of the first face, the plain images of ``draw_glyphs``."""
+    return [_png(_place(ink, 0, 0)) for ink in list(_draw_face(FACES[0]).values())[:count]]
+
+
+Ink = tuple[Image.Image, int]  # a letter cut to its ink, and the ink's top in pixels relative to the baseline
+
+
+def _inside(letter: str, ranges: tuple[tuple[int, int], ...]) -> bool:
+    return any(first <= ord(letter) <= last for first, last in ranges)
+
+
+def _path(face: str) -> Path:
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    if not path.is_file():
+        raise InputError(f"matplotlib {matplotlib.__version__} lacks the font {path}; reinstall matplotlib")
+    return path
+
+
+def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    # The basic layout draws one glyph per letter, with or without the optional shaping library.
+    return ImageFont.truetype(str(_path(face)), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _ink(font: ImageFont.FreeTypeFont, letter: str) -> Ink | None:
+    """The drawn letter, or None where it has no ink or does not fit into an image."""
+    canvas = Image.new("L", (4 * SIDE, 4 * SIDE))
+    ImageDraw.Draw(canvas).text((SIDE, 2 * SIDE), letter, font=font, fill=255, anchor="ls")
+    box = canvas.getbbox()
+    if box is None or box[2] - box[0] > SIDE or box[3] - box[1] > SIDE:
+        return None
+    return canvas.crop(box), box[1] - 2 * SIDE
+
+
+def _draw_face(face: str) -> dict[str, Ink]:
+    """The letters that a face has, in code point order. Asks its character map: a font draws a box for the rest."""
+    from matplotlib.ft2font import FT2Font
+
+    font = _font(face, POINTS)
+    blocks = (*LATIN, *(block for blocks in OTHERS.values() for block in blocks))
+    letters = (chr(code) for code in sorted(FT2Font(str(_path(face))).get_charmap()))
+    drawn = {}
+    for letter in letters:
+        if unicodedata.category(letter).startswith("L") and _inside(letter, blocks):
+            ink = _ink(font, letter)
+            if ink is not None:
+                drawn[letter] = ink
+    return drawn
+
+
+def _classes(plain: dict[str, dict[str, Ink]]) -> list[list[str]]:
+    """Letters joined wherever two look the same in one face (union-find); those with enough faces, in order."""
+    parent = {letter: letter for drawn in plain.values() for letter in drawn}
+
+    def root(letter: str) -> str:
+        while parent[letter] != letter:
+            letter = parent[letter]
+        return letter
+
+    for drawn in plain.values():
+        letters = list(drawn)
+        for i, j in _twins([drawn[letter][0] for letter in letters]):
+            first, second = sorted((root(letters[i]), root(letters[j])))
+            parent[second] = first
+    members = defaultdict(list)
+    for letter in sorted(parent):
+        members[root(letter)].append(letter)
+    return [
+        group
+        for group in members.values()
+        if sum(any(letter in drawn for letter in group) for drawn in plain.values()) >= FEWEST_FACES
+    ]
+
+
+def _twins(images: list[Image.Image]) -> list[tuple[int, int]]:
+    """Pairs of images that look the same, see SAME."""
+    pixels = np.zeros((len(images), SIDE, SIDE))
+    for row, image in zip(pixels, images, strict=True):
+        row[: image.height, : image.width] = np.asarray(image)
+    flat = pixels.reshape(len(images), -1)
+    # Sums of whole numbers below 2^53, so that the comparison does not depend on the order of summation.
+    product = flat @ flat.T
+    square = np.diag(product)
+    difference = square[:, None] + square[None, :] - 2 * product
+    same = difference <= SAME * np.minimum(square[:, None], square[None, :])
+    return [(int(i), int(j)) for i, j in np.argwhere(np.triu(same, 1))]
+
+
+def _place(ink: Ink, dx: int, dy: int) -> Image.Image:
+    """Centred left to right, on a common baseline, then moved by (dx, dy) as far as the ink stays inside."""
+    letter, top = ink
+    x = (SIDE - letter.width) // 2 + dx
+    y = BASELINE + top + dy
+    image = Image.new("L", (SIDE, SIDE))
+    image.paste(letter, (min(max(x, 0), SIDE - letter.width), min(max(y, 0), SIDE - letter.height)))
+    return image
+
+
+def _png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,261 @@
+"""Pack a data set into shards: tars in webdataset's convention and a manifest, whole or not at all.
+
+Everything is written into ``OUT.packing`` beside the target and renamed at the end, so that a folder with a manifest
+is complete whenever the program was stopped. Packing the same data twice gives the same bytes.
+"""
+
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dist_obdsd import console as progress
+from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.images import examine
+from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.data.packing.parallel import in_order, processes, threads
+from dist_obdsd.data.packing.readers import Sample, open_samples, refuse
+from dist_obdsd.data.packing.recipes import Recipe
+from dist_obdsd.data.packing.workshop import publish, storage_error, workshop, write_synced
+from dist_obdsd.data.packing.writer import UsableImage, write_shards
+from dist_obdsd.errors import InputError
+
+MOST_REPORTED = 20  # warnings about single images; the manifest lists all of them
+TOGETHER = 16  # images that go to a decoding process at a time
+_Found = tuple[str, int, int, bytes | None]  # suffix, size, checksum and, where made smaller, bytes of an image
+
+
+def pack(
+    recipe: Recipe,
+    source: Path | None,
+    out: Path,
+    *,
+    seed: int = 0,
+    samples_per_class: int = 2,
+    resize: int | None = None,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+    workers: int = 1,
+    report: Callable[[str], None] = lambda message: None,
+) -> Manifest:
+    """Write the shards and the manifest of a data set.
+
+    Args:
+        recipe: how the source is read.
+        source: the download, its folder or an archive; None where the recipe needs none.
+        out: the folder to make.
+        seed: of the deal to shards; the split of the classes belongs to the recipe.
+        samples_per_class: images of a class that training takes together (K); smaller training classes are left out.
+        resize: shorter side in pixels to which larger images are reduced and encoded again; None copies every image
+            byte for byte.
+        allow_partial: pack what is there of a source that lacks listed files or differs from the recipe's expected
+            counts, and say so in the manifest.
+        overwrite: replace a packed folder, once the new one is complete.
+        workers: processes that decode and write; 0 and 1 both mean none besides the caller's.
+        report: called with one sentence per warning.
+
+    Returns:
+        The manifest as it was written.
+
+    Raises:
+        InputError: the source does not fit the recipe, or the target cannot be used.
+        RunError: the disk is full, or the source changed meanwhile.
+    """
+    if samples_per_class < 2:
+        raise InputError(f"samples per class is {samples_per_class}; a group needs at least 2 images")
+    if resize is not None and resize < 1:
+        raise InputError(f"resize is {resize}; give the shorter side in pixels, at least 1")
+    out = out.resolve()
+    _check_target(out, source, overwrite)
+    differences: list[str] = []
+    lack = differences.append if allow_partial else refuse
+    with open_samples(recipe.reader, recipe.reader_options(), source, lack, _existing(out.parent)) as samples:
+        record: dict[str, Any] = {**recipe.model_dump(), "options": recipe.reader_options().model_dump()}
+        record["resize"] = resize
+        _check_sides(samples)
+        if counts := _other_counts(recipe, samples):
+            lack(", and ".join(counts))
+        if differences:
+            report(f"{', and '.join(differences)}; packing what is there")
+            record |= {"partial": True, "differences": differences}
+        try:
+            # The processes first, so that they do not inherit the workshop's lock, which ends with this process alone.
+            with processes(workers) as pool, workshop(out) as folder:
+                images, left_out = _examine_all(samples, resize, pool, workers, folder / "spool", report)
+                images, too_small = _drop_small_classes(images, samples_per_class, report)
+                if left_out or too_small:
+                    record["left_out"] = left_out + too_small
+                splits, classes = write_shards(images, samples_per_class, seed, folder, pool, workers)
+                (folder / "spool").unlink(missing_ok=True)
+                text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
+                written = manifests.from_json(text, str(out / "manifest.json"))
+                write_synced(folder / "manifest.json", text.encode())
+                publish(folder, out)
+        except OSError as error:
+            raise storage_error(error, out) from error
+    return written
+
+
+def _check_target(out: Path, source: Path | None, overwrite: bool) -> None:
+    if source is not None and out.is_relative_to(source.resolve()):
+        raise InputError(f"--out {out} lies inside the source {source}; choose a folder outside of it")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"--out {out} is a file; choose a folder")
+    present = {path.name for path in out.iterdir()}
+    if "manifest.json" not in present:
+        if present:
+            raise InputError(f"--out {out} is not empty and holds no shards; choose another --out")
+        return
+    if not overwrite:
+        raise InputError(f"{out} is already packed; remove it or choose another --out")
+    foreign = sorted(name for name in present if name != "manifest.json" and not name.endswith(".tar"))
+    if foreign:
+        raise InputError(f"{out} also holds {foreign[0]}, which is no shard; move it away before overwriting")
+
+
+def _check_sides(samples: Sequence[Sample]) -> None:
+    splits = defaultdict(set)
+    for sample in samples:
+        splits[sample.class_name].add(sample.split)
+    if both := sorted(name for name, found in splits.items() if len(found) > 1):
+        raise InputError(
+            f"{len(both)} classes are in training and in test, such as {both[0]!r}; "
+            f"retrieval is measured on classes never seen, so give each class to one side"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the first above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def _other_counts(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
+    """What differs from the recipe's expected counts, a clause each."""
+    images: Counter[tuple[str, str]] = Counter()
+    members = defaultdict(set)
+    for sample in samples:
+        for part in ((sample.split, ""), (sample.split, sample.role)):
+            images[part] += 1
+            members[part].add(sample.class_name)
+    found = []
+    for split, expected in recipe.expected.items():
+        for role, count in {"": expected, **expected.roles}.items():
+            part = (split, role)
+            if (images[part], len(members[part])) != (count.images, count.classes):
+                found.append(
+                    f"{split}{f' ({role})' if role else ''} has {images[part]} images of {len(members[part])} classes "
+                    f"but the recipe {recipe.name} expects {count.images} of {count.classes}"
+                )
+    return found
+
+
+def _examine_all(
+    samples: Sequence[Sample],
+    resize: int | None,
+    pool: Executor | None,
+    workers: int,
+    spool: Path,
+    report: Callable[[str], None],
+) -> tuple[list[UsableImage], list[dict[str, str]]]:
+    """Decode every image. Those made smaller wait in the spool file, the others stay where they are.
+
+    Returns:
+        The usable images, and name and reason of each other one.
+    """
+    images: list[UsableImage] = []
+    left_out: list[dict[str, str]] = []
+    parts = [samples[start : start + TOGETHER] for start in range(0, len(samples), TOGETHER)]
+    with (
+        threads(workers) as readers,
+        progress.bar(len(samples), "images", "examining") as bar,
+        spool.open("w+b") as file,
+    ):
+        look = partial(_look_at, resize=resize, pool=pool)
+        for part, results in zip(parts, in_order(readers, look, parts, 2 * workers), strict=True):
+            for sample, found in zip(part, results, strict=True):
+                if isinstance(found, str):
+                    left_out.append({"name": sample.name, "reason": found})
+                    if len(left_out) <= MOST_REPORTED:
+                        report(f"left out {sample.name}: {found}")
+                    continue
+                suffix, size, checksum, smaller = found
+                read = sample.read
+                if smaller is not None:
+                    read = partial(_read_at, spool, file.tell(), size)
+                    file.write(smaller)
+                images.append(UsableImage(sample, suffix, read, size, checksum))
+            bar.update(len(part))
+    if len(left_out) > MOST_REPORTED:
+        report(f"left out {len(left_out)} images in all; the manifest lists them")
+    return images, left_out
+
+
+def _look_at(samples: Sequence[Sample], resize: int | None, pool: Executor | None) -> list[_Found | str]:
+    """Read some images here, since an archive is open in this process alone, and decode them in another one."""
+    data = [_read(sample) for sample in samples]
+    return pool.submit(_examine, data, resize).result() if pool else _examine(data, resize)
+
+
+def _read(sample: Sample) -> bytes | str:
+    try:
+        return sample.read()
+    except Exception as error:
+        # Archives raise errors of their own for a damaged entry; like a damaged image, it costs this image only.
+        return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _examine(encoded: list[bytes | str], resize: int | None) -> list[_Found | str]:
+    """What was found of each image, or why it cannot be used."""
+    results: list[_Found | str] = []
+    for data in encoded:
+        if isinstance(data, str):
+            results.append(data)
+            continue
+        try:
+            suffix, smaller = examine(data, resize)
+        except ValueError as error:
+            results.append(f"cannot be decoded: {error}")
+            continue
+        final = data if smaller is None else smaller
+        results.append((suffix, len(final), zlib.crc32(final), smaller))
+    return results
+
+
+def _read_at(path: Path, start: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def _drop_small_classes(
+    images: list[UsableImage], samples_per_class: int, report: Callable[[str], None]
+) -> tuple[list[UsableImage], list[dict[str, str]]]:
+    """Leave out training classes that cannot fill one group, and name test classes with nothing to retrieve."""
+    alone = Counter(image.sample.class_name for image in images if image.sample.split == "test")
+    lonely = sorted(name for name, size in alone.items() if size == 1)
+    if lonely:
+        report(
+            f"{len(lonely)} test classes have one image, which finds no match and stays in the gallery alone: "
+            + ", ".join(lonely[:MOST_REPORTED])
+        )
+    sizes = Counter(image.sample.class_name for image in images if image.sample.split == "train")
+    small = {name: size for name, size in sizes.items() if size < samples_per_class}
+    left_out = []
+    for name, size in sorted(small.items()):
+        reason = f"{size} usable images, fewer than {samples_per_class} samples per class"
+        left_out.append({"class": name, "reason": reason})
+        if len(left_out) <= MOST_REPORTED:
+            report(f"left out the training class {name}: {reason}")
+    if len(left_out) > MOST_REPORTED:
+        report(f"left out {len(left_out)} training classes in all; the manifest lists them")
+    if len(sizes) - len(small) < 2:
+        raise InputError(
+            f"the source has {len(sizes) - len(small)} training classes with {samples_per_class} usable images or "
+            f"more; training needs at least 2"
+        )
+    return [image for image in images if image.sample.class_name not in small], left_out

@@ -1,0 +1,133 @@
+"""Lists of images, as text tables and as MATLAB files, to rows of text. Nothing in them is executed or unpickled."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dist_obdsd.data.packing.sources import File
+from dist_obdsd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Row:
+    file: File
+    place: str
+    """In the file: the line or the element."""
+    cells: dict[str, str]
+
+    @property
+    def where(self) -> str:
+        """For people."""
+        return f"{self.file.where}{self.place}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    columns: tuple[str, ...]
+    rows: Iterable[Row]
+    """To be gone through once; a row that cannot be used raises an InputError that names it."""
+
+
+def read_bytes(file: File) -> bytes:
+    try:
+        return file.read()
+    except Exception as error:  # archives raise errors of their own for a damaged member
+        raise InputError(f"cannot read {file.where}: {error}; download it again") from error
+
+
+def read_text(file: File) -> str:
+    data = read_bytes(file)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file.where}:{line}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def text_rows(file: File, delimiter: str, skip: int, columns: Sequence[str]) -> Rows:
+    """Rows of a text table. Blank lines are passed over.
+
+    Args:
+        delimiter: between two cells, as in CSV; "" for white space.
+        skip: lines before the table.
+        columns: their names; where there are none, the table's first row gives them.
+    """
+    lines = _lines(file, read_text(file), delimiter, skip)
+    names = tuple(columns)
+    if not names:
+        _, first = next(lines, (0, []))
+        names = tuple(cell.strip() for cell in first)
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"{file.where}:1: has no row of column names, all different; add it as the first line")
+    return Rows(names, _named(file, lines, names))
+
+
+def _lines(file: File, text: str, delimiter: str, skip: int) -> Iterator[tuple[int, list[str]]]:
+    """Line number, from 1, and cells."""
+    stream = io.StringIO(text, newline="")
+    for _ in range(skip):
+        stream.readline()
+    if not delimiter:
+        yield from ((number, cells) for number, line in enumerate(stream, skip + 1) if (cells := line.split()))
+        return
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield skip + reader.line_num, cells
+    except csv.Error as error:
+        raise InputError(f"{file.where}:{skip + reader.line_num}: is no row of a table ({error}); mend it") from error
+
+
+def _named(file: File, lines: Iterator[tuple[int, list[str]]], names: tuple[str, ...]) -> Iterator[Row]:
+    for number, cells in lines:
+        if len(cells) != len(names):
+            raise InputError(
+                f"{file.where}:{number}: has {len(cells)} cells but needs {len(names)} ({', '.join(names)}); "
+                f"mend the line"
+            )
+        yield Row(file, f":{number}", {name: cell.strip() for name, cell in zip(names, cells, strict=True)})
+
+
+def matlab_rows(file: File, variable: str) -> Rows:
+    """Rows of a struct array in a MATLAB file: an element is a row, a field a column."""
+    records = np.atleast_1d(_matlab_variable(file, variable))
+    if not records.dtype.names:
+        raise InputError(f"{file.where}: the variable {variable} is no struct array, so it lists no images")
+    return Rows(records.dtype.names, _records(file, variable, records))
+
+
+def matlab_texts(file: File, variable: str) -> list[str]:
+    """A MATLAB cell array of texts."""
+    return [str(text) for text in np.atleast_1d(_matlab_variable(file, variable))]
+
+
+def _matlab_variable(file: File, variable: str) -> Any:
+    from scipy.io import loadmat  # takes a quarter of a second to import, which text tables do without
+
+    data = read_bytes(file)
+    try:
+        found = loadmat(io.BytesIO(data), variable_names=[variable], squeeze_me=True)
+    except Exception as error:  # the parser raises whatever it trips over
+        raise InputError(f"{file.where} is no MATLAB file that can be read ({error}); download it again") from error
+    if variable not in found:
+        raise InputError(f"{file.where} has no variable {variable}; download it again")
+    return found[variable]
+
+
+def _records(file: File, variable: str, records: Any) -> Iterator[Row]:
+    for number, record in enumerate(records, 1):  # as MATLAB counts
+        yield Row(file, f", {variable}({number})", {name: _text(record[name]) for name in records.dtype.names})
+
+
+def _text(value: Any) -> str:
+    """A field's text or whole number; "" for anything else, which is then missing where it is needed."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int | float | np.number) and float(value).is_integer():
+        return str(int(value))
+    return ""

@@ -1,0 +1,106 @@
+"""Recipes: how a benchmark's official download becomes (image, class, split, role). One YAML file each."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_obdsd.config import override_config
+from dist_obdsd.config.yaml_file import mistake, read_mapping
+from dist_obdsd.data.packing.readers import READERS, Options
+from dist_obdsd.errors import InputError
+
+Whole = Annotated[int, Field(ge=0)]
+
+
+class Count(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: Whole
+    classes: Whole
+
+
+class Counts(Count):
+    """Of a split."""
+
+    roles: dict[str, Count] = {}
+    """Of the images of a role, where the split has queries and a gallery."""
+
+
+class Recipe(BaseModel):
+    """Closed to unknown keys; the options are checked by the reader."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    reader: str
+    """A name in dist_obdsd.data.packing.readers.READERS."""
+    description: str
+    download: str = ""
+    """Where the data comes from and under which licence, for a person to follow."""
+    options: dict[str, Any] = {}
+    expected: dict[str, Counts] = {}
+    """Images and classes per split, and per role in it; packing refuses a source that differs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.reader not in READERS:
+            raise ValueError(f"reader is {self.reader!r}; readers are {', '.join(READERS)}")
+        try:
+            self.reader_options()
+        except ValidationError as error:
+            raise ValueError("; ".join(_sentence(item, "options.") for item in error.errors())) from error
+        return self
+
+    def reader_options(self) -> Options:
+        """The options with the reader's defaults filled in."""
+        return READERS[self.reader].options.model_validate(self.options)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by its name, or from any YAML file by its path, and apply ``options.NAME=value`` overrides.
+
+    Raises:
+        InputError: there is no such recipe, or it holds a mistake.
+    """
+    text = str(name_or_path)
+    if "/" in text or text.endswith((".yaml", ".yml")):
+        path = Path(text)
+    else:
+        names = recipe_names()
+        if text not in names:
+            near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(
+                f"there is no recipe {text!r}; {hint}recipes are {', '.join(names)}, or give the path of a YAML file"
+            )
+        path = recipe_folder() / f"{text}.yaml"
+    example = "a mapping; see shards/folder.yaml for an example"
+    raw = override_config(read_mapping(path, "recipe", "give a recipe's name or path", example), overrides)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{path}: " + "; ".join(_sentence(item) for item in error.errors())) from error
+
+
+def recipe_folder() -> Path:
+    """``shards/`` of the repository where the package is used from its checkout, else the installed copy."""
+    package = Path(__file__).resolve().parents[2]
+    checkout = package.parent / "shards"
+    # The project file tells a checkout from a site-packages folder, in which any other package may have put shards/.
+    if checkout.is_dir() and (package.parent / "pyproject.toml").is_file():
+        return checkout
+    return package / "_resources" / "shards"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def _sentence(item: Any, prefix: str = "") -> str:
+    where = prefix + ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {where}; remove it or check its spelling"
+    return mistake(where, item)

@@ -1,0 +1,318 @@
+"""The figures of a run: data in, a matplotlib figure out. Nothing here reads or writes a file or knows a run folder.
+
+Colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind people can tell apart; where there
+are more things than colours, the marker changes, too. Figures are made without pyplot, so that nothing is global.
+
+Shapes: m images of a sample, B images of a batch, t of them shown, D embedding dimension.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dist_obdsd.config import DistillationConfig
+from dist_obdsd.evaluation.geometry import rho
+from dist_obdsd.figures.retrieval_grid import shortened
+from dist_obdsd.losses.batch_view import similarity
+from dist_obdsd.manifold.graph import SymmetricGraph, WalkGraph, softmax
+from dist_obdsd.manifold.targets import target_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "^", "s", "P", "X")
+SHOWN_IMAGES = 64
+"""Images of a batch in the heat maps: of more, a class of two could not be seen."""
+DECADES = 3
+"""Powers of ten that a logarithmic colour scale spans."""
+HEADROOM = 1.4
+"""Of an axis, so that its legend lies above the curves."""
+MOST_EPOCHS = 60
+"""Beyond so many epochs their borders would only blacken the loss curves."""
+
+
+def embedding_map(
+    rows_mD: torch.Tensor, labels_m: torch.Tensor, names: Mapping[int, str], title: str, seed: int = 0
+) -> "Figure":
+    """Where the embeddings of a few classes lie, by t-SNE (van der Maaten and Hinton, JMLR 2008) in two dimensions.
+
+    Args:
+        rows_mD: m of at least 2, finite.
+        labels_m: their classes.
+        names: label -> class name; a label without one is shown as a number.
+    """
+    xy_m2 = _projected(rows_mD.double().numpy(), seed)
+    figure = _figure(8.6, 6, title)
+    axes = figure.subplots()
+    classes = labels_m.unique().tolist()
+    for number, label in enumerate(classes):
+        of_class = (labels_m == label).numpy()
+        axes.scatter(
+            xy_m2[of_class, 0], xy_m2[of_class, 1], s=26, linewidths=0.4, edgecolors="white",
+            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
+        )  # fmt: skip
+    axes.set(xticks=[], yticks=[], xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
+    axes.set_aspect("equal", adjustable="datalim")
+    legend = [_plain(shortened(names.get(label, str(label)))) for label in classes]
+    figure.legend(
+        axes.collections, legend, loc="outside right upper",
+        title=f"{len(classes)} classes, {len(rows_mD)} images", fontsize=8, title_fontsize=9, markerscale=1.2,
+    )  # fmt: skip
+    return figure
+
+
+def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, config: DistillationConfig, title: str) -> "Figure":
+    """One batch as the objective sees it, ordered by class: similarities, where the diffusion goes, and the target
+    before and after it. A target without a diffusion has two panels; without a teacher there are similarities alone.
+
+    All is computed over the whole batch (without the manifold's memory); of a large one the first whole classes of
+    up to ``SHOWN_IMAGES`` images are shown. A class's images are framed.
+
+    Args:
+        T_BD: unit rows, of the teacher where there is one.
+        labels_B: their classes.
+        config: of the target.
+
+    Raises:
+        RunError: the diffusion cannot be solved.
+    """
+    from matplotlib.colors import LogNorm
+
+    labels_B, order_B = labels_B.sort(stable=True)
+    T_BD = T_BD[order_B]
+    rows = slice(0, _whole_classes(labels_B))
+    S_tt = similarity(T_BD[rows], T_BD[rows])
+    panels: list[tuple[str, torch.Tensor, Any, str]] = []
+    if config.needs_teacher:
+        before_tB = softmax(similarity(T_BD[rows], T_BD), config.temperature, 0, config.mask_self)
+        shared = _log_norm(before_tB)
+        if config.diffuses:
+            graph = (WalkGraph if config.target == "obdsd" else SymmetricGraph)(T_BD, config)
+            A_tB = graph.transition(rows)
+            after_tB = target_rows(T_BD, rows, config).target_bB
+            shared = _log_norm(before_tB, after_tB)
+            step = f"(temperature {config.transition_temperature:g})" if config.target == "obdsd" else "(symmetric)"
+            panels.append((f"Transition A {step}", A_tB, _log_norm(A_tB), "weight of the edge"))
+            name = f"Target after the diffusion (ω = {config.omega:g})"
+            panels.append((name, after_tB, shared, "probability"))
+        name = "Target before the diffusion" if config.diffuses else "Target"
+        panels.insert(1, (f"{name} (temperature {config.temperature:g})", before_tB, shared, "probability"))
+
+    columns = 1 if not panels else 2
+    figure = _figure(1 + 5.2 * columns, 5.6 if len(panels) < 3 else 10, title)
+    axes = list(np.atleast_1d(figure.subplots(-(-(len(panels) + 1) // columns), columns)).flat)
+    image = axes[0].imshow(S_tt.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    axes[0].set_title("Similarity S", fontsize=10)
+    figure.colorbar(image, ax=axes[0], shrink=0.85, label="cosine")
+    for of, (name, matrix_tB, norm, unit) in zip(axes[1:], panels, strict=True):
+        assert isinstance(norm, LogNorm)
+        image = of.imshow(matrix_tB[:, rows].numpy(), cmap=_colours(), norm=norm, interpolation="nearest")
+        of.set_title(f"{name}\n{_shares(matrix_tB, labels_B)}", fontsize=10)
+        figure.colorbar(image, ax=of, shrink=0.85, label=f"{unit} (grey: 0)", extend="min")
+    for of in axes:
+        _frame_classes(of, labels_B[rows])
+        of.set(xlabel=f"image, ordered by class ({rows.stop} of {len(T_BD)})", ylabel="image, ordered by class")
+    return figure
+
+
+def recall_curves(lines: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
+    """Recall@k over k, one line per protocol.
+
+    Args:
+        lines: at least one, protocol -> {k: recall}.
+    """
+    figure = _figure(6.4, 4.6, title)
+    axes = figure.subplots()
+    for number, (name, line) in enumerate(lines.items()):
+        ks = sorted(line)
+        axes.plot(
+            ks, [100 * line[k] for k in ks], label=_plain(name), linewidth=1.8, markersize=6,
+            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
+        )  # fmt: skip
+        for k in (ks[0], ks[-1])[: len(ks)]:
+            axes.annotate(
+                f"{100 * line[k]:.1f}", (k, 100 * line[k]), textcoords="offset points", xytext=(0, 7), ha="center",
+                fontsize=8, color=COLOURS[number % len(COLOURS)],
+            )  # fmt: skip
+    ks = sorted({k for line in lines.values() for k in line})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    axes.margins(x=0.08, y=0.12)
+    axes.set(xlabel="k (neighbours looked at)", ylabel="Recall@k (% of the queries)")
+    axes.grid(visible=True, alpha=0.25)
+    axes.legend(fontsize=9)
+    return figure
+
+
+def spectrum(singular: Sequence[float], title: str) -> "Figure":
+    """The singular values of all embeddings, sorted, beside those of an embedding that uses all directions alike."""
+    values = np.maximum(np.array(singular) / (math.fsum(singular) or 1.0), 1e-12)
+    places = np.arange(1, len(values) + 1)
+    figure = _figure(6.4, 4.6, title)
+    axes = figure.subplots()
+    axes.plot(
+        places, values, color=COLOURS[0], linewidth=1.8, marker=".", label=f"embeddings, rho = {rho(singular):.3f}"
+    )
+    axes.axhline(1 / len(values), color=COLOURS[1], linestyle="dashed", label="all directions alike, rho = 0")
+    axes.set_yscale("log")
+    axes.set(xlabel="singular value, the largest first", ylabel="share of the sum of all singular values")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(fontsize=9)
+    return figure
+
+
+def loss_curves(steps: Sequence[Mapping[str, float]], title: str, batch: int | None = None) -> "Figure":
+    """The losses over the optimizer steps, raw and smoothed, with the ramp, the learning rate and the target's kind.
+
+    Args:
+        steps: at least one, ascending; each with ``step``, ``epoch`` and what was measured of ``ranking``,
+            ``distillation``, ``ramp``, ``lr``, ``target_entropy``, ``target_kl_to_uniform``. What is missing (a step
+            with an infinite loss, an epoch without distillation) leaves a gap.
+        batch: images in a batch, of whose number the logarithm bounds the entropy.
+    """
+    distils = any("distillation" in step for step in steps)
+    figure = _figure(11, 7.2 if distils else 3.9, title)
+    axes = list(np.atleast_1d(figure.subplots(1 + distils, 2, sharex=True)).flat)
+    place = [int(step["step"]) for step in steps]
+    of, rate = axes[0], axes[1]
+    _curve(of, place, _column(steps, "ranking"), "ranking loss", COLOURS[0])
+    of.set(title="Ranking loss", ylabel="loss (no unit)")
+    rate.plot(place, _column(steps, "lr"), color=COLOURS[2])
+    rate.set(title="Learning rate", ylabel="learning rate")
+    rate.set_ylim(bottom=0)
+    if distils:
+        of, target = axes[2], axes[3]
+        _curve(of, place, _column(steps, "distillation"), "KL(target || student)", COLOURS[1])
+        of.set(title="Distillation and its ramp", ylabel="divergence (nats)")
+        of.set_ylim(0, of.get_ylim()[1] * HEADROOM)
+        ramp = of.twinx()
+        ramp.plot(place, _column(steps, "ramp"), color=COLOURS[6], linestyle="dashed", label="ramp (right)")
+        ramp.set(ylabel="ramp (share of the full weight)", ylim=(0, HEADROOM), yticks=np.linspace(0, 1, 6))
+        of.legend(*_together(of, ramp), fontsize=8, loc="upper left")
+        _curve(target, place, _column(steps, "target_entropy"), "entropy", COLOURS[3])
+        _curve(target, place, _column(steps, "target_kl_to_uniform"), "KL to uniform", COLOURS[5])
+        if batch is not None:
+            target.axhline(math.log(batch), color="grey", linestyle="dotted", label=f"log {batch}, the most possible")
+        target.set(title="What the target is like", ylabel="nats")
+        target.set_ylim(0, target.get_ylim()[1] * HEADROOM)
+        target.legend(fontsize=8, loc="upper left", ncols=2)
+    borders = [step["step"] for before, step in pairwise(steps) if before["epoch"] != step["epoch"]]
+    for of in axes:
+        of.grid(visible=True, alpha=0.25)
+        for border in borders if len(borders) < MOST_EPOCHS else []:
+            of.axvline(border - 0.5, color="grey", linewidth=0.6, alpha=0.6, zorder=0)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)  # of all, since they share it
+    for of in axes[-2:]:
+        of.set_xlabel("optimizer step" + (" (grey lines: a new epoch)" if 0 < len(borders) < MOST_EPOCHS else ""))
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+# ---- what they share ------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float, title: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    return figure
+
+
+def _plain(name: str) -> str:
+    """A name as a legend shows it: a dollar is no formula, and what begins with "_" is shown, too."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _projected(rows_mD: np.ndarray, seed: int) -> np.ndarray:
+    """t-SNE, [m, 2]. Rows that are all the same, as of a collapsed network, have no principal components to start from,
+    and scikit-learn would divide by zero and crash the process."""
+    from sklearn.manifold import TSNE
+
+    # The map depends on the ratios of distances alone; near rows keep their digits this way.
+    centred_mD = rows_mD - rows_mD.mean(axis=0)
+    spread = float(np.abs(centred_mD).max())
+    if spread > 1e-9:
+        centred_mD /= spread
+    init = "pca" if spread > 1e-9 and min(rows_mD.shape) > 1 else "random"
+    perplexity = min(30.0, max(1.0, (len(rows_mD) - 1) / 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return TSNE(perplexity=perplexity, init=init, random_state=seed, n_jobs=1).fit_transform(centred_mD)
+
+
+def _log_norm(*matrices: torch.Tensor) -> Any:
+    """A logarithmic colour scale for all of them; without its lowest part where a sharp softmax is next to nothing."""
+    from matplotlib.colors import LogNorm
+
+    largest = max(float(matrix.max()) for matrix in matrices) or 1.0
+    top = 10.0 ** math.ceil(math.log10(largest))
+    return LogNorm(top / 10**DECADES, top)
+
+
+def _colours() -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["cividis"].with_extremes(bad="lightgrey")
+
+
+def _shares(matrix_tB: torch.Tensor, labels_B: torch.Tensor) -> str:
+    """Where a row's mass lies, on average over the rows shown."""
+    same_tB = labels_B[: len(matrix_tB), None] == labels_B
+    mass = matrix_tB.double().sum() or 1.0
+    own = float(matrix_tB.diagonal().double().sum() / mass)
+    of_class = float(matrix_tB.double()[same_tB].sum() / mass) - own
+    return f"itself {own:.0%}, its class {of_class:.0%}, others {1 - own - of_class:.0%}"
+
+
+def _whole_classes(labels_B: torch.Tensor) -> int:
+    """How many of the sorted images to show."""
+    ends = labels_B.unique_consecutive(return_counts=True)[1].cumsum(0)
+    return max(int(ends[ends <= SHOWN_IMAGES].max()) if ends[0] <= SHOWN_IMAGES else SHOWN_IMAGES, 1)
+
+
+def _frame_classes(axes: "Axes", labels_t: torch.Tensor) -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    _, counts = labels_t.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    frames = [Rectangle((end - n - 0.5, end - n - 0.5), n, n) for end, n in zip(ends, counts.tolist(), strict=True)]
+    axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#D55E00", linewidth=0.7))
+
+
+def _column(steps: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
+    return np.array([step.get(name, math.nan) for step in steps])
+
+
+def _curve(axes: "Axes", place: Sequence[int], values: np.ndarray, name: str, colour: str) -> None:
+    """A value per step, pale, and its mean over the steps round it, where there are enough for one."""
+    width = max(len(values) // 25, 1)
+    pale: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if width > 1 else {}
+    axes.plot(place, values, color=colour, **pale, label=f"{name}, every step")
+    if width > 1:
+        axes.plot(place, smoothed(values, width), color=colour, linewidth=1.8, label=f"{name}, mean of {width} steps")
+
+
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean over ``width`` values round each, of those that there are; NaN where the place itself has none."""
+    there = np.isfinite(values)
+    window = np.ones(width)
+    start = (width - 1) // 2
+    counts, sums = (
+        np.convolve(x, window)[start : start + len(values)] for x in (there.astype(float), np.where(there, values, 0.0))
+    )
+    return np.where(there, sums / np.maximum(counts, 1), np.nan)
+
+
+def _together(*axes: "Axes") -> tuple[list[Any], list[str]]:
+    handles, labels = zip(*(of.get_legend_handles_labels() for of in axes), strict=True)
+    return [h for part in handles for h in part], [label for part in labels for label in part]

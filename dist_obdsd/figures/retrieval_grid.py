@@ -1,0 +1,163 @@
+"""Queries with what they found, as one picture, and how a picture becomes a file."""
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_obdsd.data.cache import Cache
+from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.data.shard_reader import read_shard
+from dist_obdsd.data.transforms import decode
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation.retrieval import Answer
+from dist_obdsd.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RIGHT, WRONG, QUERY = "#1a7f37", "#c62828", "#1f4e8c"
+NAME_LENGTH = 18  # characters of a class name above an image
+SIDE = 160  # pixels of an image in the picture
+DPI = 150
+# Inches:
+TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAME_STRIP, HEADING = 0.62, 0.2, 1.3, 0.14, 0.22, 0.42, 0.3
+
+
+def read_images(root: str, manifest: Manifest, ids: Collection[int], cache: Cache | None = None) -> dict[int, bytes]:
+    """The encoded images of the given ids, from the shards that hold them.
+
+    Raises:
+        InputError: the shards have no image of that id.
+        RunError: a shard is broken.
+    """
+    wanted = set(ids)
+    found: dict[int, bytes] = {}
+    for shard in manifest.shards():
+        if not wanted.isdisjoint(shard.ids):
+            found.update(read_shard(root, shard, wanted, cache))
+    if wanted - found.keys():
+        raise InputError(
+            f"{root} has no image with id {min(wanted - found.keys())}; give the shards that the embeddings are of"
+        )
+    return found
+
+
+def wrong_at_first(failures: Iterable[Answer]) -> list[Answer]:
+    """Those whose nearest neighbour is of another class: where nearly all is right, the worst are no failures."""
+    return [failure for failure in failures if failure.neighbour_labels[0] != failure.query_label]
+
+
+def shown(answers: Iterable[Answer]) -> set[int]:
+    """The ids of all images in the picture."""
+    return {i for answer in answers for i in (answer.query_id, *answer.neighbour_ids)}
+
+
+def retrieval_grid(
+    sections: Mapping[str, Sequence[Answer]], images: Mapping[int, bytes], names: Mapping[int, str], title: str
+) -> "Figure":
+    """Draw queries with what they found, one row each.
+
+    Left the query, in a blue frame; then its neighbours, the nearest first. Those of the query's class have a solid
+    green frame and a check mark, the others a dashed red frame and a cross; the number is the cosine similarity (or
+    what else the search ranks by).
+
+    Args:
+        sections: heading -> answers, at least one in all; a heading of "" is left out.
+        images: id -> encoded image, of all ids in the answers.
+        names: label -> class name; a label without one is shown as a number.
+
+    Raises:
+        InputError: an image cannot be decoded.
+    """
+    from matplotlib.figure import Figure
+
+    sections = {heading: answers for heading, answers in sections.items() if answers}
+    columns = 1 + max(len(answer.neighbour_ids) for answers in sections.values() for answer in answers)
+    headings = sum(bool(heading) for heading in sections)
+    width = 2 * MARGIN + QUERY_GAP + columns * CELL - CELL_GAP
+    height = TITLE + MARGIN + headings * HEADING + sum(map(len, sections.values())) * (CELL + NAME_STRIP)
+    # Every place is known, so there is nothing for a layout engine to find out, which with 150 axes takes seconds.
+    figure = Figure(figsize=(width, height))
+    figure.text(MARGIN / width, 1 - 0.15 / height, title, fontsize=12, va="top", parse_math=False)
+    top = TITLE  # inches from the upper edge
+    for heading, answers in sections.items():
+        if heading:
+            figure.text(MARGIN / width, 1 - (top + 0.1) / height, heading, fontsize=11, fontweight="bold", va="top")
+            top += HEADING
+        for answer in answers:
+            top += NAME_STRIP
+            ids = (answer.query_id, *answer.neighbour_ids)
+            labels = (answer.query_label, *answer.neighbour_labels)
+            scores = (None, *answer.neighbour_scores)
+            for column, (image_id, label, score) in enumerate(zip(ids, labels, scores, strict=True)):
+                left, side = MARGIN + column * CELL + (column > 0) * QUERY_GAP, CELL - CELL_GAP
+                axes = figure.add_axes(
+                    (left / width, 1 - (top + side) / height, side / width, side / height), xticks=[], yticks=[]
+                )
+                _show(axes, image_id, images[image_id])
+                name = shortened(names.get(label, str(label)))
+                style: Any = "solid"
+                if score is None:
+                    colour, line, text = QUERY, 4.5, f"query {image_id}\n{name}"
+                elif label == answer.query_label:
+                    colour, line, text = RIGHT, 2.2, f"✓ {score:.3f}\n{name}"
+                else:
+                    colour, style, line, text = WRONG, (0, (4, 2)), 2.2, f"✗ {score:.3f}\n{name}"
+                weight = "bold" if score is None else "normal"
+                axes.set_title(text, fontsize=8.5, pad=5 + line / 2, color=colour, fontweight=weight, parse_math=False)
+                for spine in axes.spines.values():
+                    spine.set_position(("outward", line / 2))
+                    spine.set(color=colour, linewidth=line, linestyle=style, capstyle="projecting")
+            top += CELL
+    return figure
+
+
+def write(path: Path, figure: "Figure") -> None:
+    """Write a figure whole or not at all; the suffix of ``path`` chooses the format.
+
+    Raises:
+        InputError: the suffix is not known.
+        RunError: the file cannot be written.
+    """
+    buffer = BytesIO()
+    kind = path.suffix.removeprefix(".") or "png"
+    try:
+        with warnings.catch_warnings():
+            # Names in a script that the font lacks: their boxes are all that can be done.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(buffer, format=kind, dpi=DPI)
+    except ValueError as error:
+        if kind in figure.canvas.get_supported_filetypes():
+            raise
+        raise InputError(f"{path} is of no picture format that matplotlib knows; end it in .png") from error
+    write_atomically(path, buffer.getvalue())
+
+
+def _show(axes: "Axes", image_id: int, data: bytes) -> None:
+    try:
+        pixels = _thumbnail(data)
+    except ValueError as error:
+        raise InputError(f"image id {image_id} cannot be decoded: {error}; repair the data") from error
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+
+
+def _thumbnail(data: bytes) -> Any:
+    """[H, W, 3] uint8, the longer side about ``SIDE`` pixels: small images by whole multiples, so that pixels stay."""
+    from PIL import Image
+
+    image = Image.fromarray(decode(data, 3).permute(1, 2, 0).numpy())
+    longest = max(image.size)
+    if longest > SIDE:
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    else:
+        times = max(SIDE // longest, 1)
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    return image
+
+
+def shortened(name: str) -> str:
+    """The end of a long name says more than its begin: Alphabet_of_the_Magi/character07."""
+    return name if len(name) <= NAME_LENGTH else "…" + name[-(NAME_LENGTH - 1) :]

@@ -1,0 +1,76 @@
+"""What the ranking losses share: their interface, a zero that is part of the graph, and Euclidean distances.
+
+Legend: b anchors of this rank, B rows of the global batch, D embedding dimension.
+"""
+
+import torch
+from torch import nn
+
+from dist_obdsd.losses.batch_view import BatchView, PartialMean, without_autocast
+
+
+class RankingLoss(nn.Module):
+    """A loss over one global batch, from what one rank sees of it. Its own parameters are the same on every rank."""
+
+    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+        """This rank's share of each part.
+
+        Returns:
+            Parts whose means add up to the loss, by names that begin with ``ranking``; names and order are the same on
+            every rank and in every step. The first part's count is logged as the number of anchors. Every sum depends
+            on ``view.E_BD`` and, if it could, on each parameter, also where nothing counts: it is then 0 and its
+            gradient 0. Embeddings that are not finite give at least one sum that is NaN.
+
+        Raises:
+            InputError: if the embeddings do not fit the loss's parameters.
+        """
+        raise NotImplementedError
+
+
+def graph_zero(view: BatchView) -> torch.Tensor:
+    """A scalar 0 that depends on every row; NaN if any is not finite.
+
+    The backward of the gather is a collective, so no rank may leave ``E_BD`` out of its loss. And mining forgets NaN: a
+    comparison with it is false.
+    """
+    return (view.E_BD * 0).sum(dtype=torch.promote_types(view.E_BD.dtype, torch.float32))
+
+
+def squared_distances(view: BatchView) -> torch.Tensor:
+    """Squared Euclidean distances [b, B] of own rows to all, in at least float32; autocast has no say.
+
+        |x - y|^2 = |x - c|^2 + |y - c|^2 - 2 (x - c).(y - c)
+
+    The centre c is the batch's mean, without gradient since no distance depends on it. It keeps digits where all rows
+    lie close together, as those of an untrained network do. Rounding may leave a value slightly below 0.
+    """
+    return _squares(*_centred(view))
+
+
+def distances(view: BatchView) -> torch.Tensor:
+    """Euclidean distances [b, B] of own rows to all, in at least float32; autocast has no say.
+
+    The square root has no slope at 0. A distance that rounding cannot tell from 0 (below about 4e-8 for float64 and
+    1e-3 for float32 unit rows) is 0 with gradient 0: duplicates are neither pushed nor pulled.
+    """
+    X_bD, Y_BD = _centred(view)
+    d2_bB = _squares(X_bD, Y_BD)
+    noise_bB = _sizes(X_bD.detach(), Y_BD.detach()) * (4 * torch.finfo(d2_bB.dtype).eps)
+    zero_bB = d2_bB.detach() <= noise_bB  # a NaN is not, and stays
+    return d2_bB.masked_fill(zero_bB, 1).sqrt().masked_fill(zero_bB, 0)
+
+
+def _centred(view: BatchView) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(torch.promote_types(view.E_bD.dtype, view.E_BD.dtype), torch.float32)
+    X_bD, Y_BD = view.E_bD.to(dtype), view.E_BD.to(dtype)
+    centre_D = Y_BD.detach().mean(0)
+    return X_bD - centre_D, Y_BD - centre_D
+
+
+def _sizes(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
+    return X_bD.square().sum(1, keepdim=True) + Y_BD.square().sum(1)
+
+
+def _squares(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
+    with without_autocast(X_bD.device):
+        return torch.addmm(_sizes(X_bD, Y_BD), X_bD, Y_BD.T, alpha=-2)

@@ -1,0 +1,187 @@
+"""The objective: ranking loss plus self-distillation, from this rank's rows and the gathered batch.
+
+    loss = ranking(E, labels) + ramp * weight * temperature^2 * KL( target || softmax(E E^T / temperature) )
+
+(arXiv 2211.07566). Every rank computes its own rows against all columns and hands on sums and counts, never means: the
+ranks may keep different numbers of anchors, and a mean of their means is another loss.
+
+Legend: b rows of this rank, B rows of the global batch, M of the memory, D embedding dimension, W ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dist_obdsd.config import Config, DistillationConfig
+from dist_obdsd.distributed.collectives import AsyncAllGather
+from dist_obdsd.errors import InputError
+from dist_obdsd.losses import RankingLoss, build_ranking, distillation
+from dist_obdsd.losses.batch_view import BatchView, PartialMean, check_rows
+from dist_obdsd.manifold import targets as manifold
+
+
+class Objective:
+    """The ranking loss with its own parameters, the distillation's settings, and the manifold's memory."""
+
+    def __init__(self, ranking: RankingLoss, distillation: DistillationConfig) -> None:
+        self.ranking, self.distillation = ranking, distillation
+        self.memory_MD: torch.Tensor | None = None
+        """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
+
+    def begin(self, teacher: AsyncAllGather, rows: slice) -> manifold.Ahead | None:
+        """Queue the target's diffusion ahead of the student's forward pass, for ``terms``; see ``manifold.begin``.
+
+        Args:
+            teacher: the teacher's unit rows of all ranks; waited for only where their diffusion can be solved ahead.
+            rows: this rank's.
+        """
+        config, b, B = self.distillation, rows.stop - rows.start, teacher.B
+        own = config.scope == "rank"
+        if not manifold.solves_ahead(b, b if own else B, config):
+            return None
+        T_BD = teacher.wait()
+        if own:
+            T_BD, rows = T_BD[rows], slice(0, b)
+        return manifold.begin(T_BD, rows, config, self.memory_MD)
+
+    def terms(
+        self, view: BatchView, T_BD: torch.Tensor | None = None, ahead: manifold.Ahead | None = None
+    ) -> dict[str, PartialMean]:
+        """This rank's share of every term.
+
+        The names and their order are the same on every rank. All hang on ``E_BD`` or are without gradient: the
+        backward of its gather is a collective, so a rank without a single anchor must enter it, too.
+
+        Args:
+            view: the student's rows.
+            T_BD: the teacher's unit rows; their D may differ. Left out where ``needs_teacher`` says so.
+            ahead: what ``begin`` returned for them, if it was called.
+
+        Returns:
+            The ranking loss's parts first, named ``ranking`` or ``ranking_...``; ``distillation`` if there is a target;
+            then those that are only logged: ``target_entropy``, ``target_kl_to_uniform``, ``target_self_mass``,
+            ``target_defects`` and, of a diffused target, ``target_residual`` (mean bound on a row's L1 error),
+            ``target_iterations`` and, with a memory, ``target_dropped_mass``.
+
+        Raises:
+            InputError: if shapes do not fit.
+            RunError: if the diffusion cannot be solved.
+        """
+        terms = self.ranking(view)
+        config, rows = self.distillation, view.rows
+        if not config.needs_teacher:
+            T_BD = view.E_BD.detach()  # the uniform target reads its shape alone
+        if config.target == "none" or T_BD is None:
+            return terms
+        check_rows("T_BD", T_BD, view.B, 2)
+        S_bB = view.S_bB
+        if config.scope == "rank":
+            S_bB, T_BD, rows = S_bB[:, rows], T_BD[rows], slice(0, view.b)
+        solve = manifold.target_rows(T_BD, rows, config, self.memory_MD, ahead)
+        self._remember(T_BD)
+        terms |= distillation.distil(S_bB, solve.target_bB, config.temperature, rows.start)
+        if config.diffuses:
+            count = terms["target_entropy"].count
+            terms["target_residual"] = PartialMean(solve.error_b.sum(), count)
+            terms["target_iterations"] = PartialMean(torch.full_like(count, solve.iterations), torch.ones_like(count))
+            if config.memory:
+                dropped = count.new_zeros(()) if solve.dropped_b is None else solve.dropped_b.sum()
+                terms["target_dropped_mass"] = PartialMean(dropped, count)
+        return terms
+
+    def ramp(self, epoch: int, epochs: int) -> float:
+        """epoch / epochs, where ``epoch`` counts from 0: the first epoch has no distillation."""
+        return epoch / epochs
+
+    def needs_teacher(self, ramp: float) -> bool:
+        """Whether ``terms`` needs the teacher's embeddings: its forward is skipped while it would have no effect."""
+        return self.distillation.needs_teacher and ramp * self.distillation.weight > 0
+
+    def loss(
+        self, terms: Mapping[str, PartialMean], global_counts: Mapping[str, torch.Tensor], world_size: int, ramp: float
+    ) -> torch.Tensor:
+        """The scalar on which this rank calls backward; its mean over the ranks is the global loss.
+
+        With the gathered rows' gradients summed over the ranks, rank r's parameter gradient is that of everyone's loss
+        through r's rows. DDP then takes the mean over the W ranks. So each term enters as local_sum * W / global_count,
+        and what DDP makes is exactly d(global_sum / global_count), as in one process with the whole batch. The same
+        holds for the ranking loss's own parameters, whose gradients are averaged, too.
+
+        Args:
+            global_counts: each term's count, summed over the ranks. A count of 0 gives a loss and a gradient of 0.
+
+        Raises:
+            InputError: if the ramp asks for distillation and ``terms`` had no teacher.
+        """
+        factors = {name: 1.0 for name in terms if is_ranking(name)}
+        config = self.distillation
+        scale = ramp * config.weight * config.temperature**2
+        if config.target != "none" and scale > 0:
+            if "distillation" not in terms:
+                raise InputError(f"the ramp is {ramp} but the terms hold no distillation; give T_BD to terms()")
+            factors["distillation"] = scale
+        sums_n = torch.stack([terms[name].sum for name in factors])
+        # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
+        counts_n = torch.stack([global_counts[name] for name in factors]).to(sums_n.dtype)
+        # Fills take their number along; a tensor made of numbers would be a copy to the GPU that the host waits for.
+        factors_n = torch.stack([sums_n.new_full((), factor * world_size) for factor in factors.values()])
+        return sums_n @ (factors_n / (counts_n + (counts_n == 0)))
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def _remember(self, T_BD: torch.Tensor) -> None:
+        if self.distillation.memory:
+            known = [] if self.memory_MD is None else [self.memory_MD]
+            self.memory_MD = torch.cat([T_BD, *known])[: self.distillation.memory]
+
+    def forget(self) -> None:
+        """Empty the memory: another teacher's rows would not fit those of the next one."""
+        self.memory_MD = None
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the ranking loss's parameters and the memory."""
+        return {"objective": self.ranking.state_dict(), "manifold_memory": self.memory_MD}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """The inverse of ``state``."""
+        self.ranking.load_state_dict(state["objective"])
+        memory_MD = state["manifold_memory"]
+        self.memory_MD = None if memory_MD is None else memory_MD.to(device)
+
+
+def is_ranking(name: str) -> bool:
+    """Whether a term is the ranking loss or a part of it."""
+    return name.partition("_")[0] == "ranking"
+
+
+def build_objective(config: Config, classes: Sequence[int], device: torch.device) -> Objective:
+    """The objective of a run, with freshly initialised parameters: the same on every rank.
+
+    Args:
+        classes: the training classes.
+
+    Raises:
+        InputError: the ranking loss is unknown or cannot take its arguments.
+    """
+    ranking = build_ranking(config.ranking, len(classes), config.model.embedding_dim, config.seed)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    return Objective(ranking.to(device=device, dtype=dtype), config.distillation)
+
+
+def class_indices(labels_B: torch.Tensor, classes_C: torch.Tensor) -> torch.Tensor:
+    """Class ids of the manifest [B], on the CPU, as indices 0 to C-1 among the sorted training classes [C].
+
+    Raises:
+        InputError: a label is no training class, or the batch has fewer than two classes.
+    """
+    index_B = torch.searchsorted(classes_C, labels_B).clamp_(max=len(classes_C) - 1)
+    unknown_B = classes_C[index_B] != labels_B
+    if unknown_B.any():
+        raise InputError(f"a batch holds class {int(labels_B[unknown_B][0])}, which is no training class")
+    if (index_B == index_B[0]).all():
+        raise InputError(
+            f"all {len(labels_B)} images of a batch are of class {int(labels_B[0])}; a ranking loss needs two classes, "
+            f"so raise batch.global_size or lower batch.samples_per_class"
+        )
+    return index_B

@@ -1,0 +1,192 @@
+"""The losses and miners of pytorch-metric-learning, by name.
+
+Their results depend on all rows at once, so every rank computes the whole loss on the gathered batch. With the gather's
+gradients summed over the ranks and DDP's mean, that is exact; it costs every rank what one process would pay.
+
+Legend: B rows of the global batch, C classes, D embedding dimension.
+"""
+
+import copy
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_obdsd.config import PytorchMetricLearningConfig
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.losses.base import RankingLoss, graph_zero
+from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.rng import derive
+
+REFUSED = {
+    "CrossBatchMemory": "it compares with embeddings of earlier steps, which a resumed run would not have",
+    "SelfSupervisedLoss": "it wants two views of every image",
+    "MultipleLosses": "it is made of other losses, which a configuration cannot hold",
+    "ManifoldLoss": "it takes no labels",
+    "VICRegLoss": "it takes no labels",
+    "SmoothAPLoss": "it is wrong unless a batch holds as many classes as images of each; take FastAPLoss",
+    "DistributedLossWrapper": "the batch is gathered already",
+    "DistributedMinerWrapper": "the batch is gathered already",
+    "EmbeddingsAlreadyPackagedAsTriplets": "batches here come in groups of one class",
+}
+ABSTRACT = ("BaseMetricLossFunction", "BaseLossWrapper", "GenericPairLoss", "BaseMiner")
+
+
+class PytorchMetricLearning(RankingLoss):
+    """Any loss of pytorch-metric-learning, with a miner of that library if one is given.
+
+    The number of classes and the embedding's length are filled in where a constructor takes them. What is random in a
+    step follows from ``view.seed``; what is random in the construction, from the generator state at that time.
+
+    Raises:
+        InputError: if the library is missing, or a name or an argument is unknown, cannot work here or fails on a small
+            batch, with names that are near.
+    """
+
+    def __init__(self, config: PytorchMetricLearningConfig, classes: int, embedding_dim: int) -> None:
+        super().__init__()
+        sizes = {
+            "num_classes": classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim,
+        }  # fmt: skip
+        self.name = config.name
+        self.loss = _build("losses", "ranking", config.name, config.kwargs, sizes)
+        self.miner = None
+        if config.miner is not None:
+            self.miner = _build("miners", "ranking.miner", config.miner, config.miner_kwargs, sizes)
+        elif config.miner_kwargs:
+            raise InputError("ranking.miner_kwargs are given without a miner; set ranking.miner=pml.NAME or leave them")
+        self._try(classes, embedding_dim)
+
+    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+        """Raises RunError, on every rank alike, if the library refuses a batch."""
+        parameters = list(self.parameters())
+        dtype = torch.promote_types(view.E_BD.dtype, torch.float32)
+        E_BD = view.E_BD.to(dtype)
+        with torch.autocast(E_BD.device.type, enabled=False), _seeded(view.seed, E_BD.device):
+            # A row that is not finite would stop the library; here the sum tells of it.
+            finite_BD = E_BD.nan_to_num(0, 0, 0)
+            try:
+                pairs = self.miner(finite_BD, view.labels_B) if self.miner is not None else None
+                loss = self.loss(finite_BD, view.labels_B, pairs)
+            except (ValueError, AssertionError) as error:
+                raise RunError(f"{self.name} refused a batch: {error}") from error
+        # What a loss remembers of a step (a histogram, say) must not hold on to the step's graph.
+        for module in self.loss.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.detach())
+        loss = loss.sum() + graph_zero(view) + sum(((parameter * 0).sum() for parameter in parameters), 0.0)
+        # All W ranks compute the same: L/W from each adds up to L.
+        return {"ranking": PartialMean(loss / view.world_size, torch.full_like(loss.detach(), 1 / view.world_size))}
+
+    def _try(self, classes: int, embedding_dim: int) -> None:
+        """Run once on a small batch, so that what cannot work is known before the training."""
+        trial = copy.deepcopy(self)
+        labels_B = torch.arange(min(classes, 4)).repeat_interleave(2)
+        E_BD = torch.randn(len(labels_B), embedding_dim, generator=torch.Generator().manual_seed(0))
+        E_BD = nn.functional.normalize(E_BD, dim=1).requires_grad_()
+        chosen = f"ranking.name={self.name}" + ("" if self.miner is None else f" with {type(self.miner).__name__}")
+        try:
+            (term,) = trial(BatchView(E_BD, E_BD, labels_B, 0)).values()
+            term.sum.backward()
+        except Exception as error:
+            reason = error.__cause__ or error
+            raise InputError(
+                f"{chosen} does not work with these settings: {type(reason).__name__}: {reason}; change ranking.kwargs "
+                f"or take another loss"
+            ) from error
+
+
+def _build(kind: str, key: str, given: str, kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
+    """An object of the library's module ``kind`` (losses or miners), with sizes and named parts filled in."""
+    found = _find(kind, f"{key}.name" if kind == "losses" else key, given)
+    arguments = f"{key}.kwargs" if kind == "losses" else f"{key}_kwargs"
+    known = _parameters(found)
+    for name in kwargs:
+        if name not in known:
+            raise InputError(f"{arguments}: {given} has no argument {name}{_near(name, known)}; it takes {known}")
+    # A distance, a reducer or a regularizer is an object, too: pml.NAME makes one with its defaults.
+    filled = {name: size for name, size in sizes.items() if name in known} | {
+        name: _part(f"{arguments}.{name}", name, value) for name, value in kwargs.items()
+    }
+    try:
+        built: nn.Module = found(**filled)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"{arguments}: {given} cannot be made of {filled}: {error}") from error
+    # The library keeps some tensors as plain attributes. As buffers they move to the GPU and into checkpoints.
+    for module in built.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor):
+                delattr(module, name)
+                module.register_buffer(name, value)
+    return built
+
+
+def _part(key: str, name: str, value: Any) -> Any:
+    if not (isinstance(value, str) and value.startswith("pml.")):
+        return value
+    kinds = {"distance": "distances", "reducer": "reducers"}
+    return _find(kinds.get(name, "regularizers"), key, value)()
+
+
+def _find(kind: str, key: str, given: str) -> Any:
+    """The class that ``pml.NAME`` names."""
+    module, name = _library(kind), given.removeprefix("pml.")
+    if name in REFUSED:
+        raise InputError(f"{key}={given} cannot work here: {REFUSED[name]}")
+    names = [
+        name for name, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, nn.Module) and name not in REFUSED and name not in ABSTRACT
+    ]  # fmt: skip
+    if name not in names:
+        raise InputError(
+            f"{key} is {given}, which pytorch-metric-learning does not have among its {kind}"
+            f"{_near(name, names, 'pml.') or ': ' + ', '.join(names)}"
+        )
+    return getattr(module, name)
+
+
+def _library(kind: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"pytorch_metric_learning.{kind}")
+    except ImportError as error:
+        raise InputError(
+            f"a pml. name needs pytorch-metric-learning, which cannot be imported ({error}); "
+            f"pip install pytorch-metric-learning"
+        ) from error
+
+
+def _parameters(found: type) -> list[str]:
+    """What a constructor takes, those of its bases included as long as it passes on keywords."""
+    names: dict[str, None] = {}
+    for base in inspect.getmro(found):
+        if "__init__" not in vars(base):
+            continue
+        signature = inspect.signature(vars(base)["__init__"]).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names |= {parameter.name: None for parameter in signature if parameter.kind in kinds}
+        if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in signature):
+            break
+    return [name for name in names if name not in ("self", "collect_stats", "mat_based_loss")]
+
+
+def _near(name: str, names: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(prefix + n for n in near)}?" if near else ""
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators, which the library draws from, in a state that is the same on every rank."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.default_generator.manual_seed(derive(seed, "miner"))
+        for cuda in devices:
+            with torch.cuda.device(cuda):
+                torch.cuda.manual_seed(derive(seed, "miner"))
+        yield

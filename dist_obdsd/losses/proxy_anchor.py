@@ -1,0 +1,57 @@
+"""The proxy anchor loss.
+
+Legend: B rows of the global batch, C classes, c of them this rank's share, D embedding dimension.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dist_obdsd.config import ProxyAnchorConfig
+from dist_obdsd.errors import InputError
+from dist_obdsd.losses.base import RankingLoss, graph_zero
+from dist_obdsd.losses.batch_view import BatchView, PartialMean, similarity
+
+
+class ProxyAnchor(RankingLoss):
+    """Kim et al., CVPR 2020, arXiv 2003.13911, equation 4.
+
+    One learned proxy p per class, with cosines s(x, p):
+
+        mean over proxies with a row of their class in the batch of log(1 + sum_x exp(-alpha (s(x, p) - delta))), x in
+        the proxy's class, plus the mean over all C proxies of log(1 + sum_x exp(alpha (s(x, p) + delta))), x in others
+
+    The anchors are the proxies, so each rank takes a share of them against all rows of the batch.
+    """
+
+    def __init__(self, config: ProxyAnchorConfig, classes: int, embedding_dim: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.config = config
+        self.proxies = nn.Parameter(torch.empty(classes, embedding_dim))
+        nn.init.kaiming_normal_(self.proxies, mode="fan_out", generator=generator)  # as the authors' code does
+
+    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+        C, D = self.proxies.shape
+        if view.E_BD.shape[1] != D:
+            raise InputError(f"embeddings have {view.E_BD.shape[1]} dimensions but the proxies {D}; make them equal")
+        alpha, delta, zero = self.config.alpha, self.config.delta, graph_zero(view)
+        share = view.share(C)
+        proxies_cD = functional.normalize(self.proxies[share], dim=1)
+        S_cB = similarity(proxies_cD, view.E_BD)
+        own_cB = torch.arange(share.start, share.stop, device=S_cB.device)[:, None] == view.labels_B
+        present_c = own_cB.any(1)
+        positive_c = _log1p_sum_exp(-alpha * (S_cB - delta), own_cB)
+        negative_c = _log1p_sum_exp(alpha * (S_cB + delta), ~own_cB)
+        count = present_c.sum().to(positive_c.dtype)
+        return {
+            "ranking_positive": PartialMean(positive_c.sum() + zero, count),
+            "ranking_negative": PartialMean(negative_c.sum() + zero, torch.full_like(count, share.stop - share.start)),
+        }
+
+
+def _log1p_sum_exp(x_cB: torch.Tensor, keep_cB: torch.Tensor) -> torch.Tensor:
+    """log(1 + sum of exp(x) over the kept entries) per row [c], without overflow.
+
+    The 1 is one more column, exp(0); with it no row is all -inf, whose gradient would be NaN.
+    """
+    return functional.pad(x_cB.masked_fill(~keep_cB, -torch.inf), (1, 0)).logsumexp(1)

@@ -1,0 +1,314 @@
+"""The batch manifold as a graph: nodes are the teacher's rows, edges say how alike two of them are.
+
+A node's row of the similarities S = T T^T is made when it is needed, a tile of rows at a time; only where the whole
+matrix fits the memory that the settings allow is it kept. With K the symmetric matrix of affinities and D its row sums
+(degrees), there is the transition matrix A of the diffusion, in whose coordinates the target is defined, and
+N = D^-1/2 K D^-1/2, which is symmetric with eigenvalues in [-1, 1] and similar to A, in whose coordinates it is solved.
+
+Legend: n nodes, the rows of the batch first and then those of the memory; b own rows; t rows of a tile; D embedding
+dimension.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+
+from dist_obdsd.config import DistillationConfig
+from dist_obdsd.losses.batch_view import LEAST_EXPONENT, LOG2_E, similarity
+
+TILE_ENTRIES = 2**22
+"""Entries of a tile where the whole matrix is not kept: 16 MiB in float32, which a CPU's allocator still hands out
+again instead of asking the kernel for new pages."""
+KEPT_MATRICES = 4
+"""n x n matrices that exist at a time where they are kept: S, A, N or its factor, and one being made."""
+BACK_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
+"""Largest exponent by which a solution is scaled back: beyond it the type would overflow. What the limit gets wrong,
+the solver's next correction mends."""
+TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Similarities this close to the k-th nearest count as tied with it, so that S_ij and S_ji, which two tiles may round
+differently, always fall on the same side."""
+EVERY = slice(0, None)
+"""All columns."""
+
+
+def fits(nodes: int, bytes_per_entry: int, config: DistillationConfig) -> bool:
+    """Whether n x n matrices may be kept whole."""
+    return KEPT_MATRICES * nodes**2 * bytes_per_entry <= config.memory_gib * 2**30
+
+
+class Graph(ABC):
+    """What both variants of the diffusion share. Everything is in the precision of ``T_nD``, at least float32."""
+
+    def __init__(self, T_nD: torch.Tensor, config: DistillationConfig) -> None:
+        self.T_nD = T_nD.to(torch.promote_types(T_nD.dtype, torch.float32))
+        self.config = config
+        self.n = T_nD.shape[0]
+        whole = fits(self.n, self.T_nD.element_size(), config)
+        height = self.n if whole else max(TILE_ENTRIES // self.n, 1)
+        self.tiles = [slice(i, min(i + height, self.n)) for i in range(0, self.n, height)]
+        self._S_nn = similarity(self.T_nD, self.T_nD) if whole else None
+        self._nearest_n = self._nearest() if config.neighbours is not None else None
+
+    # ---- rows of n x n matrices -------------------------------------------------------------------------------------
+
+    def similarities(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        """S [t, n], or some columns of it. Not to be written to."""
+        if self._S_nn is not None:
+            return self._S_nn[rows, columns]
+        return similarity(self.T_nD[rows], self.T_nD[columns])
+
+    @abstractmethod
+    def transition(self, rows: slice) -> torch.Tensor:
+        """A [t, n]: row i says where the diffusion goes from node i. An isolated node's row is 0."""
+
+    @abstractmethod
+    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        """N [t, n], or some columns of it."""
+
+    def times_symmetric(self, X_bn: torch.Tensor) -> torch.Tensor:
+        """X N [b, n] where N is not kept: a block above the diagonal is made once and serves below it, too."""
+        product_bn, side = torch.zeros_like(X_bn), max(math.isqrt(TILE_ENTRIES), 1)
+        blocks = [slice(i, min(i + side, self.n)) for i in range(0, self.n, side)]
+        for i, rows in enumerate(blocks):
+            for columns in blocks[i:]:
+                N_tt = self.symmetric(rows, columns)
+                product_bn[:, columns].addmm_(X_bn[:, rows], N_tt)
+                if columns != rows:
+                    product_bn[:, rows].addmm_(X_bn[:, columns], N_tt.T)
+        return product_bn
+
+    @property
+    @abstractmethod
+    def isolated_n(self) -> torch.Tensor:
+        """Nodes [n] without an edge."""
+
+    @property
+    @abstractmethod
+    def leading_n(self) -> torch.Tensor:
+        """The unit eigenvector [n] of N for its largest eigenvalue, 1: the square root of the degrees."""
+
+    def guess(self, rows: slice) -> torch.Tensor | None:
+        """A start [b, n] for Neumann's series of the own rows; None where the series is not worth trying."""
+        return None
+
+    # ---- between N's coordinates and A's ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def back(self, rows: slice) -> torch.Tensor | None:
+        """Factors [b, n] that take rows of (I - omega N)^-1 to those of (I - omega A)^-1; None for ones."""
+
+    @abstractmethod
+    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
+        """A bound [b] on the target's L1 error, from rows e_i - y (I - omega A)."""
+
+    @abstractmethod
+    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The target [b, n] of the own rows, from the rows y of (I - omega A)^-1."""
+
+    # ---- sharpening -------------------------------------------------------------------------------------------------
+
+    def start(self, rows: slice) -> torch.Tensor:
+        """P = softmax(S / temperature) [t, n], over all nodes, its diagonal left out where the settings say so."""
+        return softmax(self.similarities(rows), self.config.temperature, rows.start, self.config.mask_self)
+
+    def _sharpened(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """S after clipping and power [t, n], and which entries are edges, if not all but the diagonal."""
+        S_tn = self.similarities(rows, columns)
+        edges_tn = None
+        if self._nearest_n is not None:
+            mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n[columns]
+            edges_tn = mine_tn & theirs_tn if self.config.mutual else mine_tn | theirs_tn
+        if self.config.clip:
+            S_tn = S_tn.clamp_min(0)
+        if self.config.power != 1:
+            S_tn = S_tn**self.config.power
+        return S_tn, edges_tn
+
+    def _nearest(self) -> torch.Tensor:
+        """The similarity [n] from which on a node is among the k nearest of each."""
+        nearest_n = self._per_node()
+        k = min(self.config.neighbours or 0, self.n - 1)
+        for tile in self.tiles:
+            S_tn = self.similarities(tile).clone()
+            S_tn.diagonal(offset=tile.start).fill_(-torch.inf)
+            torch.sub(S_tn.topk(k, dim=1).values[:, -1], TIE[S_tn.dtype], out=nearest_n[tile])
+        return nearest_n
+
+    def _per_node(self) -> torch.Tensor:
+        """Room for a number per node [n]. Filled tile by tile in place: small results that outlive their tile would lie
+        between the tiles' blocks and keep the allocator from using those again."""
+        return torch.empty(self.n, dtype=self.T_nD.dtype, device=self.T_nD.device)
+
+
+class WalkGraph(Graph):
+    """Target ``obdsd``: A = softmax(S / transition_temperature) over the other nodes, a random walk.
+
+    K_ij = exp(S_ij / t) overflows at sharp temperatures, so only logarithms of degrees exist here. Logits reach
+    1/t = 200, where float32 is coarse; differences of near ones are exact, so the logarithm of a degree is kept in two
+    parts, m + log s, and the shift by S = 1 keeps the logits of close rows small.
+    """
+
+    def __init__(self, T_nD: torch.Tensor, config: DistillationConfig) -> None:
+        super().__init__(T_nD, config)
+        # Where the whole matrix is not kept, a tile of it is made whenever it is needed.
+        self._A_nn = self._transition(self._logits(slice(0, self.n))) if self._S_nn is not None else None
+
+    @cached_property
+    def _degrees(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """m and s [n] of every node, whose degree has the logarithm m + log s, and which nodes have none. For those m
+        is 0 and s is 1."""
+        m_n, largest_n = self._per_node(), self._per_node()
+        for tile in self.tiles:
+            logits_tn = self._logits(tile)
+            torch.amax(logits_tn, 1, out=m_n[tile])
+            # 1/s, since the largest logit's share is exp(0) / s
+            torch.amax(self._transition(logits_tn), 1, out=largest_n[tile])
+        isolated_n = m_n == -torch.inf
+        if self._nearest_n is not None:  # else every node has an edge to every other one
+            m_n, largest_n = m_n.masked_fill(isolated_n, 0), largest_n.masked_fill(isolated_n, 1)
+        return m_n, 1 / largest_n, isolated_n
+
+    @property
+    def isolated_n(self) -> torch.Tensor:
+        return self._degrees[2]
+
+    @cached_property
+    def leading_n(self) -> torch.Tensor:
+        m_n, s_n, isolated_n = self._degrees
+        half_n = (m_n + s_n.log()).masked_fill(isolated_n, -torch.inf) / 2
+        leading_n = (half_n - half_n.max()).exp()
+        return leading_n / leading_n.norm()
+
+    def guess(self, rows: slice) -> torch.Tensor | None:
+        """(I - omega A)^-1 is the sum of (omega A)^k. Here are its first two terms and, for the others, what a row of
+        A^k tends to as k grows: it is the same for every row, and the mean row of A is near it."""
+        if self._A_nn is None:
+            return None
+        omega = self.config.omega
+        rest_n = self._A_nn.sum(0).mul_(omega**2 / (1 - omega) / self.n)
+        guess_bn = torch.add(rest_n, self._A_nn[rows], alpha=omega)
+        guess_bn.diagonal(offset=rows.start).add_(1)
+        return guess_bn
+
+    def _transition(self, logits_tn: torch.Tensor) -> torch.Tensor:
+        A_tn = logits_tn.softmax(1)
+        # Without neighbours' edges every node has one; with them a row may be all -inf.
+        return A_tn if self._nearest_n is None else A_tn.nan_to_num(0)
+
+    def _logits(self, rows: slice, columns: slice = EVERY, unit: float = 1.0) -> torch.Tensor:
+        """Logarithms of K, shifted by the same for all, times ``unit``."""
+        S_tn, edges_tn = self._sharpened(rows, columns)
+        scale, logits_tn = unit / self.config.transition_temperature, S_tn - 1
+        if scale != 1:
+            logits_tn.mul_(scale)
+        if edges_tn is not None:
+            logits_tn.masked_fill_(~edges_tn, -torch.inf)
+        logits_tn.diagonal(offset=rows.start - columns.start).fill_(-torch.inf)
+        return logits_tn
+
+    def transition(self, rows: slice) -> torch.Tensor:
+        return self._A_nn[rows] if self._A_nn is not None else self._transition(self._logits(rows))
+
+    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        if self._A_nn is not None and rows == slice(0, self.n):
+            root_nn = self._A_nn.sqrt()
+            return root_nn * root_nn.T  # N_ij^2 = A_ij A_ji; cheaper than the logarithms' way
+        # In as few passes as there can be, since most of the time goes into them: logarithms of 2, and both parts of a
+        # degree's in one. What that costs in digits, corrections mend.
+        m_n, s_n, _ = self._degrees
+        half_n = (m_n + s_n.log()) * (LOG2_E / 2)
+        exponents_tn = self._logits(rows, columns, LOG2_E).sub_(half_n[rows, None]).sub_(half_n[columns])
+        return exponents_tn.clamp_min_(LEAST_EXPONENT).exp2_()
+
+    def back(self, rows: slice) -> torch.Tensor:
+        """exp((r_j - r_i)/2), r the logarithm of the degree. (exp(r/2) alone would overflow.)"""
+        m_n, s_n, _ = self._degrees
+        below_n = ((m_n - m_n.max()) / 2).clamp_min_(-BACK_LIMIT[m_n.dtype])
+        factor_n = below_n.exp_() * s_n.sqrt()
+        return factor_n / factor_n[rows, None]
+
+    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
+        """A's rows sum to 1 and P's do, hence || error of the target ||_1 <= || e_i - y (I - omega A) ||_1.
+
+        A residual in N's coordinates would not do: going back multiplies errors by exp((r_j - r_i)/2).
+        """
+        return residual_bn.abs().sum(1)
+
+    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Row i is (1 - omega) y P, and P_i where i is isolated."""
+        target_bn = sum_over_tiles(self.tiles, Y_bn, self.start).mul_(1 - self.config.omega)
+        if self._nearest_n is None:
+            return target_bn
+        return torch.where(self.isolated_n[rows, None], self.start(rows), target_bn)
+
+
+class SymmetricGraph(Graph):
+    """Target ``obdsd_symmetric``: A = N = D^-1/2 S0 D^-1/2, where S0 = max(S, 0) with zero diagonal."""
+
+    def __init__(self, T_nD: torch.Tensor, config: DistillationConfig) -> None:
+        super().__init__(T_nD, config.model_copy(update={"clip": True}))
+        degree_n, length_n = self._per_node(), self._per_node()
+        for tile in self.tiles:
+            torch.sum(self._affinities(tile), 1, out=degree_n[tile])
+            torch.linalg.vector_norm(self.similarities(tile), dim=1, out=length_n[tile])
+        self._scale_n = degree_n.masked_fill(degree_n == 0, 1).rsqrt()
+        self._reach = length_n.max() / config.temperature
+        self._degree_n = degree_n
+
+    @property
+    def isolated_n(self) -> torch.Tensor:
+        return self._degree_n == 0
+
+    @cached_property
+    def leading_n(self) -> torch.Tensor:
+        return self._degree_n.sqrt() / self._degree_n.sum().sqrt().clamp_min(torch.finfo(self._degree_n.dtype).tiny)
+
+    def _affinities(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        S_tn, edges_tn = self._sharpened(rows, columns)
+        if edges_tn is not None:
+            S_tn = S_tn * edges_tn
+        S_tn.diagonal(offset=rows.start - columns.start).fill_(0)
+        return S_tn
+
+    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
+        return self._affinities(rows, columns).mul_(self._scale_n[rows, None]).mul_(self._scale_n[columns])
+
+    def transition(self, rows: slice) -> torch.Tensor:
+        return self.symmetric(rows)
+
+    def back(self, rows: slice) -> None:
+        return None
+
+    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
+        """A's eigenvalues lie in [-1, 1], so y's error is at most 1/(1 - omega) times its residual in L2, and a logit's
+        at most that times (1 - omega) |S_j| / temperature; softmax does not enlarge it (from max norm to L1)."""
+        return residual_bn.norm(dim=1) * self._reach
+
+    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Row i is softmax((1 - omega) y S / temperature), and P_i where i is isolated."""
+        diffused_bn = sum_over_tiles(self.tiles, Y_bn, self.similarities).mul_(1 - self.config.omega)
+        diffused_bn = torch.where(self.isolated_n[rows, None], self.similarities(rows), diffused_bn)
+        return softmax(diffused_bn, self.config.temperature, rows.start, self.config.mask_self)
+
+
+def sum_over_tiles(tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """X M [b, n] for a matrix M that exists a tile of rows at a time."""
+    if len(tiles) == 1:
+        return X_bn @ matrix(tiles[0])
+    product_bn = torch.zeros_like(X_bn)
+    for tile in tiles:
+        product_bn.addmm_(X_bn[:, tile], matrix(tile))
+    return product_bn
+
+
+def softmax(S_tn: torch.Tensor, temperature: float, first_row: int, mask_self: bool) -> torch.Tensor:
+    """softmax(S / temperature) over each row [t, n]; a row's own node, on the diagonal from ``first_row``, is left out
+    where ``mask_self`` says so."""
+    logits_tn = S_tn if temperature == 1 else S_tn / temperature
+    if mask_self:
+        logits_tn = logits_tn.clone()
+        logits_tn.diagonal(offset=first_row).fill_(-torch.inf)
+    return logits_tn.softmax(1)

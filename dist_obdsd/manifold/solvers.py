@@ -1,0 +1,233 @@
+"""Rows of (I - omega A)^-1 for this rank's own rows of the batch manifold.
+
+A corrector solves the symmetric system I - omega N, with all rows by Cholesky or with the own rows by conjugate
+gradients; what counts is the residual in A's own coordinates, from which the next correction starts. Where corrections
+stall, Neumann's series can go on in those coordinates: every step shrinks the residual by omega. Where a walk forgets
+at once where it began, as at the usual temperatures, the series alone does, without N.
+
+Legend: n nodes, b own rows; rows of b x n matrices are systems of their own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dist_obdsd.config import DistillationConfig
+from dist_obdsd.manifold.graph import Graph, sum_over_tiles
+
+CORRECTIONS = 8
+"""At most; ordinary batches need one, outliers at sharp temperatures two or three."""
+CG_ITERATIONS = 200
+"""At most in one correction."""
+NEUMANN_ITERATIONS = 2000
+"""At most; an omega of 0.99 needs 920 to shrink a residual by 1e-4."""
+SERIES = 3
+"""Products with A after which an inverse by Cholesky would have been cheaper."""
+UNSEEN = 8
+"""Products with A that are taken where nobody looks whether fewer would do."""
+ROUNDING = 16
+"""Of the type's epsilon: what is left of a unit row's residual when every solver has only rounding errors left."""
+
+
+class Corrector(Protocol):
+    """Solves x (I - omega N) = c for rows of right-hand sides; returns solutions [b, n] and the iterations taken."""
+
+    def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
+        """For the unit vectors of the own rows."""
+
+    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]: ...
+
+
+@dataclass(frozen=True)
+class Inverse:
+    Y_bn: torch.Tensor
+    """Rows y_i with y_i (I - omega A) = e_i."""
+    error_b: torch.Tensor
+    """Bound on each row's L1 error of the target."""
+    iterations: int
+    """Products with an n x n matrix spent on iterating: of conjugate gradients and of Neumann's series."""
+
+
+def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann: bool) -> Inverse:
+    """Rows [b, n] of (I - omega A)^-1, as accurate as ``tolerance`` where that can be reached.
+
+    Args:
+        rows: the own rows.
+        solver: cholesky or cg.
+        tolerance: of ``Inverse.error_b``. Whether it was reached is for the caller to see there; NaN embeddings give
+            NaN errors.
+        neumann: go on with Neumann's series if the solver's corrections do not reach it.
+    """
+    omega, back_bn = graph.config.omega, graph.back(rows)
+    correct = Cholesky(graph) if solver == "cholesky" else ConjugateGradients(graph, back_bn, tolerance / 4)
+
+    def going_back(solved_bn: torch.Tensor) -> torch.Tensor:
+        return solved_bn if back_bn is None else solved_bn.mul_(back_bn)
+
+    def residual(Y_bn: torch.Tensor) -> torch.Tensor:
+        """e_i - y_i (I - omega A)."""
+        R_bn = sum_over_tiles(graph.tiles, Y_bn, graph.transition).mul_(omega).sub_(Y_bn)
+        R_bn.diagonal(offset=rows.start).add_(1)
+        return R_bn
+
+    solved_bn, iterations = correct.unit_rows(rows)  # which are the same in both coordinates
+    # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
+    Y_bn = going_back(solved_bn).clamp_min_(0)
+    R_bn = residual(Y_bn)
+    error_b = graph.error(R_bn)
+    before, worst = float("inf"), float(error_b.max())  # the host waits here for the device
+    for _ in range(CORRECTIONS):
+        if not tolerance < worst < before / 2:  # reached, stalled or NaN
+            break
+        solved_bn, taken = correct(R_bn if back_bn is None else R_bn / back_bn)
+        Y_bn = Y_bn.add_(going_back(solved_bn)).clamp_min_(0)
+        R_bn = residual(Y_bn)
+        error_b = graph.error(R_bn)
+        iterations += taken
+        before, worst = worst, float(error_b.max())
+    for _ in range(NEUMANN_ITERATIONS if neumann else 0):
+        if not worst > tolerance:
+            break
+        Y_bn = Y_bn.add_(R_bn).clamp_min_(0)
+        R_bn = residual(Y_bn)
+        error_b = graph.error(R_bn)
+        iterations += 1
+        before, worst = worst, float(error_b.max())
+        if worst >= before:  # rounding is all that is left
+            break
+    return Inverse(Y_bn, error_b, iterations)
+
+
+def series_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
+    """Rows [b, n] of (I - omega A)^-1 by Neumann's series alone, where two or three products with A make them as good
+    as any solver would, as at the usual temperatures; None elsewhere.
+
+        y' = e_i + omega y A  differs from y by y's residual, and its own residual is omega times that one times A
+
+    As A's rows sum to 1, it is at most omega times as large, without another product to see it.
+    """
+    goal, before = series_goal(graph.T_nD.dtype, graph.config, tolerance), 2 * graph.config.omega
+    for taken, (Y_bn, error_b) in enumerate(_series(graph, rows, SERIES), 1):
+        worst = float(error_b.max())  # the host waits here for the device
+        if worst <= goal:
+            return Inverse(Y_bn, error_b, taken)
+        # Written so that NaN, and with omega 0 anything that is left, is too slow.
+        if not (before and worst * (worst / before) ** (SERIES - taken) <= goal):
+            return None
+        before = worst
+    return None
+
+
+def series_rows_unseen(graph: Graph, rows: slice) -> Inverse | None:
+    """The same with more products, and without a look at their errors. Whether ``series_goal`` was reached is for the
+    caller to see; None where the graph has nothing to begin with."""
+    inverse = None
+    for Y_bn, error_b in _series(graph, rows, UNSEEN):
+        inverse = Inverse(Y_bn, error_b, UNSEEN)
+    return inverse
+
+
+def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Ever better rows [b, n], each with a bound [b] on its error; none where there is nothing to begin with. Rows are
+    overwritten when the next ones are asked for."""
+    Y_bn = graph.guess(rows)
+    if Y_bn is None:
+        return
+    omega, A_nn = graph.config.omega, graph.transition(slice(0, graph.n))
+    units_bn = unit_rows(rows, A_nn)
+    for _ in range(products):
+        next_bn = torch.addmm(units_bn, Y_bn, A_nn, alpha=omega)
+        yield next_bn, graph.error(Y_bn.sub_(next_bn)) * omega
+        Y_bn = next_bn
+
+
+def series_goal(dtype: torch.dtype, config: DistillationConfig, tolerance: float) -> float:
+    """The error that the series must reach. A looser one would let the rounds, and with them the last digits, depend on
+    which rows a rank has."""
+    return min(tolerance, ROUNDING * torch.finfo(dtype).eps / (1 - config.omega))
+
+
+class Cholesky:
+    """All of I - omega N is factored once: n^3 / 3 operations. All rows of its inverse take 2 n^3 / 3 more, b of them
+    2 b n^2."""
+
+    def __init__(self, graph: Graph) -> None:
+        M_nn = graph.symmetric(slice(0, graph.n)).mul_(-graph.config.omega)
+        M_nn.diagonal().add_(1)
+        # A failed factorisation shows in the residual, without a wait here.
+        self._factor_nn, _ = torch.linalg.cholesky_ex(M_nn)
+
+    def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
+        n = len(self._factor_nn)
+        if 3 * (rows.stop - rows.start) > n:
+            return torch.cholesky_inverse(self._factor_nn)[rows], 0
+        return self(unit_rows(rows, self._factor_nn))
+
+    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return torch.cholesky_solve(C_bn.T, self._factor_nn).T, 0
+
+
+class ConjugateGradients:
+    """One run for each own row: 2 b n^2 operations an iteration, and n x n matrices only a tile at a time.
+
+    The part along N's known leading eigenvector u, of eigenvalue 1, is solved directly, (c.u) / (1 - omega) u, and kept
+    out of the iteration, which then sees only the rest of the spectrum (deflation).
+    """
+
+    def __init__(self, graph: Graph, back_bn: torch.Tensor | None, tolerance: float) -> None:
+        """
+        Args:
+            tolerance: of the error that a residual stands for in A's coordinates. Below some 1e-6 of the right-hand
+                side float32 has nothing more to give, and the next correction takes over.
+        """
+        self._graph, self._back_bn, self._tolerance = graph, back_bn, tolerance
+        # One tile is the whole matrix: made once, not in every iteration.
+        self._N_nn = graph.symmetric(graph.tiles[0]) if len(graph.tiles) == 1 else None
+
+    def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
+        return self(unit_rows(rows, self._graph.T_nD))
+
+    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+        graph, u_n, omega, tiny = self._graph, self._graph.leading_n, self._graph.config.omega, _tiny(C_bn)
+        # Scaled to a largest entry of 1, since squares of what outliers leave would underflow.
+        size_b = C_bn.abs().amax(1).clamp_min(tiny)
+        C_bn = C_bn / size_b[:, None]
+        X_bn = torch.outer(C_bn @ u_n / (1 - omega), u_n)
+        R_bn = self._without_u(C_bn.clone())
+        D_bn = R_bn.clone()
+        rr_b = R_bn.square().sum(1)
+        enough_b = C_bn.square().sum(1) * (8 * torch.finfo(C_bn.dtype).eps) ** 2
+        iterations = 0
+        while iterations < CG_ITERATIONS:
+            error_b = size_b * graph.error(R_bn if self._back_bn is None else R_bn * self._back_bn)
+            if bool(((error_b <= self._tolerance) | ~(rr_b > enough_b)).all()):
+                break
+            Q_bn = D_bn.add(self._times_N(D_bn), alpha=-omega)
+            step_b = rr_b / (D_bn * Q_bn).sum(1).clamp_min(tiny)
+            X_bn.addcmul_(step_b[:, None], D_bn)
+            R_bn = self._without_u(R_bn.addcmul_(step_b[:, None], Q_bn, value=-1))
+            before_b, rr_b = rr_b, R_bn.square().sum(1)
+            D_bn.mul_((rr_b / before_b.clamp_min(tiny))[:, None]).add_(R_bn)
+            iterations += 1
+        return X_bn.mul_(size_b[:, None]), iterations
+
+    def _times_N(self, X_bn: torch.Tensor) -> torch.Tensor:
+        if self._N_nn is not None:
+            return X_bn @ self._N_nn
+        return self._graph.times_symmetric(X_bn)
+
+    def _without_u(self, X_bn: torch.Tensor) -> torch.Tensor:
+        return X_bn.addr_(X_bn @ self._graph.leading_n, self._graph.leading_n, alpha=-1)
+
+
+def unit_rows(rows: slice, like_nx: torch.Tensor) -> torch.Tensor:
+    """Rows of the identity [b, n]."""
+    unit_bn = like_nx.new_zeros(rows.stop - rows.start, len(like_nx))
+    unit_bn.diagonal(offset=rows.start).fill_(1)
+    return unit_bn
+
+
+def _tiny(x: torch.Tensor) -> float:
+    return torch.finfo(x.dtype).tiny

@@ -1,0 +1,48 @@
+"""What a run that fails leaves behind: an error that says where, and a status that says why."""
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterator
+
+from dist_obdsd.config import Config
+from dist_obdsd.distributed.failures import is_timeout, unresponsive_ranks
+from dist_obdsd.errors import RunError, UserError, format_error
+from dist_obdsd.training.run_dir import read_status, write_status
+
+
+@contextlib.contextmanager
+def report_failure(config: Config, rank: int, step: Callable[[], int]) -> Iterator[None]:
+    """Give an error that leaves the block its rank, host and step, and write it into the run's status.
+
+    Args:
+        step: asked for the optimizer steps that are done, once there is an error.
+
+    Raises:
+        RunError: instead of a collective's timeout, with the ranks that hang.
+    """
+    try:
+        yield
+    except BaseException as error:  # Ctrl-C as well
+        failure = _located(error, f"rank {rank} on {platform.node()} at step {step()}", config.timeout_seconds)
+        # The first rank to fail has the cause; the others only notice that it is gone.
+        if read_status(config.run_dir).get("state") == "running":
+            with contextlib.suppress(RunError):  # a full disk must not hide what went wrong before
+                where = getattr(failure, "where", "")
+                write_status(config.run_dir, "failed", f"{where}: {format_error(failure)}")
+        raise failure from (None if failure is error else error)
+
+
+def _located(error: BaseException, here: str, timeout_seconds: float) -> BaseException:
+    """The error with ``here`` in it."""
+    if is_timeout(error):
+        missing = unresponsive_ranks()
+        who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
+        error = RunError(
+            f"{who} did not answer within timeout_seconds={timeout_seconds:g} and hangs or cannot be "
+            f"reached; look at what it does there (py-spy dump), or raise timeout_seconds if it is only slow"
+        )
+    if isinstance(error, UserError):
+        error.where = here
+    elif isinstance(error, Exception):
+        error.add_note(here)
+    return error

@@ -1,0 +1,150 @@
+"""When a run is measured, on what, and which of its epochs was the best."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dist_obdsd.config import SELECTION_METRIC, Config
+from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.distributed.launch import Runtime
+from dist_obdsd.evaluation.evaluator import EvaluationResult, evaluate_split
+from dist_obdsd.evaluation.splits import validation_subset
+from dist_obdsd.training.preemption import PreemptionHandler
+
+NOTES = {"best_test": "as in the papers: the epoch was chosen on the test set"}
+"""What must be said of a protocol beside its numbers."""
+
+Choice = dict[str, Any]
+"""{"value": of the selection metric, "epoch": after so many epochs}; of the test set with all "metrics", too."""
+
+
+def selection_value(metrics: dict[str, float]) -> float:
+    """What epochs are compared by; the mean over the galleries, where they have names."""
+    values = [value for name, value in metrics.items() if name.rpartition("/")[2] == SELECTION_METRIC]
+    return math.fsum(values) / len(values)
+
+
+class ModelSelector:
+    """Measures the student and remembers the best epoch. Every method but ``state`` and ``load`` is collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        validation_classes: list[int],
+        student: nn.Module,
+        runtime: Runtime,
+        record: Callable[[str, EvaluationResult, int], None],
+        stop: PreemptionHandler,
+    ) -> None:
+        """Choose what to validate on.
+
+        Args:
+            validation_classes: all that are held out; ``validation.max_images`` may leave room for some of them only.
+            record: is told of every measurement: what, the result, after how many epochs.
+            stop: when any rank was asked to stop, a measurement is left with ``StoppedError`` on every rank, and
+                nothing is remembered of it.
+
+        Raises:
+            InputError: ``validation.max_images`` is too small.
+        """
+        self.config, self.manifest, self.student = config, manifest, student
+        self.runtime, self.record, self.stop = runtime, record, stop
+        self.classes = validation_subset(manifest, validation_classes, config)
+        self.best_validation: Choice | None = None
+        self.best_test: Choice | None = None
+        self.untrained: dict[str, float] | None = None
+        self._tested: tuple[int, dict[str, float]] | None = None
+
+    @property
+    def tests(self) -> bool:
+        """Whether the test set may be looked at, and there is one."""
+        return self.config.evaluation.test and "test" in self.manifest.splits
+
+    def before_training(self) -> None:
+        """Measure the untrained network, if asked for."""
+        if self.config.evaluation.untrained and self.tests:
+            self.untrained = self._measure("untrained", "test", None, 0)
+
+    def after_epoch(self, epoch: int) -> bool:
+        """Validate, and look at the test set if asked for, when it is time after ``epoch`` epochs.
+
+        Returns:
+            Whether this is the best epoch by validation so far.
+        """
+        if epoch % self.config.validation.every and epoch != self.config.epochs:
+            return False
+        validated = self._measure("validation", "train", self.classes, epoch) if self.classes else None
+        tested = None
+        if self.config.evaluation.best_test and self.tests:
+            tested = self._measure("test", "test", None, epoch)
+        best = False
+        if validated is not None:
+            value = selection_value(validated)
+            best = self.best_validation is None or value > self.best_validation["value"]
+            if best:
+                self.best_validation = {"value": value, "epoch": epoch}
+        if tested is not None:
+            self._tested = epoch, tested
+            value = selection_value(tested)
+            if self.best_test is None or value > self.best_test["value"]:
+                self.best_test = {"value": value, "epoch": epoch, "metrics": tested}
+        return best
+
+    def after_training(self, epoch: int, whole: bool, load_best: Callable[[], None]) -> list[dict[str, Any]]:
+        """Measure the test set: the last weights, and the best by validation.
+
+        Args:
+            epoch: whole epochs trained.
+            whole: whether the student is as it was after that epoch; false where steps of the next one followed.
+            load_best: puts the weights of the best epoch by validation into the student.
+
+        Returns:
+            The summary's rows.
+        """
+        measured: list[tuple[str, int, dict[str, float]]] = []
+        if self.untrained is not None:
+            measured.append(("untrained", 0, self.untrained))
+        if self.tests:
+            if not whole or self._tested is None or self._tested[0] != epoch:
+                self._tested = epoch, self._measure("test", "test", None, epoch)
+            metrics = self._tested[1]
+            measured.append(("last", epoch, metrics))
+            if self.best_validation is not None:
+                best = self.best_validation["epoch"]
+                if best != epoch or not whole:
+                    load_best()
+                    metrics = self._measure("test of best_validation", "test", None, best)
+                measured.append(("best_validation", best, metrics))
+        if self.best_test is not None:
+            measured.append(("best_test", self.best_test["epoch"], self.best_test["metrics"]))
+        return [
+            {"protocol": protocol, "split": "test", "epoch": after, "metric": name, "value": value}
+            | ({"note": NOTES[protocol]} if protocol in NOTES else {})
+            for protocol, after, metrics in measured
+            for name, value in metrics.items()
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint's entries."""
+        return {
+            "best_validation": self.best_validation,
+            "best_test": self.best_test,
+            "untrained": self.untrained,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take the entries of ``state`` out of a checkpoint."""
+        self.best_validation, self.untrained = state["best_validation"], state["untrained"]
+        self.best_test = state.get("best_test")  # older checkpoints have none
+
+    def _measure(self, what: str, split: str, classes: list[int] | None, epoch: int) -> dict[str, float]:
+        # Figures show the test set or, where it must not be looked at, the validation classes.
+        portrait = self.config.tracking.figures and what == ("test" if self.tests else "validation")
+        result = evaluate_split(
+            self.student, self.manifest, split, self.config, self.runtime, classes, self.stop.between, portrait
+        )
+        self.record(what, result, epoch)
+        return result.metrics

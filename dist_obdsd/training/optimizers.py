@@ -1,0 +1,100 @@
+"""Optimizers and learning rates.
+
+The rate is a pure function of the position, so a resumed run has no scheduler state to restore.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dist_obdsd.config import Config, LearnableConfig, OptimConfig
+
+OBJECTIVE_RATE = 100
+"""Learning rate of the ranking loss's own parameters, in units of the student's, where the settings leave it open."""
+
+HEAD = "head."
+"""What the names of the embedding layer's parameters begin with."""
+
+Named = tuple[str, torch.nn.Parameter]
+
+
+def build_optimizer(config: OptimConfig, parameters: Iterable[Named]) -> torch.optim.Optimizer:
+    """Every trainable parameter, in a group for each rate that parameters have beside the learning rate, its ``scale``.
+    Fused, since only the fused step can be masked on the device."""
+    by_scale: dict[float, list[torch.nn.Parameter]] = {}
+    for name, p in parameters:
+        if p.requires_grad:
+            by_scale.setdefault(config.head_scale if name.startswith(HEAD) else 1.0, []).append(p)
+    groups = [{"params": members, "scale": scale} for scale, members in by_scale.items()]
+    if config.name == "sgd":
+        optimizer = torch.optim.SGD(
+            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+        if config.momentum:
+            # The fused step leaves the buffer that it makes unwritten when the first step is masked; from 0 the first
+            # step is the same as without a buffer.
+            for p in (p for members in by_scale.values() for p in members):
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    return kind(groups, config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def build_objective_optimizer(config: Config, parameters: Sequence[Named]) -> torch.optim.Optimizer | None:
+    """The optimizer of the ranking loss's own parameters, if there are any."""
+    if not parameters:
+        return None
+    ranking, optim = config.ranking, config.optim
+    assert isinstance(ranking, LearnableConfig), "a loss with parameters has settings for them"
+    own = {"lr": ranking.lr or OBJECTIVE_RATE * optim.lr, "weight_decay": ranking.weight_decay}
+    optimizer = build_optimizer(optim.model_copy(update=own), parameters)
+    for group in optimizer.param_groups:  # whatever the parameters are called
+        group["scale"] = own["lr"] / optim.lr
+    return optimizer
+
+
+def learning_rate(config: OptimConfig, epoch: int, epochs: int, progress: float, global_step: int) -> float:
+    """The learning rate of one step.
+
+    Args:
+        epoch: from 0.
+        progress: share of this epoch's steps that are done, in [0, 1).
+        global_step: optimizer steps done so far.
+    """
+    rate = config.lr
+    if config.schedule == "step":
+        rate *= config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    elif config.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * (epoch + progress) / epochs))
+    if global_step < config.warmup_steps:
+        rate *= (global_step + 1) / config.warmup_steps
+    return rate
+
+
+def state_by_name(optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named]) -> dict[str, dict[str, Any]]:
+    """The optimizer's state under the parameters' names: a layout that does not depend on how they were grouped."""
+    if optimizer is None:
+        return {}
+    return {name: dict(optimizer.state[p]) for name, p in parameters if p in optimizer.state}
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named], state: dict[str, dict[str, Any]]
+) -> None:
+    """The inverse of ``state_by_name``. Tensors move to their parameter's device and layout."""
+    if optimizer is None:
+        return
+    for name, p in parameters:
+        if name in state:
+            optimizer.state[p] = {key: _placed_like(p, value) for key, value in state[name].items()}
+
+
+def _placed_like(p: torch.Tensor, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.shape != p.shape:
+        return value.to(p.device)
+    # The fused optimizers walk through the memory of weights and state side by side and do not look at strides.
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -1,0 +1,145 @@
+"""One optimizer step over all ranks, and how its numbers reach the host.
+
+Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dist_obdsd.config import Config
+from dist_obdsd.data.stream import Batch
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.launch import Runtime
+from dist_obdsd.errors import RunError
+from dist_obdsd.figures.run_figures import Seen
+from dist_obdsd.losses.batch_view import BatchView
+from dist_obdsd.losses.obdsd import Objective, class_indices, is_ranking
+from dist_obdsd.models.precision import autocast
+from dist_obdsd.models.teacher import ProgressiveTeacher
+from dist_obdsd.rng import derive
+from dist_obdsd.training.ddp import DDPStrategy
+from dist_obdsd.training.optimizers import learning_rate
+from dist_obdsd.transfer import AsyncHostCopy, DeviceUploader
+
+
+@dataclass
+class TrainProgress:
+    """The next step to take. ``global_step`` counts optimizer steps over the whole run."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+
+
+class DelayedMetrics:
+    """Hands the host a step's numbers ``lag`` steps later, so that a GPU never waits for it."""
+
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
+        self._waiting: deque[tuple[dict[str, float], list[str], AsyncHostCopy]] = deque()
+
+    def push(
+        self, about: dict[str, float], names: list[str], numbers: torch.Tensor
+    ) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+        """Queue one step: what the host knows of it, and its [n] named numbers. Yields steps that are old enough."""
+        self._waiting.append((about, names, AsyncHostCopy(numbers)))
+        return self._read(self._lag)
+
+    def drain(self) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+        """Yields the steps that are left."""
+        return self._read(0)
+
+    def _read(self, left: int) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+        while len(self._waiting) > left:
+            about, names, numbers = self._waiting.popleft()
+            yield about, dict(zip(names, numbers.read(), strict=True))
+
+
+class TrainStep:
+    """Student, teacher, objective and optimizer, put together as the step contract says."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        strategy: DDPStrategy,
+        teacher: ProgressiveTeacher | None,
+        objective: Objective,
+        classes: Sequence[int],
+    ) -> None:
+        """
+        Args:
+            classes: the training classes, sorted.
+        """
+        self.config, self.runtime, self.strategy = config, runtime, strategy
+        self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
+        self.upload = DeviceUploader(runtime.device)
+        self.looks_later = runtime.device.type == "cuda"
+        """Whether the diffusion is queued before anybody looks at its error; a GPU has more to do by then."""
+        self.latest: Seen | None = None
+        """The batch of the latest step, the same on every rank."""
+
+    def __call__(
+        self, batch: Batch, position: TrainProgress, progress: float, stop: bool = False, save: bool = False
+    ) -> tuple[list[str], torch.Tensor]:
+        """Take one step. Collective.
+
+        Args:
+            progress: share of the epoch's steps that are done.
+            stop: whether this rank was asked to stop; any rank's wish reaches all.
+            save: whether this rank wants a checkpoint, likewise.
+
+        Returns:
+            Names, and the [n] numbers that they name, still on the device: the ranking loss, global means of every
+            term, the gradient's norm, whether the step was masked, how many ranks want to stop and to save, the
+            learning rate and the number of anchors (of what the ranking loss's first part is a mean over).
+        """
+        if (batch.epoch, batch.step) != (position.epoch, position.step):
+            raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {position}; this is a defect")
+        ramp = self.objective.ramp(position.epoch, self.config.epochs)
+        images_b = self.upload(batch.images_b)
+        labels_B = self.upload(class_indices(batch.labels_B, self.classes_C))
+        b, T_BD, gathering, ahead = images_b.shape[0], None, None, None
+        rows = slice(self.runtime.rank * b, (self.runtime.rank + 1) * b)
+        # The teacher comes first: its rows travel while the student's forward pass runs. On a GPU the diffusion is
+        # queued before that, too, where it can be, so that its error is known before the host asks.
+        if self.teacher is not None and self.objective.needs_teacher(ramp):
+            with autocast(self.config, self.runtime.device, teacher=True):
+                chunks = images_b.split(self.config.batch.chunk or b)
+                T_bD = torch.cat([self.teacher(images) for images in chunks])
+            gathering = collectives.AsyncAllGather(T_bD)
+            if self.looks_later:
+                ahead = self.objective.begin(gathering, rows)
+        E_bD = self.strategy.embed(images_b)
+        # Sizes come from a config that all ranks share, so comparing them once is enough.
+        E_BD = collectives.gather_rows(E_bD, check_sizes=position.global_step == 0)
+        seed = derive(self.config.seed, "ranking", position.epoch, position.step)
+        if gathering is not None:
+            T_BD = gathering.wait()
+        whose = "student" if T_BD is None else "teacher"
+        self.latest = Seen(E_BD.detach() if T_BD is None else T_BD, batch.labels_B, whose)
+        terms = self.objective.terms(BatchView(E_bD, E_BD, labels_B, rows.start, seed), T_BD, ahead)
+
+        # The step contract: one small all-reduce carries every sum, every count, the finite flag and the wishes.
+        n = len(terms)
+        sums = torch.stack([term.sum.detach().double() for term in terms.values()])
+        counts = torch.stack([term.count.detach().double() for term in terms.values()])
+        nonfinite = (~torch.isfinite(sums)).any().double()[None]
+        # A fill takes its number along, where a tensor made of numbers would be a copy that the host waits for.
+        parts = [sums, counts, nonfinite, sums.new_full((1,), float(stop)), sums.new_full((1,), float(save))]
+        sums, counts, nonfinite, wishes = collectives.sum_across(torch.cat(parts)).split([n, n, 1, 2])
+        loss = self.objective.loss(terms, dict(zip(terms, counts, strict=True)), self.runtime.world_size, ramp)
+
+        epochs, optim = self.config.epochs, self.config.optim
+        rate = learning_rate(optim, position.epoch, epochs, progress, position.global_step)
+        outcome = self.strategy.step(loss, nonfinite[0], rate)
+        means = sums / torch.where(counts == 0, 1, counts)
+        names = [*terms, "grad_norm", "masked", "stop", "save", "lr", "anchors"]
+        numbers = torch.cat([means, outcome, wishes, sums.new_full((1,), rate), counts[:1]])
+        if "ranking" in terms:
+            return names, numbers
+        whole = means[: sum(is_ranking(name) for name in terms)].sum(0, keepdim=True)
+        return ["ranking", *names], torch.cat([whole, numbers])

@@ -1,0 +1,357 @@
+"""Every benchmark's recipe on a small data set in the layout of its official download."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.packing.pack import pack
+from dist_obdsd.data.packing.recipes import Recipe, load_recipe
+from dist_obdsd.data.packing.verify import verify
+from dist_obdsd.errors import InputError
+from tests.data.packing.readers import layouts
+from tests.data.packing.readers.layouts import Files, below, listed, part, write_archive, write_files
+
+CUB = "CUB_200_2011/"
+SOP = "Stanford_Online_Products/"
+
+
+def cub_archive(folder: Path) -> Path:
+    return write_archive(folder / "CUB_200_2011.tgz", layouts.cub200())
+
+
+def car_archives(folder: Path) -> Path:
+    files = layouts.cars_in_two_halves("")
+    for name in ("cars_train", "cars_test"):
+        write_archive(folder / f"{name}.tgz", part(files, f"{name}/"))
+    write_archive(folder / "car_devkit.tgz", part(files, "devkit/"))
+    return write_files(folder, part(files, "cars_test_annos"))
+
+
+def car_folder_archive(folder: Path) -> Path:
+    files = layouts.cars_in_one_folder()
+    write_archive(folder / "car_ims.tgz", part(files, "car_ims/"))
+    return write_files(folder, part(files, "cars_annos"))
+
+
+def inshop_archive(folder: Path, images: str = "Img/", text: str = "Eval/") -> Path:
+    files = layouts.inshop()
+    write_archive(folder / f"{images}img.zip", below(files, "Img/"))
+    return write_files(folder, {f"{text}list_eval_partition.txt": files["Eval/list_eval_partition.txt"]})
+
+
+def flat_inshop() -> Files:
+    return below(layouts.inshop(), "Img/") | below(layouts.inshop(), "Eval/")
+
+
+def mirrored_cars(folder: Path) -> Path:
+    """As a mirror offers them: every archive extracted into a folder of its own name."""
+    files = layouts.cars_in_two_halves("")
+    own = {"devkit/": "car_devkit/", "cars_train/": "cars_train/", "cars_test/": "cars_test/"}
+    moved = {own.get(name[: name.find("/") + 1], "") + name: data for name, data in files.items()}
+    assert "cars_train/cars_train/00001.jpg" in moved
+    return write_files(folder, moved)
+
+
+WAYS: dict[str, list[tuple[str, Callable[[Path], Path]]]] = {
+    "cub200": [
+        ("archive", cub_archive),
+        ("its folder", lambda folder: cub_archive(folder).parent),
+        ("extracted", lambda folder: write_files(folder, layouts.cub200())),
+        ("inside", lambda folder: write_files(folder, below(layouts.cub200(), CUB))),
+    ],
+    "cars196": [
+        ("archives", car_archives),
+        ("below", lambda folder: car_archives(folder / "cars").parent),
+        ("extracted", lambda folder: write_files(folder, layouts.cars_in_two_halves())),
+        ("one archive", lambda folder: write_archive(folder / "cars.tar", layouts.cars_in_two_halves())),
+        ("mirror", mirrored_cars),
+    ],
+    "cars196 in one folder": [
+        ("archive", car_folder_archive),
+        ("extracted", lambda folder: write_files(folder, layouts.cars_in_one_folder())),
+    ],
+    "sop": [
+        ("archive", lambda folder: write_archive(folder / "Stanford_Online_Products.zip", layouts.sop())),
+        ("extracted", lambda folder: write_files(folder, layouts.sop())),
+        ("inside", lambda folder: write_files(folder, below(layouts.sop(), SOP))),
+    ],
+    "inshop": [
+        ("archive", inshop_archive),
+        ("below", lambda folder: inshop_archive(folder / "In-shop Clothes Retrieval Benchmark").parent),
+        ("flat archive", lambda folder: inshop_archive(folder, "", "")),
+        ("Anno", lambda folder: inshop_archive(folder, "Img/", "Anno/")),
+        ("extracted", lambda folder: write_files(folder, layouts.inshop())),
+        ("flat", lambda folder: write_files(folder, flat_inshop())),
+    ],
+}
+
+EXPECTED = {
+    "cub200": [
+        (f"images/{name}/{name[4:]}_{i:04d}_7961{i}.jpg", name, split, role)
+        for name, split, role in (
+            ("099.Ovenbird", "train", "train"),
+            ("100.Brown_Pelican", "train", "train"),
+            ("101.White_Pelican", "test", "both"),
+            ("102.Western_Wood_Pewee", "test", "both"),
+        )
+        for i in (1, 2)
+    ],
+    "cars196": [
+        ("cars_test/00007.jpg", "Make 14 Sedan 2012", "train", "train"),
+        ("cars_train/00001.jpg", "Make 14 Sedan 2012", "train", "train"),
+        ("cars_test/00006.jpg", "Make 3 Sedan 2012", "train", "train"),
+        ("cars_train/00002.jpg", "Make 3 Sedan 2012", "train", "train"),
+        ("cars_train/00003.jpg", "Make 98 Sedan 2012", "train", "train"),
+        ("cars_test/00005.jpg", "Make 196 Sedan 2012", "test", "both"),
+        ("cars_train/00004.jpg", "Make 99 Sedan 2012", "test", "both"),
+    ],
+    "sop": [
+        ("bicycle_final/111_1.JPG", "1", "train", "train"),
+        ("bicycle_final/111_2.JPG", "1", "train", "train"),
+        ("bicycle_final/112_3.JPG", "2", "train", "train"),
+        ("chair_final/1111319_4.JPG", "11319", "test", "both"),
+        ("chair_final/1111319_5.JPG", "11319", "test", "both"),
+    ],
+    "inshop": [
+        ("img/WOMEN/Dresses/id_00000002/02_1_front.jpg", "id_00000002", "train", "train"),
+        ("img/WOMEN/Dresses/id_00000002/02_2_side.jpg", "id_00000002", "train", "train"),
+        ("img/MEN/Denim/id_00000001/01_1_front.jpg", "id_00000001", "test", "query"),
+        ("img/MEN/Denim/id_00000001/01_2_side.jpg", "id_00000001", "test", "gallery"),
+        ("img/MEN/Denim/id_00000001/01_3_back.jpg", "id_00000001", "test", "gallery"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "way"), [(name, way) for name, ways in WAYS.items() for way, _ in ways], ids=lambda text: text
+)
+def test_a_download_is_read_as_it_comes(tmp_path, benchmark: str, way: str) -> None:
+    source = dict(WAYS[benchmark])[way](tmp_path)
+    recipe = load_recipe(benchmark.split()[0])
+    found = listed(recipe, source, scratch=tmp_path)
+    expected = EXPECTED[recipe.name]
+    if benchmark == "cars196 in one folder":
+        names = {i: f"car_ims/{i:06d}.jpg" for i, _ in layouts.CARS}
+        expected = [(names[int(name[-9:-4])], *rest) for name, *rest in expected]
+        expected.sort(key=lambda row: (row[2] != "train", row[1], row[0]))
+    assert [row[:4] for row in found] == expected
+    images = set(layouts.cub200().values()) if recipe.name == "cub200" else {layouts.image(i) for i in range(8)}
+    assert len({row[4] for row in found} & images) == len(found)  # all images, each with its own bytes
+
+
+def recipe_for(benchmark: str) -> Recipe:
+    """The recipe with the counts of the small data set in place of the real one's."""
+    recipe = load_recipe(benchmark)
+    expected = {}
+    for split, counts in recipe.expected.items():
+        rows = [row for row in EXPECTED[benchmark] if row[2] == split]
+        roles = {
+            role: {"images": len(some), "classes": len({row[1] for row in some})}
+            for role in counts.roles
+            if (some := [row for row in rows if row[3] == role])
+        }
+        expected[split] = {"images": len(rows), "classes": len({row[1] for row in rows}), "roles": roles}
+    return Recipe.model_validate(recipe.model_dump() | {"expected": expected})
+
+
+def test_the_recipes_expect_the_published_counts() -> None:
+    def counts(name: str) -> list[tuple[int, int]]:
+        expected = load_recipe(name).expected
+        return [(expected[split].images, expected[split].classes) for split in ("train", "test")]
+
+    assert counts("cub200") == [(5864, 100), (5924, 100)]
+    assert counts("cars196") == [(8054, 98), (8131, 98)]
+    assert counts("sop") == [(59551, 11318), (60502, 11316)]
+    assert counts("inshop") == [(25882, 3997), (14218 + 12612, 3985)]
+    roles = load_recipe("inshop").expected["test"].roles
+    assert {role: (c.images, c.classes) for role, c in roles.items()} == {
+        "query": (14218, 3985),
+        "gallery": (12612, 3985),
+    }
+
+
+@pytest.mark.parametrize("benchmark", ["cub200", "cars196"])
+def test_archives_and_folders_pack_to_the_same_bytes(tmp_path, benchmark: str) -> None:
+    packed = []
+    for way, make in WAYS[benchmark]:
+        out = tmp_path / "out" / way
+        pack(recipe_for(benchmark), make(tmp_path / way), out, workers=3)
+        assert verify(out).problems == []
+        packed.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert len(packed[0]) > 2
+    assert all(other == packed[0] for other in packed[1:])
+
+
+def test_inshop_packs_with_its_roles_and_their_counts(tmp_path) -> None:
+    # One class more, since two are needed to train on.
+    files = layouts.inshop()
+    text = "Eval/list_eval_partition.txt"
+    files[text] += b"img/MEN/Tees/a.jpg id_00000003 train\nimg/MEN/Tees/b.jpg id_00000003 train\n"
+    files |= {f"Img/img/MEN/Tees/{name}.jpg": layouts.image(9) for name in "ab"}
+    source = write_files(tmp_path / "source", files)
+    raw = recipe_for("inshop").model_dump()
+    raw["expected"]["train"] |= {"images": 4, "classes": 2}
+    packed = pack(Recipe.model_validate(raw), source, tmp_path / "out")
+    assert Counter(role for shard in packed.splits["test"] for role in shard.roles) == {"query": 1, "gallery": 2}
+    assert Counter(role for shard in packed.splits["train"] for role in shard.roles) == {"train": 4}
+    raw["expected"]["test"]["roles"]["query"]["images"] = 2
+    with pytest.raises(InputError, match=r"test \(query\) has 1 images of 1 classes but the recipe inshop expects 2 o"):
+        pack(Recipe.model_validate(raw), source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("benchmark", ["cub200", "cars196", "sop", "inshop"])
+def test_other_counts_than_the_published_ones_are_refused(tmp_path, benchmark: str) -> None:
+    source = WAYS[benchmark][-1][1](tmp_path / "source")
+    recipe = load_recipe(benchmark)
+    counts = {split: (c.images, c.classes) for split, c in recipe.expected.items()}
+    rows = [row for row in EXPECTED[benchmark] if row[2] == "train"]
+    with pytest.raises(InputError) as caught:
+        pack(recipe, source, tmp_path / "out")
+    assert (
+        f"train has {len(rows)} images of {len({row[1] for row in rows})} classes but the recipe {benchmark} expects "
+        f"{counts['train'][0]} of {counts['train'][1]}, and test has "
+    ) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+LISTS = {
+    "cub200": CUB + "images.txt",
+    "cars196": "devkit/cars_train_annos.mat",
+    "sop": SOP + "Ebay_test.txt",
+    "inshop": "Eval/list_eval_partition.txt",
+}
+LAYOUTS: dict[str, Callable[[], Files]] = {
+    "cub200": layouts.cub200,
+    "cars196": layouts.cars_in_two_halves,
+    "sop": layouts.sop,
+    "inshop": layouts.inshop,
+}
+
+
+@pytest.mark.parametrize("benchmark", LISTS)
+def test_a_missing_list_is_named(tmp_path, benchmark: str) -> None:
+    source = write_files(tmp_path, LAYOUTS[benchmark]())
+    assert listed(load_recipe(benchmark), source)
+    (source / LISTS[benchmark]).unlink()
+    name = LISTS[benchmark].removeprefix(CUB).removeprefix(SOP)
+    with pytest.raises(InputError, match=f"holds no .*{name}"):
+        listed(load_recipe(benchmark), source)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "old", "new", "where"),
+    [
+        ("cub200", b"\n3 ", b"\n3 3 ", r"images.txt:3: has 3 cells but needs 2 \(id, path\)"),
+        ("cub200", b"\n3 100.Brown", b"\n3 Brown", "images.txt:3: the class 'Brown_Pelican' does not begin with a num"),
+        ("cub200", b"\n3 100", b"\n3 ../100", "images.txt:3: the path '../100.* may point outside"),
+        ("cub200", b"\n3 100", b"\n3 \xff100", "images.txt:3: is not UTF-8 text"),
+        ("sop", b"\n4 11319 2", b"\n4 11319", r"Ebay_test.txt:2: has 3 cells but needs 4 \(image_id, class_id"),
+        ("sop", b"image_id class_id", b"image_id klass", "Ebay_test.txt has no column class_id but image_id, klass"),
+        ("sop", b" chair_final/", b" /chair_final/", "Ebay_test.txt:2: the path '/chair_final.* may point outside"),
+        ("inshop", b"  query", b"  val", "list_eval_partition.txt:5: role is 'val'; it must be train, both, query"),
+        ("inshop", b"  query", b"", "list_eval_partition.txt:5: has 2 cells but needs 3"),
+        ("cars196", b"\x31\x00\x2e\x00j", b"\x31\x00\x2e\x00k", r"annotations\(1\): the image 00001.kpg is not there"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path, benchmark: str, old: bytes, new: bytes, where: str) -> None:
+    files = LAYOUTS[benchmark]()
+    data = files[LISTS[benchmark]]
+    if benchmark == "cars196":
+        rows = [{"class": c, "fname": f"{i:05d}.{'kpg' if i == 1 else 'jpg'}"} for i, c in layouts.CARS[:4]]
+        files[LISTS[benchmark]] = layouts.matlab(annotations=layouts.struct_array(rows))
+    else:
+        assert old in data
+        files[LISTS[benchmark]] = data.replace(old, new, 1)
+    for source in (write_files(tmp_path / "folder", files), write_archive(tmp_path / "archive.tgz", files)):
+        with pytest.raises(InputError, match=where):
+            listed(load_recipe(benchmark), source)
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "where"),
+    [
+        ([{"class": 197, "fname": "00001.jpg"}], True, r"annotations\(1\): class 197 has no name; there are nam"),
+        ([{"class": 3, "fname": 5.5}], True, r"annotations\(1\): fname is empty or no text"),
+        ([{"class": [], "fname": "00001.jpg"}], True, r"annotations\(1\): class is empty"),
+        ([{"class": "AM General", "fname": "00001.jpg"}], True, r"annotations\(1\): the class 'AM General' does not b"),
+        ([{"class": 3, "file": "00001.jpg"}], True, "has no column relative_im_path or fname but class, file"),
+        ([{"class": 3, "fname": "00001.jpg"}], False, "cars_meta.mat has no variable class_names"),
+    ],
+)  # fmt: skip
+def test_an_annotation_that_cannot_be_used_is_named(tmp_path, rows: list, names: bool, where: str) -> None:
+    files = layouts.cars_in_two_halves()
+    files["devkit/cars_train_annos.mat"] = layouts.matlab(annotations=layouts.struct_array(rows))
+    if not names:
+        files["devkit/cars_meta.mat"] = layouts.matlab(names=[1])
+    with pytest.raises(InputError, match=where):
+        listed(load_recipe("cars196"), write_files(tmp_path, files))
+
+
+def test_a_matlab_file_of_another_kind_is_refused(tmp_path) -> None:
+    source = write_files(tmp_path, layouts.cars_in_two_halves())
+    listing = source / "devkit/cars_train_annos.mat"
+    whole = listing.read_bytes()
+    listing.write_bytes(layouts.matlab(annotations=[1, 2, 3]))
+    with pytest.raises(InputError, match="cars_train_annos.mat: the variable annotations is no struct array"):
+        listed(load_recipe("cars196"), source)
+    for data in (b"", b"\x89HDF\r\n\x1a\n" + bytes(600), whole[:300], whole[:200] + bytes(300)):
+        listing.write_bytes(data)
+        with pytest.raises(InputError, match=r"cars_train_annos.mat (is no MATLAB file|has no variable)"):
+            listed(load_recipe("cars196"), source)
+
+
+def test_missing_images_and_lists_are_refused_or_written_into_the_manifest(tmp_path) -> None:
+    source = write_files(tmp_path / "source", layouts.cub200())
+    for name in ("100.Brown_Pelican/Brown_Pelican_0002_79612.jpg", "101.White_Pelican/White_Pelican_0001_79611.jpg"):
+        (source / CUB / "images" / name).unlink()
+    recipe = recipe_for("cub200")
+    clause = "CUB_200_2011/images.txt:4: the image 100.Brown_Pelican/Brown_Pelican_0002_79612.jpg is not there"
+    with pytest.raises(InputError, match=rf"{clause} \(and 1 other images of this list\); complete the data, or"):
+        pack(recipe, source, tmp_path / "out")
+    files = layouts.cub200()
+    more = "".join(f"{9 + i} 098.Scott_Oriole/{i}.jpg\n" for i in (0, 1)).encode()  # so that two classes stay
+    files[CUB + "images.txt"] += more
+    files |= {f"{CUB}images/098.Scott_Oriole/{i}.jpg": layouts.image(20 + i) for i in (0, 1)}
+    write_files(source, files)
+    (source / CUB / "images/101.White_Pelican/White_Pelican_0001_79611.jpg").unlink()
+    said: list[str] = []
+    packed = pack(recipe, source, tmp_path / "out", allow_partial=True, report=said.append)
+    assert packed.recipe["differences"] == [
+        "CUB_200_2011/images.txt:5: the image 101.White_Pelican/White_Pelican_0001_79611.jpg is not there",
+        "train has 6 images of 3 classes but the recipe cub200 expects 4 of 2, and test has 3 images of 2 classes but "
+        "the recipe cub200 expects 4 of 2",
+    ]
+    assert packed.recipe["partial"] is True
+    assert (packed.images("train"), packed.images("test")) == (6, 3)
+    assert said[0].endswith("packing what is there")
+
+
+def test_the_real_cars_part_is_the_training_half_of_the_training_classes(real_data, tmp_path) -> None:
+    source = real_data / "cars196_first98.tar"
+    with pytest.raises(InputError, match=r"the source holds no devkit/cars_test_annos_withlabels.mat .* --allow-parti"):
+        listed(load_recipe("cars196"), source)
+    lacking: list[str] = []
+    rows = listed(load_recipe("cars196"), source, lack=lacking.append)
+    assert len(lacking) == 1
+    assert Counter(row[2] for row in rows) == {"train": 4052}
+    assert len({row[1] for row in rows}) == 98
+    assert ("cars_train/00001.jpg", "Audi TTS Coupe 2012", "train", "train") in {row[:4] for row in rows}
+    assert all(row[4][:2] == b"\xff\xd8" for row in rows)  # JPEG
+    halves = listed(load_recipe("cars196", ["options.last_train_class=49"]), source, lack=lacking.append)
+    assert len({row[1] for row in halves if row[2] == "train"}) == 49
+    assert len({row[1] for row in halves if row[2] == "test"}) == 49
+
+
+@pytest.mark.slow
+def test_the_real_cars_part_packs_and_verifies(real_data, tmp_path) -> None:
+    said: list[str] = []
+    source = real_data / "cars196_first98.tar"
+    pack(load_recipe("cars196"), source, tmp_path / "out", allow_partial=True, report=said.append)
+    packed = manifests.load(tmp_path / "out")
+    assert [len(shards) for shards in packed.splits.values()] == [64]
+    assert packed.images("train") == 4052
+    assert "train has 4052 images of 98 classes but the recipe cars196 expects 8054 of 98" in said[0]
+    assert verify(tmp_path / "out").problems == []

@@ -1,0 +1,171 @@
+import io
+import os
+import resource
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd.data.packing.sources import Tree
+from dist_obdsd.errors import InputError, RunError
+from tests.data.packing.readers.layouts import write_archive, write_files
+
+FILES = {"a/1.png": b"one", "a/b/2.png": b"", "3.txt": os.urandom(70_000), "a/long" + "g" * 120 + ".png": b"pax"}
+
+
+def contents(source: Path, *archives: str, scratch: Path | None = None) -> dict[str, bytes]:
+    with ExitStack() as stack:
+        return {file.name: file.read() for file in Tree(source, archives, scratch, stack).files()}
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tgz", "tar.bz2", "tar.xz"])
+def test_an_archive_is_read_like_the_folder_it_was_made_from(tmp_path, suffix: str) -> None:
+    folder = write_files(tmp_path / "folder", FILES)
+    archive = write_archive(tmp_path / f"x.{suffix}", FILES | {"__MACOSX/a/1.png": b"", "a/._1.png": b"", "./4": b"4"})
+    write_files(folder, {".hidden/x.png": b"", "a/.x.png": b"", "4": b"4"})
+    assert contents(folder) == contents(archive) == FILES | {"4": b"4"}
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tgz"])
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/x.png", "a\\..\\x.png", "C:/x.png", "../folder/"])
+def test_an_archive_with_a_path_that_points_outside_is_refused(tmp_path, suffix: str, name: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    write_archive(path, FILES)
+    assert contents(path) == FILES
+    if name.endswith("/") and suffix != "zip":
+        with tarfile.open(path, "w:gz" if suffix == "tgz" else "w") as tar:
+            folder = tarfile.TarInfo(name)
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+    else:
+        write_archive(path, {**FILES, name: b""})
+    with pytest.raises(InputError, match=r"x.* holds '.*', a path that points outside"):
+        contents(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind: bytes, mode: str) -> None:
+    with tarfile.open(tmp_path / "x.tar", mode) as tar:
+        member = tarfile.TarInfo("a/1.png")
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member)
+    with pytest.raises(InputError, match=r"x.tar holds 'a/1.png', which is a link"):
+        contents(tmp_path / "x.tar")
+
+
+def test_links_in_a_zip_are_refused(tmp_path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
+        info = zipfile.ZipInfo("a/1.png")
+        info.external_attr = 0o120777 << 16
+        packed.writestr(info, "/etc/passwd")
+    with pytest.raises(InputError, match=r"x.zip holds 'a/1.png', which is a link"):
+        contents(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tgz", "tar.bz2", "tar.xz"])
+def test_an_archive_that_is_cut_short_is_refused_wherever_the_cut_is(tmp_path, suffix: str) -> None:
+    path = write_archive(tmp_path / f"x.{suffix}", FILES)
+    whole = path.read_bytes()
+    ends = {512, 1024, len(whole) // 2}
+    if suffix == "tar":  # also between two members, and in a header
+        with tarfile.open(path) as tar:
+            ends |= {start for member in tar for start in (member.offset, member.offset + 100)} | {tar.offset}
+    else:
+        ends.add(len(whole) - 4)
+    for end in sorted(end for end in ends if end >= 512):  # of less nobody can say that it was a tar
+        path.write_bytes(whole[:end])
+        with pytest.raises(InputError, match=r"cannot open .*x\..*download it again"):
+            contents(path)
+
+
+def test_a_compressed_tar_with_a_wrong_checksum_is_refused(tmp_path) -> None:
+    path = write_archive(tmp_path / "x.tgz", FILES)
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 1  # of the CRC and length at the end
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="cannot open .*CRC check failed"):
+        contents(path)
+
+
+def test_an_unreadable_source_is_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match="none does not exist; give the folder or the archive"):
+        contents(tmp_path / "none")
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(InputError, match="cannot open .*x.zip: File is not a zip file"):
+        contents(tmp_path / "x.zip")
+    (tmp_path / "x.tgz").write_bytes(b"\x1f\x8b and no more")
+    with pytest.raises(InputError, match="cannot open .*x.tgz: "):
+        contents(tmp_path / "x.tgz")
+
+
+def test_named_archives_are_read_where_they_lie_unless_they_are_extracted(tmp_path) -> None:
+    write_archive(tmp_path / "one.zip", {"one/1": b"1"})
+    write_archive(tmp_path / "sub/two.tgz", {"two/2": b"2"})
+    write_archive(tmp_path / "sub/Img/three.tar", {"three/3": b"3"})
+    write_archive(tmp_path / "other.zip", {"other/4": b"4"})
+    names = ("one.zip", "two.tgz", "Img/three.tar")
+    found = contents(tmp_path, *names)
+    inner = {name: data for name, data in found.items() if name.count(".") == 0}
+    assert inner == {"one/1": b"1", "sub/two/2": b"2", "sub/Img/three/3": b"3"}
+    write_files(tmp_path, {"one/1": b"extracted"})
+    (tmp_path / "one.zip").write_bytes(b"PK\x03\x04 broken, and not looked at")
+    assert contents(tmp_path, *names)["one/1"] == b"extracted"
+
+
+def test_a_compressed_tar_is_unpacked_into_one_file_without_a_name(tmp_path) -> None:
+    path = write_archive(tmp_path / "x.tgz", {f"{i}.png": bytes([i]) * 50_000 for i in range(40)})
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with ExitStack() as stack:
+        files = Tree(path, (), scratch, stack).files()
+        assert list(scratch.iterdir()) == []
+        assert 2_000_000 in [path.stat().st_size for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        with ThreadPoolExecutor(8) as pool:  # the reads do not disturb one another
+            for file, data in zip(files * 5, pool.map(lambda file: file.read(), files * 5), strict=True):
+                assert data == bytes([int(file.name.removesuffix(".png"))]) * 50_000
+
+
+def test_no_room_for_a_compressed_tar_is_one_sentence(tmp_path) -> None:
+    path = write_archive(tmp_path / "x.tgz", {"1.png": bytes(100_000)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot unpack the archive into a temporary file.*free some space"):
+            contents(path, scratch=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(InputError, match="cannot write to .*nowhere: No such file"):
+        contents(path, scratch=tmp_path / "nowhere")
+
+
+def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path) -> None:
+    write_files(tmp_path / "data", {"a/1.png": b"1"})
+    write_files(tmp_path / "elsewhere", {"2.png": b"2"})
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/a/up").symlink_to(tmp_path / "data")
+    assert contents(tmp_path / "data") == {"a/1.png": b"1", "b/2.png": b"2"}
+
+
+def test_an_image_that_an_archive_lost_costs_this_image_only(tmp_path) -> None:
+    path = write_archive(tmp_path / "x.tar", {"1.png": b"1" * 600, "2.png": b"2" * 600})
+    with ExitStack() as stack:
+        first, second = Tree(path, (), None, stack).files()
+        path.write_bytes(path.read_bytes()[:2000])
+        assert first.read() == b"1" * 600
+        with pytest.raises(OSError, match="600 bytes are expected"):
+            second.read()
+
+
+def test_a_later_member_replaces_an_earlier_one(tmp_path) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for data in (b"old", b"newer"):
+            member = tarfile.TarInfo("1.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "x.tar").write_bytes(stream.getvalue())
+    assert contents(tmp_path / "x.tar") == {"1.png": b"newer"}

@@ -1,0 +1,229 @@
+"""What the ranks say to each other, at 1, 2 and 3 real processes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import assert_equal_across_ranks
+from dist_obdsd.distributed.failures import raise_on_all_ranks
+from dist_obdsd.errors import InputError, RunError
+from tests import harness
+
+worlds = pytest.mark.parametrize("world", harness.WORLD_SIZES)
+several = pytest.mark.parametrize("world", [w for w in harness.WORLD_SIZES if w > 1])
+
+
+def rows_of(rank: int, b: int = 2) -> torch.Tensor:
+    return torch.randn(b, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+
+
+def rank_loss(x_b: torch.Tensor, x_B: torch.Tensor, rank: int) -> torch.Tensor:
+    """Another function on every rank, of own rows and of all rows."""
+    weights = torch.arange(1, x_B.numel() + 1, dtype=x_B.dtype).view_as(x_B)
+    return (rank + 2) * (x_b @ x_B.T).exp().sum() + (weights * x_B).sin().sum() * (rank + 1)
+
+
+def gather_worker(with_gradient: bool, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+    rank = collectives.rank()
+    x_b = rows_of(rank)
+    if transposed:
+        x_b = x_b.T.contiguous().T
+        assert not x_b.is_contiguous()
+    x_b.requires_grad_()
+    x_B = collectives.gather_rows(x_b)
+    rank_loss(x_b, x_B if with_gradient else x_B.detach(), rank).backward()
+    assert x_b.grad is not None
+    return x_B.detach().numpy(), x_b.grad.numpy()
+
+
+def gather_reference(world: int) -> tuple[np.ndarray, np.ndarray]:
+    x_B = torch.cat([rows_of(rank) for rank in range(world)]).requires_grad_()
+    total = sum(rank_loss(x_B[2 * rank : 2 * rank + 2], x_B, rank) for rank in range(world))
+    (grad,) = torch.autograd.grad(total, x_B)
+    return x_B.detach().numpy(), grad.numpy()
+
+
+@worlds
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gather_rows_and_its_gradient_are_those_of_one_process(world: int, transposed: bool) -> None:
+    x_B, grad = gather_reference(world)
+    for rank, (gathered, own_grad) in enumerate(harness.run(world, gather_worker, True, transposed)):
+        np.testing.assert_array_equal(gathered, x_B)
+        np.testing.assert_allclose(own_grad, grad[2 * rank : 2 * rank + 2], rtol=1e-12)
+
+
+@worlds
+def test_a_gather_without_gradient_is_noticed(world: int) -> None:
+    _, grad = gather_reference(world)
+    for rank, (_, own_grad) in enumerate(harness.run(world, gather_worker, False, False)):
+        assert np.abs(own_grad - grad[2 * rank : 2 * rank + 2]).max() > 0.1
+
+
+def gather_kinds_worker() -> list[tuple[str, np.ndarray]]:
+    rank = collectives.rank()
+    kinds = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
+    gathered = [collectives.gather_rows(torch.tensor([rank, 10 + rank]).to(kind)) for kind in kinds]
+    return [(str(x.dtype), x.double().numpy()) for x in gathered]
+
+
+@worlds
+def test_gather_rows_keeps_the_type_and_the_rank_order(world: int) -> None:
+    expected = np.array([[r, 10 + r] for r in range(world)], dtype=float).ravel()
+    for result in harness.run(world, gather_kinds_worker):
+        assert [kind for kind, _ in result] == ["torch.float32", "torch.bfloat16", "torch.int64", "torch.uint8"]
+        for _, values in result:
+            np.testing.assert_array_equal(values, expected)
+
+
+def uneven_worker() -> str:
+    try:
+        collectives.gather_rows(torch.zeros(2 + collectives.rank(), 3))
+    except RunError as error:
+        return str(error)
+    return "no error"
+
+
+@several
+def test_gather_rows_refuses_uneven_rows_on_every_rank(world: int) -> None:
+    answers = harness.run(world, uneven_worker)
+    assert len(set(answers)) == 1
+    assert "(2, 3)" in answers[0]
+    assert "(3, 3)" in answers[0]
+
+
+def ragged_worker(counts: list[int]) -> np.ndarray:
+    rank = collectives.rank()
+    gathered = collectives.gather_ragged(rows_of(rank, counts[rank]).requires_grad_())
+    assert not gathered.requires_grad
+    return gathered.numpy()
+
+
+@worlds
+@pytest.mark.parametrize("counts", [[2, 2, 2], [1, 4, 2], [3, 0, 1], [0, 2, 0], [0, 0, 0]])
+def test_gather_ragged_joins_different_numbers_of_rows(world: int, counts: list[int]) -> None:
+    expected = np.concatenate([rows_of(rank, counts[rank]).numpy() for rank in range(world)])
+    for gathered in harness.run(world, ragged_worker, counts):
+        np.testing.assert_array_equal(gathered, expected)
+
+
+def sums_worker() -> tuple[np.ndarray, np.ndarray, bool]:
+    x = rows_of(collectives.rank()).requires_grad_()
+    before = x.detach().clone()
+    total = collectives.sum_across(x)
+    assert torch.equal(x, before)  # a new tensor
+    numbers = torch.full((2,), float(collectives.rank()))
+    collectives.broadcast_([numbers], source=collectives.world_size() - 1)
+    return total.numpy(), numbers.numpy(), total.requires_grad
+
+
+@worlds
+def test_sums_and_broadcasts(world: int) -> None:
+    expected = sum(rows_of(rank).numpy() for rank in range(world))
+    for total, numbers, requires_grad in harness.run(world, sums_worker):
+        np.testing.assert_allclose(total, expected, rtol=1e-15)
+        np.testing.assert_array_equal(numbers, [world - 1, world - 1])
+        assert not requires_grad
+
+
+def ring_worker() -> list[list[np.ndarray]]:
+    tensors = [rows_of(collectives.rank()).T, torch.tensor([collectives.rank()])]
+    rounds = []
+    for _ in range(collectives.world_size()):
+        tensors = collectives.ring_pass(tensors)
+        rounds.append([tensor.numpy().copy() for tensor in tensors])
+    return rounds
+
+
+@worlds
+def test_ring_pass_brings_every_block_to_every_rank_and_home(world: int) -> None:
+    for rank, rounds in enumerate(harness.run(world, ring_worker)):
+        for step, (block, number) in enumerate(rounds):
+            owner = (rank - 1 - step) % world
+            np.testing.assert_array_equal(block, rows_of(owner).T.numpy())
+            assert number.tolist() == [owner]
+        assert rounds[-1][1].tolist() == [rank]
+
+
+def json_worker() -> tuple[list[Any], Any]:
+    rank = collectives.rank()
+    value = {"rank": rank, "text": "ü" * (5 * rank), "none": None, "numbers": [0.1, 1e-300, rank]}
+    return collectives.gather_json(value), collectives.broadcast_object({"from": rank})
+
+
+@worlds
+def test_json_travels_whole(world: int) -> None:
+    for values, first in harness.run(world, json_worker):
+        assert [value["rank"] for value in values] == list(range(world))
+        assert [len(value["text"]) for value in values] == [5 * rank for rank in range(world)]
+        assert values[-1]["numbers"] == [0.1, 1e-300, world - 1]
+        assert first == {"from": 0}
+
+
+def same_worker(values: list[str]) -> str:
+    try:
+        assert_equal_across_ranks("the config", values[collectives.rank()])
+    except RunError as error:
+        return str(error)
+    return "agreed"
+
+
+@worlds
+def test_agree_same(world: int) -> None:
+    assert harness.run(world, same_worker, ["a", "a", "a"]) == ["agreed"] * world
+    differing = ["a"] * (world - 1) + ["z"]
+    answers = harness.run(world, same_worker, differing)
+    if world == 1:
+        assert answers == ["agreed"]
+    else:
+        assert len(set(answers)) == 1
+        assert f"rank 0 has a and rank {world - 1} has z" in answers[0]
+
+
+def agree_worker(failures: dict[int, Exception]) -> tuple[str, str]:
+    rank = collectives.rank()
+    try:
+        with raise_on_all_ranks("reading"):
+            if rank in failures:
+                raise failures[rank]
+    except (InputError, RunError) as error:
+        outcome = (type(error).__name__, str(error))
+    else:
+        outcome = ("none", "")
+    # The group is still in step afterwards.
+    assert collectives.gather_json(rank) == list(range(collectives.world_size()))
+    return outcome
+
+
+@worlds
+def test_agree_lets_nobody_leave_alone(world: int) -> None:
+    assert harness.run(world, agree_worker, {}) == [("none", "")] * world
+    last = world - 1
+    for failure, kind in ((InputError("no file; make one"), "InputError"), (RunError("no space"), "RunError"),
+                          (OSError("odd"), "RunError")):  # fmt: skip
+        answers = harness.run(world, agree_worker, {last: failure})
+        assert len(set(answers)) == 1
+        assert answers[0][0] == kind
+        assert str(failure) in answers[0][1]
+        assert (f"rank {last}" in answers[0][1]) == (world > 1)
+
+
+@worlds
+def test_agree_names_no_rank_where_all_failed_alike(world: int) -> None:
+    answers = harness.run(world, agree_worker, {rank: InputError("no file") for rank in range(world)})
+    assert answers == [("InputError", "no file")] * world
+
+
+def test_without_a_process_group_a_world_of_one() -> None:
+    x = rows_of(0).requires_grad_()
+    assert collectives.gather_rows(x) is x
+    assert torch.equal(collectives.gather_ragged(x), x)
+    assert torch.equal(collectives.sum_across(x), x)
+    assert torch.equal(collectives.ring_pass([x])[0], x)
+    assert collectives.gather_json({"a": 1}) == [{"a": 1}]
+    assert collectives.broadcast_object("a") == "a"
+    assert_equal_across_ranks("x", "y")
+    with pytest.raises(RunError, match="ValueError: odd"), raise_on_all_ranks("reading"):
+        raise ValueError("odd")

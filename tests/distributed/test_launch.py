@@ -1,0 +1,75 @@
+import pytest
+
+from dist_obdsd.distributed.launch import Launch, choose_device, read_launch, restart_trap
+from dist_obdsd.errors import InputError
+
+VARIABLES = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+
+
+def test_a_plain_process_is_a_world_of_one():
+    assert read_launch({}) == Launch("single")
+
+
+@pytest.mark.parametrize(
+    ("mark", "launcher"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}, "torchrun"),
+        ({"CROSS_RANK": "1", "LOCAL_SIZE": "2"}, "deepspeed"),
+        ({"LOCAL_WORLD_SIZE": "2"}, "environment"),
+    ],
+)
+def test_launchers_that_set_the_four_variables(mark, launcher):
+    assert read_launch(VARIABLES | mark) == Launch(launcher, 3, 4, 1, 2, ("a", 29500))
+
+
+def test_srun_on_two_nodes():
+    env = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[03-04],cpu1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "SLURM_JOB_ID": "12345",
+    }
+    assert read_launch(env) == Launch("srun", 5, 8, 1, 4, ("gpu03", 32345))
+    # torchrun started by srun decides, since it numbers the processes that it made.
+    assert read_launch(env | VARIABLES | {"TORCHELASTIC_RUN_ID": "x"}).rank == 3
+    # An interactive allocation without srun is a plain process.
+    assert read_launch({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}) == Launch("single")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"MASTER_PORT": None}, "MASTER_PORT is not"),
+        ({"RANK": "x"}, "no number"),
+        ({"RANK": "4"}, "rank 4 is not within the world size 4"),
+    ],
+)
+def test_a_broken_environment_is_refused(change, sentence):
+    env = {name: value for name, value in (VARIABLES | change).items() if value is not None}
+    with pytest.raises(InputError, match=sentence):
+        read_launch(env)
+
+
+def test_a_store_that_outlives_its_ranks_is_told():
+    env = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (restart_trap(env) or "")
+    assert restart_trap(env | {"TORCHELASTIC_USE_AGENT_STORE": "False"}) is None
+    assert restart_trap(env | {"TORCHELASTIC_MAX_RESTARTS": "0"}) is None
+    assert restart_trap({}) is None
+
+
+def test_every_rank_of_a_node_gets_the_same_kind_of_device():
+    one, second_of_two = Launch("single"), Launch("torchrun", 1, 2, 1, 2)
+    assert str(choose_device("auto", one, gpus=0)) == "cpu"
+    assert str(choose_device("auto", one, gpus=1)) == "cuda:0"
+    assert str(choose_device("cpu", one, gpus=1)) == "cpu"
+    assert str(choose_device("auto", second_of_two, gpus=2)) == "cuda:1"
+    assert str(choose_device("auto", second_of_two, gpus=1)) == "cpu"
+    assert str(choose_device("auto", Launch("srun", 1, 2, 1, 2), gpus=1)) == "cuda:0"
+    with pytest.raises(InputError, match="set device=cpu"):
+        choose_device("cuda", one, gpus=0)
+    with pytest.raises(InputError, match="1 GPUs for 2 ranks"):
+        choose_device("cuda", second_of_two, gpus=1)

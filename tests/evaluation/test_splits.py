@@ -1,0 +1,75 @@
+"""Which images are measured, decided from the manifest alone."""
+
+import pytest
+
+from dist_obdsd.config import Config, parse_config
+from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation.splits import check_evaluable, validation_subset
+
+
+def settings(max_images: int | None = None, seed: int = 0, **evaluation: object) -> Config:
+    raw = {
+        "name": "x", "epochs": 2, "seed": seed, "data": {"shards": "x"}, "validation": {"max_images": max_images},
+        "evaluation": {"recall_at": [1], **evaluation},
+    }  # fmt: skip
+    return parse_config(raw, "x")
+
+
+def manifest(train: list[int], test: list[tuple[int, str]] = ()) -> Manifest:
+    """Training images of the given classes, and test images (class, role), over two shards each."""
+
+    def shard(name: str, first: int, images: list[tuple[int, str]]) -> Shard:
+        classes, roles = zip(*images, strict=True) if images else ((), ())
+        return Shard(name, 0, "", tuple(range(first, first + len(images))), tuple(classes), tuple(roles))
+
+    both = [(c, "train") for c in train]
+    splits = {
+        "train": (shard("a", 0, both[::2]), shard("b", 1000, both[1::2])),
+        "test": (shard("c", 2000, list(test[::2])), shard("d", 3000, list(test[1::2]))),
+    }
+    return Manifest({}, 0, 2, tuple(map(str, range(100))), splits)
+
+
+SIZES = {c: 3 + c % 4 for c in range(20)}
+IMAGES = [c for c, size in SIZES.items() for _ in range(size)]
+
+
+@pytest.mark.parametrize("limit", [10, 17, 40, 80])
+def test_whole_classes_within_the_budget_and_no_room_for_another(limit: int) -> None:
+    classes = list(range(4, 20))
+    taken = validation_subset(manifest(IMAGES), classes, settings(limit))
+    used = sum(SIZES[c] for c in taken)
+    assert taken == sorted(set(taken))
+    assert set(taken) <= set(classes)
+    assert used <= limit
+    assert all(used + SIZES[c] > limit for c in set(classes) - set(taken))
+    # The order in which classes or shards are named changes nothing; the seed does.
+    assert validation_subset(manifest(IMAGES[::-1]), classes[::-1], settings(limit)) == taken
+    others = [validation_subset(manifest(IMAGES), classes, settings(limit, seed)) for seed in range(1, 6)]
+    assert limit == 80 or any(other != taken for other in others)
+
+
+def test_without_a_budget_or_with_a_large_one_all_classes_are_taken() -> None:
+    assert validation_subset(manifest(IMAGES), [9, 3, 5], settings()) == [3, 5, 9]
+    assert validation_subset(manifest(IMAGES), [9, 3, 5], settings(1000)) == [3, 5, 9]
+    assert validation_subset(manifest(IMAGES), [], settings(1)) == []
+
+
+@pytest.mark.parametrize("limit", [1, 6])
+def test_a_budget_below_two_classes_is_refused_with_one_that_serves(limit: int) -> None:
+    classes = [2, 3, 6]
+    with pytest.raises(InputError, match=r"needs room for 2; set it to (\d+) or more") as raised:
+        validation_subset(manifest(IMAGES), classes, settings(limit))
+    serves = int(str(raised.value).split("set it to ")[1].split()[0])
+    assert len(validation_subset(manifest(IMAGES), classes, settings(serves))) >= 2
+
+
+def test_each_named_gallery_must_offer_something() -> None:
+    test = [(50, "query"), (51, "query"), (50, "gallery:a"), (51, "gallery:a"), (51, "gallery:b"), (52, "gallery:b")]
+    check_evaluable(manifest(IMAGES, test), settings(), [])
+    with pytest.raises(InputError, match=r"gallery b.* has another image"):
+        check_evaluable(manifest(IMAGES, [*test[:4], (53, "gallery:b"), (52, "gallery:b")]), settings(), [])
+    with pytest.raises(InputError, match=r"asks for 3 neighbours .*gallery a\) has 2 others"):
+        check_evaluable(manifest(IMAGES, test), settings(recall_at=[1, 3]), [])
+    check_evaluable(manifest(IMAGES, test), settings(recall_at=[1, 3], metrics=["map@r"]), [])

@@ -1,0 +1,133 @@
+"""The report of runs whose numbers are known: every file says the same, and no more than the runs bear."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from scipy import stats
+
+from dist_obdsd.data import manifest as manifests
+from dist_obdsd.experiments.report import Report, aligned
+from dist_obdsd.experiments.run_status import Outcome
+from dist_obdsd.experiments.variants import plan, read_arms, read_grid
+from tests.training.conftest import folder, shards  # noqa: F401
+
+VALUES = {"none": [0.70, 0.72, 0.71], "psd": [0.72, 0.75, 0.72], "obdsd": [0.71, 0.70, 0.74]}
+
+
+def report(folder: Path, values: dict[str, list[float]], grid: tuple[str, ...] = (), *overrides: str) -> Report:  # noqa: F811
+    """Arm or arm and point -> a Recall@1 per seed; a value that is missing is a run that failed."""
+    arms = read_arms(",".join(dict.fromkeys(label.split()[0] for label in values)))
+    children = plan(folder / "tiny.yaml", overrides, arms, [0, 1, 2], read_grid(grid))
+    outcomes = []
+    for child in children:
+        given = dict(enumerate(values[child.label]))
+        if child.seed not in given:
+            outcomes.append(Outcome(child, "failed", "the disk said no", {}, {}))
+            continue
+        value = given[child.seed]
+        meta: dict[str, Any] = {"validation_classes": 0, "best_validation": None}
+        if child.settings.validation.holds_out:
+            meta["best_validation"] = {"value": 1 - value, "epoch": 2}
+        row = {"protocol": "last", "metric": "recall@1", "value": value, "epoch": 3}
+        made_by = {"git_commit": "c0ffee" if child.arm != "obdsd" else "deed", "version.torch": "2", "world_size": "2"}
+        outcomes.append(Outcome(child, "finished", "", {"meta": meta, "rows": [row]}, made_by))
+    where = children[0].settings.data.shards
+    return Report("tiny", ["all", *"runs"], outcomes, "none", {where: manifests.load(where)})
+
+
+def table_row(text: str, *starts: str) -> list[str]:
+    """The cells of the one table row that begins with these."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    (found,) = [row for row in rows if row[: len(starts)] == list(starts)]
+    return found
+
+
+def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:  # noqa: F811
+    found = report(folder, VALUES)
+    files = {path.name: path for path in found.write(folder / "out")}
+    assert files.keys() == {"report.md", "report.png", "values.csv", "statistics.csv"}
+    text = files["report.md"].read_text()
+    for arm, values in VALUES.items():
+        low, high = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
+        cells = table_row(text, "recall@1", arm)
+        assert cells[2:6] == ["3", f"{sum(values) / 3:.4f}", f"{stats.tstd(values):.4f}", f"{low:.4f} to {high:.4f}"]
+        test = stats.ttest_rel(values, VALUES["none"])
+        if arm == "none":
+            assert cells[6:] == ["baseline", "", "", ""]
+        else:
+            between = test.confidence_interval(0.95)
+            mean = sum(values) / 3 - sum(VALUES["none"]) / 3
+            assert cells[6:] == [
+                f"{mean:+.4f}",
+                f"{between.low:+.4f} to {between.high:+.4f}",
+                "3",
+                f"{test.pvalue:.3f}",
+            ]
+    rows = list(csv.DictReader(io.StringIO(files["values.csv"].read_text())))
+    assert {(row["arm"], int(row["seed"]), float(row["value"])) for row in rows} == {
+        (arm, seed, value) for arm, values in VALUES.items() for seed, value in enumerate(values)
+    }
+    psd = next(row for row in found.meta()["statistics"] if row["arm"] == "psd")
+    assert psd["difference_p"] == stats.ttest_rel(VALUES["psd"], VALUES["none"]).pvalue
+    assert found.means()["psd/last/recall@1/mean"] == psd["mean"]
+    with Image.open(files["report.png"]) as image:
+        assert image.width > 600
+
+
+def test_conditions_name_what_differs(folder: Path) -> None:  # noqa: F811
+    found = report(folder, VALUES)
+    conditions = found.conditions()
+    assert conditions["git commit"] == "none, psd: c0ffee; obdsd: deed"
+    assert conditions["ranks"] == "2"
+    assert conditions["dataset"] == "folder: train 96 images of 12 classes, test 96 images of 12 classes"
+    assert conditions["pretraining data"] == "none (random initialization)"
+    assert conditions["model selection"].startswith("none: no classes are held out")
+    text = found.markdown(drawn=False)
+    assert all(f"| {name} " in text for name in ("backbone", "batch", "epochs", "manifest", "seeds", "hardware"))
+    assert "The tables hold 2 of them, uncorrected" in text
+
+
+def test_missing_runs_are_named_and_their_arms_say_less(folder: Path) -> None:  # noqa: F811
+    text = report(folder, VALUES | {"psd": [0.72, 0.75]}).markdown(drawn=False)
+    assert "8 of 9 runs are finished" in text
+    assert "- `tiny-psd-seed2` failed: the disk said no" in text
+    cells = table_row(text, "recall@1", "psd")
+    assert (cells[2], cells[5], cells[7], cells[8], cells[9]) == ("2", "-", "-", "2", "-")
+    assert "fewer than 3 finished seeds" in text
+
+
+def test_a_point_of_a_grid_is_chosen_by_validation_classes_alone(folder: Path) -> None:  # noqa: F811
+    # The test set and the validation classes, which are 1 minus it here, want different points.
+    values = {
+        "none epochs=3": [0.5] * 3,
+        "none epochs=4": [0.7] * 3,
+        "psd epochs=3": [0.9] * 3,
+        "psd epochs=4": [0.8] * 3,
+    }
+    text = report(folder, values, ("epochs=3,4",), "validation.fraction=0.25").markdown(drawn=False)
+    chosen = text.split("## Choice of the grid's point")[1]
+    assert table_row(chosen.split("##")[0], "none")[1] == "`epochs=3`"
+    assert table_row(chosen.split("##")[0], "psd")[1] == "`epochs=4`"
+    # Every arm is compared with the baseline at its own point.
+    last = text.split("### last")[1].split("###")[0]
+    assert table_row(last, "recall@1", "psd epochs=4")[6] == "+0.1000"
+    text = report(folder, values, ("epochs=3,4",)).markdown(drawn=False)
+    assert "nothing here may choose between the points" in text
+
+
+def test_a_table_reads_as_it_stands() -> None:
+    assert aligned(["arm", "n"], [["none", "3"], ["x", "12"]], left=1).splitlines() == [
+        "| arm  |  n |", "|------|---:|", "| none |  3 |", "| x    | 12 |"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("metrics", [["dist_intra", "nmi"], ["cam1/recall@1", "cam2/recall@1", "cam1/map@r"]])
+def test_headlines_of_other_metrics(folder: Path, metrics: list[str]) -> None:  # noqa: F811
+    found = report(folder, VALUES)
+    found.rows = [row | {"metric": metric} for row in found.rows for metric in metrics]
+    wanted = metrics if "nmi" in metrics else ["cam1/recall@1", "cam1/map@r"]
+    assert found.headline_metrics("last") == wanted

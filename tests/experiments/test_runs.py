@@ -1,0 +1,164 @@
+"""A whole comparison through the command line, with real runs: half-done, failing, resumed, refused."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from dist_obdsd.cli.main import main as cli
+from tests import runs
+from tests.training.conftest import shards  # noqa: F401
+
+ARMS = ("--arms", "none,psd", "--seeds", "2", "max_steps=7", "epochs=2", "data.workers=0", "validation.fraction=0.25")
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(shards)))
+    return folder
+
+
+@pytest.fixture
+def compare(study: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """``dist-obdsd compare`` in this process; the runs that it starts have processes of their own."""
+    monkeypatch.chdir(study)
+    for name, value in runs.environment().items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str) -> Answer:
+        code = cli.main(["compare", "tiny.yaml", *ARMS, *arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def state(run: Path) -> Any:
+    return runs.status(run).get("state")
+
+
+def test_from_a_job_list_over_a_failure_to_the_report(study: Path, compare: Callable[..., Answer]) -> None:
+    code, out, _ = compare("--jobs", "slurm")
+    jobs = out.splitlines()
+    assert code == 0
+    assert len(jobs) == 4
+    # One job alone, as an array's task runs it, that ends early: half-done.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        ["bash", "-c", f"{jobs[0]} max_steps=3"], check=True, cwd=study, env=runs.environment({"PATH": path})
+    )
+    (study / "runs" / "tiny-psd-seed1").write_text("in the way")
+    code, out, err = compare()
+    assert code == 1
+    assert "1 of 4 runs are not finished (runs/tiny-psd-seed1 failed)" in err
+    assert "resuming runs/tiny-none-seed0" in out
+    assert "runs/tiny-psd-seed1: failed after" in out
+    report = (study / "runs" / "tiny-comparison" / "report.md").read_text()
+    assert "3 of 4 runs are finished" in report
+    assert "`tiny-psd-seed1` failed: it ended with exit code 2" in report
+    assert [state(study / "runs" / name) for name in ("tiny-none-seed0", "tiny-none-seed1", "tiny-psd-seed0")] == [
+        "finished"
+    ] * 3
+    assert len(runs.metrics(study / "runs" / "tiny-none-seed0", "step")) == 7
+
+    (study / "runs" / "tiny-psd-seed1").unlink()
+    before = {path: path.stat().st_mtime_ns for path in study.glob("runs/*/metrics.jsonl")}
+    code, out, _ = compare("--json", "numbers.json")
+    assert code == 0
+    assert out.count(": finished\n") == 3
+    assert out.count(": finished after") == 1
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # not trained again
+    rows = json.loads((study / "numbers.json").read_text())["rows"]
+    for name in ("tiny-none-seed0", "tiny-psd-seed1"):
+        summary = json.loads((study / "runs" / name / "summary.json").read_text())
+        _, arm, seed = name.split("-")
+        mine = {(r["protocol"], r["metric"]): r["value"] for r in rows if (r["arm"], f"seed{r['seed']}") == (arm, seed)}
+        best = mine.pop(("validation", "map@r"))
+        assert best == summary["meta"]["best_validation"]["value"]
+        assert mine == {(r["protocol"], r["metric"]): r["value"] for r in summary["rows"]}
+    report = (study / "runs" / "tiny-comparison" / "report.md").read_text()
+    assert "4 of 4 runs are finished" in report
+    assert "fewer than 3 finished seeds there is no interval and no p-value" in report
+    assert "fewer than 3 finished seeds there is no interval and no p-value" in out
+    assert (study / "runs" / "tiny-comparison" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The next tests find the finished runs of the one above.
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("optim.lr=0.01", "runs/tiny-none-seed0 was trained with other settings than the arm none with seed 0 declares "
+                          "(optim.lr: 0.001 -> 0.01); use those, set another name, or remove the folder"),
+        ("max_steps=3", "max_steps: 7 -> 3"),
+    ],
+)  # fmt: skip
+def test_runs_that_differ_in_more_than_they_declare_are_refused(
+    study: Path, compare: Callable[..., Answer], change: str, sentence: str
+) -> None:
+    assert state(study / "runs" / "tiny-psd-seed1") == "finished"
+    code, _, err = compare(change)
+    assert code == 2
+    assert sentence in err
+
+
+def test_other_shards_are_refused(study: Path, compare: Callable[..., Answer], shards: Path) -> None:  # noqa: F811
+    (study / "other").mkdir()
+    text = (shards / "manifest.json").read_text()
+    (study / "other" / "manifest.json").write_text(text.replace('"seed": 0', '"seed": 1', 1))
+    code, _, err = compare("data.shards=other")
+    assert code == 2
+    assert "manifest of the shards: " in err
+
+
+def test_the_comparison_is_a_tracked_run_of_its_own(study: Path, compare: Callable[..., Answer]) -> None:
+    ids = []
+    for _ in range(2):  # the second one goes on with the first one's
+        assert compare("tracking.kind=mlflow")[0] == 0
+        client = MlflowClient(f"sqlite:///{study}/mlflow.db")
+        (run,) = client.search_runs([client.get_experiment_by_name("dist-obdsd").experiment_id])
+        ids.append(run.info.run_id)
+    assert ids[0] == ids[1]
+    assert run.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(ids[0])} >= {"report.md", "report.png", "values.csv"}
+    values = [
+        json.loads((study / "runs" / f"tiny-psd-seed{seed}" / "summary.json").read_text())["rows"][0]["value"]
+        for seed in range(2)
+    ]
+    assert run.data.metrics["psd/last/recall_at_1/mean"] == pytest.approx(sum(values) / 2)
+
+
+def test_states_are_listed_and_what_is_there_reported_without_training(
+    study: Path, compare: Callable[..., Answer]
+) -> None:
+    code, out, _ = compare("--seeds", "3", "--dry-run")
+    assert code == 0
+    assert [line.split("  ")[0] for line in out.splitlines()] == ["finished", "finished", "not started"] * 2
+    code, out, err = compare("--seeds", "3", "--report-only", "--out", "elsewhere")
+    assert code == 1
+    assert "2 of 6 runs are not finished" in err
+    assert "4 of 6 runs are finished" in (study / "elsewhere" / "report.md").read_text()
+    assert not (study / "runs" / "tiny-psd-seed2").exists()
+
+
+def test_a_launcher_around_it_is_refused(compare: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = compare()
+    assert code == 2
+    assert "start it without a launcher, with --ranks N" in err

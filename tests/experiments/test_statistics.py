@@ -1,0 +1,65 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_obdsd.experiments.statistics import difference, spread
+
+T2 = 4.302652729911275  # Student's t, 97.5 %, 2 degrees of freedom, from the printed tables (4.303)
+T4 = 2.7764451051977987  # 4 degrees (2.776)
+
+
+def test_mean_deviation_and_interval_by_hand() -> None:
+    of = spread([0.80, 0.81, 0.85])  # deviations -0.02, -0.01, 0.03; their squares sum to 0.0014
+    assert (of.n, of.mean) == (3, pytest.approx(0.82))
+    assert of.std == pytest.approx(math.sqrt(0.0014 / 2))
+    assert of.half == pytest.approx(T2 * math.sqrt(0.0007 / 3))
+    assert spread([1, 2, 3, 4, 5]).half == pytest.approx(T4 * math.sqrt(2.5 / 5))
+
+
+def test_what_few_runs_do_not_say() -> None:
+    one, two = spread([0.5]), spread([0.5, 0.7])
+    assert (one.n, one.mean, one.std, one.half) == (1, 0.5, None, None)
+    assert (two.mean, two.std, two.half) == (pytest.approx(0.6), pytest.approx(math.sqrt(0.02)), None)
+    assert difference({0: 0.5, 1: 0.7}, {0: 0.4, 1: 0.5}).p is None
+    with pytest.raises(ValueError, match="at least one"):
+        spread([])
+
+
+def test_a_paired_test_by_hand() -> None:
+    arm, baseline = {0: 0.82, 1: 0.71, 2: 0.94}, {0: 0.80, 1: 0.70, 2: 0.91}
+    found = difference(arm, baseline)  # differences 0.02, 0.01, 0.03: mean 0.02, deviation 0.01
+    assert (found.n, found.mean, found.std) == (3, pytest.approx(0.02), pytest.approx(0.01))
+    assert found.half == pytest.approx(T2 * 0.01 / math.sqrt(3))
+    t = 0.02 / (0.01 / math.sqrt(3))
+    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # Student's distribution of 2 degrees, in closed form
+    # Not what an unpaired test would say of arms that lie this far apart.
+    assert found.p < 0.1
+
+
+def test_only_seeds_that_both_have_are_compared() -> None:
+    found = difference({0: 1.0, 1: 2.0, 5: 9.0}, {1: 1.5, 5: 8.0, 7: 0.0})
+    assert (found.n, found.mean) == (2, pytest.approx(0.75))
+    assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_equal_differences_have_no_p_value() -> None:
+    baseline = {0: 0.1, 1: 0.2, 2: 0.3}
+    assert difference(baseline, baseline).p is None
+    shifted = {seed: value + 0.1 for seed, value in baseline.items()}  # equal but for rounding
+    assert difference(shifted, baseline).p is None
+    assert difference(shifted, baseline).mean == pytest.approx(0.1)
+
+
+values = st.lists(st.floats(0, 1), min_size=3, max_size=8)
+
+
+@given(values, st.floats(-1, 1))
+def test_interval_and_p_value_say_the_same(of: list[float], shift: float) -> None:
+    """0 lies in the difference's 95 % interval exactly where p > 0.05."""
+    arm = {seed: value + shift for seed, value in enumerate(of)}
+    found = difference(arm, dict.fromkeys(arm, 0.5))
+    assert found.half is not None
+    if found.p is not None and abs(found.p - 0.05) > 1e-9:
+        assert (abs(found.mean) < found.half) == (found.p > 0.05)

@@ -1,0 +1,40 @@
+"""What the tests of the ranking losses share: batches, losses and sums.
+
+Legend: B rows, C classes, D embedding dimension.
+"""
+
+import torch
+
+from dist_obdsd.config import RankingConfig
+from dist_obdsd.losses import RankingLoss, build_ranking
+from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from tests.manifold.data import B
+
+LABELS = {
+    "pairs": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
+    "mixed": [0, 1, 0, 0, 2, 1, 3, 0, 4, 1, 2, 2],
+    "some alone": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
+}
+CLASSES = 13
+"""More than a batch holds."""
+
+
+def loss_of(settings: RankingConfig, D: int, seed: int = 0) -> RankingLoss:
+    """In float64, with parameters that are not all alike."""
+    loss = build_ranking(settings, CLASSES, D, seed).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return loss
+
+
+def parts(
+    loss: RankingLoss, E_BD: torch.Tensor, labels: list[int], rows: slice = slice(0, B), seed: int = 0
+) -> dict[str, PartialMean]:
+    return loss(BatchView(E_BD[rows], E_BD, torch.tensor(labels), rows.start, seed))
+
+
+def mean(terms: dict[str, PartialMean]) -> torch.Tensor:
+    """What one process makes of the parts."""
+    return sum((term.sum / term.count.clamp(min=1) for term in terms.values()), torch.zeros((), dtype=torch.float64))

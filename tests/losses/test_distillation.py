@@ -1,0 +1,121 @@
+"""KL against a double loop, value and gradient, and what the target's figures say."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from dist_obdsd.errors import InputError
+from dist_obdsd.losses.batch_view import PartialMean, similarity
+from dist_obdsd.losses.distillation import distil
+from tests import oracle
+from tests.manifold.data import B, manifolds, unit_rows
+
+SHARP = {"target": "psd", "transition_temperature": 1.0, "omega": 0.0}
+
+
+def kl_term(E_bD: torch.Tensor, E_BD: torch.Tensor, target_bB: torch.Tensor, temperature: float) -> PartialMean:
+    return distil(similarity(E_bD, E_BD), target_bB, temperature, 0)["distillation"]
+
+
+def target_statistics(target_bB: torch.Tensor, first_row: int) -> dict[str, PartialMean]:
+    terms = distil(torch.zeros_like(target_bB), target_bB, 1.0, first_row)
+    return {name: term for name, term in terms.items() if name.startswith("target_")}
+
+
+def psd(T_BD: torch.Tensor, temperature: float, mask_self: bool = False) -> torch.Tensor:
+    return torch.from_numpy(oracle.target(T_BD.numpy(), temperature=temperature, mask_self=mask_self, **SHARP))
+
+
+@pytest.mark.parametrize("kind", manifolds())
+@pytest.mark.parametrize("temperature", [1.0, 0.05, 0.005])
+@pytest.mark.parametrize("mask_self", [False, True])
+def test_value_and_gradient_equal_the_double_loop(kind: str, temperature: float, mask_self: bool) -> None:
+    target_BB = psd(manifolds()[kind], temperature, mask_self)
+    E_BD, naive_BD = (unit_rows(9).requires_grad_() for _ in range(2))
+    term, naive = kl_term(E_BD, E_BD, target_BB, temperature), oracle.kl(naive_BD, target_BB.numpy(), temperature)
+    assert term.count.item() == B
+    assert term.sum.item() == pytest.approx(naive.item(), rel=1e-11, abs=1e-12)
+    (grad,), (naive_grad,) = torch.autograd.grad(term.sum, E_BD), torch.autograd.grad(naive, naive_BD)
+    assert (grad - naive_grad).abs().max() <= 1e-11 * (1 + naive_grad.abs().max())
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    target_BB = psd(unit_rows(0), 0.5)
+    assert torch.autograd.gradcheck(
+        lambda x: kl_term(x, x, target_BB, 0.5).sum, [unit_rows(9).requires_grad_()], eps=1e-6, atol=1e-6
+    )
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn() -> None:
+    E_BD = unit_rows(0).requires_grad_()
+    same, other = kl_term(E_BD, E_BD, psd(E_BD.detach(), 0.1), 0.1), kl_term(E_BD, E_BD, psd(unit_rows(1), 0.1), 0.1)
+    (grad,) = torch.autograd.grad(same.sum, E_BD)
+    assert abs(same.sum.item()) < 1e-12
+    assert grad.abs().max() < 1e-12
+    assert other.sum.item() > 0.1
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    E_BD, target_BB = unit_rows(9), psd(unit_rows(0), 0.1)
+    parts = [kl_term(E_BD[first : first + 4], E_BD, target_BB[first : first + 4], 0.1) for first in (0, 4, 8)]
+    assert sum(part.sum.item() for part in parts) == pytest.approx(kl_term(E_BD, E_BD, target_BB, 0.1).sum.item())
+    assert [part.count.item() for part in parts] == [4, 4, 4]
+
+
+def test_no_gradient_flows_into_the_target() -> None:
+    E_BD, raw_BB = unit_rows(9).requires_grad_(), torch.randn(B, B).requires_grad_()
+    kl_term(E_BD, E_BD, raw_BB.softmax(1), 0.1).sum.backward()
+    assert raw_BB.grad is None
+
+
+def test_half_precision_is_widened_and_autocast_has_no_say() -> None:
+    E_BD, target_BB = unit_rows(9).bfloat16().requires_grad_(), psd(unit_rows(0), 0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        term = kl_term(E_BD, E_BD, target_BB.float(), 0.05)
+    assert term.sum.dtype == torch.float32
+    naive = oracle.kl(E_BD.detach(), target_BB.numpy(), 0.05).item()
+    assert term.sum.item() == pytest.approx(naive, rel=1e-5)
+    careless = functional.kl_div(
+        functional.log_softmax((E_BD @ E_BD.T).float() / 0.05, dim=1), target_BB.float(), reduction="sum"
+    )
+    assert abs(careless.item() - naive) > 1e-4 * naive
+
+
+def test_statistics_of_known_targets() -> None:
+    uniform = target_statistics(torch.full((4, B), 1 / B, dtype=torch.float64), 4)
+    assert uniform["target_entropy"].sum.item() == pytest.approx(4 * math.log(B))
+    assert uniform["target_kl_to_uniform"].sum.item() == pytest.approx(0, abs=1e-12)
+    assert uniform["target_self_mass"].sum.item() == pytest.approx(4 / B)
+    own = target_statistics(torch.eye(B, dtype=torch.float64)[4:8], 4)
+    assert own["target_entropy"].sum.item() == 0
+    assert own["target_kl_to_uniform"].sum.item() == pytest.approx(4 * math.log(B))
+    assert own["target_self_mass"].sum.item() == 4
+    assert uniform["target_defects"].sum.item() == own["target_defects"].sum.item() == 0
+    assert target_statistics(torch.eye(B)[4:8], 0)["target_self_mass"].sum.item() == 0
+    assert {term.count.item() for term in own.values()} == {4}
+
+
+def test_statistics_equal_the_definitions() -> None:
+    target_BB = psd(unit_rows(0), 0.2).numpy()
+    figures = {name: term.sum.item() for name, term in target_statistics(torch.from_numpy(target_BB), 0).items()}
+    assert figures["target_entropy"] == pytest.approx(-(target_BB * np.log(target_BB)).sum())
+    assert figures["target_kl_to_uniform"] == pytest.approx((target_BB * np.log(B * target_BB)).sum())
+    assert figures["target_self_mass"] == pytest.approx(np.trace(target_BB))
+
+
+def test_rows_that_are_no_distribution_are_counted() -> None:
+    target_bB = torch.full((5, B), 1 / B, dtype=torch.float64)
+    target_bB[0] *= 1 + 9e-5
+    target_bB[1] *= 1 + 2e-4
+    target_bB[2, :2] += torch.tensor([-0.2, 0.2])
+    target_bB[3, 4] = math.nan
+    defects = target_statistics(target_bB, 0)["target_defects"]
+    assert (defects.sum.item(), defects.count.item()) == (3, 5)
+
+
+def test_a_wrong_shape_is_refused() -> None:
+    with pytest.raises(InputError, match=r"target has shape \(12, 11\); it must be \(12, 12\)"):
+        kl_term(unit_rows(0), unit_rows(0), torch.ones(B, B - 1), 0.1)

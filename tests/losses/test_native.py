@@ -1,0 +1,374 @@
+"""Contrastive, triplet, margin and proxy anchor loss: against double loops, finite differences and another library."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional
+
+from dist_obdsd.config import (
+    ContrastiveConfig,
+    MarginConfig,
+    MultiSimilarityConfig,
+    ProxyAnchorConfig,
+    RankingConfig,
+    TripletConfig,
+)
+from dist_obdsd.errors import InputError
+from dist_obdsd.losses import Margin, ProxyAnchor, RankingLoss, build_ranking, margin
+from dist_obdsd.losses.batch_view import BatchView
+from dist_obdsd.losses.counter_rng import uniforms
+from tests import oracle
+from tests.losses.data import CLASSES, LABELS, loss_of, mean, parts
+from tests.manifold.data import B, D, manifolds, unit_rows
+
+SETTINGS = {
+    "contrastive": ContrastiveConfig(),
+    "contrastive, wide": ContrastiveConfig(positive_margin=0.3, negative_margin=1.3),
+    "triplet": TripletConfig(),
+    "triplet, wide": TripletConfig(margin=1.5),
+    "margin": MarginConfig(nu=0.3),
+    "margin, one beta": MarginConfig(per_class=False, beta=0.9, alpha=0.4, cutoff=0.1, nonzero_cutoff=1.9),
+    "proxy anchor": ProxyAnchorConfig(),
+    "proxy anchor, soft": ProxyAnchorConfig(alpha=3.0, delta=0.4),
+}
+every = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+SEED = 5
+Naive = dict[str, tuple[torch.Tensor, int]]
+
+
+def naive(loss: RankingLoss, settings: RankingConfig, E_BD: torch.Tensor, labels: list[int]) -> Naive:
+    match settings:
+        case ContrastiveConfig():
+            return oracle.contrastive(E_BD, labels, **settings.model_dump(exclude={"name"}))
+        case TripletConfig():
+            return {"ranking": oracle.triplet(E_BD, labels, margin=settings.margin)}
+        case MarginConfig():
+            triplets = oracle.sampled_triplets(
+                E_BD, labels, uniforms(SEED, slice(0, B), B, E_BD.device),
+                cutoff=settings.cutoff, nonzero_cutoff=settings.nonzero_cutoff,
+            )  # fmt: skip
+            beta_B = loss.beta[labels] if settings.per_class else loss.beta.expand(B)
+            return {"ranking": oracle.margin(E_BD, labels, triplets, beta_B, alpha=settings.alpha, nu=settings.nu)}
+        case ProxyAnchorConfig():
+            return oracle.proxy_anchor(E_BD, labels, loss.proxies, alpha=settings.alpha, delta=settings.delta)
+    raise AssertionError(settings)
+
+
+def gradients(total: torch.Tensor, loss: RankingLoss, E_BD: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(total, [E_BD, *loss.parameters()], retain_graph=True))
+
+
+@every
+@pytest.mark.parametrize("kind", manifolds())
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_value_and_gradient_equal_the_double_loop(settings: RankingConfig, kind: str, labels: list[int]) -> None:
+    # Near duplicates, 1e-5 apart: the square of their distance keeps 6 of its 16 digits, and its root's slope is 1e5.
+    tolerance = 1e-6 if kind in ("duplicates", "both") else 1e-11
+    loss = loss_of(settings, D)
+    E_BD, naive_BD = (manifolds()[kind].requires_grad_() for _ in range(2))
+    ours, theirs = parts(loss, E_BD, labels, seed=SEED), naive(loss, settings, naive_BD, labels)
+    assert list(ours) == list(theirs)
+    for name, (total, count) in theirs.items():
+        assert ours[name].count.item() == count
+        assert ours[name].sum.item() == pytest.approx(total.item(), rel=tolerance, abs=tolerance)
+    naive_mean = sum((total / max(count, 1) for total, count in theirs.values()), torch.zeros(()))
+    for mine, expected in zip(
+        gradients(mean(ours), loss, E_BD), gradients(naive_mean, loss, naive_BD), strict=True
+    ):  # fmt: skip
+        assert (mine - expected).abs().max() <= tolerance * (1 + expected.abs().max())
+
+
+@every
+def test_the_cases_above_cost_something(settings: RankingConfig) -> None:
+    loss = loss_of(settings, D)
+    terms = [parts(loss, rows, labels, seed=SEED) for rows in manifolds().values() for labels in LABELS.values()]
+    for name in terms[0]:
+        assert len({term[name].count.item() for term in terms}) > (2 if "proxy" not in settings.name else 0)
+        assert len({round(term[name].sum.item(), 6) for term in terms}) > 6
+
+
+@every
+def test_the_gradient_is_that_of_finite_differences(settings: RankingConfig) -> None:
+    loss = loss_of(settings, D)
+    names = [name for name, _ in loss.named_parameters()]
+
+    def value(x_BD: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        E_BD = functional.normalize(x_BD, dim=1)
+        view = BatchView(E_BD, E_BD, torch.tensor(LABELS["mixed"]), 0, SEED)
+        return mean(torch.func.functional_call(loss, dict(zip(names, parameters, strict=True)), (view,)))
+
+    assert torch.autograd.gradcheck(value, [unit_rows(0).requires_grad_(), *loss.parameters()], eps=1e-7, atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("b", [1, 3, 4, 6])
+def test_parts_of_the_ranks_add_up_to_the_whole(settings: RankingConfig, b: int) -> None:
+    loss, E_BD = loss_of(settings, D), unit_rows(0)
+    whole = parts(loss, E_BD, LABELS["mixed"], seed=SEED)
+    shares = [parts(loss, E_BD, LABELS["mixed"], slice(first, first + b), SEED) for first in range(0, B, b)]
+    for name, term in whole.items():
+        assert sum(share[name].sum.item() for share in shares) == pytest.approx(term.sum.item(), rel=1e-13)
+        assert sum(share[name].count.item() for share in shares) == term.count.item()
+
+
+EMPTY = {
+    ("contrastive", "different"): "ranking_positive",
+    ("contrastive", "same"): "ranking_negative",
+    ("triplet", "different"): "ranking",
+    ("triplet", "same"): "ranking",
+    ("margin", "different"): "ranking",
+    ("proxy_anchor", "outside"): "ranking_positive",
+}
+
+
+@pytest.mark.parametrize(("name", "labels"), EMPTY)
+def test_a_part_without_anchors_is_zero_with_a_usable_backward(name: str, labels: str) -> None:
+    settings = [settings for settings in SETTINGS.values() if settings.name == name][-1]
+    loss, E_BD = loss_of(settings, D), unit_rows(0).requires_grad_()
+    # The third never comes from a batch: it is what a share of the proxies sees when its classes are elsewhere.
+    classes = {"different": list(range(B)), "same": [7] * B, "outside": [CLASSES] * B}[labels]
+    term = parts(loss, E_BD, classes)[EMPTY[name, labels]]
+    assert (term.sum.item(), term.count.item()) == (0, 0)
+    assert not any(grad.any() for grad in gradients(term.sum, loss, E_BD))
+    ordinary = parts(loss, E_BD, LABELS["mixed"])[EMPTY[name, labels]]
+    assert any(grad.any() for grad in gradients(ordinary.sum, loss, E_BD))
+
+
+@every
+@pytest.mark.parametrize("labels", [list(range(B)), [7] * B], ids=["all different", "all the same"])
+def test_one_sided_batches_have_finite_gradients(settings: RankingConfig, labels: list[int]) -> None:
+    loss, E_BD = loss_of(settings, D), unit_rows(0).requires_grad_()
+    assert all(grad.isfinite().all() for grad in gradients(mean(parts(loss, E_BD, labels)), loss, E_BD))
+
+
+@every
+def test_duplicates_and_antipodes_have_finite_gradients(settings: RankingConfig) -> None:
+    for dtype in (torch.float32, torch.float64):
+        loss = build_ranking(settings, CLASSES, D, 0).to(dtype)
+        E_BD = manifolds()["opposed"].to(dtype).requires_grad_()
+        assert all(grad.isfinite().all() for grad in gradients(mean(parts(loss, E_BD, LABELS["mixed"])), loss, E_BD))
+        assert mean(parts(loss, E_BD, LABELS["mixed"])).isfinite()
+
+
+@every
+@pytest.mark.parametrize("labels", [LABELS["pairs"], list(range(B)), [7] * B], ids=["pairs", "different", "same"])
+@pytest.mark.parametrize("row", [0, 5, 11])
+def test_nan_reaches_a_sum_of_every_rank(settings: RankingConfig, labels: list[int], row: int) -> None:
+    loss, E_BD = loss_of(settings, D), unit_rows(0)
+    E_BD[row, 1] = float("nan")
+    for first in (0, 4, 8):
+        terms = parts(loss, E_BD, labels, slice(first, first + 4))
+        assert any(term.sum.isnan() for term in terms.values())
+        assert all(term.count.isfinite() for term in terms.values())
+
+
+@every
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+def test_half_precision_is_widened_and_autocast_has_no_say(settings: RankingConfig, spread: float) -> None:
+    loss = build_ranking(settings, CLASSES, D, 0)
+    E_BD = unit_rows(0, spread=spread).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = parts(loss, E_BD, LABELS["mixed"], seed=SEED)
+    expected = naive(loss, settings, E_BD.detach(), LABELS["mixed"])
+    for name, (total, count) in expected.items():
+        assert terms[name].sum.dtype == torch.float32
+        assert terms[name].sum.item() == pytest.approx(total.item(), rel=2e-5, abs=1e-6)
+        assert terms[name].count.item() == count
+
+
+def test_distances_keep_their_digits_where_all_rows_are_close() -> None:
+    # A collapsed network: cosines so near 1 that 2 - 2 s has no digits left in float32.
+    E_BD = unit_rows(0, spread=1e-4)
+    loss = build_ranking(ContrastiveConfig(), CLASSES, D, 0)
+    ours = parts(loss, E_BD.float(), LABELS["mixed"])["ranking_positive"].sum.item()
+    total, _ = oracle.contrastive(E_BD.float(), LABELS["mixed"], positive_margin=0, negative_margin=0.5)[
+        "ranking_positive"
+    ]
+    assert ours == pytest.approx(total.item(), rel=1e-5)
+    S_BB = E_BD.float() @ E_BD.float().T
+    same_BB = torch.tensor(LABELS["mixed"])[:, None] == torch.tensor(LABELS["mixed"])
+    careless = ((2 - 2 * S_BB).clamp(min=0).sqrt() * same_BB.fill_diagonal_(False)).sum().item()
+    assert careless != pytest.approx(total.item(), rel=1e-3)
+
+
+def along_the_sphere(grad_BD: torch.Tensor, E_BD: torch.Tensor) -> torch.Tensor:
+    """Their distances normalise the rows themselves, so only this part of the gradient can be compared."""
+    return grad_BD - (grad_BD * E_BD).sum(1, keepdim=True) * E_BD
+
+
+def compare(ours: torch.Tensor, theirs: torch.Tensor, E_BD: torch.Tensor) -> None:
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-10)
+    mine, expected = (along_the_sphere(torch.autograd.grad(loss, E_BD)[0], E_BD) for loss in (ours, theirs))
+    assert (mine - expected).abs().max() < 1e-10
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("margins", [(0.0, 0.5), (0.2, 1.4)])
+def test_contrastive_equals_pytorch_metric_learning(labels: list[int], margins: tuple[float, float]) -> None:
+    from pytorch_metric_learning.losses import ContrastiveLoss
+
+    E_BD = unit_rows(3, spread=0.6).requires_grad_()
+    settings = ContrastiveConfig(positive_margin=margins[0], negative_margin=margins[1])
+    theirs = ContrastiveLoss(*margins)(E_BD, torch.tensor(labels))
+    compare(mean(parts(loss_of(settings, D), E_BD, labels)), theirs, E_BD)
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("width", [0.2, 1.0])
+def test_triplet_equals_pytorch_metric_learning(labels: list[int], width: float) -> None:
+    from pytorch_metric_learning.distances import LpDistance
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import TripletMarginMiner
+
+    E_BD, labels_B = unit_rows(3, spread=0.6).requires_grad_(), torch.tensor(labels)
+    squares = LpDistance(power=2)
+    triplets = TripletMarginMiner(margin=width, type_of_triplets="semihard", distance=squares)(E_BD, labels_B)
+    theirs = TripletMarginLoss(margin=width, distance=squares)(E_BD, labels_B, triplets)
+    compare(mean(parts(loss_of(TripletConfig(margin=width), D), E_BD, labels)), theirs, E_BD)
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_margin_equals_pytorch_metric_learning_with_the_same_triplets(labels: list[int]) -> None:
+    from pytorch_metric_learning.losses import MarginLoss
+
+    settings = MarginConfig(nu=0.2)
+    loss = loss_of(settings, D)
+    E_BD = unit_rows(3, spread=0.6).requires_grad_()
+    drawn = oracle.sampled_triplets(
+        E_BD, labels, uniforms(SEED, slice(0, B), B, E_BD.device), cutoff=0.5, nonzero_cutoff=1.4
+    )
+    theirs = MarginLoss(margin=0.2, nu=0.2, beta=1.2, learn_beta=True, num_classes=CLASSES).double()
+    theirs.beta.data = loss.beta.data.clone()
+    their_loss = theirs(E_BD, torch.tensor(labels), tuple(torch.tensor(drawn).T))
+    our_loss = mean(parts(loss, E_BD, labels, seed=SEED))
+    (our_beta,), (their_beta,) = (
+        torch.autograd.grad(value, module.parameters(), retain_graph=True)
+        for value, module in ((our_loss, loss), (their_loss, theirs))
+    )
+    assert (our_beta - their_beta).abs().max() < 1e-12
+    compare(our_loss, their_loss, E_BD)
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_proxy_anchor_equals_pytorch_metric_learning(labels: list[int]) -> None:
+    from pytorch_metric_learning.losses import ProxyAnchorLoss
+
+    loss = loss_of(ProxyAnchorConfig(), D)
+    theirs = ProxyAnchorLoss(CLASSES, D).double()
+    theirs.proxies.data = loss.proxies.data.clone()
+    E_BD = unit_rows(3).requires_grad_()
+    our_loss, their_loss = mean(parts(loss, E_BD, labels)), theirs(E_BD, torch.tensor(labels))
+    (ours,), (expected,) = (
+        torch.autograd.grad(value, module.parameters(), retain_graph=True)
+        for value, module in ((our_loss, loss), (their_loss, theirs))
+    )
+    assert (ours - expected).abs().max() < 1e-10
+    compare(our_loss, their_loss, E_BD)
+
+
+def test_a_negative_at_either_end_of_the_margin_is_not_semi_hard() -> None:
+    # Squared distances of 2, and of 4 between the first and the last, without any rounding.
+    E_BD = torch.eye(4, dtype=torch.float64)
+    E_BD[3] = -E_BD[0]
+    view = BatchView(E_BD.requires_grad_(), E_BD, torch.tensor([0, 0, 1, 1]), 0)
+    for width, count in ((2.0, 0), (2.5, 2)):
+        (term,) = loss_of(TripletConfig(margin=width), 4)(view).values()
+        assert (term.sum.item(), term.count.item()) == (count * (width - 2), count)
+        assert bool(torch.autograd.grad(term.sum, E_BD)[0].any()) == (count > 0)
+
+
+def test_drawn_negatives_follow_the_weights() -> None:
+    labels, draws = [0, 0, 0, *range(1, 10)], 4000
+    loss = loss_of(MarginConfig(), D)
+    E_BD = unit_rows(3, spread=0.4)
+    d_BB, (_, negative_BB) = (
+        torch.cdist(E_BD, E_BD),
+        BatchView(E_BD, E_BD, torch.tensor(labels), 0).positives_negatives(),
+    )
+    counts = torch.zeros(B)
+    for seed in range(draws):
+        drawn_BB, _ = loss.draw(d_BB, negative_BB, BatchView(E_BD, E_BD, torch.tensor(labels), 0, seed))
+        counts += torch.bincount(drawn_BB[0, 1:3], minlength=B)
+    weights = oracle.sampling_weights(d_BB[0, 3:].tolist(), D, cutoff=0.5, nonzero_cutoff=1.4)
+    expected = torch.tensor([0.0, 0.0, 0.0, *weights]) / sum(weights)
+    assert counts[:3].sum() == 0
+    error = (counts / counts.sum() - expected).abs()
+    assert (error < 4 * (expected / counts.sum()).sqrt() + 1e-9).all()
+    assert expected[3:].max() > 3 * expected[3:][expected[3:] > 0].min()  # uniform draws would not pass
+
+
+@pytest.mark.parametrize(("uniform", "drawn"), [(0.0, 3), (1 - 2**-32, 8)])
+def test_the_ends_of_the_draw_are_negatives_too(uniform: float, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [0, 0, 0, *range(1, 7), 0, 0, 0]  # an anchor's own class lies at both ends of its cumulative weights
+    monkeypatch.setattr(margin, "uniforms", lambda *_: torch.full((B, B), uniform, dtype=torch.float64))
+    E_BD = unit_rows(3, spread=0.4)
+    view = BatchView(E_BD, E_BD, torch.tensor(labels), 0)
+    drawn_BB, _ = loss_of(MarginConfig(nonzero_cutoff=1.99), D).draw(
+        torch.cdist(E_BD, E_BD), view.positives_negatives()[1], view
+    )
+    assert (drawn_BB[:3] == drawn).all()
+
+
+def test_an_anchor_without_a_negative_in_reach_keeps_its_positives() -> None:
+    E_BD = functional.normalize(torch.eye(B, dtype=torch.float64), dim=1)  # all sqrt(2) = 1.41 apart
+    labels = LABELS["pairs"]
+    term = parts(loss_of(MarginConfig(beta=1.2), B), E_BD, labels)["ranking"]
+    assert term.count.item() == B
+    wide = parts(loss_of(MarginConfig(beta=1.2, nonzero_cutoff=1.5, alpha=0.8), B), E_BD, labels)["ranking"]
+    assert wide.count.item() == 2 * B
+
+
+def test_uniforms_depend_on_seed_and_place_alone() -> None:
+    cpu = torch.device("cpu")
+    whole = uniforms(3, slice(0, 200), 200, cpu)
+    assert torch.equal(torch.cat([uniforms(3, slice(k, k + 40), 200, cpu) for k in range(0, 200, 40)]), whole)
+    assert not torch.equal(uniforms(4, slice(0, 200), 200, cpu), whole)
+    assert whole.min() >= 0
+    assert whole.max() < 1
+    assert len(whole.unique()) > 0.999 * whole.numel()
+    frequency = torch.histc(whole, 50, 0, 1) / whole.numel()
+    assert (frequency - 0.02).abs().max() < 5 * (0.02 / whole.numel()) ** 0.5
+    for other in (whole.roll(1, 0), whole.roll(1, 1), uniforms(4, slice(0, 200), 200, cpu)):
+        assert abs(float(torch.corrcoef(torch.stack([whole.ravel(), other.ravel()]))[0, 1])) < 0.03
+
+
+def test_uniforms_are_those_of_splitmix64() -> None:
+    # Its first outputs from seed 0, as other implementations print them.
+    words = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
+    assert uniforms(0, slice(0, 1), 4, torch.device("cpu"))[0].tolist() == [(word >> 32) / 2**32 for word in words]
+
+
+def test_initial_parameters_depend_on_the_seed_alone() -> None:
+    first = build_ranking(ProxyAnchorConfig(), CLASSES, D, 0)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again, other = (build_ranking(ProxyAnchorConfig(), CLASSES, D, seed) for seed in (0, 1))
+    assert isinstance(first, ProxyAnchor)
+    assert torch.equal(first.proxies, again.proxies)
+    assert not torch.equal(first.proxies, other.proxies)
+    assert torch.equal(torch.get_rng_state(), state)
+    beta = build_ranking(MarginConfig(), CLASSES, D, 0)
+    assert isinstance(beta, Margin)
+    assert beta.beta.tolist() == pytest.approx([1.2] * CLASSES)
+
+
+@pytest.mark.parametrize("settings", [MultiSimilarityConfig(), *SETTINGS.values()], ids=["multi-similarity", *SETTINGS])
+def test_nothing_waits_for_a_gpu_or_stays_on_the_cpu(settings: RankingConfig) -> None:
+    # Fake tensors know their device and shape but no values: reading one on the host or mixing devices is an error.
+    with FakeTensorMode():
+        E_BD, labels_B = torch.zeros(B, D, device="cuda"), torch.zeros(B, dtype=torch.int64, device="cuda")
+        loss = build_ranking(settings, CLASSES, D, 0)
+        for name, parameter in list(loss.named_parameters()):
+            setattr(loss, name, nn.Parameter(torch.empty_like(parameter, device="cuda")))
+        for term in loss(BatchView(E_BD[4:8], E_BD, labels_B, 4)).values():
+            assert term.sum.device.type == term.count.device.type == "cuda"
+            assert term.sum.dtype == term.count.dtype == torch.float32
+            with pytest.raises(DataDependentOutputException):
+                term.count.item()
+
+
+def test_a_wrong_dimension_is_refused() -> None:
+    with pytest.raises(InputError, match="embeddings have 6 dimensions but the proxies 5"):
+        parts(build_ranking(ProxyAnchorConfig(), CLASSES, D - 1, 0), unit_rows(0), LABELS["pairs"])

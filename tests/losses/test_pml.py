@@ -1,0 +1,252 @@
+"""Losses of pytorch-metric-learning by name: the same figures as the library's own, and clear refusals."""
+
+import inspect
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from pytorch_metric_learning import distances, losses, miners, regularizers
+
+from dist_obdsd.config import PytorchMetricLearningConfig
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.losses import PytorchMetricLearning, build_ranking
+from dist_obdsd.losses.batch_view import BatchView
+from dist_obdsd.losses.pml import ABSTRACT, REFUSED
+from tests.losses.data import CLASSES, LABELS, parts
+from tests.manifold.data import B, D, unit_rows
+
+NEEDS = {"RankedListLoss": {"margin": 0.4, "Tn": 1.0}}
+
+
+def names(module: Any) -> list[str]:
+    return [
+        name for name, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, torch.nn.Module) and name not in ABSTRACT
+    ]  # fmt: skip
+
+
+def build(name: str, kwargs: dict[str, Any] | None = None, seed: int = 0, **more: Any) -> PytorchMetricLearning:
+    loss = build_ranking(PytorchMetricLearningConfig(name=name, kwargs=kwargs or {}, **more), CLASSES, D, seed)
+    assert isinstance(loss, PytorchMetricLearning)
+    return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name in names(losses) if name not in REFUSED])
+def test_every_loss_trains(name: str, dtype: torch.dtype) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the histogram loss indexes in an old way
+        loss = build(f"pml.{name}", NEEDS.get(name)).to(dtype)
+        for step in range(3):  # a loss that held on to a step's graph would fail in the second
+            E_BD = unit_rows(step).to(dtype).requires_grad_()
+            term = parts(loss, E_BD, LABELS["mixed"], seed=step)["ranking"]
+            term.sum.backward()
+            assert term.sum.dtype == dtype
+            assert term.count.item() == 1
+            assert E_BD.grad is not None
+            assert E_BD.grad.any()
+            for parameter in loss.parameters():
+                assert parameter.dtype == dtype
+                assert parameter.grad is not None
+                assert parameter.grad.isfinite().all()
+        broken_BD = unit_rows(0).to(dtype)
+        broken_BD[3, 1] = float("nan")
+        assert parts(loss, broken_BD, LABELS["mixed"])["ranking"].sum.isnan()
+        again = parts(loss, unit_rows(0).to(dtype), LABELS["mixed"])["ranking"]
+        assert again.sum.isfinite()  # what it remembers was not spoiled
+
+
+@pytest.mark.parametrize("name", [name for name in names(miners) if name not in REFUSED])
+def test_every_miner_works_and_draws_what_the_seed_says(name: str) -> None:
+    loss = build("pml.TripletMarginLoss", miner=f"pml.{name}").double()
+    state = torch.get_rng_state()
+    values = [
+        parts(loss, unit_rows(0, spread=0.5), LABELS["mixed"], seed=seed)["ranking"].sum.item() for seed in (1, 1, 2, 3)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert values[0] == values[1]
+    assert (len(set(values)) > 1) == (name in ("DistanceWeightedMiner", "UniformHistogramMiner"))
+
+
+CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "pml.ArcFaceLoss": ({"margin": 20.0}, lambda: losses.ArcFaceLoss(CLASSES, D, margin=20.0), None),
+    "pml.CosFaceLoss": ({"scale": 10}, lambda: losses.CosFaceLoss(CLASSES, D, scale=10), None),
+    "pml.ProxyNCALoss": ({}, lambda: losses.ProxyNCALoss(CLASSES, D), None),
+    "pml.SubCenterArcFaceLoss": (
+        {"sub_centers": 2},
+        lambda: losses.SubCenterArcFaceLoss(num_classes=CLASSES, embedding_size=D, sub_centers=2),
+        None,
+    ),
+    "pml.SoftTripleLoss": (
+        {"centers_per_class": 3},
+        lambda: losses.SoftTripleLoss(CLASSES, D, centers_per_class=3),
+        None,
+    ),
+    "pml.TripletMarginLoss": (
+        {"distance": "pml.CosineSimilarity"},
+        lambda: losses.TripletMarginLoss(distance=distances.CosineSimilarity()),
+        None,
+    ),
+    "pml.CircleLoss": (
+        {"embedding_regularizer": "pml.LpRegularizer", "embedding_reg_weight": 0.5},
+        lambda: losses.CircleLoss(embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.5),
+        None,
+    ),
+    "pml.MultiSimilarityLoss": ({"beta": 40}, lambda: losses.MultiSimilarityLoss(beta=40), miners.MultiSimilarityMiner),
+    "pml.FastAPLoss": ({}, losses.FastAPLoss, None),
+    "pml.SupConLoss": ({}, losses.SupConLoss, miners.BatchHardMiner),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_figures_are_the_librarys_own(name: str) -> None:
+    kwargs, make, miner = CASES[name]
+    ours = build(name, kwargs, miner=None if miner is None else f"pml.{miner.__name__}").double()
+    theirs = make().double()
+    with torch.no_grad():
+        for mine, other in zip(ours.loss.parameters(), theirs.parameters(), strict=True):
+            other.copy_(mine)
+    E_BD, labels_B = unit_rows(0).requires_grad_(), torch.tensor(LABELS["mixed"])
+    pairs = None if miner is None else miner()(E_BD, labels_B)
+    expected = torch.autograd.grad(theirs(E_BD, labels_B, pairs), [E_BD, *theirs.parameters()])
+    for rows in (slice(0, B), slice(4, 8)):  # every rank holds the whole loss, whatever its rows
+        term = parts(ours, E_BD, LABELS["mixed"], rows)["ranking"]
+        got = torch.autograd.grad(term.sum / term.count, [E_BD, *ours.parameters()])
+        assert all((mine - other).abs().max() < 1e-13 for mine, other in zip(got, expected, strict=True))
+        assert expected[0].abs().max() > 1e-3
+
+
+def test_parameters_are_the_modules_own_and_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = build("pml.ProxyNCALoss")
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again, other = build("pml.ProxyNCALoss"), build("pml.ProxyNCALoss", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    (ours,), (same,), (different,) = (list(loss.parameters()) for loss in (first, again, other))
+    assert ours.shape == (CLASSES, D)
+    assert torch.equal(ours, same)
+    assert not torch.equal(ours, different)
+
+
+def test_what_a_loss_remembers_is_in_its_state() -> None:
+    # Its histogram is a running mean over the steps, so a resumed run needs it.
+    loss, resumed = build("pml.DynamicSoftMarginLoss").double(), build("pml.DynamicSoftMarginLoss").double()
+    for step in range(3):
+        parts(loss, unit_rows(step), LABELS["mixed"])
+    fresh = parts(resumed, unit_rows(3), LABELS["mixed"])["ranking"].sum.item()
+    resumed.load_state_dict(loss.state_dict())
+    expected = parts(loss, unit_rows(3), LABELS["mixed"])["ranking"].sum.item()
+    assert parts(resumed, unit_rows(3), LABELS["mixed"])["ranking"].sum.item() == expected
+    assert fresh != pytest.approx(expected, rel=1e-3)
+
+
+def test_the_number_of_classes_is_filled_in_but_not_over() -> None:
+    assert build("pml.MarginLoss", {"learn_beta": True}).loss.beta.shape == (CLASSES,)
+    assert build("pml.MarginLoss", {"learn_beta": True, "num_classes": None}).loss.beta.shape == (1,)
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"name": "pml.ArcfaceLos"}, "ranking.name is pml.ArcfaceLos, which .* its losses; did you mean pml.ArcFaceLoss"),
+    ({"name": "pml.Xyz"}, "does not have among its losses: AngularLoss, ArcFaceLoss"),
+    ({"name": "pml.BaseMetricLossFunction"}, "does not have among its losses"),
+    ({"name": "pml.SupConLoss", "miner": "pml.TripletMarginMinr"}, "miner is .* did you mean pml.TripletMarginMiner"),
+    (
+        {"name": "pml.ArcFaceLoss", "kwargs": {"scal": 3}},
+        r"ranking.kwargs: pml.ArcFaceLoss has no argument scal; did you mean scale\?",
+    ),
+    ({"name": "pml.CosFaceLoss", "kwargs": {"foo": 3}}, "has no argument foo; it takes .*'margin', 'scale'"),
+    (
+        {"name": "pml.SupConLoss", "miner": "pml.TripletMarginMiner", "miner_kwargs": {"margn": 1}},
+        "ranking.miner_kwargs: pml.TripletMarginMiner has no argument margn; did you mean margin",
+    ),
+    ({"name": "pml.RankedListLoss"}, r"cannot be made of \{\}: .*missing 2 required positional arguments"),
+    ({"name": "pml.PNPLoss", "kwargs": {"variant": "Q"}}, "cannot be made of .*variant=Q but must be one of"),
+    (
+        {"name": "pml.TripletMarginLoss", "kwargs": {"distance": "pml.CosinSimilarity"}},
+        "ranking.kwargs.distance is .* did you mean pml.CosineSimilarity",
+    ),
+    ({"name": "pml.SmoothAPLoss"}, "pml.SmoothAPLoss cannot work here: .* take FastAPLoss"),
+    ({"name": "pml.CrossBatchMemory"}, "cannot work here: .* earlier steps"),
+    ({"name": "pml.DistributedLossWrapper"}, "cannot work here: the batch is gathered already"),
+    ({"name": "pml.SupConLoss", "miner": "pml.EmbeddingsAlreadyPackagedAsTriplets"}, "cannot work here"),
+    ({"name": "pml.SupConLoss", "miner_kwargs": {"margin": 1}}, "miner_kwargs are given without a miner"),
+    (
+        {"name": "pml.InstanceLoss", "miner": "pml.BatchHardMiner"},
+        "pml.InstanceLoss with BatchHardMiner does not work with .*: ValueError: indices_tuple is not supported",
+    ),
+    ({"name": "pml.TripletMarginLoss", "kwargs": {"reducer": "pml.DoNothingReducer"}}, "does not work with these"),
+    ({"name": "pml.TripletMarginLoss", "kwargs": {"margin": "wide"}}, "does not work with these settings"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSALS)
+def test_what_cannot_work_is_refused_before_the_training(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(**{"kwargs": {}} | settings)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_names_exist_and_are_refused(name: str) -> None:
+    from pytorch_metric_learning.utils import distributed
+
+    assert any(hasattr(module, name) for module in (losses, miners, distributed))
+    key = {"miner": f"pml.{name}"} if "Miner" in name or "Packaged" in name else {}
+    with pytest.raises(InputError, match="cannot work here"):
+        build("pml.SupConLoss" if key else f"pml.{name}", **key)
+
+
+def test_smooth_ap_is_refused_for_a_reason() -> None:
+    # Its definition (arXiv 2007.12163, equation 7), one rank at a time.
+    def naive(E_BD: torch.Tensor, labels: list[int]) -> float:
+        S_BB, loss = E_BD @ E_BD.T, 0.0
+        for i, label in enumerate(labels):
+            own = [j for j, other in enumerate(labels) if other == label]
+            above = [[torch.sigmoid((S_BB[i, k] - S_BB[i, j]) / 0.01).item() for k in range(len(labels))] for j in own]
+            ranks = [(1 + sum(row[k] for k in own) - 0.5, 1 + sum(row) - 0.5) for row in above]  # without j itself: 1/2
+            loss += 1 - sum(mine / overall for mine, overall in ranks) / len(own)
+        return loss / len(labels)
+
+    for classes, each, right in ((3, 3, True), (6, 2, False), (2, 4, False)):
+        E_BD, labels = unit_rows(0, classes * each), [k for k in range(classes) for _ in range(each)]
+        theirs = losses.SmoothAPLoss()(E_BD, torch.tensor(labels)).item()
+        assert (theirs == pytest.approx(naive(E_BD, labels), rel=1e-4)) == right
+
+
+def test_a_batch_that_the_library_refuses_is_a_run_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = build("pml.SupConLoss")
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("not these")
+
+    monkeypatch.setattr(loss.loss, "compute_loss", refuse)
+    with pytest.raises(RunError, match=r"pml.SupConLoss refused a batch: not these"):
+        parts(loss, unit_rows(0).float(), LABELS["mixed"])
+
+
+def test_a_missing_library_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pytorch_metric_learning", None)
+    monkeypatch.delitem(__import__("sys").modules, "pytorch_metric_learning.losses", raising=False)
+    with pytest.raises(InputError, match="pip install pytorch-metric-learning"):
+        build("pml.SupConLoss")
+
+
+def test_half_precision_is_widened_and_autocast_has_no_say() -> None:
+    E_BD = unit_rows(0).bfloat16().requires_grad_()
+    loss = build("pml.ArcFaceLoss")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        term = parts(loss, E_BD, LABELS["mixed"])["ranking"]
+    assert term.sum.dtype == torch.float32
+    plain = loss.loss(E_BD.float(), torch.tensor(LABELS["mixed"]))
+    assert term.sum.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert loss.loss.W.dtype == torch.float32
+
+
+def test_a_share_is_the_whole_loss_over_the_ranks() -> None:
+    loss, E_BD = build("pml.SupConLoss").double(), unit_rows(0)
+    labels_B = torch.tensor(LABELS["mixed"])
+    whole = loss(BatchView(E_BD, E_BD, labels_B, 0))["ranking"]
+    shares = [loss(BatchView(E_BD[k : k + 3], E_BD, labels_B, k))["ranking"] for k in range(0, B, 3)]
+    assert sum(share.sum.item() for share in shares) == pytest.approx(whole.sum.item(), rel=1e-14)
+    assert sum(share.count.item() for share in shares) == pytest.approx(1, rel=1e-14)

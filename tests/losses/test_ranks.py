@@ -1,0 +1,180 @@
+"""Every kind of ranking loss on real process groups: W processes give the loss and the gradients of one.
+
+Legend: b rows of a rank, B rows of the batch, F features.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dist_obdsd.config import (
+    ContrastiveConfig,
+    MarginConfig,
+    MultiSimilarityConfig,
+    ProxyAnchorConfig,
+    PytorchMetricLearningConfig,
+    RankingConfig,
+    TripletConfig,
+)
+from dist_obdsd.distributed import collectives
+from dist_obdsd.losses import RankingLoss
+from dist_obdsd.losses.batch_view import BatchView
+from tests import harness
+from tests.losses.data import loss_of
+from tests.manifold.data import B, unit_rows
+
+worlds = pytest.mark.parametrize("world", harness.MORE_WORLD_SIZES)
+several = pytest.mark.parametrize("world", [w for w in harness.MORE_WORLD_SIZES if w > 1])
+D, FEATURES, SEED = 5, 9, 11
+PML = PytorchMetricLearningConfig
+SETTINGS: dict[str, RankingConfig] = {
+    "multi-similarity": MultiSimilarityConfig(),
+    "contrastive": ContrastiveConfig(negative_margin=1.4),
+    "triplet": TripletConfig(margin=0.7),
+    "margin": MarginConfig(nu=0.1),
+    "proxy anchor": ProxyAnchorConfig(alpha=8.0),
+    "ProxyNCA": PML(name="pml.ProxyNCALoss", kwargs={"softmax_scale": 3}),
+    "ArcFace": PML(name="pml.ArcFaceLoss", kwargs={"scale": 8}),
+    "NormalizedSoftmax": PML(name="pml.NormalizedSoftmaxLoss", kwargs={"temperature": 0.2}),
+    "SoftTriple": PML(name="pml.SoftTripleLoss", kwargs={"centers_per_class": 2}),
+    "NPairs": PML(name="pml.NPairsLoss"),
+    "SupCon": PML(name="pml.SupConLoss"),
+    "FastAP": PML(name="pml.FastAPLoss"),
+    "MarginLoss, mined": PML(name="pml.MarginLoss", kwargs={"learn_beta": True}, miner="pml.DistanceWeightedMiner"),
+}
+SHARDED = ("multi-similarity", "contrastive", "triplet", "margin")
+RANDOM = ("margin", "MarginLoss, mined")
+every = pytest.mark.parametrize("name", SETTINGS)
+LABELS = {
+    "uneven": [0, 0, 0, 1, 2, 1, 3, 4, 5, 6, 3, 2],
+    "a rank without an anchor": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
+    "no anchor": list(range(B)),
+}
+
+
+class Embedder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, D)).double()
+
+    def forward(self, x_bF: torch.Tensor) -> torch.Tensor:
+        return functional.normalize(self.layers(x_bF), dim=1)
+
+
+def exact(student: nn.Module, ranking: RankingLoss, labels: list[int]) -> torch.Tensor:
+    """The loss that a rank calls backward on, as the objective makes it; its mean over the ranks is the global one."""
+    return rank_loss(student, ranking, labels)
+
+
+def gather_without_gradient(student: nn.Module, ranking: RankingLoss, labels: list[int]) -> torch.Tensor:
+    def gather(x_b: torch.Tensor) -> torch.Tensor:
+        parts = list(collectives.gather_rows(x_b.detach()).split(len(x_b)))
+        parts[collectives.rank()] = x_b
+        return torch.cat(parts)
+
+    return rank_loss(student, ranking, labels, gather=gather)
+
+
+def mean_of_rank_means(student: nn.Module, ranking: RankingLoss, labels: list[int]) -> torch.Tensor:
+    return rank_loss(student, ranking, labels, count=lambda count: count * collectives.world_size())
+
+
+def a_seed_of_its_own(student: nn.Module, ranking: RankingLoss, labels: list[int]) -> torch.Tensor:
+    return rank_loss(student, ranking, labels, seed=SEED + collectives.rank())
+
+
+def rank_loss(
+    student: nn.Module,
+    ranking: RankingLoss,
+    labels: list[int],
+    gather: Callable[[torch.Tensor], torch.Tensor] = collectives.gather_rows,
+    count: Callable[[torch.Tensor], torch.Tensor] = collectives.sum_across,
+    seed: int = SEED,
+) -> torch.Tensor:
+    b = B // collectives.world_size()
+    first_row = collectives.rank() * b
+    E_bD = student(unit_rows(100, B, FEATURES)[first_row : first_row + b])
+    view = BatchView(E_bD, gather(E_bD), torch.tensor(labels), first_row, seed)
+    return sum(
+        (t.sum * collectives.world_size() / count(t.count).clamp(min=1) for t in ranking(view).values()),
+        torch.zeros((), dtype=torch.float64),
+    )
+
+
+Way = Callable[[nn.Module, RankingLoss, list[int]], torch.Tensor]
+
+
+def worker(way: Way, name: str) -> dict[str, Any]:
+    """For each batch: loss, gradient of the embedder and gradient of the loss's own parameters, as a step has them."""
+    answers = {}
+    for kind, labels in LABELS.items():
+        student, ranking = Embedder(), loss_of(SETTINGS[name], D)
+        loss = way(student, ranking, labels)
+        loss.backward()
+        mean = [
+            [(collectives.sum_across(p.grad) / collectives.world_size()).numpy().ravel() for p in module.parameters()]
+            for module in (student, ranking)
+        ]
+        answers[kind] = {
+            "loss": collectives.sum_across(loss).item() / collectives.world_size(),
+            "embedder": np.concatenate(mean[0]),
+            "parameters": np.concatenate([np.zeros(0), *mean[1]]),
+        }
+    return answers
+
+
+def error(answer: dict[str, Any], expected: dict[str, Any], of: str) -> float:
+    return float(np.linalg.norm(answer[of] - expected[of]) / max(np.linalg.norm(expected[of]), 1e-3))
+
+
+@worlds
+@every
+def test_loss_and_gradients_are_those_of_one_process(world: int, name: str) -> None:
+    one = worker(exact, name)  # here, without a process group
+    for answers in harness.run(world, worker, exact, name):
+        for kind, expected in one.items():
+            assert answers[kind]["loss"] == pytest.approx(expected["loss"], rel=1e-10, abs=1e-12)
+            assert error(answers[kind], expected, "embedder") < 1e-10
+            assert error(answers[kind], expected, "parameters") < 1e-10
+
+
+@every
+def test_there_is_something_to_compare(name: str) -> None:
+    one = worker(exact, name)
+    assert np.linalg.norm(one["uneven"]["embedder"]) > 1e-2
+    assert one["uneven"]["loss"] > 1e-2
+    learnable = len(list(loss_of(SETTINGS[name], D).parameters())) > 0
+    assert (np.linalg.norm(one["uneven"]["parameters"]) > 1e-3) == learnable
+    if name in ("multi-similarity", "triplet", "margin", "NPairs", "SupCon", "FastAP", "MarginLoss, mined"):
+        assert one["no anchor"]["loss"] == 0
+        assert not one["no anchor"]["embedder"].any()
+
+
+@several
+@every
+def test_a_gather_without_gradient_is_measurably_wrong(world: int, name: str) -> None:
+    expected = worker(exact, name)["uneven"]
+    answer = harness.run(world, worker, gather_without_gradient, name)[0]["uneven"]
+    assert error(answer, expected, "embedder") > 1e-2
+    assert answer["loss"] == pytest.approx(expected["loss"], rel=1e-10)  # the loss does not show it
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_mean_of_rank_means_is_measurably_wrong(name: str) -> None:
+    expected = worker(exact, name)["uneven"]
+    answer = harness.run(3, worker, mean_of_rank_means, name)[0]["uneven"]
+    assert error(answer, expected, "embedder") > 1e-2
+    assert abs(answer["loss"] - expected["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_ranks_that_draw_by_themselves_are_measurably_wrong(name: str) -> None:
+    expected = worker(exact, name)["uneven"]
+    answer = harness.run(3, worker, a_seed_of_its_own, name)[0]["uneven"]
+    assert error(answer, expected, "embedder") > 1e-2

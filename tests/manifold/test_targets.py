@@ -1,0 +1,469 @@
+"""Targets against an explicit inverse in float64, on easy and nasty batches."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from dist_obdsd.config import DistillationConfig
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.manifold import graph, solvers
+from dist_obdsd.manifold import targets as manifold
+from dist_obdsd.manifold.targets import Solve
+from tests import oracle
+from tests.manifold.data import B, D, manifolds, unit_rows
+
+MANIFOLDS = manifolds()
+TARGETS = ("uniform", "psd", "obdsd", "obdsd_symmetric")
+ALL = slice(0, B)
+TOLERANCE = DistillationConfig().tolerance
+SOLVERS = ("cholesky", "cg")
+
+
+def target_rows(T_BD: torch.Tensor, rows: slice, memory_MD: torch.Tensor | None = None, **options: Any) -> Solve:
+    return manifold.target_rows(T_BD, rows, DistillationConfig(**options), memory_MD)
+
+
+def options(
+    target: str, temperature: float = 1.0, transition: float = 1.0, omega: float = 0.5, mask: bool = False
+) -> dict[str, Any]:
+    return {"target": target, "temperature": temperature, "transition_temperature": transition, "omega": omega,
+            "mask_self": mask}  # fmt: skip
+
+
+def l1(target_bB: torch.Tensor, expected_bB: np.ndarray) -> float:
+    return float(np.abs(target_bB.double().numpy() - expected_bB).sum(1).max())
+
+
+@pytest.mark.parametrize("kind", MANIFOLDS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_float64_targets_equal_the_oracle(kind: str, target: str, mask: bool, solver: str) -> None:
+    T_BD = MANIFOLDS[kind]
+    for omega in (0.0, 0.5, 0.99):
+        for sharpness in (1.0, 0.05, 0.005):
+            chosen = options(target, sharpness, sharpness, omega, mask)
+            expected = oracle.target(T_BD.numpy(), **chosen)
+            solve = target_rows(T_BD, ALL, **chosen, solver=solver)
+            assert solve.target_bB.dtype == torch.float64
+            assert l1(solve.target_bB, expected) < 1e-9, (omega, sharpness)
+            np.testing.assert_allclose(solve.target_bB.sum(1).numpy(), 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", MANIFOLDS)
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_float32_targets_are_as_near_as_their_residual_says(kind: str, target: str, solver: str) -> None:
+    T_BD = MANIFOLDS[kind].float()
+    for omega in (0.0, 0.5, 0.99):
+        for transition in (1.0, 0.05, 0.005):
+            chosen = options(target, 0.1 if target == "obdsd" else transition, transition, omega)
+            expected = oracle.target(T_BD.numpy(), **chosen)
+            solve = target_rows(T_BD, ALL, **chosen, solver=solver)
+            assert solve.target_bB.dtype == torch.float32
+            assert float(solve.error_b.max()) <= TOLERANCE
+            # Besides the solve's error there is the rounding of S itself, 2^-24 / temperature per logit, which
+            # the diffusion can multiply by up to 1 / (1 - omega).
+            rounding = 8 * 2**-24 / transition / (1 - omega)
+            assert l1(solve.target_bB, expected) < TOLERANCE + rounding, (omega, transition)
+            assert (solve.target_bB >= 0).all()
+
+
+def outliers(rows: int = 48, dim: int = 16) -> torch.Tensor:
+    """A crowd, one row opposite to it and one near-duplicate: going back from N to A multiplies errors."""
+    T_BD = unit_rows(1, rows, dim, 0.5)
+    T_BD[3] = -T_BD.mean(0) / T_BD.mean(0).norm()
+    T_BD[5] = functional.normalize(T_BD[4] + 1e-4 * T_BD[6], dim=0)
+    return T_BD.float()
+
+
+class Careless(solvers.ConjugateGradients):
+    """A relative residual of 1e-6 in N's coordinates: what one would call converged."""
+
+    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+        n, solved = C_bn.shape[1], []
+        M_nn = torch.eye(n) - self._graph.config.omega * self._graph.symmetric(slice(0, n))
+        for b in C_bn:
+            x, r = torch.zeros_like(b), b.clone()
+            p, rr = r.clone(), r @ r
+            while rr.sqrt() > 1e-6 * b.norm():
+                step = rr / (p @ M_nn @ p)
+                x, r = x + step * p, r - step * (M_nn @ p)
+                rr, before = r @ r, rr
+                p = r + rr / before * p
+            assert (b - M_nn @ x).norm() < 1e-5
+            solved.append(x)
+        return torch.stack(solved), 0
+
+
+def test_an_error_that_only_the_targets_own_coordinates_show_is_seen_and_mended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The trap: going back from N to A multiplies errors by exp((r_j - r_i)/2).
+    T_BD, rows = outliers(), slice(0, 48)
+    chosen = options("obdsd", 0.1, 0.05, 0.5)
+    expected = oracle.target(T_BD.numpy(), **chosen)
+    with monkeypatch.context() as patch:
+        patch.setattr(solvers, "ConjugateGradients", Careless)
+        unchecked = target_rows(T_BD, rows, **chosen, solver="cg", tolerance=1e9)
+        wrong = l1(unchecked.target_bB, expected)
+        assert wrong > 0.1
+        assert wrong < 1.1 * float(unchecked.error_b.max())
+        # Seen by the residual in A's coordinates, and mended by the next correction.
+        assert l1(target_rows(T_BD, rows, **chosen, solver="cg").target_bB, expected) < 1e-4
+    assert l1(target_rows(T_BD, rows, **chosen, solver="cg").target_bB, expected) < 1e-4
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("omega", [0.5, 0.99])
+@pytest.mark.parametrize("height", [5, 48])
+def test_outliers_and_near_duplicates_at_sharp_temperatures(
+    monkeypatch: pytest.MonkeyPatch, target: str, omega: float, height: int
+) -> None:
+    T_BD, rows = outliers(), slice(8, 24)
+    chosen = options(target, 0.1, 0.005, omega)
+    expected = oracle.target(T_BD.numpy(), **chosen)[8:24]
+    bound = TOLERANCE + 8 * 2**-24 / 0.005 / (1 - omega)
+    for solver in SOLVERS:
+        assert l1(target_rows(T_BD, rows, **chosen, solver=solver).target_bB, expected) < bound
+    # Where neither S nor N is ever whole there is no float64 to fall back to either.
+    monkeypatch.setattr(graph, "TILE_ENTRIES", height * 48)
+    solve = target_rows(T_BD, rows, **chosen, solver="cg", memory_gib=1e-9)
+    assert float(solve.error_b.max()) <= TOLERANCE
+    assert l1(solve.target_bB, expected) < bound
+
+
+def test_a_rounding_error_below_zero_never_reaches_the_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cholesky_solve", "cholesky_inverse"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *arguments, real=real: real(*arguments) - 1e-8)
+    for rows in (ALL, slice(2, 4)):
+        target_bB = target_rows(MANIFOLDS["outliers"].float(), rows, **options("obdsd", 0.005, 0.05)).target_bB
+        assert (target_bB >= 0).all()
+
+
+class Idle(solvers.ConjugateGradients):
+    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return torch.zeros_like(C_bn), 0
+
+
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both solvers solve nothing."""
+    monkeypatch.setattr(solvers, "Cholesky", lambda graph: Idle(graph, None, 0.0))
+    monkeypatch.setattr(solvers, "ConjugateGradients", Idle)
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_where_corrections_stall_neumanns_series_goes_on(
+    monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype, solver: str
+) -> None:
+    idle(monkeypatch)
+    T_BD = MANIFOLDS["outliers"].to(dtype)
+    for omega in (0.5, 0.9):
+        chosen = options(target, 0.1, 0.05, omega)
+        solve = target_rows(T_BD, ALL, **chosen, solver=solver)
+        assert solve.iterations > 10
+        assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solve_that_nothing_mends_is_an_error(monkeypatch: pytest.MonkeyPatch, target: str, solver: str) -> None:
+    idle(monkeypatch)
+    monkeypatch.setattr(solvers, "NEUMANN_ITERATIONS", 1)
+    with pytest.raises(RunError, match=r"error of \d\.\de[+-]\d+ .*tolerance=0.0001 is needed; lower"):
+        target_rows(MANIFOLDS["ordinary"].float(), ALL, **options(target), solver=solver)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_published_settings_need_no_fallback(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    monkeypatch.setattr(manifold, "fits", lambda nodes, bytes_per_entry, settings: bytes_per_entry == 4)
+    monkeypatch.setattr(solvers, "NEUMANN_ITERATIONS", 0)
+    for spread in (1.0, 0.1, 0.01):
+        T_BD = unit_rows(5, 112, 128, spread).float()
+        for omega, transition in ((0.3, 1.0), (0.99, 1.0), (0.5, 0.005)):
+            for chosen in (options("obdsd", 1.0, transition, omega), options("obdsd_symmetric", omega=omega)):
+                solve = target_rows(T_BD, slice(0, 112), **chosen, solver=solver)
+                assert solve.error_b.max() < (5e-5 if solver == "cholesky" else TOLERANCE)
+                assert solve.iterations <= 12
+
+
+FLAT = ((0.0, 1.0), (0.3, 1.0), (0.9, 1.0), (0.99, 1.0), (0.5, 0.5))
+"""Omegas and transition temperatures at which a few terms of the series are enough."""
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+def test_where_the_walk_forgets_at_once_its_series_is_solver_enough(
+    monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    T_BD, rows = unit_rows(5, 56, 64, spread).float(), slice(14, 42)
+    with monkeypatch.context() as patch:
+        patch.setattr(solvers, "Cholesky", None)
+        patch.setattr(solvers, "ConjugateGradients", None)
+        for omega, transition in FLAT:
+            chosen = options("obdsd", 1.0, transition, omega)
+            whole, own = (target_rows(T_BD, own, **chosen) for own in (slice(0, 56), rows))
+            assert 1 <= whole.iterations <= solvers.SERIES
+            assert float(whole.error_b.max()) <= min(TOLERANCE, 2e-6 / (1 - omega))
+            # As good as Cholesky's, so that the rows which a rank has do not show.
+            assert l1(whole.target_bB, oracle.target(T_BD.numpy(), **chosen)) < 2e-6
+            assert float((own.target_bB - whole.target_bB[rows]).abs().sum(1).max()) < 2e-6
+    for omega, transition in FLAT:  # and only where nobody asked for another solver
+        for solver in SOLVERS:
+            with monkeypatch.context() as patch:
+                patch.setattr(manifold, "series_rows", None)
+                target_rows(T_BD, rows, **options("obdsd", 1.0, transition, omega), solver=solver)
+
+
+def test_the_bound_of_a_series_holds_whatever_it_starts_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    T_BD = unit_rows(5, 48, 32)
+    settings = DistillationConfig(omega=0.1, transition_temperature=0.5)
+    walk = graph.WalkGraph(T_BD, settings)
+    A_BB = walk.transition(slice(0, 48))
+    errors = []
+    for size in (1e-2, 1e-4, 1e-6):
+        wrong_BB = torch.linalg.inv(torch.eye(48) - 0.1 * A_BB) + size * torch.randn(48, 48, dtype=torch.float64)
+        monkeypatch.setattr(walk, "guess", lambda rows, wrong_BB=wrong_BB: wrong_BB[rows].clone())
+        monkeypatch.setattr(solvers, "ROUNDING", 1e-3 / torch.finfo(torch.float64).eps)
+        inverse = solvers.series_rows(walk, slice(0, 24), 1e-3)
+        if inverse is not None:
+            residual_bB = torch.eye(48)[:24] - inverse.Y_bn @ (torch.eye(48) - 0.1 * A_BB)
+            errors.append(float((residual_bB.abs().sum(1) / inverse.error_b).max()))
+            assert float(inverse.error_b.max()) <= 1e-3
+    assert len(errors) > 1
+    assert 1e-3 < max(errors) <= 1
+
+
+def test_where_the_series_is_slow_or_broken_a_solver_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    real = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: products.append(1) or real(*a, **k))
+    T_BD, rows = outliers(), slice(0, 48)
+    for omega, transition in ((0.5, 0.005), (0.9, 0.05), (0.99, 0.005)):
+        chosen = options("obdsd", 0.1, transition, omega)
+        products.clear()
+        solve = target_rows(T_BD, rows, **chosen)
+        assert len(products) == 1  # enough to see it
+        assert solve.iterations == 0
+        assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE + 2e-5 / (1 - omega)
+    monkeypatch.setattr(graph.WalkGraph, "guess", lambda self, rows: torch.full((48, 48), torch.nan))
+    chosen = options("obdsd", 0.1, 1.0, 0.5)
+    assert l1(target_rows(T_BD, rows, **chosen).target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE
+
+
+def test_the_known_eigenvector_is_kept_out_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    T_BD = unit_rows(5, 112, 128).float()
+    for target in (graph.WalkGraph, graph.SymmetricGraph):
+        made = target(T_BD, DistillationConfig(omega=0.99))
+        N_BB = made.symmetric(slice(0, 112))
+        assert (N_BB @ made.leading_n - made.leading_n).abs().max() < 1e-6
+        assert (N_BB - N_BB.T).abs().max() < 1e-6
+        eigenvalues = torch.linalg.eigvalsh(N_BB.double())
+        assert eigenvalues.min() > -1
+        assert eigenvalues.max() == pytest.approx(1, abs=1e-6)
+    assert target_rows(T_BD, slice(0, 112), **options("obdsd", omega=0.99), solver="cg").iterations <= 4
+    ignored = property(lambda self: torch.zeros(112), lambda self, u: None)
+    monkeypatch.setattr(graph.WalkGraph, "leading_n", ignored)
+    assert target_rows(T_BD, slice(0, 112), **options("obdsd", omega=0.99), solver="cg").iterations > 4
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize(
+    "sharpening",
+    [
+        {"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"neighbours": 1, "mutual": True}, {"neighbours": 50},
+        {"clip": True}, {"clip": True, "power": 3.0}, {"neighbours": 4, "clip": True, "power": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["ordinary", "tight", "duplicates", "outliers", "equal"])
+def test_sharpened_targets_equal_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, target: str, sharpening: dict[str, Any], kind: str
+) -> None:
+    T_BD = MANIFOLDS[kind]
+    chosen = options(target, 0.1, 0.05, 0.9)
+    expected = oracle.target(T_BD.numpy(), **chosen, **sharpening)
+    for solver in SOLVERS:
+        solve = target_rows(T_BD, ALL, **chosen, **sharpening, solver=solver)
+        assert l1(solve.target_bB, expected) < 1e-9
+        np.testing.assert_allclose(solve.target_bB.sum(1).numpy(), 1, rtol=1e-9)
+    monkeypatch.setattr(graph, "TILE_ENTRIES", 5 * B)
+    assert l1(target_rows(T_BD, ALL, **chosen, **sharpening, memory_gib=1e-9).target_bB, expected) < 1e-9
+
+
+def test_sharpening_changes_the_target_and_isolates() -> None:
+    T_BD = MANIFOLDS["ordinary"]
+    chosen = options("obdsd", 0.1, 0.05, 0.9)
+    plain = target_rows(T_BD, ALL, **chosen).target_bB
+    for sharpening in ({"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"clip": True}):
+        assert (target_rows(T_BD, ALL, **chosen, **sharpening).target_bB - plain).abs().max() > 1e-4
+    alone = graph.WalkGraph(T_BD, DistillationConfig(neighbours=1, mutual=True)).isolated_n
+    assert alone.any()
+    psd = target_rows(T_BD, ALL, **options("psd", 0.1)).target_bB
+    sharp = target_rows(T_BD, ALL, **chosen, neighbours=1, mutual=True).target_bB
+    assert torch.equal(sharp[alone], psd[alone])
+    assert (sharp[~alone] - psd[~alone]).abs().sum(1).min() > 1e-6
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiles_and_parts_give_the_whole(monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype) -> None:
+    T_BD, rows = unit_rows(7, 40, 8, 0.4).to(dtype), slice(10, 30)
+    chosen = options(target, 0.1, 0.05, 0.9)
+    whole = target_rows(T_BD, rows, **chosen, solver="cholesky").target_bB
+    monkeypatch.setattr(manifold, "PART_ENTRIES", 7 * 40)
+    parts = target_rows(T_BD, rows, **chosen, solver="cg").target_bB
+    monkeypatch.setattr(graph, "TILE_ENTRIES", 9 * 40)
+    tiles = target_rows(T_BD, rows, **chosen, memory_gib=1e-9).target_bB
+    limit = 1e-9 if dtype == torch.float64 else 2 * TOLERANCE
+    assert (parts - whole).abs().sum(1).max() < limit
+    assert (tiles - whole).abs().sum(1).max() < limit
+
+
+def test_without_room_no_matrix_over_all_pairs_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    real = graph.similarity
+    monkeypatch.setattr(graph, "similarity", lambda X, Y: shapes.append((len(X), len(Y))) or real(X, Y))
+    monkeypatch.setattr(graph, "TILE_ENTRIES", 8 * 64)
+    solve = target_rows(unit_rows(7, 64, 8), slice(0, 4), **options("obdsd"), memory_gib=1e-9)
+    assert solve.iterations > 0
+    assert max(rows * columns for rows, columns in shapes) == 8 * 64
+    blocks = [shape for shape in shapes if shape[1] < 64]  # three rows of them, of which those below the diagonal
+    assert len(blocks) == 6 * solve.iterations  # are not made
+    shapes.clear()
+    target_rows(unit_rows(7, 64, 8), slice(0, 4), **options("obdsd"))
+    assert set(shapes) == {(64, 64)}
+
+
+def test_the_product_by_blocks_is_that_with_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    T_BD, X_bB = unit_rows(7, 40, 8, 0.4), torch.randn(5, 40, dtype=torch.float64)
+    for sharpening in ({}, {"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"clip": True}):
+        for kind in (graph.WalkGraph, graph.SymmetricGraph):
+            whole = kind(T_BD, DistillationConfig(transition_temperature=0.05, **sharpening))
+            expected = X_bB @ whole.symmetric(slice(0, 40))
+            with monkeypatch.context() as patch:
+                patch.setattr(graph, "TILE_ENTRIES", 13**2)
+                tiled = kind(T_BD, whole.config.model_copy(update={"memory_gib": 1e-9}))
+                assert (tiled.times_symmetric(X_bB) - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_who_solves() -> None:
+    auto = DistillationConfig()
+    assert manifold.choose_solver(112, 112, auto) == "cholesky"
+    assert manifold.choose_solver(4096, 64, auto) == "cg"
+    assert manifold.choose_solver(32768, 32768, auto) == "cg"  # does not fit the default
+    assert manifold.choose_solver(32768, 32768, DistillationConfig(memory_gib=20)) == "cholesky"
+    assert manifold.choose_solver(112, 112, DistillationConfig(solver="cg")) == "cg"
+    with pytest.raises(InputError, match=r"solver=cholesky over 32768 images needs more than .*memory_gib=2"):
+        manifold.choose_solver(32768, 512, DistillationConfig(solver="cholesky"))
+
+
+@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_memory_equals_the_oracle_over_all_nodes(target: str, mask: bool) -> None:
+    T_BD, memory_MD = MANIFOLDS["tight"], unit_rows(8, 9, D, 0.3)
+    chosen = options(target, 0.1, 0.05, 0.9, mask)
+    everything = oracle.target(torch.cat([T_BD, memory_MD]).numpy(), **chosen)[:B, :B]
+    mass = everything.sum(1)
+    for rows in (ALL, slice(4, 8)):
+        solve = target_rows(T_BD, rows, memory_MD, **chosen)
+        assert l1(solve.target_bB, (everything / mass[:, None])[rows]) < 1e-8
+        np.testing.assert_allclose(solve.dropped_b.numpy(), 1 - mass[rows], atol=1e-9)
+    assert (1 - mass).min() > 0.05
+    without = target_rows(T_BD, ALL, **chosen)
+    assert without.dropped_b is None
+    assert l1(without.target_bB, everything / mass[:, None]) > 1e-3
+    assert torch.equal(target_rows(T_BD, ALL, memory_MD[:0], **chosen).target_bB, without.target_bB)
+
+
+def test_a_row_whose_mass_all_lies_in_the_memory_keeps_its_own_distribution() -> None:
+    # The memory holds copies of row 0; without its own entry all its mass goes there.
+    T_BD = MANIFOLDS["ordinary"]
+    memory_MD = T_BD[:1].repeat(4, 1)
+    chosen = options("obdsd_symmetric", 0.005, 1.0, 0.1, mask=True)
+    solve = target_rows(T_BD, ALL, memory_MD, **chosen)
+    assert solve.dropped_b[0] > 0.999
+    psd = target_rows(T_BD, ALL, **options("psd", 0.005, mask=True)).target_bB
+    assert torch.equal(solve.target_bB[0], psd[0])
+    assert solve.target_bB.isfinite().all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("mask", [False, True])
+def test_own_rows_are_the_rows_of_the_whole(target: str, mask: bool) -> None:
+    T_BD = MANIFOLDS["outliers"]
+    chosen = options(target, 0.1, 0.05, 0.9, mask)
+    whole = target_rows(T_BD, ALL, **chosen).target_bB
+    for W in (2, 3):
+        b = B // W
+        parts = [target_rows(T_BD, slice(r * b, (r + 1) * b), **chosen).target_bB for r in range(W)]
+        assert (torch.cat(parts) - whole).abs().max() < 1e-12
+
+
+def test_omega_zero_is_psd_and_diffusion_changes_it() -> None:
+    T_BD = MANIFOLDS["ordinary"]
+    for mask in (False, True):
+        psd = target_rows(T_BD, ALL, **options("psd", 0.1, mask=mask)).target_bB
+        for target in ("obdsd", "obdsd_symmetric"):
+            still = target_rows(T_BD, ALL, **options(target, 0.1, omega=0.0, mask=mask)).target_bB
+            assert (still - psd).abs().max() < 1e-14
+            moved = target_rows(T_BD, ALL, **options(target, 0.1, omega=0.5, mask=mask)).target_bB
+            assert (moved - psd).abs().max() > 0.01
+
+
+def test_mask_self_empties_the_diagonal_of_p() -> None:
+    T_BD = MANIFOLDS["ordinary"]
+    assert target_rows(T_BD, ALL, **options("psd", 0.1, mask=True)).target_bB.diagonal().abs().max() == 0
+    assert target_rows(T_BD, ALL, **options("psd", 0.1)).target_bB.diagonal().mean() > 0.5
+
+
+def test_an_isolated_row_keeps_its_own_distribution() -> None:
+    T_BD = unit_rows(1, spread=0.2)
+    T_BD[0] = -T_BD.mean(0) / T_BD.mean(0).norm()
+    assert (T_BD[1:] @ T_BD[0]).max() < 0
+    psd = target_rows(T_BD, ALL, **options("psd", 0.5)).target_bB
+    diffused = target_rows(T_BD, ALL, **options("obdsd_symmetric", 0.5, omega=0.9)).target_bB
+    assert (diffused[0] - psd[0]).abs().max() < 1e-14
+    assert (diffused[1] - psd[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_half_precision_is_widened_and_autocast_has_no_say(target: str) -> None:
+    T_BD = MANIFOLDS["tight"].bfloat16()
+    chosen = options(target, 0.1, 0.05, 0.5)
+    expected = oracle.target(T_BD.double().numpy(), **chosen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = target_rows(T_BD, ALL, **chosen).target_bB
+        wide = target_rows(T_BD.float(), ALL, **chosen).target_bB
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, wide)
+    assert l1(inside, expected) < 1e-4
+
+
+@pytest.mark.parametrize("target", ["psd", "obdsd", "obdsd_symmetric"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_embeddings_give_nan_targets_on_every_rank(target: str, bad: float) -> None:
+    T_BD = MANIFOLDS["ordinary"].float()
+    T_BD[5, 2] = bad
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        assert target_rows(T_BD, rows, **options(target)).target_bB.isnan().any()
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    T_BD = MANIFOLDS["ordinary"].clone().requires_grad_()
+    for target in TARGETS:
+        assert not target_rows(T_BD, ALL, **options(target)).target_bB.requires_grad
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(InputError, match="B > 1"):
+        target_rows(torch.ones(1, D), slice(0, 1), **options("psd"))
+    with pytest.raises(InputError, match="rows 8 to 13"):
+        target_rows(torch.ones(B, D), slice(8, 13), **options("psd"))
+    with pytest.raises(InputError, match="target none"):
+        target_rows(torch.ones(B, D), ALL, **options("none"))

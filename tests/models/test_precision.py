@@ -1,0 +1,112 @@
+"""torch.compile in training, and going on without it."""
+
+import os
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+
+from dist_obdsd import checkpoint
+from dist_obdsd.config import override_config, parse_config
+from dist_obdsd.distributed.launch import Launch, Runtime
+from dist_obdsd.errors import InputError
+from dist_obdsd.models.precision import blank_images, check_precision, compile_in_place
+from tests import harness, runs
+
+NO_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler here"
+)
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3)
+    )
+
+
+def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]:
+    """On each rank: what is said, whether calls run the network itself, and whether trying left no trace.
+
+    Args:
+        broken: the rank that cannot compile; the others only seem to, which costs nothing.
+        path: where that rank looks for a compiler; None: its torch.compile fails at once.
+    """
+    import torch.distributed as dist
+
+    said: list[str] = []
+    net, images = network(), torch.zeros(2, 1, 8, 8)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def refuse(**options: object) -> None:
+        raise RuntimeError("no compiler\nsecond line")
+
+    if dist.get_rank() != broken:
+        net.compile = lambda **options: None
+    elif path is None:
+        net.compile = refuse
+    with patch.dict(os.environ, {"PATH": path} if path is not None else {}):
+        compile_in_place({net: nullcontext()}, images, said.append)
+    clean = all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    return said, net._compiled_call_impl is None, clean and all(p.grad is None for p in net.parameters())
+
+
+def test_where_one_rank_cannot_compile_all_go_on_without() -> None:
+    for said, plain, clean in harness.run(2, settle, 1):
+        assert said == [
+            "model.compile=true does not work on rank 1 (RuntimeError: no compiler); all ranks go on without it"
+        ]
+        assert plain
+        assert clean
+    assert [said for said, _, _ in harness.run(2, settle, 2)] == [[], []]
+
+
+def test_a_machine_without_a_compiler_goes_on_without() -> None:
+    (((line,), plain, clean),) = harness.run(1, settle, 0, "/no/such/folder")
+    assert re.fullmatch(r"model.compile=true does not work on rank 0 \(.+: .+\); all ranks go on without it", line)
+    assert plain
+    assert clean
+
+
+def test_blank_images_have_the_shape_of_a_step_s() -> None:
+    raw = yaml.safe_load(runs.CONFIG)
+    for overrides, ranks, rows in ([], 2, 8), (["batch.chunk=3"], 2, 3), (["batch.chunk=100"], 4, 4):
+        config = parse_config(override_config(raw, overrides), "x")
+        runtime = Runtime(Launch("test", 0, ranks), torch.device("cpu"))
+        assert blank_images(config, runtime).shape == (rows, 1, 16, 16)
+
+
+def test_bf16_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = yaml.safe_load(runs.CONFIG)
+    low, teacher, full = (
+        parse_config(override_config(raw, more), "x")
+        for more in (["precision=bf16"], ["precision=float32", "distillation.teacher_precision=bf16"], [])
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    with pytest.raises(InputError, match="^precision=bf16 but Old GPU computes no bf16; set it to float32$"):
+        check_precision(low, torch.device("cuda", 0))
+    with pytest.raises(InputError, match="^distillation.teacher_precision=bf16 but .*; set it to same$"):
+        check_precision(teacher, torch.device("cuda", 0))
+    check_precision(full, torch.device("cuda", 0))
+    check_precision(low, torch.device("cpu"))
+
+
+@NO_COMPILER
+def test_a_compiled_run_is_the_same_up_to_rounding(folder: Path) -> None:
+    common = ("precision=float32", "epochs=2", "optim.lr=1e-5", "distillation.target=none")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    runs.train(folder, "name=plain", *common)
+    done = runs.train(folder, "name=compiled", *common, "model.compile=true", ranks=2, env=cache)
+    assert "does not work" not in done.stdout
+    assert any((folder / "cache").rglob("*.so"))  # something was compiled
+    plain, compiled = (checkpoint.load(folder / "runs" / name)["student"] for name in ("plain", "compiled"))
+    for name, value in plain.items():
+        assert (compiled[name] - value).abs().max() < 1e-5
+    rows = [[row["ranking"] for row in runs.metrics(folder / "runs" / name, "step")] for name in ("plain", "compiled")]
+    assert rows[1] == pytest.approx(rows[0], abs=1e-4)

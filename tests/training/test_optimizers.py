@@ -1,0 +1,77 @@
+import copy
+
+import pytest
+import torch
+
+from dist_obdsd.config import OptimConfig
+from dist_obdsd.training.optimizers import build_optimizer, learning_rate, load_state_by_name, state_by_name
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+
+
+def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        net(torch.full((5, 3), float(step))).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_state_by_name_continues_with_the_same_bits(name):
+    settings = OptimConfig(name=name, lr=0.1)
+    unbroken, first, second = network(), network(), network()
+    train(unbroken, build_optimizer(settings, unbroken.named_parameters()), range(6))
+    before = build_optimizer(settings, first.named_parameters())
+    train(first, before, range(3))
+    second.load_state_dict(first.state_dict())
+    after = build_optimizer(settings, second.named_parameters())
+    load_state_by_name(after, second.named_parameters(), state_by_name(before, first.named_parameters()))
+    train(second, after, range(3, 6))
+    for a, b in zip(unbroken.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # The control: without the state, the weights differ.
+    train(first, build_optimizer(settings, first.named_parameters()), range(3, 6))
+    assert not torch.equal(next(iter(unbroken.parameters())), next(iter(first.parameters())))
+
+
+def test_learning_rates():
+    step = OptimConfig(lr=1.0, schedule="step", milestones=(2, 3), gamma=0.5)
+    assert [learning_rate(step, epoch, 4, 0.9, 100) for epoch in range(4)] == [1, 1, 0.5, 0.25]
+    cosine = OptimConfig(lr=1.0, schedule="cosine")
+    assert learning_rate(cosine, 0, 4, 0.0, 0) == 1
+    assert learning_rate(cosine, 1, 2, 0.0, 9) == pytest.approx(0.5)
+    assert learning_rate(cosine, 1, 2, 0.999, 9) < 1e-5
+    warm = OptimConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(warm, 0, 4, 0.0, n) for n in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_state_takes_the_layout_of_the_weights(name):
+    """ZeRO keeps flat rows; a run that goes on under DDP has the channels innermost."""
+    settings = OptimConfig(name=name, lr=0.1)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def convolution(layout: torch.memory_format) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Conv2d(3, 4, 3, dtype=torch.float64).to(memory_format=layout)
+
+    def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, n: int) -> None:
+        for _ in range(n):
+            optimizer.zero_grad()
+            net(images).square().mean().backward()
+            optimizer.step()
+
+    flat, innermost = convolution(torch.contiguous_format), convolution(torch.channels_last)
+    before = build_optimizer(settings, flat.named_parameters())
+    steps(flat, before, 2)
+    innermost.load_state_dict(flat.state_dict())
+    after = build_optimizer(settings, innermost.named_parameters())
+    kept = copy.deepcopy(state_by_name(before, flat.named_parameters()))
+    load_state_by_name(after, innermost.named_parameters(), kept)
+    steps(flat, before, 3)
+    steps(innermost, after, 3)
+    assert innermost.weight.stride() != flat.weight.stride()
+    assert torch.allclose(innermost.weight, flat.weight, atol=1e-13)

@@ -1,0 +1,306 @@
+"""The real training step on 1 to 4 processes against one: losses, gradient norms and weights after 10 steps."""
+
+import numpy as np
+import pytest
+import torch
+
+from dist_obdsd.config import Config, override_config, parse_config
+from dist_obdsd.data.stream import Batch
+from dist_obdsd.distributed.launch import Launch, Runtime
+from dist_obdsd.losses.obdsd import build_objective
+from dist_obdsd.models.embedder import build_embedder
+from dist_obdsd.models.teacher import ProgressiveTeacher
+from dist_obdsd.training.ddp import build_strategy
+from dist_obdsd.training.train_step import DelayedMetrics, TrainProgress, TrainStep
+from tests import harness
+from tests.hostreads import HostReads
+
+B, STEPS = 24, 10
+CPU = torch.device("cpu")
+
+
+def settings(*overrides: str) -> Config:
+    raw = {
+        "name": "x",
+        "epochs": 2,
+        "data": {"shards": "x", "image_size": 16, "channels": 1, "mean": [0.5], "std": [0.5], "lanes": 6},
+        "batch": {"global_size": B, "samples_per_class": 2},
+        "model": {"backbone": "small_cnn", "embedding_dim": 8},
+        "distillation": {"weight": 2, "temperature": 0.1, "transition_temperature": 0.05},
+        "optim": {"lr": 0.001},
+    }
+    return parse_config(override_config(raw, overrides), "x")
+
+
+def take_steps(
+    config: Config, spoil: int | None = None, later: bool = False
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """Ten steps of epoch 1, whose teacher is the initial student.
+
+    Args:
+        spoil: a step with NaN in one rank's weights.
+        later: look at the diffusion's error as late as with a GPU, and fail where the host reads anything before.
+    """
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    runtime = Runtime(Launch("test", rank, world, rank, world), CPU)
+    student = build_embedder(config, CPU, lambda text: None, world)
+    objective = build_objective(config, range(9), CPU)
+    strategy = build_strategy(student, config, runtime, list(objective.ranking.named_parameters()))
+    teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
+    step = TrainStep(config, runtime, strategy, teacher, objective, range(9))
+    step.looks_later = step.looks_later or later
+    reader, read = DelayedMetrics(lag=1), []
+    b = B // world
+    for t in range(STEPS):
+        draw = torch.Generator().manual_seed(t)
+        images = torch.randint(0, 256, (B, 1, 16, 16), dtype=torch.uint8, generator=draw)
+        labels = torch.arange(B) // 2 % 9  # some classes stand twice in the batch
+        if t == spoil:
+            # One rank's embeddings become NaN through a weight that the next line mends again.
+            kept = student.head.bias.detach().clone()
+            if rank == world - 1:
+                student.head.bias.data.fill_(torch.nan)
+        batch = Batch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels, [])
+        with HostReads() as reads:
+            names, numbers = step(batch, TrainProgress(1, t, t), t / STEPS, stop=t == 7 and rank == world - 1)
+        # The first step of all compares sizes between the ranks.
+        assert not (later and t and reads.found), reads.found
+        if t == spoil:
+            student.head.bias.data.copy_(kept)
+        read += [values for _, values in reader.push({}, names, numbers)]
+    read += [values for _, values in reader.drain()]
+    own = {f"ranking.{name}": p for name, p in objective.ranking.named_parameters()}
+    return read, {name: p.detach().numpy().copy() for name, p in [*student.named_parameters(), *own.items()]}
+
+
+def override(config: Config, **optim: float) -> Config:
+    return config.model_copy(update={"optim": config.optim.model_copy(update=optim)})
+
+
+def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    return max(float(abs(a[name] - b[name]).max()) for name in a)
+
+
+@pytest.mark.parametrize("target", ["none", "uniform", "psd", "obdsd", "obdsd_symmetric"])
+def test_ten_steps_in_float64_do_not_depend_on_the_ranks(target):
+    config = settings("precision=float64", f"distillation.target={target}")
+    ((losses, weights),) = harness.run(1, take_steps, config)
+    initial = dict(build_embedder(config, CPU, print).named_parameters())
+    assert distance(weights, {name: p.detach().numpy() for name, p in initial.items()}) > 1e-3
+    for world_size in (2, 3):
+        for other_losses, other_weights in harness.run(world_size, take_steps, config):
+            assert distance(weights, other_weights) < 1e-10
+            for mine, other in zip(losses, other_losses, strict=True):
+                assert other == pytest.approx(mine, rel=1e-10, abs=1e-10)
+    # The control: another objective ends elsewhere.
+    ((_, elsewhere),) = harness.run(1, take_steps, settings("precision=float64", "distillation.weight=9"))
+    assert distance(weights, elsewhere) > 1e-6
+
+
+GENTLE = {"transition_temperature": 1.0, "omega": 0.3}
+WHOLE = ("precision=float64", "optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.01", "optim.clip_norm=1")
+WAYS = {
+    "chunks": ["batch.chunk=3"],
+    "chunks that do not divide": ["batch.chunk=5", "ranking.name=proxy_anchor", "ranking.lr=0.1"],
+    "memory": ["distillation.memory=40"],
+    "symmetric memory": ["distillation.memory=40", "distillation.target=obdsd_symmetric"],
+    "conjugate gradients": ["distillation.solver=cg", "distillation.omega=0.9"],
+    "tiles": ["distillation.memory_gib=1e-9", "distillation.memory=40", "distillation.neighbours=4"],
+    "mutual": ["distillation.neighbours=6", "distillation.mutual=true", "distillation.target=obdsd_symmetric"],
+    "contrastive": ["ranking.name=contrastive"],
+    "triplet": ["ranking.name=triplet"],
+    "margin": ["ranking.name=margin", "ranking.lr=0.1", "ranking.nu=0.01", "ranking.weight_decay=0.1"],
+    "proxy anchor": ["ranking.name=proxy_anchor", "ranking.lr=0.1", "optim.name=adam", "optim.lr=1e-4"],
+    "arcface": ["ranking.name=pml.ArcFaceLoss", "ranking.lr=0.1"],
+    "mined": ["ranking.name=pml.MarginLoss", "ranking.miner=pml.DistanceWeightedMiner"],
+}
+
+
+def results(step: dict[str, float]) -> dict[str, float]:
+    """A step's numbers without those that say how a rank solved for its rows."""
+    return {name: value for name, value in step.items() if name not in ("target_iterations", "target_residual")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_the_objective_is_exact_on_any_number_of_ranks(way):
+    config = settings(*WHOLE, *WAYS[way])
+    ((losses, weights),) = harness.run(1, take_steps, config)
+    assert len({step["ranking"] for step in losses}) > 1
+    for world_size in (2, 3, 4):
+        for other_losses, other_weights in harness.run(world_size, take_steps, config):
+            assert distance(weights, other_weights) < 1e-10
+            for mine, other in zip(losses, other_losses, strict=True):
+                assert results(other) == pytest.approx(results(mine), rel=1e-9, abs=1e-9)
+    # The control: one step of another kind ends elsewhere.
+    ((_, elsewhere),) = harness.run(1, take_steps, settings(*WHOLE, *WAYS[way], "optim.weight_decay=0.01"))
+    assert distance(weights, elsewhere) > 1e-7
+
+
+@pytest.mark.parametrize("ranking", ["multi_similarity", "contrastive", "triplet", "margin", "proxy_anchor"])
+def test_the_host_reads_nothing_within_a_step(ranking):
+    config = settings("precision=float32", "optim.lr=1e-5", f"ranking.name={ranking}", "distillation.temperature=1")
+    config = override(config, clip_norm=1)
+    gentle = config.model_copy(update={"distillation": config.distillation.model_copy(update=GENTLE)})
+    for world_size in (1, 2):
+        now, later = (harness.run(world_size, take_steps, gentle, None, later)[0] for later in (False, True))
+        assert distance(now[1], later[1]) < 1e-6
+    # The control: a solver that iterates looks at what it has so far.
+    iterating = settings("precision=float32", "distillation.solver=cg", f"ranking.name={ranking}")
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        harness.run(1, take_steps, iterating, None, True)
+
+
+def test_a_teacher_in_bf16_changes_the_target_by_bf16_s_rounding_alone():
+    common = ("precision=float32", "optim.lr=1e-5")
+    ((full, _),) = harness.run(1, take_steps, settings(*common))
+    ((low, _),) = harness.run(1, take_steps, settings(*common, "distillation.teacher_precision=bf16"))
+    assert low[0]["ranking"] == full[0]["ranking"]
+    assert low[0]["distillation"] != full[0]["distillation"]
+    assert low[0]["distillation"] == pytest.approx(full[0]["distillation"], abs=0.01)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_chunks_change_nothing_and_a_memory_does(world_size):
+    ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
+    for _, chunked in harness.run(world_size, take_steps, settings(*WHOLE, "batch.chunk=5")):
+        assert distance(whole, chunked) < 1e-10
+    losses, remembered = harness.run(world_size, take_steps, settings(*WHOLE, "distillation.memory=40"))[0]
+    assert distance(whole, remembered) > 1e-8
+    dropped = [step["target_dropped_mass"] for step in losses]
+    assert dropped[0] == 0  # nothing to remember yet
+    assert 0.01 < dropped[1] < dropped[2] < 1  # B, then 40 nodes
+
+
+def test_the_loss_s_own_parameters_learn_at_their_own_rate():
+    start = build_objective(settings("ranking.name=proxy_anchor"), range(9), CPU).ranking.proxies.detach().numpy()
+    moved = {}
+    for rate in (0.01, 0.02):
+        config = settings("precision=float64", "optim.name=sgd", "ranking.name=proxy_anchor", f"ranking.lr={rate}")
+        _, weights = harness.run(1, take_steps, config)[0]
+        moved[rate] = abs(weights["ranking.proxies"] - start).max()
+    assert 0 < moved[0.01] < moved[0.02] < 3 * moved[0.01]
+
+
+def test_the_embedding_layer_learns_at_its_own_rate():
+    sgd = "precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0"
+    config = settings(*sgd)
+    start = {name: p.detach().numpy() for name, p in build_embedder(config, CPU, print).named_parameters()}
+    still, moved = (
+        harness.run(1, take_steps, settings(*sgd, f"optim.lr={lr}", f"optim.head_scale={scale}"))[0][1]
+        for lr, scale in ((0.01, 1e-12), (1e-12, 1e10))
+    )
+    for name in start:
+        head = name.startswith("head.")
+        assert (abs(still[name] - start[name]).max() < 1e-9) == head
+        assert (abs(moved[name] - start[name]).max() > 1e-6) == head
+
+
+def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
+    scoped = settings(*WHOLE, "distillation.scope=rank")
+    ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
+    ((_, alone),) = harness.run(1, take_steps, scoped)
+    assert distance(whole, alone) == 0
+    halves = harness.run(2, take_steps, scoped)
+    assert distance(halves[0][1], halves[1][1]) == 0
+    assert distance(whole, halves[0][1]) > 1e-7
+
+
+def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
+    config = settings("precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=1")
+    loose, tight = config, override(config, clip_norm=1e-3)
+    ((losses, weights),) = harness.run(1, take_steps, tight)
+    initial = {name: p.detach().numpy() for name, p in build_embedder(config, CPU, print).named_parameters()}
+    # Ten steps of length 1e-3 at most, where the unclipped gradient is longer.
+    moved = np.sqrt(sum(((weights[name] - initial[name]) ** 2).sum() for name in weights))
+    assert min(step["grad_norm"] for step in losses) > 1e-3
+    assert 0 < moved <= 1e-2 * (1 + 1e-9)
+    for world_size in (2, 3):
+        assert all(distance(weights, other) < 1e-10 for _, other in harness.run(world_size, take_steps, tight))
+    ((_, unclipped),) = harness.run(1, take_steps, loose)
+    assert distance(weights, unclipped) > 1e-2
+
+
+@pytest.mark.parametrize("optimizer", ["optim.name=sgd", "optim.name=adam"])
+def test_ten_steps_in_float32_agree_to_1e_5(optimizer):
+    # Adam divides by the gradient's size, so rounding in gradients near 0 becomes a part of lr: hence a small lr there.
+    config = settings(optimizer, f"optim.lr={1e-2 if optimizer.endswith('sgd') else 1e-5}")
+    ((losses, weights),) = harness.run(1, take_steps, config)
+    for world_size in (2, 3):
+        for other_losses, other_weights in harness.run(world_size, take_steps, config):
+            assert distance(weights, other_weights) < 1e-5
+            for mine, other in zip(losses, other_losses, strict=True):
+                assert other["ranking"] == pytest.approx(mine["ranking"], abs=1e-5)
+                assert other["distillation"] == pytest.approx(mine["distillation"], abs=1e-5)
+
+
+ZERO_WAYS = {
+    "sgd": ["optim.name=sgd", "optim.lr=1e-2"],
+    "adam, clipped": ["optim.lr=1e-5", "optim.clip_norm=0.01"],
+    "with proxies": ["optim.name=sgd", "optim.lr=1e-2", "optim.clip_norm=0.1", "ranking.name=proxy_anchor"],
+    "chunks, a faster head": ["optim.name=sgd", "optim.lr=1e-2", "batch.chunk=5", "optim.head_scale=3"],
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("way", ZERO_WAYS)
+def test_deepspeed_takes_the_steps_of_ddp(way, stage):
+    ((losses, weights),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way]))
+    config = settings(*ZERO_WAYS[way], "strategy=deepspeed", f"deepspeed.stage={stage}")
+    for world_size in (1, 2, 3):
+        # The first call imports DeepSpeed on every rank, which takes seconds of a core each.
+        for other_losses, other_weights in harness.run(world_size, take_steps, config, timeout=300):
+            assert distance(weights, other_weights) < 1e-5
+            for mine, other in zip(losses, other_losses, strict=True):
+                assert other["ranking"] == pytest.approx(mine["ranking"], abs=1e-5)
+                assert other["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
+    # The control: what DeepSpeed does by default, a norm clipped at 1, ends elsewhere.
+    if way == "sgd":
+        ((_, clipped),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way], "optim.clip_norm=1"))
+        assert distance(weights, clipped) > 1e-3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_deepspeed_masks_a_step_with_a_nan_on_all_ranks(stage):
+    for more in ([], ["ranking.name=proxy_anchor", "batch.chunk=5"]):
+        config = settings(*more, "strategy=deepspeed", f"deepspeed.stage={stage}")
+        check_masked(harness.run(2, take_steps, config, 4), 4)
+
+
+def test_deepspeed_s_bf16_is_that_of_ddp():
+    ((_, weights),) = harness.run(1, take_steps, settings("precision=bf16", "optim.lr=1e-5"))
+    config = settings("precision=bf16", "optim.lr=1e-5", "strategy=deepspeed")
+    ((losses, zero),) = harness.run(1, take_steps, config)
+    ((exact, _),) = harness.run(1, take_steps, settings("optim.lr=1e-5"))
+    assert distance(weights, zero) < 1e-6
+    assert losses[0]["ranking"] != exact[0]["ranking"]
+    assert all(w.dtype == np.float32 for w in zero.values())
+
+
+def test_one_ranks_wish_to_stop_reaches_all():
+    for losses, _ in harness.run(3, take_steps, settings()):
+        assert [step["stop"] > 0 for step in losses] == [t == 7 for t in range(STEPS)]
+
+
+@pytest.mark.parametrize("spoil", [0, 4])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_nan_on_one_rank_masks_the_step_on_all(world_size, optimizer, spoil):
+    for more in ([], ["ranking.name=proxy_anchor", "batch.chunk=5"], ["ranking.name=pml.ArcFaceLoss"]):
+        check_masked(harness.run(world_size, take_steps, settings(f"optim.name={optimizer}", *more), spoil), spoil)
+
+
+def check_masked(ranks, spoil):
+    for losses, weights in ranks:
+        assert [step["masked"] for step in losses] == [float(t == spoil) for t in range(STEPS)]
+        assert all(np.isfinite(w).all() for w in weights.values())
+        assert distance(weights, ranks[0][1]) == 0
+
+
+def test_bf16_trains_and_keeps_the_objective_in_float32():
+    ((losses, weights),) = harness.run(1, take_steps, settings("precision=bf16"))
+    ((exact, _),) = harness.run(1, take_steps, settings())
+    assert all(np.isfinite(w).all() and w.dtype == np.float32 for w in weights.values())
+    assert losses[0]["ranking"] == pytest.approx(exact[0]["ranking"], rel=0.05)
+    assert losses[0]["ranking"] != exact[0]["ranking"]
