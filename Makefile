@@ -5,7 +5,7 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu-check lint chaos format ui clean
+.PHONY: help setup demo test test-fast bench gpu-check lint chaos constraints format ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ demo: setup  ## pack the embedded data set, train OBD-SD on two processes, evalu
 test: setup  ## the whole test suite, in up to four processes
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+test-fast: setup  ## what takes no training run and no launcher: under 90 seconds
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+
 bench: setup  ## time the objective and the training step, and compare the ratios with the committed ones
 	$(BIN)/dist-obdsd bench objective --sizes 112,448 --worlds 2 --budget 60 --json bench-objective.json --baseline docs/bench/objective.json
 	$(BIN)/dist-obdsd bench step --worlds 1,2 --json bench-step.json --baseline docs/bench/step.json
@@ -37,10 +40,18 @@ gpu-check:  ## check a GPU and time training steps on it, without .venv: torch, 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and the reading order of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+constraints:  ## pin what a fresh install takes today, in constraints.txt
+	rm -rf .venv-constraints
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet --editable '.[dev]'
+	.venv-constraints/bin/python -m pip freeze --exclude-editable > constraints.txt
+	rm -rf .venv-constraints
 
 format: setup  ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
