@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_obdsd import console as progress
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.tracking.system_metrics import Usage
 from dist_obdsd.training.terminal import Lines, build_terminal
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import manifold, objective, reference, report
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.config import DistillationConfig, MultiSimilarityConfig
 from dist_obdsd.errors import InputError, RunError
 from tests import oracle

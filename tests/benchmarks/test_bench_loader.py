@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import loader
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.packing.pack import pack
 from dist_obdsd.data.packing.recipes import load_recipe

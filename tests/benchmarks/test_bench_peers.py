@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import objective, peers
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.distributed.launch import Launch, Runtime
 from tests import harness
 

@@ -36,7 +36,7 @@ def test_help_answers_without_importing_torch():
 
 def test_the_end_of_a_program_waits_for_threads_and_is_heard_by_whoever_asked_for_it():
     script = (
-        "import atexit, threading, time\nfrom dist_obdsd import cli\n"
+        "import atexit, threading, time\nfrom dist_obdsd.cli import main as cli\n"
         "def main(arguments):\n"
         "    threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
         "    atexit.register(print, 'at exit')\n    print('main')\n    return 3\n"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from tests import runs
 from tests.training.conftest import shards  # noqa: F401
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.config import load_config
 from dist_obdsd.figures import run_figures as album
 from tests import runs

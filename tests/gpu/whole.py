@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from dist_obdsd import checkpoint
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.config import EvaluationConfig
 from dist_obdsd.evaluation.evaluator import measure
 from dist_obdsd.evaluation.scores import unit_rows

@@ -109,7 +109,7 @@ def breaks(folder: Path, what: str, step: int, *overrides: str) -> subprocess.Co
 
 BREAKS = """
 import json, os, signal, sys, time
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.training.train_step import TrainStep
 once = TrainStep.__call__
 def call(self, batch, position, *rest):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from tests import runs
 
 

@@ -11,7 +11,7 @@ from tests.nursery import Program
 
 HANGS = """
 import os, sys, time
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.training.train_step import TrainStep
 once = TrainStep.__call__
 def call(self, batch, position, *rest):
@@ -102,7 +102,7 @@ def test_a_signal_during_a_measurement_ends_it_and_the_epoch_is_measured_later(f
 
 WAITS = """
 import os, signal, sys
-from dist_obdsd.cli.main import main as cli
+from dist_obdsd.cli import main as cli
 from dist_obdsd.training.model_selection import Judge
 once = Judge.after_epoch
 def after_epoch(self, epoch):
