@@ -45,7 +45,7 @@ from dist_obdsd.losses.obdsd import build_objective
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.precision import compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher
-from dist_obdsd.training.ddp import build_strategy
+from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import TrainProgress, TrainStep
 
 CASE = ("backbone", "image_size", "batch", "dim", "precision", "compile", "teacher_precision", "threads", "budget",

@@ -9,7 +9,7 @@ tensors, loaded with ``weights_only=True``, so that loading never executes anyth
      "optimizer": {parameter name: {state}},             # no groups, no order: any strategy can read it
      "objective": {}, "objective_optimizer": {}, "manifold_memory": None, "scaler": None,
      "position": {"epoch": e, "step": s, "global_step": n},   # the next step to take
-     "unjudged": whether the epoch before it is still to be measured,                # absent in older files
+     "pending_validation": whether the epoch before it is still to be validated,   # older files: "unjudged", or absent
      "best_validation": {"value": v, "epoch": e} or None, "untrained": {metric: value} or None,
      "best_test": {"value": v, "epoch": e, "metrics": {metric: value}} or None,     # absent in older files
      "tracker": run id or None}
@@ -139,6 +139,8 @@ def load(path: Path) -> dict[str, Any]:
     missing = ENTRIES - state.keys()
     if missing:
         raise InputError(f"{found} lacks {', '.join(sorted(missing))}; it was not written by this program")
+    state.setdefault("pending_validation", state.pop("unjudged", False))
+    state.setdefault("best_test", None)
     return state
 
 

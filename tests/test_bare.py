@@ -9,7 +9,7 @@ import pytest
 from dist_obdsd import console as progress
 from dist_obdsd.cli import main as cli
 from dist_obdsd.tracking.system_metrics import Usage
-from dist_obdsd.training.terminal import Lines, build_terminal
+from dist_obdsd.training.progress_display import StepLines, build_display
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_lines_in_place_of_bars_without_tqdm(monkeypatch: pytest.MonkeyPatch) ->
     assert progress.has_bars()
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert not progress.has_bars()
-    assert type(build_terminal(True, 50, 16, quiet=False, verbose=False)) is Lines
+    assert type(build_display(True, 50, 16, quiet=False, verbose=False)) is StepLines
     with progress.bar(3, "images", "verifying") as bar:
         bar.update(2)
         progress.say("a warning")

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input.
 import argparse
 import atexit
 import json
+import logging
 import os
 import sys
 import threading
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from dist_obdsd.config import Config
     from dist_obdsd.distributed.launch import Runtime
     from dist_obdsd.training.preemption import PreemptionHandler
+
+logger = logging.getLogger(__name__)
 
 # What only some commands need, by the name of its module; training and measuring do without.
 OPTIONAL = {
@@ -176,33 +179,30 @@ def _train_until(stop: "PreemptionHandler", options: argparse.Namespace) -> int:
 
 
 def _train_on(rank: "Runtime", config: "Config", stop: "PreemptionHandler", options: argparse.Namespace) -> int:
-    from dist_obdsd.distributed import collectives
-    from dist_obdsd.distributed import launch as runtime
+    from dist_obdsd.distributed import collectives, launch
+    from dist_obdsd.training.progress_display import build_display
     from dist_obdsd.training.run_dir import free_name
-    from dist_obdsd.training.terminal import build_terminal
     from dist_obdsd.training.trainer import Trainer
 
+    if (trap := launch.restart_trap(os.environ)) is not None:
+        logger.log(console.NOTICE, trap)
+    fresh = free_name(Path(config.output), config.name) if options.fresh else None
+    if (name := collectives.broadcast_object(fresh)) is not None:
+        config = config.model_copy(update={"name": name})
+    logger.info(
+        f"{config.run_dir}: {rank.world_size} x {rank.device.type} ({rank.launch.launcher}), {config.precision}"
+    )
     every, size = config.tracking.every_steps, config.batch.global_size
-    with build_terminal(rank.is_main, every, size, options.quiet, options.verbose) as terminal:
-        if (trap := runtime.restart_trap(os.environ)) is not None:
-            terminal.tell(trap)
-        fresh = free_name(Path(config.output), config.name) if options.fresh else None
-        if (name := collectives.broadcast_object(fresh)) is not None:
-            config = config.model_copy(update={"name": name})
-        terminal.say(
-            f"{config.run_dir}: {rank.world_size} x {rank.device.type} ({rank.launch.launcher}), {config.precision}"
-        )
-        summary = Trainer(config, rank, stop, terminal).run()
-        if summary["rows"]:
-            terminal.tell(("" if options.quiet else "\n") + table(summary["rows"]))
-        state = summary["meta"]["state"]
-        colour = "green" if state == "finished" else "yellow"
-        terminal.say(f"\n{console.paint(state, colour, sys.stdout)}: {config.run_dir}")
-        if config.tracking.kind == "mlflow":
-            uri = config.tracking.uri
-            terminal.say(
-                f"to see its curves: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}"
-            )
+    with build_display(rank.is_main, every, size, options.quiet, options.verbose) as display:
+        summary = Trainer(config, rank, stop, display).run()
+    if summary["rows"]:
+        logger.log(console.NOTICE, ("" if options.quiet else "\n") + table(summary["rows"]))
+    state = summary["meta"]["state"]
+    colour = "green" if state == "finished" else "yellow"
+    logger.info(f"\n{console.paint(state, colour, sys.stdout)}: {config.run_dir}")
+    if config.tracking.kind == "mlflow":
+        uri = config.tracking.uri
+        logger.info(f"to see its curves: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}")
     return 0
 
 
@@ -306,12 +306,12 @@ def _joined(options: argparse.Namespace) -> "Iterator[tuple[Config | None, Runti
         if not _launched():
             raise  # at once, without importing torch
         failure = error
-    from dist_obdsd.distributed import launch as runtime
+    from dist_obdsd.distributed import launch
 
     chosen: tuple[Any, ...] = ()
     if config is not None:
         chosen = (config.device, config.threads, config.timeout_seconds, config.strategy == "deepspeed")
-    with runtime.start(*chosen) as rank:
+    with launch.start(*chosen) as rank:
         with raise_on_all_ranks("reading the config"):
             if failure is not None:
                 raise failure

@@ -49,3 +49,13 @@ class Registry:
         except ValueError as error:
             raise InputError(str(error)) from error
         return getattr(importlib.import_module(module), attribute)
+
+
+STRATEGIES = Registry(
+    "strategy",
+    "strategy",
+    {
+        "ddp": "dist_obdsd.training.ddp:DDPStrategy",
+        "deepspeed": "dist_obdsd.training.deepspeed:DeepSpeedStrategy",
+    },
+)

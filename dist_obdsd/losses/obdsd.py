@@ -139,12 +139,12 @@ class Objective:
         """Empty the memory: another teacher's rows would not fit those of the next one."""
         self.memory_MD = None
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: the ranking loss's parameters and the memory."""
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint's entries: the ranking loss's parameters and the memory."""
         return {"objective": self.ranking.state_dict(), "manifold_memory": self.memory_MD}
 
-    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """The inverse of ``state``."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore what ``state_dict`` gave."""
         self.ranking.load_state_dict(state["objective"])
         memory_MD = state["manifold_memory"]
         self.memory_MD = None if memory_MD is None else memory_MD.to(device)

@@ -40,10 +40,11 @@ class ProgressiveTeacher:
         self.epoch = epoch
         check_identical("the teacher", self.network)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "epoch": self.epoch}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave. Collective."""
         self.network.load_state_dict(state["network"])
         self.epoch = state["epoch"]
         check_identical("the teacher", self.network)

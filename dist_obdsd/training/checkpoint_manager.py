@@ -1,79 +1,207 @@
-"""When checkpoints are written inside an epoch, and writing them in the background."""
+"""A run's checkpoints: when they are written, of what parts, and how a run goes on from one.
 
+The file format is that of ``dist_obdsd.checkpoint``. Rank 0 alone reads and writes files.
+"""
+
+import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_obdsd import checkpoint
-from dist_obdsd.config import CheckpointConfig
+from dist_obdsd.config import Config, changed_settings
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
+from dist_obdsd.errors import InputError
+from dist_obdsd.losses.obdsd import Objective
+from dist_obdsd.models.teacher import ProgressiveTeacher
+from dist_obdsd.training.metrics_logger import MetricsLogger
+from dist_obdsd.training.model_selection import ModelSelector
+from dist_obdsd.training.strategy import Strategy
+from dist_obdsd.training.train_step import TrainProgress
+
+logger = logging.getLogger(__name__)
 
 
-class Saver:
-    """Of the one rank that writes. The others ask only ``due``."""
+@dataclass
+class TrainState:
+    """The parts of a run that a checkpoint holds."""
 
-    def __init__(self, config: CheckpointConfig, folder: Path, report: Callable[[str, int, float], None]) -> None:
-        """
-        Args:
-            report: is told of every file: its name, its size in bytes and how long training waited for it, in seconds.
-        """
-        self._settings, self._folder, self._report = config, folder, report
-        self._last = time.monotonic()
+    manifest: str
+    """Digest of the shards' manifest."""
+    validation_classes: list[int]
+    strategy: Strategy
+    teacher: ProgressiveTeacher | None
+    objective: Objective
+    progress: TrainProgress
+    model_selector: ModelSelector
+    metrics: MetricsLogger
+
+
+class CheckpointManager:
+    """Saves and restores one run. Every rank has one; methods are collective unless they say otherwise."""
+
+    def __init__(self, config: Config, state: TrainState, is_main: bool) -> None:
+        self.config, self.state, self.is_main = config, state, is_main
+        self.folder = config.run_dir / "checkpoints"
+        self._saved_at = time.monotonic()
         self._thread: ThreadPoolExecutor | None = None
-        self._pending: tuple[Future[Path], float] | None = None
+        self._writing: tuple[Future[Path], float] | None = None
 
-    def due(self, global_step: int) -> bool:
-        """Whether a checkpoint belongs after so many optimizer steps; the same on every rank."""
-        every = self._settings.every_steps
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def should_save(self, global_step: int) -> bool:
+        """Whether a checkpoint is due after so many optimizer steps. Not collective, the same on every rank."""
+        every = self.config.checkpoint.every_steps
         return every is not None and global_step % every == 0
 
-    def overdue(self) -> bool:
-        """Whether the last checkpoint is too long ago, or could not be written in the background, which ``save`` will
-        say. The clock's answer, so one rank's counts for all."""
-        if self._pending is not None and self._pending[0].done() and self._pending[0].exception() is not None:
-            return True
-        minutes = self._settings.every_minutes
-        return minutes is not None and time.monotonic() - self._last > 60 * minutes
+    def wants_save(self) -> bool:
+        """Whether the last checkpoint is too old, or its write in the background has failed, which ``save`` reports.
 
-    def save(self, state: dict[str, Any], best: bool) -> None:
+        Not collective: this asks rank 0's clock, and false on the other ranks.
+        """
+        if not self.is_main:
+            return False
+        if self._writing is not None and self._writing[0].done() and self._writing[0].exception() is not None:
+            return True
+        minutes = self.config.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+
+    def save(self, best: bool = False) -> None:
         """Write a checkpoint, or hand it to the thread that does.
 
+        Args:
+            best: whether the epoch that just ended is the best by validation so far.
+
         Raises:
-            RunError: the disk is full or the folder cannot be written, now or, in the background, the time before.
+            RunError: on every rank, when this or the previous checkpoint cannot be written.
         """
-        self.wait()
         started = time.perf_counter()
-        self._last = time.monotonic()
-        if not self._settings.background:
-            self._tell(self._write(state, best), time.perf_counter() - started)
-            return
-        self._thread = self._thread or ThreadPoolExecutor(1, "saving")
-        state = _copied(state)
-        self._pending = self._thread.submit(self._write, state, best), time.perf_counter() - started
+        state = self._state_dict()
+        with raise_on_all_ranks("saving the checkpoint"):
+            if self.is_main:
+                self._await_write()
+                self._write(state, best)
+        self.state.metrics.log_save_time(time.perf_counter() - started)
+
+    def _state_dict(self) -> dict[str, Any]:
+        """The entries of a checkpoint; complete on rank 0."""
+        parts = self.state
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "manifest": parts.manifest,
+            "validation_classes": parts.validation_classes,
+            "teacher": None if parts.teacher is None else parts.teacher.state_dict(),
+            "scaler": None,
+            **parts.strategy.state_dict(),
+            **parts.objective.state_dict(),
+            **parts.progress.state_dict(),
+            **parts.model_selector.state_dict(),
+            **parts.metrics.state_dict(),
+        }
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        started = self._saved_at = time.monotonic()
+        options = self.config.checkpoint
+        if options.background:
+            self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
+            future = self._thread.submit(checkpoint.save, self.folder, _copied(state), best=best, keep=options.keep)
+            self._writing = future, time.monotonic() - started
+        else:
+            path = checkpoint.save(self.folder, state, best=best, keep=options.keep)
+            self._log_written(path, time.monotonic() - started)
+
+    def _await_write(self) -> None:
+        if self._writing is not None:
+            (future, seconds), self._writing = self._writing, None
+            self._log_written(future.result(), seconds)
+
+    def _log_written(self, path: Path, seconds: float) -> None:
+        mib, parts = path.stat().st_size / 2**20, self.state
+        logger.info("saved %s: %.1f MiB, training waited %.2f s for it", path.name, mib, seconds)
+        values = {"mib": mib, "seconds": seconds}
+        parts.metrics.log("checkpoint", values, parts.progress.epoch, parts.progress.global_step)
+        # A tracking server is no place for files of this size, so it learns where they are.
+        parts.metrics.tracker.tags(checkpoint.pointers(self.folder))
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
-            RunError: what was being written could not be.
+            RunError: on every rank, when the file could not be written.
         """
-        if self._pending is not None:
-            (future, seconds), self._pending = self._pending, None
-            self._tell(future.result(), seconds)
+        with raise_on_all_ranks("saving the checkpoint"):
+            self._await_write()
 
     def close(self) -> None:
-        """Let a file that is being written become whole, also where the run ends early. What it says is not heard."""
+        """Let a file that is being written become whole, also where the run fails; its failure is not reported."""
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(self, state: dict[str, Any], best: bool) -> Path:
-        return checkpoint.save(self._folder, state, best=best, keep=self._settings.keep)
+    # ---- restoring --------------------------------------------------------------------------------------------------
 
-    def _tell(self, path: Path, seconds: float) -> None:
-        self._report(path.name, path.stat().st_size, seconds)
+    def resume(self) -> None:
+        """Restore the run folder's last checkpoint, if it has one. Rank 0 decides which.
+
+        Raises:
+            InputError: on every rank, when it is of other settings, other shards or another network.
+        """
+        found = None
+        with raise_on_all_ranks("finding the last checkpoint"):
+            if self.is_main:
+                found = checkpoint.find(self.folder)
+        name = collectives.broadcast_object(found.name if found else None)
+        if name is None:
+            return
+        with raise_on_all_ranks("resuming"):
+            saved = checkpoint.load(self.folder / name)
+            self._load_state_dict(saved)
+        if self.state.teacher is not None:
+            self.state.teacher.load_state_dict(saved["teacher"])  # collective
+        logger.info(
+            "resuming %s from %s: %d steps are done", self.config.run_dir, name, self.state.progress.global_step
+        )
+
+    def _load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore all but the teacher. Not collective."""
+        run_dir, parts = self.config.run_dir, self.state
+        if changes := changed_settings(saved["config"], self.config.model_dump(mode="json")):
+            raise InputError(
+                f"{run_dir} was started with other settings ({'; '.join(changes)}); "
+                f"use those, set another name, or start with --fresh"
+            )
+        if saved["manifest"] != parts.manifest:
+            raise InputError(
+                f"{run_dir} was trained on shards with manifest {saved['manifest'][:12]} but "
+                f"{self.config.data.shards} has {parts.manifest[:12]}; point data.shards to the same shards"
+            )
+        try:
+            parts.objective.load_state_dict(saved, parts.strategy.device)
+            parts.strategy.load_state_dict(saved)
+        except RuntimeError as error:  # torch's first line names a class, the second a parameter
+            raise InputError(
+                f"the checkpoint in {run_dir} is of another network than its settings make here "
+                f"({' '.join(str(error).split(chr(10))[1:2]).strip()}); use the versions in its provenance.json"
+            ) from error
+        for part in (parts.progress, parts.model_selector, parts.metrics):
+            part.load_state_dict(saved)
+
+    def load_best(self) -> None:
+        """Put the weights of the best epoch by validation into the student."""
+        student = self.state.strategy.student
+        with raise_on_all_ranks("reading the best checkpoint"):
+            if self.is_main:
+                student.load_state_dict(checkpoint.load(self.folder / "best")["student"])
+        # Other nodes may not see rank 0's folder.
+        collectives.broadcast_(list(student.state_dict().values()))
+
+    def best_path(self) -> Path | None:
+        """The best checkpoint by validation, else the last. Not collective."""
+        return checkpoint.find(self.folder, "best") or checkpoint.find(self.folder)
 
 
 def _copied(value: Any) -> Any:

@@ -24,9 +24,9 @@ from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
 from dist_obdsd.models.precision import autocast
-from dist_obdsd.training.ddp import DDPStrategy, States
+from dist_obdsd.training.strategy import States, Strategy
 
-OURS = {
+SET_BY_CONFIG = {
     "train_batch_size": "batch.global_size",
     "train_micro_batch_size_per_gpu": "batch.global_size",
     "gradient_accumulation_steps": "batch.chunk",
@@ -37,10 +37,12 @@ OURS = {
     "bf16": "precision",
     "torch_autocast": "precision",
 }
-"""What a DeepSpeed file must leave to the config, and where it is set."""
+"""Key of a DeepSpeed file that must not be there -> the setting that decides it."""
 
 
-class DeepSpeedStrategy(DDPStrategy):
+class DeepSpeedStrategy(Strategy):
+    """DeepSpeed's engine around the student."""
+
     def _wrap(self, runtime: Runtime) -> nn.Module:
         with raise_on_all_ranks("reading the DeepSpeed file"):
             options = engine_options(self.config.deepspeed.config, self.config.deepspeed.stage)
@@ -110,9 +112,9 @@ class DeepSpeedStrategy(DDPStrategy):
     def _take_step(self) -> None:
         self._engine.step()
 
-    def optimizer_state(self) -> States:
+    def _optimizer_state(self) -> States:
         if self.stage == 0:
-            return super().optimizer_state()
+            return super()._optimizer_state()
         from deepspeed.utils import safe_get_full_optimizer_state
 
         # DeepSpeed links weights with their state after its first group's first step, when the others have none.
@@ -155,19 +157,19 @@ class DeepSpeedStrategy(DDPStrategy):
 
 
 class _Autocast(nn.Module):
-    """The student, in the precision of the settings."""
+    """The student, in the config's precision."""
 
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
         super().__init__()
-        self.student, self._settings, self._device = strategy.student, strategy.config, strategy.device
+        self.student, self._config, self._device = strategy.student, strategy.config, strategy.device
 
     def forward(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        with autocast(self._settings, self._device):
+        with autocast(self._config, self._device):
             return self.student(images_bCss)
 
 
 def engine_options(path: str | None, stage: int | None) -> dict[str, Any]:
-    """A DeepSpeed file, checked, with what we set ourselves.
+    """Read and check a DeepSpeed file, and add what this program sets itself.
 
     Args:
         path: a DeepSpeed JSON file; None for DeepSpeed's defaults.
@@ -185,9 +187,11 @@ def engine_options(path: str | None, stage: int | None) -> dict[str, Any]:
         except ValueError as error:
             raise InputError(f"{path} is not valid JSON: {error}; see launch/zero1.json for an example") from error
         if not isinstance(options, dict) or not isinstance(options.get("zero_optimization", {}), dict):
-            raise InputError(f"{path} is no DeepSpeed configuration; see launch/zero1.json for an example")
-        for key in sorted(options.keys() & OURS.keys()):
-            raise InputError(f"{path} sets {key}, which the config decides by {OURS[key]}; take it out of the file")
+            raise InputError(f"{path} is not a DeepSpeed configuration; see launch/zero1.json for an example")
+        for key in sorted(options.keys() & SET_BY_CONFIG.keys()):
+            raise InputError(
+                f"{path} sets {key}, which the config decides by {SET_BY_CONFIG[key]}; take it out of the file"
+            )
     zero = options.setdefault("zero_optimization", {})
     found = zero.get("stage")
     if stage is not None and found not in (None, stage):

@@ -1,21 +1,19 @@
-"""What a run that fails leaves behind: an error that says where, and a status that says why."""
+"""What a failing run leaves behind: an error that says where, and a status that says why."""
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from dist_obdsd.config import Config
 from dist_obdsd.distributed.failures import is_timeout, unresponsive_ranks
 from dist_obdsd.errors import RunError, UserError, format_error
 from dist_obdsd.training.run_dir import read_status, write_status
+from dist_obdsd.training.train_step import TrainProgress
 
 
 @contextlib.contextmanager
-def report_failure(config: Config, rank: int, step: Callable[[], int]) -> Iterator[None]:
+def report_failure(config: Config, rank: int, progress: TrainProgress) -> Iterator[None]:
     """Give an error that leaves the block its rank, host and step, and write it into the run's status.
-
-    Args:
-        step: asked for the optimizer steps that are done, once there is an error.
 
     Raises:
         RunError: instead of a collective's timeout, with the ranks that hang.
@@ -23,7 +21,8 @@ def report_failure(config: Config, rank: int, step: Callable[[], int]) -> Iterat
     try:
         yield
     except BaseException as error:  # Ctrl-C as well
-        failure = _located(error, f"rank {rank} on {platform.node()} at step {step()}", config.timeout_seconds)
+        here = f"rank {rank} on {platform.node()} at step {progress.global_step}"
+        failure = _located(error, here, config.timeout_seconds)
         # The first rank to fail has the cause; the others only notice that it is gone.
         if read_status(config.run_dir).get("state") == "running":
             with contextlib.suppress(RunError):  # a full disk must not hide what went wrong before

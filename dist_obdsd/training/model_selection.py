@@ -1,7 +1,7 @@
-"""When a run is measured, on what, and which of its epochs was the best."""
+"""Model selection: when a run is evaluated, on what, and which of its epochs was the best."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,20 +14,20 @@ from dist_obdsd.evaluation.splits import validation_subset
 from dist_obdsd.training.preemption import PreemptionHandler
 
 NOTES = {"best_test": "as in the papers: the epoch was chosen on the test set"}
-"""What must be said of a protocol beside its numbers."""
+"""Note that stands beside a protocol's numbers."""
 
 Choice = dict[str, Any]
 """{"value": of the selection metric, "epoch": after so many epochs}; of the test set with all "metrics", too."""
 
 
 def selection_value(metrics: dict[str, float]) -> float:
-    """What epochs are compared by; the mean over the galleries, where they have names."""
+    """The number that epochs are compared by: the mean over the galleries, where they have names."""
     values = [value for name, value in metrics.items() if name.rpartition("/")[2] == SELECTION_METRIC]
     return math.fsum(values) / len(values)
 
 
 class ModelSelector:
-    """Measures the student and remembers the best epoch. Every method but ``state`` and ``load`` is collective."""
+    """Evaluates the student and remembers the best epoch. Every method but those of its state is collective."""
 
     def __init__(
         self,
@@ -36,50 +36,50 @@ class ModelSelector:
         validation_classes: list[int],
         student: nn.Module,
         runtime: Runtime,
-        record: Callable[[str, EvaluationResult, int], None],
-        stop: PreemptionHandler,
+        on_result: Callable[[str, EvaluationResult, int], None],
+        preemption: PreemptionHandler,
     ) -> None:
         """Choose what to validate on.
 
         Args:
             validation_classes: all that are held out; ``validation.max_images`` may leave room for some of them only.
-            record: is told of every measurement: what, the result, after how many epochs.
-            stop: when any rank was asked to stop, a measurement is left with ``StoppedError`` on every rank, and
+            on_result: called after every evaluation with its name, its result and the number of epochs before it.
+            preemption: when any rank was asked to stop, an evaluation ends with ``StoppedError`` on every rank, and
                 nothing is remembered of it.
 
         Raises:
             InputError: ``validation.max_images`` is too small.
         """
         self.config, self.manifest, self.student = config, manifest, student
-        self.runtime, self.record, self.stop = runtime, record, stop
+        self.runtime, self.on_result, self.preemption = runtime, on_result, preemption
         self.classes = validation_subset(manifest, validation_classes, config)
         self.best_validation: Choice | None = None
         self.best_test: Choice | None = None
         self.untrained: dict[str, float] | None = None
-        self._tested: tuple[int, dict[str, float]] | None = None
+        self._last_test: tuple[int, dict[str, float]] | None = None
 
     @property
-    def tests(self) -> bool:
+    def uses_test(self) -> bool:
         """Whether the test set may be looked at, and there is one."""
         return self.config.evaluation.test and "test" in self.manifest.splits
 
     def before_training(self) -> None:
-        """Measure the untrained network, if asked for."""
-        if self.config.evaluation.untrained and self.tests:
-            self.untrained = self._measure("untrained", "test", None, 0)
+        """Evaluate the untrained network, if asked for."""
+        if self.config.evaluation.untrained and self.uses_test:
+            self.untrained = self._evaluate("untrained", "test", None, 0)
 
     def after_epoch(self, epoch: int) -> bool:
-        """Validate, and look at the test set if asked for, when it is time after ``epoch`` epochs.
+        """Validate, and evaluate the test set if asked for, when it is time after ``epoch`` epochs.
 
         Returns:
             Whether this is the best epoch by validation so far.
         """
         if epoch % self.config.validation.every and epoch != self.config.epochs:
             return False
-        validated = self._measure("validation", "train", self.classes, epoch) if self.classes else None
+        validated = self._evaluate("validation", "train", self.classes, epoch) if self.classes else None
         tested = None
-        if self.config.evaluation.best_test and self.tests:
-            tested = self._measure("test", "test", None, epoch)
+        if self.config.evaluation.best_test and self.uses_test:
+            tested = self._evaluate("test", "test", None, epoch)
         best = False
         if validated is not None:
             value = selection_value(validated)
@@ -87,64 +87,62 @@ class ModelSelector:
             if best:
                 self.best_validation = {"value": value, "epoch": epoch}
         if tested is not None:
-            self._tested = epoch, tested
+            self._last_test = epoch, tested
             value = selection_value(tested)
             if self.best_test is None or value > self.best_test["value"]:
                 self.best_test = {"value": value, "epoch": epoch, "metrics": tested}
         return best
 
     def after_training(self, epoch: int, whole: bool, load_best: Callable[[], None]) -> list[dict[str, Any]]:
-        """Measure the test set: the last weights, and the best by validation.
+        """Evaluate the test set: the last weights, and the best by validation.
 
         Args:
             epoch: whole epochs trained.
             whole: whether the student is as it was after that epoch; false where steps of the next one followed.
-            load_best: puts the weights of the best epoch by validation into the student.
+            load_best: loads the weights of the best epoch by validation into the student.
 
         Returns:
             The summary's rows.
         """
-        measured: list[tuple[str, int, dict[str, float]]] = []
+        results: list[tuple[str, int, dict[str, float]]] = []
         if self.untrained is not None:
-            measured.append(("untrained", 0, self.untrained))
-        if self.tests:
-            if not whole or self._tested is None or self._tested[0] != epoch:
-                self._tested = epoch, self._measure("test", "test", None, epoch)
-            metrics = self._tested[1]
-            measured.append(("last", epoch, metrics))
+            results.append(("untrained", 0, self.untrained))
+        if self.uses_test:
+            if not whole or self._last_test is None or self._last_test[0] != epoch:
+                self._last_test = epoch, self._evaluate("test", "test", None, epoch)
+            metrics = self._last_test[1]
+            results.append(("last", epoch, metrics))
             if self.best_validation is not None:
                 best = self.best_validation["epoch"]
                 if best != epoch or not whole:
                     load_best()
-                    metrics = self._measure("test of best_validation", "test", None, best)
-                measured.append(("best_validation", best, metrics))
+                    metrics = self._evaluate("test of best_validation", "test", None, best)
+                results.append(("best_validation", best, metrics))
         if self.best_test is not None:
-            measured.append(("best_test", self.best_test["epoch"], self.best_test["metrics"]))
+            results.append(("best_test", self.best_test["epoch"], self.best_test["metrics"]))
         return [
             {"protocol": protocol, "split": "test", "epoch": after, "metric": name, "value": value}
             | ({"note": NOTES[protocol]} if protocol in NOTES else {})
-            for protocol, after, metrics in measured
+            for protocol, after, metrics in results
             for name, value in metrics.items()
         ]
 
-    def state(self) -> dict[str, Any]:
-        """The checkpoint's entries."""
+    def state_dict(self) -> dict[str, Any]:
         return {
             "best_validation": self.best_validation,
             "best_test": self.best_test,
             "untrained": self.untrained,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take the entries of ``state`` out of a checkpoint."""
-        self.best_validation, self.untrained = state["best_validation"], state["untrained"]
-        self.best_test = state.get("best_test")  # older checkpoints have none
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("best_validation", "best_test", "untrained"):
+            setattr(self, name, state[name])
 
-    def _measure(self, what: str, split: str, classes: list[int] | None, epoch: int) -> dict[str, float]:
-        # Figures show the test set or, where it must not be looked at, the validation classes.
-        portrait = self.config.tracking.figures and what == ("test" if self.tests else "validation")
+    def _evaluate(self, what: str, split: str, classes: list[int] | None, epoch: int) -> dict[str, float]:
+        # Figures show the test set or, where it must not be used, the validation classes.
+        portrait = self.config.tracking.figures and what == ("test" if self.uses_test else "validation")
         result = evaluate_split(
-            self.student, self.manifest, split, self.config, self.runtime, classes, self.stop.between, portrait
+            self.student, self.manifest, split, self.config, self.runtime, classes, self.preemption.between, portrait
         )
-        self.record(what, result, epoch)
+        self.on_result(what, result, epoch)
         return result.metrics

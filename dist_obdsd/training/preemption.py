@@ -1,4 +1,4 @@
-"""The wish to stop, as clusters announce it: SIGTERM or SIGUSR1. Imports nothing heavy, so it can be on duty early."""
+"""Preemption, as clusters announce it: SIGTERM or SIGUSR1. Imports nothing heavy, so it can be installed early."""
 
 import signal
 import time
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class PreemptionHandler:
-    """Whether this process was asked to stop. The ranks tell each other in the steps' own messages."""
+    """Remembers whether this process was asked to stop. The ranks tell each other in the steps' own all-reduce."""
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
@@ -24,12 +24,12 @@ class PreemptionHandler:
 
     @property
     def seconds_ago(self) -> float | None:
-        """Since the first signal; None on a rank that had none."""
+        """Seconds since the first signal; None on a rank that had none."""
         return None if self._asked_at is None else time.monotonic() - self._asked_at
 
     @contextmanager
     def installed(self) -> Iterator["PreemptionHandler"]:
-        """Take the signals down instead of dying of them."""
+        """Note the signals instead of dying of them, while the block runs."""
 
         def ask(number: int, frame: Any) -> None:
             self._asked_at = self._asked_at or time.monotonic()
@@ -42,15 +42,12 @@ class PreemptionHandler:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """
-        Raises:
-            StoppedError: this process was asked to stop.
-        """
+        """Raise ``StoppedError`` if this process was asked to stop."""
         if self.requested:
             raise StoppedError("a signal asked this process to stop")
 
     def between(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, with a ``check`` before each and after the last."""
+        """Yield the items, with a ``check`` before each and after the last."""
         for item in items:
             self.check()
             yield item

@@ -4,8 +4,9 @@ Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,18 +21,30 @@ from dist_obdsd.losses.obdsd import Objective, class_indices, is_ranking
 from dist_obdsd.models.precision import autocast
 from dist_obdsd.models.teacher import ProgressiveTeacher
 from dist_obdsd.rng import derive
-from dist_obdsd.training.ddp import DDPStrategy
 from dist_obdsd.training.optimizers import learning_rate
+from dist_obdsd.training.strategy import Strategy
 from dist_obdsd.transfer import AsyncHostCopy, DeviceUploader
 
 
 @dataclass
 class TrainProgress:
-    """The next step to take. ``global_step`` counts optimizer steps over the whole run."""
+    """The next step to take: ``step`` of ``epoch``. ``global_step`` counts optimizer steps over the whole run."""
 
     epoch: int = 0
     step: int = 0
     global_step: int = 0
+    pending_validation: bool = False
+    """Whether the epoch before it is trained but not validated yet."""
+
+    def state_dict(self) -> dict[str, Any]:
+        position = {"epoch": self.epoch, "step": self.step, "global_step": self.global_step}
+        return {"position": position, "pending_validation": self.pending_validation}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state["position"], pending_validation=state["pending_validation"])
+
+
+Numbers = dict[str, float]
 
 
 class DelayedMetrics:
@@ -39,33 +52,31 @@ class DelayedMetrics:
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
-        self._waiting: deque[tuple[dict[str, float], list[str], AsyncHostCopy]] = deque()
+        self._waiting: deque[tuple[Numbers, list[str], AsyncHostCopy]] = deque()
 
-    def push(
-        self, about: dict[str, float], names: list[str], numbers: torch.Tensor
-    ) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
-        """Queue one step: what the host knows of it, and its [n] named numbers. Yields steps that are old enough."""
-        self._waiting.append((about, names, AsyncHostCopy(numbers)))
+    def push(self, host: Numbers, names: list[str], numbers_n: torch.Tensor) -> Iterator[tuple[Numbers, Numbers]]:
+        """Queue one step: what the host knows of it, and its named numbers. Yields the steps that are old enough."""
+        self._waiting.append((host, names, AsyncHostCopy(numbers_n)))
         return self._read(self._lag)
 
-    def drain(self) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
-        """Yields the steps that are left."""
+    def drain(self) -> Iterator[tuple[Numbers, Numbers]]:
+        """Yield the steps that are left."""
         return self._read(0)
 
-    def _read(self, left: int) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+    def _read(self, left: int) -> Iterator[tuple[Numbers, Numbers]]:
         while len(self._waiting) > left:
-            about, names, numbers = self._waiting.popleft()
-            yield about, dict(zip(names, numbers.read(), strict=True))
+            host, names, numbers = self._waiting.popleft()
+            yield host, dict(zip(names, numbers.read(), strict=True))
 
 
 class TrainStep:
-    """Student, teacher, objective and optimizer, put together as the step contract says."""
+    """One optimizer step of student, teacher and objective over all ranks."""
 
     def __init__(
         self,
         config: Config,
         runtime: Runtime,
-        strategy: DDPStrategy,
+        strategy: Strategy,
         teacher: ProgressiveTeacher | None,
         objective: Objective,
         classes: Sequence[int],
@@ -83,23 +94,23 @@ class TrainStep:
         """The batch of the latest step, the same on every rank."""
 
     def __call__(
-        self, batch: Batch, position: TrainProgress, progress: float, stop: bool = False, save: bool = False
+        self, batch: Batch, progress: TrainProgress, epoch_share: float, stop: bool = False, save: bool = False
     ) -> tuple[list[str], torch.Tensor]:
         """Take one step. Collective.
 
         Args:
-            progress: share of the epoch's steps that are done.
-            stop: whether this rank was asked to stop; any rank's wish reaches all.
+            epoch_share: share of the epoch's steps that are done.
+            stop: whether this rank was asked to stop; the request of any rank reaches all.
             save: whether this rank wants a checkpoint, likewise.
 
         Returns:
             Names, and the [n] numbers that they name, still on the device: the ranking loss, global means of every
-            term, the gradient's norm, whether the step was masked, how many ranks want to stop and to save, the
+            term, the gradient's norm, whether the step was masked, how many ranks requested to stop and to save, the
             learning rate and the number of anchors (of what the ranking loss's first part is a mean over).
         """
-        if (batch.epoch, batch.step) != (position.epoch, position.step):
-            raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {position}; this is a defect")
-        ramp = self.objective.ramp(position.epoch, self.config.epochs)
+        if (batch.epoch, batch.step) != (progress.epoch, progress.step):
+            raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {progress}; this is a defect")
+        ramp = self.objective.ramp(progress.epoch, self.config.epochs)
         images_b = self.upload(batch.images_b)
         labels_B = self.upload(class_indices(batch.labels_B, self.classes_C))
         b, T_BD, gathering, ahead = images_b.shape[0], None, None, None
@@ -115,30 +126,30 @@ class TrainStep:
                 ahead = self.objective.begin(gathering, rows)
         E_bD = self.strategy.embed(images_b)
         # Sizes come from a config that all ranks share, so comparing them once is enough.
-        E_BD = collectives.gather_rows(E_bD, check_sizes=position.global_step == 0)
-        seed = derive(self.config.seed, "ranking", position.epoch, position.step)
+        E_BD = collectives.gather_rows(E_bD, check_sizes=progress.global_step == 0)
+        seed = derive(self.config.seed, "ranking", progress.epoch, progress.step)
         if gathering is not None:
             T_BD = gathering.wait()
         whose = "student" if T_BD is None else "teacher"
         self.latest = Seen(E_BD.detach() if T_BD is None else T_BD, batch.labels_B, whose)
         terms = self.objective.terms(BatchView(E_bD, E_BD, labels_B, rows.start, seed), T_BD, ahead)
 
-        # The step contract: one small all-reduce carries every sum, every count, the finite flag and the wishes.
+        # One small all-reduce carries every sum, every count, the finite flag and the requests.
         n = len(terms)
         sums = torch.stack([term.sum.detach().double() for term in terms.values()])
         counts = torch.stack([term.count.detach().double() for term in terms.values()])
         nonfinite = (~torch.isfinite(sums)).any().double()[None]
         # A fill takes its number along, where a tensor made of numbers would be a copy that the host waits for.
         parts = [sums, counts, nonfinite, sums.new_full((1,), float(stop)), sums.new_full((1,), float(save))]
-        sums, counts, nonfinite, wishes = collectives.sum_across(torch.cat(parts)).split([n, n, 1, 2])
+        sums, counts, nonfinite, requests = collectives.sum_across(torch.cat(parts)).split([n, n, 1, 2])
         loss = self.objective.loss(terms, dict(zip(terms, counts, strict=True)), self.runtime.world_size, ramp)
 
         epochs, optim = self.config.epochs, self.config.optim
-        rate = learning_rate(optim, position.epoch, epochs, progress, position.global_step)
+        rate = learning_rate(optim, progress.epoch, epochs, epoch_share, progress.global_step)
         outcome = self.strategy.step(loss, nonfinite[0], rate)
         means = sums / torch.where(counts == 0, 1, counts)
-        names = [*terms, "grad_norm", "masked", "stop", "save", "lr", "anchors"]
-        numbers = torch.cat([means, outcome, wishes, sums.new_full((1,), rate), counts[:1]])
+        names = [*terms, "grad_norm", "masked", "stop_requested", "save_requested", "lr", "anchors"]
+        numbers = torch.cat([means, outcome, requests, sums.new_full((1,), rate), counts[:1]])
         if "ranking" in terms:
             return names, numbers
         whole = means[: sum(is_ranking(name) for name in terms)].sum(0, keepdim=True)

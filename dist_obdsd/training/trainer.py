@@ -1,11 +1,12 @@
-"""Training, from a checked config to a summary. One process is one rank; every rank runs the same lines."""
+"""The training loop, from a checked config to a summary. One process is one rank; every rank runs the same lines."""
 
 import json
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from dist_obdsd import checkpoint, machine
+from dist_obdsd import machine
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.gpu import build_device_decoder
@@ -25,42 +26,61 @@ from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.precision import check_precision, compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher, check_identical
 from dist_obdsd.tracking.provenance import flatten
-from dist_obdsd.training import failures as failure
-from dist_obdsd.training.checkpoint_manager import Saver
-from dist_obdsd.training.ddp import build_strategy
-from dist_obdsd.training.metrics_logger import MetricsLogger, begin_tracking
+from dist_obdsd.training.checkpoint_manager import CheckpointManager, TrainState
+from dist_obdsd.training.failures import report_failure
+from dist_obdsd.training.metrics_logger import MetricsLogger
 from dist_obdsd.training.model_selection import ModelSelector
 from dist_obdsd.training.preemption import PreemptionHandler
+from dist_obdsd.training.progress_display import ProgressDisplay
 from dist_obdsd.training.run_dir import RunDir
-from dist_obdsd.training.snapshot import RunState
-from dist_obdsd.training.terminal import Terminal
-from dist_obdsd.training.train_step import DelayedMetrics, TrainProgress, TrainStep
+from dist_obdsd.training.strategy import build_strategy
+from dist_obdsd.training.train_step import DelayedMetrics, Numbers, TrainProgress, TrainStep
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
     """One run on one rank. ``run`` does everything."""
 
     def __init__(
-        self,
-        config: Config,
-        runtime: Runtime,
-        stop: PreemptionHandler,
-        terminal: Terminal,
+        self, config: Config, runtime: Runtime, preemption: PreemptionHandler, display: ProgressDisplay
     ) -> None:
         """Check and build everything that a first step needs. Collective.
 
         Args:
-            stop: on duty already.
-            terminal: shows what this rank is to show.
+            preemption: installed already.
+            display: shows the steps on this rank's terminal.
 
         Raises:
             InputError: on every rank, when data, weights or run folder do not fit.
         """
-        self.config, self.runtime, self.stop, self.terminal = config, runtime, stop, terminal
-        self.say = say = terminal.say
+        self.config, self.runtime, self.preemption, self.display = config, runtime, preemption, display
         if runtime.device.type == "cpu":
             machine.tune_malloc()
         assert_same_config(flatten(config.model_dump(mode="json")))
+        self._read_shards()
+        self._build_networks()
+        self.progress = TrainProgress()
+        self.stop_requested = self.save_requested = False  # by any rank
+        self.run_dir: RunDir | None = None
+        with raise_on_all_ranks("opening the run folder"):
+            if runtime.is_main:
+                self.run_dir = RunDir(config.run_dir)
+        self.metrics = MetricsLogger(config, self.run_dir, display, runtime)
+        self.delayed = DelayedMetrics(lag=0 if config.debug else 1 if runtime.device.type == "cpu" else 8)
+        self.figures = Album(self.run_dir.path if self.run_dir and config.tracking.figures else None, logger.info)
+        self.model_selector = ModelSelector(
+            config, self.manifest, self.validation_classes, self.student, runtime, self._log_evaluation, preemption
+        )
+        state = TrainState(
+            self.manifest.digest, self.validation_classes, self.strategy, self.teacher, self.objective, self.progress,
+            self.model_selector, self.metrics,
+        )  # fmt: skip
+        self.checkpoints = CheckpointManager(config, state, runtime.is_main)
+
+    def _read_shards(self) -> None:
+        """Read the manifest and check that it fits the config."""
+        config, runtime = self.config, self.runtime
         with raise_on_all_ranks("reading the shards"):
             self.manifest = manifests.load(config.data.shards)
             self.train_classes, self.validation_classes = manifests.split_classes(
@@ -69,38 +89,22 @@ class Trainer:
             check_evaluable(self.manifest, config, validation_subset(self.manifest, self.validation_classes, config))
             lanes_of(runtime.rank, runtime.world_size, config.data.lanes)
         assert_equal_across_ranks(f"the manifest of {config.data.shards}", self.manifest.digest, InputError)
+
+    def _build_networks(self) -> None:
+        """Build student, teacher, objective and the step that trains them."""
+        config, runtime = self.config, self.runtime
         with raise_on_all_ranks("building the network"):
             check_precision(config, runtime.device)
-            self.student = build_embedder(config, runtime.device, say, runtime.world_size)
+            self.student = build_embedder(config, runtime.device, logger.info, runtime.world_size)
             self.objective = build_objective(config, self.train_classes, runtime.device)
             for line in describe(config, runtime.world_size):
-                say(line)
-        self.device_decoder = build_device_decoder(config, runtime.device, say, terminal.warn)
+                logger.info(line)
+        self.device_decoder = build_device_decoder(config, runtime.device, logger.info, logger.warning)
         self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
-        compile_networks(config, runtime, self.student, self.teacher, say)
+        compile_networks(config, runtime, self.student, self.teacher, logger.info)
         own = list(self.objective.ranking.named_parameters())
         self.strategy = build_strategy(self.student, config, runtime, own)
         self.step = TrainStep(config, runtime, self.strategy, self.teacher, self.objective, self.train_classes)
-        self.reader = DelayedMetrics(lag=0 if config.debug else 1 if runtime.device.type == "cpu" else 8)
-        self.position = TrainProgress()
-        self.pending_validation = False  # the epoch before the position is trained and not yet measured
-        self.run_id: str | None = None
-        self.wanted = {"stop": False, "save": False}  # by any rank
-        self.run_dir: RunDir | None = None
-        with raise_on_all_ranks("opening the run folder"):
-            if runtime.is_main:
-                self.run_dir = RunDir(config.run_dir)
-        self.record = MetricsLogger(config, self.run_dir, terminal, runtime.launch.local_rank == 0)
-        self.album = Album(self.run_dir.path if self.run_dir and config.tracking.figures else None, say)
-        self.checkpoints = config.run_dir / "checkpoints"
-        self.saver = Saver(config.checkpoint, self.checkpoints, self._saved)
-        self.judge = ModelSelector(
-            config, self.manifest, self.validation_classes, self.student, runtime, self._measured, stop
-        )
-        self.snapshot = RunState(
-            config, self.manifest.digest, self.validation_classes, self.student, self.teacher, self.objective,
-            self.strategy, self.judge,
-        )  # fmt: skip
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -112,61 +116,47 @@ class Trainer:
             run early.
         """
         try:
-            with failure.report_failure(self.config, self.runtime.rank, lambda: self.position.global_step):
-                self._resume()
+            with report_failure(self.config, self.runtime.rank, self.progress):
+                self.checkpoints.resume()
                 if (summary := self._finished_before()) is not None:
                     return summary
                 with raise_on_all_ranks("preparing the run folder"):
                     if self.run_dir is not None:
                         self.run_dir.write_status("running", "")
-                        self.run_dir.cut_metrics(self.position.global_step)
-                return self._tracked()
+                        self.run_dir.cut_metrics(self.progress.global_step)
+                with self.metrics.tracking(self.manifest):
+                    return self._run()
         finally:
-            self.saver.close()
+            self.checkpoints.close()
             if self.run_dir is not None:
                 self.run_dir.close()
-
-    def _tracked(self) -> dict[str, Any]:
-        """Run inside a tracked run that ends with a truthful status."""
-        self.record.tracker = tracker = begin_tracking(
-            self.config, self.run_dir, self.manifest, self.runtime, self.run_id, self.terminal.tell
-        )
-        status = "FAILED"
-        try:
-            summary = self._run()
-            status = "FINISHED" if summary["meta"]["state"] == "finished" else "KILLED"
-            return summary
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            tracker.close(status)
 
     def _run(self) -> dict[str, Any]:
         try:
             with raise_on_all_ranks("starting"):
-                self.stop.check()
-            if self.position.global_step == 0:
-                self.judge.before_training()
-            if self.pending_validation:
-                self._validate_epoch()
-            if self._train():
-                return self._preempted(save=True)
+                self.preemption.check()
+            if self.progress.global_step == 0:
+                self.model_selector.before_training()
+            if self.progress.pending_validation:
+                self._validate()
+            self._train()
         except StoppedError:
-            return self._preempted(save=True)
+            self.strategy.sync_buffers()
+            self._save()
+            return self._preempted()
         try:
             return self._finish()
         except StoppedError:  # the last checkpoint has everything, and the student may hold the best epoch's weights
-            return self._preempted(save=False)
+            return self._preempted()
 
-    def _train(self) -> bool:
-        """All epochs from the position on. True when a signal stopped it inside one.
+    def _train(self) -> None:
+        """Train from the current position to the last epoch or to ``max_steps``.
 
         Raises:
-            StoppedError: on every rank, when a signal stopped a measurement after one.
+            StoppedError: on every rank, when any rank was asked to stop.
         """
-        if self.position.epoch == self.config.epochs or self._reached_max_steps():
-            return False
+        if self._is_complete():
+            return
         with raise_on_all_ranks("opening the stream"):
             stream = TrainStream(
                 self.manifest,
@@ -174,204 +164,163 @@ class Trainer:
                 self.config,
                 self.runtime.rank,
                 self.runtime.world_size,
-                self.position.epoch,
-                self.position.step,
-                self.terminal.warn,
+                self.progress.epoch,
+                self.progress.step,
+                logger.warning,
                 pinned=self.runtime.device.type == "cuda",
                 device_decoder=self.device_decoder,
             )
         try:
-            while self.position.epoch < self.config.epochs and not self._reached_max_steps():
-                steps = stream.plan(self.position.epoch).steps
-                if self._train_epoch(stream):
-                    return True
+            while not self._is_complete():
+                steps = stream.plan(self.progress.epoch).steps
+                self._train_epoch(stream)
                 self.strategy.sync_buffers()
-                if self.position.step < steps:  # max_steps ends the run inside an epoch
-                    self._save(best=False)
+                if self.progress.step < steps:  # max_steps ends the run inside an epoch
+                    self._save()
                 else:
-                    self._finish_epoch()
+                    self._promote_teacher()
+                    self._validate()
         finally:
             stream.close()
-        return False
 
-    def _train_epoch(self, stream: TrainStream) -> bool:
-        """The rest of the epoch at the current position. True when a signal stopped it."""
-        config, position = self.config, self.position
-        plan, epoch = stream.plan(position.epoch), position.epoch
+    def _train_epoch(self, stream: TrainStream) -> None:
+        """Take the remaining steps of the current epoch.
+
+        Raises:
+            StoppedError: on every rank, when any rank was asked to stop.
+        """
+        config, progress = self.config, self.progress
+        plan, epoch = stream.plan(progress.epoch), progress.epoch
         title = f"epoch {epoch + 1}/{config.epochs}"
         repeated = f", {plan.repeated} class repetitions" if plan.repeated else ""
-        self.say(f"{title}: {plan.steps} steps, {plan.coverage:.1%} of the reachable images{repeated}")
-        self.strategy.network.train()
-        left = (config.epochs - epoch) * plan.steps - position.step
+        logger.info("%s: %d steps, %.1f%% of the reachable images%s", title, plan.steps, 100 * plan.coverage, repeated)
+        left = (config.epochs - epoch) * plan.steps - progress.step
         if config.max_steps is not None:
-            left = min(left, config.max_steps - position.global_step)
-        self.terminal.begin(title, position.step, plan.steps, left)
-        started, waited, steps = time.perf_counter(), 0.0, 0
-        while position.step < plan.steps and not self._reached_max_steps():
-            before = time.perf_counter()
+            left = min(left, config.max_steps - progress.global_step)
+        self.display.begin(title, progress.step, plan.steps, left)
+        self.strategy.network.train()
+        started, waited, first = time.perf_counter(), 0.0, progress.step
+        while progress.step < plan.steps and not self._reached_max_steps() and not self.stop_requested:
+            step_started = time.perf_counter()
             batch = next(stream)
-            wait = time.perf_counter() - before
-            progress = position.step / plan.steps
-            names, numbers = self.step(batch, position, progress, self.stop.requested, self._overdue())
-            about: dict[str, float] = {
-                "step": position.global_step,
+            data_wait = time.perf_counter() - step_started
+            stop, save = self.preemption.requested, self.checkpoints.wants_save()
+            names, numbers = self.step(batch, progress, progress.step / plan.steps, stop, save)
+            host: Numbers = {
+                "step": progress.global_step,
                 "epoch": epoch,
-                "ramp": self.step.objective.ramp(epoch, config.epochs),
-                "data_wait": wait,
+                "ramp": self.objective.ramp(epoch, config.epochs),
+                "data_wait": data_wait,
+                "seconds": time.perf_counter() - step_started,
             }
-            about["seconds"] = time.perf_counter() - before
-            position.step += 1
-            position.global_step += 1
-            waited += wait
-            steps += 1
-            self._read(self.reader.push(about, names, numbers))
-            self.record.usage(position.global_step, last=position.step == plan.steps)
-            if self.wanted["stop"]:
-                break
-            if (self.wanted["save"] or self.saver.due(position.global_step)) and position.step < plan.steps:
-                self._read(self.reader.drain())  # what is recorded must reach as far as what is saved
-                self._save(best=False)
-        self._read(self.reader.drain())
-        self.terminal.end()
-        if steps:
-            self.album.keep_batch(self.step.latest, epoch)
-            images, seconds = steps * config.batch.global_size, time.perf_counter() - started
-            self.record.epoch(title, epoch, position.global_step, images, seconds, waited)
-        return self.wanted["stop"]
+            progress.step += 1
+            progress.global_step += 1
+            waited += data_wait
+            self._log_steps(self.delayed.push(host, names, numbers))
+            self.metrics.log_usage(progress.global_step, last=progress.step == plan.steps)
+            save = self.save_requested or self.checkpoints.should_save(progress.global_step)
+            if save and progress.step < plan.steps and not self.stop_requested:
+                self._log_steps(self.delayed.drain())  # the metrics must reach as far as the checkpoint
+                self._save()
+        self._log_steps(self.delayed.drain())
+        self.display.end()
+        if progress.step > first:
+            self.figures.keep_batch(self.step.latest, epoch)
+            seconds = time.perf_counter() - started
+            self.metrics.log_epoch(title, epoch, progress.global_step, progress.step - first, seconds, waited)
+        if self.stop_requested:
+            raise StoppedError("a signal asked a rank to stop")
 
-    def _overdue(self) -> bool:
-        return self.run_dir is not None and self.saver.overdue()
+    def _log_steps(self, steps: Iterable[tuple[Numbers, Numbers]]) -> None:
+        """Log the steps whose numbers have arrived, and learn what any rank requested in them."""
+        for host, numbers in steps:
+            self.stop_requested |= numbers.pop("stop_requested") > 0
+            self.save_requested |= numbers.pop("save_requested") > 0
+            self.metrics.log_step(host, numbers)
 
-    def _read(self, steps: Iterable[tuple[dict[str, float], dict[str, float]]]) -> None:
-        """Record the steps whose numbers have arrived, and what any rank wished in them."""
-        for about, numbers in steps:
-            for wish in self.wanted:
-                self.wanted[wish] |= numbers[wish] > 0
-            self.record.step(about, numbers)
+    def _log_evaluation(self, what: str, result: EvaluationResult, epoch: int) -> None:
+        self.metrics.log_evaluation(what, result, epoch, self.progress.global_step)
+        self.figures.keep_evaluation(what, result, epoch, self.manifest.classes)
 
-    def _measured(self, what: str, result: EvaluationResult, epoch: int) -> None:
-        self.record.measured(what, result, epoch, self.position.global_step)
-        self.album.keep_evaluation(what, result, epoch, self.manifest.classes)
-
-    def _finish_epoch(self) -> None:
-        """Promote the teacher, measure and save."""
-        self.position.epoch += 1
-        self.position.step = 0
+    def _promote_teacher(self) -> None:
+        """End the epoch: the student becomes the teacher of the next one."""
+        self.progress.epoch += 1
+        self.progress.step = 0
+        self.progress.pending_validation = True
         if self.teacher is not None:
-            self.teacher.promote(self.student, self.position.epoch)
+            self.teacher.promote(self.student, self.progress.epoch)
             self.objective.forget()
         check_identical("the ranking loss", self.objective.ranking)
-        self._validate_epoch()
 
-    def _validate_epoch(self) -> None:
-        self.pending_validation = True
-        best = self.judge.after_epoch(self.position.epoch)
-        self.pending_validation = False
+    def _validate(self) -> None:
+        """Validate the epoch that ended, and save."""
+        best = self.model_selector.after_epoch(self.progress.epoch)
+        self.progress.pending_validation = False
         self._save(best)
 
+    def _save(self, best: bool = False) -> None:
+        self.save_requested = False
+        self.checkpoints.save(best)
+
     def _finish(self) -> dict[str, Any]:
-        """Look at the test set, once, and write the summary."""
-        with raise_on_all_ranks("saving the checkpoint"):
-            self.saver.wait()
-        self.record.cost_of_saving()
-        rows = self.judge.after_training(self.position.epoch, self.position.step == 0, self._load_best)
+        """Evaluate the test set, once, and write the summary."""
+        self.checkpoints.wait()
+        self.metrics.log_save_total()
+        rows = self.model_selector.after_training(
+            self.progress.epoch, self.progress.step == 0, self.checkpoints.load_best
+        )
         summary = {
             "meta": {
                 "state": "finished",
                 "name": self.config.name,
                 "manifest": self.manifest.digest,
-                "epochs": self.position.epoch,
-                "steps": self.position.global_step,
+                "epochs": self.progress.epoch,
+                "steps": self.progress.global_step,
                 "world_size": self.runtime.world_size,
-                "validation_classes": len(self.judge.classes),
-                "best_validation": self.judge.best_validation,
-                "tracked_run": self._tracked_run(),
+                "validation_classes": len(self.model_selector.classes),
+                "best_validation": self.model_selector.best_validation,
+                "tracked_run": self.metrics.run_id,
             },
             "rows": rows,
         }
+        tracker = self.metrics.tracker
         if self.run_dir is not None:
-            self.record.tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
+            tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
         with raise_on_all_ranks("drawing the figures"):
-            for path in self.album.draw():
-                self.record.tracker.artifact(path)
+            for path in self.figures.draw():
+                tracker.artifact(path)
         if self.run_dir is not None:
-            found = checkpoint.find(self.checkpoints, "best") or checkpoint.find(self.checkpoints)
-            if self.config.tracking.log_model and found is not None:
-                self.record.tracker.model(found)
-            self.run_dir.write_status("finished", f"{self.position.epoch} epochs, {self.position.global_step} steps")
+            if self.config.tracking.log_model and (best := self.checkpoints.best_path()) is not None:
+                tracker.model(best)
+            self.run_dir.write_status("finished", f"{self.progress.epoch} epochs, {self.progress.global_step} steps")
         return summary
 
-    def _preempted(self, save: bool) -> dict[str, Any]:
-        if save:
-            self.strategy.sync_buffers()
-            self._save(best=False)
-        with raise_on_all_ranks("saving the checkpoint"):
-            self.saver.wait()
-        message = f"stopped by a signal after {self.position.global_step} steps; the same command goes on from there"
+    def _preempted(self) -> dict[str, Any]:
+        """Leave a run that the same command can continue."""
+        self.checkpoints.wait()
+        self.metrics.preempted = True
+        message = f"stopped by a signal after {self.progress.global_step} steps; the same command goes on from there"
         if self.run_dir is not None:
             self.run_dir.write_status("preempted", message)
-        asked = collectives.gather_json(self.stop.seconds_ago)
-        self.say(f"{message} ({max(filter(None, asked), default=0.0):.1f} s after the signal)")
+        seconds = max(filter(None, collectives.gather_json(self.preemption.seconds_ago)), default=0.0)
+        logger.info("%s (%.1f s after the signal)", message, seconds)
         return {"meta": {"state": "preempted", "message": message}, "rows": []}
 
-    def _load_best(self) -> None:
-        """Put the weights of the best epoch by validation into the student. Collective."""
-        with raise_on_all_ranks("reading the best checkpoint"):
-            if self.run_dir is not None:
-                self.student.load_state_dict(checkpoint.load(self.checkpoints / "best")["student"])
-        # Other nodes may not see rank 0's folder.
-        collectives.broadcast_(list(self.student.state_dict().values()))
+    # ---- where it stands --------------------------------------------------------------------------------------------
 
     def _reached_max_steps(self) -> bool:
         limit = self.config.max_steps
-        return limit is not None and self.position.global_step >= limit
+        return limit is not None and self.progress.global_step >= limit
 
-    # ---- state ------------------------------------------------------------------------------------------------------
-
-    def _save(self, best: bool) -> None:
-        self.wanted["save"] = False
-        started = time.perf_counter()
-        state = self.snapshot.take(self.position, self.pending_validation, self._tracked_run())
-        with raise_on_all_ranks("saving the checkpoint"):
-            if self.run_dir is not None:
-                self.saver.save(state, best)
-        self.record.saved(time.perf_counter() - started)
-
-    def _tracked_run(self) -> str | None:
-        """The tracker learns its run's id at some time, or never; a run that is not tracked keeps what it was told."""
-        return self.record.tracker.run_id or self.run_id
-
-    def _saved(self, name: str, size: int, seconds: float) -> None:
-        self.say(f"saved {name}: {size / 2**20:.1f} MiB, training waited {seconds:.2f} s for it")
-        values = {"mib": size / 2**20, "seconds": seconds}
-        self.record.values("checkpoint", values, self.position.epoch, self.position.global_step)
-        # A tracking server is no place for files of this size, so it learns where they are.
-        self.record.tracker.tags(checkpoint.pointers(self.checkpoints))
-
-    def _resume(self) -> None:
-        """Continue from the run folder's last checkpoint, if it has one. Rank 0 decides which. Collective."""
-        folder = self.checkpoints
-        found = None
-        with raise_on_all_ranks("finding the last checkpoint"):
-            if self.run_dir is not None:
-                found = checkpoint.find(folder)
-        name = collectives.broadcast_object(found.name if found else None)
-        if name is None:
-            return
-        with raise_on_all_ranks("resuming"):
-            state = checkpoint.load(folder / name)
-            self.position, self.pending_validation, self.run_id = self.snapshot.put_back(state)
-        if self.teacher is not None:
-            self.teacher.load(state["teacher"])
-        self.say(f"resuming {self.config.run_dir} from {name}: {self.position.global_step} steps are done")
+    def _is_complete(self) -> bool:
+        return self.progress.epoch == self.config.epochs or self._reached_max_steps()
 
     def _finished_before(self) -> dict[str, Any] | None:
         """The summary of a run that is already complete."""
         summary = None
-        done = self.position.epoch == self.config.epochs or self._reached_max_steps()
-        if done and self.run_dir is not None and self.run_dir.status().get("state") == "finished":
+        if self._is_complete() and self.run_dir is not None and self.run_dir.status().get("state") == "finished":
             summary = json.loads((self.run_dir.path / "summary.json").read_text())
         summary = collectives.broadcast_object(summary)
         if summary is not None:
-            self.say(f"{self.config.run_dir} is finished already; --fresh trains it again under a new name")
+            logger.info("%s is finished already; --fresh trains it again under a new name", self.config.run_dir)
         return summary

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dist_obdsd.manifold import targets as manifold
-from dist_obdsd.training import ddp as strategy
-from dist_obdsd.training.snapshot import RunState
+from dist_obdsd.training import strategy
+from dist_obdsd.training.checkpoint_manager import CheckpointManager
 from tests import bare, harness, runs
 from tests.gpu import __main__ as program
 from tests.gpu import bench, checks, feeding, ranks, solving, steps
@@ -93,26 +93,26 @@ def test_what_is_not_exact_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         patched.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(rounded(a), rounded(b)))
         with pytest.raises(CheckError, match="L1 error"):
             solving.solvers_agree(CPU, True)
-    clipped = strategy.DDPStrategy._clipped_norm
+    clipped = strategy.Strategy._clipped_norm
 
-    def longer(self: strategy.DDPStrategy, own: list[torch.nn.Parameter]) -> torch.Tensor:
+    def longer(self: strategy.Strategy, own: list[torch.nn.Parameter]) -> torch.Tensor:
         for _, p in self.parameters:
             if p.dtype == torch.float32:  # not the reference
                 p.grad *= 1.001
         return clipped(self, own)
 
-    monkeypatch.setattr(strategy.DDPStrategy, "_clipped_norm", longer)
+    monkeypatch.setattr(strategy.Strategy, "_clipped_norm", longer)
     with pytest.raises(CheckError, match="error of the gradient"):
         steps.step_is_exact(CPU, True)
 
 
 def test_a_resumed_run_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_back = RunState.put_back
+    load_state_dict = CheckpointManager._load_state_dict
 
-    def forgetful(self: RunState, state: dict) -> object:
-        return put_back(self, state | {"optimizer": {}})
+    def forgetful(self: CheckpointManager, state: dict) -> object:
+        return load_state_dict(self, state | {"optimizer": {}})
 
-    monkeypatch.setattr(RunState, "put_back", forgetful)
+    monkeypatch.setattr(CheckpointManager, "_load_state_dict", forgetful)
     with pytest.raises(CheckError, match="the resumed one elsewhere"):
         checks.CHECKS["resumed"](CPU, True)
 

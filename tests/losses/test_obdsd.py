@@ -265,7 +265,7 @@ def test_the_memory_holds_the_latest_rows_of_the_epoch() -> None:
     assert masses[0] == 0
     assert 0 < masses[1] < masses[2]
     other = made(settings("obdsd").model_copy(update={"memory": 20}))
-    other.load(objective.state(), torch.device("cpu"))
+    other.load_state_dict(objective.state_dict(), torch.device("cpu"))
     view = BatchView(E_BD, E_BD, labels_B, 0)
     again, resumed = (o.terms(view, batches[0])["distillation"].sum.item() for o in (objective, other))
     assert again == resumed

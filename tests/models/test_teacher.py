@@ -28,7 +28,7 @@ def test_the_teacher_is_last_epochs_student_and_stays_in_eval():
     x = torch.randn(5, 4)
     assert not teacher(x).requires_grad
     again = ProgressiveTeacher(student(1))
-    again.load(teacher.state())
+    again.load_state_dict(teacher.state_dict())
     assert torch.equal(again(x), teacher(x))
 
 

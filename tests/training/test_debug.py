@@ -17,10 +17,10 @@ def test_a_target_that_is_no_distribution_is_counted_and_in_debug_mode_an_error(
     first = runs.metrics(folder / "runs" / "tiny", "step")
     defective = [row for row in first if row.get("target_defects")]
     assert len(defective) == len([row for row in first if row["epoch"] == 1])
-    assert f"100.0% of the target's rows are no distribution (step {len(defective)} so)" in out
+    assert f"100.0% of the target's rows are not distributions (step {len(defective)} so)" in out
     code, out, err = train("epochs=2", "debug=true", "name=debug")
     assert code == 1
-    assert "rows are no distribution (step 1 so); debug=true stops here" in err
+    assert "rows are not distributions (step 1 so); debug=true stops here" in err
     assert runs.status(folder / "runs" / "debug")["state"] == "failed"
 
 

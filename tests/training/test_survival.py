@@ -14,10 +14,10 @@ import os, sys, time
 from dist_obdsd.cli import main as cli
 from dist_obdsd.training.train_step import TrainStep
 once = TrainStep.__call__
-def call(self, batch, position, *rest):
-    if position.global_step == 4 and os.environ["RANK"] == "1":
+def call(self, batch, progress, *rest):
+    if progress.global_step == 4 and os.environ["RANK"] == "1":
         WHAT
-    return once(self, batch, position, *rest)
+    return once(self, batch, progress, *rest)
 TrainStep.__call__ = call
 cli.program()
 """
@@ -93,7 +93,7 @@ def test_a_signal_during_a_measurement_ends_it_and_the_epoch_is_measured_later(f
     run = folder / "runs" / "tiny"
     assert runs.status(run)["state"] == "preempted"
     stopped = checkpoint.load(run)
-    assert stopped["unjudged"]
+    assert stopped["pending_validation"]
     assert stopped["position"]["epoch"] == 2
     assert [row["epoch"] for row in runs.metrics(run, "validation")] == [1]
     runs.train(folder, *more)
@@ -103,13 +103,13 @@ def test_a_signal_during_a_measurement_ends_it_and_the_epoch_is_measured_later(f
 WAITS = """
 import os, signal, sys
 from dist_obdsd.cli import main as cli
-from dist_obdsd.training.model_selection import Judge
-once = Judge.after_epoch
+from dist_obdsd.training.model_selection import ModelSelector
+once = ModelSelector.after_epoch
 def after_epoch(self, epoch):
     if epoch == EPOCH:
         os.kill(os.getpid(), signal.SIGTERM)
     return once(self, epoch)
-Judge.after_epoch = after_epoch
+ModelSelector.after_epoch = after_epoch
 cli.program()
 """
 

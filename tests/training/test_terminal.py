@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import logging
 import os
 import pty
 import re
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_obdsd.training.terminal import Bar, Lines, Terminal, build_terminal
+from dist_obdsd import console
+from dist_obdsd.training.progress_display import ProgressDisplay, StepBar, StepLines, build_display
 from tests import runs
 from tests.nursery import Program
 
@@ -78,13 +80,19 @@ class Screen(io.StringIO):
         return True
 
 
-def test_what_fits_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert type(build_terminal(True, 50, 8, quiet=False, verbose=False)) is Lines
-    monkeypatch.setattr(sys, "stderr", Screen())
-    assert type(build_terminal(True, 50, 8, quiet=False, verbose=False)) is Bar
-    assert type(build_terminal(True, 50, 8, quiet=True, verbose=False)) is Lines
-    assert type(build_terminal(False, 50, 8, quiet=False, verbose=True)) is Terminal
+@pytest.mark.parametrize(
+    ("is_main", "screen", "quiet", "kind"),
+    [
+        (True, io.StringIO(), False, StepLines),
+        (True, Screen(), False, StepBar),
+        (True, Screen(), True, ProgressDisplay),
+        (False, Screen(), False, ProgressDisplay),
+    ],
+    ids=["pipe", "terminal", "quiet", "other rank"],
+)
+def test_what_fits_a_rank(monkeypatch: pytest.MonkeyPatch, is_main, screen, quiet, kind) -> None:
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert type(build_display(is_main, 50, 8, quiet, verbose=False)) is kind
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("TERM", "xterm")])
@@ -93,8 +101,8 @@ def test_colours_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch, variable
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys, "stderr", Screen())
-    with Bar(1, 8) as terminal:
-        terminal.begin("epoch 1/1", 0, 4, 4)
-        terminal.warn("it is cold")
+    with StepBar(1, 8) as display, console.log_to_terminal():
+        display.begin("epoch 1/1", 0, 4, 4)
+        logging.getLogger("dist_obdsd.data").warning("it is cold")
     assert ("\x1b[33m" in sys.stderr.getvalue()) == (value == "xterm")
     assert ("\x1b[32m" in sys.stderr.getvalue()) == (value == "xterm")

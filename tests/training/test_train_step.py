@@ -10,7 +10,7 @@ from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.losses.obdsd import build_objective
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher
-from dist_obdsd.training.ddp import build_strategy
+from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import DelayedMetrics, TrainProgress, TrainStep
 from tests import harness
 from tests.hostreads import HostReads
@@ -280,7 +280,7 @@ def test_deepspeed_s_bf16_is_that_of_ddp():
 
 def test_one_ranks_wish_to_stop_reaches_all():
     for losses, _ in harness.run(3, take_steps, settings()):
-        assert [step["stop"] > 0 for step in losses] == [t == 7 for t in range(STEPS)]
+        assert [step["stop_requested"] > 0 for step in losses] == [t == 7 for t in range(STEPS)]
 
 
 @pytest.mark.parametrize("spoil", [0, 4])

@@ -1,0 +1,166 @@
+"""The strategy: how the ranks' gradients become one, and how an optimizer step is taken or masked.
+
+A strategy is one file with a subclass of ``Strategy`` and one line in ``config/registry.py``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_obdsd.config import Config
+from dist_obdsd.config.registry import STRATEGIES
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.launch import Runtime
+from dist_obdsd.models.precision import autocast
+from dist_obdsd.training.grad_cache import GradCache
+from dist_obdsd.training.optimizers import (
+    Named,
+    build_objective_optimizer,
+    build_optimizer,
+    load_state_by_name,
+    state_by_name,
+)
+
+States = dict[str, dict[str, Any]]
+"""Parameter name -> the optimizer's state of it, with tensors of the parameter's shape: the checkpoint's layout."""
+
+
+class Strategy(ABC):
+    """The student with its optimizer, on one rank of several.
+
+    A rank's loss is ``W * local sum / global count``, and the gradient that is applied is the mean over the W ranks.
+    The objective's own parameters stay outside the wrapper and have an optimizer of their own. Their gradients are
+    averaged here, and both kinds count in one gradient norm.
+    """
+
+    def __init__(
+        self, student: nn.Module, config: Config, runtime: Runtime, objective_parameters: Sequence[Named] = ()
+    ) -> None:
+        """Wrap the student. Collective."""
+        self.student, self.config, self.device = student, config, runtime.device
+        self.parameters = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(config.optim, self.parameters)
+        self.objective_parameters = list(objective_parameters)
+        self.objective_optimizer = build_objective_optimizer(config, self.objective_parameters)
+        self._grad_cache: GradCache | None = None
+        # Only per-rank batch statistics differ between ranks; other buffers need no broadcast at each forward.
+        self.buffers_differ = config.model.norm == "batch"
+        self.network = self._wrap(runtime)
+
+    @abstractmethod
+    def _wrap(self, runtime: Runtime) -> nn.Module:
+        """The student with what sums its gradients over the ranks. Collective."""
+
+    def embed(self, images_bCss: torch.Tensor) -> torch.Tensor:
+        """E_bD with gradient, which ``step`` hands on to the parameters."""
+        chunk = self.config.batch.chunk
+        if chunk is None or images_bCss.shape[0] <= chunk:
+            self._grad_cache = None
+            return self._forward(self.network, images_bCss)
+        self._grad_cache = GradCache(lambda images: self._forward(self.student, images), images_bCss, chunk)
+        return self._grad_cache.E_bD
+
+    def _forward(self, network: nn.Module, images_bCss: torch.Tensor) -> torch.Tensor:
+        with autocast(self.config, self.device):
+            return network(images_bCss)
+
+    def step(self, loss: torch.Tensor, nonfinite: torch.Tensor, rate: float) -> torch.Tensor:
+        """Run backward and one optimizer step, or none at all when anything is NaN or infinite.
+
+        The fused optimizers mask the step on the device by their own flag, so the host need not wait to decide. The
+        gradient is the same on every rank, and so is the decision.
+
+        Args:
+            loss: this rank's scalar, from the rows that ``embed`` gave last.
+            nonfinite: above 0 when a loss sum was not finite on any rank.
+            rate: the learning rate.
+
+        Returns:
+            [2]: the gradient's norm, and 1 if the step was masked.
+        """
+        if self._grad_cache is None:
+            self._backward(loss)
+        else:
+            loss.backward()
+            self._grad_cache.backward(
+                lambda images: self._forward(self.network, images), self._unsynced, self._backward
+            )
+            self._grad_cache = None
+        own = [p for _, p in self.objective_parameters]
+        collectives.average_gradients_(own)
+        norm = self._clipped_norm(own)
+        masked = ((nonfinite > 0) | ~torch.isfinite(norm)).float()
+        _prepare(self.optimizer, masked, rate)
+        self._take_step()
+        if self.objective_optimizer is not None:
+            _prepare(self.objective_optimizer, masked, rate)
+            self.objective_optimizer.step()
+            self.objective_optimizer.zero_grad(set_to_none=False)
+        return torch.stack([norm.double(), masked.double()])
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Add the student's gradients of a scalar; outside ``_unsynced``, over all ranks."""
+        loss.backward()
+
+    def _unsynced(self) -> AbstractContextManager[None]:
+        """A context in which each rank adds up its gradients alone."""
+        return nullcontext()
+
+    def _clipped_norm(self, own: list[nn.Parameter]) -> torch.Tensor:
+        """Clip the whole gradient, the student's and that of ``own``, if asked for; return its norm before that."""
+        parameters = [p for _, p in self.parameters] + own
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
+        return norm
+
+    def _take_step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # the student's gradients are views of DDP's buckets
+
+    def sync_buffers(self) -> None:
+        """Make the student the same on every rank, also where each had its own batch statistics. Collective."""
+        if self.buffers_differ:
+            collectives.broadcast_([buffer for _, buffer in self.student.named_buffers()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint's entries of the student and both optimizers. Collective; complete on rank 0."""
+        return {
+            "student": self.student.state_dict(),
+            "optimizer": self._optimizer_state(),
+            "objective_optimizer": state_by_name(self.objective_optimizer, self.objective_parameters),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a checkpoint's weights and optimizer states, whatever strategy wrote them."""
+        self.student.load_state_dict(state["student"])
+        self._load_optimizer(state["optimizer"])
+        load_state_by_name(self.objective_optimizer, self.objective_parameters, state["objective_optimizer"])
+
+    def _optimizer_state(self) -> States:
+        return state_by_name(self.optimizer, self.parameters)
+
+    def _load_optimizer(self, states: States) -> None:
+        load_state_by_name(self.optimizer, self.parameters, states)
+
+
+def _prepare(optimizer: torch.optim.Optimizer, masked: torch.Tensor, rate: float) -> None:
+    optimizer.found_inf = masked  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def build_strategy(
+    student: nn.Module, config: Config, runtime: Runtime, objective_parameters: Sequence[Named]
+) -> Strategy:
+    """Build the strategy that the config names. Collective.
+
+    Raises:
+        InputError: DeepSpeed is asked for and missing, or its own settings do not fit.
+    """
+    strategy: type[Strategy] = STRATEGIES.load(config.strategy)
+    return strategy(student, config, runtime, objective_parameters)
