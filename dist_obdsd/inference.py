@@ -57,12 +57,12 @@ def load(
             f"take which='last'"
         )
     state = checkpoint.load(found or path)
-    config = settings_of(state)
+    config = inference_config(state)
     chosen = choose_device(device, Launch("single"), torch.cuda.device_count())
-    return ImageEmbedder(network_of(state, config, chosen, found or path), config, batch_size, found or path)
+    return ImageEmbedder(build_network(state, config, chosen, found or path), config, batch_size, found or path)
 
 
-def settings_of(state: dict[str, Any], overrides: Sequence[str] = (), shards: str = "none") -> Config:
+def inference_config(state: dict[str, Any], overrides: Sequence[str] = (), shards: str = "none") -> Config:
     """A checkpoint's settings, for images that it need not have been trained on.
 
     Args:
@@ -82,7 +82,7 @@ def settings_of(state: dict[str, Any], overrides: Sequence[str] = (), shards: st
     return parse_config(override_config(config, overrides), "the checkpoint")
 
 
-def network_of(
+def build_network(
     state: dict[str, Any], config: Config, device: torch.device, path: Path, overrides: Sequence[str] = ()
 ) -> Embedder:
     """A checkpoint's network, in evaluation mode.

@@ -1,5 +1,6 @@
-"""What the machines of a job have, and whether a config can run on them. Every rank looks at its own."""
+"""``dist-obdsd doctor``: the machines of a job, and whether a config can run on them."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dist_obdsd.cli.output import show
+from dist_obdsd.cli.ranks import joined
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.class_diversity import mixing_of
@@ -30,9 +33,10 @@ from dist_obdsd.machine import usable_cores
 
 PARTS = {
     "torch": "everything",
-    "torchvision": "backbones and image decoding",
+    "torchvision": "backbones and transforms",
+    "torchcodec": "quick decoding of images (Pillow gives the same pixels)",
     "webdataset": "reading and writing shards",
-    "faiss": "the faiss search backend (the torch one gives the same result)",
+    "faiss": "evaluation.backend=faiss (torch gives the same result)",
     "mlflow": "tracking",
     "deepspeed": "strategy=deepspeed",
 }
@@ -43,32 +47,31 @@ MOST_SKEW = 2.0  # seconds between hosts' clocks, beyond which their logs cannot
 PROBE_MIB = 16
 
 
-def examine(here: Runtime, config: Config | None, say: Callable[[str], None]) -> None:
-    """Print what there is. Collective.
-
-    Args:
-        config: also says whether and where this config can run.
-        say: prints on one rank.
+def doctor(options: argparse.Namespace) -> int:
+    """Print what the machines have and, for a config, where it can run. Collective.
 
     Raises:
         InputError: on every rank: the config cannot run here, with the reason.
     """
-    for name, text in machine(here).items():
-        say(f"{name:14} {text}")
-    if here.world_size > 1:
-        say("")
-        for name, text in job(here, config).items():
-            say(f"{name:14} {text}")
-    if config is not None:
-        say("")
-        with raise_on_all_ranks("the config"):
-            lines = where_it_runs(here, config)
-        for line in lines:
-            say(line)
+    with joined(options) as (config, rank):
+        _show_rows(machine(rank))
+        if rank.world_size > 1:
+            show("")
+            _show_rows(job(rank, config))
+        if config is not None:
+            with raise_on_all_ranks("the config"):
+                lines = where_it_runs(rank, config)
+            show("\n" + "\n".join(lines))
+    return 0
+
+
+def _show_rows(rows: dict[str, str]) -> None:
+    for name, text in rows.items():
+        show(f"{name:14} {text}")
 
 
 def machine(here: Runtime) -> dict[str, str]:
-    """This rank's machine, by what is looked at."""
+    """Describe this rank's machine, a line by its name."""
     launch = here.launch
     devices = [
         f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
@@ -94,7 +97,7 @@ def machine(here: Runtime) -> dict[str, str]:
 
 
 def job(here: Runtime, config: Config | None) -> dict[str, str]:
-    """What the ranks find out together. Collective."""
+    """Describe what the ranks of a job measure together. Collective."""
     facts = collectives.gather_json(
         {
             "host": platform.node(),
@@ -128,7 +131,7 @@ def job(here: Runtime, config: Config | None) -> dict[str, str]:
 
 
 def where_it_runs(here: Runtime, config: Config) -> list[str]:
-    """The world sizes that a config allows, from its own shards, and what it finds here.
+    """Describe where a config can run: allowed world sizes, its shards, and its run folder and tracking here.
 
     Raises:
         InputError: its device, shards, schedule, run folder or packages do not fit.
@@ -150,12 +153,8 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
     shards = tuple(manifest.shards())
     check_files(config.data.shards, shards)
     check_evaluable(manifest, config, validation_subset(manifest, held_out, config))
-    too_small = []
-    if plan.too_small:
-        too_small.append(
-            f"{plan.too_small} classes have fewer than batch.samples_per_class={config.batch.samples_per_class} "
-            f"images and are never shown"
-        )
+    K = config.batch.samples_per_class
+    too_small = [f"{plan.too_small} classes have fewer than batch.samples_per_class={K} images and are never shown"]
     sizes = allowed_world_sizes(config.data.lanes)
     local = ", ".join(f"{config.batch.global_size // size} on {size}" for size in sizes)
     gpus = torch.cuda.device_count()
@@ -166,15 +165,19 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
         *_remote(config, shards),
-        f"{mixing_of(plan, config.batch.samples_per_class)}",
-        *too_small,
+        str(mixing_of(plan, K)),
+        *(too_small if plan.too_small else []),
         _run_folder(config),
-        _tracking(config) if here.is_main else "",
+        *([_tracking(config)] if here.is_main else []),
     ]
 
 
 def _run_folder(config: Config) -> str:
-    """Whether the run folder can be written, and what stands there."""
+    """Describe the run folder.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     from dist_obdsd.training.run_dir import read_status
 
     folder = config.run_dir
@@ -189,7 +192,7 @@ def _run_folder(config: Config) -> str:
 
 
 def _tracking(config: Config) -> str:
-    """Whether the tracking store answers. It may not: a run goes on without it."""
+    """Ask the tracking store for an answer. There may be none: a run goes on without it."""
     if config.tracking.kind == "none":
         return "tracking: none"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -197,18 +200,18 @@ def _tracking(config: Config) -> str:
     uri = config.tracking.uri
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return f"tracking: {uri} will be made by the first run"  # asking would make it
-    from dist_obdsd.tracking import mlflow_backend as store
+    from dist_obdsd.tracking import mlflow_backend
 
     started = time.perf_counter()
     try:
-        store.check(uri)
-    except Exception as error:  # whatever a store does
+        mlflow_backend.check(uri)
+    except Exception as error:
         return f"tracking: {uri} does not answer ({' '.join(str(error).split())[:120]}); a run would go on without it"
     return f"tracking: {uri} answers after {time.perf_counter() - started:.1f} s"
 
 
 def _clock_skew() -> tuple[float, float]:
-    """How far the ranks' clocks are apart, and how exactly that could be told (seconds)."""
+    """Seconds that the ranks' clocks are apart, and the uncertainty of that."""
     collectives.gather_json(None)  # all have arrived
     before = time.time()
     times = collectives.gather_json(before)
@@ -216,7 +219,7 @@ def _clock_skew() -> tuple[float, float]:
 
 
 def _timed(call: Callable[[], Any], here: Runtime) -> float:
-    """The median of some calls in seconds, after one that warms up."""
+    """Seconds of a call: the median of five, after one that warms up."""
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
@@ -255,7 +258,7 @@ def version(module: str) -> str | None:
 
 
 def _remote(config: Config, shards: Sequence[Shard]) -> list[str]:
-    """What there is to say of shards that are not here: whether one can be read, and what the cache has."""
+    """Describe remote shards: try to read one, and count those in the cache."""
     root = config.data.shards
     if not is_remote(root):
         return []

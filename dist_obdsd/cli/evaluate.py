@@ -1,9 +1,10 @@
-"""What ``dist-obdsd evaluate``, ``embed`` and ``export`` do."""
+"""``dist-obdsd evaluate`` and ``embed``."""
 
 import argparse
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,14 @@ import numpy as np
 import torch
 
 from dist_obdsd import checkpoint
-from dist_obdsd import export as exporting
-from dist_obdsd.cli.main import check_writable, on_every_rank, speaker, table, write_json
+from dist_obdsd.cli.output import check_writable, show, table, write_json
+from dist_obdsd.cli.ranks import on_every_rank
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.image_folder import find_images, folder_batches
 from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.data.packing.glyphs import draw_letters
 from dist_obdsd.data.stream import evaluation_batches
-from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed import launch
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
@@ -27,10 +27,12 @@ from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import embeddings, index
 from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, evaluate_split, measure
 from dist_obdsd.evaluation.scores import unit_rows
-from dist_obdsd.figures import retrieval_grid as pictures
+from dist_obdsd.figures import retrieval_grid
 from dist_obdsd.files import write_atomically
-from dist_obdsd.inference import network_of, settings_of
+from dist_obdsd.inference import build_network, inference_config
 from dist_obdsd.models.embedder import Embedder
+
+# ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -38,20 +40,21 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.embeddings is not None and "=" in str(options.checkpoint or ""):  # a setting in the checkpoint's place
         options.overrides.insert(0, str(options.checkpoint))
         options.checkpoint = None
-    if (options.checkpoint is None) == (options.embeddings is None):
-        raise _alike(InputError("evaluate measures a CHECKPOINT or --embeddings FILE; give one of the two"))
-    if options.shards is None and (options.checkpoint is not None or options.failures is not None):
-        what = "the images to embed" if options.checkpoint is not None else "the images for the picture of --failures"
-        raise _alike(InputError(f"give the shards that hold {what} with --shards"))
-    on_every_rank(lambda: check_writable(options.json, options.per_class, options.failures))
-    return (_evaluate_checkpoint if options.embeddings is None else _evaluate_embeddings)(options)
+    with on_every_rank():
+        if (options.checkpoint is None) == (options.embeddings is None):
+            raise InputError("evaluate measures a CHECKPOINT or --embeddings FILE; give one of the two")
+        if options.shards is None and (options.checkpoint is not None or options.failures is not None):
+            purpose = "to embed" if options.checkpoint is not None else "for the picture of --failures"
+            raise InputError(f"give the shards that hold the images {purpose} with --shards")
+        check_writable(options.json, options.per_class, options.failures)
+    return _evaluate_checkpoint(options) if options.embeddings is None else _evaluate_embeddings(options)
 
 
 def _evaluate_checkpoint(options: argparse.Namespace) -> int:
-    state, config = _checkpoint(options.checkpoint, options.overrides, options.shards)
-    with runtime.start(config.device, config.threads, config.timeout_seconds) as rank:
-        manifest = _split_of(options.shards, options.split)
-        network = _network(state, config, rank, options)
+    state, config = _load_checkpoint(options, options.shards)
+    with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
+        manifest = load_split(options.shards, options.split)
+        network = _build_network(state, config, rank, options)
         result = evaluate_split(network, manifest, options.split, config, rank)
         meta = {"checkpoint": str(options.checkpoint), "manifest": manifest.digest, "queries": result.queries}
         _report(options, result, rank, {"protocol": "checkpoint", "split": options.split}, meta, manifest, {})
@@ -59,10 +62,11 @@ def _evaluate_checkpoint(options: argparse.Namespace) -> int:
 
 
 def _evaluate_embeddings(options: argparse.Namespace) -> int:
-    # The settings of a run that are not about evaluation are not looked at.
+    # A Config must name a run and its shards; evaluation reads neither.
     bare = {"name": "embeddings", "epochs": 2, "data": {"shards": "none"}}
-    config = on_every_rank(lambda: parse_config(override_config(bare, options.overrides), "the command line"))
-    with runtime.start(config.device, config.threads, config.timeout_seconds) as rank:
+    with on_every_rank():
+        config = parse_config(override_config(bare, options.overrides), "the command line")
+    with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
         manifest = None
         if options.shards is not None:
             with raise_on_all_ranks("reading the shards"):
@@ -101,70 +105,72 @@ def _report(
     row: dict[str, Any],
     meta: dict[str, Any],
     manifest: Manifest | None,
-    names: Mapping[int, str],
+    class_names: Mapping[int, str],
 ) -> None:
-    """Print and write what was found. Collective, since a file that cannot be written ends all ranks."""
+    """Print the metrics and write the files asked for. Collective, since a file that fails ends all ranks."""
     rows = [{**row, "metric": name, "value": value} for name, value in result.metrics.items()]
-    say = speaker(rank.is_main)
-    say(table(rows))
-    say(f"{result.queries} queries, gallery of {result.gallery}, {result.excluded} without a match left out")
+    show(table(rows))
+    show(f"{result.queries} queries, gallery of {result.gallery}, {result.excluded} without a match left out")
     if manifest is not None:
-        names = dict(enumerate(manifest.classes)) | dict(names)
+        class_names = dict(enumerate(manifest.classes)) | dict(class_names)
     with raise_on_all_ranks("writing the results"):
         if not rank.is_main:
             return
         if options.json is not None:
             write_json(options.json, meta, rows)
         if options.per_class is not None:
-            _write_per_class(options.per_class, result, names)
+            _write_per_class(options.per_class, result, class_names)
         if options.failures is not None and manifest is not None:
-            failures = pictures.wrong_at_first(result.failures)
+            failures = retrieval_grid.wrong_at_first(result.failures)
             if not failures:
-                say(f"{options.failures} is not written: every query's nearest neighbour is of its class")
+                show(f"{options.failures} is not written: every query's nearest neighbour is of its class")
                 return
-            images = pictures.read_images(options.shards, manifest, pictures.shown(failures))
+            images = retrieval_grid.read_images(options.shards, manifest, retrieval_grid.shown(failures))
             title = f"The {len(failures)} worst of {result.queries} queries and their nearest neighbours"
-            pictures.write(options.failures, pictures.retrieval_grid({"": failures}, images, names, title))
+            grid = retrieval_grid.retrieval_grid({"": failures}, images, class_names, title)
+            retrieval_grid.write(options.failures, grid)
 
 
-def _write_per_class(path: Path, result: EvaluationResult, names: Mapping[int, str]) -> None:
+def _write_per_class(path: Path, result: EvaluationResult, class_names: Mapping[int, str]) -> None:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["gallery", "label", "class", "queries", "recall@1"])
     for one in result.per_class:
-        lines.writerow([one.gallery, one.label, names.get(one.label, ""), one.queries, one.recall])
+        lines.writerow([one.gallery, one.label, class_names.get(one.label, ""), one.queries, one.recall])
     write_atomically(path, text.getvalue().encode())
+
+
+# ---- embed ----------------------------------------------------------------------------------------------------------
 
 
 def embed(options: argparse.Namespace) -> int:
     """Write the embeddings of shards or of a folder of images to a file."""
-    if (options.shards is None) == (options.images is None):
-        raise _alike(InputError("embed takes its images from --shards DIR or --images DIR; give one of the two"))
-    on_every_rank(lambda: _check_embed_outputs(options))
-    state, config = _checkpoint(options.checkpoint, options.overrides, options.shards or str(options.images))
-    with runtime.start(config.device, config.threads, config.timeout_seconds) as rank:
+    with on_every_rank():
+        if (options.shards is None) == (options.images is None):
+            raise InputError("embed takes its images from --shards DIR or --images DIR; give one of the two")
+        _check_embed_outputs(options)
+    state, config = _load_checkpoint(options, options.shards or str(options.images))
+    with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
         batches: Callable[[], Iterable[Any]]
         if options.shards is not None:
-            manifest = _split_of(options.shards, options.split)
-            known = _table_of_split(manifest, options.split)
-            batches = lambda: evaluation_batches(  # noqa: E731
-                manifest, options.split, config, rank.rank, rank.world_size
-            )
+            manifest = load_split(options.shards, options.split)
+            columns = _columns_of_split(manifest, options.split)
+            batches = partial(evaluation_batches, manifest, options.split, config, rank.rank, rank.world_size)
         else:
             with raise_on_all_ranks("looking for images"):
                 folder = find_images(options.images)
             assert_equal_across_ranks("the folder of images", embeddings.digest(folder.paths), InputError)
-            known = _table_of_paths(folder.paths, folder.classes)
-            batches = lambda: folder_batches(folder, config, rank.rank, rank.world_size)  # noqa: E731
-        network = _network(state, config, rank, options)
+            columns = _columns_of_paths(folder.paths, folder.classes)
+            batches = partial(folder_batches, folder, config, rank.rank, rank.world_size)
+        network = _build_network(state, config, rank, options)
         with raise_on_all_ranks("embedding the images"), torch.inference_mode():
             rows_nD, ids_n, _, _ = embed_all(network, batches(), rank.device)
         if options.out is not None:
-            embeddings.write(options.out, rows_nD, ids_n, known, options.dtype)
+            embeddings.write(options.out, rows_nD, ids_n, columns, options.dtype)
         if options.index is not None:
-            index.write(options.index, rows_nD, ids_n, known)
+            index.write(options.index, rows_nD, ids_n, columns)
         for path in filter(None, (options.out, options.index)):
-            speaker(rank.is_main)(f"{path}: {len(known.ids)} embeddings of {config.model.embedding_dim} numbers")
+            show(f"{path}: {len(columns.ids)} embeddings of {config.model.embedding_dim} numbers")
     return 0
 
 
@@ -182,37 +188,7 @@ def _check_embed_outputs(options: argparse.Namespace) -> None:
     check_writable(options.out, options.index)
 
 
-def export(options: argparse.Namespace) -> int:
-    """Write a checkpoint's network as files that other programs run."""
-    if options.shards is not None and options.images is not None:
-        raise InputError("export is verified on --shards DIR or on --images DIR; give one of the two, or none")
-    formats = list(dict.fromkeys(options.format.split(",")))
-    exporting.check_request(formats, options.out)
-    images, source = _images_to_verify(options)
-    worst = exporting.export(options.checkpoint, options.out, formats, images, source)
-    for name, difference in worst.items():
-        print(
-            f"{options.out / exporting.FILES[name]}: differs from the checkpoint by at most {difference:.1e} "
-            f"({len(images)} images from {source})"
-        )
-    return 0
-
-
-def _images_to_verify(options: argparse.Namespace) -> tuple[list[Any], str]:
-    count = exporting.IMAGES
-    if options.images is not None:
-        folder = find_images(options.images)
-        every = -(-len(folder.paths) // count)  # from all over the folder
-        return [folder.root / path for path in folder.paths[::every]], str(options.images)
-    if options.shards is not None:
-        manifest = _split_of(options.shards, options.split)
-        ids = [image_id for shard in manifest.splits[options.split] for image_id in shard.ids][:count]
-        found = pictures.read_images(options.shards, manifest, ids)
-        return [found[image_id] for image_id in ids], options.shards
-    return draw_letters(count), "drawn letters"
-
-
-def _table_of_split(manifest: Manifest, split: str) -> embeddings.Table:
+def _columns_of_split(manifest: Manifest, split: str) -> embeddings.Table:
     images = sorted(
         (image_id, label, role)
         for shard in manifest.splits[split]
@@ -228,7 +204,7 @@ def _table_of_split(manifest: Manifest, split: str) -> embeddings.Table:
     return embeddings.Table(np.array(ids, dtype=np.int64), columns)
 
 
-def _table_of_paths(paths: list[str], classes: list[str]) -> embeddings.Table:
+def _columns_of_paths(paths: list[str], classes: list[str]) -> embeddings.Table:
     columns = {"keys": np.array(paths)}
     if classes:
         columns["labels"] = np.unique(classes, return_inverse=True)[1].astype(np.int64)
@@ -236,12 +212,17 @@ def _table_of_paths(paths: list[str], classes: list[str]) -> embeddings.Table:
     return embeddings.Table(np.arange(len(paths), dtype=np.int64), columns)
 
 
-def _checkpoint(path: Path, overrides: list[str], shards: str) -> tuple[dict[str, Any], Config]:
-    state = on_every_rank(lambda: checkpoint.load(path))
-    return state, on_every_rank(lambda: settings_of(state, overrides, shards))
+# ---- both -----------------------------------------------------------------------------------------------------------
 
 
-def _split_of(shards: str, split: str) -> Manifest:
+def _load_checkpoint(options: argparse.Namespace, shards: str) -> tuple[dict[str, Any], Config]:
+    with on_every_rank():
+        state = checkpoint.load(options.checkpoint)
+        return state, inference_config(state, options.overrides, shards)
+
+
+def load_split(shards: str, split: str) -> Manifest:
+    """Read a manifest that must have a split. Collective."""
     with raise_on_all_ranks("reading the shards"):
         manifest = manifests.load(shards)
         if split not in manifest.splits:
@@ -249,12 +230,7 @@ def _split_of(shards: str, split: str) -> Manifest:
     return manifest
 
 
-def _network(state: dict[str, Any], config: Config, rank: Runtime, options: argparse.Namespace) -> Embedder:
+def _build_network(state: dict[str, Any], config: Config, rank: Runtime, options: argparse.Namespace) -> Embedder:
     with raise_on_all_ranks("reading the checkpoint"):
-        return network_of(state, config, rank.device, options.checkpoint, options.overrides)
-    raise AssertionError  # agree() raises whatever the block raised
-
-
-def _alike(error: InputError) -> InputError:
-    error.on_all_ranks = True
-    return error
+        return build_network(state, config, rank.device, options.checkpoint, options.overrides)
+    raise AssertionError("raise_on_all_ranks raises what the block raised")

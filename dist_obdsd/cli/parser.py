@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import textwrap
 from pathlib import Path
 
 from dist_obdsd import __version__
@@ -52,20 +53,28 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("shards", help="a folder, or a URL or pipe: command")
     verify.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
 
-    train = commands.add_parser("train", help="train and evaluate what a config describes")
+    train = commands.add_parser(
+        "train", help="train and evaluate what a config describes", formatter_class=_NamesHelp, epilog=NAMES
+    )
     train.add_argument("config", type=Path, help="a YAML file, see configs/")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     train.add_argument("--fresh", action="store_true", help="do not resume: train under the next free name")
     _loudness(train)
 
-    compare = commands.add_parser("compare", help="train arms x seeds and say how far they differ")
+    compare = commands.add_parser("compare", help="train variants x seeds and report how far they differ")
     compare.add_argument("config", type=Path, help="a YAML file, see configs/")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
     compare.add_argument(
-        "--arms", required=True, metavar="ARM,ARM,...", help="distillation targets, or NAME:key=value,key=value"
+        "--variants",
+        "--arms",
+        required=True,
+        metavar="VARIANT,...",
+        help="distillation targets, or NAME:key=value,key=value",
     )
     compare.add_argument("--seeds", default="3", metavar="N", help="how many (default: 3), or which, such as 0,4,7")
-    compare.add_argument("--grid", action="append", default=[], metavar="key=v,v", help="every arm with every value")
+    compare.add_argument(
+        "--grid", action="append", default=[], metavar="key=v,v", help="every variant with every value"
+    )
     compare.add_argument("--ranks", type=int, metavar="N", help="processes of a run, by torchrun (default: one, plain)")
     compare.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: runs/NAME-comparison)")
     compare.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -135,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     figures.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as data.shards=DIR")
 
     replay = commands.add_parser("replay", help="send to the tracking server what it missed of a run")
-    replay.add_argument("spool", type=Path, help="a run folder, or its tracking.jsonl")
+    replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder, or its tracking.jsonl")
     replay.add_argument("--uri", help="another server, which gets all of the run")
     replay.add_argument("--new-run", action="store_true", help="send all to a new run, when the old one is lost")
 
@@ -143,6 +152,28 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", type=Path, nargs="?")
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
     return top
+
+
+NAMES = "the names that settings choose between"
+
+
+class _NamesHelp(argparse.RawDescriptionHelpFormatter):
+    """Help that ends with the registered names, which are read when the help is printed."""
+
+    def add_text(self, text: str | None) -> None:
+        super().add_text(_registered_names() if text == NAMES else text)
+
+
+def _registered_names() -> str:
+    from dist_obdsd.config import registry
+
+    found = [part for part in vars(registry).values() if isinstance(part, registry.Registry)]
+    width = max((len(part.setting) for part in found), default=0)
+    lines = [
+        textwrap.fill(f"  {part.setting:{width}}  {', '.join(part.names)}", 110, subsequent_indent=" " * (width + 4))
+        for part in found
+    ]
+    return "\n".join([f"{NAMES}:", *lines])
 
 
 def _loudness(command: argparse.ArgumentParser) -> None:

@@ -15,20 +15,20 @@ MARKS = "os^Dv<>pPX*h"
 class Panel:
     metric: str
     values: Mapping[str, Mapping[int, float]]
-    """Arm -> seed -> value."""
+    """Variant -> seed -> value."""
 
 
 def draw(name: str, protocol: str, panels: Sequence[Panel], baselines: Mapping[str, str]) -> bytes:
-    """A PNG: the metrics side by side; below them, where there is a baseline, the differences to it.
+    """Draw a PNG: the metrics side by side; below them, where there is a baseline, the differences to it.
 
     Args:
-        baselines: arm -> the arm that it is compared with.
+        baselines: variant -> the variant that it is compared with.
     """
     from matplotlib.figure import Figure
 
     labels = [label for label in panels[0].values if any(panel.values[label] for panel in panels)]
     compared = [label for label in labels if baselines.get(label) in labels]
-    seeds = sorted({seed for panel in panels for of in panel.values.values() for seed in of})
+    seeds = sorted({seed for panel in panels for values in panel.values.values() for seed in values})
     marks = {seed: MARKS[i % len(MARKS)] for i, seed in enumerate(seeds)}
     heights = [len(labels), len(compared)] if compared else [len(labels)]
     figure = Figure(
@@ -39,7 +39,7 @@ def draw(name: str, protocol: str, panels: Sequence[Panel], baselines: Mapping[s
         axes = grid[0][column]
         for row, label in enumerate(labels):
             if panel.values[label]:
-                _line(axes, row, panel.values[label], spread(list(panel.values[label].values())), marks)
+                _draw_variant(axes, row, panel.values[label], spread(list(panel.values[label].values())), marks, "")
         _finish(axes, labels, f"{panel.metric} ({protocol})", shown=column == 0)
         if not compared:
             continue
@@ -50,25 +50,27 @@ def draw(name: str, protocol: str, panels: Sequence[Panel], baselines: Mapping[s
             found = difference(panel.values[label], base)
             if found is not None:
                 each = {seed: value - base[seed] for seed, value in panel.values[label].items() if seed in base}
-                _line(axes, row, each, found, marks)
+                _draw_variant(axes, row, each, found, marks, "+")
         base_names = ", ".join(dict.fromkeys(baselines[label] for label in compared))
         _finish(axes, compared, f"difference in {panel.metric} to {base_names}, seed by seed", shown=column == 0)
-    _legend(figure, marks, any(len(of) >= FEWEST for panel in panels for of in panel.values.values()))
-    figure.suptitle(f"{name}: {len(seeds)} seed{'s' * (len(seeds) > 1)} per arm", fontsize=12)
+    _legend(figure, marks, any(len(values) >= FEWEST for panel in panels for values in panel.values.values()))
+    figure.suptitle(f"{name}: {len(seeds)} seed{'s' * (len(seeds) > 1)} per variant", fontsize=12)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     return image.getvalue()
 
 
-def _line(axes: Any, row: int, values: Mapping[int, float], of: Spread, marks: Mapping[int, str]) -> None:
-    """One arm: its seeds, slightly above the mean and its interval."""
+def _draw_variant(
+    axes: Any, row: int, values: Mapping[int, float], of: Spread, marks: Mapping[int, str], sign: str
+) -> None:
+    """Draw a variant's seeds slightly above the mean and its interval."""
     for seed, value in values.items():
         axes.scatter(value, row - 0.16, marker=marks[seed], s=34, color=DOT, edgecolor="white", linewidth=0.5, zorder=2)
     axes.errorbar(
         of.mean, row + 0.16, xerr=of.half, fmt="|", markersize=11, markeredgewidth=2, capsize=4, color=MEAN, zorder=3
     )
     axes.annotate(
-        f"{of.mean:+.4f}" if hasattr(of, "p") else f"{of.mean:.4f}", (of.mean, row + 0.2), xytext=(0, -9),
+        f"{of.mean:{sign}.4f}", (of.mean, row + 0.2), xytext=(0, -9),
         textcoords="offset points", ha="center", va="center", fontsize=8, color=MEAN,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )  # fmt: skip
@@ -92,6 +94,6 @@ def _legend(figure: Any, marks: Mapping[int, str], intervals: bool) -> None:
         Line2D([], [], marker=mark, linestyle="", color=DOT, markersize=6, label=f"seed {seed}")
         for seed, mark in list(marks.items())[: len(MARKS)]
     ]
-    what = "mean and its 95 % interval (Student's t)" if intervals else f"mean (no interval below {FEWEST} seeds)"
-    handles.append(Line2D([], [], marker="|", markeredgewidth=2, markersize=10, color=MEAN, label=what))
+    label = "mean and its 95 % interval (Student's t)" if intervals else f"mean (no interval below {FEWEST} seeds)"
+    handles.append(Line2D([], [], marker="|", markeredgewidth=2, markersize=10, color=MEAN, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False, fontsize=8.5)

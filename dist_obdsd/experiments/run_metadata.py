@@ -1,55 +1,52 @@
-"""Under what conditions the runs of a comparison were made: what a reader needs to judge their numbers."""
+"""The conditions that a comparison's runs were made under: what a reader needs to judge their numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_obdsd.config import SELECTION_METRIC, Config
 from dist_obdsd.data.manifest import Manifest, asks, gallery_of
-from dist_obdsd.experiments.run_status import Outcome
+from dist_obdsd.experiments.run_status import RunStatus
 
 
-def conditions(outcomes: Sequence[Outcome], shards: Mapping[str, Manifest]) -> dict[str, str]:
-    """Name -> value; where arms differ, every value with the arms that have it."""
+def run_metadata(runs: Sequence[RunStatus], shards: Mapping[str, Manifest]) -> dict[str, str]:
+    """Describe data, settings, machines and versions; where variants differ, each value names its variants."""
 
-    def by(settings: Callable[[Config], Any]) -> str:
-        return _values([(outcome.child.label, str(settings(outcome.child.settings))) for outcome in outcomes])
+    def of_run(describe: Callable[[RunStatus], Any]) -> str:
+        return _by_variant([(run.spec.label, str(describe(run))) for run in runs])
 
-    def of(*names: str) -> str:
-        report_failure = [" ".join(str(o.provenance.get(name, "not recorded")) for name in names) for o in outcomes]
-        return _values([(outcome.child.label, text) for outcome, text in zip(outcomes, report_failure, strict=True)])
+    def of_config(describe: Callable[[Config], Any]) -> str:
+        return of_run(lambda run: describe(run.spec.config))
 
-    seeds = sorted({outcome.child.seed for outcome in outcomes})
-    held_out = _values([(o.child.label, str(o.summary["meta"].get("validation_classes", "unknown"))) for o in outcomes])
+    seeds = sorted({run.spec.seed for run in runs})
+    held_out = of_run(lambda run: run.summary["meta"].get("validation_classes", "unknown"))
     return {
-        "dataset": by(lambda c: _dataset(shards[c.data.shards])),
-        "manifest": by(lambda c: shards[c.data.shards].digest),
-        "test protocol": by(lambda c: _test(shards[c.data.shards], c)),
-        "model selection": by(_selection) + f" (validation classes: {held_out})",
+        "dataset": of_config(lambda c: _dataset(shards[c.data.shards])),
+        "manifest": of_config(lambda c: shards[c.data.shards].digest),
+        "test protocol": of_config(lambda c: _test(shards[c.data.shards], c)),
+        "model selection": of_config(_selection) + f" (validation classes: {held_out})",
         "seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
-        "backbone": by(lambda c: f"{c.model.backbone}, {c.model.embedding_dim} dimensions, {c.model.pooling} pooling"),
-        "pretraining data": by(_pretraining),
-        "images": by(lambda c: f"{c.data.image_size} x {c.data.image_size}, {c.data.channels} channels, "
-                               f"augmentation {c.data.augment}"),
-        "batch": by(lambda c: f"{c.batch.global_size} images, {c.batch.samples_per_class} per class"),
-        "epochs": by(lambda c: f"{c.epochs}" + (f", stopped after {c.max_steps} steps" if c.max_steps else "")),
-        "ranking loss": by(lambda c: c.ranking.name),
-        "optimizer": by(lambda c: f"{c.optim.name}, learning rate {c.optim.lr:g} ({c.optim.schedule}), "
-                                  f"weight decay {c.optim.weight_decay:g}"),
-        "evaluation": by(lambda c: f"{c.evaluation.distance} distance, {c.evaluation.conventions} conventions"),
-        "precision": by(lambda c: c.precision),
-        "ranks": of("world_size"),
-        "hardware": of("hardware"),
-        "git commit": _values([(o.child.label, _commit(o.provenance)) for o in outcomes]),
-        "versions": _values([
-            (o.child.label, ", ".join(f"{name[8:]} {value}" for name, value in o.provenance.items()
-                                      if name.startswith("version.")))
-            for o in outcomes
-        ]),
+        "backbone": of_config(lambda c: f"{c.model.backbone}, {c.model.embedding_dim} dimensions, "
+                                        f"{c.model.pooling} pooling"),
+        "pretraining data": of_config(_pretraining),
+        "images": of_config(lambda c: f"{c.data.image_size} x {c.data.image_size}, {c.data.channels} channels, "
+                                      f"augmentation {c.data.augment}"),
+        "batch": of_config(lambda c: f"{c.batch.global_size} images, {c.batch.samples_per_class} per class"),
+        "epochs": of_config(lambda c: f"{c.epochs}" + (f", stopped after {c.max_steps} steps" if c.max_steps else "")),
+        "ranking loss": of_config(lambda c: c.ranking.name),
+        "optimizer": of_config(lambda c: f"{c.optim.name}, learning rate {c.optim.lr:g} ({c.optim.schedule}), "
+                                         f"weight decay {c.optim.weight_decay:g}"),
+        "evaluation": of_config(lambda c: f"{c.evaluation.distance} distance, {c.evaluation.conventions} conventions"),
+        "precision": of_config(lambda c: c.precision),
+        "ranks": of_run(lambda run: run.provenance.get("world_size", "not recorded")),
+        "hardware": of_run(lambda run: run.provenance.get("hardware", "not recorded")),
+        "git commit": of_run(lambda run: _commit(run.provenance)),
+        "versions": of_run(lambda run: ", ".join(f"{name[8:]} {value}" for name, value in run.provenance.items()
+                                                 if name.startswith("version."))),
     }  # fmt: skip
 
 
-def _values(pairs: Sequence[tuple[str, str]]) -> str:
-    """The one value that all have, or each with the arms that have it."""
+def _by_variant(pairs: Sequence[tuple[str, str]]) -> str:
+    """Return the one value that all have, or each with the variants that have it."""
     owners: dict[str, dict[str, None]] = {}
     for label, value in pairs:
         owners.setdefault(value, {})[label] = None
@@ -71,9 +68,9 @@ def _dataset(manifest: Manifest) -> str:
     return f"{manifest.recipe.get('name', 'unknown')}: {', '.join(counts)}"
 
 
-def _test(manifest: Manifest, settings: Config) -> str:
-    if not settings.evaluation.test or "test" not in manifest.splits:
-        return "the test set was not looked at"
+def _test(manifest: Manifest, config: Config) -> str:
+    if not config.evaluation.test or "test" not in manifest.splits:
+        return "the test set was not measured"
     roles = [role for shard in manifest.splits["test"] for role in shard.roles]
     queries, galleries = sum(map(asks, roles)), sorted({g for r in roles if (g := gallery_of(r)) is not None})
     if set(roles) == {"both"}:
@@ -83,14 +80,14 @@ def _test(manifest: Manifest, settings: Config) -> str:
     return f"{queries:,} queries against a gallery of {images:,} images{named}, classes never trained on"
 
 
-def _selection(settings: Config) -> str:
-    if settings.validation.holds_out:
+def _selection(config: Config) -> str:
+    if config.validation.holds_out:
         chosen = f"the epoch, by {SELECTION_METRIC} on training classes held out for it"
     else:
         chosen = "none: no classes are held out, the last epoch is reported"
-    return chosen + ("; best_test chooses on the test set" if settings.evaluation.best_test else "")
+    return chosen + ("; best_test chooses on the test set" if config.evaluation.best_test else "")
 
 
-def _pretraining(settings: Config) -> str:
+def _pretraining(config: Config) -> str:
     known = {"none": "none (random initialization)", "torchvision": "ImageNet-1k (torchvision's weights)"}
-    return known.get(settings.model.pretrained, f"what the weights in {settings.model.pretrained} were trained on")
+    return known.get(config.model.pretrained, f"what the weights in {config.model.pretrained} were trained on")

@@ -1,4 +1,4 @@
-"""Which runs a comparison is made of: arms, times the points of a grid, times seeds. Reads the config, runs nothing."""
+"""The runs of a comparison: variants, times the points of a grid, times seeds. Reads the config, runs nothing."""
 
 import itertools
 import re
@@ -11,43 +11,48 @@ from dist_obdsd.config import Config, DistillationConfig, load_config
 from dist_obdsd.errors import InputError
 
 TARGETS = get_args(DistillationConfig.model_fields["target"].annotation)
-RESERVED = {"seed": "--seeds", "name": "the config's name and the arm"}
-"""What a comparison sets itself, and from what."""
+RESERVED = {"seed": "--seeds", "name": "the config's name and the variant"}
+"""Settings that a comparison makes itself, and from what."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
+    """A named set of overrides."""
+
     name: str
-    settings: tuple[str, ...]
+    overrides: tuple[str, ...]
     """``key=value``, such as ``distillation.target=psd``."""
 
     @property
     def keys(self) -> set[str]:
-        return {setting.partition("=")[0] for setting in self.settings}
+        return {override.partition("=")[0] for override in self.overrides}
 
 
 @dataclass(frozen=True)
-class Child:
-    """One run of the comparison."""
+class RunSpec:
+    """One run of a comparison."""
 
-    arm: str
+    variant: str
     point: str
-    """Of the grid, as ``key=value key=value``; empty where there is no grid."""
+    """The grid's point as ``key=value key=value``; empty without a grid."""
     seed: int
-    declared: tuple[str, ...]
-    """What the arm and the point of the grid set."""
+    changes: tuple[str, ...]
+    """The overrides of the variant and the point."""
     overrides: tuple[str, ...]
     """All that follows the config on the command line."""
-    settings: Config
+    config: Config
 
     @property
     def label(self) -> str:
-        return f"{self.arm} {self.point}".strip()
+        return f"{self.variant} {self.point}".strip()
 
     @property
     def run_dir(self) -> Path:
-        return self.settings.run_dir
+        return self.config.run_dir
+
+
+# ---- reading the command line ---------------------------------------------------------------------------------------
 
 
 def split(text: str) -> list[str]:
@@ -62,47 +67,48 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def read_arms(text: str) -> list[Arm]:
-    """``none,psd,hot:distillation.target=psd,distillation.temperature=2`` -> three arms.
+def read_variants(text: str) -> list[Variant]:
+    """Parse ``none,psd,hot:distillation.target=psd,distillation.temperature=2`` into three variants.
 
-    An arm that is called like a target has that target; any other has what it sets itself.
+    A variant that is called like a target has that target; any other has the overrides after its colon.
 
     Raises:
-        InputError: an arm without a name or settings, or a name twice.
+        InputError: a variant without a name or overrides, or a name twice.
     """
     found: list[tuple[str, list[str]]] = []
     for part in split(text):
         head, equals, _ = part.partition("=")
         name, colon, first = part.partition(":")
-        if equals and ":" not in head:  # one more setting of the arm before
+        if equals and ":" not in head:  # one more override of the variant before
             if not found or not found[-1][1]:
-                raise InputError(f"--arms has {part!r} without an arm; write NAME:{part}")
+                raise InputError(f"--variants has {part!r} without a variant; write NAME:{part}")
             found[-1][1].append(part)
             continue
         if not NAME.fullmatch(name):
-            raise InputError(f"--arms has an arm called {name!r}; use letters, digits, '.', '_' and '-'")
+            raise InputError(f"--variants has a variant called {name!r}; use letters, digits, '.', '_' and '-'")
         if colon and "=" not in first:
-            raise InputError(f"--arms has {part!r}; write NAME:key=value")
+            raise InputError(f"--variants has {part!r}; write NAME:key=value")
         if not colon and name not in TARGETS:
             raise InputError(
-                f"--arms has {name!r}, which is no target ({', '.join(TARGETS)}); write NAME:key=value for other arms"
+                f"--variants has {name!r}, which is no target ({', '.join(TARGETS)}); write NAME:key=value for others"
             )
         found.append((name, [first] if colon else []))
-    arms = []
-    for name, given in found:
-        settings = given
-        if name in TARGETS:
-            own = [setting for setting in given if setting.startswith("distillation.target=")]
-            if own and own[-1] != f"distillation.target={name}":
-                raise InputError(f"the arm {name} sets {own[-1]}; call it otherwise, or leave that out")
-            settings = [f"distillation.target={name}", *(setting for setting in given if setting not in own)]
-        arms.append(Arm(name, tuple(settings)))
-    _once([arm.name for arm in arms], "--arms has the arm")
-    return arms
+    _check_unique([name for name, _ in found], "--variants has the variant")
+    return [Variant(name, tuple(_with_target(name, overrides))) for name, overrides in found]
+
+
+def _with_target(name: str, overrides: list[str]) -> list[str]:
+    if name not in TARGETS:
+        return overrides
+    target = f"distillation.target={name}"
+    for override in overrides:
+        if override.startswith("distillation.target=") and override != target:
+            raise InputError(f"the variant {name} sets {override}; call it otherwise, or leave that out")
+    return [target, *(override for override in overrides if override != target)]
 
 
 def read_seeds(text: str) -> list[int]:
-    """``3`` -> 0, 1, 2; ``4,7`` -> 4, 7.
+    """Parse how many seeds (``3`` -> 0, 1, 2) or which (``4,7`` -> 4, 7).
 
     Raises:
         InputError: no numbers, none at all, or one twice.
@@ -114,12 +120,12 @@ def read_seeds(text: str) -> list[int]:
     seeds = numbers if "," in text else list(range(numbers[0] if numbers else 0))
     if not seeds or min(seeds) < 0:
         raise InputError(f"--seeds={text} names no seeds; give 1 or more")
-    _once([str(seed) for seed in seeds], "--seeds has")
+    _check_unique([str(seed) for seed in seeds], "--seeds has")
     return seeds
 
 
 def read_grid(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """``["optim.lr=1e-3,1e-4", "epochs=2,4"]`` -> four points, each a row of ``key=value``.
+    """Parse ``["optim.lr=1e-3,1e-4", "epochs=2,4"]`` into four points, each a row of ``key=value``.
 
     Raises:
         InputError: an entry without values, or a key or a value twice.
@@ -130,70 +136,79 @@ def read_grid(texts: Sequence[str]) -> list[tuple[str, ...]]:
         options = split(values)
         if not equals or not key or "" in options:
             raise InputError(f"--grid {text!r} is not of the form key=value,value, such as optim.lr=0.001,0.0001")
-        _once(options, f"--grid {key} has the value")
+        _check_unique(options, f"--grid {key} has the value")
         axes.append([f"{key}={option}" for option in options])
-    _once([axis[0].partition("=")[0] for axis in axes], "--grid has")
+    _check_unique([axis[0].partition("=")[0] for axis in axes], "--grid has")
     return list(itertools.product(*axes))
 
 
-def _once(names: Sequence[str], what: str) -> None:
+def _check_unique(names: Sequence[str], what: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{what} {name} twice; leave one of them out")
 
 
+# ---- planning -------------------------------------------------------------------------------------------------------
+
+
 def plan(
-    config: Path, overrides: Sequence[str], arms: Sequence[Arm], seeds: Sequence[int], grid: Sequence[tuple[str, ...]]
-) -> list[Child]:
-    """All runs, seed by seed within a point of the grid within an arm. Every one's config is checked.
+    config: Path,
+    overrides: Sequence[str],
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    grid: Sequence[tuple[str, ...]],
+) -> list[RunSpec]:
+    """List all runs, seed by seed within a point of the grid within a variant. Every run's config is checked.
 
     Raises:
-        InputError: a setting is at fault, is set by two sides, or two arms are the same.
+        InputError: a setting is at fault or is made by two sides, or two variants are the same.
     """
     common = {override.partition("=")[0] for override in overrides}
-    swept = {setting.partition("=")[0] for point in grid for setting in point}
-    for key in sorted(swept.union(common - {"name"}, *(arm.keys for arm in arms)) & RESERVED.keys()):
+    swept = {override.partition("=")[0] for point in grid for override in point}
+    for key in sorted(swept.union(common - {"name"}, *(variant.keys for variant in variants)) & RESERVED.keys()):
         raise InputError(f"a comparison sets {key} itself, from {RESERVED[key]}; leave {key}=... out")
     for key in sorted(swept):
-        owners = [f"the arm {arm.name}" for arm in arms if key in arm.keys] + ["the command line"] * (key in common)
+        owners = [f"the variant {v.name}" for v in variants if key in v.keys] + ["the command line"] * (key in common)
         if owners:
             raise InputError(f"{key} is set by --grid and by {owners[0]}; leave one of them out")
     kept = [override for override in overrides if not override.startswith("name=")]
-    children: list[Child] = []
-    for arm, point, seed in itertools.product(arms, grid, seeds):
-        declared = (*arm.settings, *point)
-        settings = load_config(config, [*overrides, *declared, f"seed={seed}"])
-        slug = "".join(f"-{_slug(setting)}" for setting in point)
-        name = f"{settings.name}-{arm.name}{slug}-seed{seed}"
-        settings = settings.model_copy(update={"name": name})
-        own = (*kept, *declared, f"seed={seed}", f"name={name}")
-        children.append(Child(arm.name, " ".join(point), seed, declared, own, settings))
-    _check_different(children)
-    return children
+    specs: list[RunSpec] = []
+    for variant, point, seed in itertools.product(variants, grid, seeds):
+        changes = (*variant.overrides, *point)
+        loaded = load_config(config, [*overrides, *changes, f"seed={seed}"])
+        slug = "".join(f"-{_slug(override)}" for override in point)
+        name = f"{loaded.name}-{variant.name}{slug}-seed{seed}"
+        own = (*kept, *changes, f"seed={seed}", f"name={name}")
+        specs.append(
+            RunSpec(variant.name, " ".join(point), seed, changes, own, loaded.model_copy(update={"name": name}))
+        )
+    _check_different(specs)
+    return specs
 
 
-def _slug(setting: str) -> str:
-    """``optim.lr=0.001`` -> ``lr0.001``, fit for a folder's name."""
-    key, _, value = setting.partition("=")
+def _slug(override: str) -> str:
+    """Shorten ``optim.lr=0.001`` to ``lr0.001``, fit for a folder's name."""
+    key, _, value = override.partition("=")
     return re.sub(r"[^A-Za-z0-9._-]+", "_", key.rpartition(".")[2] + value)
 
 
-def _check_different(children: Sequence[Child]) -> None:
-    names: dict[str, Child] = {}
-    digests: dict[str, Child] = {}
-    for child in children:
-        other = names.setdefault(child.settings.name, child)
-        if other is not child:
+def _check_different(specs: Sequence[RunSpec]) -> None:
+    names: dict[str, RunSpec] = {}
+    digests: dict[str, RunSpec] = {}
+    for spec in specs:
+        other = names.setdefault(spec.config.name, spec)
+        if other is not spec:
             raise InputError(
-                f"the arms {other.label} and {child.label} would share the run folder {child.run_dir}; "
-                f"give one of them as an arm with another name"
+                f"the variants {other.label} and {spec.label} would share the run folder {spec.run_dir}; "
+                f"give one of them as a variant with another name"
             )
-        digest = child.settings.model_copy(update={"name": ""}).digest()
-        other = digests.setdefault(digest, child)
-        if other is not child:
-            raise InputError(f"the arms {other.label} and {child.label} have the same settings; leave one of them out")
+        other = digests.setdefault(spec.config.model_copy(update={"name": ""}).digest(), spec)
+        if other is not spec:
+            raise InputError(
+                f"the variants {other.label} and {spec.label} have the same settings; leave one of them out"
+            )
 
 
-def baseline_of(arms: Sequence[Arm]) -> str:
-    """The arm that the others are compared with: ``none``, or the first."""
-    return "none" if any(arm.name == "none" for arm in arms) else arms[0].name
+def baseline_of(variants: Sequence[Variant]) -> str:
+    """Return the variant that the others are compared with: ``none``, or the first."""
+    return "none" if any(variant.name == "none" for variant in variants) else variants[0].name

@@ -19,7 +19,7 @@ from PIL import Image
 
 import dist_obdsd
 from dist_obdsd import checkpoint
-from dist_obdsd.inference import settings_of
+from dist_obdsd.inference import inference_config
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -79,7 +79,7 @@ def write_model(state: dict[str, Any], folder: Path, model: Any = None) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-    config = settings_of(state)
+    config = inference_config(state)
     rows = TensorSpec(np.dtype("float32"), (-1, config.model.embedding_dim), "embeddings")
     signature = ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema([rows]))
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings(record=True):

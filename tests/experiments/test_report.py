@@ -11,32 +11,33 @@ from scipy import stats
 
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.experiments.report import Report, aligned
-from dist_obdsd.experiments.run_status import Outcome
-from dist_obdsd.experiments.variants import plan, read_arms, read_grid
+from dist_obdsd.experiments.run_status import RunStatus
+from dist_obdsd.experiments.variants import plan, read_grid, read_variants
 from tests.training.conftest import folder, shards  # noqa: F401
 
 VALUES = {"none": [0.70, 0.72, 0.71], "psd": [0.72, 0.75, 0.72], "obdsd": [0.71, 0.70, 0.74]}
 
 
 def report(folder: Path, values: dict[str, list[float]], grid: tuple[str, ...] = (), *overrides: str) -> Report:  # noqa: F811
-    """Arm or arm and point -> a Recall@1 per seed; a value that is missing is a run that failed."""
-    arms = read_arms(",".join(dict.fromkeys(label.split()[0] for label in values)))
-    children = plan(folder / "tiny.yaml", overrides, arms, [0, 1, 2], read_grid(grid))
-    outcomes = []
-    for child in children:
-        given = dict(enumerate(values[child.label]))
-        if child.seed not in given:
-            outcomes.append(Outcome(child, "failed", "the disk said no", {}, {}))
+    """Variant (and point) -> a Recall@1 per seed; a value that is missing is a run that failed."""
+    variants = read_variants(",".join(dict.fromkeys(label.split()[0] for label in values)))
+    specs = plan(folder / "tiny.yaml", overrides, variants, [0, 1, 2], read_grid(grid))
+    runs = []
+    for spec in specs:
+        given = dict(enumerate(values[spec.label]))
+        if spec.seed not in given:
+            runs.append(RunStatus(spec, "failed", "the disk said no", {}, {}))
             continue
-        value = given[child.seed]
+        value = given[spec.seed]
         meta: dict[str, Any] = {"validation_classes": 0, "best_validation": None}
-        if child.settings.validation.holds_out:
+        if spec.config.validation.holds_out:
             meta["best_validation"] = {"value": 1 - value, "epoch": 2}
         row = {"protocol": "last", "metric": "recall@1", "value": value, "epoch": 3}
-        made_by = {"git_commit": "c0ffee" if child.arm != "obdsd" else "deed", "version.torch": "2", "world_size": "2"}
-        outcomes.append(Outcome(child, "finished", "", {"meta": meta, "rows": [row]}, made_by))
-    where = children[0].settings.data.shards
-    return Report("tiny", ["all", *"runs"], outcomes, "none", {where: manifests.load(where)})
+        commit = "c0ffee" if spec.variant != "obdsd" else "deed"
+        provenance = {"git_commit": commit, "version.torch": "2", "world_size": "2"}
+        runs.append(RunStatus(spec, "finished", "", {"meta": meta, "rows": [row]}, provenance))
+    where = specs[0].config.data.shards
+    return Report("tiny", ["all", *"runs"], runs, "none", {where: manifests.load(where)})
 
 
 def table_row(text: str, *starts: str) -> list[str]:
@@ -51,12 +52,12 @@ def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:  #
     files = {path.name: path for path in found.write(folder / "out")}
     assert files.keys() == {"report.md", "report.png", "values.csv", "statistics.csv"}
     text = files["report.md"].read_text()
-    for arm, values in VALUES.items():
+    for variant, values in VALUES.items():
         low, high = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
-        cells = table_row(text, "recall@1", arm)
+        cells = table_row(text, "recall@1", variant)
         assert cells[2:6] == ["3", f"{sum(values) / 3:.4f}", f"{stats.tstd(values):.4f}", f"{low:.4f} to {high:.4f}"]
         test = stats.ttest_rel(values, VALUES["none"])
-        if arm == "none":
+        if variant == "none":
             assert cells[6:] == ["baseline", "", "", ""]
         else:
             between = test.confidence_interval(0.95)
@@ -68,10 +69,10 @@ def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:  #
                 f"{test.pvalue:.3f}",
             ]
     rows = list(csv.DictReader(io.StringIO(files["values.csv"].read_text())))
-    assert {(row["arm"], int(row["seed"]), float(row["value"])) for row in rows} == {
-        (arm, seed, value) for arm, values in VALUES.items() for seed, value in enumerate(values)
+    assert {(row["variant"], int(row["seed"]), float(row["value"])) for row in rows} == {
+        (variant, seed, value) for variant, values in VALUES.items() for seed, value in enumerate(values)
     }
-    psd = next(row for row in found.meta()["statistics"] if row["arm"] == "psd")
+    psd = next(row for row in found.meta()["statistics"] if row["variant"] == "psd")
     assert psd["difference_p"] == stats.ttest_rel(VALUES["psd"], VALUES["none"]).pvalue
     assert found.means()["psd/last/recall@1/mean"] == psd["mean"]
     with Image.open(files["report.png"]) as image:
@@ -80,7 +81,7 @@ def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:  #
 
 def test_conditions_name_what_differs(folder: Path) -> None:  # noqa: F811
     found = report(folder, VALUES)
-    conditions = found.conditions()
+    conditions = found.run_metadata()
     assert conditions["git commit"] == "none, psd: c0ffee; obdsd: deed"
     assert conditions["ranks"] == "2"
     assert conditions["dataset"] == "folder: train 96 images of 12 classes, test 96 images of 12 classes"
@@ -88,10 +89,10 @@ def test_conditions_name_what_differs(folder: Path) -> None:  # noqa: F811
     assert conditions["model selection"].startswith("none: no classes are held out")
     text = found.markdown(drawn=False)
     assert all(f"| {name} " in text for name in ("backbone", "batch", "epochs", "manifest", "seeds", "hardware"))
-    assert "The tables hold 2 of them, uncorrected" in text
+    assert "2 tests, uncorrected" in text
 
 
-def test_missing_runs_are_named_and_their_arms_say_less(folder: Path) -> None:  # noqa: F811
+def test_missing_runs_are_named_and_their_variants_say_less(folder: Path) -> None:  # noqa: F811
     text = report(folder, VALUES | {"psd": [0.72, 0.75]}).markdown(drawn=False)
     assert "8 of 9 runs are finished" in text
     assert "- `tiny-psd-seed2` failed: the disk said no" in text
@@ -112,7 +113,7 @@ def test_a_point_of_a_grid_is_chosen_by_validation_classes_alone(folder: Path) -
     chosen = text.split("## Choice of the grid's point")[1]
     assert table_row(chosen.split("##")[0], "none")[1] == "`epochs=3`"
     assert table_row(chosen.split("##")[0], "psd")[1] == "`epochs=4`"
-    # Every arm is compared with the baseline at its own point.
+    # Every variant is compared with the baseline at its own point.
     last = text.split("### last")[1].split("###")[0]
     assert table_row(last, "recall@1", "psd epochs=4")[6] == "+0.1000"
     text = report(folder, values, ("epochs=3,4",)).markdown(drawn=False)
@@ -120,8 +121,8 @@ def test_a_point_of_a_grid_is_chosen_by_validation_classes_alone(folder: Path) -
 
 
 def test_a_table_reads_as_it_stands() -> None:
-    assert aligned(["arm", "n"], [["none", "3"], ["x", "12"]], left=1).splitlines() == [
-        "| arm  |  n |", "|------|---:|", "| none |  3 |", "| x    | 12 |"
+    assert aligned(["name", "n"], [["none", "3"], ["x", "12"]], left=1).splitlines() == [
+        "| name |  n |", "|------|---:|", "| none |  3 |", "| x    | 12 |"
     ]  # fmt: skip
 
 

@@ -28,13 +28,13 @@ def test_what_few_runs_do_not_say() -> None:
 
 
 def test_a_paired_test_by_hand() -> None:
-    arm, baseline = {0: 0.82, 1: 0.71, 2: 0.94}, {0: 0.80, 1: 0.70, 2: 0.91}
-    found = difference(arm, baseline)  # differences 0.02, 0.01, 0.03: mean 0.02, deviation 0.01
+    variant, baseline = {0: 0.82, 1: 0.71, 2: 0.94}, {0: 0.80, 1: 0.70, 2: 0.91}
+    found = difference(variant, baseline)  # differences 0.02, 0.01, 0.03: mean 0.02, deviation 0.01
     assert (found.n, found.mean, found.std) == (3, pytest.approx(0.02), pytest.approx(0.01))
     assert found.half == pytest.approx(T2 * 0.01 / math.sqrt(3))
     t = 0.02 / (0.01 / math.sqrt(3))
     assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # Student's distribution of 2 degrees, in closed form
-    # Not what an unpaired test would say of arms that lie this far apart.
+    # Not what an unpaired test would say of variants that lie this far apart.
     assert found.p < 0.1
 
 
@@ -58,8 +58,8 @@ values = st.lists(st.floats(0, 1), min_size=3, max_size=8)
 @given(values, st.floats(-1, 1))
 def test_interval_and_p_value_say_the_same(of: list[float], shift: float) -> None:
     """0 lies in the difference's 95 % interval exactly where p > 0.05."""
-    arm = {seed: value + shift for seed, value in enumerate(of)}
-    found = difference(arm, dict.fromkeys(arm, 0.5))
+    variant = {seed: value + shift for seed, value in enumerate(of)}
+    found = difference(variant, dict.fromkeys(variant, 0.5))
     assert found.half is not None
     if found.p is not None and abs(found.p - 0.05) > 1e-9:
         assert (abs(found.mean) < found.half) == (found.p > 0.05)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_obdsd.errors import InputError
-from dist_obdsd.experiments.variants import Arm, baseline_of, plan, read_arms, read_grid, read_seeds
+from dist_obdsd.experiments.variants import Variant, baseline_of, plan, read_grid, read_seeds, read_variants
 from tests import runs
 
 HOT = "hot:distillation.target=psd,distillation.temperature=2,data.crop_scale=[0.2,0.9]"
@@ -17,14 +17,14 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "tiny.yaml"
 
 
-def test_arms_are_targets_or_settings() -> None:
-    assert read_arms(f"none,{HOT},psd:distillation.weight=5") == [
-        Arm("none", ("distillation.target=none",)),
-        Arm("hot", ("distillation.target=psd", "distillation.temperature=2", "data.crop_scale=[0.2,0.9]")),
-        Arm("psd", ("distillation.target=psd", "distillation.weight=5")),
+def test_variants_are_targets_or_settings() -> None:
+    assert read_variants(f"none,{HOT},psd:distillation.weight=5") == [
+        Variant("none", ("distillation.target=none",)),
+        Variant("hot", ("distillation.target=psd", "distillation.temperature=2", "data.crop_scale=[0.2,0.9]")),
+        Variant("psd", ("distillation.target=psd", "distillation.weight=5")),
     ]
-    assert baseline_of(read_arms("psd,none")) == "none"
-    assert baseline_of(read_arms("psd,obdsd")) == "psd"
+    assert baseline_of(read_variants("psd,none")) == "none"
+    assert baseline_of(read_variants("psd,obdsd")) == "psd"
 
 
 def test_seeds_and_grids() -> None:
@@ -41,14 +41,14 @@ def test_seeds_and_grids() -> None:
 @pytest.mark.parametrize(
     ("read", "text", "sentence"),
     [
-        (read_arms, "none,fine", "'fine', which is no target"),
-        (read_arms, "optim.lr=1", "write NAME:optim.lr=1"),
-        (read_arms, "none,optim.lr=1", "write NAME:optim.lr=1"),
-        (read_arms, "a/b:optim.lr=1", "called 'a/b'"),
-        (read_arms, "a:optim.lr", "write NAME:key=value"),
-        (read_arms, "none,none", "arm none twice"),
-        (read_arms, "psd:distillation.target=none", "call it otherwise"),
-        (read_arms, "", "called ''"),
+        (read_variants, "none,fine", "'fine', which is no target"),
+        (read_variants, "optim.lr=1", "write NAME:optim.lr=1"),
+        (read_variants, "none,optim.lr=1", "write NAME:optim.lr=1"),
+        (read_variants, "a/b:optim.lr=1", "called 'a/b'"),
+        (read_variants, "a:optim.lr", "write NAME:key=value"),
+        (read_variants, "none,none", "variant none twice"),
+        (read_variants, "psd:distillation.target=none", "call it otherwise"),
+        (read_variants, "", "called ''"),
         (read_seeds, "three", "how many, such as 3"),
         (read_seeds, "0", "names no seeds"),
         (read_seeds, "-1", "names no seeds"),
@@ -66,14 +66,14 @@ def test_what_cannot_be_read(read, text, sentence: str) -> None:
 
 
 def test_every_run_has_its_name_settings_and_command(config: Path) -> None:
-    children = plan(config, ["name=study", "max_steps=4"], read_arms(f"none,{HOT}"), [0, 3], read_grid(["epochs=2,4"]))
-    assert [child.settings.name for child in children[:4]] == [
+    specs = plan(config, ["name=study", "max_steps=4"], read_variants(f"none,{HOT}"), [0, 3], read_grid(["epochs=2,4"]))
+    assert [spec.config.name for spec in specs[:4]] == [
         "study-none-epochs2-seed0", "study-none-epochs2-seed3", "study-none-epochs4-seed0", "study-none-epochs4-seed3",
     ]  # fmt: skip
-    last = children[-1]
+    last = specs[-1]
     assert (last.label, last.seed) == ("hot epochs=4", 3)
-    assert (last.settings.epochs, last.settings.seed, last.settings.max_steps) == (4, 3, 4)
-    assert last.settings.distillation.temperature == 2
+    assert (last.config.epochs, last.config.seed, last.config.max_steps) == (4, 3, 4)
+    assert last.config.distillation.temperature == 2
     assert last.overrides == (
         "max_steps=4", "distillation.target=psd", "distillation.temperature=2", "data.crop_scale=[0.2,0.9]", "epochs=4",
         "seed=3", "name=study-hot-epochs4-seed3",
@@ -81,20 +81,20 @@ def test_every_run_has_its_name_settings_and_command(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "arms", "grid", "sentence"),
+    ("overrides", "variants", "grid", "sentence"),
     [
         (["seed=1"], "none", [], "sets seed itself, from --seeds"),
         ([], "a:name=x", [], "sets name itself"),
         ([], "none", ["seed=1,2"], "sets seed itself"),
-        ([], "a:optim.lr=1", ["optim.lr=1,2"], "by --grid and by the arm a"),
+        ([], "a:optim.lr=1", ["optim.lr=1,2"], "by --grid and by the variant a"),
         (["optim.lr=1"], "none", ["optim.lr=1,2"], "by --grid and by the command line"),
-        ([], "a:optim.lr=0.1,b:optim.lr=1e-1", [], "the arms a and b have the same settings"),
+        ([], "a:optim.lr=0.1,b:optim.lr=1e-1", [], "the variants a and b have the same settings"),
         ([], "none", ["data.mean=[0.1],[0.1 ]"], "would share the run folder"),
         ([], "none", ["optim.lr=-1,1"], "optim.lr is -1"),
         ([], "none,a:optim.speed=1", [], "did you mean"),
     ],
 )
-def test_what_cannot_be_planned(config: Path, overrides, arms: str, grid, sentence: str) -> None:
+def test_what_cannot_be_planned(config: Path, overrides, variants: str, grid, sentence: str) -> None:
     with pytest.raises(InputError) as caught:
-        plan(config, overrides, read_arms(arms), [0], read_grid(grid))
+        plan(config, overrides, read_variants(variants), [0], read_grid(grid))
     assert sentence in str(caught.value)

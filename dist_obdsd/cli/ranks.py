@@ -1,0 +1,64 @@
+"""The ranks of a command: which of them this process is, errors that all of them meet alike, the group that they form.
+
+Imports nothing heavy.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dist_obdsd.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_obdsd.config import Config
+    from dist_obdsd.distributed.launch import Runtime
+
+
+def env_rank() -> str:
+    """This process's rank, as the launcher's environment says, before there is a process group."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
+@contextmanager
+def on_every_rank() -> Iterator[None]:
+    """Mark an error of the block as one that every rank meets alike: rank 0 alone prints it.
+
+    For what is checked or read before the process group exists.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.on_all_ranks = True
+        raise
+
+
+@contextmanager
+def joined(options: argparse.Namespace) -> "Iterator[tuple[Config | None, Runtime]]":
+    """Load the config, if one is given, and join the process group that it asks for.
+
+    Raises:
+        InputError: on every rank, also where one rank alone cannot read its config: the others would wait for it.
+    """
+    config, failure = None, None
+    try:
+        if options.config is not None:
+            from dist_obdsd.config import load_config
+
+            config = load_config(options.config, options.overrides)
+    except UserError as error:
+        if not os.environ.keys() & {"RANK", "SLURM_STEP_ID"}:
+            raise  # no launcher, so there are no other ranks: at once, without importing torch
+        failure = error
+    from dist_obdsd.distributed import launch
+    from dist_obdsd.distributed.failures import raise_on_all_ranks
+
+    group: tuple[Any, ...] = ()
+    if config is not None:
+        group = (config.device, config.threads, config.timeout_seconds, config.strategy == "deepspeed")
+    with launch.start(*group) as rank:
+        with raise_on_all_ranks("reading the config"):
+            if failure is not None:
+                raise failure
+        yield config, rank
