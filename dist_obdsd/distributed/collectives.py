@@ -1,6 +1,6 @@
-"""Everything that the ranks say to each other. No other module calls a torch.distributed collective.
+"""All messages between ranks. No other module calls a torch.distributed collective.
 
-Each function works alike without a process group, as a world of one. Shapes: b rows here, B = W * b rows on all ranks.
+Without a process group, each function works as in a world of one. Shapes: b rows here, B = W * b rows on all ranks.
 """
 
 import json
@@ -39,7 +39,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
-    """The rows of all ranks in rank order, with exact gradient: backward sums over the ranks and returns own rows.
+    """Gather the rows of all ranks, with exact gradient: backward sums over the ranks and returns own rows.
 
     Args:
         x_b: [b, ...], the same shape on every rank.
@@ -60,14 +60,10 @@ def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
 
 
 class AsyncAllGather:
-    """The rows of all ranks in rank order, on their way while this rank goes on. No gradient."""
+    """A gather of all ranks' rows, in rank order, that runs while this rank goes on. No gradient."""
 
     def __init__(self, x_b: torch.Tensor) -> None:
-        """Begin to send and receive.
-
-        Args:
-            x_b: [b, ...], the same shape on every rank.
-        """
+        """Start to send ``x_b`` [b, ...], of the same shape on every rank, and to receive."""
         self.B = world_size() * x_b.shape[0]
         self._x_B, self._work = x_b.detach().contiguous(), None
         if world_size() > 1:
@@ -75,7 +71,7 @@ class AsyncAllGather:
             self._work = dist.all_gather_into_tensor(self._x_B, self._sent, async_op=True)
 
     def wait(self) -> torch.Tensor:
-        """[B, ...]. On a GPU its stream waits, not the host."""
+        """Return [B, ...]. On a GPU its stream waits, not the host."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -83,7 +79,7 @@ class AsyncAllGather:
 
 
 def gather_ragged(x_n: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks in rank order, when their numbers differ. No gradient."""
+    """Gather the rows of all ranks, in rank order, when their numbers differ. No gradient."""
     x_n = x_n.detach()
     if world_size() == 1:
         return x_n
@@ -97,7 +93,7 @@ def gather_ragged(x_n: torch.Tensor) -> torch.Tensor:
 
 
 def sum_across(x: torch.Tensor) -> torch.Tensor:
-    """The elementwise sum over the ranks, as a new tensor. No gradient."""
+    """Sum over the ranks, elementwise, into a new tensor. No gradient."""
     total = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -105,8 +101,10 @@ def sum_across(x: torch.Tensor) -> torch.Tensor:
 
 
 def average_gradients_(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Replace the parameters' gradients, in place, by their mean over the ranks, in one message. A gradient that is
-    missing counts as 0, so that ranks whose part of the loss did not touch a parameter still take part."""
+    """Replace the parameters' gradients, in place, by their mean over the ranks, in one message.
+
+    A missing gradient counts as 0, so that a rank whose part of the loss did not touch a parameter still takes part.
+    """
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -128,7 +126,7 @@ def broadcast_(tensors: Sequence[torch.Tensor], source: int = 0) -> None:
 
 
 def ring_pass(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Hand the tensors to the next rank and take those of the one before. Shapes are the same on every rank."""
+    """Send the tensors to the next rank and receive those of the previous one. All ranks have the same shapes."""
     if world_size() == 1:
         return list(tensors)
     following, previous = (rank() + 1) % world_size(), (rank() - 1) % world_size()
@@ -143,7 +141,7 @@ def ring_pass(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def ring_rotate(
     block: torch.Tensor, height: int, others: Sequence[torch.Tensor], visit: Callable[..., None]
 ) -> list[torch.Tensor]:
-    """Send a block of this rank's rows round all ranks, and get it back with what their visits wrote into it.
+    """Send a block of this rank's rows round all ranks, and return it with what their visits wrote into it.
 
     Args:
         block: [m, ...], m at most ``height`` and different on every rank.
@@ -164,14 +162,14 @@ def ring_rotate(
 
 
 def padded(x: torch.Tensor, height: int, value: float) -> torch.Tensor:
-    """``x`` with rows of ``value`` added up to ``height``."""
+    """Pad ``x`` with rows of ``value`` up to ``height`` rows."""
     if x.shape[0] == height:
         return x
     return torch.cat([x, x.new_full((height - x.shape[0], *x.shape[1:]), value)])
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Every rank's value (anything JSON can hold), in rank order. JSON, since a pickle could execute."""
+    """Gather every rank's value (anything JSON can hold), in rank order. JSON, since a pickle could execute code."""
     if world_size() == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -188,7 +186,7 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value (anything JSON can hold) on every rank."""
+    """Return rank 0's value (anything JSON can hold) on every rank."""
     return gather_json(value if rank() == 0 else None)[0]
 
 
@@ -199,15 +197,26 @@ def assert_equal_across_ranks(what: str, value: str, kind: type[UserError] = Run
         kind: InputError where the value is what a user gave.
 
     Raises:
-        RunError, InputError: on every rank, naming the first two ranks that differ.
+        RunError, InputError: on every rank, with the values and the ranks that have them.
     """
     values = gather_json(value)
-    for other, theirs in enumerate(values):
-        if theirs != values[0]:
-            message = f"{what} differs: rank 0 has {values[0]} and rank {other} has {theirs}; start all ranks alike"
-            raise on_every_rank(kind(message))
+    if len(set(values)) > 1:
+        message = f"{what} differs: {values_by_rank(values)}; launch every rank with the same settings"
+        raise met_by_all(kind(message))
 
 
-def on_every_rank(error: UserError) -> UserError:
+def values_by_rank(values: Sequence[str]) -> str:
+    """List the ranks' values: ``0.1 on ranks 0, 2, 0.5 on rank 1``."""
+    holders: dict[str, list[int]] = {}
+    for number, value in enumerate(values):
+        holders.setdefault(value, []).append(number)
+    return ", ".join(
+        f"{value} on rank{'s' * (len(who) > 1)} {', '.join(map(str, who[:8]))}{', ...' * (len(who) > 8)}"
+        for value, who in holders.items()
+    )
+
+
+def met_by_all(error: UserError) -> UserError:
+    """Mark an error that every rank raises, so that one of them prints it."""
     error.on_all_ranks = True
     return error

@@ -1,21 +1,21 @@
-"""Failures that all ranks meet together, so that no rank waits for one that has left."""
+"""Failures that all ranks raise together, so that no rank waits for one that has left."""
 
 import hashlib
 import json
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
-from dist_obdsd.distributed.collectives import gather_json, on_every_rank, rank, world_size
+from dist_obdsd.distributed.collectives import gather_json, met_by_all, rank, values_by_rank, world_size
 from dist_obdsd.errors import InputError, RunError, StoppedError, UserError, format_error
 
 
 def assert_same_config(config: Mapping[str, Any]) -> None:
-    """Check that every rank was started with the same settings.
+    """Check that every rank was launched with the same settings.
 
     Args:
         config: by name, anything JSON can hold.
@@ -25,22 +25,13 @@ def assert_same_config(config: Mapping[str, Any]) -> None:
     """
     if len(set(gather_json(hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()))) == 1:
         return
-    differences = []
-    found = gather_json(dict(config))
+    found, differences = gather_json(dict(config)), []
     for name in sorted(set().union(*found)):
-        holders: dict[str, list[int]] = {}
-        for number, theirs in enumerate(found):
-            holders.setdefault(json.dumps(theirs[name]) if name in theirs else "not set", []).append(number)
-        if len(holders) > 1:
-            differences.append(f"{name} is " + ", ".join(f"{value} on {_ranks(who)}" for value, who in holders.items()))
-    message = f"the ranks were started with different settings ({'; '.join(differences)}); start all ranks alike"
-    raise on_every_rank(InputError(message))
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    if len(numbers) > 8:
-        return f"{len(numbers)} ranks"
-    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+        values = [json.dumps(theirs[name]) if name in theirs else "not set" for theirs in found]
+        if len(set(values)) > 1:
+            differences.append(f"{name} is {values_by_rank(values)}")
+    message = f"the ranks have different settings ({'; '.join(differences)}); launch every rank with the same settings"
+    raise met_by_all(InputError(message))
 
 
 TIMEOUTS = ("Timed out waiting", "timed out", "Wait timeout", "Watchdog caught collective operation timeout")
@@ -52,7 +43,7 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def unresponsive_ranks(seconds: float = 3.0) -> list[int]:
-    """The ranks that did not find out about a timeout themselves: those that hang. Called by the others after one.
+    """The ranks that hang: those that do not notice a timeout themselves. The others call this after one.
 
     Args:
         seconds: how long to wait for the others to report.
@@ -78,7 +69,7 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
 
     Raises:
         InputError, RunError, StoppedError: on every rank, with the failing rank's number and message. A failure counts
-            more than a wish to stop.
+            more than a request to stop.
     """
     failure: Exception | None = None
     try:
@@ -87,15 +78,16 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
         failure = error
         if not isinstance(error, UserError):
             traceback.print_exc()  # a defect, of which the other ranks learn only the last line
-    kind = next((kind for kind in (InputError, StoppedError) if isinstance(failure, kind)), RunError)
-    report = None if failure is None else {"kind": kind.__name__, "message": format_error(failure)}
-    reports = gather_json(report)
-    failed = {number: told for number, told in enumerate(reports) if told is not None}
+    report = None
+    if failure is not None:
+        name = type(failure).__name__ if isinstance(failure, InputError | StoppedError) else "RunError"
+        report = {"kind": name, "message": format_error(failure)}
+    failed = {number: found for number, found in enumerate(gather_json(report)) if found is not None}
     if not failed:
         return
-    number, told = min(failed.items(), key=lambda item: item[1]["kind"] == "StoppedError")
-    # A cause that all ranks met alike (a missing file, say) needs no rank in its message.
-    alike = len(failed) == world_size() and len({r["message"] for r in failed.values()}) == 1
-    message = told["message"] if alike else f"{what} failed on rank {number}: {told['message']}"
-    kinds = {"InputError": InputError, "StoppedError": StoppedError}
-    raise on_every_rank(kinds.get(told["kind"], RunError)(message)) from failure
+    number, first = min(failed.items(), key=lambda item: item[1]["kind"] == "StoppedError")
+    # A cause that all ranks met (a missing file, say) needs no rank in its message.
+    alike = len(failed) == world_size() and len({found["message"] for found in failed.values()}) == 1
+    message = first["message"] if alike else f"{what} failed on rank {number}: {first['message']}"
+    kind = {"InputError": InputError, "StoppedError": StoppedError}.get(first["kind"], RunError)
+    raise met_by_all(kind(message)) from failure

@@ -1,6 +1,6 @@
-"""From a launcher's environment to a running rank: who am I, on which device, and who are the others.
+"""From a launcher's environment to a running rank, with its device and its process group.
 
-Four ways of being started are understood: torchrun, the DeepSpeed launcher, SLURM's srun, and a plain single process.
+Four launchers are understood: torchrun, DeepSpeed's, SLURM's srun, and none, for a single process.
 """
 
 import gc
@@ -20,7 +20,7 @@ from dist_obdsd.errors import InputError, RunError
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher's environment says, before anything is started."""
+    """The ranks as a launcher's environment describes them, before anything is started."""
 
     launcher: str
     """torchrun, deepspeed, environment (the four variables set by hand), srun or single."""
@@ -59,49 +59,45 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in needed if name not in env]
-        if missing:
+        if missing := [name for name in needed if name not in env]:
             raise InputError(
                 f"RANK or WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun, "
                 f"or unset RANK and WORLD_SIZE for a single process"
             )
         marks = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
         launcher = next((name for mark, name in marks.items() if mark in env), "environment")
-        local_world = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
-        return _checked(
-            launcher, env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_world, env["MASTER_ADDR"],
-            env["MASTER_PORT"],
-        )  # fmt: skip
+        numbers = [env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]]
+        numbers.append(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")))
+        return _checked(launcher, numbers, env["MASTER_ADDR"], env["MASTER_PORT"])
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
-        # Every rank must come to the same free port without talking: jobs on one node differ by their id.
+        # Every rank must find the same free port without talking: jobs on one node differ by their id.
         port = env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
         # SLURM compresses this list, too: "4(x2)" is four tasks on each of two nodes.
         tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")))
-        return _checked(
-            "srun", env.get("SLURM_PROCID", ""), env["SLURM_NTASKS"], env.get("SLURM_LOCALID", ""),
-            tasks[0] if tasks else "1", host, port,
-        )  # fmt: skip
+        numbers = [env.get("SLURM_PROCID", ""), env["SLURM_NTASKS"], env.get("SLURM_LOCALID", "")]
+        return _checked("srun", [*numbers, tasks[0] if tasks else "1"], host, port)
     return Launch("single")
 
 
 def restart_trap(env: Mapping[str, str]) -> str | None:
-    """What is wrong with how torchrun would start ranks again, in a sentence. Pure.
+    """A sentence on what is wrong with how torchrun would restart ranks, or None. Pure.
 
-    Its agents keep one store for all attempts (https://github.com/pytorch/pytorch/issues/135712): a rank that comes
+    Its agents keep one store for all attempts (https://github.com/pytorch/pytorch/issues/135712). A rank that comes
     before another finds that one's old address there, and the job waits, or fails and needs another attempt.
     """
     if env.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return (
-        "torchrun --max-restarts lets ranks that are started again wait for ranks that are gone; export "
+        "torchrun --max-restarts lets restarted ranks wait for ranks that are gone; export "
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, as launch/torchrun.sh does"
     )
 
 
-def _checked(launcher: str, rank: str, world: str, local_rank: str, local_world: str, host: str, port: str) -> Launch:
+def _checked(launcher: str, numbers: list[str], host: str, port: str) -> Launch:
     try:
-        launch = Launch(launcher, int(rank), int(world), int(local_rank), int(local_world), (host, int(port)))
+        rank, world, local_rank, local_world = map(int, numbers)
+        launch = Launch(launcher, rank, world, local_rank, local_world, (host, int(port)))
     except ValueError as error:
         raise InputError(f"the {launcher} environment holds a rank, size or port that is no number: {error}") from error
     if not 0 <= launch.rank < launch.world_size:
@@ -118,7 +114,7 @@ def _first_host(nodelist: str) -> str:
 
 
 def choose_device(wanted: str, launch: Launch, gpus: int) -> torch.device:
-    """``auto`` is a GPU per rank where the node has enough of them, else the CPU for every rank.
+    """Choose this rank's device; ``auto`` is a GPU per rank where the node has enough, else the CPU for all.
 
     Args:
         gpus: CUDA devices that this process sees.
@@ -176,14 +172,14 @@ def start(
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RunError(
                 f"rank {launch.rank} of {launch.world_size} on {platform.node()} did not meet the others at {address} "
-                f"({str(error).splitlines()[0][:160]}); see that all ranks were started and that this address can be "
-                f"reached from every node"
+                f"({str(error).splitlines()[0][:160]}); check that all ranks were launched and that every node can "
+                f"reach this address"
             ) from error
     elif group_of_one:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Runtime(launch, chosen)
     # Not after a failure: leaving in good order would wait for ranks that may be stuck waiting for this one.
     if dist.is_initialized():
-        # What waits for the garbage collector may hold the group, whose threads abort a process that exits with them.
+        # Garbage may still hold the group, whose threads abort a process that exits with them.
         gc.collect()
         dist.destroy_process_group()

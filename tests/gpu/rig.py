@@ -167,7 +167,7 @@ class Rig:
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of all weights and of all that the optimizer keeps."""
         kept = {f"weights.{name}": tensor for name, tensor in self.student.state_dict().items()}
-        for name, state in self.strategy.optimizer_state().items():
+        for name, state in self.strategy.state_dict()["optimizer"].items():
             kept |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
         return {name: tensor.detach().clone() for name, tensor in kept.items()}
 

@@ -77,7 +77,7 @@ def test_the_deepspeed_files_are_taken(stage):
         ({"bf16": {"enabled": True}}, "sets bf16, which the config decides by precision"),
         ({"zero_optimization": {"stage": 3}}, "progressive teacher is a copy"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "is not supported; take it out"),
-        ([], "is no DeepSpeed configuration"),
+        ([], "is not a DeepSpeed configuration"),
     ],
 )
 def test_a_deepspeed_file_that_does_not_fit_is_refused(tmp_path, content, sentence):

@@ -103,13 +103,13 @@ def test_different_settings_are_told_by_name_value_and_rank():
         'names is ["a", "b"] on ranks 0, 2, ["a"] on rank 1; seed is null on ranks 0, 1, not set on rank 2'
         in answers[0]
     )
-    assert "lr" not in answers[0].replace("alike", "")
+    assert "lr is" not in answers[0]
 
 
 @pytest.mark.parametrize(
     ("of_rank_1", "sentence"),
     [
-        ("optim.lr=0.5", "different settings (optim.lr is 0.001 on rank 0, 0.5 on rank 1); start all ranks alike"),
+        ("optim.lr=0.5", "(optim.lr is 0.001 on rank 0, 0.5 on rank 1)"),
         ("optim.rate=0.5", "reading the config failed on rank 1: tiny.yaml: unknown setting optim.rate"),
     ],
 )
