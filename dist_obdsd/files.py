@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from dist_obdsd.errors import RunError
+from dist_obdsd.errors import InputError, RunError
 
 
 @contextmanager
@@ -27,6 +28,41 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder that appears at ``path`` when the block ends, whole and on the disk; not at all if it fails.
+
+    The block writes into ``PATH.writing``, which a lock holds. What was at ``path`` before is removed at the very end.
+
+    Raises:
+        InputError: another process writes to the same place.
+    """
+    folder = path.with_name(path.name + ".writing")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _opened(folder) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems cannot lock a folder; writing goes on there without this guard.
+            if error.errno == errno.EWOULDBLOCK:
+                raise InputError(f"another process writes to {path}; wait for it or choose another place") from error
+        try:
+            _remove(*folder.iterdir())  # what a killed process left
+            yield folder
+            for file in (*(found for found in folder.rglob("*") if found.is_file()), folder):
+                _sync(file)
+            previous = path.with_name(path.name + ".replaced")
+            _remove(previous)
+            if path.exists():
+                path.rename(previous)
+            folder.rename(path)
+            _sync(path.parent)
+            _remove(previous)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, also after a crash."""
     try:
@@ -43,6 +79,28 @@ def why_not_written(error: OSError, folder: Path, needed: int) -> str:
         return error.strerror or str(error)
     free = shutil.disk_usage(folder).free
     return f"{error.strerror}, since {_size(needed)} are needed and {_size(free)} are free"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    with _opened(path) as handle:
+        os.fsync(handle)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _size(count: int) -> str:

@@ -1,7 +1,6 @@
 """``dist-obdsd pack`` and ``verify``."""
 
 import argparse
-import logging
 import time
 
 from dist_obdsd import console
@@ -12,8 +11,6 @@ from dist_obdsd.data.packing import pack as packing
 from dist_obdsd.data.packing import verify as verifying
 from dist_obdsd.data.packing.recipes import load_recipe
 from dist_obdsd.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 
 def pack(options: argparse.Namespace) -> int:
@@ -30,7 +27,6 @@ def pack(options: argparse.Namespace) -> int:
         allow_partial=options.allow_partial,
         overwrite=options.overwrite,
         workers=options.workers,
-        report=logger.warning,
     )
     seconds = time.monotonic() - start
     for split, shards in manifest.splits.items():
@@ -45,7 +41,7 @@ def pack(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """Check shards against their manifest."""
     start = time.monotonic()
-    found = verifying.verify(options.shards, workers=options.workers, report=logger.warning)
+    found = verifying.verify(options.shards, workers=options.workers)
     if found.problems:
         raise InputError(f"{options.shards} has {len(found.problems)} problems; pack the data again")
     seconds = time.monotonic() - start

@@ -7,7 +7,7 @@ from dist_obdsd import export as exporting
 from dist_obdsd.cli.evaluate import load_split
 from dist_obdsd.cli.output import show
 from dist_obdsd.data.image_folder import find_images
-from dist_obdsd.data.packing.glyphs import draw_letters
+from dist_obdsd.data.packing.readers.glyphs import draw_letters
 from dist_obdsd.errors import InputError
 from dist_obdsd.figures.retrieval_grid import read_images
 

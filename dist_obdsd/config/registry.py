@@ -59,3 +59,13 @@ STRATEGIES = Registry(
         "deepspeed": "dist_obdsd.training.deepspeed:DeepSpeedStrategy",
     },
 )
+
+READERS = Registry(
+    "reader",
+    "reader",
+    {
+        "glyphs": "dist_obdsd.data.packing.readers.glyphs:GlyphsReader",
+        "folder": "dist_obdsd.data.packing.readers.folder:FolderReader",
+        "table": "dist_obdsd.data.packing.readers.table:TableReader",
+    },
+)

@@ -13,7 +13,7 @@ import torch
 from dist_obdsd.config import Config
 from dist_obdsd.data.decode_tasks import Row
 from dist_obdsd.data.decoding_workers import Decoder, Job
-from dist_obdsd.data.packing.readers import IMAGE_SUFFIXES
+from dist_obdsd.data.images import IMAGE_SUFFIXES
 from dist_obdsd.data.stream import EvaluationBatch, near_equal
 from dist_obdsd.errors import InputError, RunError
 

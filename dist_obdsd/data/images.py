@@ -13,6 +13,8 @@ SUFFIXES = {
 }  # fmt: skip
 FORMATS = tuple(name for name in SUFFIXES if name != "MPO")  # a kind of JPEG, which its decoder tells apart itself
 MEMBERS = tuple(sorted({*SUFFIXES.values(), "jpeg"}))  # the suffixes that an image may have in a shard
+# The endings of files that may hold such an image.
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 QUALITY = 95  # of a JPEG or WebP that is encoded again
 MOST_PIXELS = 89_478_485  # 256 MiB as RGB; where Pillow warns, too, and at twice as many refuses by itself
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such an image with a sentence

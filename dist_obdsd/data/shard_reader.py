@@ -4,8 +4,9 @@ From a shard only images, integers and JSON are parsed; nothing in it can execut
 """
 
 import math
+import tarfile
 import threading
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,29 @@ from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.images import MEMBERS
 from dist_obdsd.data.manifest import Shard, key
 from dist_obdsd.data.remote import fetch, is_remote, location, shown
-from dist_obdsd.errors import InputError, RunError, UserError
+from dist_obdsd.errors import InputError, RunError
 
 HELD_WINDOWS = 2  # of a lane, as encoded bytes
 IN_MEMORY = 2**28  # bytes of a downloaded shard that no cache keeps, beyond which it waits in a temporary file
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
+class ShardError(Exception):
+    """A shard is not what the manifest says; the message is one clause, such as ``ends before sample 00000003``."""
+
+
+def missing_files(root: str, shards: Iterable[Shard]) -> list[str]:
+    """List the shards that a local folder lacks."""
+    return [] if is_remote(root) else [shard.file for shard in shards if not (Path(root) / shard.file).is_file()]
+
+
 def check_files(root: str, shards: tuple[Shard, ...]) -> None:
-    missing = [] if is_remote(root) else [s.file for s in shards if not (Path(root) / s.file).is_file()]
-    if missing:
+    """Refuse a local folder that lacks shards.
+
+    Raises:
+        InputError: a shard is missing.
+    """
+    if missing := missing_files(root, shards):
         raise InputError(
             f"{len(missing)} of {len(shards)} shards are missing in {root}, the first is {missing[0]}; copy them there "
             f"or pack the data again"
@@ -68,22 +82,50 @@ def open_shard(root: str, shard: Shard, cache: Cache | None = None) -> Iterator[
             yield copy
 
 
-def samples_of(file: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
-    """The samples of a plain tar as webdataset groups them: ``__key__``, and suffix -> bytes.
+def samples_of(file: IO[bytes], shard: Shard) -> Iterator[dict[str, Any]]:
+    """Read a plain tar's samples as webdataset groups them: ``__key__``, and suffix -> bytes.
 
     Raises:
-        ValueError: the tar is compressed, or holds a member twice.
-        tarfile.TarError, OSError: it is broken.
+        ShardError: the tar is broken, or its keys are not the manifest's, in their order.
     """
-    begin = file.read(6)
-    file.seek(0)
-    if begin.startswith(COMPRESSED):
-        raise ValueError("it is compressed, and shards are plain tars")
-    return group_by_keys(tar_file_expander([{"url": name, "stream": file}]))
+    done = 0
+    try:
+        begin = file.read(6)
+        file.seek(0)
+        if begin.startswith(COMPRESSED):
+            raise ValueError("it is compressed, and shards are plain tars")
+        for sample in group_by_keys(tar_file_expander([{"url": shard.file, "stream": file}])):
+            if done == len(shard):
+                raise ShardError(f"goes on with {sample['__key__']} after the {done} samples that the manifest lists")
+            if sample["__key__"] != key(shard.ids[done]):
+                raise ShardError(f"holds {sample['__key__']} where the manifest has {key(shard.ids[done])}")
+            done += 1
+            yield sample
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        where = f"at sample {key(shard.ids[done])}" if done < len(shard) else "after its last sample"
+        raise ShardError(f"cannot be read {where} ({short_reason(error)})") from error
+    if done < len(shard):
+        raise ShardError(f"ends before sample {key(shard.ids[done])}, with {done} of {len(shard)} samples")
 
 
-def said(error: BaseException) -> str:
-    """The cause alone: webdataset adds the names of its objects to an error."""
+def sample_faults(sample: dict[str, Any], class_id: int) -> Iterator[str]:
+    """Say what is wrong with a sample's members, a clause each; the image is not decoded."""
+    images = len(images_of(sample))
+    if images != 1:
+        yield f"has {images or 'no'} image{'s' * (images > 1)} (.{', .'.join(MEMBERS)}) but needs exactly one"
+    if "cls" not in sample:
+        yield "has no class file (.cls)"
+    elif sample["cls"].strip() != str(class_id).encode():
+        yield f"has class {sample['cls'][:20]!r} where the manifest has {class_id}"
+
+
+def images_of(sample: dict[str, Any]) -> list[bytes]:
+    """List the encoded images of a sample; one that is sound has exactly one."""
+    return [sample[member] for member in MEMBERS if member in sample]
+
+
+def short_reason(error: BaseException) -> str:
+    """Return the cause alone: webdataset adds the names of its objects to an error."""
     text = getattr(error, "strerror", None) or (str(error.args[0]) if error.args else type(error).__name__)
     return " ".join(text.split(" @ ")[0].split())
 
@@ -98,45 +140,17 @@ def read_shard(
     """
     url = shown(location(root, shard.file))
     advice = f"check the data with `dist-obdsd verify {shown(root)}`"
-    done = 0
     try:
         with open_shard(root, shard, cache) as file:
-            for sample in samples_of(file, url):
-                if done == len(shard):
-                    raise RunError(
-                        f"shard {url} goes on with {sample['__key__']} after the {done} samples that the manifest "
-                        f"lists; {advice}"
-                    )
-                image = _image_of(sample, shard, done, url, advice)
-                done += 1
-                if shard.ids[done - 1] in wanted:
-                    yield shard.ids[done - 1], image
-    except UserError:
-        raise
-    except Exception as error:  # tarfile, the file system and the network each have their own
-        where = f"at sample {key(shard.ids[done])}" if done < len(shard) else "after its last sample"
-        raise RunError(f"shard {url} cannot be read {where} ({said(error)}); {advice}") from error
-    if done < len(shard):
-        raise RunError(
-            f"shard {url} ends before sample {key(shard.ids[done])}, with {done} of {len(shard)} samples; {advice}"
-        )
-
-
-def _image_of(sample: dict[str, Any], shard: Shard, place: int, url: str, advice: str) -> bytes:
-    """The encoded image of the sample at a place of a shard, if the sample is the one that the manifest has there."""
-    name, label = key(shard.ids[place]), shard.classes[place]
-    if sample["__key__"] != name:
-        raise RunError(f"shard {url} holds {sample['__key__']} where the manifest has {name}; {advice}")
-    image = next((sample[member] for member in MEMBERS if member in sample), None)
-    if image is None:
-        raise RunError(f"sample {name} of shard {url} has no image (.{', .'.join(MEMBERS)}); {advice}")
-    if "cls" not in sample:
-        raise RunError(f"sample {name} of shard {url} has no class file (.cls); {advice}")
-    if sample["cls"].strip() != str(label).encode():
-        raise RunError(
-            f"sample {name} of shard {url} has class {sample['cls'][:20]!r} where the manifest has {label}; {advice}"
-        )
-    return image
+            for sample, sample_id, class_id in zip(samples_of(file, shard), shard.ids, shard.classes, strict=True):
+                for fault in sample_faults(sample, class_id):
+                    raise RunError(f"sample {key(sample_id)} of shard {url} {fault}; {advice}")
+                if sample_id in wanted:
+                    yield sample_id, images_of(sample)[0]
+    except ShardError as error:
+        raise RunError(f"shard {url} {error}; {advice}") from error
+    except OSError as error:
+        raise RunError(f"shard {url} cannot be opened ({short_reason(error)}); {advice}") from error
 
 
 class ClosedError(Exception):

@@ -1,31 +1,35 @@
 """Pack a data set into shards: tars in webdataset's convention and a manifest, whole or not at all.
 
-Everything is written into ``OUT.packing`` beside the target and renamed at the end, so that a folder with a manifest
-is complete whenever the program was stopped. Packing the same data twice gives the same bytes.
+Everything is written into a folder beside the target and renamed at the end, so that a folder with a manifest is
+complete whenever the program was stopped. Packing the same data twice gives the same bytes.
 """
 
+import errno
+import logging
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_obdsd import console as progress
+from dist_obdsd import console
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.images import examine
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.packing.parallel import in_order, processes, threads
-from dist_obdsd.data.packing.readers import Sample, open_samples, refuse
+from dist_obdsd.data.packing.readers import Sample, open_samples, raise_missing
 from dist_obdsd.data.packing.recipes import Recipe
-from dist_obdsd.data.packing.workshop import publish, storage_error, workshop, write_synced
 from dist_obdsd.data.packing.writer import UsableImage, write_shards
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.files import new_folder
 
-MOST_REPORTED = 20  # warnings about single images; the manifest lists all of them
-TOGETHER = 16  # images that go to a decoding process at a time
-_Found = tuple[str, int, int, bytes | None]  # suffix, size, checksum and, where made smaller, bytes of an image
+MAX_WARNINGS = 20  # about single images; the manifest lists all of them
+CHUNK = 16  # images that go to a decoding process at a time
+_Examined = tuple[str, int, int, bytes | None]  # suffix, size, checksum and, where made smaller, bytes of an image
+
+logger = logging.getLogger(__name__)
 
 
 def pack(
@@ -39,23 +43,21 @@ def pack(
     allow_partial: bool = False,
     overwrite: bool = False,
     workers: int = 1,
-    report: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
-    """Write the shards and the manifest of a data set.
+    """Write the shards and the manifest of a data set. What is left out is logged as a warning.
 
     Args:
-        recipe: how the source is read.
+        recipe: says how the source is read.
         source: the download, its folder or an archive; None where the recipe needs none.
         out: the folder to make.
-        seed: of the deal to shards; the split of the classes belongs to the recipe.
+        seed: assigns images to shards; the split of the classes belongs to the recipe.
         samples_per_class: images of a class that training takes together (K); smaller training classes are left out.
         resize: shorter side in pixels to which larger images are reduced and encoded again; None copies every image
             byte for byte.
         allow_partial: pack what is there of a source that lacks listed files or differs from the recipe's expected
-            counts, and say so in the manifest.
+            counts, and record the differences in the manifest.
         overwrite: replace a packed folder, once the new one is complete.
         workers: processes that decode and write; 0 and 1 both mean none besides the caller's.
-        report: called with one sentence per warning.
 
     Returns:
         The manifest as it was written.
@@ -70,33 +72,43 @@ def pack(
         raise InputError(f"resize is {resize}; give the shorter side in pixels, at least 1")
     out = out.resolve()
     _check_target(out, source, overwrite)
+    reader = recipe.make_reader()
     differences: list[str] = []
-    lack = differences.append if allow_partial else refuse
-    with open_samples(recipe.reader, recipe.reader_options(), source, lack, _existing(out.parent)) as samples:
-        record: dict[str, Any] = {**recipe.model_dump(), "options": recipe.reader_options().model_dump()}
-        record["resize"] = resize
-        _check_sides(samples)
-        if counts := _other_counts(recipe, samples):
-            lack(", and ".join(counts))
+    on_missing = differences.append if allow_partial else raise_missing
+    scratch = next(folder for folder in out.parents if folder.is_dir())
+    with open_samples(reader, source, on_missing, scratch) as samples:
+        record: dict[str, Any] = {**recipe.model_dump(), "options": reader.model_dump(), "resize": resize}
+        _check_classes(samples)
+        if counts := _count_differences(recipe, samples):
+            on_missing(", and ".join(counts))
         if differences:
-            report(f"{', and '.join(differences)}; packing what is there")
+            logger.warning("%s; packing what is there", ", and ".join(differences))
             record |= {"partial": True, "differences": differences}
         try:
-            # The processes first, so that they do not inherit the workshop's lock, which ends with this process alone.
-            with processes(workers) as pool, workshop(out) as folder:
-                images, left_out = _examine_all(samples, resize, pool, workers, folder / "spool", report)
-                images, too_small = _drop_small_classes(images, samples_per_class, report)
+            # The processes first, so that they do not inherit the folder's lock, which ends with this process alone.
+            with processes(workers) as pool, new_folder(out) as folder:
+                images, left_out = _examine_all(samples, resize, pool, workers, folder / "spool")
+                images, too_small = _drop_small_classes(images, samples_per_class)
                 if left_out or too_small:
                     record["left_out"] = left_out + too_small
                 splits, classes = write_shards(images, samples_per_class, seed, folder, pool, workers)
-                (folder / "spool").unlink(missing_ok=True)
+                (folder / "spool").unlink()
                 text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
                 written = manifests.from_json(text, str(out / "manifest.json"))
-                write_synced(folder / "manifest.json", text.encode())
-                publish(folder, out)
+                (folder / "manifest.json").write_text(text)
         except OSError as error:
-            raise storage_error(error, out) from error
+            raise _storage_error(error, out) from error
     return written
+
+
+def _storage_error(error: OSError, out: Path) -> InputError | RunError:
+    """Say what to do about a full disk, a forbidden folder or a failing device."""
+    reason, place = error.strerror or str(error), error.filename or out
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError(f"cannot write {place}: {reason}; choose an --out that you may write to")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "free some space or choose another --out" if full else "nothing was kept, so start it again"
+    return RunError(f"packing to {out} stopped at {place}: {reason}; {advice}")
 
 
 def _check_target(out: Path, source: Path | None, overwrite: bool) -> None:
@@ -118,7 +130,7 @@ def _check_target(out: Path, source: Path | None, overwrite: bool) -> None:
         raise InputError(f"{out} also holds {foreign[0]}, which is no shard; move it away before overwriting")
 
 
-def _check_sides(samples: Sequence[Sample]) -> None:
+def _check_classes(samples: Sequence[Sample]) -> None:
     splits = defaultdict(set)
     for sample in samples:
         splits[sample.class_name].add(sample.split)
@@ -129,13 +141,8 @@ def _check_sides(samples: Sequence[Sample]) -> None:
         )
 
 
-def _existing(folder: Path) -> Path:
-    """The folder itself, or the first above it that is there."""
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
-
-
-def _other_counts(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
-    """What differs from the recipe's expected counts, a clause each."""
+def _count_differences(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
+    """Compare with the recipe's expected counts; each difference is one clause."""
     images: Counter[tuple[str, str]] = Counter()
     members = defaultdict(set)
     for sample in samples:
@@ -155,33 +162,28 @@ def _other_counts(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
 
 
 def _examine_all(
-    samples: Sequence[Sample],
-    resize: int | None,
-    pool: Executor | None,
-    workers: int,
-    spool: Path,
-    report: Callable[[str], None],
+    samples: Sequence[Sample], resize: int | None, pool: Executor | None, workers: int, spool: Path
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
-    """Decode every image. Those made smaller wait in the spool file, the others stay where they are.
+    """Decode every image. The spool file holds those made smaller until their shard is written.
 
     Returns:
         The usable images, and name and reason of each other one.
     """
     images: list[UsableImage] = []
     left_out: list[dict[str, str]] = []
-    parts = [samples[start : start + TOGETHER] for start in range(0, len(samples), TOGETHER)]
+    chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
     with (
         threads(workers) as readers,
-        progress.bar(len(samples), "images", "examining") as bar,
+        console.bar(len(samples), "images", "examining") as bar,
         spool.open("w+b") as file,
     ):
-        look = partial(_look_at, resize=resize, pool=pool)
-        for part, results in zip(parts, in_order(readers, look, parts, 2 * workers), strict=True):
-            for sample, found in zip(part, results, strict=True):
+        read_and_examine = partial(_read_and_examine, resize=resize, pool=pool)
+        for chunk, results in zip(chunks, in_order(readers, read_and_examine, chunks, 2 * workers), strict=True):
+            for sample, found in zip(chunk, results, strict=True):
                 if isinstance(found, str):
                     left_out.append({"name": sample.name, "reason": found})
-                    if len(left_out) <= MOST_REPORTED:
-                        report(f"left out {sample.name}: {found}")
+                    if len(left_out) <= MAX_WARNINGS:
+                        logger.warning("left out %s: %s", sample.name, found)
                     continue
                 suffix, size, checksum, smaller = found
                 read = sample.read
@@ -189,13 +191,13 @@ def _examine_all(
                     read = partial(_read_at, spool, file.tell(), size)
                     file.write(smaller)
                 images.append(UsableImage(sample, suffix, read, size, checksum))
-            bar.update(len(part))
-    if len(left_out) > MOST_REPORTED:
-        report(f"left out {len(left_out)} images in all; the manifest lists them")
+            bar.update(len(chunk))
+    if len(left_out) > MAX_WARNINGS:
+        logger.warning("left out %d images in all; the manifest lists them", len(left_out))
     return images, left_out
 
 
-def _look_at(samples: Sequence[Sample], resize: int | None, pool: Executor | None) -> list[_Found | str]:
+def _read_and_examine(samples: Sequence[Sample], resize: int | None, pool: Executor | None) -> list[_Examined | str]:
     """Read some images here, since an archive is open in this process alone, and decode them in another one."""
     data = [_read(sample) for sample in samples]
     return pool.submit(_examine, data, resize).result() if pool else _examine(data, resize)
@@ -209,9 +211,9 @@ def _read(sample: Sample) -> bytes | str:
         return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def _examine(encoded: list[bytes | str], resize: int | None) -> list[_Found | str]:
-    """What was found of each image, or why it cannot be used."""
-    results: list[_Found | str] = []
+def _examine(encoded: list[bytes | str], resize: int | None) -> list[_Examined | str]:
+    """Examine some images; a text says why one cannot be used."""
+    results: list[_Examined | str] = []
     for data in encoded:
         if isinstance(data, str):
             results.append(data)
@@ -233,15 +235,15 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
 
 
 def _drop_small_classes(
-    images: list[UsableImage], samples_per_class: int, report: Callable[[str], None]
+    images: list[UsableImage], samples_per_class: int
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
     """Leave out training classes that cannot fill one group, and name test classes with nothing to retrieve."""
-    alone = Counter(image.sample.class_name for image in images if image.sample.split == "test")
-    lonely = sorted(name for name, size in alone.items() if size == 1)
-    if lonely:
-        report(
-            f"{len(lonely)} test classes have one image, which finds no match and stays in the gallery alone: "
-            + ", ".join(lonely[:MOST_REPORTED])
+    test_sizes = Counter(image.sample.class_name for image in images if image.sample.split == "test")
+    if lonely := sorted(name for name, size in test_sizes.items() if size == 1):
+        logger.warning(
+            "%d test classes have one image, which finds no match and stays in the gallery alone: %s",
+            len(lonely),
+            ", ".join(lonely[:MAX_WARNINGS]),
         )
     sizes = Counter(image.sample.class_name for image in images if image.sample.split == "train")
     small = {name: size for name, size in sizes.items() if size < samples_per_class}
@@ -249,10 +251,10 @@ def _drop_small_classes(
     for name, size in sorted(small.items()):
         reason = f"{size} usable images, fewer than {samples_per_class} samples per class"
         left_out.append({"class": name, "reason": reason})
-        if len(left_out) <= MOST_REPORTED:
-            report(f"left out the training class {name}: {reason}")
-    if len(left_out) > MOST_REPORTED:
-        report(f"left out {len(left_out)} training classes in all; the manifest lists them")
+        if len(left_out) <= MAX_WARNINGS:
+            logger.warning("left out the training class %s: %s", name, reason)
+    if len(left_out) > MAX_WARNINGS:
+        logger.warning("left out %d training classes in all; the manifest lists them", len(left_out))
     if len(sizes) - len(small) < 2:
         raise InputError(
             f"the source has {len(sizes) - len(small)} training classes with {samples_per_class} usable images or "

@@ -1,4 +1,4 @@
-"""Recipes: how a benchmark's official download becomes (image, class, split, role). One YAML file each."""
+"""Recipes: the settings that turn an official download into (image, class, split, role). One YAML file each."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dist_obdsd.config import override_config
+from dist_obdsd.config.registry import READERS
 from dist_obdsd.config.yaml_file import mistake, read_mapping
-from dist_obdsd.data.packing.readers import READERS, Options
+from dist_obdsd.data.packing.readers import Reader
 from dist_obdsd.errors import InputError
 
 Whole = Annotated[int, Field(ge=0)]
@@ -23,20 +24,18 @@ class Count(BaseModel):
 
 
 class Counts(Count):
-    """Of a split."""
-
     roles: dict[str, Count] = {}
-    """Of the images of a role, where the split has queries and a gallery."""
+    """Counts by role, where the split has queries and a gallery."""
 
 
 class Recipe(BaseModel):
-    """Closed to unknown keys; the options are checked by the reader."""
+    """A data set's reader and its options; closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     reader: str
-    """A name in dist_obdsd.data.packing.readers.READERS."""
+    """A name in ``config.registry.READERS``."""
     description: str
     download: str = ""
     """Where the data comes from and under which licence, for a person to follow."""
@@ -46,17 +45,17 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        if self.reader not in READERS:
-            raise ValueError(f"reader is {self.reader!r}; readers are {', '.join(READERS)}")
+        READERS.check(self.reader)
         try:
-            self.reader_options()
+            self.make_reader()
         except ValidationError as error:
             raise ValueError("; ".join(_sentence(item, "options.") for item in error.errors())) from error
         return self
 
-    def reader_options(self) -> Options:
-        """The options with the reader's defaults filled in."""
-        return READERS[self.reader].options.model_validate(self.options)
+    def make_reader(self) -> Reader:
+        """Make the reader, which checks the options and fills in its defaults."""
+        reader: Reader = READERS.load(self.reader).model_validate(self.options)
+        return reader
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -86,7 +85,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def recipe_folder() -> Path:
-    """``shards/`` of the repository where the package is used from its checkout, else the installed copy."""
+    """Return ``shards/`` of the checkout that the package is used from, else the installed copy."""
     package = Path(__file__).resolve().parents[2]
     checkout = package.parent / "shards"
     # The project file tells a checkout from a site-packages folder, in which any other package may have put shards/.

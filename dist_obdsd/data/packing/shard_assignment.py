@@ -1,4 +1,4 @@
-"""How images are dealt to shards. Pure: numbers in, numbers out.
+"""The assignment of images to shards. Pure: numbers in, numbers out.
 
 Legend: K samples per class; a group is K images of one class, which a batch takes together; a block is the part of a
 class that goes to one shard.
@@ -37,7 +37,7 @@ def shard_count(units: int, total_bytes: int, fewest: int) -> int:
     """A multiple of 64 where every shard gets the fewest units, else the largest power of two that does, or 1.
 
     Args:
-        units: groups or images to deal.
+        units: groups or images in all.
         total_bytes: of all encoded images; a large set gets more than 64 shards, of about SHARD_BYTES or more.
         fewest: units that a shard should have.
     """
@@ -48,8 +48,8 @@ def shard_count(units: int, total_bytes: int, fewest: int) -> int:
     return 1 << max(0, most.bit_length() - 1)
 
 
-def deal_training(members: Mapping[int, Sequence[int]], k: int, shards: int, seed: int) -> list[list[int]]:
-    """Deal whole blocks, so that an image has others of its class in its shard.
+def assign_training(members: Mapping[int, Sequence[int]], k: int, shards: int, seed: int) -> list[list[int]]:
+    """Assign whole blocks, so that an image has others of its class in its shard.
 
     Args:
         members: class id -> ids of its images, at least K.
@@ -69,35 +69,35 @@ def deal_training(members: Mapping[int, Sequence[int]], k: int, shards: int, see
             start += size
     shuffled = [blocks[i] for i in rng(seed, "pack blocks").permutation(len(blocks)).tolist()]
     # Largest blocks first, each to the shard with the fewest groups: the small ones then even out.
-    hands: list[list[list[int]]] = [[] for _ in range(shards)]
+    assigned: list[list[list[int]]] = [[] for _ in range(shards)]
     heap = [(0, i) for i in range(shards)]
     for block in sorted(shuffled, key=lambda block: -(len(block) // k)):
         groups, i = heapq.heappop(heap)
-        hands[i].append(block)
+        assigned[i].append(block)
         heapq.heappush(heap, (groups + len(block) // k, i))
-    _level(hands, k)
-    return [_shuffle([i for block in hand for i in block], seed, "train", n) for n, hand in enumerate(hands)]
+    _level(assigned, k)
+    return [_shuffle([i for block in shard for i in block], seed, "train", n) for n, shard in enumerate(assigned)]
 
 
-def _level(hands: list[list[list[int]]], k: int) -> None:
+def _level(shards: list[list[list[int]]], k: int) -> None:
     """Move single groups from the fullest shard to the emptiest until their group counts differ by at most one."""
-    counts = [sum(len(block) // k for block in hand) for hand in hands]
+    counts = [sum(len(block) // k for block in shard) for shard in shards]
     while max(counts) - min(counts) > 1:
         fullest, emptiest = counts.index(max(counts)), counts.index(min(counts))
         # Out of the largest block, of which K or more images stay behind.
-        block = max(hands[fullest], key=len)
+        block = max(shards[fullest], key=len)
         if len(block) < 2 * k:
-            hands[fullest].remove(block)
-            hands[emptiest].append(block)
+            shards[fullest].remove(block)
+            shards[emptiest].append(block)
         else:
-            hands[emptiest].append(block[-k:])
+            shards[emptiest].append(block[-k:])
             del block[-k:]
         counts[fullest] -= 1
         counts[emptiest] += 1
 
 
-def deal_evenly(ids: Sequence[int], shards: int, seed: int, split: str) -> list[list[int]]:
-    """Deal images one by one, shuffled; the shards' image counts differ by at most one."""
+def assign_evenly(ids: Sequence[int], shards: int, seed: int, split: str) -> list[list[int]]:
+    """Assign images one by one, shuffled; the shards' image counts differ by at most one."""
     order = _shuffle(list(ids), seed, split, 0)
     return [order[i::shards] for i in range(shards)]
 

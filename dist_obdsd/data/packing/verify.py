@@ -1,46 +1,57 @@
-"""Check shards against their manifest, to the last pixel."""
+"""Checks of shards against their manifest, to the last pixel."""
 
 import hashlib
 import json
+import logging
 import os
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from dist_obdsd import console as progress
+from dist_obdsd import console
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.images import MEMBERS, examine
+from dist_obdsd.data.images import examine
 from dist_obdsd.data.manifest import Shard, key
 from dist_obdsd.data.packing.parallel import in_order, processes
 from dist_obdsd.data.remote import is_remote
-from dist_obdsd.data.shard_reader import open_shard, said, samples_of
+from dist_obdsd.data.shard_reader import (
+    ShardError,
+    images_of,
+    missing_files,
+    open_shard,
+    sample_faults,
+    samples_of,
+    short_reason,
+)
 from dist_obdsd.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class VerifyReport:
-    shards: int = 0
-    """Listed in the manifest."""
-    images: int = 0
-    """Listed in the manifest."""
-    bytes: int = 0
-    """Of all shards, by the manifest."""
-    classes: dict[str, int] = field(default_factory=dict)
-    """Split -> classes, by the manifest."""
+    """The totals of the manifest, and the problems found."""
+
+    shards: int
+    images: int
+    bytes: int
+    classes: dict[str, int]
+    """Split -> classes."""
     problems: list[str] = field(default_factory=list)
     """One sentence each, beginning with the shard's name; empty where all is well."""
 
 
-def verify(root: str | Path, workers: int = 1, report: Callable[[str], None] = lambda message: None) -> VerifyReport:
+def verify(root: str | Path, workers: int = 1) -> VerifyReport:
     """Read every shard: its size and SHA-256, its keys and classes in the manifest's order, and every image.
 
+    Each problem is logged as a warning when it is found.
+
     Args:
-        root: what ``pack`` wrote: a folder, or a URL or ``pipe:`` command. No cache is asked: what it has was checked.
+        root: what ``pack`` wrote: a folder, or a URL or ``pipe:`` command. The cache is not used, since what it holds
+            was checked.
         workers: processes; 0 and 1 both mean none besides the caller's.
-        report: called with each problem as it is found.
 
     Raises:
         InputError: there is no manifest, or it contradicts itself.
@@ -49,34 +60,33 @@ def verify(root: str | Path, workers: int = 1, report: Callable[[str], None] = l
     root = str(root)
     manifest = manifests.load(root)
     shards = list(manifest.shards())
-    result = VerifyReport(
+    report = VerifyReport(
         shards=len(shards),
         images=sum(len(shard) for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
         classes={split: len(manifest.class_ids(split)) for split in manifest.splits},
     )
 
-    def note(problem: str) -> None:
-        report(problem)
-        result.problems.append(problem)
+    def add(problem: str) -> None:
+        logger.warning("%s", problem)
+        report.problems.append(problem)
 
-    with processes(workers) as pool, progress.bar(result.images, "images", "verifying") as bar:
+    with processes(workers) as pool, console.bar(report.images, "images", "verifying") as bar:
         checked = in_order(pool, partial(_check_shard, root), shards, 2 * workers)
         for shard, problems in zip(shards, checked, strict=True):
             for problem in problems:
-                note(f"{shard.file}: {problem}")
+                add(f"{shard.file}: {problem}")
             bar.update(len(shard))
     if not is_remote(root):
         listed = {shard.file for shard in shards}
-        present = sorted(str(path.relative_to(root)) for path in Path(root).rglob("*.tar"))
-        for name in present:
+        for name in sorted(str(path.relative_to(root)) for path in Path(root).rglob("*.tar")):
             if name not in listed:
-                note(f"{name}: is not in the manifest; remove it or pack again")
-    return result
+                add(f"{name}: is not in the manifest; remove it or pack again")
+    return report
 
 
 def _check_shard(root: str, shard: Shard) -> list[str]:
-    if not is_remote(root) and not (Path(root) / shard.file).is_file():
+    if missing_files(root, [shard]):
         return ["is missing"]
     try:
         with open_shard(root, shard) as file:
@@ -84,7 +94,7 @@ def _check_shard(root: str, shard: Shard) -> list[str]:
     except RunError as error:
         return [str(error)]  # of a download, which was checked on the way
     except OSError as error:
-        return [f"cannot be read: {error.strerror or error}"]
+        return [f"cannot be read: {short_reason(error)}"]
 
 
 def _check_bytes(file: IO[bytes], shard: Shard) -> Iterator[str]:
@@ -102,46 +112,25 @@ def _check_bytes(file: IO[bytes], shard: Shard) -> Iterator[str]:
 
 
 def _check_samples(file: IO[bytes], shard: Shard) -> Iterator[str]:
-    done = 0
     try:
-        for sample in samples_of(file, shard.file):
-            if done == len(shard):
-                yield f"key {sample['__key__']} stands after the manifest's last sample"
-                return
-            wanted = key(shard.ids[done])
-            if sample["__key__"] != wanted:
-                # After the first sample out of order every other one would be reported, too.
-                yield f"key {sample['__key__']} stands at sample {done} where the manifest has key {wanted}"
-                return
-            for problem in _check_sample(sample, shard.ids[done], shard.classes[done]):
-                yield f"key {wanted} {problem}"
-            done += 1
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        place = f"at sample {done}, key {key(shard.ids[done])}" if done < len(shard) else "after its last sample"
-        yield f"is broken {place}: {said(error)}"
-        return
-    if done < len(shard):
-        yield f"the tar ends at sample {done} where the manifest has key {key(shard.ids[done])}"
+        for sample, sample_id, class_id in zip(samples_of(file, shard), shard.ids, shard.classes, strict=True):
+            for fault in (*sample_faults(sample, class_id), *_content_faults(sample, sample_id, class_id)):
+                yield f"sample {key(sample_id)} {fault}"
+    except ShardError as error:  # the samples after it would be reported, too
+        yield str(error)
 
 
-def _check_sample(parts: dict[str, Any], sample_id: int, class_id: int) -> Iterator[str]:
-    images = sorted(parts.keys() & set(MEMBERS))
-    if len(images) != 1:
-        found = ", ".join(sorted(name for name in parts if not name.startswith("__")))
-        yield f"has {len(images)} images ({found}) but needs exactly one"
-    for suffix in images:
+def _content_faults(sample: dict[str, Any], sample_id: int, class_id: int) -> Iterator[str]:
+    """Check what training does not read: every pixel, and the labels in the .json."""
+    for image in images_of(sample):
         try:
-            examine(parts[suffix])
+            examine(image)
         except ValueError as error:
             yield f"has an image that cannot be decoded: {error}"
-    if "cls" not in parts:
-        yield "has no .cls"
-    elif parts["cls"].strip() != str(class_id).encode():
-        yield f"has class {parts['cls'][:20]!r} but the manifest says {class_id}"
-    if "json" in parts:
+    if "json" in sample:
         try:
-            about = json.loads(parts["json"])
-            labels = (about["id"], about["class"])
+            meta = json.loads(sample["json"])
+            labels = (meta["id"], meta["class"])
         except (ValueError, KeyError, TypeError) as error:
             yield f"has a .json that cannot be used: {error}"
             return

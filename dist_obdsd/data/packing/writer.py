@@ -1,8 +1,7 @@
-"""Write images into shards: which go where, and the tars. The same images give the same bytes."""
+"""Writing images into shards. The same images give the same bytes."""
 
 import hashlib
 import json
-import os
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,15 +13,15 @@ from typing import BinaryIO
 
 from webdataset import TarWriter
 
-from dist_obdsd import console as progress
+from dist_obdsd import console
 from dist_obdsd.data.manifest import Shard, key
 from dist_obdsd.data.packing.parallel import in_order, threads
 from dist_obdsd.data.packing.readers import Sample
 from dist_obdsd.data.packing.shard_assignment import (
     FEWEST_GROUPS,
     FEWEST_IMAGES,
-    deal_evenly,
-    deal_training,
+    assign_evenly,
+    assign_training,
     shard_count,
 )
 from dist_obdsd.errors import RunError
@@ -32,7 +31,7 @@ WRITERS = 4  # shards in memory at a time, of 64 MiB or somewhat more each
 
 @dataclass(frozen=True)
 class UsableImage:
-    """Decoded once, to be read again when its shard is written."""
+    """An image that was decoded once, and is read again when its shard is written."""
 
     sample: Sample
     suffix: str
@@ -44,33 +43,33 @@ class UsableImage:
 def write_shards(
     images: Sequence[UsableImage], samples_per_class: int, seed: int, folder: Path, pool: Executor | None, workers: int
 ) -> tuple[dict[str, tuple[Shard, ...]], tuple[str, ...]]:
-    """Number the images and classes in their order, deal and write them."""
+    """Number the images and classes in their order, assign the images to shards and write these."""
     classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
     numbers = {name: number for number, name in enumerate(classes)}
     members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, image in enumerate(images):
         members[image.sample.split][numbers[image.sample.class_name]].append(i)
-    dealt: list[tuple[str, str, list[int]]] = []  # split, file, ids
+    shards: list[tuple[str, str, list[int]]] = []  # split, file, ids
     for split, by_class in members.items():
         size = sum(images[i].bytes for ids in by_class.values() for i in ids)
         if split == "train":
             groups = sum(len(ids) // samples_per_class for ids in by_class.values())
             count = shard_count(groups, size, FEWEST_GROUPS)
-            hands = deal_training(by_class, samples_per_class, count, seed)
+            assigned = assign_training(by_class, samples_per_class, count, seed)
         else:
             ids = [i for ids in by_class.values() for i in ids]
-            hands = deal_evenly(ids, shard_count(len(ids), size, FEWEST_IMAGES), seed, split)
-        dealt += [(split, f"{split}-{n:06d}.tar", hand) for n, hand in enumerate(hands)]
+            assigned = assign_evenly(ids, shard_count(len(ids), size, FEWEST_IMAGES), seed, split)
+        shards += [(split, f"{split}-{n:06d}.tar", ids) for n, ids in enumerate(assigned)]
     splits: dict[str, list[Shard]] = {split: [] for split in members}
     # Read here, where the archive is open, and written elsewhere. Whole shards are on the way, so few at a time.
     workers = min(workers, WRITERS)
-    with threads(workers) as readers, progress.bar(len(images), "images", "writing") as bar:
+    with threads(workers) as readers, console.bar(len(images), "images", "writing") as bar:
         write = partial(_write_shard, folder=folder, images=images, numbers=numbers, pool=pool)
-        written = in_order(readers, write, [(file, ids) for _, file, ids in dealt], workers)
-        for (split, _, _), shard in zip(dealt, written, strict=True):
+        written = in_order(readers, write, [(file, ids) for _, file, ids in shards], workers)
+        for (split, _, _), shard in zip(shards, written, strict=True):
             splits[split].append(shard)
             bar.update(len(shard))
-    return {split: tuple(shards) for split, shards in splits.items()}, classes
+    return {split: tuple(found) for split, found in splits.items()}, classes
 
 
 def _write_shard(
@@ -95,8 +94,8 @@ def _write_shard(
     return Shard(file=name, bytes=size, sha256=sha256, ids=tuple(ids), classes=classes, roles=roles)
 
 
-class _Hashing:
-    """Passes bytes on to a file and hashes them on the way."""
+class _HashingFile:
+    """A file that hashes what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -110,21 +109,19 @@ class _Hashing:
 
 
 def _write_tar(path: Path, rows: list[tuple[int, int, str, str, bytes]]) -> tuple[int, str]:
-    """Write (id, class, name, suffix, image) in their order, down to the disk. Returns bytes and SHA-256."""
+    """Write (id, class, name, suffix, image) in their order; return the size in bytes and the SHA-256."""
     with path.open("wb") as file:
-        stream = _Hashing(file)
+        stream = _HashingFile(file)
         # Nothing of the time, the user or the machine goes into the tar.
         with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
             for i, class_id, name, suffix, data in rows:
-                about = {"id": i, "class": class_id, "name": name}
+                meta = {"id": i, "class": class_id, "name": name}
                 tar.write(
                     {
                         "__key__": key(i),
                         suffix: data,
                         "cls": str(class_id).encode(),
-                        "json": json.dumps(about, sort_keys=True).encode(),
+                        "json": json.dumps(meta, sort_keys=True).encode(),
                     }
                 )
-        file.flush()
-        os.fsync(file.fileno())
     return stream.bytes, stream.sha256.hexdigest()

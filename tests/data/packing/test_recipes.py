@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_obdsd.data.packing import glyphs
-from dist_obdsd.data.packing.readers import Sample, open_samples
+from dist_obdsd.data.packing.readers import Sample, glyphs, open_samples
 from dist_obdsd.data.packing.recipes import Recipe, load_recipe, recipe_names
 from dist_obdsd.errors import InputError
 
@@ -26,7 +25,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def read(recipe: Recipe, source: Path | None) -> list[Sample]:
-    with open_samples(recipe.reader, recipe.reader_options(), source) as samples:
+    with open_samples(recipe.make_reader(), source) as samples:
         return samples
 
 
@@ -52,7 +51,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
     ("text", "message"),
     [
         ("name: x\nreader: folder\n", "description is missing"),
-        ("name: x\nreader: pictures\ndescription: d\n", "reader is 'pictures'; readers are"),
+        ("name: x\nreader: pictures\ndescription: d\n", "reader is 'pictures'; set it to one of glyphs, folder, table"),
         ("name: x\nreader: folder\ndescription: d\nspeed: 1\n", "unknown key speed"),
         ("name: x\nreader: folder\ndescription: d\noptions: {fraction: 1}\n", "unknown key options.fraction"),
         ("name: x\nreader: folder\ndescription: d\noptions: {test_fraction: 1.5}\n", "options.test_fraction is 1.5"),
@@ -71,9 +70,9 @@ def test_a_recipe_with_a_mistake_is_refused(tmp_path, text: str, message: str) -
 
 
 def test_sources_that_are_missing_or_superfluous_are_refused(tmp_path) -> None:
-    with pytest.raises(InputError, match="needs the downloaded data"):
+    with pytest.raises(InputError, match="reads a download"):
         read(load_recipe("omniglot"), None)
-    with pytest.raises(InputError, match="draws its images itself"):
+    with pytest.raises(InputError, match="draws its images"):
         read(load_recipe("glyphs"), tmp_path)
     with pytest.raises(InputError, match="does not exist; give the folder or the archive"):
         read(load_recipe("folder"), tmp_path / "none")
@@ -110,7 +109,7 @@ def test_omniglot_is_read_alike_from_zips_and_from_folders(tmp_path) -> None:
     recipe = load_recipe("omniglot")
     rows = []
     for source in (zips, folders):
-        with open_samples(recipe.reader, recipe.reader_options(), source) as samples:
+        with open_samples(recipe.make_reader(), source) as samples:
             rows.append([(s.name, s.class_name, s.split, s.role, s.read()) for s in samples])
     assert rows[0] == rows[1]
     assert [row[4] for row in rows[0]] == [files[row[0]] for row in rows[0]]
@@ -228,11 +227,11 @@ def test_omniglot_without_one_half_is_packed_where_that_is_allowed(tmp_path) -> 
     (tmp_path / "images_evaluation.zip").unlink()
     with pytest.raises(InputError, match=r"neither images_evaluation.zip nor the folder .*; complete the data, or"):
         read(load_recipe("omniglot"), tmp_path)
-    lacking: list[str] = []
+    missing: list[str] = []
     recipe = load_recipe("omniglot")
-    with open_samples(recipe.reader, recipe.reader_options(), tmp_path, lacking.append) as samples:
+    with open_samples(recipe.make_reader(), tmp_path, missing.append) as samples:
         assert {s.split for s in samples} == {"train"}
-    assert len(lacking) == 1
+    assert len(missing) == 1
 
 
 # --- glyphs

@@ -1,4 +1,4 @@
-"""What every reader works with: samples, options, and how classes are split where the source does not say."""
+"""The parts that readers share: samples, options, and the split of the classes where the source names none."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,17 +6,19 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from dist_obdsd.data.images import IMAGE_SUFFIXES
+from dist_obdsd.data.packing.sources import Tree
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+OnMissing = Callable[[str], None]
+"""Called with a clause that says what the source lacks. It raises an error, or returns so that the reader goes on.
 
-Lack = Callable[[str], None]
-"""Called with a clause that says what the source lacks. It raises, or takes note so that the reader goes on without.
-The clause goes into the manifest, so it names no place on this machine."""
+The clause goes into the manifest, so it names no folder of this machine.
+"""
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-"""Alternatives, the first of which that is there counts; one of them may stand without brackets."""
+"""Alternatives: the first that is there counts. One of them may stand without brackets."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,48 @@ class Sample:
     role: str
     """train, both, query, gallery or gallery:NAME."""
     read: Callable[[], bytes]
-    """The encoded image."""
+    """Returns the encoded image."""
 
 
-class Options(BaseModel):
-    """A reader's own settings in a recipe; closed to unknown keys."""
+class Reader(BaseModel):
+    """One layout of data sets; its fields are the options that a recipe sets, and unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FileOptions(Options):
-    """Of a reader that reads files."""
+class DrawingReader(Reader):
+    """A reader that draws its images and needs no source."""
+
+    def draw(self) -> list[Sample]:
+        """Draw all samples, in any order."""
+        raise NotImplementedError
+
+
+class FileReader(Reader):
+    """A reader of a download."""
 
     archives: Names = ()
     """Archives (zip; tar, also compressed) that are read as if extracted where they lie: in the source, one folder
-    below it, or in a subfolder given here. One that was extracted there, so that its folder is there too, is not."""
+    below it, or in a subfolder given here. An archive whose extracted folder lies beside it is not read."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the classes that goes to the test split where nothing else says which."""
     split_seed: Annotated[int, Field(ge=0)] = 0
-    """Of that choice."""
+    """Seed of that choice."""
+
+    def read(self, tree: Tree, on_missing: OnMissing) -> list[Sample]:
+        """List all samples, in any order. An image's bytes are read when they are asked for."""
+        raise NotImplementedError
+
+    def test_classes(self, classes: Iterable[str]) -> set[str]:
+        """Choose the classes of the test split by ``test_fraction`` and ``split_seed``."""
+        names = sorted(set(classes))
+        held_out = round(self.test_fraction * len(names))
+        order = rng(self.split_seed, "folder split").permutation(len(names)).tolist()
+        return {names[i] for i in order[:held_out]}
 
 
-def refuse(clause: str) -> None:
-    """The strict ``Lack``."""
+def raise_missing(clause: str) -> None:
+    """Refuse an incomplete source; the strict ``OnMissing``."""
     raise InputError(f"{clause}; complete the data, or pass --allow-partial to pack what is there")
 
 
@@ -63,11 +84,3 @@ def default_role(split: str) -> str:
 
 def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def test_classes(classes: Iterable[str], options: FileOptions) -> set[str]:
-    """The classes that ``test_fraction`` and ``split_seed`` take for the test split."""
-    names = sorted(set(classes))
-    held_out = round(options.test_fraction * len(names))
-    order = rng(options.split_seed, "folder split").permutation(len(names)).tolist()
-    return {names[i] for i in order[:held_out]}

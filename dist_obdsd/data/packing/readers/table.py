@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from dist_obdsd.data.manifest import ROLES, asks, gallery_of
-from dist_obdsd.data.packing.readers.base import FileOptions, Lack, Names, Options, Sample, default_role, test_classes
+from dist_obdsd.data.packing.readers.base import FileReader, Names, OnMissing, Sample, default_role
 from dist_obdsd.data.packing.readers.rows import Row, Rows, matlab_rows, matlab_texts, text_rows
 from dist_obdsd.data.packing.sources import File, Tree, inside
 from dist_obdsd.errors import InputError
 
 
-class ListFile(Options):
+class ListFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     file: Names
     """The list: a text table, or a MATLAB file where its name ends in ``.mat``. Looked for at the top of the source and
     in every folder there."""
@@ -27,7 +29,7 @@ class ListFile(Options):
     """Lists with the same one belong together. The first layout of which the source has a list is read."""
 
 
-class TableOptions(FileOptions):
+class TableReader(FileReader):
     lists: Annotated[tuple[ListFile, ...], Field(min_length=1)]
     delimiter: Annotated[str, Field(max_length=1)] = ""
     """Between two cells; empty: white space."""
@@ -50,6 +52,14 @@ class TableOptions(FileOptions):
     """Where nothing says the split: classes whose number is at most this are for training, the others for testing. A
     class's number is the digits that it begins with."""
 
+    def read(self, tree: Tree, on_missing: OnMissing) -> list[Sample]:
+        reading = _Reading(tree, self)
+        for listing, base, file in _lists(tree, self, on_missing):
+            if missing := reading.add(listing, base, file):
+                others = f" (and {len(missing) - 1} other images of this list)" if len(missing) > 1 else ""
+                on_missing(missing[0] + others)
+        return reading.samples()
+
 
 @dataclass
 class _Image:
@@ -60,34 +70,25 @@ class _Image:
     file: File
 
 
-def read_table(tree: Tree, options: TableOptions, lack: Lack) -> list[Sample]:
-    reading = _Reading(tree, options)
-    for listing, base, file in _lists(tree, options, lack):
-        if missing := reading.add(listing, base, file):
-            others = f" (and {len(missing) - 1} other images of this list)" if len(missing) > 1 else ""
-            lack(missing[0] + others)
-    return reading.samples()
-
-
-def _lists(tree: Tree, options: TableOptions, lack: Lack) -> list[tuple[ListFile, str, File]]:
+def _lists(tree: Tree, reader: TableReader, on_missing: OnMissing) -> list[tuple[ListFile, str, File]]:
     """The lists of one layout that are there, with the folder that each was found from."""
     if tree.given is not None:
-        if len(options.lists) > 1:
+        if len(reader.lists) > 1:
             raise InputError(f"the source {tree.source} is one file but the recipe reads several; give their folder")
         file = tree.find(tree.given)
         assert file is not None  # it was there when the tree was made
-        return [(options.lists[0], "", file)]
-    for layout in dict.fromkeys(listing.layout for listing in options.lists):
-        wanted = [listing for listing in options.lists if listing.layout == layout]
+        return [(reader.lists[0], "", file)]
+    for layout in dict.fromkeys(listing.layout for listing in reader.lists):
+        wanted = [listing for listing in reader.lists if listing.layout == layout]
         there = [(listing, _find(tree, listing.file)) for listing in wanted]
         if any(found for _, found in there):
             for listing, found in there:
                 if found is None:
-                    lack(f"the source holds no {' or '.join(listing.file)}")
+                    on_missing(f"the source holds no {' or '.join(listing.file)}")
             return [(listing, *found) for listing, found in there if found is not None]
-    first = {listing.layout: listing.file[0] for listing in reversed(options.lists)}
-    packed = f" (nor {', '.join(options.archives)})" if options.archives else ""
-    itself = ", or the list itself" if len(options.lists) == 1 else ""
+    first = {listing.layout: listing.file[0] for listing in reversed(reader.lists)}
+    packed = f" (nor {', '.join(reader.archives)})" if reader.archives else ""
+    itself = ", or the list itself" if len(reader.lists) == 1 else ""
     raise InputError(
         f"{tree.source} holds no {' or '.join(reversed(first.values()))}{packed}, at the top or in a folder there; "
         f"give the folder or the archive with the download{itself}"
@@ -106,10 +107,10 @@ def _find(tree: Tree, names: Sequence[str]) -> tuple[str, File] | None:
 class _Reading:
     """The images of the lists read so far, by the names that the samples will have."""
 
-    def __init__(self, tree: Tree, options: TableOptions) -> None:
-        self.tree, self.options = tree, options
+    def __init__(self, tree: Tree, reader: TableReader) -> None:
+        self.tree, self.reader = tree, reader
         self.images: dict[str, _Image] = {}
-        found = _find(tree, options.class_names)
+        found = _find(tree, reader.class_names)
         self.names = matlab_texts(found[1], "class_names") if found else []
 
     def add(self, listing: ListFile, base: str, file: File) -> list[str]:
@@ -121,15 +122,15 @@ class _Reading:
         Raises:
             InputError: a row cannot be used; it is named.
         """
-        options, missing = self.options, []
+        reader, missing = self.reader, []
         if file.name.lower().endswith(".mat"):
-            rows = matlab_rows(file, options.variable)
+            rows = matlab_rows(file, reader.variable)
         else:
-            rows = text_rows(file, options.delimiter, options.skip, options.columns)
-        path_column = _column(file, rows, options.path_column, "path")
-        class_column = _column(file, rows, options.class_column, "class") if options.class_column else None
-        split_column = _optional(file, rows, options, "split_column")
-        role_column = _optional(file, rows, options, "role_column")
+            rows = text_rows(file, reader.delimiter, reader.skip, reader.columns)
+        path_column = _column(file, rows, reader.path_column, "path")
+        class_column = _column(file, rows, reader.class_column, "class") if reader.class_column else None
+        split_column = _optional(file, rows, reader, "split_column")
+        role_column = _optional(file, rows, reader, "role_column")
         places = [start + images for start in dict.fromkeys((base, *self.tree.bases)) for images in listing.images]
         for row in rows.rows:
             path = _cell(row, path_column)
@@ -143,8 +144,8 @@ class _Reading:
             if not class_name:
                 raise InputError(f"{row.where}: the path {path!r} names no folder, which is to be the image's class")
             split, role = _split_and_role(row, listing.split, split_column, role_column)
-            if split is None and options.last_train_class is not None:
-                split = "train" if _number(row, class_name) <= options.last_train_class else "test"
+            if split is None and reader.last_train_class is not None:
+                split = "train" if _number(row, class_name) <= reader.last_train_class else "test"
             class_name = self._class_name(row, class_name)
             found = next((found for place in places if (found := self.tree.find(posixpath.join(place, inner)))), None)
             if found is None:
@@ -165,7 +166,7 @@ class _Reading:
 
     def samples(self) -> list[Sample]:
         open_ones = (image.class_name for image in self.images.values() if image.split is None)
-        held_out = test_classes(open_ones, self.options)
+        held_out = self.reader.test_classes(open_ones)
         samples = []
         for name, image in self.images.items():
             split = image.split or ("test" if image.class_name in held_out else "train")
@@ -183,12 +184,12 @@ def _column(file: File, rows: Rows, alternatives: Sequence[str], what: str) -> s
     )
 
 
-def _optional(file: File, rows: Rows, options: TableOptions, option: str) -> str | None:
+def _optional(file: File, rows: Rows, reader: TableReader, option: str) -> str | None:
     """A column that may be missing unless the recipe names it."""
-    name = getattr(options, option)
+    name = getattr(reader, option)
     if name in rows.columns:
         return name
-    if option in options.model_fields_set:
+    if option in reader.model_fields_set:
         raise InputError(f"{file.where} has no column {name} ({option}) but {', '.join(rows.columns)}")
     return None
 

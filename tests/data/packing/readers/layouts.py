@@ -142,5 +142,5 @@ def below(files: Files, folder: str) -> Files:
 
 def listed(recipe: Recipe, source: Path | None, **how: Any) -> list[tuple[str, str, str, str, bytes]]:
     """Name, class, split, role and bytes of every sample."""
-    with open_samples(recipe.reader, recipe.reader_options(), source, **how) as samples:
+    with open_samples(recipe.make_reader(), source, **how) as samples:
         return [(s.name, s.class_name, s.split, s.role, s.read()) for s in samples]

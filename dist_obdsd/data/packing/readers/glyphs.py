@@ -1,19 +1,23 @@
 """The glyphs data set: letters of the twelve DejaVu faces that matplotlib ships, drawn as small grey images.
 
-A class is a character and its images are the faces, each drawn several times with a small change of size and place.
-Latin letters are for training; the letters of Greek, Cyrillic, Armenian and Georgian are for testing, so that
-retrieval is measured on scripts that were never seen. Letters that look the same in some face (Latin A, Greek Alpha,
-Cyrillic A) are one class, which stands on the training side as soon as one of them is Latin.
+A class is a character. Its images are the faces, each drawn several times with a small change of size and place.
+Latin letters are for training. Greek, Cyrillic, Armenian and Georgian are for testing: scripts that were never seen.
+Letters that look the same in some face (Latin A, Greek Alpha, Cyrillic A) are one class. It is a training class if one
+of them is Latin.
 """
 
 import io
 import unicodedata
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import Field
 
+from dist_obdsd.data.packing.readers.base import DrawingReader, Sample, default_role
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 
@@ -46,6 +50,19 @@ FEWEST_FACES = 4
 # ink's own square. DejaVu draws true twins (A, Alpha) alike to the bit or, where hinting rounds differently, to 1 %;
 # letters that a reader tells apart differ by more than 2 %.
 SAME = 0.015
+
+
+class GlyphsReader(DrawingReader):
+    variants: Annotated[int, Field(ge=1, le=16)] = 2
+    """Images of a letter in a face, at different sizes and places."""
+    draw_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the sizes and places."""
+
+    def draw(self) -> list[Sample]:
+        return [
+            Sample(name, class_name, split, default_role(split), partial(bytes, png))
+            for name, class_name, split, png in draw_glyphs(self.draw_seed, self.variants)
+        ]
 
 
 def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:

@@ -1,0 +1,305 @@
+"""What a shard may hold that the manifest does not say, in the stream and in ``verify``."""
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.manifest import Manifest, Shard, key, to_json
+from dist_obdsd.data.packing.verify import verify
+from dist_obdsd.data.shard_reader import read_shard
+from dist_obdsd.data.stream import TrainStream, evaluation_batches
+from dist_obdsd.errors import InputError, RunError
+from tests.data.packing.sources import encoded, write
+from tests.data.test_stream import config_of, picture
+
+Members = list[tuple[str, bytes]]
+
+
+@dataclass(frozen=True)
+class OneShard:
+    """Four classes of four images in one shard."""
+
+    folder: Path
+    manifest: Manifest
+    members: Members
+
+    @property
+    def shard(self) -> Shard:
+        return self.manifest.splits["train"][0]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.shard.file
+
+
+def tar_of(members: Members) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def pack_again(folder: Path, members: Members) -> OneShard:
+    """Write the members, and a manifest that has the right sums of whatever they are."""
+    data = tar_of(members)
+    ids = tuple(range(16))
+    shard = Shard(
+        "a.tar", len(data), hashlib.sha256(data).hexdigest(), ids, tuple(i // 4 for i in ids), ("train",) * 16
+    )
+    manifest = Manifest({}, 0, 2, tuple("abcd"), {"train": (shard,)})
+    (folder / "a.tar").write_bytes(data)
+    (folder / "manifest.json").write_text(to_json(manifest))
+    return OneShard(folder, manifest, members)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> OneShard:
+    members = []
+    for i in range(16):
+        members += [(f"{key(i)}.cls", str(i // 4).encode()), (f"{key(i)}.png", picture(i))]
+    return pack_again(tmp_path, members)
+
+
+def read(one: OneShard) -> list[tuple[int, bytes]]:
+    return list(read_shard(str(one.folder), one.shard, range(16)))
+
+
+def problems_of(one: OneShard) -> list[str]:
+    return [p for p in verify(one.folder).problems if "SHA-256" not in p and "bytes but" not in p]
+
+
+def test_a_sound_shard(one: OneShard) -> None:
+    assert read(one) == [(i, picture(i)) for i in range(16)]
+    assert verify(one.folder).problems == []
+    # What is no file, has no suffix or belongs to no sample's image changes nothing.
+    more = pack_again(one.folder, [("README", b""), *one.members, (f"{key(15)}.txt", b"fine")])
+    assert read(more) == read(one)
+    assert verify(one.folder).problems == []
+
+
+def move(members: Members, start: int, to: int) -> None:
+    members.insert(to, members.pop(start))
+
+
+def put(members: Members, place: int, *new: tuple[str, bytes]) -> None:
+    members[place:place] = new
+
+
+# Each sample has two members, .cls and .png. What is wrong with sample 3, alike in the stream and in ``verify``.
+FAULTS: dict[str, tuple[Callable[[Members], object], str]] = {
+    "interleaved": (lambda m: move(m, 7, 9), "has no image"),
+    "split in two": (lambda m: move(m, 7, 11), "has no image"),
+    "no image": (lambda m: m.pop(7), "has no image"),
+    "two images": (lambda m: put(m, 8, (f"{key(3)}.gif", encoded(0, kind="GIF"))), "has 2 images"),
+    "no class": (lambda m: m.pop(6), "has no class file"),
+    "another class": (lambda m: put(m, 6, (m.pop(6)[0], b"7")), "has class b'7' where the manifest has 0"),
+    "member twice": (lambda m: put(m, 8, m[7]), "00000003.png: duplicate file name"),
+    "sample twice": (lambda m: put(m, 10, *m[6:8]), "holds 00000003 where the manifest has 00000005"),
+    "no sample": (lambda m: (m.pop(6), m.pop(6)), "holds 00000004 where the manifest has 00000003"),
+    "extra sample": (lambda m: put(m, 32, ("00000099.cls", b"0")), "goes on with 00000099 after the 16 samples"),
+    "nothing": (lambda m: m.clear(), "ends before sample 00000000, with 0 of 16"),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_members_that_are_not_the_manifest_s(one: OneShard, fault: str) -> None:
+    change, clause = FAULTS[fault]
+    change(one.members)
+    one = pack_again(one.folder, one.members)
+    with pytest.raises(RunError) as caught:
+        read(one)
+    (problem, *_) = problems_of(one)
+    about_sample = clause.startswith("has")
+    for text in (str(caught.value), problem):
+        assert clause in text
+        assert "a.tar" in text
+        assert not about_sample or "sample 00000003" in text
+
+
+@pytest.mark.parametrize("inside", ["header", "data", "padding"])
+def test_a_tar_that_is_cut(one: OneShard, inside: str) -> None:
+    data = one.path.read_bytes()
+    header = data.index(b"00000003.png")
+    cut = {"header": header + 200, "data": header + 512 + 40, "padding": header + 512 + len(picture(3)) + 3}[inside]
+    one.path.write_bytes(data[:cut])
+    with pytest.raises(RunError, match=r"sample 00000003") as caught:
+        read(one)
+    clause = "has no image" if inside == "header" else "unexpected end of data"
+    assert clause in str(caught.value)
+    assert clause in problems_of(one)[0]
+
+
+def test_a_header_that_is_damaged(one: OneShard) -> None:
+    data = bytearray(one.path.read_bytes())
+    data[data.index(b"00000003.cls") + 150] ^= 0x55  # its check sum
+    one.path.write_bytes(data)
+    with pytest.raises(RunError, match="a.tar ends before sample 00000003, with 3 of 16"):
+        read(one)
+    assert problems_of(one) == ["a.tar: ends before sample 00000003, with 3 of 16 samples"]
+
+
+def test_bytes_after_the_end(one: OneShard) -> None:
+    """They are not read; ``verify`` tells by the size."""
+    with one.path.open("ab") as file:
+        file.write(b"garbage" * 1000)
+    assert len(read(one)) == 16
+    assert len(verify(one.folder).problems) == 1
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_compressed_tar(one: OneShard, kind: str) -> None:
+    if kind == "gz":
+        one.path.write_bytes(gzip.compress(one.path.read_bytes()))
+    else:
+        with tarfile.open(one.path, f"w:{kind}") as tar:
+            tar.addfile(tarfile.TarInfo("x"))
+    with pytest.raises(RunError, match=r"a.tar cannot be read at sample 00000000 \(it is compressed"):
+        read(one)
+    assert "it is compressed" in problems_of(one)[0]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>not found</html>" * 100, os.urandom(5000)], ids=["empty", "html", "noise"]
+)
+def test_what_is_no_tar(one: OneShard, data: bytes) -> None:
+    one.path.write_bytes(data)
+    with pytest.raises(RunError, match=r"a.tar (cannot be read at|ends before) sample 00000000"):
+        read(one)
+    assert "sample 00000000" in problems_of(one)[0]
+
+
+def test_a_link_is_no_image(one: OneShard) -> None:
+    """A link in a tar is never followed, wherever it points."""
+    (one.folder / "secret").write_bytes(picture(3))
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, data in one.members:
+            info = tarfile.TarInfo(name)
+            if name == "00000003.png":
+                info.type, info.linkname = tarfile.SYMTYPE, str(one.folder / "secret")
+                tar.addfile(info)
+            else:
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    one.path.write_bytes(stream.getvalue())
+    with pytest.raises(RunError, match="sample 00000003 .* has no image"):
+        read(one)
+
+
+class Payload:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, trace: str) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.trace,)
+
+
+def test_nothing_in_a_shard_is_executed(one: OneShard, tmp_path: Path) -> None:
+    trace = tmp_path / "ran"
+    payload = pickle.dumps(Payload(str(trace)))
+    program = f"import os; os.mkdir({str(trace)!r})".encode()
+    pickle.loads(payload)  # the control: it works
+    trace.rmdir()
+    suffixes = ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "mp", "msg", "ten", "tb", "json")
+    members: Members = []
+    for place in range(0, 32, 2):
+        name = one.members[place][0].removesuffix(".cls")
+        members += one.members[place : place + 2]
+        members += [(f"{name}.{suffix}", payload) for suffix in suffixes] + [(f"{name}.py", program)]
+    members += [(f"__{name}__", payload) for name in ("init", "main")]
+    one = pack_again(one.folder, members)
+    config = config_of(one.folder, lanes=1, workers=1).model_copy(
+        update={"batch": config_of(one.folder).batch.model_copy(update={"global_size": 8})}
+    )
+    source = TrainStream(one.manifest, [0, 1, 2, 3], config, 0, 1)
+    try:
+        assert len(list(source)) == 4
+    finally:
+        source.close()
+    assert sum(len(batch.ids) for batch in evaluation_batches(one.manifest, "train", config, 0, 1)) == 16
+    assert all("has a .json that cannot be used" in problem for problem in verify(one.folder).problems)
+    assert not trace.exists()
+    # Nor is it where an image or a class should be.
+    bad = [(name, payload if name == "00000003.png" else data) for name, data in one.members]
+    with pytest.raises(RunError, match=r"sample 00000003 .* cannot be decoded"):
+        list(evaluation_batches(pack_again(one.folder, bad).manifest, "train", config, 0, 1))
+    bad = [(name, payload if name == "00000003.cls" else data) for name, data in one.members]
+    with pytest.raises(RunError, match=r"sample 00000003 .* has class b'"):
+        read(pack_again(one.folder, bad))
+    assert not trace.exists()
+
+
+# --- verify
+
+
+def test_a_sound_folder_has_no_problems(packed: Path) -> None:
+    report = verify(packed, workers=2)
+    assert (report.images, report.classes, report.problems) == (69, {"train": 6, "test": 3}, [])
+    assert report.shards == len(list(packed.glob("*.tar")))
+
+
+def test_a_flipped_bit_is_found_with_shard_and_key(packed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = manifests.load(packed).splits["train"][2]
+    data = bytearray((packed / shard.file).read_bytes())
+    place = data.index(b"IDAT") + 20
+    data[place] ^= 0xFF
+    (packed / shard.file).write_bytes(data)
+    problems = verify(packed).problems
+    assert [record.getMessage() for record in caplog.records] == problems
+    assert len(problems) == 2
+    assert problems[0].startswith(f"{shard.file}: has SHA-256")
+    sample = bytes(data[:place]).rindex(b".png") - 8
+    assert problems[1].startswith(f"{shard.file}: sample {data[sample : sample + 8].decode()} has an image that cannot")
+
+
+def test_truncated_missing_and_stray_shards_are_found(packed: Path) -> None:
+    first, second, *_ = manifests.load(packed).splits["train"]
+    data = (packed / first.file).read_bytes()
+    (packed / first.file).write_bytes(data[:2500])
+    (packed / second.file).unlink()
+    write(packed / "train-000099.tar", data)
+    problems = verify(packed).problems
+    assert problems[0] == f"{first.file}: has 2500 bytes but the manifest says {first.bytes}"
+    assert problems[1].startswith(f"{first.file}: cannot be read at sample {key(first.ids[0])}")
+    assert problems[2:] == [
+        f"{second.file}: is missing",
+        "train-000099.tar: is not in the manifest; remove it or pack again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("meta", "clause"),
+    [
+        (b"{}", "has a .json that cannot be used: 'id'"),
+        (b"[1", "has a .json that cannot be used"),
+        (b'{"id": 3, "class": 99}', r"has id and class (3, 99) in its .json but the manifest says (3, 0)"),
+        (b'{"id": 3, "class": 0}', None),
+        (None, None),
+    ],
+)
+def test_a_json_says_what_the_manifest_says(one: OneShard, meta: bytes | None, clause: str | None) -> None:
+    if meta is not None:
+        put(one.members, 8, (f"{key(3)}.json", meta))
+    problems = problems_of(pack_again(one.folder, one.members))
+    assert len(problems) == (clause is not None)
+    assert clause is None or clause in problems[0]
+
+
+def test_a_folder_without_manifest_is_refused(packed: Path) -> None:
+    (packed / "manifest.json").unlink()
+    with pytest.raises(InputError, match="cannot read"):
+        verify(packed)
