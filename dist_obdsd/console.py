@@ -1,4 +1,9 @@
-"""Progress bars and colours on a terminal, and nothing of them where the output is a file or a pipe."""
+"""Logging on the terminal, progress bars and colours. Bars and colours are left out where the output is a file or pipe.
+
+The package logs at three levels. INFO: news that every rank knows; rank 0 shows it. NOTICE: results and the like, which
+nobody may miss; rank 0 shows them, also with ``--quiet``. WARNING: what this rank alone met; every rank shows it, on
+standard error.
+"""
 
 import logging
 import os
@@ -7,15 +12,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
-COLOURS = {"red": "31", "green": "32", "yellow": "33"}
-
-
 NOTICE = 25
-"""Log level of what every rank knows and nobody may miss, such as a result: rank 0 shows it, also with ``--quiet``.
-
-The package logs at three levels. INFO: news that every rank knows, shown by rank 0. NOTICE: as above. WARNING: what
-this rank alone has met, shown by every rank on standard error.
-"""
+COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 
 
 class TerminalHandler(logging.Handler):
@@ -24,9 +22,9 @@ class TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             if record.levelno >= logging.WARNING:
-                say(f"{paint('dist-obdsd:', 'yellow', sys.stderr)} {record.getMessage()}", sys.stderr)
+                print_line(f"{paint('dist-obdsd:', 'yellow', sys.stderr)} {record.getMessage()}", sys.stderr)
             else:
-                say(record.getMessage(), sys.stdout)
+                print_line(record.getMessage(), sys.stdout)
         except BrokenPipeError:
             raise  # whoever reads our output has enough; the program ends
         except Exception:
@@ -35,7 +33,7 @@ class TerminalHandler(logging.Handler):
 
 @contextmanager
 def log_to_terminal(is_main: bool = True, quiet: bool = False) -> Iterator[None]:
-    """Show the package's log records on the terminal while the block runs; only the program does this, no library call.
+    """Show the package's log records on the terminal while the block runs. Library code never calls this.
 
     Args:
         is_main: whether this is rank 0; the other ranks show warnings only.
@@ -55,33 +53,32 @@ def log_to_terminal(is_main: bool = True, quiet: bool = False) -> Iterator[None]
 
 
 def bar(total: int, unit: str, doing: str, **options: Any) -> Any:
-    """A context with ``update(n)``: a bar on a terminal, else a bar that prints nothing. ``options`` are tqdm's."""
+    """Return a context with ``update(n)``: a bar on a terminal, else nothing visible. ``options`` are tqdm's."""
     tqdm = _tqdm()
     if tqdm is None:
         return _NoBar()
     return tqdm(total=total, unit=f" {unit}", desc=doing, disable=None, leave=False, dynamic_ncols=True, **options)
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line, above the bars that are there; to standard error if no file is given."""
+def print_line(text: str, file: TextIO) -> None:
+    """Print a line above the bars that are there."""
     tqdm = _tqdm()
     if tqdm is None:
-        print(text, file=file or sys.stderr)
+        print(text, file=file)
     else:
-        tqdm.write(text, file=file or sys.stderr)
-    (file or sys.stderr).flush()
+        tqdm.write(text, file=file)
+    file.flush()
 
 
 def has_bars() -> bool:
-    """Whether bars can be shown: standard error is a terminal, and tqdm is installed."""
+    """Tell whether bars can be shown: standard error is a terminal, and tqdm is installed."""
     return sys.stderr.isatty() and _tqdm() is not None
 
 
 def _tqdm() -> Any:
-    """The class, or None where tqdm is not installed: what trains and measures does without it."""
     try:
         from tqdm import tqdm
-    except ImportError:
+    except ImportError:  # training and measuring do without
         return None
     return tqdm
 
@@ -93,15 +90,15 @@ class _NoBar(AbstractContextManager[Any]):
 
 
 def coloured(file: TextIO) -> bool:
-    """Whether colours may be written there: a terminal that has them, whose user did not set NO_COLOR."""
+    """Tell whether a file shows colours: a terminal that has them, whose user did not set NO_COLOR."""
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, colour: str, file: TextIO) -> str:
-    """The text in a colour where ``file`` shows colours, else as it is."""
+    """Colour a text where ``file`` shows colours."""
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if coloured(file) else text
 
 
 def rate(images: int, size: int, seconds: float) -> str:
-    """How quickly ``images`` with ``size`` bytes were dealt with."""
+    """Format the speed at which ``images`` of ``size`` bytes together were processed."""
     return f"{seconds:.1f} s, {images / seconds:,.0f} images/s, {size / seconds / 1e6:.1f} MB/s"

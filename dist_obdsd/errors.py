@@ -1,30 +1,30 @@
-"""The kinds of failure that a user meets.
+"""The failures that a user meets.
 
-Every message is one clear sentence: what was found, what is needed, what to do.
+Every message is one sentence: the value found, the value needed, what to do.
 """
 
 
 class UserError(Exception):
-    """What they have in common."""
+    """Base of the errors that are printed without a traceback."""
 
     on_all_ranks = False
-    """Every rank raised this same error, so one of them should print it."""
+    """Every rank raised this same error, so one of them prints it."""
     where = ""
     """Rank, host and step at which a run met it; empty before there is a run."""
 
 
-def format_error(error: BaseException) -> str:
-    """An error in one line; of those that are not ours, the type says what the text may not."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
 class InputError(UserError):
-    """Usage, configuration or input is at fault: the program prints the message alone and exits with 2."""
+    """A fault of usage, configuration or input; the program exits with 2."""
 
 
 class RunError(UserError):
-    """Something failed while the program ran: the program prints the message and exits with 1."""
+    """A failure while the program ran; it exits with 1."""
 
 
 class StoppedError(UserError):
-    """Work was left on request; whoever began it saves what there is and ends in good order."""
+    """A request to stop, met in the middle of work; its caller saves and ends in good order."""
+
+
+def format_error(error: BaseException) -> str:
+    """Format an error in one line, with its type unless it is one of ours."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -1,9 +1,9 @@
-"""A checkpoint's network as a file that runs without this program: ``torch.export`` and ONNX.
+"""A checkpoint's network as files that run without this program: ``torch.export`` and ONNX.
 
 The exported network is in float32, takes uint8 images in batches of any size and normalises them itself. A folder of
-exports holds ``model.pt2``, ``model.onnx``, ``preprocessing.json`` (what an image goes through before, and what was
-verified) and ``README.md``; both model files carry the preprocessing in themselves, too. It appears only after every
-model file in it was read back and gave the checkpoint's own embeddings on real images.
+exports holds ``model.pt2``, ``model.onnx``, ``preprocessing.json`` (the steps before the network, and what was
+verified) and ``README.md``; both model files carry the preprocessing, too. The folder appears only after every model
+file was read back and gave the checkpoint's own embeddings on real images.
 
 Legend: n images, C channels, s side, D embedding dimension.
 """
@@ -14,7 +14,7 @@ import importlib.util
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ from dist_obdsd.inference import ImageEmbedder, load
 FORMAT = "dist-obdsd export 1"
 FILES = {"torch": "model.pt2", "onnx": "model.onnx"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-5  # largest difference to the checkpoint in any number of an embedding; float32 rounds to about 1e-7
-BATCHES = (1, 2, 3, 5, 8, 13, 32)  # sizes of the batches that are verified, one after the other
-IMAGES = sum(BATCHES)  # what verifying takes
+TOLERANCE = 1e-5
+"""Largest difference to the checkpoint in any number of an embedding; float32 rounds to about 1e-7."""
+BATCHES = (1, 2, 3, 5, 8, 13, 32)
+"""Sizes of the batches that are verified, one after the other."""
+IMAGES = sum(BATCHES)
 
 
 def check_request(formats: Sequence[str], out: Path) -> None:
-    """Find out before the work whether it can be done.
+    """Check before the work that it can be done.
 
     Raises:
         InputError: an unknown format, a package that it needs is missing, or ``out`` holds something else.
@@ -62,10 +64,10 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
         path: a run folder or a checkpoint file.
         formats: of ``FILES``.
         images: to verify with, as ``ImageEmbedder`` takes them; fewer than ``IMAGES`` are used several times.
-        source: says where the images are from.
+        source: where the images are from, for ``preprocessing.json``.
 
     Returns:
-        For each format the largest difference to the checkpoint's embeddings.
+        The largest difference to the checkpoint's embeddings, by format.
 
     Raises:
         InputError: as in ``check_request``; there is no checkpoint, an image is broken, or ``out`` cannot be written.
@@ -76,18 +78,18 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
     images_nCss = torch.stack([embedder.prepare(image) for image in images])
     images_nCss = images_nCss[torch.arange(IMAGES) % len(images)]
     expected_nD = embedder.embed_prepared(images_nCss)
-    about = preprocessing(embedder) | {"checkpoint": _identity(embedder.path)}
+    about = preprocessing(embedder)
     program = _program(embedder, images_nCss[:2])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
             folder = Path(place) / "new"
             folder.mkdir()
-            worst = {}
+            largest = {}
             for name in formats:
                 _WRITERS[name](program, folder / FILES[name], json.dumps(about))
-                worst[name] = verify(name, _READERS[name](folder / FILES[name]), images_nCss, expected_nD)
-            verified = {"images": len(images), "source": source, "batch_sizes": BATCHES, "largest_difference": worst}
+                largest[name] = verify(name, _READERS[name](folder / FILES[name]), images_nCss, expected_nD)
+            verified = {"images": len(images), "source": source, "batch_sizes": BATCHES, "largest_difference": largest}
             (folder / "preprocessing.json").write_text(json.dumps(about | {"verified": verified}, indent=1) + "\n")
             (folder / "README.md").write_text(_readme(about, formats))
             if out.exists():
@@ -95,14 +97,16 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
             folder.rename(out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
-    return worst
+    return largest
 
 
 def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
-    """What an image goes through between its file and its embedding, as plain data."""
+    """Describe the way from an image file to its embedding, as plain data."""
     data = embedder.config.data
     channels = "RGB" if data.channels == 3 else "grey"
     side = data.image_size
+    with embedder.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "format": FORMAT,
         "version": __version__,
@@ -118,19 +122,20 @@ def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
         },
         "resize": {"shorter_side": data.resize or side, "interpolation": "bilinear", "antialias": True},
         "crop": {"size": side, "where": "centre"},
-        # What the network does itself: (pixel / 255 - mean) / std.
+        # The network does this itself: (pixel / 255 - mean) / std.
         "normalisation": {"inside_the_network": True, "scale": 1 / 255, "mean": data.mean, "std": data.std},
+        "checkpoint": {"file": embedder.path.name, "sha256": digest},
     }
 
 
 def verify(name: str, run: Callable[[Tensor], Tensor], images_nCss: Tensor, expected_nD: Tensor) -> float:
-    """The largest difference between what ``run`` gives for the images, in batches of many sizes, and the checkpoint.
+    """Return the largest difference between ``run`` and the checkpoint, over batches of many sizes.
 
     Raises:
         RunError: it is above ``TOLERANCE``, or is not a number.
     """
-    worst = 0.0
-    for batch_bCss, wanted_bD in zip(_cut(images_nCss), _cut(expected_nD), strict=True):
+    largest = 0.0
+    for batch_bCss, wanted_bD in zip(images_nCss.split(BATCHES), expected_nD.split(BATCHES), strict=True):
         rows_bD = run(batch_bCss)
         if rows_bD.shape != wanted_bD.shape:
             raise RunError(
@@ -143,18 +148,8 @@ def verify(name: str, run: Callable[[Tensor], Tensor], images_nCss: Tensor, expe
                 f"above the {TOLERANCE:g} that is allowed, so nothing was written; try another version of torch or of "
                 f"{' and '.join(ONNX_PACKAGES)}"
             )
-        worst = max(worst, difference)
-    return worst
-
-
-def _cut(rows: Tensor) -> Iterator[Tensor]:
-    return iter(rows.split(list(BATCHES)))
-
-
-def _identity(path: Path) -> dict[str, Any]:
-    """Which checkpoint it is."""
-    with path.open("rb") as file:
-        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        largest = max(largest, difference)
+    return largest
 
 
 # ---- writing and reading back ----

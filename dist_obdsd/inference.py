@@ -1,9 +1,9 @@
-"""A trained network, ready to embed whatever images a program has at hand.
+"""A trained network for images in any form: images in, embeddings out.
 
 Legend: n images, C channels, H, W their height and width, s the side that the network sees, D embedding dimension.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,9 @@ from dist_obdsd.distributed.launch import Launch, choose_device
 from dist_obdsd.errors import InputError
 from dist_obdsd.models.embedder import Embedder, build_embedder
 
+WANTED = "give a path, encoded bytes, a Pillow image, a tensor [C, H, W], an array [H, W, C], or a list of them"
+PIXEL_TYPE = "its pixels are of type {}; they must be uint8, or floating point from 0 to 1"
+
 
 def load(
     path: str | Path,
@@ -28,7 +31,7 @@ def load(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_size: int = 32,
 ) -> "ImageEmbedder":
-    """A trained network, ready for images::
+    """Load a trained network::
 
         embedder = dist_obdsd.load("runs/photos")
         rows = embedder(["a.jpg", "b.jpg"])      # float32 [2, D], of unit length
@@ -44,12 +47,11 @@ def load(
         InputError: there is no such checkpoint, or no such device.
     """
     path = Path(path)
-    if which not in ("last", "best"):
-        raise InputError(f"which={which!r} is neither 'last' nor 'best'; give one of them")
+    for name, value, known in (("which", which, ("last", "best")), ("device", device, ("auto", "cpu", "cuda"))):
+        if value not in known:
+            raise InputError(f"{name}={value!r} is none of {', '.join(known)}; give one of them")
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} embeds nothing; give a number from 1")
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device={device!r} is none of 'auto', 'cpu' and 'cuda'; give one of them")
     found = checkpoint.find(path, which)
     if found is None and checkpoint.find(path) is not None:
         raise InputError(
@@ -63,46 +65,46 @@ def load(
 
 
 def inference_config(state: dict[str, Any], overrides: Sequence[str] = (), shards: str = "none") -> Config:
-    """A checkpoint's settings, for images that it need not have been trained on.
+    """Return a checkpoint's config, for images that it need not have been trained on.
 
     Args:
         state: a checkpoint's content; its ``config`` is changed.
         overrides: ``a.b=c``, put over the checkpoint's own.
-        shards: where those images are packed, if they are.
+        shards: the shards of those images, if they are packed.
 
     Raises:
         InputError: a setting is unknown or impossible.
     """
-    config = state["config"]
-    config["data"]["shards"] = shards
+    raw = state["config"]
+    raw["data"]["shards"] = shards
     # The checkpoint's own weights replace any that the backbone was started from.
-    config["model"]["pretrained"] = "none"
-    if config["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only
-        config["model"]["norm"] = "frozen"
-    return parse_config(override_config(config, overrides), "the checkpoint")
+    raw["model"]["pretrained"] = "none"
+    if raw["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only
+        raw["model"]["norm"] = "frozen"
+    return parse_config(override_config(raw, overrides), "the checkpoint")
 
 
 def build_network(
     state: dict[str, Any], config: Config, device: torch.device, path: Path, overrides: Sequence[str] = ()
 ) -> Embedder:
-    """A checkpoint's network, in evaluation mode.
+    """Build a checkpoint's network, in evaluation mode.
 
     Raises:
-        InputError: the weights do not fit the settings, which ``overrides`` may have changed.
+        InputError: the weights do not fit the config, which ``overrides`` may have changed.
     """
     network = build_embedder(config, device, lambda text: None)
     try:
         network.load_state_dict(state["student"])
     except RuntimeError as error:
-        why = f"the settings {', '.join(overrides)}" if overrides else "its own settings"
+        source = f"the settings {', '.join(overrides)}" if overrides else "its own settings"
         raise InputError(
-            f"{path} does not fit {why}; leave model.* and data.channels as they were in training"
+            f"{path} does not fit {source}; leave model.* and data.channels as they were in training"
         ) from error
     return network.eval()
 
 
 class ImageEmbedder:
-    """Images in, unit rows out. Made by ``load``."""
+    """An embedder of images in any form, made by ``load``."""
 
     def __init__(self, network: Embedder, config: Config, batch_size: int, path: Path) -> None:
         """``path`` is the checkpoint file that the network is from."""
@@ -111,7 +113,7 @@ class ImageEmbedder:
 
     @property
     def dim(self) -> int:
-        """D."""
+        """The embedding dimension D."""
         return self.config.model.embedding_dim
 
     def __call__(self, images: Any) -> Tensor:
@@ -124,63 +126,56 @@ class ImageEmbedder:
             InputError: an image cannot be read; the message says which one.
         """
         rows = [torch.empty(0, self.dim)]
-        for batch in _batches(enumerate(_listed(images)), self.batch_size):
-            rows.append(self.embed_prepared(torch.stack([self._prepared(image, f"image {i}") for i, image in batch])))
+        numbered = enumerate(_as_list(images))
+        while batch := list(islice(numbered, self.batch_size)):
+            rows.append(self.embed_prepared(torch.stack([self._prepare(image, f"image {i}") for i, image in batch])))
         return torch.cat(rows)
 
     def embed_prepared(self, images_nCss: Tensor) -> Tensor:
-        """As calling does, of images that ``prepare`` made, all at once."""
+        """Embed images that ``prepare`` made, in one batch."""
         with torch.no_grad():
             return self.network(images_nCss.to(self.device)).float().cpu()
 
     def prepare(self, image: Any) -> Tensor:
-        """uint8 [C, s, s]: one image as the network sees it, with the evaluation's resize and centre crop.
+        """Decode, resize and crop one image as the evaluation does.
 
         Args:
             image: the path of an image file; the bytes of one; a Pillow image; a tensor [H, W] or [C, H, W], uint8 or
                 floating point from 0 to 1 and not normalised; or an array [H, W] or [H, W, C] of such numbers. C is 1
                 or 3; grey becomes RGB and RGB grey where the network wants it.
 
+        Returns:
+            uint8 [C, s, s].
+
         Raises:
             InputError: it is none of these, or cannot be decoded.
         """
-        return self._prepared(image, "the image")
+        return self._prepare(image, "the image")
 
-    def _prepared(self, image: Any, name: str) -> Tensor:
-        """As ``prepare``; an image that is no path is called ``name`` in the error."""
+    def _prepare(self, image: Any, name: str) -> Tensor:
+        """Prepare an image; ``name`` stands in the error for an image that is no path."""
         data = self.config.data
         try:
-            return eval_transform(_decoded(image, data.channels), data)
+            return eval_transform(_decode(image, data.channels), data)
         except (ValueError, OSError) as error:
             name = str(image) if isinstance(image, str | Path) else name
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise InputError(f"{name} cannot be embedded: {reason}") from error
 
 
-def _listed(images: Any) -> Iterable[Any]:
-    """The images one by one: a single one becomes a list of one, a batch its rows."""
+def _as_list(images: Any) -> Iterable[Any]:
+    """Make a list of one of a single image; split a batch into its rows."""
     if isinstance(images, str | Path | bytes | Image.Image):
         return [images]
     if isinstance(images, Tensor | np.ndarray):
-        if images.ndim == 4:
-            return list(images)
-        return [images]
+        return list(images) if images.ndim == 4 else [images]
     if not isinstance(images, Iterable):
         raise InputError(f"an image of type {type(images).__name__} cannot be embedded; {WANTED}")
     return images
 
 
-WANTED = "give a path, encoded bytes, a Pillow image, a tensor [C, H, W], an array [H, W, C], or a list of them"
-
-
-def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(images)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def _decoded(image: Any, channels: int) -> Tensor:
-    """uint8 [channels, H, W]."""
+def _decode(image: Any, channels: int) -> Tensor:
+    """Return uint8 [channels, H, W]."""
     if isinstance(image, str | Path):
         image = Path(image).read_bytes()
     if isinstance(image, bytes):
@@ -192,7 +187,7 @@ def _decoded(image: Any, channels: int) -> Tensor:
             raise ValueError(str(error) or type(error).__name__) from error
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "uif":
-            raise ValueError(f"its pixels are of type {image.dtype}; they must be uint8, or floating point from 0 to 1")
+            raise ValueError(PIXEL_TYPE.format(image.dtype))
         if image.ndim == 3 and image.shape[2] not in (1, 3):
             raise ValueError(f"the array has shape {list(image.shape)}; it must be [H, W] or [H, W, C] with C 1 or 3")
         image = torch.from_numpy(np.array(image))  # a copy, since torch wants arrays that may be written to
@@ -203,14 +198,14 @@ def _decoded(image: Any, channels: int) -> Tensor:
 
 
 def _as_bytes(image: Tensor) -> Tensor:
-    """uint8 [C, H, W] with C 1 or 3."""
+    """Return uint8 [C, H, W] with C 1 or 3."""
     image = image[None] if image.ndim == 2 else image
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise ValueError(f"the tensor has shape {list(image.shape)}; it must be [H, W] or [C, H, W] with C 1 or 3")
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():
-        raise ValueError(f"its pixels are of type {image.dtype}; they must be uint8, or floating point from 0 to 1")
+        raise ValueError(PIXEL_TYPE.format(image.dtype))
     if not ((image >= 0) & (image <= 1)).all().item():
         raise ValueError(
             f"its floating-point pixels are from {image.min():.3g} to {image.max():.3g} but must be from 0 to 1; "

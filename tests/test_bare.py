@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_obdsd import console as progress
+from dist_obdsd import console
 from dist_obdsd.cli import main as cli
 from dist_obdsd.tracking.system_metrics import Usage
 from dist_obdsd.training.progress_display import StepLines, build_display
@@ -48,13 +48,13 @@ def test_lines_in_place_of_bars_without_tqdm(monkeypatch: pytest.MonkeyPatch) ->
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    assert progress.has_bars()
+    assert console.has_bars()
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert not progress.has_bars()
+    assert not console.has_bars()
     assert type(build_display(True, 50, 16, quiet=False, verbose=False)) is StepLines
-    with progress.bar(3, "images", "verifying") as bar:
+    with console.bar(3, "images", "verifying") as bar:
         bar.update(2)
-        progress.say("a warning")
+        console.print_line("a warning", screen)
     assert screen.getvalue() == "a warning\n"
 
 

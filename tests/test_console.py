@@ -1,9 +1,12 @@
 import io
+import logging
 import sys
 
 import pytest
 
-from dist_obdsd import console as progress
+from dist_obdsd import console
+
+logger = logging.getLogger("dist_obdsd.some.module")
 
 
 class Terminal(io.StringIO):
@@ -11,19 +14,37 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with progress.bar(3, "images", "verifying") as bar:
-            bar.update(2)
-            bar.refresh()
-            progress.say("dist-obdsd: a warning")
-        text = stream.getvalue()
-        assert ("verifying" in text and "2/3" in text) == shown
-        assert "dist-obdsd: a warning\n" in text
-        if not shown:
-            assert text == "dist-obdsd: a warning\n"
+@pytest.mark.parametrize("screen", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_a_bar_is_shown_on_a_terminal_alone(screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", screen)
+    with console.log_to_terminal(), console.bar(3, "images", "verifying") as bar:
+        bar.update(2)
+        bar.refresh()
+        logger.warning("a warning")
+    text = screen.getvalue()
+    assert "a warning\n" in text
+    if screen.isatty():
+        assert "verifying" in text
+        assert "2/3" in text
+    else:
+        assert text == "dist-obdsd: a warning\n"
+
+
+@pytest.mark.parametrize(
+    ("is_main", "quiet", "out"),
+    [(True, False, "news\nresult\n"), (True, True, "result\n"), (False, False, ""), (False, True, "")],
+)
+def test_levels_decide_which_rank_prints(
+    is_main: bool, quiet: bool, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.log_to_terminal(is_main, quiet):
+        logger.debug("detail")
+        logger.info("news")
+        logger.log(console.NOTICE, "result")
+        logger.warning("trouble")
+    logger.info("after the block")
+    assert capsys.readouterr() == (out, "dist-obdsd: trouble\n")
 
 
 def test_rates() -> None:
-    assert progress.rate(3000, 12_500_000, 2.5) == "2.5 s, 1,200 images/s, 5.0 MB/s"
+    assert console.rate(3000, 12_500_000, 2.5) == "2.5 s, 1,200 images/s, 5.0 MB/s"
