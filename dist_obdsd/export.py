@@ -12,7 +12,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from dist_obdsd import __version__
 from dist_obdsd.data.images import FORMATS
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.files import new_folder
 from dist_obdsd.inference import ImageEmbedder, load
 
 FORMAT = "dist-obdsd export 1"
@@ -80,21 +80,15 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
     expected_nD = embedder.embed_prepared(images_nCss)
     about = preprocessing(embedder)
     program = _program(embedder, images_nCss[:2])
+    largest = {}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
-            folder = Path(place) / "new"
-            folder.mkdir()
-            largest = {}
+        with new_folder(out) as folder:
             for name in formats:
                 _WRITERS[name](program, folder / FILES[name], json.dumps(about))
                 largest[name] = verify(name, _READERS[name](folder / FILES[name]), images_nCss, expected_nD)
             verified = {"images": len(images), "source": source, "batch_sizes": BATCHES, "largest_difference": largest}
             (folder / "preprocessing.json").write_text(json.dumps(about | {"verified": verified}, indent=1) + "\n")
             (folder / "README.md").write_text(_readme(about, formats))
-            if out.exists():
-                out.rename(Path(place) / "old")
-            folder.rename(out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
     return largest

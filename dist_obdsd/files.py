@@ -14,7 +14,7 @@ from dist_obdsd.errors import InputError, RunError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when the block ends, whole and on the disk; not at all if it fails."""
+    """Open a file that replaces ``path`` when the block ends, whole and on the disk; not at all if the block fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # several ranks may report a failure at once
     try:
         with temporary.open("wb") as file:
@@ -74,7 +74,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def why_not_written(error: OSError, folder: Path, needed: int) -> str:
-    """What the system says of a failed write; of a full disk also how many bytes it has and how many are needed."""
+    """Explain a failed write; for a full disk with the bytes that are needed and free."""
     if error.errno != errno.ENOSPC:
         return error.strerror or str(error)
     free = shutil.disk_usage(folder).free
