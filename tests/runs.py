@@ -56,12 +56,13 @@ def program(
 
     Args:
         anew: start Python anew, and torchrun for several ranks, in place of ``tests.nursery``.
-        code: Python that runs in place of the program, with its arguments.
+        code: Python that runs in place of the program, with its arguments, such as ``at_step``.
     """
     if anew:
+        line = [sys.executable, "-c", code, *arguments] if code else command(*arguments, ranks=ranks)
         return subprocess.run(
-            command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=SECONDS, check=False, cwd=cwd,
-            env=environment(env),
+            line, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=cwd, env=environment(env),
+            start_new_session=True,
         )  # fmt: skip
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         own = group_environments(ranks) if ranks else [{}]
@@ -79,6 +80,22 @@ def program(
                 one.kill()
         said = [os.pread(file.fileno(), 1 << 24, 0).decode() for file in (out, err)]
     return subprocess.CompletedProcess([*map(str, arguments)], next(filter(None, codes), 0), *said)
+
+
+def at_step(what: str, step: int, rank: int = 0) -> str:
+    """Python that is the program, but that does ``what`` on one rank before an optimizer step."""
+    return f"""
+import os, signal, time
+from dist_obdsd.cli import main as cli
+from dist_obdsd.training.train_step import TrainStep
+once = TrainStep.__call__
+def call(self, batch, progress, *rest):
+    if progress.global_step == {step} and int(os.environ.get("RANK", 0)) == {rank}:
+        {what}
+    return once(self, batch, progress, *rest)
+TrainStep.__call__ = call
+cli.program()
+"""
 
 
 def command(*arguments: str | Path, ranks: int = 0) -> list[str]:

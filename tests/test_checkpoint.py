@@ -37,26 +37,47 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["epoch-0001.pt", "last"]
 
 
-def test_what_a_killed_run_left_half_written_goes_with_the_next_save(tmp_path):
+def test_a_half_written_file_goes_with_the_next_save(tmp_path):
     (tmp_path / ".epoch-0001.pt.123.writing").write_bytes(b"half")
     checkpoint.save(tmp_path, state(1), best=False, keep=2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["epoch-0001.pt", "last"]
 
 
-def test_truncated_foreign_and_missing_files_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "fact"),
+    [
+        (lambda data: b"", "cut short or another kind of file"),
+        (lambda data: data[: len(data) // 2], "cut short"),
+        (lambda data: data.replace(torch.ones(3).numpy().tobytes(), bytes(12)), "damaged"),
+        (lambda data: pickle.dumps({}), "another kind of file"),
+    ],
+    ids=["empty", "cut short", "damaged", "a pickle"],
+)
+def test_unreadable_files_are_refused(tmp_path, spoil, fact):
     path = checkpoint.save(tmp_path, state(1), best=False, keep=2)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="not a readable checkpoint"):
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(InputError, match=f"epoch-0001.pt.*{fact}"):
+        checkpoint.load(path)
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(InputError, match="there is no checkpoint"):
         checkpoint.load(path)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(InputError, match="has format None"):
+    with pytest.raises(InputError, match="format None"):
         checkpoint.load(path)
-    with pytest.raises(InputError, match="there is no checkpoint"):
-        checkpoint.load(tmp_path / "nothing")
     torch.save({"format": checkpoint.FORMAT}, path)
     with pytest.raises(InputError, match="lacks best_validation"):
         checkpoint.load(path)
+
+
+def test_the_names_of_older_files_are_read(tmp_path):
+    older = state(1) | {"unjudged": True}
+    older.pop("pending_validation", None)
+    found = checkpoint.load(checkpoint.save(tmp_path, older, best=False, keep=2))
+    assert found["pending_validation"]
+    assert found["best_test"] is None
 
 
 class Executes:

@@ -8,7 +8,7 @@ FAULTS = """
 import resource, sys, torch
 from dist_obdsd import machine
 if sys.argv[1] == "kept":
-    machine.keep_freed_memory()
+    machine.tune_malloc()
 torch.set_num_threads(1)
 for _ in range(20):
     torch.ones(2**24)

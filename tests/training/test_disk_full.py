@@ -17,7 +17,7 @@ def resize(disk: Path, mib: int) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_no_room_for_a_checkpoint_ends_the_run_and_later_it_goes_on_with_the_same_bits(train, small_disk, background):
+def test_a_full_disk_ends_the_run_and_later_it_goes_on(train, small_disk, background):
     resize(small_disk, 5)
     more = ["checkpoint.background=true", "checkpoint.every_steps=5"] if background else []
     run, command = small_disk / "tiny", (*SETTINGS, *more, f"output={small_disk}")
@@ -46,7 +46,7 @@ def test_no_room_for_a_checkpoint_ends_the_run_and_later_it_goes_on_with_the_sam
     assert chaos.difference(chaos.result(Path("runs/whole")), chaos.result(run)) is None
 
 
-def test_without_a_byte_left_the_run_s_status_still_says_so(train, small_disk):
+def test_without_a_byte_left_the_status_still_says_so(train, small_disk):
     run, page = small_disk / "tiny", os.sysconf("SC_PAGESIZE")
     # status.json, config.yaml and provenance.json take one page each, and then there is none for metrics.jsonl.
     (small_disk / "filler").write_bytes(bytes(2**20 - 3 * page))

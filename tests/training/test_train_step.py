@@ -1,5 +1,7 @@
 """The real training step on 1 to 4 processes against one: losses, gradient norms and weights after 10 steps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -83,17 +85,33 @@ def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return max(float(abs(a[name] - b[name]).max()) for name in a)
 
 
+def results(step: dict[str, float]) -> dict[str, float]:
+    """A step's numbers without those that say how a rank solved for its rows."""
+    return {name: value for name, value in step.items() if name not in ("target_iterations", "target_residual")}
+
+
+def same_on(world_sizes: tuple[int, ...], config: Config, apart: float = 1e-10, **close: float) -> Any:
+    """Check that steps on several ranks are those of one process, and return what that one found.
+
+    Args:
+        apart: how far weights may be after the steps.
+        close: pytest.approx's arguments for the numbers of a step.
+    """
+    ((losses, weights),) = harness.run(1, take_steps, config)
+    for world_size in world_sizes:
+        for other_losses, other_weights in harness.run(world_size, take_steps, config):
+            assert distance(weights, other_weights) < apart
+            for mine, other in zip(losses, other_losses, strict=True):
+                assert results(other) == pytest.approx(results(mine), **(close or {"rel": 1e-9, "abs": 1e-9}))
+    return losses, weights
+
+
 @pytest.mark.parametrize("target", ["none", "uniform", "psd", "obdsd", "obdsd_symmetric"])
 def test_ten_steps_in_float64_do_not_depend_on_the_ranks(target):
     config = settings("precision=float64", f"distillation.target={target}")
-    ((losses, weights),) = harness.run(1, take_steps, config)
+    _, weights = same_on((2, 3), config, rel=1e-10, abs=1e-10)
     initial = dict(build_embedder(config, CPU, print).named_parameters())
     assert distance(weights, {name: p.detach().numpy() for name, p in initial.items()}) > 1e-3
-    for world_size in (2, 3):
-        for other_losses, other_weights in harness.run(world_size, take_steps, config):
-            assert distance(weights, other_weights) < 1e-10
-            for mine, other in zip(losses, other_losses, strict=True):
-                assert other == pytest.approx(mine, rel=1e-10, abs=1e-10)
     # The control: another objective ends elsewhere.
     ((_, elsewhere),) = harness.run(1, take_steps, settings("precision=float64", "distillation.weight=9"))
     assert distance(weights, elsewhere) > 1e-6
@@ -118,21 +136,10 @@ WAYS = {
 }
 
 
-def results(step: dict[str, float]) -> dict[str, float]:
-    """A step's numbers without those that say how a rank solved for its rows."""
-    return {name: value for name, value in step.items() if name not in ("target_iterations", "target_residual")}
-
-
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_the_objective_is_exact_on_any_number_of_ranks(way):
-    config = settings(*WHOLE, *WAYS[way])
-    ((losses, weights),) = harness.run(1, take_steps, config)
+def test_every_way_to_the_objective_is_exact_on_any_ranks(way):
+    losses, weights = same_on((2, 3, 4), settings(*WHOLE, *WAYS[way]))
     assert len({step["ranking"] for step in losses}) > 1
-    for world_size in (2, 3, 4):
-        for other_losses, other_weights in harness.run(world_size, take_steps, config):
-            assert distance(weights, other_weights) < 1e-10
-            for mine, other in zip(losses, other_losses, strict=True):
-                assert results(other) == pytest.approx(results(mine), rel=1e-9, abs=1e-9)
     # The control: one step of another kind ends elsewhere.
     ((_, elsewhere),) = harness.run(1, take_steps, settings(*WHOLE, *WAYS[way], "optim.weight_decay=0.01"))
     assert distance(weights, elsewhere) > 1e-7
@@ -152,7 +159,7 @@ def test_the_host_reads_nothing_within_a_step(ranking):
         harness.run(1, take_steps, iterating, None, True)
 
 
-def test_a_teacher_in_bf16_changes_the_target_by_bf16_s_rounding_alone():
+def test_a_teacher_in_bf16_changes_the_target_by_rounding():
     common = ("precision=float32", "optim.lr=1e-5")
     ((full, _),) = harness.run(1, take_steps, settings(*common))
     ((low, _),) = harness.run(1, take_steps, settings(*common, "distillation.teacher_precision=bf16"))
@@ -209,16 +216,13 @@ def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
 
 def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
     config = settings("precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=1")
-    loose, tight = config, override(config, clip_norm=1e-3)
-    ((losses, weights),) = harness.run(1, take_steps, tight)
+    losses, weights = same_on((2, 3), override(config, clip_norm=1e-3))
     initial = {name: p.detach().numpy() for name, p in build_embedder(config, CPU, print).named_parameters()}
     # Ten steps of length 1e-3 at most, where the unclipped gradient is longer.
     moved = np.sqrt(sum(((weights[name] - initial[name]) ** 2).sum() for name in weights))
     assert min(step["grad_norm"] for step in losses) > 1e-3
     assert 0 < moved <= 1e-2 * (1 + 1e-9)
-    for world_size in (2, 3):
-        assert all(distance(weights, other) < 1e-10 for _, other in harness.run(world_size, take_steps, tight))
-    ((_, unclipped),) = harness.run(1, take_steps, loose)
+    ((_, unclipped),) = harness.run(1, take_steps, config)
     assert distance(weights, unclipped) > 1e-2
 
 
@@ -226,13 +230,7 @@ def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
 def test_ten_steps_in_float32_agree_to_1e_5(optimizer):
     # Adam divides by the gradient's size, so rounding in gradients near 0 becomes a part of lr: hence a small lr there.
     config = settings(optimizer, f"optim.lr={1e-2 if optimizer.endswith('sgd') else 1e-5}")
-    ((losses, weights),) = harness.run(1, take_steps, config)
-    for world_size in (2, 3):
-        for other_losses, other_weights in harness.run(world_size, take_steps, config):
-            assert distance(weights, other_weights) < 1e-5
-            for mine, other in zip(losses, other_losses, strict=True):
-                assert other["ranking"] == pytest.approx(mine["ranking"], abs=1e-5)
-                assert other["distillation"] == pytest.approx(mine["distillation"], abs=1e-5)
+    same_on((2, 3), config, apart=1e-5, rel=1e-4, abs=1e-5)
 
 
 ZERO_WAYS = {
@@ -262,10 +260,10 @@ def test_deepspeed_takes_the_steps_of_ddp(way, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_deepspeed_masks_a_step_with_a_nan_on_all_ranks(stage):
-    for more in ([], ["ranking.name=proxy_anchor", "batch.chunk=5"]):
-        config = settings(*more, "strategy=deepspeed", f"deepspeed.stage={stage}")
-        check_masked(harness.run(2, take_steps, config, 4), 4)
+@pytest.mark.parametrize("more", [[], ["ranking.name=proxy_anchor", "batch.chunk=5"]], ids=["plain", "proxies, chunks"])
+def test_deepspeed_masks_a_step_with_a_nan_on_all_ranks(more, stage):
+    config = settings(*more, "strategy=deepspeed", f"deepspeed.stage={stage}")
+    check_masked(harness.run(2, take_steps, config, 4), 4)
 
 
 def test_deepspeed_s_bf16_is_that_of_ddp():
@@ -278,17 +276,20 @@ def test_deepspeed_s_bf16_is_that_of_ddp():
     assert all(w.dtype == np.float32 for w in zero.values())
 
 
-def test_one_ranks_wish_to_stop_reaches_all():
+def test_one_rank_s_request_to_stop_reaches_all():
     for losses, _ in harness.run(3, take_steps, settings()):
         assert [step["stop_requested"] > 0 for step in losses] == [t == 7 for t in range(STEPS)]
 
 
 @pytest.mark.parametrize("spoil", [0, 4])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_nan_on_one_rank_masks_the_step_on_all(world_size, optimizer, spoil):
-    for more in ([], ["ranking.name=proxy_anchor", "batch.chunk=5"], ["ranking.name=pml.ArcFaceLoss"]):
-        check_masked(harness.run(world_size, take_steps, settings(f"optim.name={optimizer}", *more), spoil), spoil)
+@pytest.mark.parametrize(
+    "more",
+    [[], ["ranking.name=proxy_anchor", "batch.chunk=5"], ["ranking.name=pml.ArcFaceLoss"]],
+    ids=["plain", "proxies, chunks", "arcface"],
+)
+def test_a_nan_on_one_rank_masks_the_step_on_all(more, optimizer, spoil):
+    check_masked(harness.run(2, take_steps, settings(f"optim.name={optimizer}", *more), spoil), spoil)
 
 
 def check_masked(ranks, spoil):
