@@ -1,4 +1,4 @@
-"""The real training step on 1 to 4 processes against one: losses, gradient norms and weights after 10 steps."""
+"""The real training step on 2 and 3 processes against one: losses, gradient norms and weights after 10 steps."""
 
 from typing import Any
 
@@ -138,7 +138,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_the_objective_is_exact_on_any_ranks(way):
-    losses, weights = same_on((2, 3, 4), settings(*WHOLE, *WAYS[way]))
+    losses, weights = same_on((2, 3), settings(*WHOLE, *WAYS[way]))
     assert len({step["ranking"] for step in losses}) > 1
     # The control: one step of another kind ends elsewhere.
     ((_, elsewhere),) = harness.run(1, take_steps, settings(*WHOLE, *WAYS[way], "optim.weight_decay=0.01"))
@@ -246,7 +246,7 @@ ZERO_WAYS = {
 def test_deepspeed_takes_the_steps_of_ddp(way, stage):
     ((losses, weights),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way]))
     config = settings(*ZERO_WAYS[way], "strategy=deepspeed", f"deepspeed.stage={stage}")
-    for world_size in (1, 2, 3):
+    for world_size in (2, 3):
         # The first call imports DeepSpeed on every rank, which takes seconds of a core each.
         for other_losses, other_weights in harness.run(world_size, take_steps, config, timeout=300):
             assert distance(weights, other_weights) < 1e-5
