@@ -18,8 +18,8 @@ import torch
 from dist_obdsd.config import DistillationConfig
 from dist_obdsd.evaluation.geometry import rho
 from dist_obdsd.figures.retrieval_grid import shortened
-from dist_obdsd.losses.batch_view import similarity
 from dist_obdsd.manifold.graph import SymmetricGraph, WalkGraph, softmax
+from dist_obdsd.manifold.similarity import similarity
 from dist_obdsd.manifold.targets import target_rows
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ Legend: b anchors of this rank, B rows of the global batch, D embedding dimensio
 import torch
 from torch import nn
 
-from dist_obdsd.losses.batch_view import BatchView, PartialMean, without_autocast
+from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.manifold.similarity import without_autocast
 
 
 class RankingLoss(nn.Module):

@@ -3,20 +3,13 @@
 Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
 
-import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from dist_obdsd.errors import InputError
-
-LOG2_E = math.log2(math.e)
-"""e^x is 2^(x LOG2_E), and torch's exp2 takes a third of the time of its exp on a CPU."""
-LEAST_EXPONENT = -115.0
-"""Of 2; what is below it may be taken for it: 2e-35 changes no sum, and what is smaller makes a CPU slow."""
+from dist_obdsd.manifold.similarity import check_rows, similarity
 
 
 @dataclass(frozen=True)
@@ -96,49 +89,3 @@ class PartialMean:
     """Scalar."""
     count: torch.Tensor
     """Scalar of the same dtype and device, without gradient."""
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast has no say; entering torch's own takes longer than most operations inside."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def similarity(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
-    """Inner products [b, B], cosines for unit rows, in float32 or, if a factor is float64, in float64.
-
-    Autocast is off inside, and half precision is widened first: at temperature 0.005 the rounding of a bfloat16 product
-    would move a logit by up to 0.8.
-    """
-    with without_autocast(X_bD.device):
-        dtype = torch.promote_types(torch.promote_types(X_bD.dtype, Y_BD.dtype), torch.float32)
-        if X_bD is Y_BD and X_bD.requires_grad:
-            return _Gram.apply(X_bD.to(dtype))
-        return X_bD.to(dtype) @ Y_BD.to(dtype).T
-
-
-class _Gram(torch.autograd.Function):
-    """X X^T, whose gradient (G + G^T) X takes one product; for two factors that happen to be the same it takes two."""
-
-    @staticmethod
-    def forward(ctx: Any, X_BD: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(X_BD)
-        return X_BD @ X_BD.T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        (X_BD,) = ctx.saved_tensors
-        with without_autocast(X_BD.device):
-            return (grads[0] + grads[0].T) @ X_BD
-
-
-def check_rows(what: str, tensor: torch.Tensor, rows: int, dims: int) -> None:
-    """Check a tensor's number of rows and of dimensions, which are known without waiting for a GPU.
-
-    Raises:
-        InputError: naming the shape found and the one needed.
-    """
-    if tensor.dim() != dims or tensor.shape[0] != rows:
-        needed = f"({rows}, D)" if dims == 2 else f"({rows},)"
-        raise InputError(f"{what} has shape {tuple(tensor.shape)}; it must be {needed}, one entry for each batch row")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses.batch_view import LOG2_E, PartialMean
+from dist_obdsd.losses.batch_view import PartialMean
+from dist_obdsd.manifold.similarity import LOG2_E
 
 NORMALISED = 1e-4
 """How far a target row's sum may be from 1."""

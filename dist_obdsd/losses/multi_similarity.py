@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from dist_obdsd.config import MultiSimilarityConfig
 from dist_obdsd.losses.base import RankingLoss
-from dist_obdsd.losses.batch_view import LEAST_EXPONENT, LOG2_E, BatchView, PartialMean
+from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E
 
 
 class MultiSimilarity(RankingLoss):

@@ -17,8 +17,9 @@ from dist_obdsd.config import Config, DistillationConfig
 from dist_obdsd.distributed.collectives import AsyncAllGather
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses import RankingLoss, build_ranking, distillation
-from dist_obdsd.losses.batch_view import BatchView, PartialMean, check_rows
+from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.manifold import targets as manifold
+from dist_obdsd.manifold.similarity import check_rows
 
 
 class Objective:

@@ -10,7 +10,8 @@ from torch.nn import functional
 from dist_obdsd.config import ProxyAnchorConfig
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.base import RankingLoss, graph_zero
-from dist_obdsd.losses.batch_view import BatchView, PartialMean, similarity
+from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.manifold.similarity import similarity
 
 
 class ProxyAnchor(RankingLoss):

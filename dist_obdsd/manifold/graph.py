@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 
 from dist_obdsd.config import DistillationConfig
-from dist_obdsd.losses.batch_view import LEAST_EXPONENT, LOG2_E, similarity
+from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E, similarity
 
 TILE_ENTRIES = 2**22
 """Entries of a tile where the whole matrix is not kept: 16 MiB in float32, which a CPU's allocator still hands out

@@ -11,8 +11,8 @@ import torch
 
 from dist_obdsd.config import Config, DistillationConfig
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.losses.batch_view import similarity, without_autocast
 from dist_obdsd.manifold.graph import Graph, SymmetricGraph, WalkGraph, fits, softmax
+from dist_obdsd.manifold.similarity import similarity, without_autocast
 from dist_obdsd.manifold.solvers import series_goal, series_rows, series_rows_unseen, solve_rows
 from dist_obdsd.transfer import AsyncHostCopy
 

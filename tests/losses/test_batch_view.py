@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dist_obdsd.losses.batch_view import BatchView, similarity
+from dist_obdsd.losses.batch_view import BatchView
+from dist_obdsd.manifold.similarity import similarity
 from tests.manifold.data import B, unit_rows
 
 LABELS_B = torch.arange(B)

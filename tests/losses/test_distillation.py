@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses.batch_view import PartialMean, similarity
+from dist_obdsd.losses.batch_view import PartialMean
 from dist_obdsd.losses.distillation import distil
+from dist_obdsd.manifold.similarity import similarity
 from tests import oracle
 from tests.manifold.data import B, manifolds, unit_rows
 
