@@ -178,20 +178,18 @@ def engine_options(path: str | None, stage: int | None) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, sets what the config decides, or asks for another or an unsupported stage.
     """
-    options: dict[str, Any] = {}
-    if path is not None:
-        try:
-            options = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise InputError(f"cannot read deepspeed.config {path}: {error.strerror}; check the path") from error
-        except ValueError as error:
-            raise InputError(f"{path} is not valid JSON: {error}; see launch/zero1.json for an example") from error
-        if not isinstance(options, dict) or not isinstance(options.get("zero_optimization", {}), dict):
-            raise InputError(f"{path} is not a DeepSpeed configuration; see launch/zero1.json for an example")
-        for key in sorted(options.keys() & SET_BY_CONFIG.keys()):
-            raise InputError(
-                f"{path} sets {key}, which the config decides by {SET_BY_CONFIG[key]}; take it out of the file"
-            )
+    try:
+        options = {} if path is None else json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read deepspeed.config {path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}; see launch/zero1.json for an example") from error
+    if not isinstance(options, dict) or not isinstance(options.get("zero_optimization", {}), dict):
+        raise InputError(f"{path} is not a DeepSpeed configuration; see launch/zero1.json for an example")
+    for key in sorted(options.keys() & SET_BY_CONFIG.keys()):
+        raise InputError(
+            f"{path} sets {key}, which {SET_BY_CONFIG[key]} decides in the config; take it out of the file"
+        )
     zero = options.setdefault("zero_optimization", {})
     found = zero.get("stage")
     if stage is not None and found not in (None, stage):

@@ -1,6 +1,5 @@
 """The numbers of a run, on their way to ``metrics.jsonl``, the tracker and the terminal."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -58,7 +57,7 @@ class MetricsLogger:
         try:
             if run_dir is not None:
                 path = run_dir.write_text("config.yaml", config.to_yaml())
-                run_dir.write_text("provenance.json", json.dumps(tags | versions, indent=1) + "\n")
+                run_dir.write_json("provenance.json", tags | versions)
                 tracker.params(provenance.flatten(config.model_dump(mode="json")) | versions)
                 tracker.dataset(**provenance.dataset(manifest, config.data.shards))
                 tracker.artifact(path)

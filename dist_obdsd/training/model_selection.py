@@ -26,6 +26,10 @@ def selection_value(metrics: dict[str, float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def _is_better(metrics: dict[str, float], best: Choice | None) -> bool:
+    return best is None or selection_value(metrics) > best["value"]
+
+
 class ModelSelector:
     """Evaluates the student and remembers the best epoch. Every method but those of its state is collective."""
 
@@ -60,7 +64,7 @@ class ModelSelector:
 
     @property
     def uses_test(self) -> bool:
-        """Whether the test set may be looked at, and there is one."""
+        """Whether the test set may be evaluated, and there is one."""
         return self.config.evaluation.test and "test" in self.manifest.splits
 
     def before_training(self) -> None:
@@ -77,21 +81,16 @@ class ModelSelector:
         if epoch % self.config.validation.every and epoch != self.config.epochs:
             return False
         validated = self._evaluate("validation", "train", self.classes, epoch) if self.classes else None
-        tested = None
-        if self.config.evaluation.best_test and self.uses_test:
-            tested = self._evaluate("test", "test", None, epoch)
-        best = False
-        if validated is not None:
-            value = selection_value(validated)
-            best = self.best_validation is None or value > self.best_validation["value"]
-            if best:
-                self.best_validation = {"value": value, "epoch": epoch}
+        tests = self.config.evaluation.best_test and self.uses_test
+        tested = self._evaluate("test", "test", None, epoch) if tests else None
         if tested is not None:
             self._last_test = epoch, tested
-            value = selection_value(tested)
-            if self.best_test is None or value > self.best_test["value"]:
-                self.best_test = {"value": value, "epoch": epoch, "metrics": tested}
-        return best
+            if _is_better(tested, self.best_test):
+                self.best_test = {"value": selection_value(tested), "epoch": epoch, "metrics": tested}
+        if validated is None or not _is_better(validated, self.best_validation):
+            return False
+        self.best_validation = {"value": selection_value(validated), "epoch": epoch}
+        return True
 
     def after_training(self, epoch: int, whole: bool, load_best: Callable[[], None]) -> list[dict[str, Any]]:
         """Evaluate the test set: the last weights, and the best by validation.
@@ -128,11 +127,7 @@ class ModelSelector:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "best_validation": self.best_validation,
-            "best_test": self.best_test,
-            "untrained": self.untrained,
-        }
+        return {name: getattr(self, name) for name in ("best_validation", "best_test", "untrained")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in ("best_validation", "best_test", "untrained"):

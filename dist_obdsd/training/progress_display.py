@@ -1,4 +1,4 @@
-"""The steps of a run on the terminal: a bar, a line every so many steps where there is no terminal, or nothing."""
+"""The steps of a run on the terminal: a bar, a line every so many steps, both, or nothing."""
 
 import datetime
 import logging
@@ -16,7 +16,17 @@ RECENT = 20
 
 
 class ProgressDisplay:
-    """The null display, which shows nothing."""
+    """Shows the steps of the epochs; as built by default, it shows nothing."""
+
+    def __init__(self, every: int = 0, bar_size: int = 0) -> None:
+        """
+        Args:
+            every: steps between two lines; 0 for no lines.
+            bar_size: images in a step, of a display with a bar; 0 for no bar.
+        """
+        self.every, self.bar_size = every, bar_size
+        self._bar: Any = None
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
 
     def __enter__(self) -> Self:
         return self
@@ -25,65 +35,33 @@ class ProgressDisplay:
         self.end()
 
     def begin(self, title: str, done: int, steps: int, left: int) -> None:
-        """Steps begin: ``done`` of the epoch's ``steps`` were taken before, ``left`` are left in the whole run."""
-
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """A step's numbers have arrived, with its losses, "seconds" and "data_wait" among them."""
-
-    def end(self) -> None:
-        """No more steps for now."""
-
-
-class StepLines(ProgressDisplay):
-    """A line every ``every`` steps; none at all if that is 0."""
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        if self._every and step % self._every == 0:
-            logger.info("  step %d: %s", step, _losses(values))
-
-
-class StepBar(StepLines):
-    """A bar for each epoch, with the speed and the time that the run has left."""
-
-    def __init__(self, every: int, global_size: int) -> None:
-        """
-        Args:
-            every: steps between two lines above the bar; 0 for none.
-            global_size: images in a step.
-        """
-        super().__init__(every)
-        self._global_size, self._left = global_size, 0
-        self._bar: Any = None
-        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
-
-    def begin(self, title: str, done: int, steps: int, left: int) -> None:
-        self.end()
-        form = "{desc} {percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt} steps, {elapsed}<{remaining}{postfix}"
-        colour = "green" if console.coloured(sys.stderr) else None
-        self._bar = console.bar(steps, "steps", title, initial=done, bar_format=form, colour=colour)
+        """Begin an epoch of ``steps``, of which ``done`` were taken before; ``left`` are left in the whole run."""
         self._left = left
+        if self.bar_size:
+            form = "{desc} {percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt} steps, {elapsed}<{remaining}{postfix}"
+            colour = "green" if console.coloured(sys.stderr) else None
+            self._bar = console.bar(steps, "steps", title, initial=done, bar_format=form, colour=colour)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        super().step(step, values)
-        self._left -= 1
-        self._recent.append((values["seconds"], values["data_wait"]))
-        seconds, waited = (sum(column) for column in zip(*self._recent, strict=True))
-        speed = self._global_size * len(self._recent) / seconds
-        left = datetime.timedelta(seconds=round(self._left * seconds / len(self._recent)))
-        text = f"{speed:,.0f} images/s, {waited / seconds:.0%} data wait, run {left} left, {_losses(values)}"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update()
+        """Show a step, whose numbers have arrived: its losses, "seconds" and "data_wait" among them."""
+        losses = "  ".join(f"{name} {values[name]:.4f}" for name in LOSSES if name in values)
+        if self.every and step % self.every == 0:
+            logger.info("  step %d: %s", step, losses)
+        if self._bar is not None:
+            self._left -= 1
+            self._recent.append((values["seconds"], values["data_wait"]))
+            seconds, waited = (sum(column) for column in zip(*self._recent, strict=True))
+            speed = self.bar_size * len(self._recent) / seconds
+            left = datetime.timedelta(seconds=round(self._left * seconds / len(self._recent)))
+            text = f"{speed:,.0f} images/s, {waited / seconds:.0%} data wait, run {left} left, {losses}"
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
 
     def end(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
-
-
-def _losses(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {values[name]:.4f}" for name in LOSSES if name in values)
+            self._bar = None
 
 
 def build_display(is_main: bool, every: int, global_size: int, quiet: bool, verbose: bool) -> ProgressDisplay:
@@ -96,5 +74,5 @@ def build_display(is_main: bool, every: int, global_size: int, quiet: bool, verb
     if not is_main or quiet:
         return ProgressDisplay()
     if console.has_bars():
-        return StepBar(1 if verbose else 0, global_size)
-    return StepLines(1 if verbose else every)
+        return ProgressDisplay(1 if verbose else 0, global_size)
+    return ProgressDisplay(1 if verbose else every)

@@ -1,6 +1,7 @@
-"""The run folder ``runs/NAME``: who holds it, what state it is in, and its growing record of metrics."""
+"""The run folder ``runs/NAME``: its lock, its status and its growing file of metrics."""
 
 import fcntl
+import itertools
 import json
 import os
 import time
@@ -13,7 +14,7 @@ from dist_obdsd.files import why_not_written, write_atomically
 
 
 class RunDir:
-    """Held by rank 0 for the whole run. The lock is the kernel's, so a killed run never blocks its restart."""
+    """The folder as rank 0 holds it. The lock is the kernel's, so a killed run never blocks its restart."""
 
     def __init__(self, path: Path) -> None:
         """Create or reopen the folder and lock it.
@@ -40,18 +41,15 @@ class RunDir:
             ) from error
         self._metrics: TextIO | None = None
 
-    def status(self) -> dict[str, Any]:
-        return read_status(self.path)
-
-    def write_status(self, state: str, message: str) -> None:
-        write_status(self.path, state, message)
-
     def write_text(self, name: str, text: str) -> Path:
         write_atomically(self.path / name, text.encode())
         return self.path / name
 
+    def write_json(self, name: str, value: Any) -> Path:
+        return self.write_text(name, json.dumps(value, indent=1) + "\n")
+
     def cut_metrics(self, global_step: int) -> None:
-        """Drop the lines of what will be done again after a checkpoint at ``global_step``."""
+        """Open the metrics file without the lines of what will be done again after a checkpoint at ``global_step``."""
         path = self.path / "metrics.jsonl"
         kept = []
         if path.exists():
@@ -69,9 +67,8 @@ class RunDir:
         self._metrics = path.open("a", buffering=1)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``. ``step`` counts optimizer steps from 0."""
-        if self._metrics is None:
-            raise RunError("the metrics file is not open; call cut_metrics first")
+        """Append one line to ``metrics.jsonl``, after ``cut_metrics``. ``step`` counts optimizer steps from 0."""
+        assert self._metrics is not None
         line = json.dumps({"kind": kind, "step": step, **values}) + "\n"
         try:
             self._metrics.write(line)
@@ -83,7 +80,7 @@ class RunDir:
 
     def close(self) -> None:
         if self._metrics is not None:
-            with suppress(OSError):  # the line that could not be written is tried once more, in vain
+            with suppress(OSError):  # it tries to write the failed line once more
                 self._metrics.close()
         self._lock.close()
 
@@ -96,13 +93,13 @@ def read_status(path: Path) -> dict[str, Any]:
 
 
 def write_status(path: Path, state: str, message: str) -> None:
-    """Record running, finished, preempted or failed: what scripts judge a run by, whatever its launcher returns."""
+    """Write running, finished, preempted or failed, for scripts to read, whatever the launcher returns."""
     status = {"state": state, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
     text = (json.dumps(status) + "\n").encode()
     try:
         write_atomically(path / "status.json", text)
     except RunError as error:
-        # On a full disk the room of the old status is what there is; for a moment a reader may find half of the new.
+        # A full disk still has the room of the old status; for a moment a reader may find half of the new one.
         try:
             with (path / "status.json").open("r+b") as file:
                 file.write(text)
@@ -113,8 +110,5 @@ def write_status(path: Path, state: str, message: str) -> None:
 
 def free_name(output: Path, name: str) -> str:
     """The first of NAME, NAME-2, NAME-3, ... whose folder does not exist."""
-    number, candidate = 1, name
-    while (output / candidate).exists():
-        number += 1
-        candidate = f"{name}-{number}"
-    return candidate
+    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if not (output / candidate).exists())

@@ -32,7 +32,7 @@ from dist_obdsd.training.metrics_logger import MetricsLogger
 from dist_obdsd.training.model_selection import ModelSelector
 from dist_obdsd.training.preemption import PreemptionHandler
 from dist_obdsd.training.progress_display import ProgressDisplay
-from dist_obdsd.training.run_dir import RunDir
+from dist_obdsd.training.run_dir import RunDir, read_status, write_status
 from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import DelayedMetrics, Numbers, TrainProgress, TrainStep
 
@@ -122,7 +122,7 @@ class Trainer:
                     return summary
                 with raise_on_all_ranks("preparing the run folder"):
                     if self.run_dir is not None:
-                        self.run_dir.write_status("running", "")
+                        write_status(self.run_dir.path, "running", "")
                         self.run_dir.cut_metrics(self.progress.global_step)
                 with self.metrics.tracking(self.manifest):
                     return self._run()
@@ -159,17 +159,10 @@ class Trainer:
             return
         with raise_on_all_ranks("opening the stream"):
             stream = TrainStream(
-                self.manifest,
-                self.train_classes,
-                self.config,
-                self.runtime.rank,
-                self.runtime.world_size,
-                self.progress.epoch,
-                self.progress.step,
-                logger.warning,
-                pinned=self.runtime.device.type == "cuda",
+                self.manifest, self.train_classes, self.config, self.runtime.rank, self.runtime.world_size,
+                self.progress.epoch, self.progress.step, logger.warning, pinned=self.runtime.device.type == "cuda",
                 device_decoder=self.device_decoder,
-            )
+            )  # fmt: skip
         try:
             while not self._is_complete():
                 steps = stream.plan(self.progress.epoch).steps
@@ -285,14 +278,15 @@ class Trainer:
         }
         tracker = self.metrics.tracker
         if self.run_dir is not None:
-            tracker.artifact(self.run_dir.write_text("summary.json", json.dumps(summary, indent=1) + "\n"))
+            tracker.artifact(self.run_dir.write_json("summary.json", summary))
         with raise_on_all_ranks("drawing the figures"):
             for path in self.figures.draw():
                 tracker.artifact(path)
         if self.run_dir is not None:
             if self.config.tracking.log_model and (best := self.checkpoints.best_path()) is not None:
                 tracker.model(best)
-            self.run_dir.write_status("finished", f"{self.progress.epoch} epochs, {self.progress.global_step} steps")
+            done = f"{self.progress.epoch} epochs, {self.progress.global_step} steps"
+            write_status(self.run_dir.path, "finished", done)
         return summary
 
     def _preempted(self) -> dict[str, Any]:
@@ -301,7 +295,7 @@ class Trainer:
         self.metrics.preempted = True
         message = f"stopped by a signal after {self.progress.global_step} steps; the same command goes on from there"
         if self.run_dir is not None:
-            self.run_dir.write_status("preempted", message)
+            write_status(self.run_dir.path, "preempted", message)
         seconds = max(filter(None, collectives.gather_json(self.preemption.seconds_ago)), default=0.0)
         logger.info("%s (%.1f s after the signal)", message, seconds)
         return {"meta": {"state": "preempted", "message": message}, "rows": []}
@@ -318,9 +312,10 @@ class Trainer:
     def _finished_before(self) -> dict[str, Any] | None:
         """The summary of a run that is already complete."""
         summary = None
-        if self._is_complete() and self.run_dir is not None and self.run_dir.status().get("state") == "finished":
-            summary = json.loads((self.run_dir.path / "summary.json").read_text())
+        folder = self.config.run_dir
+        if self.runtime.is_main and self._is_complete() and read_status(folder).get("state") == "finished":
+            summary = json.loads((folder / "summary.json").read_text())
         summary = collectives.broadcast_object(summary)
         if summary is not None:
-            logger.info("%s is finished already; --fresh trains it again under a new name", self.config.run_dir)
+            logger.info("%s is finished already; --fresh trains it again under a new name", folder)
         return summary

@@ -73,8 +73,8 @@ def test_the_deepspeed_files_are_taken(stage):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"train_batch_size": 8}, "sets train_batch_size, which the config decides by batch.global_size"),
-        ({"bf16": {"enabled": True}}, "sets bf16, which the config decides by precision"),
+        ({"train_batch_size": 8}, "sets train_batch_size, which batch.global_size decides"),
+        ({"bf16": {"enabled": True}}, "sets bf16, which precision decides"),
         ({"zero_optimization": {"stage": 3}}, "progressive teacher is a copy"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "is not supported; take it out"),
         ([], "is not a DeepSpeed configuration"),

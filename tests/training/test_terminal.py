@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_obdsd import console
-from dist_obdsd.training.progress_display import ProgressDisplay, StepBar, StepLines, build_display
+from dist_obdsd.training.progress_display import ProgressDisplay, build_display
 from tests import runs
 from tests.nursery import Program
 
@@ -81,18 +81,19 @@ class Screen(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("is_main", "screen", "quiet", "kind"),
+    ("is_main", "screen", "quiet", "shown"),
     [
-        (True, io.StringIO(), False, StepLines),
-        (True, Screen(), False, StepBar),
-        (True, Screen(), True, ProgressDisplay),
-        (False, Screen(), False, ProgressDisplay),
+        (True, io.StringIO(), False, (50, 0)),
+        (True, Screen(), False, (0, 8)),
+        (True, Screen(), True, (0, 0)),
+        (False, Screen(), False, (0, 0)),
     ],
     ids=["pipe", "terminal", "quiet", "other rank"],
 )
-def test_what_fits_a_rank(monkeypatch: pytest.MonkeyPatch, is_main, screen, quiet, kind) -> None:
+def test_what_fits_a_rank(monkeypatch: pytest.MonkeyPatch, is_main, screen, quiet, shown) -> None:
     monkeypatch.setattr(sys, "stderr", screen)
-    assert type(build_display(is_main, 50, 8, quiet, verbose=False)) is kind
+    display = build_display(is_main, 50, 8, quiet, verbose=False)
+    assert (display.every, display.bar_size) == shown
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("TERM", "xterm")])
@@ -101,7 +102,7 @@ def test_colours_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch, variable
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys, "stderr", Screen())
-    with StepBar(1, 8) as display, console.log_to_terminal():
+    with ProgressDisplay(1, 8) as display, console.log_to_terminal():
         display.begin("epoch 1/1", 0, 4, 4)
         logging.getLogger("dist_obdsd.data").warning("it is cold")
     assert ("\x1b[33m" in sys.stderr.getvalue()) == (value == "xterm")
