@@ -1,14 +1,13 @@
 """Batches for ``bench step``: one that is made up, again and again, or those of a training run's stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.gpu import build_device_decoder
-from dist_obdsd.data.stream import Batch, TrainStream
+from dist_obdsd.data.stream import TrainBatch, TrainStream
 from dist_obdsd.distributed import launch as runtime
 
 EPOCHS = 100_000
@@ -20,15 +19,12 @@ class Feed(AbstractContextManager["Feed"]):
 
     classes: Sequence[int]
     """That the labels are of, sorted."""
-    decode = "cpu"
-    """Where JPEGs are decoded, which need not be where the config wishes."""
 
-    def __init__(self, config: Config, rank: runtime.Runtime, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, rank: runtime.Runtime) -> None:
         """Make a batch up, in pinned memory for a GPU, or start to read. Collective.
 
         Args:
             config: its ``data.shards`` is empty where images are to be made up.
-            say: is told what a user should know.
 
         Raises:
             InputError: the shards cannot be read or do not fit the batch.
@@ -38,20 +34,17 @@ class Feed(AbstractContextManager["Feed"]):
         if data.shards:
             manifest = manifests.load(data.shards)
             self.classes, _ = manifests.split_classes(manifest, config.validation, config.seed)
-            decoder = build_device_decoder(config, rank.device, say, say)
-            self.decode = "cpu" if decoder is None else "gpu"
             self._stream = TrainStream(
-                manifest, self.classes, config, rank.rank, rank.world_size, config.epochs // 2, 0, say, pinned=cuda,
-                device_decoder=decoder,
-            )  # fmt: skip
+                manifest, self.classes, config, rank.rank, rank.world_size, config.epochs // 2, 0, pinned=cuda
+            )
             return
         self.classes = range(B // 2)
         shape = (B // rank.world_size, data.channels, data.image_size, data.image_size)
         images_b = torch.randint(0, 256, shape, dtype=torch.uint8)
         images_b = images_b.pin_memory() if cuda else images_b
-        self._batch = Batch(config.epochs // 2, 0, images_b, torch.arange(len(images_b)), torch.arange(B) // 2, [])
+        self._batch = TrainBatch(config.epochs // 2, 0, images_b, torch.arange(len(images_b)), torch.arange(B) // 2, [])
 
-    def __call__(self) -> Batch:
+    def __call__(self) -> TrainBatch:
         return self._batch if self._stream is None else next(self._stream)
 
     def __exit__(self, *error: object) -> None:

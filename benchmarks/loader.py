@@ -33,9 +33,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.report import Row
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.decode_tasks import Row as Encoded
-from dist_obdsd.data.decode_tasks import decode_rows
-from dist_obdsd.data.decoding_workers import LENT, SLOTS
+from dist_obdsd.data.decoding_workers import LENT, SLOTS, DecodeTask, decode_tasks
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.packing.pack import pack
 from dist_obdsd.data.packing.recipes import load_recipe
@@ -202,14 +200,14 @@ def per_core(config: Config, files: Path) -> dict[str, float]:
     """Both ways in this process, in turns; the quickest turn counts."""
     images = dataset(config, files)
     chosen = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long().tolist()
-    rows = [Encoded(i, Path(images.samples[i][0]).read_bytes(), (0, 0, i)) for i in chosen]
+    rows = [DecodeTask(i, Path(images.samples[i][0]).read_bytes(), (0, 0, i)) for i in chosen]
     size = config.data.image_size
     out = torch.empty(len(rows), config.data.channels, size, size, dtype=torch.uint8)
 
     def folder() -> None:
         torch.stack([images[i][0] for i in chosen], out=out)
 
-    ways: dict[str, Callable[[], Any]] = {STREAM: lambda: decode_rows(rows, out, config, 1), FOLDER: folder}
+    ways: dict[str, Callable[[], Any]] = {STREAM: lambda: decode_tasks(rows, out, config, 1), FOLDER: folder}
     best = dict.fromkeys(ways, math.inf)
     for _ in range(ROUNDS):
         for name, way in ways.items():

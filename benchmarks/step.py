@@ -49,7 +49,7 @@ from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import TrainProgress, TrainStep
 
 CASE = ("backbone", "image_size", "batch", "dim", "precision", "compile", "teacher_precision", "threads", "budget",
-        "shards", "workers", "decode")  # fmt: skip
+        "shards", "workers")  # fmt: skip
 """The options that say what is measured."""
 ARMS = ("none", "psd", "obdsd")
 WAIT = "data wait"
@@ -95,15 +95,11 @@ def config(case: dict[str, Any], arm: str, world: int) -> Config:
     """The config of an arm, with the published weights of CUB200 and sharper temperatures.
 
     Raises:
-        InputError: a backbone, precision, size or place to decode that does not fit.
+        InputError: a backbone, precision or size that does not fit.
     """
     if case["batch"] % 2:
         raise InputError(f"--batch is {case['batch']}; give an even number, since a batch is made of pairs")
     small = case["backbone"] == "small_cnn"
-    if case["decode"] == "gpu" and not case["shards"]:
-        raise InputError("--decode gpu finds nothing to decode, since images are made up; give packed ones by --shards")
-    if case["decode"] == "gpu" and small:
-        raise InputError("--decode gpu gives colour images, and small_cnn reads grey ones; give --backbone resnet50")
     raw = {
         "name": "bench",
         "epochs": EPOCHS,
@@ -111,7 +107,6 @@ def config(case: dict[str, Any], arm: str, world: int) -> Config:
         "data": {
             "shards": str(case["shards"] or ""),
             "workers": case["workers"],
-            "decode": case["decode"],
             "image_size": case["image_size"] or (32 if small else 224),
             "lanes": world,
             **({"channels": 1, "mean": [0.5], "std": [0.5]} if small else {}),
@@ -250,8 +245,6 @@ class Arm:
         # What came of a wish: a machine that cannot do it goes on without.
         if self.config.model.compile:
             row["compiled"] = self.compiled
-        if self.config.data.decode == "gpu":
-            row["decode"] = self.feed.decode
         row |= {"images_per_s": B / seconds, "ms": 1000 * seconds}
         row |= {part: 1000 * statistics.median(values) for part, values in self.parts.items()}
         if none is not None:
@@ -277,7 +270,7 @@ def _rank(case: dict[str, Any]) -> None:
         ):
             split.around(owner, name, "communication")
         configs = [config(case, arm, rank.world_size) for arm in ARMS]
-        feed = stack.enter_context(Feed(configs[0], rank, say))
+        feed = stack.enter_context(Feed(configs[0], rank))
         arms = [Arm(config, rank, split, feed) for config in configs]
         for arm in arms:
             arm.warm_up()

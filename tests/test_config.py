@@ -36,10 +36,7 @@ def test_every_shipped_config_is_valid(path):
         ("optim.schedule=step", "needs optim.milestones"),
         ("optim.milestones=[3]", "set optim.schedule=step"),
         ("data.resize=100", "set data.resize to at least 224"),
-        ("data={shards: x, decode: gpu, augment: strong}", "set data.augment to crop or none, or data.decode=cpu"),
-        ("data={shards: x, decode: gpu, augment: affine}", "but not data.augment=affine"),
-        ("data={shards: x, decode: gpu, channels: 1, mean: [0], std: [1]}", "set data.channels=3 or data.decode=cpu"),
-        ("data.decode=auto", "data.decode is 'auto'"),
+        ("data.decode=gpu", "take it out"),
         ("data.std=[0, 1, 1]", "every value must be above 0"),
         ("name=../up", "name is '../up'"),
         ("optim.lr=.nan", "optim.lr is nan"),
@@ -58,10 +55,8 @@ def test_a_mistake_is_refused_with_the_mend(override, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_a_gpu_decodes_only_where_there_may_be_one():
-    assert parse("data.decode=gpu").data.decode == "gpu"
-    with pytest.raises(InputError, match="data.decode=gpu needs a GPU; set data.decode=cpu, or device to cuda or auto"):
-        parse("data.decode=gpu", "device=cpu")
+def test_a_setting_that_has_gone_is_dropped_at_its_default():
+    assert "decode" not in parse("data.decode=cpu").model_dump()["data"]
 
 
 def test_overrides_are_yaml_and_numbers_may_have_exponents():

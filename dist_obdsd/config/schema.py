@@ -111,8 +111,6 @@ class Config(Section):
             )
         if self.evaluation.best_test and not self.evaluation.test:
             raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")
-        if self.data.decode == "gpu" and self.device == "cpu":
-            raise ValueError("data.decode=gpu needs a GPU; set data.decode=cpu, or device to cuda or auto")
         if self.precision == "float64" and self.strategy == "deepspeed":
             raise ValueError("DeepSpeed has no float64; set precision=float32 or strategy=ddp")
         if self.precision == "float64" and self.distillation.teacher_precision == "bf16":

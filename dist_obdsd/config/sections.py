@@ -1,6 +1,6 @@
 """The sections of a configuration. Every field has its meaning beside it."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -41,10 +41,6 @@ class DataConfig(Section):
     where a mirrored one is another one); `none`: as in evaluation."""
     crop_scale: tuple[Positive, Positive] = (0.08, 1.0)
     """Smallest and largest share of the image's area that `crop` and `strong` keep."""
-    decode: Literal["cpu", "gpu"] = "cpu"
-    """`gpu`: in training the GPU decodes JPEGs, crops, resizes and flips them. The CPU decodes all other images, and
-    all of an evaluation, whose numbers must not depend on the device. Resizing gives the same pixels, decoding nearly;
-    a GPU without nvJPEG leaves all to the CPU."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
     lanes: Count = 8
@@ -57,6 +53,16 @@ class DataConfig(Section):
     equally)."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
     """How many undecodable images each rank replaces, with a warning that names each, before the run stops."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_decode(cls, raw: Any) -> Any:
+        """Take a setting of earlier versions out, which their checkpoints and configs hold."""
+        if isinstance(raw, dict) and "decode" in raw:
+            if raw["decode"] != "cpu":
+                raise ValueError("data.decode has gone, since the CPU decodes all images; take it out")
+            raw = {name: value for name, value in raw.items() if name != "decode"}
+        return raw
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -72,13 +78,6 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.crop_scale is {list(self.crop_scale)}; give [smallest, largest] with both in (0, 1]"
             )
-        if self.decode == "gpu" and self.augment not in ("crop", "none"):
-            raise ValueError(
-                f"data.decode=gpu can crop, resize and flip, but not data.augment={self.augment}; "
-                f"set data.augment to crop or none, or data.decode=cpu"
-            )
-        if self.decode == "gpu" and self.channels != 3:
-            raise ValueError("data.decode=gpu gives RGB images; set data.channels=3 or data.decode=cpu")
         if self.cache_gib is not None and self.cache is None:
             raise ValueError("data.cache_gib bounds the cache, but data.cache names no folder; set data.cache, too")
         if self.resize is not None and self.resize < self.image_size:

@@ -1,11 +1,12 @@
 """Decoding processes: encoded bytes in, uint8 images out, in the order that went in.
 
-One thread takes jobs (a batch's encoded rows) from an iterator and cuts each into parts for the processes. They write
-pixels into anonymous shared memory that they inherit, so no pixel is copied through a pipe and /dev/shm, which
-containers keep small, is not used; what comes back lies there, too, until nobody holds it. Which process decodes a row
-never changes the row.
+One thread takes jobs (the encoded images of a batch) from an iterator and cuts each into parts for the processes. They
+write pixels into anonymous shared memory that they inherit: no pixel goes through a pipe, and /dev/shm, which
+containers keep small, is not used. A batch stays there until nobody holds it. Which process decodes an image
+never changes it.
 """
 
+import logging
 import math
 import mmap
 import multiprocessing
@@ -15,68 +16,111 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import util
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_obdsd.config import Config
-from dist_obdsd.data.decode_tasks import Bad, Left, Part, Row, decode_rows
+from dist_obdsd.data.transforms import decode, eval_transform, train_transform
 from dist_obdsd.errors import RunError, UserError
+from dist_obdsd.rng import rng
 from dist_obdsd.transfer import pin, unpin
+
+logger = logging.getLogger(__name__)
 
 SLOTS = 4  # batches that may be read, decoded or ready at a time
 LENT = 2  # delivered batches that stay where they were decoded while somebody holds them; further ones are copied
 
 
-@dataclass(frozen=True)
-class Job:
-    about: Any
-    """Comes back beside the images."""
-    rows: list[Row]
+class DecodeTask(NamedTuple):
+    """One image to decode."""
+
+    id: int
+    data: bytes
+    place: tuple[int, int, int] | None
+    """(epoch, step, global row), which the augmentation is drawn from; None: as in evaluation."""
+
+
+class DecodeFailure(NamedTuple):
+    """A row whose image could not be decoded."""
+
+    row: int
+    id: int
+    reason: str
+    replacement: int | None
+    """The image of the same group that stands in its row; None when there is none."""
 
 
 @dataclass(frozen=True)
-class Decoded:
-    about: Any
+class DecodeJob:
+    """The images of one batch."""
+
+    meta: Any
+    """Comes back beside the pixels."""
+    tasks: list[DecodeTask]
+
+
+@dataclass(frozen=True)
+class DecodedJob:
+    meta: Any
     images: Tensor
-    """uint8 [rows, C, s, s]; rows beyond the job's are zero, those that were left hold anything."""
-    bad: list[Bad]
-    left: list[Left]
-    rows: list[Row]
-    """The job's."""
+    """uint8 [rows, C, s, s]; rows beyond the job's are zero."""
+    failures: list[DecodeFailure]
+
+
+def decode_tasks(tasks: list[DecodeTask], out: Tensor, config: Config, group: int) -> list[DecodeFailure]:
+    """Decode and transform every task into its row of ``out`` [at least len(tasks), C, s, s].
+
+    Args:
+        group: a broken image is replaced by the next good one of its ``group`` consecutive rows (1: never).
+    """
+    # All generators at once: among the decoding, code and tables that they need would be out of the cache every time.
+    generators = [None if task.place is None else rng(config.seed, "augment", *task.place) for task in tasks]
+    outcomes = [_decode_task(tasks, i, generator, out[i], config, group) for i, generator in enumerate(generators)]
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _decode_task(
+    tasks: list[DecodeTask], i: int, generator: np.random.Generator | None, out: Tensor, config: Config, group: int
+) -> DecodeFailure | None:
+    """Decode and transform task i into ``out`` [C, s, s], or what replaces it."""
+    task, start = tasks[i], i - i % group
+    members = [task, *(other for other in tasks[start : start + group] if other.id != task.id)]
+    reason = ""
+    for member in members:
+        try:
+            image = decode(member.data, config.data.channels)
+        except ValueError as error:
+            reason = reason or str(error)
+            continue
+        if generator is None:
+            out.copy_(eval_transform(image, config.data))
+        else:
+            out.copy_(train_transform(image, config.data, generator))
+        return None if member.id == task.id else DecodeFailure(i, task.id, reason, member.id)
+    return DecodeFailure(i, task.id, reason, None)
 
 
 class Decoder:
-    """Iterates over ``jobs``, decoded."""
+    """An iterator over ``jobs``, decoded."""
 
-    def __init__(
-        self,
-        jobs: Iterator[Job],
-        rows: int,
-        config: Config,
-        group: int,
-        leave: bool = False,
-        pinned: bool = False,
-        warn: Callable[[str], None] = print,
-    ) -> None:
+    def __init__(self, jobs: Iterator[DecodeJob], rows: int, config: Config, group: int, pinned: bool = False) -> None:
         """Start ``config.data.workers`` processes and the thread that takes jobs.
 
         Args:
             jobs: is run in a thread of its own; what it raises reaches the caller of ``__next__``.
             rows: rows of the images that come back; a job has at most as many.
-            group: see ``decode_rows``; parts never cut a group.
-            leave: see there.
+            group: see ``decode_tasks``; parts never cut a group.
             pinned: let what the processes decode lie in pinned memory, for a GPU to fetch (see ``transfer``).
-            warn: is told if it cannot.
         """
-        self._jobs, self._config, self._group, self._leave = jobs, config, group, leave
+        self._jobs, self._config, self._group = jobs, config, group
         self._shape = (rows, config.data.channels, config.data.image_size, config.data.image_size)
         # A slot may come back while the garbage collector runs in a thread that is inside of this very queue.
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -92,7 +136,7 @@ class Decoder:
             # Processes before threads: a fork copies locks in whatever state other threads have them.
             self._start_processes()
             self._executor = ThreadPoolExecutor(config.data.workers, "decoding")
-            self._pinned = pinned and self._pin_slots(warn)
+            self._pinned = pinned and self._pin_slots()
         self._thread = threading.Thread(target=self._feed, name="feeding", daemon=True)
         self._thread.start()
 
@@ -108,7 +152,7 @@ class Decoder:
             connections.append(ours)
             process = context.Process(
                 target=_work,
-                args=(theirs, list(connections), os.getpid(), self._slots, self._config, self._group, self._leave),
+                args=(theirs, list(connections), os.getpid(), self._slots, self._config, self._group),
                 name="dist-obdsd decoding",
                 daemon=True,
             )
@@ -119,12 +163,14 @@ class Decoder:
         # The processes ignore SIGTERM, so the interpreter's own clean-up at exit would wait for them for ever.
         self._end = util.Finalize(None, _end_processes, args=(self._processes, connections), exitpriority=20)
 
-    def _pin_slots(self, warn: Callable[[str], None]) -> bool:
+    def _pin_slots(self) -> bool:
         try:
             pin(self._slots)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            warn(f"the images' memory cannot be pinned ({reason}); they are copied once more on their way to the GPU")
+            logger.warning(
+                "the images' memory cannot be pinned (%s); they are copied once more on their way to the GPU",
+                str(error).splitlines()[0],
+            )
             return False
         return True
 
@@ -139,20 +185,20 @@ class Decoder:
         except BaseException as error:
             self._ready.put(error)
 
-    def _submit(self, job: Job, slot: int) -> list[Future[Part]]:
+    def _submit(self, job: DecodeJob, slot: int) -> list[Future[list[DecodeFailure]]]:
         if self._executor is None:
             return []
-        n, workers = len(job.rows), self._config.data.workers
+        n, workers = len(job.tasks), self._config.data.workers
         part = -(-n // (workers * self._group)) * self._group
         return [
-            self._executor.submit(self._decode_elsewhere, slot, start, job.rows[start : start + part])
+            self._executor.submit(self._decode_elsewhere, slot, start, job.tasks[start : start + part])
             for start in range(0, n, part)
         ]
 
-    def _decode_elsewhere(self, slot: int, start: int, rows: list[Row]) -> Part:
+    def _decode_elsewhere(self, slot: int, start: int, tasks: list[DecodeTask]) -> list[DecodeFailure]:
         process, connection = self._idle.get()
         try:
-            connection.send((slot, start, rows))
+            connection.send((slot, start, tasks))
             reply = connection.recv()
         except (EOFError, OSError) as error:
             process.join(1)
@@ -164,12 +210,12 @@ class Decoder:
             self._idle.put((process, connection))
         if isinstance(reply, str):
             raise RunError(f"a decoding process failed: {reply}")
-        return reply.moved(start)
+        return [failure._replace(row=failure.row + start) for failure in reply]
 
     def __iter__(self) -> "Decoder":
         return self
 
-    def __next__(self) -> Decoded:
+    def __next__(self) -> DecodedJob:
         """The next job's images.
 
         Raises:
@@ -187,13 +233,12 @@ class Decoder:
         job, slot, parts = item
         if self._executor is None:
             images = torch.zeros(self._shape, dtype=torch.uint8)
-            done = [decode_rows(job.rows, images, self._config, self._group, self._leave)]
+            failures = decode_tasks(job.tasks, images, self._config, self._group)
             self._free.put(slot)
         else:
-            done = [part.result() for part in parts]
-            images = self._deliver(slot, len(job.rows))
-        bad, left = [bad for part in done for bad in part.bad], [left for part in done for left in part.left]
-        return Decoded(job.about, images, bad, left, job.rows)
+            failures = [failure for part in parts for failure in part.result()]
+            images = self._deliver(slot, len(job.tasks))
+        return DecodedJob(job.meta, images, failures)
 
     def _deliver(self, slot: int, n: int) -> Tensor:
         """The images in a slot, whose first n rows were decoded. The slot is free again when nobody holds them."""
@@ -238,9 +283,8 @@ def _work(
     slots: np.ndarray,
     config: Config,
     group: int,
-    leave: bool,
 ) -> None:
-    """A decoding process: answer until the parent closes the connection or is gone."""
+    """Run a decoding process: answer until the parent closes the connection or is gone."""
     # The parent decides when to end: launchers send these signals to every process of the job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -257,11 +301,11 @@ def _work(
             while not connection.poll(5):
                 if os.getppid() != parent:
                     return
-            slot, start, rows = connection.recv()
+            slot, start, tasks = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            reply: Any = decode_rows(rows, images[slot, start:], config, group, leave)
+            reply: Any = decode_tasks(tasks, images[slot, start:], config, group)
         except Exception as error:
             reply = f"{type(error).__name__}: {error}"
         try:

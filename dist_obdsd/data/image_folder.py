@@ -1,4 +1,4 @@
-"""A folder of images that is not packed: to be embedded as it lies there.
+"""A folder of images that is not packed, for embedding.
 
 An image's id is its place in the sorted list of paths, its class the folder that it lies in. Legend as in ``stream``.
 """
@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 from dist_obdsd.config import Config
-from dist_obdsd.data.decode_tasks import Row
-from dist_obdsd.data.decoding_workers import Decoder, Job
+from dist_obdsd.data.decoding_workers import DecodeJob, Decoder, DecodeTask
 from dist_obdsd.data.images import IMAGE_SUFFIXES
-from dist_obdsd.data.stream import EvaluationBatch, near_equal
+from dist_obdsd.data.stream import EvalBatch, near_equal
 from dist_obdsd.errors import InputError, RunError
 
 
@@ -53,7 +52,7 @@ def find_images(root: Path) -> ImageFolder:
     return ImageFolder(root, sorted(paths))
 
 
-def folder_batches(folder: ImageFolder, config: Config, rank: int, world_size: int) -> Iterator[EvaluationBatch]:
+def folder_batches(folder: ImageFolder, config: Config, rank: int, world_size: int) -> Iterator[EvalBatch]:
     """This rank's share, in near-equal batches that do not depend on the number of ranks.
 
     Raises:
@@ -62,27 +61,27 @@ def folder_batches(folder: ImageFolder, config: Config, rank: int, world_size: i
     size = near_equal(len(folder.paths), config.evaluation.batch_size)
     starts = range(0, len(folder.paths), size)[rank::world_size]
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[DecodeJob]:
         for start in starts:
-            rows = []
+            tasks = []
             for image_id, path in enumerate(folder.paths[start : start + size], start):
                 try:
-                    rows.append(Row(image_id, (folder.root / path).read_bytes(), None))
+                    tasks.append(DecodeTask(image_id, (folder.root / path).read_bytes(), None))
                 except OSError as error:
                     raise RunError(f"cannot read the image {folder.root / path}: {error.strerror}") from error
-            yield Job([row.id for row in rows], rows)
+            yield DecodeJob([task.id for task in tasks], tasks)
 
     if not starts:
         return
     decoder = Decoder(jobs(), size, config, 1)
     try:
         for decoded in decoder:
-            for bad in decoded.bad:
+            for failure in decoded.failures:
                 raise RunError(
-                    f"the image {folder.root / folder.paths[bad.id]} cannot be decoded: {bad.reason}; mend it or move "
-                    f"it out of the folder"
+                    f"the image {folder.root / folder.paths[failure.id]} cannot be decoded: {failure.reason}; "
+                    f"mend it or move it out of the folder"
                 )
-            ids = torch.tensor(decoded.about)
-            yield EvaluationBatch(decoded.images, ids, torch.zeros_like(ids), ("both",) * len(ids))
+            ids = torch.tensor(decoded.meta)
+            yield EvalBatch(decoded.images, ids, torch.zeros_like(ids), ("both",) * len(ids))
     finally:
         decoder.close()

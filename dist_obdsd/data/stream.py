@@ -1,15 +1,16 @@
 """The stream: shards in, batches of decoded images out, in the order of the schedule.
 
-Per rank, one thread reads its lanes' shards window by window (``reading``), another cuts them into batches for the
-decoding processes (``decoding``). Order and pixels come from the plan and from (seed, epoch, step, global row) alone,
-so they are the same for every number of ranks and of decoding processes, and after a resume.
+Per rank, one thread reads its lanes' shards window by window (``shard_reader``), another cuts them into batches for the
+decoding processes (``decoding_workers``). Order and pixels come from the plan and from (seed, epoch, step, global
+row) alone, so they are the same for every number of ranks and of decoding processes, and after a resume.
 
 Letters: b local rows, B global rows, C channels, s image size.
 """
 
+import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +18,23 @@ from torch import Tensor
 
 from dist_obdsd.config import Config
 from dist_obdsd.data.cache import Cache
-from dist_obdsd.data.decode_tasks import Bad, Row
-from dist_obdsd.data.decoding_workers import Decoder, Job
-from dist_obdsd.data.gpu import DeviceDecoder
+from dist_obdsd.data.decoding_workers import DecodeFailure, DecodeJob, Decoder, DecodeTask
 from dist_obdsd.data.manifest import Manifest, Shard, key
 from dist_obdsd.data.schedule import EpochPlan, lanes_of, plan_from
 from dist_obdsd.data.shard_reader import Window, WindowReader, cache_of, check_files, read_shard
 from dist_obdsd.errors import InputError, RunError
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Batch:
+class TrainBatch:
     """This rank's rows of one global batch."""
 
     epoch: int
     step: int
     images_b: Tensor
-    """uint8 [b, C, s, s], on the CPU, or on the device that decoded them."""
+    """uint8 [b, C, s, s], on the CPU."""
     ids_b: Tensor
     """int64 [b], the images that are really there."""
     labels_B: Tensor
@@ -43,7 +44,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class EvaluationBatch:
+class EvalBatch:
     """n images, padded to the largest batch of the split so that a network sees one shape."""
 
     images: Tensor
@@ -68,17 +69,13 @@ class TrainStream:
         world_size: int,
         start_epoch: int = 0,
         start_step: int = 0,
-        warn: Callable[[str], None] = print,
         pinned: bool = False,
-        device_decoder: DeviceDecoder | None = None,
     ) -> None:
         """Plan the first epoch and start to read and decode.
 
         Args:
             classes: the class ids to train on.
-            warn: is told once of every broken image that is replaced.
             pinned: let the images lie in memory that a GPU can fetch by itself.
-            device_decoder: decodes what it can, so that the batches' images come on its device.
 
         Raises:
             InputError: a shard file is missing, the world size does not divide the lanes, the data is too small for
@@ -89,8 +86,7 @@ class TrainStream:
         self._lanes = lanes_of(rank, world_size, config.data.lanes)
         b = config.batch.global_size // world_size
         self._rows = slice(rank * b, (rank + 1) * b)
-        self._warn = warn
-        self._bad: set[int] = set()
+        self._broken: set[int] = set()
         self._plans: dict[int, EpochPlan] = {}
         self._planning = threading.Lock()
         check_files(config.data.shards, manifest.splits.get("train", ()))
@@ -103,10 +99,7 @@ class TrainStream:
         # The reader's thread starts only after the decoding processes were forked.
         self._reader: WindowReader | None = None
         self._opening, self._closed = threading.Lock(), False
-        self._device_decoder = device_decoder
-        self._decoder = Decoder(
-            self._jobs(), b, config, config.batch.samples_per_class, device_decoder is not None, pinned, warn
-        )
+        self._decoder = Decoder(self._jobs(), b, config, config.batch.samples_per_class, pinned)
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch. The latest ones are kept."""
@@ -123,7 +116,7 @@ class TrainStream:
     def __iter__(self) -> "TrainStream":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> TrainBatch:
         """The next step's rows.
 
         Raises:
@@ -131,14 +124,12 @@ class TrainStream:
             RunError: a shard or an image is broken, or a decoding process died.
         """
         decoded = next(self._decoder)
-        epoch, step, ids, labels_B = decoded.about
-        images_b, broken = decoded.images, decoded.bad
-        if self._device_decoder is not None:
-            images_b, broken = self._device_decoder(decoded)
+        epoch, step, ids, labels_B = decoded.meta
         ids_b = torch.tensor(ids)
-        for bad in broken:
-            ids_b[bad.row] = self._accept(bad)
-        return Batch(epoch, step, images_b, ids_b, labels_B, [key(bad.id) for bad in broken])
+        for failure in decoded.failures:
+            ids_b[failure.row] = self._replacement(failure)
+        replaced = [key(failure.id) for failure in decoded.failures]
+        return TrainBatch(epoch, step, decoded.images, ids_b, labels_B, replaced)
 
     def close(self) -> None:
         """Stop the threads and processes. Harmless when called again."""
@@ -150,23 +141,27 @@ class TrainStream:
                 self._reader.close()
         self._decoder.close()
 
-    def _accept(self, bad: Bad) -> int:
+    def _replacement(self, failure: DecodeFailure) -> int:
         """Count a broken image and name the one that replaces it, or stop."""
-        new = bad.id not in self._bad
-        self._bad.add(bad.id)
+        new = failure.id not in self._broken
+        self._broken.add(failure.id)
         allowed = self._config.data.max_bad_samples
-        name = f"sample {key(bad.id)} of shard {_shard_of(bad.id, self._manifest.splits['train'])}"
-        if len(self._bad) > allowed:
+        name = f"sample {key(failure.id)} of shard {_shard_of(failure.id, self._manifest.splits['train'])}"
+        if len(self._broken) > allowed:
             raise RunError(
-                f"{name} cannot be decoded: {bad.reason}; it is number {len(self._bad)} on this rank and "
+                f"{name} cannot be decoded: {failure.reason}; it is number {len(self._broken)} on this rank and "
                 f"data.max_bad_samples={allowed} are allowed: repair the data "
                 f"(`dist-obdsd verify {self._config.data.shards}`) or raise the limit"
             )
-        if bad.replacement is None:
-            raise RunError(f"{name} cannot be decoded: {bad.reason}; nor can the others of its group: repair the data")
+        if failure.replacement is None:
+            raise RunError(
+                f"{name} cannot be decoded: {failure.reason}; nor can the others of its group: repair the data"
+            )
         if new:
-            self._warn(f"{name} cannot be decoded and is replaced ({len(self._bad)} of {allowed}): {bad.reason}")
-        return bad.replacement
+            logger.warning(
+                "%s cannot be decoded and is replaced (%d of %d): %s", name, len(self._broken), allowed, failure.reason
+            )
+        return failure.replacement
 
     def _steps(self) -> Iterator[tuple[EpochPlan, int]]:
         """The plans from the position on, each with its first step."""
@@ -191,7 +186,7 @@ class TrainStream:
                 ]
             yield from sorted(windows, key=lambda window: (window.opens, window.lane))
 
-    def _jobs(self) -> Iterator[Job]:
+    def _jobs(self) -> Iterator[DecodeJob]:
         with self._opening:
             if self._closed:
                 return
@@ -200,11 +195,11 @@ class TrainStream:
             for step in range(first, plan.steps):
                 ids = plan.ids_SB[step, self._rows].tolist()
                 images = self._reader.take(plan.epoch, step, ids)
-                rows = [
-                    Row(sample_id, image, (plan.epoch, step, row))
+                tasks = [
+                    DecodeTask(sample_id, image, (plan.epoch, step, row))
                     for row, (sample_id, image) in enumerate(zip(ids, images, strict=True), start=self._rows.start)
                 ]
-                yield Job((plan.epoch, step, ids, torch.from_numpy(plan.labels_SB[step].copy())), rows)
+                yield DecodeJob((plan.epoch, step, ids, torch.from_numpy(plan.labels_SB[step].copy())), tasks)
 
 
 def evaluation_batches(
@@ -214,12 +209,12 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     classes: list[int] | None = None,
-) -> Iterator[EvaluationBatch]:
+) -> Iterator[EvalBatch]:
     """This rank's share of a split, in batches whose composition does not depend on the number of ranks.
 
-    The shards that hold images of ``classes`` (default: all), in the order of their ids, are put together in parcels of
-    up to one batch; a larger shard is a parcel of several batches. The parcels are dealt to the ranks in turn; a rank
-    may get none.
+    The shards that hold images of ``classes`` (default: all), in the order of their ids, are put together in chunks of
+    up to one batch; a larger shard is a chunk of several batches. The ranks take the chunks in turn; a rank may get
+    none.
 
     Raises:
         InputError: the split or a shard is missing.
@@ -230,24 +225,24 @@ def evaluation_batches(
     chosen = set(manifest.class_ids(split) if classes is None else classes)
     shards = [shard for shard in manifest.splits[split] if not chosen.isdisjoint(shard.classes)]
     check_files(config.data.shards, tuple(shards))
-    parcels, rows = _parcels(shards, chosen, config.evaluation.batch_size)
-    return _evaluate(parcels[rank::world_size], rows, chosen, config, cache_of(config.data))
+    chunks, rows = _eval_chunks(shards, chosen, config.evaluation.batch_size)
+    return _evaluate(chunks[rank::world_size], rows, chosen, config, cache_of(config.data))
 
 
-def _parcels(shards: list[Shard], chosen: set[int], batch_size: int) -> tuple[list[list[Shard]], int]:
+def _eval_chunks(shards: list[Shard], chosen: set[int], batch_size: int) -> tuple[list[list[Shard]], int]:
     """What is read and embedded together, and the rows that every batch is padded to: the largest batch's."""
-    parcels: list[list[Shard]] = []
+    chunks: list[list[Shard]] = []
     largest = filled = 0
     for shard in sorted(shards, key=lambda shard: min(shard.ids)):
         n = sum(label in chosen for label in shard.classes)
-        if parcels and filled + n <= batch_size:
-            parcels[-1].append(shard)
+        if chunks and filled + n <= batch_size:
+            chunks[-1].append(shard)
             filled += n
         else:
-            parcels.append([shard])
+            chunks.append([shard])
             filled = n
         largest = max(largest, near_equal(filled, batch_size))
-    return parcels, largest
+    return chunks, largest
 
 
 def near_equal(n: int, most: int) -> int:
@@ -256,46 +251,47 @@ def near_equal(n: int, most: int) -> int:
 
 
 def _evaluate(
-    parcels: list[list[Shard]], rows: int, chosen: set[int], config: Config, cache: Cache | None
-) -> Iterator[EvaluationBatch]:
-    if not parcels:
+    chunks: list[list[Shard]], rows: int, chosen: set[int], config: Config, cache: Cache | None
+) -> Iterator[EvalBatch]:
+    if not chunks:
         return
-    decoder = Decoder(_evaluation_jobs(parcels, chosen, config, cache), rows, config, 1)
+    decoder = Decoder(_evaluation_jobs(chunks, chosen, config, cache), rows, config, 1)
     try:
         for decoded in decoder:
-            for bad in decoded.bad:
-                shards = tuple(shard for parcel in parcels for shard in parcel)
+            for failure in decoded.failures:
+                shards = tuple(shard for chunk in chunks for shard in chunk)
                 raise RunError(
-                    f"sample {key(bad.id)} of shard {_shard_of(bad.id, shards)} cannot be decoded: {bad.reason}; an "
-                    f"evaluation leaves nothing out: repair the data (`dist-obdsd verify {config.data.shards}`)"
+                    f"sample {key(failure.id)} of shard {_shard_of(failure.id, shards)} cannot be decoded: "
+                    f"{failure.reason}; an evaluation leaves nothing out: repair the data (`dist-obdsd verify "
+                    f"{config.data.shards}`)"
                 )
-            ids, labels, roles = zip(*decoded.about, strict=True)
-            yield EvaluationBatch(decoded.images, torch.tensor(ids), torch.tensor(labels), roles)
+            ids, labels, roles = zip(*decoded.meta, strict=True)
+            yield EvalBatch(decoded.images, torch.tensor(ids), torch.tensor(labels), roles)
     finally:
         decoder.close()
 
 
 def _evaluation_jobs(
-    parcels: list[list[Shard]], chosen: set[int], config: Config, cache: Cache | None
-) -> Iterator[Job]:
-    """One job per batch; ``about`` has each row's (id, class, role)."""
-    for parcel in parcels:
-        about = {
+    chunks: list[list[Shard]], chosen: set[int], config: Config, cache: Cache | None
+) -> Iterator[DecodeJob]:
+    """One job a batch; ``meta`` has each row's (id, class, role)."""
+    for chunk in chunks:
+        meta = {
             sample_id: (sample_id, label, role)
-            for shard in parcel
+            for shard in chunk
             for sample_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
             if label in chosen
         }
-        size = near_equal(len(about), config.evaluation.batch_size)
-        rows: list[Row] = []
-        for shard in parcel:
-            for sample_id, image in read_shard(config.data.shards, shard, about.keys(), cache):
-                rows.append(Row(sample_id, image, None))
-                if len(rows) == size:
-                    yield Job([about[row.id] for row in rows], rows)
-                    rows = []
-        if rows:
-            yield Job([about[row.id] for row in rows], rows)
+        size = near_equal(len(meta), config.evaluation.batch_size)
+        tasks: list[DecodeTask] = []
+        for shard in chunk:
+            for sample_id, image in read_shard(config.data.shards, shard, meta.keys(), cache):
+                tasks.append(DecodeTask(sample_id, image, None))
+                if len(tasks) == size:
+                    yield DecodeJob([meta[task.id] for task in tasks], tasks)
+                    tasks = []
+        if tasks:
+            yield DecodeJob([meta[task.id] for task in tasks], tasks)
 
 
 def _shard_of(sample_id: int, shards: tuple[Shard, ...]) -> str:

@@ -1,8 +1,8 @@
 """From encoded bytes to the uint8 square that the network takes (which normalises it itself).
 
-Pillow reads every header and most kinds of image. The pixels of a plain JPEG come from torchvision's decoder, which
-gives the same ones in less time; what it refuses, Pillow looks at and says why. A colour image stays as it was decoded,
-with the channels of a pixel side by side in memory: torch resizes that layout quickest.
+Pillow reads every header and most kinds of image. TorchCodec, where it is installed, decodes plain JPEGs to the
+same pixels in less time. What it refuses, Pillow looks at and says why. A colour image stays as it was decoded, with
+the channels of a pixel side by side in memory: torch resizes that layout quickest.
 
 Every random parameter of a row comes from the generator that is handed in, and every row is transformed by itself, so
 the result does not depend on the batch that a row stands in.
@@ -10,17 +10,21 @@ the result does not depend on the batch that a row stands in.
 
 import math
 import warnings
-from typing import NamedTuple
+from contextlib import suppress
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from dist_obdsd.config import DataConfig
 from dist_obdsd.data.images import FORMATS, open_image
+
+try:
+    from torchcodec.decoders import decode_jpeg as _decode_jpeg
+except (ImportError, OSError, RuntimeError):  # not installed, or made for another torch
+    _decode_jpeg = None  # type: ignore[assignment]
 
 AFFINE_DEGREES = 10.0
 AFFINE_SHIFT = 0.1
@@ -48,38 +52,18 @@ def decode(data: bytes, channels: int) -> Tensor:
             # Odd but harmless metadata draw warnings that nobody could act on.
             warnings.simplefilter("ignore")
             image = open_image(data)
-            if channels == 3 and image.format == "JPEG" and image.mode == "RGB" and _upright(image):
-                try:
-                    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-                except RuntimeError:
-                    pass  # Pillow finds out why
+            plain = channels == 3 and image.format == "JPEG" and image.mode == "RGB" and _upright(image)
+            if plain and _decode_jpeg is not None:
+                with suppress(RuntimeError):  # Pillow finds out why
+                    decoded = _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
+                    assert isinstance(decoded, Tensor)
+                    return decoded
             ImageOps.exif_transpose(image, in_place=True)
             return pixels(image, channels)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"its format is none of {', '.join(FORMATS)}") from error
+        raise ValueError(f"its format is none of {', '.join(FORMATS)}, HEIC") from error
     except Exception as error:  # Pillow's plugins raise nearly every built-in type on broken files
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of what any JPEG decoder may be given; None: ``decode`` has to look at it.
-
-    That is a JPEG of three components, Y, Cb and Cr, which stands upright and whose end is there: not every decoder
-    minds when it is missing.
-    """
-    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = open_image(data)
-            if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.format != "JPEG":
-                return None
-            components = [component[0] for component in image.layer]
-            coded = components == [1, 2, 3] and image.info.get("adobe_transform", 1) == 1
-            return (image.height, image.width) if coded and _upright(image) else None
-    except Exception:  # as in ``decode``, which says what is wrong
-        return None
 
 
 def pixels(image: Image.Image, channels: int) -> Tensor:
@@ -109,53 +93,16 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-class Frame(NamedTuple):
-    """Which square of an image is taken: a part of the image is resized, and the square lies in the result."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    rows: int
-    """Height of the resized part."""
-    columns: int
-    down: int
-    """First row of the square in the resized part."""
-    right: int
-    mirrored: bool
-
-
-def eval_frame(height: int, width: int, config: DataConfig) -> Frame:
-    """Of an image of this size: the shorter side becomes ``resize`` (default image_size), and the centre is taken."""
-    s, shorter = config.image_size, config.resize or config.image_size
-    rows, columns = (shorter * side // min(height, width) for side in (height, width))
-    return Frame(0, 0, height, width, rows, columns, round((rows - s) / 2), round((columns - s) / 2), False)
-
-
-def train_frame(height: int, width: int, config: DataConfig, generator: np.random.Generator) -> Frame:
-    """What ``config.augment`` takes of an image of this size; of `affine` nothing is known yet.
-
-    ``crop`` and ``strong``: RandomResizedCrop (Szegedy et al. 2015) and a horizontal flip with probability 1/2.
-    """
-    if config.augment == "none":
-        return eval_frame(height, width, config)
-    box = _crop_box(height, width, config.crop_scale, generator)
-    return Frame(*box, config.image_size, config.image_size, 0, 0, generator.random() < 0.5)
-
-
-def framed(image: Tensor, frame: Frame, size: int) -> Tensor:
-    """uint8 [C, H, W] -> [C, size, size], antialiased."""
-    part = image[None, :, frame.top : frame.top + frame.height, frame.left : frame.left + frame.width]
-    # Copied for the resize, which else works in a slower layout.
-    part = part.contiguous(memory_format=torch.channels_last)
-    part = functional.resize(part, [frame.rows, frame.columns], antialias=True)[0]
-    square = part[:, frame.down : frame.down + size, frame.right : frame.right + size]
-    return square.flip(-1) if frame.mirrored else square
-
-
 def eval_transform(image: Tensor, config: DataConfig) -> Tensor:
-    """uint8 [C, H, W] -> [C, s, s], as ``eval_frame`` says."""
-    return framed(image, eval_frame(image.shape[1], image.shape[2], config), config.image_size).contiguous()
+    """Resize and crop as in evaluation: uint8 [C, H, W] -> [C, s, s].
+
+    The shorter side becomes ``config.resize`` (default image_size), and the centre square is taken.
+    """
+    s, shorter = config.image_size, config.resize or config.image_size
+    height, width = image.shape[1:]
+    rows, columns = (shorter * side // min(height, width) for side in (height, width))
+    top, left = round((rows - s) / 2), round((columns - s) / 2)
+    return _resized(image, rows, columns)[:, top : top + s, left : left + s].contiguous()
 
 
 def train_transform(image: Tensor, config: DataConfig, generator: np.random.Generator) -> Tensor:
@@ -164,10 +111,24 @@ def train_transform(image: Tensor, config: DataConfig, generator: np.random.Gene
     Args:
         generator: this row's own; all its random parameters are drawn from it.
     """
+    if config.augment == "none":
+        return eval_transform(image, config)
     if config.augment == "affine":
         return _random_affine(image, config, generator)
-    image = framed(image, train_frame(image.shape[1], image.shape[2], config, generator), config.image_size)
+    # RandomResizedCrop (Szegedy et al. 2015), and a horizontal flip with probability 1/2.
+    top, left, height, width = _crop_box(image.shape[1], image.shape[2], config.crop_scale, generator)
+    mirrored = generator.random() < 0.5
+    part = image[:, top : top + height, left : left + width]
+    image = _resized(part, config.image_size, config.image_size)
+    image = image.flip(-1) if mirrored else image
     return _random_colours(image, generator) if config.augment == "strong" else image
+
+
+def _resized(image: Tensor, rows: int, columns: int) -> Tensor:
+    """uint8 [C, H, W] -> [C, rows, columns], antialiased."""
+    # Copied for the resize, which else works in a slower layout.
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return functional.resize(image, [rows, columns], antialias=True)[0]
 
 
 def _random_colours(image: Tensor, generator: np.random.Generator) -> Tensor:

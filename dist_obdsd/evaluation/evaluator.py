@@ -17,7 +17,7 @@ from torch import nn
 
 from dist_obdsd.config import Config, EvaluationConfig
 from dist_obdsd.data.manifest import Manifest, split_classes
-from dist_obdsd.data.stream import EvaluationBatch, evaluation_batches
+from dist_obdsd.data.stream import EvalBatch, evaluation_batches
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
@@ -249,7 +249,7 @@ def evaluate_split(
     config: Config,
     runtime: Runtime,
     classes: list[int] | None = None,
-    between: Callable[[Iterator[EvaluationBatch]], Iterator[EvaluationBatch]] = iter,
+    between: Callable[[Iterator[EvalBatch]], Iterator[EvalBatch]] = iter,
     portrait: bool = False,
 ) -> EvaluationResult:
     """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank.
@@ -263,7 +263,7 @@ def evaluate_split(
     training = network.training
     network.eval()
 
-    def batches() -> Iterator[EvaluationBatch]:
+    def batches() -> Iterator[EvalBatch]:
         # Opened only where the evaluator reads it, since there a failure on one rank reaches all.
         yield from evaluation_batches(manifest, split, config, runtime.rank, runtime.world_size, classes)
 

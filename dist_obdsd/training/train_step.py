@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dist_obdsd.config import Config
-from dist_obdsd.data.stream import Batch
+from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import RunError
@@ -94,7 +94,7 @@ class TrainStep:
         """The batch of the latest step, the same on every rank."""
 
     def __call__(
-        self, batch: Batch, progress: TrainProgress, epoch_share: float, stop: bool = False, save: bool = False
+        self, batch: TrainBatch, progress: TrainProgress, epoch_share: float, stop: bool = False, save: bool = False
     ) -> tuple[list[str], torch.Tensor]:
         """Take one step. Collective.
 

@@ -9,7 +9,6 @@ from typing import Any
 from dist_obdsd import machine
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.gpu import build_device_decoder
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.distributed import collectives
@@ -99,7 +98,6 @@ class Trainer:
             self.objective = build_objective(config, self.train_classes, runtime.device)
             for line in describe(config, runtime.world_size):
                 logger.info(line)
-        self.device_decoder = build_device_decoder(config, runtime.device, logger.info, logger.warning)
         self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
         compile_networks(config, runtime, self.student, self.teacher, logger.info)
         own = list(self.objective.ranking.named_parameters())
@@ -160,8 +158,7 @@ class Trainer:
         with raise_on_all_ranks("opening the stream"):
             stream = TrainStream(
                 self.manifest, self.train_classes, self.config, self.runtime.rank, self.runtime.world_size,
-                self.progress.epoch, self.progress.step, logger.warning, pinned=self.runtime.device.type == "cuda",
-                device_decoder=self.device_decoder,
+                self.progress.epoch, self.progress.step, pinned=self.runtime.device.type == "cuda",
             )  # fmt: skip
         try:
             while not self._is_complete():

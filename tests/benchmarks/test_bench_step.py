@@ -79,9 +79,9 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, arguments: list[str]
 
 def test_the_objective_alone_takes_the_step_s_road() -> None:
     case = {"backbone": "small_cnn", "image_size": 16, "batch": 8, "dim": 8, "precision": "float32", "compile": False,
-            "teacher_precision": "same", "shards": None, "workers": 0, "decode": "cpu"}  # fmt: skip
+            "teacher_precision": "same", "shards": None, "workers": 0}  # fmt: skip
     config, rank = step.config(case, "obdsd", 1), Runtime(Launch("test"), torch.device("cpu"))
-    with step.Feed(config, rank, step.say) as feed:
+    with step.Feed(config, rank) as feed:
         arm = step.Arm(config, rank, Split(rank.device), feed)
     handed, terms = [], arm.step.objective.terms
     arm.step.objective.terms = lambda view, T_BD, ahead: handed.append(ahead) or terms(view, T_BD, ahead)

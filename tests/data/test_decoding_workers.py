@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dist_obdsd.config import Config, parse_config
-from dist_obdsd.data.decoding_workers import LENT, SLOTS, Decoded, Decoder, Job, Row
+from dist_obdsd.data.decoding_workers import LENT, SLOTS, DecodedJob, DecodeJob, Decoder, DecodeTask
 from dist_obdsd.data.transforms import decode, train_transform
 from dist_obdsd.rng import rng
 from tests.data.pictures import encoded
@@ -25,12 +25,12 @@ def picture(i: int, kind: str = "PNG") -> bytes:
     return encoded(Image.fromarray(np.full((SIDE, SIDE, 3), i, dtype=np.uint8)), kind)
 
 
-def jobs(n: int, rows: int = ROWS) -> Iterator[Job]:
+def jobs(n: int, rows: int = ROWS) -> Iterator[DecodeJob]:
     for i in range(n):
-        yield Job(i, [Row(row, picture(i), None) for row in range(rows)])
+        yield DecodeJob(i, [DecodeTask(row, picture(i), None) for row in range(rows)])
 
 
-def values(batch: Decoded, rows: int = ROWS) -> set[int]:
+def values(batch: DecodedJob, rows: int = ROWS) -> set[int]:
     return set(batch.images[:rows].unique().tolist())
 
 
@@ -44,7 +44,7 @@ def decoder() -> Iterator[Decoder]:
 def test_batches_lie_where_they_were_decoded_and_their_places_are_used_again(decoder: Decoder) -> None:
     places = []
     for i, batch in enumerate(decoder):
-        assert batch.about == i
+        assert batch.meta == i
         assert values(batch) == {i}
         places.append(batch.images.data_ptr())
         del batch
@@ -79,19 +79,22 @@ def test_what_is_held_outlives_the_decoder() -> None:
 def test_rows_beyond_the_job_are_zero(workers: int) -> None:
     mixed = (job for i in range(1, 12) for job in jobs(1, 1 + i % ROWS))
     decoder = Decoder(
-        (Job(len(j.rows), [r._replace(data=picture(200)) for r in j.rows]) for j in mixed), ROWS, config(workers), 1
+        (DecodeJob(len(j.tasks), [r._replace(data=picture(200)) for r in j.tasks]) for j in mixed),
+        ROWS,
+        config(workers),
+        1,
     )
     for batch in decoder:
-        assert values(batch, batch.about) == {200}
-        assert not batch.images[batch.about :].any()
+        assert values(batch, batch.meta) == {200}
+        assert not batch.images[batch.meta :].any()
     decoder.close()
 
 
 def test_rows_are_drawn_from_their_own_places() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
     data = encoded(noise, "PNG")
-    rows = [Row(i, data, (1, 2, i)) for i in range(ROWS)]
-    decoder = Decoder(iter([Job(0, rows)]), ROWS, config(2), 1)
+    rows = [DecodeTask(i, data, (1, 2, i)) for i in range(ROWS)]
+    decoder = Decoder(iter([DecodeJob(0, rows)]), ROWS, config(2), 1)
     found = next(decoder).images
     decoder.close()
     for i in range(ROWS):
@@ -105,8 +108,8 @@ def test_damage_that_is_passed_over_is_not_printed_about(capfd: pytest.CaptureFi
     data[-200] ^= 0x55
     decode(bytes(data), 3)
     assert "Corrupt JPEG" in capfd.readouterr().err  # the control: this is what libjpeg says in any other process
-    decoder = Decoder(iter([Job(0, [Row(0, bytes(data), None)])]), ROWS, config(1), 1)
+    decoder = Decoder(iter([DecodeJob(0, [DecodeTask(0, bytes(data), None)])]), ROWS, config(1), 1)
     batch = next(decoder)
     decoder.close()
-    assert not batch.bad
+    assert not batch.failures
     assert capfd.readouterr().err == ""

@@ -24,7 +24,7 @@ def test_every_kind_of_image_can_be_reduced(mode: str) -> None:
 
 
 def test_image_formats_that_nobody_reads_are_refused() -> None:
-    with pytest.raises(ValueError, match="its format is none of BMP, GIF, JPEG"):
+    with pytest.raises(ValueError, match="its format is none of AVIF, BMP, GIF, JPEG"):
         examine(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     stream = io.BytesIO()
     Image.new("F", (4, 4)).save(stream, "TIFF")

@@ -21,7 +21,7 @@ from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data import shard_reader as reading
 from dist_obdsd.data import stream
 from dist_obdsd.data.manifest import Manifest, Shard, key
-from dist_obdsd.data.stream import Batch, EvaluationBatch, TrainStream, evaluation_batches
+from dist_obdsd.data.stream import EvalBatch, TrainBatch, TrainStream, evaluation_batches
 from dist_obdsd.errors import InputError, RunError
 
 CLASSES, PER_CLASS, SHARDS, SIZE = 12, 12, 8, 8
@@ -81,7 +81,7 @@ def config_of(folder: Path, epochs: int = 2, workers: int = 0, batch_size: int =
 
 def batches(
     data: tuple[Path, Manifest], config: Config, rank: int = 0, world: int = 1, start: tuple[int, int] = (0, 0)
-) -> list[Batch]:
+) -> list[TrainBatch]:
     source = TrainStream(data[1], list(range(CLASSES)), config, rank, world, *start)
     try:
         return list(source)
@@ -89,7 +89,7 @@ def batches(
         source.close()
 
 
-def joined(parts: list[list[Batch]]) -> Iterator[tuple[int, int, torch.Tensor, list[int], list[int]]]:
+def joined(parts: list[list[TrainBatch]]) -> Iterator[tuple[int, int, torch.Tensor, list[int], list[int]]]:
     """The global batches, from those of every rank."""
     for step in zip(*parts, strict=True):
         for other in step[1:]:
@@ -100,7 +100,7 @@ def joined(parts: list[list[Batch]]) -> Iterator[tuple[int, int, torch.Tensor, l
         yield step[0].epoch, step[0].step, images_B, ids, step[0].labels_B.tolist()
 
 
-def assert_same(a: list[list[Batch]], b: list[list[Batch]]) -> None:
+def assert_same(a: list[list[TrainBatch]], b: list[list[TrainBatch]]) -> None:
     for one, other in zip(joined(a), joined(b), strict=True):
         assert one[:2] == other[:2]
         assert one[3:] == other[3:]
@@ -108,12 +108,12 @@ def assert_same(a: list[list[Batch]], b: list[list[Batch]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(data: tuple[Path, Manifest]) -> list[Batch]:
+def alone(data: tuple[Path, Manifest]) -> list[TrainBatch]:
     """What one rank without decoding processes gives: the reference."""
     return batches(data, config_of(data[0]))
 
 
-def test_the_batches_are_those_of_the_plan(data: tuple[Path, Manifest], alone: list[Batch]) -> None:
+def test_the_batches_are_those_of_the_plan(data: tuple[Path, Manifest], alone: list[TrainBatch]) -> None:
     plan = TrainStream(data[1], list(range(CLASSES)), config_of(data[0]), 0, 1).plan(1)
     second = [batch for batch in alone if batch.epoch == 1]
     assert [batch.step for batch in second] == list(range(plan.steps))
@@ -139,7 +139,7 @@ def test_pixels_belong_to_their_ids(data: tuple[Path, Manifest]) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_same_bits_for_any_ranks_and_workers(
-    data: tuple[Path, Manifest], alone: list[Batch], world: int, workers: int
+    data: tuple[Path, Manifest], alone: list[TrainBatch], world: int, workers: int
 ) -> None:
     parts = [batches(data, config_of(data[0], workers=workers), rank, world) for rank in range(world)]
     assert_same(parts, [alone])
@@ -148,7 +148,9 @@ def test_the_same_bits_for_any_ranks_and_workers(
             assert_same(parts[::-1], [alone])
 
 
-def test_another_seed_gives_other_pixels_and_other_batches(data: tuple[Path, Manifest], alone: list[Batch]) -> None:
+def test_another_seed_gives_other_pixels_and_other_batches(
+    data: tuple[Path, Manifest], alone: list[TrainBatch]
+) -> None:
     other = batches(data, config_of(data[0]).model_copy(update={"seed": 1}))
     with pytest.raises(AssertionError):
         assert_same([other], [alone])
@@ -164,18 +166,20 @@ def test_another_seed_gives_other_pixels_and_other_batches(data: tuple[Path, Man
 
 
 def test_resume_at_any_step_gives_the_rest(
-    data: tuple[Path, Manifest], alone: list[Batch], monkeypatch: pytest.MonkeyPatch
+    data: tuple[Path, Manifest], alone: list[TrainBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     decoded: list[int] = []
-    original_read, original_decode = reading.read_shard, stream.Job
+    original_read, original_decode = reading.read_shard, stream.DecodeJob
 
     def counted(root: str, shard: Shard, *args: object) -> Iterator[tuple[int, bytes]]:
         read.append(shard.file)
         return original_read(root, shard, *args)
 
     monkeypatch.setattr(reading, "read_shard", counted)
-    monkeypatch.setattr(stream, "Job", lambda about, rows: decoded.append(len(rows)) or original_decode(about, rows))
+    monkeypatch.setattr(
+        stream, "DecodeJob", lambda meta, tasks: decoded.append(len(tasks)) or original_decode(meta, tasks)
+    )
     steps = len(alone) // 2
     files = []
     for position in range(len(alone) + 1):
@@ -237,7 +241,7 @@ def test_classes_outside_of_training_are_left_out(data: tuple[Path, Manifest]) -
 
 def evaluated(
     data: tuple[Path, Manifest], world: int, workers: int = 0, classes: list[int] | None = None, split: str = "test"
-) -> list[list[EvaluationBatch]]:
+) -> list[list[EvalBatch]]:
     config = config_of(data[0], workers=workers)
     return [list(evaluation_batches(data[1], split, config, rank, world, classes)) for rank in range(world)]
 
@@ -364,7 +368,13 @@ def broken_image(members: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image(data: tuple[Path, Manifest], tmp_path: Path, alone: list[Batch], workers: int) -> None:
+def test_a_broken_image(
+    data: tuple[Path, Manifest],
+    tmp_path: Path,
+    alone: list[TrainBatch],
+    workers: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     folder = damaged(data, tmp_path, 2, broken_image)
     bad = data[1].splits["train"][2].ids[1]
     with pytest.raises(RunError, match=rf"sample {key(bad)} of shard train-000002.tar cannot be decoded: .*"):
@@ -372,13 +382,13 @@ def test_a_broken_image(data: tuple[Path, Manifest], tmp_path: Path, alone: list
     with pytest.raises(RunError, match=rf"sample {key(bad)} .* an evaluation leaves nothing out"):
         list(evaluation_batches(data[1], "train", config_of(folder, max_bad_samples=9, workers=workers), 0, 1))
 
-    warnings: list[str] = []
     config = config_of(folder, workers=workers, max_bad_samples=1)
     parts = []
     for rank in range(2):
-        source = TrainStream(data[1], list(range(CLASSES)), config, rank, 2, warn=warnings.append)
+        source = TrainStream(data[1], list(range(CLASSES)), config, rank, 2)
         parts.append(list(source))
         source.close()
+    warnings = [record.getMessage() for record in caplog.records]
     assert 1 <= len(warnings) <= 2  # once on each rank that met it, although it came in both epochs
     assert f"sample {key(bad)} of shard train-000002.tar cannot be decoded and is replaced (1 of 1)" in warnings[0]
     shown = 0

@@ -1,5 +1,6 @@
 """Every kind of image that users have, to pixels."""
 
+import base64
 import io
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from dist_obdsd.data import transforms
+from dist_obdsd.data import images, transforms
 from dist_obdsd.data.images import examine
 from dist_obdsd.data.transforms import decode
 from tests.data.pictures import assert_close, colours, encoded, png, tiff16
@@ -168,14 +169,14 @@ def test_a_jpeg_has_pillows_pixels(name: str) -> None:
         assert_close(decode(data, 1), np.asarray(Image.open(io.BytesIO(data)).convert("L")))
 
 
-def test_a_plain_jpeg_takes_the_quick_way_and_what_that_refuses_pillow_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchcodec_decodes_plain_jpegs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def refuse(*arguments: object) -> torch.Tensor:
+    def refuse(*arguments: object, mode: str) -> torch.Tensor:
         asked.append(arguments)
         raise RuntimeError("no such colours")
 
-    monkeypatch.setattr(transforms, "decode_jpeg", refuse)
+    monkeypatch.setattr(transforms, "_decode_jpeg", refuse)
     plain = encoded(Image.fromarray(colours()), "JPEG", quality=100, subsampling=0)
     assert_close(decode(plain, 3), colours(), 6)
     assert len(asked) == 1
@@ -183,6 +184,52 @@ def test_a_plain_jpeg_takes_the_quick_way_and_what_that_refuses_pillow_judges(mo
         decode(encoded(image, "JPEG"), 3)
     decode(encoded(Image.fromarray(colours()), "PNG"), 3)
     assert len(asked) == 1
+    monkeypatch.setattr(transforms, "_decode_jpeg", None)  # as where TorchCodec is not installed
+    assert_close(decode(plain, 3), colours(), 6)
+
+
+HEIC = (
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9jAAAA"
+    "AERAAAEAAQAAAAABoQABAAAAAAAAALAAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/WlwcnAAAADd"
+    "aXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAA"
+    "AwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xh"
+    "cAAAAEAAAAABAAAAMAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWBAgMFhAAAALhtZGF0AAAA"
+    "rCgBrwngITip/+44//ywdl7eip5Wnv1j//viy+0o//d8bdH6PCaMPyT+8ZO9/1V7rZGTZUf/ninTDrjn3XjOi6670B4lQ8e/Aj15WSaLPgZom/ld"
+    "/uUZB3KqHYYbeb12OWQwr9hRy15Lb/e//IgnMOIKmfKbcM8dqW5Nd2MFGIYr3ukTqqyMShekK2ywpU3bMXrGHmXdnuDVWSQpmdKjaw/VpANmkzVz"
+    "xrzpwfk="
+)
+"""64 x 48 pixels, made with libheif: red above on the left, blue below on the right."""
+
+
+def heif_is_here() -> bool:
+    try:
+        from torchcodec.decoders import decode_heic
+
+        decode_heic(base64.b64decode(HEIC))
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["HEIC", "AVIF"])
+def test_photos_of_phones(kind: str) -> None:
+    if kind == "HEIC":
+        if not heif_is_here():
+            pytest.skip("libheif is not installed")
+        data = base64.b64decode(HEIC)
+    else:
+        square = np.zeros((48, 64, 3), np.uint8)
+        square[:24, :32], square[24:, 32:] = (220, 40, 30), (30, 60, 210)
+        data = encoded(Image.fromarray(square), "AVIF", quality=90)
+    pixels_CHW = decode(data, 3)
+    assert pixels_CHW.shape == (3, 48, 64)
+    for (row, column), colour in {(10, 10): (220, 40, 30), (40, 50): (30, 60, 210)}.items():
+        assert (pixels_CHW[:, row, column].int() - torch.tensor(colour)).abs().max() <= 4
+    suffix, smaller = images.examine(data, resize=24)
+    assert suffix == "jpg"
+    assert smaller is not None
+    assert decode(smaller, 3).shape == (3, 24, 32)
+    assert images.examine(data) == (kind.lower(), None)
 
 
 def test_damage_that_pillow_passes_over_gives_the_same_pixels() -> None:

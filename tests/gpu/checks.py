@@ -18,7 +18,6 @@ CHECKS: dict[str, Check] = {
     "waiting": steps.step_does_not_wait,
     "group": ranks.group_of_one,
     "uploads": feeding.uploads_arrive,
-    "decoding": feeding.jpegs_decode_alike,
     "layout": steps.layout_and_chunks_change_nothing,
     "exact": steps.step_is_exact,
     "evaluation": whole.evaluation_is_the_same,

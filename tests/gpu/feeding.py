@@ -1,6 +1,5 @@
-"""Images on their way to a device: memory that is used again, JPEGs that the device decodes, and the wait for both."""
+"""Images on their way to a device: memory that is used again, and the wait for data."""
 
-import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,16 +13,11 @@ from PIL import Image
 
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.gpu import DeviceDecoder
-from dist_obdsd.data.stream import Batch, TrainStream
+from dist_obdsd.data.stream import TrainBatch, TrainStream
 from dist_obdsd.transfer import DeviceUploader
 from tests.gpu import bench
-from tests.gpu.rig import CheckError, Skipped, within
+from tests.gpu.rig import CheckError
 from tests.gpu.whole import command, shards
-
-LEVELS = 2.0
-"""Of 255: the mean difference that two JPEG decoders' pixels may have after resizing."""
-SKIPPED = "this device decodes no JPEG"
 
 
 def make_jpegs(folder: Path, classes: int, per_class: int, size: tuple[int, int]) -> None:
@@ -47,7 +41,7 @@ def _settings(folder: Path, *overrides: str) -> Config:
     return parse_config(override_config(raw, overrides), "the check")
 
 
-def _batches(config: Config, **more: Any) -> Iterator[Batch]:
+def _batches(config: Config, **more: Any) -> Iterator[TrainBatch]:
     manifest = manifests.load(config.data.shards)
     classes, _ = manifests.split_classes(manifest, config.validation, config.seed)
     with closing(TrainStream(manifest, classes, config, 0, 1, **more)) as stream:
@@ -77,38 +71,20 @@ def uploads_arrive(device: torch.device, quick: bool) -> str:
     return f"{count} batches with their pixels"
 
 
-def jpegs_decode_alike(device: torch.device, quick: bool) -> str:
-    """The same crops of the same JPEGs, decoded by the device and by the CPU."""
-    with shards(lambda images: make_jpegs(images, 24, 8, (120, 90))) as folder:
-        config = _settings(folder)
-        decoder = DeviceDecoder(device, config)
-        if (reason := decoder.missing()) is not None:
-            raise Skipped(f"{SKIPPED}: {reason}")
-        apart = [
-            (theirs.images_b.cpu().float() - ours.images_b.float()).abs().mean().item()
-            for theirs, ours in zip(_batches(config, device_decoder=decoder), _batches(config), strict=True)
-        ]
-    return within("largest mean difference of a batch in levels", max(apart), LEVELS)
-
-
 def data_wait(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """A row for each way of decoding and arm: the share of a training run's steps in which the host asked for images.
+    """A row for each variant: the share of a training run's steps in which the host asked for images.
 
-    That is the host's time inside ``next(stream)``: nvJPEG's own work on the host counts, too, and so it is no less
-    than what the GPU lacks images for. Photos of 400 x 320 pixels, eight decoding processes; the arm ``none``, whose
+    Photos of 400 x 320 pixels, eight decoding processes; the arm ``none``, whose
     steps are the shortest, and ``obdsd``, in which the host waits for the diffusion's error and can hide less. Without
     the first epoch, in which everything warms up. A row that fails says so; the others are measured nevertheless.
     """
     rows: list[dict[str, Any]] = []
     size, classes = ((40, 32), 24) if quick else ((400, 320), 280)
     with shards(lambda images: make_jpegs(images, classes, 8, size)) as folder:
-        for decode, arm in itertools.product(("cpu", "gpu"), ("none",) if quick else ("none", "obdsd")):
-            row: dict[str, Any] = {"backbone": "small_cnn" if quick else "resnet50", "decode": decode, "arm": arm}
+        for arm in ("none",) if quick else ("none", "obdsd"):
+            row: dict[str, Any] = {"backbone": "small_cnn" if quick else "resnet50", "arm": arm}
             try:
-                if decode == "gpu" and (device.type == "cpu" or DeviceDecoder(device, _settings(folder)).missing()):
-                    rows.append(row | {"skipped": SKIPPED})
-                else:
-                    rows.append(row | _waited(folder, row, device, quick))
+                rows.append(row | _waited(folder, row, device, quick))
             except Exception as error:
                 rows.append(row | bench.failure(error))
     return rows
@@ -117,7 +93,7 @@ def data_wait(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 def _waited(folder: Path, row: dict[str, Any], device: torch.device, quick: bool) -> dict[str, Any]:
     """What a run of its own found."""
     more = {
-        "model.backbone": row["backbone"], "data.decode": row["decode"], "distillation.target": row["arm"],
+        "model.backbone": row["backbone"], "distillation.target": row["arm"],
         "data.image_size": "16" if quick else "224", "batch.global_size": "16" if quick else "112",
         "data.workers": "2" if quick else "8", "data.channels": "3", "data.lanes": "8", "data.augment": "crop",
         "device": device.type, "precision": "bf16", "optim.lr": "1e-5", "epochs": "4", "evaluation.test": "false",

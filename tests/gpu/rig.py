@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dist_obdsd.config import Config, override_config, parse_config
-from dist_obdsd.data.stream import Batch
+from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import launch as runtime
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.losses.obdsd import build_objective
@@ -143,7 +143,7 @@ class Rig:
                 name: p.grad.detach().clone() for name, p in self.strategy.parameters if p.grad is not None
             }
 
-    def batch(self, seed: int = 0) -> Batch:
+    def batch(self, seed: int = 0) -> TrainBatch:
         """The next step's, in memory that a GPU can read while the host goes on."""
         images_B = made_up_images(self.config, seed)
         labels_B, b = torch.arange(B) // 2, B // self.rank.world_size
@@ -151,16 +151,16 @@ class Rig:
         images_b = images_B[own].contiguous(memory_format=torch.contiguous_format)
         if self.device.type == "cuda":
             images_b, labels_B = images_b.pin_memory(), labels_B.pin_memory()
-        return Batch(1, self.taken, images_b, torch.arange(b), labels_B, [])
+        return TrainBatch(1, self.taken, images_b, torch.arange(b), labels_B, [])
 
-    def take(self, batch: Batch | None = None) -> tuple[list[str], torch.Tensor]:
+    def take(self, batch: TrainBatch | None = None) -> tuple[list[str], torch.Tensor]:
         """One step of the second epoch, at half the ramp: names and the numbers that they name, on the device."""
         batch = batch or self.batch()
         answer = self.step(batch, TrainProgress(1, self.taken, self.taken), 0.0)
         self.taken += 1
         return answer
 
-    def numbers(self, batch: Batch | None = None) -> Numbers:
+    def numbers(self, batch: TrainBatch | None = None) -> Numbers:
         names, values = self.take(batch)
         return dict(zip(names, values.tolist(), strict=True))
 

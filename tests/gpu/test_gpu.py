@@ -31,7 +31,6 @@ def test_on_a_gpu(name: str) -> None:
 
 def test_a_bare_machine_runs_every_check_and_bench(tmp_path: Path) -> None:
     # Without ``ranks``, whose processes would import torch again; the next test runs it on those that there are.
-    # What a CPU has no decoder or no patience for is said to be skipped.
     alone = [name for name in checks.CHECKS if name not in ("ranks", "compiled")]
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--quick", "--budget", "1", "--out", tmp_path / "out",
@@ -43,13 +42,11 @@ def test_a_bare_machine_runs_every_check_and_bench(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
     assert written["meta"]["torch"] == torch.__version__.partition("+")[0]
     checked, rest = written["rows"][: len(alone)], written["rows"][len(alone) :]
-    measured, (on_cpu, on_gpu) = rest[:-2], rest[-2:]
+    measured, waited = rest[:-1], rest[-1]
     assert [(row["check"], row["verdict"]) for row in checked] == [(name, "ok") for name in alone]
     assert [row["arm"] for row in measured] == ["none", "psd", "obdsd"]
     assert all(row["ms"] > 0 and 0 < row["objective share"] < 1 for row in measured)
-    assert (on_cpu["decode"], on_gpu["decode"]) == ("cpu", "gpu")
-    assert 0 <= on_cpu["data wait"] < 1
-    assert "skipped" in on_gpu
+    assert 0 <= waited["data wait"] < 1
     text = (tmp_path / "out" / "gpu-check.md").read_text()
     assert f"|\n\n{bench.WAITING_MEANS}\n" in text
     assert text.rstrip().endswith("all that ran is as it must be")
@@ -199,13 +196,13 @@ def test_targets_stand_beside_what_was_found() -> None:
         {"backbone": "resnet50", "pixels": 224, "B": 448, "arm": "none", "overhead": 1.0},
         {"backbone": "resnet50", "pixels": 224, "B": 896, "skipped": "this GPU has too little memory for it"},
     ]
-    gpu = {"backbone": "resnet50", "decode": "gpu"}
-    waits = [{"backbone": "resnet50", "decode": "cpu", "arm": "none", "data wait": 0.5}]
+    gpu = {"backbone": "resnet50"}
+    waits = [{"backbone": "small_cnn", "arm": "none", "data wait": 0.5}]
     waits += [gpu | {"arm": "none", "data wait": 0.01}, gpu | {"arm": "obdsd", "data wait": 0.015}]
     waits += [gpu | {"arm": "obdsd", "skipped": "no"}]
     (aim,) = bench.targets(waits)
     assert (aim["at most"], aim["found"]) == (0.02, 0.015)  # the larger one
-    assert aim["target"].endswith("decoded on the GPU, obdsd")
+    assert aim["target"].endswith("obdsd")
     found = bench.targets(rows)
     assert [(row["at most"], row["found"], row["verdict"]) for row in found] == [
         (1.3, 1.4, "missed"), (1.3, 1.3, "met"), (0.02, 0.021, "missed"),
@@ -266,8 +263,7 @@ def test_a_run_that_fails_is_a_row_beside_the_others(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(feeding, "_waited", half)
     monkeypatch.setattr(feeding, "make_jpegs", lambda images, classes, count, size: runs.make_images(images, 4))
-    none, obdsd, *rest = feeding.data_wait(CPU, False)
-    assert (none["decode"], none["arm"], none["data wait"]) == ("cpu", "none", 0.25)
+    none, obdsd = feeding.data_wait(CPU, False)
+    assert (none["arm"], none["data wait"]) == ("none", 0.25)
     assert (obdsd["arm"], obdsd["failed"]) == ("obdsd", True)
     assert "exited with 1" in obdsd["skipped"]
-    assert [(row["arm"], row["skipped"]) for row in rest] == [(arm, feeding.SKIPPED) for arm in ("none", "obdsd")]

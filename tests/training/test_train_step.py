@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_obdsd.config import Config, override_config, parse_config
-from dist_obdsd.data.stream import Batch
+from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.losses.obdsd import build_objective
 from dist_obdsd.models.embedder import build_embedder
@@ -64,7 +64,7 @@ def take_steps(
             kept = student.head.bias.detach().clone()
             if rank == world - 1:
                 student.head.bias.data.fill_(torch.nan)
-        batch = Batch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels, [])
+        batch = TrainBatch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels, [])
         with HostReads() as reads:
             names, numbers = step(batch, TrainProgress(1, t, t), t / STEPS, stop=t == 7 and rank == world - 1)
         # The first step of all compares sizes between the ranks.
