@@ -1,4 +1,4 @@
-"""Checkpoints: one file with all that affects the next step. Format version 1.
+"""Checkpoint files: one file with all that affects the next step. Format version 1.
 
 ``checkpoints/epoch-0003.pt`` (or ``step-00001234.pt`` inside an epoch) is a ``torch.save`` of plain containers and
 tensors, loaded with ``weights_only=True``, so that loading never executes anything::
@@ -37,7 +37,7 @@ ENTRIES = frozenset(
 
 
 def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
-    """Write one checkpoint, move the pointers and prune old files. Called by one rank.
+    """Write one checkpoint, move the pointers and prune old files. One rank calls this.
 
     Args:
         state: the entries listed above, without ``format``.
@@ -78,7 +78,7 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
 
 
 def _bytes(value: Any) -> int:
-    """What the tensors of a state take in a file, which holds their storages whole and once."""
+    """Bytes that a state's tensors take in a file, which holds their storages whole and once."""
     storages = {s.data_ptr(): s.nbytes() for tensor in _tensors(value) for s in [tensor.untyped_storage()]}
     return sum(storages.values())
 
@@ -92,7 +92,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def find(path: Path, which: str = "last") -> Path | None:
-    """The checkpoint that a path means: a file, a run folder, its checkpoints folder or one of the pointers.
+    """Find the checkpoint that a path means: a file, a run folder, its checkpoints folder or one of the pointers.
 
     Args:
         which: the pointer to follow in a folder, ``last`` or ``best``.
@@ -111,7 +111,7 @@ def find(path: Path, which: str = "last") -> Path | None:
 
 
 def pointers(folder: Path) -> dict[str, str]:
-    """The files that ``last`` and ``best`` name, with their sizes, as tags for a tracker."""
+    """Describe the files that ``last`` and ``best`` name, with their sizes, as tags for a tracker."""
     found = {name: find(folder / name) for name in ("last", "best")}
     return {f"checkpoint.{n}": f"{p.absolute()} ({p.stat().st_size} bytes)" for n, p in found.items() if p is not None}
 

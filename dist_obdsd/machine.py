@@ -1,4 +1,4 @@
-"""What this process may use of its machine. Imports nothing heavy."""
+"""Cores and memory of this process. Imports nothing heavy."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on; fewer than the machine has, where a container or launcher says so."""
+    """Count the CPU cores that this process may run on; a container or launcher may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

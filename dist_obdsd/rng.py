@@ -11,11 +11,11 @@ import numpy as np
 
 
 def derive(seed: int, *names: int | str) -> int:
-    """A 63-bit integer that depends on ``seed`` and on every name, and on nothing else (SHA-256 of their text)."""
+    """Derive a 63-bit integer from ``seed`` and every name, and from nothing else (SHA-256 of their text)."""
     text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def rng(seed: int, *names: int | str) -> np.random.Generator:
-    """A fresh generator for the choice that ``names`` names."""
+    """Make a fresh generator for the choice that ``names`` names."""
     return np.random.Generator(np.random.PCG64(derive(seed, *names)))

@@ -1,7 +1,7 @@
-"""Between a GPU's memory and the host's, without one waiting for the other. On a CPU all of it is already there.
+"""Copies between a GPU's memory and the host's, without one waiting for the other. On a CPU nothing is copied.
 
-A GPU copies from and to pinned memory by itself, while kernels run. Of any other memory the driver makes a copy of its
-own first, and may wait for what the GPU has been given to do.
+A GPU copies from and to pinned memory by itself, while kernels run. The driver first makes its own copy of any other
+memory, and may wait for the work that is queued on the GPU.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AsyncHostCopy:
-    """A few numbers [n] on their way to the host."""
+    """A copy of a few numbers [n] to the host that runs beside the GPU's work."""
 
     def __init__(self, numbers_n: Tensor) -> None:
         self._numbers_n, self._copied = numbers_n, None
@@ -23,14 +23,14 @@ class AsyncHostCopy:
             self._copied.record()
 
     def read(self) -> list[float]:
-        """The numbers. Waits until what was queued before their copy is done, not for what came after it."""
+        """Return the numbers. Waits for what was queued before their copy, not for what came after it."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._numbers_n.tolist()
 
 
 class DeviceUploader:
-    """Copies tensors to a device: ``images = Upload(device)(batch.images_b)``. On the CPU it hands back what it got."""
+    """Copies tensors to a device: ``images = DeviceUploader(device)(batch.images_b)``. On the CPU it copies nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -38,10 +38,10 @@ class DeviceUploader:
         self._copying: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device. What the current stream is given to do from now on waits for it; the host does not.
+        """Return the tensor on the device. Later work of the current stream waits for it; the host does not.
 
-        The caller may let go of the tensor at once: it is held here until it is copied, because its memory is used
-        again when nobody holds it (see ``Decoder``).
+        The caller may drop the tensor at once. It is held here until it is copied, because its memory is reused when
+        nobody holds it (see ``Decoder``).
         """
         if self._stream is None or tensor.device == self.device:
             return tensor.to(self.device)
@@ -60,7 +60,7 @@ class DeviceUploader:
 
 
 def pin(memory: np.ndarray) -> None:
-    """Pin memory that is there already, such as what processes share; ``unpin`` before it is given back.
+    """Pin memory that is already allocated, such as shared memory; ``unpin`` it before it is freed.
 
     Raises:
         RuntimeError: the driver refuses, or there is none.
@@ -68,12 +68,12 @@ def pin(memory: np.ndarray) -> None:
     try:
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)))
     except RuntimeError:
-        # The CUDA runtime keeps its latest error and would blame the next kernel for it, so a kernel takes it off.
+        # The CUDA runtime keeps its latest error and would blame the next kernel for it, so a kernel clears it.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device="cuda")
         raise
 
 
 def unpin(memory: np.ndarray) -> None:
-    """Undo ``pin``. Whoever copied from there has seen to it that the copies are done."""
+    """Undo ``pin``, once all copies from there are done."""
     torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)

@@ -18,7 +18,7 @@ REAL_DATA = Path(os.environ.get("DIST_OBDSD_DATA", Path(__file__).parents[1] / "
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """How many processes ``pytest -n auto`` tests with: more than four would mostly wait for each other's ranks."""
+    """Limit ``pytest -n auto`` to four processes: more would mostly wait for each other's ranks."""
     return min(4, usable_cores())
 
 

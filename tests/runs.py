@@ -106,14 +106,14 @@ def command(*arguments: str | Path, ranks: int = 0) -> list[str]:
 
 
 def group_environments(ranks: int) -> list[dict[str, str]]:
-    """What tells ranks on this machine of each other, as torchrun sets it."""
+    """Variables that tell ranks on this machine of each other, as torchrun sets them."""
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(free_port())}  # fmt: skip
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def free_port() -> int:
-    """A free one below those that the system itself hands out, so that no connection takes it until it is used."""
+    """Find a free port below those that the system hands out, so that no connection takes it before."""
     for port in random.SystemRandom().sample(range(15_000, 32_000), 100):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -38,7 +38,7 @@ TIMEOUTS = ("Timed out waiting", "timed out", "Wait timeout", "Watchdog caught c
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether a collective waited for another rank for too long."""
+    """Tell if a collective waited too long for another rank."""
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in TIMEOUTS)
 
 

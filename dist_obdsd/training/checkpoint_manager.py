@@ -55,12 +55,12 @@ class CheckpointManager:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def should_save(self, global_step: int) -> bool:
-        """Whether a checkpoint is due after so many optimizer steps. Not collective, the same on every rank."""
+        """Tell if a checkpoint is due after so many optimizer steps. Not collective, the same on every rank."""
         every = self.config.checkpoint.every_steps
         return every is not None and global_step % every == 0
 
     def wants_save(self) -> bool:
-        """Whether the last checkpoint is too old, or its write in the background has failed, which ``save`` reports.
+        """Tell if the last checkpoint is too old, or its write in the background has failed, which ``save`` reports.
 
         Not collective: this asks rank 0's clock, and false on the other ranks.
         """

@@ -1,4 +1,4 @@
-"""What a failing run leaves behind: an error that says where, and a status that says why."""
+"""Failing runs: an error that says where, and a status that says why."""
 
 import contextlib
 import platform

@@ -17,11 +17,13 @@ Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
 class GradCache:
+    """The embeddings of one batch, computed chunk by chunk, and their backward pass."""
+
     def __init__(self, embed: Embed, images_b: torch.Tensor, chunk: int) -> None:
         """Embed every chunk once, without a graph.
 
         Args:
-            embed: images to rows; must not look beyond the images that it is given.
+            embed: images to rows; each row must depend on its own image alone, or on its chunk.
             images_b: this rank's images.
             chunk: how many are embedded at a time.
         """

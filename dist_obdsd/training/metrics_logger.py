@@ -29,7 +29,7 @@ class MetricsLogger:
         self.config, self.run_dir, self.display, self.runtime = config, run_dir, display, runtime
         self.tracker = Tracker()
         self.preempted = False
-        """Whether the tracked run ends as KILLED although nothing failed."""
+        """True when the tracked run ends as KILLED although nothing failed."""
         self._run_id: str | None = None
         self._tracked = config.tracking.kind != "none"
         self._usage = Usage() if self._tracked and runtime.launch.local_rank == 0 else None

@@ -64,7 +64,7 @@ class ModelSelector:
 
     @property
     def uses_test(self) -> bool:
-        """Whether the test set may be evaluated, and there is one."""
+        """True when there is a test set and it may be evaluated."""
         return self.config.evaluation.test and "test" in self.manifest.splits
 
     def before_training(self) -> None:

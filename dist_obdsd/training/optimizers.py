@@ -12,17 +12,19 @@ import torch
 from dist_obdsd.config import Config, LearnableConfig, OptimConfig
 
 OBJECTIVE_RATE = 100
-"""Learning rate of the ranking loss's own parameters, in units of the student's, where the settings leave it open."""
+"""Learning rate of the ranking loss's own parameters, in units of the student's, where the config leaves it open."""
 
 HEAD = "head."
-"""What the names of the embedding layer's parameters begin with."""
+"""Prefix of the names of the embedding layer's parameters."""
 
 Named = tuple[str, torch.nn.Parameter]
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[Named]) -> torch.optim.Optimizer:
-    """Every trainable parameter, in a group for each rate that parameters have beside the learning rate, its ``scale``.
-    Fused, since only the fused step can be masked on the device."""
+    """Build the optimizer of every trainable parameter, with a group for each ``scale`` of the learning rate.
+
+    It is fused, since only the fused step can be masked on the device.
+    """
     by_scale: dict[float, list[torch.nn.Parameter]] = {}
     for name, p in parameters:
         if p.requires_grad:
@@ -43,7 +45,7 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Named]) -> torch.o
 
 
 def build_objective_optimizer(config: Config, parameters: Sequence[Named]) -> torch.optim.Optimizer | None:
-    """The optimizer of the ranking loss's own parameters, if there are any."""
+    """Build the optimizer of the ranking loss's own parameters, if there are any."""
     if not parameters:
         return None
     ranking, optim = config.ranking, config.optim
@@ -55,26 +57,26 @@ def build_objective_optimizer(config: Config, parameters: Sequence[Named]) -> to
     return optimizer
 
 
-def learning_rate(config: OptimConfig, epoch: int, epochs: int, progress: float, global_step: int) -> float:
-    """The learning rate of one step.
+def learning_rate(config: OptimConfig, epoch: int, epochs: int, epoch_share: float, global_step: int) -> float:
+    """Compute the learning rate of one step.
 
     Args:
         epoch: from 0.
-        progress: share of this epoch's steps that are done, in [0, 1).
+        epoch_share: share of this epoch's steps that are done, in [0, 1).
         global_step: optimizer steps done so far.
     """
     rate = config.lr
     if config.schedule == "step":
         rate *= config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     elif config.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * (epoch + progress) / epochs))
+        rate *= 0.5 * (1 + math.cos(math.pi * (epoch + epoch_share) / epochs))
     if global_step < config.warmup_steps:
         rate *= (global_step + 1) / config.warmup_steps
     return rate
 
 
 def state_by_name(optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named]) -> dict[str, dict[str, Any]]:
-    """The optimizer's state under the parameters' names: a layout that does not depend on how they were grouped."""
+    """The optimizer's state by parameter name: a layout that does not depend on how parameters are grouped."""
     if optimizer is None:
         return {}
     return {name: dict(optimizer.state[p]) for name, p in parameters if p in optimizer.state}
@@ -83,7 +85,7 @@ def state_by_name(optimizer: torch.optim.Optimizer | None, parameters: Iterable[
 def load_state_by_name(
     optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named], state: dict[str, dict[str, Any]]
 ) -> None:
-    """The inverse of ``state_by_name``. Tensors move to their parameter's device and layout."""
+    """Restore what ``state_by_name`` gave. Tensors move to their parameter's device and layout."""
     if optimizer is None:
         return
     for name, p in parameters:

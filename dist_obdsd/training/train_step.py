@@ -34,7 +34,7 @@ class TrainProgress:
     step: int = 0
     global_step: int = 0
     pending_validation: bool = False
-    """Whether the epoch before it is trained but not validated yet."""
+    """True while the epoch before it is trained but not validated."""
 
     def state_dict(self) -> dict[str, Any]:
         position = {"epoch": self.epoch, "step": self.step, "global_step": self.global_step}
@@ -89,7 +89,7 @@ class TrainStep:
         self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
         self.upload = DeviceUploader(runtime.device)
         self.looks_later = runtime.device.type == "cuda"
-        """Whether the diffusion is queued before anybody looks at its error; a GPU has more to do by then."""
+        """True when the diffusion is queued before the host looks at its error; a GPU has more to do by then."""
         self.latest: Seen | None = None
         """The batch of the latest step, the same on every rank."""
 

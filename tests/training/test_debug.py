@@ -1,4 +1,4 @@
-"""What a run says, in debug mode and otherwise, of a step that went wrong. In one process, through the command line."""
+"""A step that went wrong, in debug mode and otherwise. In one process, through the command line."""
 
 from dist_obdsd.manifold import targets as manifold
 from tests import runs

@@ -1,4 +1,4 @@
-"""What a run measures, when, and what it reports as its best."""
+"""Evaluations during a run, and the epochs that it reports as its best."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run survives, in short; ``python -m tests.chaos`` does the same at many random moments."""
+"""Kills, signals and hangs, in short; ``python -m tests.chaos`` does the same at many random moments."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What a run shows: a bar on a terminal and lines elsewhere, through the real program."""
+"""The output of a run: a bar on a terminal and lines elsewhere, through the real program."""
 
 import fcntl
 import io
