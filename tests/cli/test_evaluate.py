@@ -33,69 +33,70 @@ def done(*arguments: str | Path, cwd: Path, ranks: int = 0) -> str:
     return process.stdout
 
 
-def test_embedded_shards_measure_as_the_checkpoint_does(run: Path, shards: Path) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def embedded(run: Path, shards: Path) -> Path:  # noqa: F811
+    """The folder with embeddings of the shards in ``0.npz`` and ``0.parquet``, and by two ranks in ``2.*``."""
     for ranks in (0, 2):
         for suffix in ("npz", "parquet"):
             done("embed", "runs/tiny", "--shards", shards, "--out", f"{ranks}.{suffix}", cwd=run, ranks=ranks)
-    assert (run / "0.npz").read_bytes() == (run / "2.npz").read_bytes()
-    assert (run / "0.parquet").read_bytes() == (run / "2.parquet").read_bytes()
-    with np.load(run / "0.npz") as archive:
+    done("evaluate", "runs/tiny", "--shards", shards, "--json", "e.json", "--per-class", "e.csv", cwd=run)
+    return run
+
+
+def test_a_file_of_embeddings_has_a_row_per_image(embedded: Path) -> None:
+    for suffix in ("npz", "parquet"):
+        assert (embedded / f"0.{suffix}").read_bytes() == (embedded / f"2.{suffix}").read_bytes()
+    with np.load(embedded / "0.npz") as archive:
         assert archive["embeddings"].shape == (96, 16)
         np.testing.assert_allclose(np.linalg.norm(archive["embeddings"], axis=1), 1, atol=1e-6)
         assert archive["keys"].tolist() == [f"{i:08d}" for i in archive["ids"]]
         assert len(set(archive["classes"].tolist())) == 12
 
-    files = ("--json", "e.json", "--per-class", "e.csv")
-    done("evaluate", "runs/tiny", "--shards", shards, *files, cwd=run)
-    for number, arguments in enumerate((["0.npz"], ["0.parquet"], ["0.npz", "evaluation.backend=torch"])):
-        own = [text.replace("e.", f"f{number}.") for text in files]
-        done(
-            "evaluate",
-            "--embeddings",
-            *arguments,
-            "--shards",
-            shards,
-            *own,
-            "evaluation.recall_at=[1, 2]",
-            cwd=run,
-            ranks=2 * (number == 1),
-        )
-        # Embeddings are unit rows but for their last bits, which decide nothing here.
-        assert values(run / f"f{number}.json") == pytest.approx(values(run / "e.json"), abs=1e-12)
-        assert (run / f"f{number}.csv").read_text() == (run / "e.csv").read_text()
-    rows = list(csv.DictReader((run / "e.csv").open()))
+
+@pytest.mark.parametrize(
+    ("file", "ranks", "overrides"), [("0.npz", 0, []), ("0.parquet", 2, []), ("0.npz", 0, ["evaluation.backend=torch"])]
+)
+def test_embeddings_measure_as_their_checkpoint(
+    embedded: Path,
+    shards: Path,
+    tmp_path: Path,
+    file: str,
+    ranks: int,
+    overrides: list[str],
+) -> None:
+    done(
+        "evaluate", "--embeddings", file, *overrides, "--shards", shards, "--json", tmp_path / "f.json",
+        "--per-class", tmp_path / "f.csv", "evaluation.recall_at=[1, 2]", cwd=embedded, ranks=ranks,
+    )  # fmt: skip
+    # Embeddings are unit rows but for their last bits, which decide nothing here.
+    assert values(tmp_path / "f.json") == pytest.approx(values(embedded / "e.json"), abs=1e-12)
+    assert (tmp_path / "f.csv").read_text() == (embedded / "e.csv").read_text()
+
+
+def test_recalls_of_classes_average_to_the_whole(embedded: Path) -> None:
+    rows = list(csv.DictReader((embedded / "e.csv").open()))
     assert len(rows) == 12
     mean = sum(int(row["queries"]) * float(row["recall@1"]) for row in rows) / 96
-    assert mean == pytest.approx(values(run / "e.json")["recall@1"])
+    assert mean == pytest.approx(values(embedded / "e.json")["recall@1"])
 
 
-def test_failures_are_drawn_the_same_on_any_number_of_ranks(run: Path, shards: Path) -> None:  # noqa: F811
-    done("embed", "runs/tiny", "--shards", shards, "--out", "good.npz", cwd=run)
-    said = done("evaluate", "--embeddings", "good.npz", "--shards", shards, "--failures", "none.png", cwd=run)
-    assert "every query's nearest neighbour is of its class" in said
-    assert not (run / "none.png").exists()
-    with np.load(run / "good.npz") as archive:
+def test_failures_are_drawn_alike_on_any_number_of_ranks(embedded: Path, shards: Path) -> None:  # noqa: F811
+    drawing = ("--shards", shards, "--failures")
+    output = done("evaluate", "--embeddings", "0.npz", *drawing, "none.png", cwd=embedded)
+    assert "none.png is not written" in output  # no query failed
+    assert not (embedded / "none.png").exists()
+    with np.load(embedded / "0.npz") as archive:
         arrays = dict(archive)
     arrays["embeddings"] += np.random.default_rng(0).standard_normal((96, 16)).astype(np.float32) / 4
-    np.savez(run / "bad.npz", **arrays)
+    np.savez(embedded / "bad.npz", **arrays)
     for ranks in (0, 2):
-        done(
-            "evaluate",
-            "--embeddings",
-            "bad.npz",
-            "--shards",
-            shards,
-            "--failures",
-            f"{ranks}.png",
-            cwd=run,
-            ranks=ranks,
-        )
-    assert (run / "0.png").read_bytes() == (run / "2.png").read_bytes()
-    with Image.open(run / "0.png") as picture:
+        done("evaluate", "--embeddings", "bad.npz", *drawing, f"{ranks}.png", cwd=embedded, ranks=ranks)
+    assert (embedded / "0.png").read_bytes() == (embedded / "2.png").read_bytes()
+    with Image.open(embedded / "0.png") as picture:
         assert min(picture.size) > 500
 
 
-def test_a_folder_of_images_embeds_alike_on_any_number_of_ranks(run: Path) -> None:
+def test_a_folder_embeds_alike_on_any_number_of_ranks(run: Path) -> None:
     for ranks, out in ((0, "a.npz"), (2, "b.npz")):
         done("embed", "runs/tiny", "--images", "images", "--out", out, "--dtype", "float16", cwd=run, ranks=ranks)
     assert (run / "a.npz").read_bytes() == (run / "b.npz").read_bytes()
@@ -129,27 +130,27 @@ def test_a_broken_image_is_named(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["evaluate"], "give one of the two"),
-        (["evaluate", "runs/tiny", "--embeddings", "x.npz"], "give one of the two"),
-        (["evaluate", "runs/tiny"], "with --shards"),
-        (["evaluate", "--embeddings", "x.npz"], "x.npz: No such file"),
-        (["evaluate", "--embeddings", "x.npz", "--failures", "x.png"], "with --shards"),
-        (["evaluate", "--embeddings", "x.npz", "--json", "nowhere/x.json"], "folder does not exist"),
-        (["evaluate", "--embeddings", "small.npz", "evaluation.recall_at=[9]"], "k=9"),
-        (["evaluate", "--embeddings", "small.npz", "evaluation.metrics=[recall]"], "k=8"),
-        (["evaluate", "--embeddings", "zero.npz"], "length 0, the first of id 2"),
-        (["embed", "runs/tiny", "--out", "x.npz"], "give one of the two"),
-        (["embed", "runs/tiny", "--images", "images", "--out", "x.csv"], "ends in '.csv'"),
-        (["embed", "runs/tiny", "--images", "nowhere", "--out", "x.npz"], "nowhere is not a folder"),
-        (["embed", "runs/tiny", "--images", "runs", "--out", "x.npz"], "holds no image"),
-        (["embed", "nowhere", "--images", "images", "--out", "x.npz"], "there is no checkpoint"),
+        ("evaluate", "CHECKPOINT or --embeddings"),
+        ("evaluate runs/tiny --embeddings x.npz", "CHECKPOINT or --embeddings"),
+        ("evaluate runs/tiny", "with --shards"),
+        ("evaluate --embeddings x.npz", "x.npz: No such file"),
+        ("evaluate --embeddings x.npz --failures x.png", "with --shards"),
+        ("evaluate --embeddings x.npz --json nowhere/x.json", "nowhere/x.json"),
+        ("evaluate --embeddings small.npz evaluation.recall_at=[9]", "k=9"),
+        ("evaluate --embeddings small.npz evaluation.metrics=[recall]", "k=8"),
+        ("evaluate --embeddings zero.npz", "length 0, the first of id 2"),
+        ("embed runs/tiny --out x.npz", "--shards DIR or --images DIR"),
+        ("embed runs/tiny --images images --out x.csv", "'.csv'"),
+        ("embed runs/tiny --images nowhere --out x.npz", "nowhere is not a folder"),
+        ("embed runs/tiny --images runs --out x.npz", "holds no image"),
+        ("embed nowhere --images images --out x.npz", "there is no checkpoint"),
     ],
 )
-def test_bad_input_ends_with_2_and_one_sentence(run: Path, arguments: list[str], words: str) -> None:
+def test_bad_input_ends_with_2_and_one_sentence(run: Path, arguments: str, words: str) -> None:
     rows = np.eye(4, 3, dtype=np.float32)
     np.savez(run / "zero.npz", embeddings=np.roll(rows, -1, axis=0), labels=[0, 0, 1, 1])
     np.savez(run / "small.npz", embeddings=rows + 1, labels=[0, 0, 1, 1])
-    process = runs.program(*arguments, cwd=run)
+    process = runs.program(*arguments.split(), cwd=run)
     assert process.returncode == 2, process.stderr
     assert words in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1

@@ -1,61 +1,101 @@
+"""Help, exit codes and the commands that need no training; ``doctor`` and ``evaluate`` alone and on two ranks."""
+
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from dist_obdsd.cli.main import COMMANDS
+from dist_obdsd.config import registry
 from tests import runs
 from tests.training.conftest import folder, shards  # noqa: F401
 
-
-def test_help_answers_without_importing_torch():
-    script = (
-        "import sys\nfrom dist_obdsd.cli.main import main\n"
-        "try: main(['--help'])\nexcept SystemExit as e: assert e.code == 0\n"
-        "print('torch' in sys.modules, 'pydantic' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False False"
-    names = (
-        "pack",
-        "verify",
-        "train",
-        "compare",
-        "evaluate",
-        "embed",
-        "export",
-        "figures",
-        "bench",
-        "doctor",
-        "replay",
-    )
-    for command in names:
-        assert f"    {command}" in done.stdout
+HELP = """
+import sys
+from dist_obdsd.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    print("imported:", *{"torch", "pydantic", "numpy"} & set(sys.modules))
+    sys.exit(end.code)
+"""
 
 
-def test_the_end_of_a_program_waits_for_threads_and_is_heard_by_whoever_asked_for_it():
-    script = (
-        "import atexit, threading, time\nfrom dist_obdsd.cli import main as cli\n"
-        "def main(arguments):\n"
-        "    threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
-        "    atexit.register(print, 'at exit')\n    print('main')\n    return 3\n"
-        "cli.main = main\ncli.program()"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+def python(code: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def help_of(*arguments: str) -> tuple[str, str]:
+    """The help, and which of the heavy packages were imported for it."""
+    done = python(HELP, *arguments, "--help", capture_output=True, env=runs.environment())
+    assert done.returncode == 0, done.stderr
+    text, _, imported = done.stdout.rpartition("imported:")
+    return text, imported.strip()
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    text, imported = help_of()
+    assert imported == ""
+    assert all(f"    {command}" in text for command in COMMANDS)
+
+
+def test_the_help_of_train_lists_the_registered_names() -> None:
+    text, imported = help_of("train")
+    assert "torch" not in imported
+    for part in vars(registry).values():
+        if isinstance(part, registry.Registry):
+            assert part.setting in text
+            assert all(name in text for name in part.names)
+
+
+ENDING = """
+import atexit, threading, time
+from dist_obdsd.cli import main as cli
+def main(arguments):
+    threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()
+    atexit.register(print, 'at exit')
+    print('main')
+    return CODE
+cli.main = main
+cli.program()
+"""
+
+
+def test_a_program_ends_after_its_threads_and_exit_handlers() -> None:
+    done = python(ENDING.replace("CODE", "3"), capture_output=True)
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.split("\n") == ["main", "thread", "at exit", ""]
+
+
+def test_output_that_cannot_be_written_is_a_failure() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", script.replace("3", "0")], stdout=full, check=False)
-    assert done.returncode == 1
+        assert python(ENDING.replace("CODE", "0"), stdout=full).returncode == 1
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["pack", "glyphs"], ["train", "a.yaml", "--nonsense"]])
-def test_bad_usage_exits_with_2(arguments, tmp_path):
-    assert runs.program(*arguments, cwd=tmp_path).returncode == 2
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(runs.CONFIG)
+    reads, writes = os.pipe()
+    os.close(reads)  # as head does
+    done = subprocess.run(runs.command("status", "tiny.yaml"), stdout=writes, stderr=subprocess.PIPE, text=True,
+                          cwd=tmp_path, env=runs.environment(), check=False)  # fmt: skip
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_evaluate_gives_the_run_s_own_numbers_alone_and_on_two_ranks(folder, shards):  # noqa: F811
+@pytest.mark.parametrize(
+    "arguments",
+    [["trian"], ["train"], ["pack", "glyphs"], ["train", "a.yaml", "--nonsense"], ["doctor", "tiny.yaml", "data.x=1"]],
+    ids=" ".join,
+)
+def test_bad_usage_exits_with_2(arguments: list[str], folder: Path) -> None:  # noqa: F811
+    assert runs.program(*arguments, cwd=folder).returncode == 2
+
+
+def test_evaluate_gives_the_run_s_own_numbers(folder: Path, shards: Path) -> None:  # noqa: F811
     runs.train(folder, "validation.fraction=0.25")
     summary = json.loads((folder / "runs" / "tiny" / "summary.json").read_text())
     last = {row["metric"]: row["value"] for row in summary["rows"] if row["protocol"] == "last"}
@@ -72,39 +112,15 @@ def test_evaluate_gives_the_run_s_own_numbers_alone_and_on_two_ranks(folder, sha
     assert "it has train, test" in done.stderr
 
 
-def test_doctor_tells_where_a_config_can_run(folder):  # noqa: F811
+def test_doctor_tells_where_a_config_can_run(folder: Path) -> None:  # noqa: F811
     done = runs.program("doctor", "tiny.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
-    import torch
-
     assert torch.__version__.split("+")[0] in done.stdout
     assert "1, 2, 4 ranks" in done.stdout
+    assert "all-reduce" not in done.stdout
     assert runs.program("doctor", "tiny.yaml", "data.shards=nowhere", cwd=folder).returncode == 2
 
 
-def test_local_rank_before_the_command_is_accepted(folder):  # noqa: F811
+def test_local_rank_before_the_command_is_accepted(folder: Path) -> None:  # noqa: F811
     done = runs.program("--local_rank=0", "train", "tiny.yaml", "max_steps=1", cwd=folder)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_deepspeed_launcher_starts_two_ranks(folder):  # noqa: F811
-    """The real launcher, on CPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "dist_obdsd", "train",
-         "tiny.yaml", "max_steps=3"],
-        capture_output=True, text=True, timeout=180, check=False, cwd=folder,
-        env=runs.environment({"DS_ACCELERATOR": "cpu"}),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 x cpu (deepspeed)" in done.stdout
-    assert len(runs.metrics(folder / "runs" / "tiny", "step")) == 3
-
-
-def test_a_reader_that_has_enough_is_no_error(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(runs.CONFIG)
-    reads, writes = os.pipe()
-    os.close(reads)  # as head does
-    done = subprocess.run(runs.command("status", "tiny.yaml"), stdout=writes, stderr=subprocess.PIPE, text=True,
-                          cwd=tmp_path, env=runs.environment(), check=False)  # fmt: skip
-    os.close(writes)
-    assert (done.returncode, done.stderr) == (1, "")

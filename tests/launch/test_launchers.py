@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,14 +31,24 @@ def start(script: str, *overrides: str, cwd: Path, env: dict[str, str] | None = 
     )  # fmt: skip
 
 
-def finished(process: subprocess.Popen[str], seconds: float = 180) -> str:
+def finished(process: subprocess.Popen[str]) -> str:
+    """Wait for a launcher's end and return what it printed."""
     try:
-        output, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=runs.SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(f"did not end: {output[-3000:]}") from None
     return output
+
+
+def wait_for(process: subprocess.Popen[str], event: Callable[[], bool]) -> None:
+    """Wait until something has happened while a launcher runs."""
+    deadline = time.monotonic() + runs.SECONDS
+    while not event():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -68,7 +78,7 @@ def two_hosts() -> Iterator[list[tuple[str, str, str]]]:
 @pytest.mark.parametrize("local", [1, 2])
 def test_two_hosts_train_with_a_torchrun_rendezvous(folder, local):  # noqa: F811
     with two_hosts() as hosts:
-        master = f"{hosts[0][1]}:29611"
+        master = f"{hosts[0][1]}:{runs.free_port()}"
         processes = [
             start(
                 "torchrun.sh", *SHORT, f"name=hosts{local}", cwd=folder,
@@ -86,7 +96,7 @@ def test_two_hosts_train_with_a_torchrun_rendezvous(folder, local):  # noqa: F81
 
 
 def test_deepspeed_s_launcher_trains_with_zero(folder):  # noqa: F811
-    process = start("deepspeed.sh", *SHORT, "name=zero", cwd=folder, env={"MASTER": "127.0.0.1:29631"})
+    process = start("deepspeed.sh", *SHORT, "name=zero", cwd=folder, env={"MASTER": f"127.0.0.1:{runs.free_port()}"})
     output = finished(process)
     assert process.returncode == 0, output
     assert "2 x cpu (deepspeed)" in output
@@ -101,32 +111,29 @@ def test_deepspeed_s_launcher_trains_with_zero(folder):  # noqa: F811
 @pytest.mark.parametrize(
     ("script", "number"),
     [("torchrun.sh", signal.SIGUSR1), ("deepspeed.sh", signal.SIGTERM)],
+    ids=["torchrun", "deepspeed"],
 )
-def test_a_signal_to_the_launcher_saves_and_leaves_nothing_behind(folder, script, number):  # noqa: F811
-    env = {"MASTER": "127.0.0.1:29641"} if script == "deepspeed.sh" else {}
+def test_a_signal_saves_and_leaves_no_process(folder, script, number):  # noqa: F811
+    env = {"MASTER": f"127.0.0.1:{runs.free_port()}"} if script == "deepspeed.sh" else {}
     process = start(script, "precision=float32", "epochs=400", cwd=folder, env=env)
-    record = folder / "runs" / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (record.exists() and '"step": 5,' in record.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    metrics = folder / "runs" / "tiny" / "metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and '"step": 5,' in metrics.read_text())
     members = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(number)
-    output = finished(process, 90)
+    output = finished(process)
     assert runs.status(folder / "runs" / "tiny")["state"] == "preempted", output
     assert "s after the signal)" in output
-    _, alive = psutil.wait_procs(members, timeout=5)
+    _, alive = psutil.wait_procs(members, timeout=runs.SECONDS)
     assert not alive
     state = runs.program("status", "tiny.yaml", "epochs=400", cwd=folder)
     assert state.stdout == "preempted\n"
 
 
-def test_a_hostfile_that_cannot_be_read(folder):  # noqa: F811
-    for hostfile in ("nowhere", "."):
-        process = start("deepspeed.sh", cwd=folder, env={"HOSTFILE": hostfile})
-        assert f"cannot read HOSTFILE={hostfile}; see launch/hostfile.example" in finished(process)
-        assert process.returncode == 2
+@pytest.mark.parametrize("hostfile", ["nowhere", "."])
+def test_a_hostfile_that_cannot_be_read(folder, hostfile):  # noqa: F811
+    process = start("deepspeed.sh", cwd=folder, env={"HOSTFILE": hostfile})
+    assert f"cannot read HOSTFILE={hostfile}" in finished(process)
+    assert process.returncode == 2
 
 
 def test_doctor_measures_what_lies_between_the_ranks(folder):  # noqa: F811
@@ -138,7 +145,7 @@ def test_doctor_measures_what_lies_between_the_ranks(folder):  # noqa: F811
     assert rows["versions"] == "alike"
     assert rows["all-reduce"].endswith("GiB/s")
     assert rows["gather"].startswith("embeddings of 8 x 2 images, 16 dimensions")
-    assert "apart by 0.0" in rows["clocks"]
+    assert rows["clocks"].startswith("apart by ")
     assert "run folder runs/tiny: new" in done.stdout
     refused = runs.program("doctor", "tiny.yaml", ranks=3, cwd=folder)
     assert refused.returncode != 0
