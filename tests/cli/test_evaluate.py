@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 from tests import runs
-from tests.training.conftest import folder, shards  # noqa: F401
 
 
 @pytest.fixture(scope="module")
-def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained run and the images that the shards were packed from."""
     place = tmp_path_factory.mktemp("commands")
     (place / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(shards)))
@@ -34,7 +33,7 @@ def done(*arguments: str | Path, cwd: Path, ranks: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def embedded(run: Path, shards: Path) -> Path:  # noqa: F811
+def embedded(run: Path, shards: Path) -> Path:
     """The folder with embeddings of the shards in ``0.npz`` and ``0.parquet``, and by two ranks in ``2.*``."""
     for ranks in (0, 2):
         for suffix in ("npz", "parquet"):
@@ -80,7 +79,7 @@ def test_recalls_of_classes_average_to_the_whole(embedded: Path) -> None:
     assert mean == pytest.approx(values(embedded / "e.json")["recall@1"])
 
 
-def test_failures_are_drawn_alike_on_any_number_of_ranks(embedded: Path, shards: Path) -> None:  # noqa: F811
+def test_failures_are_drawn_alike_on_any_number_of_ranks(embedded: Path, shards: Path) -> None:
     drawing = ("--shards", shards, "--failures")
     output = done("evaluate", "--embeddings", "0.npz", *drawing, "none.png", cwd=embedded)
     assert "none.png is not written" in output  # no query failed

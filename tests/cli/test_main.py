@@ -12,7 +12,6 @@ import torch
 from dist_obdsd.cli.main import COMMANDS
 from dist_obdsd.config import registry
 from tests import runs
-from tests.training.conftest import folder, shards  # noqa: F401
 
 HELP = """
 import sys
@@ -91,11 +90,11 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     [["trian"], ["train"], ["pack", "glyphs"], ["train", "a.yaml", "--nonsense"], ["doctor", "tiny.yaml", "data.x=1"]],
     ids=" ".join,
 )
-def test_bad_usage_exits_with_2(arguments: list[str], folder: Path) -> None:  # noqa: F811
+def test_bad_usage_exits_with_2(arguments: list[str], folder: Path) -> None:
     assert runs.program(*arguments, cwd=folder).returncode == 2
 
 
-def test_evaluate_gives_the_run_s_own_numbers(folder: Path, shards: Path) -> None:  # noqa: F811
+def test_evaluate_gives_the_run_s_own_numbers(folder: Path, shards: Path) -> None:
     runs.train(folder, "validation.fraction=0.25")
     summary = json.loads((folder / "runs" / "tiny" / "summary.json").read_text())
     last = {row["metric"]: row["value"] for row in summary["rows"] if row["protocol"] == "last"}
@@ -112,7 +111,7 @@ def test_evaluate_gives_the_run_s_own_numbers(folder: Path, shards: Path) -> Non
     assert "it has train, test" in done.stderr
 
 
-def test_doctor_tells_where_a_config_can_run(folder: Path) -> None:  # noqa: F811
+def test_doctor_tells_where_a_config_can_run(folder: Path) -> None:
     done = runs.program("doctor", "tiny.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert torch.__version__.split("+")[0] in done.stdout
@@ -121,6 +120,6 @@ def test_doctor_tells_where_a_config_can_run(folder: Path) -> None:  # noqa: F81
     assert runs.program("doctor", "tiny.yaml", "data.shards=nowhere", cwd=folder).returncode == 2
 
 
-def test_local_rank_before_the_command_is_accepted(folder: Path) -> None:  # noqa: F811
+def test_local_rank_before_the_command_is_accepted(folder: Path) -> None:
     done = runs.program("--local_rank=0", "train", "tiny.yaml", "max_steps=1", cwd=folder)
     assert done.returncode == 0, done.stderr

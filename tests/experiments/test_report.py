@@ -13,12 +13,11 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.experiments.report import Report, aligned
 from dist_obdsd.experiments.run_status import RunStatus
 from dist_obdsd.experiments.variants import plan, read_grid, read_variants
-from tests.training.conftest import folder, shards  # noqa: F401
 
 VALUES = {"none": [0.70, 0.72, 0.71], "psd": [0.72, 0.75, 0.72], "obdsd": [0.71, 0.70, 0.74]}
 
 
-def report(folder: Path, values: dict[str, list[float]], grid: tuple[str, ...] = (), *overrides: str) -> Report:  # noqa: F811
+def report(folder: Path, values: dict[str, list[float]], grid: tuple[str, ...] = (), *overrides: str) -> Report:
     """Variant (and point) -> a Recall@1 per seed; a value that is missing is a run that failed."""
     variants = read_variants(",".join(dict.fromkeys(label.split()[0] for label in values)))
     specs = plan(folder / "tiny.yaml", overrides, variants, [0, 1, 2], read_grid(grid))
@@ -47,7 +46,7 @@ def table_row(text: str, *starts: str) -> list[str]:
     return found
 
 
-def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:  # noqa: F811
+def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:
     found = report(folder, VALUES)
     files = {path.name: path for path in found.write(folder / "out")}
     assert files.keys() == {"report.md", "report.png", "values.csv", "statistics.csv"}
@@ -79,7 +78,7 @@ def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:  #
         assert image.width > 600
 
 
-def test_conditions_name_what_differs(folder: Path) -> None:  # noqa: F811
+def test_conditions_name_what_differs(folder: Path) -> None:
     found = report(folder, VALUES)
     conditions = found.run_metadata()
     assert conditions["git commit"] == "none, psd: c0ffee; obdsd: deed"
@@ -92,7 +91,7 @@ def test_conditions_name_what_differs(folder: Path) -> None:  # noqa: F811
     assert "2 tests, uncorrected" in text
 
 
-def test_missing_runs_are_named_and_their_variants_say_less(folder: Path) -> None:  # noqa: F811
+def test_missing_runs_are_named_and_their_variants_say_less(folder: Path) -> None:
     text = report(folder, VALUES | {"psd": [0.72, 0.75]}).markdown(drawn=False)
     assert "8 of 9 runs are finished" in text
     assert "- `tiny-psd-seed2` failed: the disk said no" in text
@@ -101,7 +100,7 @@ def test_missing_runs_are_named_and_their_variants_say_less(folder: Path) -> Non
     assert "fewer than 3 finished seeds" in text
 
 
-def test_a_point_of_a_grid_is_chosen_by_validation_classes_alone(folder: Path) -> None:  # noqa: F811
+def test_a_grid_point_is_chosen_by_validation_classes_alone(folder: Path) -> None:
     # The test set and the validation classes, which are 1 minus it here, want different points.
     values = {
         "none epochs=3": [0.5] * 3,
@@ -127,7 +126,7 @@ def test_a_table_reads_as_it_stands() -> None:
 
 
 @pytest.mark.parametrize("metrics", [["dist_intra", "nmi"], ["cam1/recall@1", "cam2/recall@1", "cam1/map@r"]])
-def test_headlines_of_other_metrics(folder: Path, metrics: list[str]) -> None:  # noqa: F811
+def test_headlines_of_other_metrics(folder: Path, metrics: list[str]) -> None:
     found = report(folder, VALUES)
     found.rows = [row | {"metric": metric} for row in found.rows for metric in metrics]
     wanted = metrics if "nmi" in metrics else ["cam1/recall@1", "cam1/map@r"]

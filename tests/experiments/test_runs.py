@@ -13,7 +13,6 @@ from mlflow.tracking import MlflowClient
 
 from dist_obdsd.cli import main as cli
 from tests import runs
-from tests.training.conftest import shards  # noqa: F401
 
 VARIANTS = ("--variants", "none,psd", "--seeds", "2")
 SETTINGS = ("max_steps=7", "epochs=2", "data.workers=0", "validation.fraction=0.25")
@@ -21,7 +20,7 @@ Answer = tuple[int, str, str]
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:  # noqa: F811
+def study(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(shards)))
     return folder
@@ -113,7 +112,7 @@ def test_runs_that_differ_in_more_than_they_declare_are_refused(
     assert sentence in err
 
 
-def test_other_shards_are_refused(study: Path, compare: Callable[..., Answer], shards: Path) -> None:  # noqa: F811
+def test_other_shards_are_refused(study: Path, compare: Callable[..., Answer], shards: Path) -> None:
     (study / "other").mkdir()
     text = (shards / "manifest.json").read_text()
     (study / "other" / "manifest.json").write_text(text.replace('"seed": 0', '"seed": 1', 1))
@@ -139,7 +138,7 @@ def test_the_comparison_is_a_tracked_run_of_its_own(study: Path, compare: Callab
     assert run.data.metrics["psd/last/recall_at_1/mean"] == pytest.approx(sum(values) / 2)
 
 
-def test_states_are_listed_and_what_is_there_reported_without_training(
+def test_states_are_listed_and_reported_without_training(
     study: Path, compare: Callable[..., Answer]
 ) -> None:
     code, out, _ = compare("--seeds", "3", "--dry-run")

@@ -12,7 +12,6 @@ from dist_obdsd.cli import main as cli
 from dist_obdsd.config import load_config
 from dist_obdsd.figures import run_figures as album
 from tests import runs
-from tests.training.conftest import folder, shards  # noqa: F401
 
 NAMES = {"loss_curves", "recall_curves", "retrieval_grid", "embedding_map", "spectrum", "batch_manifold"}
 
@@ -28,7 +27,7 @@ def pngs(run: Path) -> set[str]:
 
 
 def test_a_resumed_run_draws_every_figure_and_no_step_twice(
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -75,7 +74,7 @@ def test_a_resumed_run_draws_every_figure_and_no_step_twice(
 
 
 def test_a_folder_without_a_run_is_refused_and_a_young_run_has_few_figures(
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

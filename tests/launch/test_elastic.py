@@ -9,7 +9,6 @@ import pytest
 
 from tests import chaos, runs
 from tests.launch.test_launchers import finished, start, wait_for
-from tests.training.conftest import folder, shards, train  # noqa: F401
 
 SETTINGS = ("epochs=4", "data.workers=0", "checkpoint.every_steps=2")
 
@@ -23,7 +22,7 @@ def ranks_below(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     return found
 
 
-def test_a_killed_rank_restarts_and_other_world_sizes_go_on(folder, train):  # noqa: F811
+def test_a_killed_rank_restarts_and_other_world_sizes_go_on(folder, train):
     runs.train(folder, "name=whole", *SETTINGS, ranks=2)
     whole, run = (folder / "runs" / name for name in ("whole", "tiny"))
 

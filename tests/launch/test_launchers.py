@@ -15,7 +15,6 @@ import pytest
 
 from tests import runs
 from tests.runs import ROOT
-from tests.training.conftest import folder, shards  # noqa: F401
 
 SHORT = ("precision=float32", "max_steps=3", "epochs=2")
 
@@ -76,7 +75,7 @@ def two_hosts() -> Iterator[list[tuple[str, str, str]]]:
 
 
 @pytest.mark.parametrize("local", [1, 2])
-def test_two_hosts_train_with_a_torchrun_rendezvous(folder, local):  # noqa: F811
+def test_two_hosts_train_with_a_torchrun_rendezvous(folder, local):
     with two_hosts() as hosts:
         master = f"{hosts[0][1]}:{runs.free_port()}"
         processes = [
@@ -95,7 +94,7 @@ def test_two_hosts_train_with_a_torchrun_rendezvous(folder, local):  # noqa: F81
     assert [row["ranking"] for row in found] == pytest.approx([row["ranking"] for row in expected], rel=1e-5)
 
 
-def test_deepspeed_s_launcher_trains_with_zero(folder):  # noqa: F811
+def test_deepspeed_s_launcher_trains_with_zero(folder):
     process = start("deepspeed.sh", *SHORT, "name=zero", cwd=folder, env={"MASTER": f"127.0.0.1:{runs.free_port()}"})
     output = finished(process)
     assert process.returncode == 0, output
@@ -113,7 +112,7 @@ def test_deepspeed_s_launcher_trains_with_zero(folder):  # noqa: F811
     [("torchrun.sh", signal.SIGUSR1), ("deepspeed.sh", signal.SIGTERM)],
     ids=["torchrun", "deepspeed"],
 )
-def test_a_signal_saves_and_leaves_no_process(folder, script, number):  # noqa: F811
+def test_a_signal_saves_and_leaves_no_process(folder, script, number):
     env = {"MASTER": f"127.0.0.1:{runs.free_port()}"} if script == "deepspeed.sh" else {}
     process = start(script, "precision=float32", "epochs=400", cwd=folder, env=env)
     metrics = folder / "runs" / "tiny" / "metrics.jsonl"
@@ -130,13 +129,13 @@ def test_a_signal_saves_and_leaves_no_process(folder, script, number):  # noqa: 
 
 
 @pytest.mark.parametrize("hostfile", ["nowhere", "."])
-def test_a_hostfile_that_cannot_be_read(folder, hostfile):  # noqa: F811
+def test_a_hostfile_that_cannot_be_read(folder, hostfile):
     process = start("deepspeed.sh", cwd=folder, env={"HOSTFILE": hostfile})
     assert f"cannot read HOSTFILE={hostfile}" in finished(process)
     assert process.returncode == 2
 
 
-def test_doctor_measures_what_lies_between_the_ranks(folder):  # noqa: F811
+def test_doctor_measures_what_lies_between_the_ranks(folder):
     done = runs.program("doctor", "tiny.yaml", ranks=2, cwd=folder, anew=True)
     assert done.returncode == 0, done.stderr
     rows = {line[:14].strip(): line[15:] for line in done.stdout.splitlines()}

@@ -3,9 +3,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.tracking.server import Server
-from tests.training.conftest import folder, shards
-
-__all__ = ["folder", "shards"]
 
 
 @pytest.fixture(scope="session")
