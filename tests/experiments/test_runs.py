@@ -138,9 +138,7 @@ def test_the_comparison_is_a_tracked_run_of_its_own(study: Path, compare: Callab
     assert run.data.metrics["psd/last/recall_at_1/mean"] == pytest.approx(sum(values) / 2)
 
 
-def test_states_are_listed_and_reported_without_training(
-    study: Path, compare: Callable[..., Answer]
-) -> None:
+def test_states_are_listed_and_reported_without_training(study: Path, compare: Callable[..., Answer]) -> None:
     code, out, _ = compare("--seeds", "3", "--dry-run")
     assert code == 0
     assert [line.split("  ")[0] for line in out.splitlines()] == ["finished", "finished", "not started"] * 2
