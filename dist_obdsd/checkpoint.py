@@ -20,11 +20,11 @@ name, flushed to the disk and renamed, so that a name always stands for a whole 
 
 import pickle
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dist_obdsd.errors import InputError, RunError, format_error
 from dist_obdsd.files import replacing, why_not_written, write_atomically
@@ -77,18 +77,10 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     return path
 
 
-def _bytes(value: Any) -> int:
+def _bytes(state: Any) -> int:
     """Bytes that a state's tensors take in a file, which holds their storages whole and once."""
-    storages = {s.data_ptr(): s.nbytes() for tensor in _tensors(value) for s in [tensor.untyped_storage()]}
-    return sum(storages.values())
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(entry)
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def find(path: Path, which: str = "last") -> Path | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from dist_obdsd import checkpoint
 from dist_obdsd.config import Config, changed_settings
@@ -80,13 +81,11 @@ class CheckpointManager:
         Raises:
             RunError: on every rank, when this or the previous checkpoint cannot be written.
         """
-        started = time.perf_counter()
         state = self._state_dict()
         with raise_on_all_ranks("saving the checkpoint"):
             if self.is_main:
                 self._await_write()
                 self._write(state, best)
-        self.state.metrics.log_save_time(time.perf_counter() - started)
 
     def _state_dict(self) -> dict[str, Any]:
         """The entries of a checkpoint; complete on rank 0."""
@@ -109,7 +108,8 @@ class CheckpointManager:
         options = self.config.checkpoint
         if options.background:
             self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
-            future = self._thread.submit(checkpoint.save, self.folder, _copied(state), best=best, keep=options.keep)
+            state = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, state)
+            future = self._thread.submit(checkpoint.save, self.folder, state, best=best, keep=options.keep)
             self._writing = future, time.monotonic() - started
         else:
             path = checkpoint.save(self.folder, state, best=best, keep=options.keep)
@@ -202,14 +202,3 @@ class CheckpointManager:
     def best_path(self) -> Path | None:
         """The best checkpoint by validation, else the last. Not collective."""
         return checkpoint.find(self.folder, "best") or checkpoint.find(self.folder)
-
-
-def _copied(value: Any) -> Any:
-    """Plain containers with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(entry) for entry in value)
-    return value

@@ -34,8 +34,6 @@ class MetricsLogger:
         self._tracked = config.tracking.kind != "none"
         self._usage = Usage() if self._tracked and runtime.launch.local_rank == 0 else None
         self._masked_in_a_row = self._defective = 0
-        self._step_seconds = 0.0
-        self._save_seconds: list[float] = []
 
     @contextmanager
     def tracking(self, manifest: Manifest) -> Iterator[None]:
@@ -125,21 +123,9 @@ class MetricsLogger:
 
     def log_epoch(self, title: str, epoch: int, global_step: int, steps: int, seconds: float, waited: float) -> None:
         """Log how fast the part of an epoch was that this process trained."""
-        self._step_seconds += seconds
         rate, share = steps * self.config.batch.global_size / seconds, waited / seconds
         self.log("epoch", {"seconds": seconds, "images_per_s": rate, "data_wait_share": share}, epoch, global_step)
         logger.info("%s: %.1f s, %.0f images/s, %.1f%% waiting for data", title, seconds, rate, 100 * share)
-
-    def log_save_time(self, seconds: float) -> None:
-        """Note how long training stood still for a checkpoint: to collect its state, and to write or copy it."""
-        self._save_seconds.append(seconds)
-
-    def log_save_total(self) -> None:
-        """Log what the checkpoints of this process cost, compared with its steps."""
-        if self._step_seconds:
-            total, count = sum(self._save_seconds), len(self._save_seconds)
-            share = f"{total / self._step_seconds:.2%} of the {self._step_seconds:.1f} s of its steps"
-            logger.info("%d checkpoints: training stood still for %.2f s, %s", count, total, share)
 
     def log_evaluation(self, what: str, result: EvaluationResult, epoch: int, global_step: int) -> None:
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())

@@ -95,17 +95,7 @@ def read_status(path: Path) -> dict[str, Any]:
 def write_status(path: Path, state: str, message: str) -> None:
     """Write running, finished, preempted or failed, for scripts to read, whatever the launcher returns."""
     status = {"state": state, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
-    text = (json.dumps(status) + "\n").encode()
-    try:
-        write_atomically(path / "status.json", text)
-    except RunError as error:
-        # A full disk still has the room of the old status; for a moment a reader may find half of the new one.
-        try:
-            with (path / "status.json").open("r+b") as file:
-                file.write(text)
-                file.truncate()
-        except OSError:
-            raise error from None
+    write_atomically(path / "status.json", (json.dumps(status) + "\n").encode())
 
 
 def free_name(output: Path, name: str) -> str:

@@ -148,11 +148,7 @@ class Trainer:
             return self._preempted()
 
     def _train(self) -> None:
-        """Train from the current position to the last epoch or to ``max_steps``.
-
-        Raises:
-            StoppedError: on every rank, when any rank was asked to stop.
-        """
+        """Train from the current position to the last epoch or to ``max_steps``."""
         if self._is_complete():
             return
         with raise_on_all_ranks("opening the stream"):
@@ -255,7 +251,6 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test set, once, and write the summary."""
         self.checkpoints.wait()
-        self.metrics.log_save_total()
         rows = self.model_selector.after_training(
             self.progress.epoch, self.progress.step == 0, self.checkpoints.load_best
         )
@@ -293,8 +288,7 @@ class Trainer:
         message = f"stopped by a signal after {self.progress.global_step} steps; the same command goes on from there"
         if self.run_dir is not None:
             write_status(self.run_dir.path, "preempted", message)
-        seconds = max(filter(None, collectives.gather_json(self.preemption.seconds_ago)), default=0.0)
-        logger.info("%s (%.1f s after the signal)", message, seconds)
+        logger.info(message)
         return {"meta": {"state": "preempted", "message": message}, "rows": []}
 
     # ---- where it stands --------------------------------------------------------------------------------------------

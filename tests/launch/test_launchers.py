@@ -121,7 +121,7 @@ def test_a_signal_saves_and_leaves_no_process(folder, script, number):
     process.send_signal(number)
     output = finished(process)
     assert runs.status(folder / "runs" / "tiny")["state"] == "preempted", output
-    assert "s after the signal)" in output
+    assert "the same command goes on from there" in output
     _, alive = psutil.wait_procs(members, timeout=runs.SECONDS)
     assert not alive
     state = runs.program("status", "tiny.yaml", "epochs=400", cwd=folder)
