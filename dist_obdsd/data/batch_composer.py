@@ -1,9 +1,8 @@
-"""Choosing the groups of every step, so that no class stands twice in a step while that can be avoided.
+"""The choice of every step's groups, so that no class stands twice in a step while that can be avoided.
 
 A step takes the earliest groups of each lane whose classes it does not hold yet. Where a lane has none, an augmenting
-path (the classic algorithm for bipartite matching) exchanges classes between lanes; only if there is none a class
-repeats. At the end, each repetition is exchanged with a group of a near step that takes it without one. Letters as in
-``schedule``.
+path (the classic algorithm for bipartite matching) exchanges classes between lanes. Only if there is none a class
+repeats. At the end, each repetition is exchanged with a group of a near step, if one fits. Letters as in ``schedule``.
 """
 
 from collections import Counter, deque
@@ -19,6 +18,7 @@ class Group:
 
     window: int
     time: float
+    """Place in the lane's order; the whole part is the window."""
     label: int
     ids: tuple[int, ...]
     oldest: int
@@ -27,82 +27,79 @@ class Group:
     """The planned group whose place this one has, in class-uniform sampling."""
 
 
-class Lane:
+Plan = list[list[list[Group]]]
+"""Step -> lane -> g groups."""
+
+
+class LaneQueue:
     """The groups of a lane that are still to be taken: one queue per class, and a heap of the queues' first times."""
 
-    def __init__(self, groups: list[Group], rooms: dict[tuple[int, int], int] | None = None) -> None:
+    def __init__(self, groups: list[Group], capacity: dict[tuple[int, int], int] | None = None) -> None:
         """Sort the groups.
 
         Args:
-            rooms: class-uniform sampling only, whose groups have no images yet: (window, class) -> how many groups
-                without a common image one step can have there; every window has as many as a step takes from a lane.
+            capacity: class-uniform sampling only, whose groups have no images yet: (window, class) -> how many groups
+                without a common image one step can have there. Every window has as many as a step takes from a lane.
         """
-        self.rooms = rooms
-        self.remaining = len(groups)
+        self.capacity = capacity
         self.queues: dict[int, deque[Group]] = {}
-        self.needs: dict[int, int] = {}  # window -> groups still to be taken that have an image of it as their oldest
+        self.needs: Counter[int] = Counter()  # window -> groups still to be taken that have an image of it as oldest
         for group in sorted(groups, key=lambda group: group.time):
             self.queues.setdefault(group.label, deque()).append(group)
-            self.needs[group.oldest] = self.needs.get(group.oldest, 0) + 1
+            self.needs[group.oldest] += 1
         self.heap = [(queue[0].time, label) for label, queue in self.queues.items()]
         heapify(self.heap)
-        self.horizon = 0
+        self.last_open = 0
         self.start_step()
 
     def start_step(self) -> None:
         """Find the last window that may be open while the oldest one is still needed."""
-        self.horizon = min((w for w, n in self.needs.items() if n), default=0) + 1
+        self.last_open = min((w for w, n in self.needs.items() if n), default=0) + 1
 
     def first(self, label: int) -> Group | None:
-        """The class's next group, if its window may be open."""
+        """Return the class's next group, if its window may be open."""
         queue = self.queues.get(label)
-        return queue[0] if queue and queue[0].window <= self.horizon else None
+        return queue[0] if queue and queue[0].window <= self.last_open else None
 
     def take(self, label: int) -> Group:
-        """The heap keeps the class's old entry, which ``earliest`` recognises and replaces."""
-        group = self.queues[label].popleft()
+        queue = self.queues[label]
+        group = queue.popleft()
         self.needs[group.oldest] -= 1
-        self.remaining -= 1
+        if queue:
+            heappush(self.heap, (queue[0].time, label))
         return group
 
     def put_back(self, group: Group) -> None:
         group = group.instead_of or group
         self.queues[group.label].appendleft(group)
         self.needs[group.oldest] += 1
-        self.remaining += 1
         heappush(self.heap, (group.time, group.label))
 
     def fits(self, window: int, label: int, taken: list[Group]) -> bool:
-        """Whether a step that has ``taken`` from the lane can have one more group of the class, no image twice."""
-        if self.rooms is None:  # then no two groups share an image
+        """Tell whether a step that has ``taken`` from the lane can have one more group of the class, no image twice."""
+        if self.capacity is None:  # then no two groups share an image
             return True
-        return sum((g.window, g.label) == (window, label) for g in taken) < self.rooms[window, label]
+        return sum((g.window, g.label) == (window, label) for g in taken) < self.capacity[window, label]
 
     def earliest(self, excluded: dict[int, int]) -> int | None:
-        """The class of the earliest group that is open and whose class is not excluded."""
-        skipped: list[tuple[float, int]] = []
+        """Return the class of the earliest group that is open and whose class is not excluded."""
+        passed: list[tuple[float, int]] = []
         found = None
-        while self.heap and self.heap[0][0] < self.horizon + 1:
-            entry = heappop(self.heap)
-            time, label = entry
+        while found is None and self.heap and self.heap[0][0] < self.last_open + 1:
+            time, label = entry = heappop(self.heap)
             queue = self.queues[label]
-            if not queue or (skipped and entry == skipped[-1]):
-                continue
-            if queue[0].time != time:
-                if queue[0].time > time:  # an entry older than its queue; a newer one would be there twice
-                    heappush(self.heap, (queue[0].time, label))
-                continue
-            skipped.append(entry)
+            if not queue or queue[0].time != time or entry in passed[-1:]:
+                continue  # the group was taken meanwhile, or put back and so entered twice
+            passed.append(entry)
             if label not in excluded:
                 found = label
-                break
-        for entry in skipped:
+        for entry in passed:
             heappush(self.heap, entry)
         return found
 
 
-def take_steps(queues: list[Lane], steps: int, per_lane: int) -> list[list[list[Group]]]:
-    """Choose every step's groups: [step][lane] -> g groups."""
+def take_steps(queues: list[LaneQueue], steps: int, per_lane: int) -> Plan:
+    """Choose every step's groups."""
     L = len(queues)
     plan = []
     for t in range(steps):
@@ -118,7 +115,7 @@ def take_steps(queues: list[Lane], steps: int, per_lane: int) -> list[list[list[
                 owner[label] = lane
                 chosen[lane].append(queues[lane].take(label))
             elif not _exchange(lane, queues, chosen, owner):
-                group = _repeat(lane, queues[lane], chosen)
+                group = _repeat(queues[lane], chosen[lane], chosen)
                 owner.setdefault(group.label, lane)
                 chosen[lane].append(group)
         plan.append(chosen)
@@ -126,9 +123,9 @@ def take_steps(queues: list[Lane], steps: int, per_lane: int) -> list[list[list[
     return plan
 
 
-def _exchange(lane: int, queues: list[Lane], chosen: list[list[Group]], owner: dict[int, int]) -> bool:
+def _exchange(lane: int, queues: list[LaneQueue], chosen: list[list[Group]], owner: dict[int, int]) -> bool:
     """Give ``lane`` a class that another lane holds, which takes one of a third lane, and so on to a free class."""
-    came_from: dict[int, tuple[int, int]] = {lane: (-1, -1)}  # lane -> (who wants its class, which class)
+    came_from: dict[int, tuple[int, int]] = {lane: (-1, -1)}  # lane -> (lane that wants its class, class)
     waiting = deque([lane])
     while waiting:
         here = waiting.popleft()
@@ -153,32 +150,32 @@ def _exchange(lane: int, queues: list[Lane], chosen: list[list[Group]], owner: d
     return False
 
 
-def _repeat(lane: int, queue: Lane, chosen: list[list[Group]]) -> Group:
+def _repeat(queue: LaneQueue, taken: list[Group], chosen: list[list[Group]]) -> Group:
     """Take a group of the open class that this step holds least often; the earliest of them."""
     held = Counter(group.label for groups in chosen for group in groups)
     while True:
         firsts = [group for group in map(queue.first, queue.queues) if group is not None]
-        fitting = [group for group in firsts if queue.fits(group.window, group.label, chosen[lane])]
+        fitting = [group for group in firsts if queue.fits(group.window, group.label, taken)]
         if fitting:
             return queue.take(min(fitting, key=lambda group: (held[group.label], group.time)).label)
         if firsts:
-            return _substitute(queue, min(firsts, key=lambda group: group.time), chosen[lane], held)
-        queue.horizon += 1  # the windows are smaller than what a step takes
+            return _substitute(queue, min(firsts, key=lambda group: group.time), taken, held)
+        queue.last_open += 1  # the windows are smaller than what a step takes
 
 
-def _substitute(queue: Lane, planned: Group, taken: list[Group], held: Counter[int]) -> Group:
+def _substitute(queue: LaneQueue, planned: Group, taken: list[Group], held: Counter[int]) -> Group:
     """Take another class of the window in place of one whose images there are all in the step already.
 
     There is one: a window has room for as many groups as a step takes from the lane.
     """
-    assert queue.rooms is not None
-    labels = [c for window, c in queue.rooms if window == planned.window and queue.fits(window, c, taken)]
+    assert queue.capacity is not None
+    labels = [c for window, c in queue.capacity if window == planned.window and queue.fits(window, c, taken)]
     label = min(labels, key=lambda c: (held[c], c))
     return replace(queue.take(planned.label), label=label, instead_of=planned)
 
 
-def _spread_repeats(plan: list[list[list[Group]]]) -> None:
-    """Exchange repeated classes with other steps, in place.
+def _spread_repeats(plan: Plan) -> None:
+    """Exchange repeated classes with near steps, in place.
 
     Only groups of the same lane and windows change places, so every window is in use in the same steps as before.
     """
@@ -189,21 +186,23 @@ def _spread_repeats(plan: list[list[list[Group]]]) -> None:
         near = sorted(range(max(0, t - NEAR), min(len(plan), t + NEAR + 1)), key=lambda other: abs(other - t))
         for lane, groups in enumerate(step):
             for i, group in enumerate(groups):
-                if held[t][group.label] == 1:
-                    continue
-                for other in near:
-                    if held[other][group.label]:
-                        continue
-                    theirs = plan[other][lane]
-                    j = next((j for j, g in enumerate(theirs) if not held[t][g.label] and _alike(g, group)), None)
-                    if j is not None:
-                        held[t].subtract([group.label])
-                        held[other].subtract([theirs[j].label])
-                        groups[i], theirs[j] = theirs[j], group
-                        held[t].update([groups[i].label])
-                        held[other].update([group.label])
-                        break
+                if held[t][group.label] > 1 and (place := _better_place(group, t, lane, plan, held, near)):
+                    other, j = place
+                    groups[i], plan[other][lane][j] = plan[other][lane][j], group
+                    held[t][group.label] -= 1
+                    held[other][group.label] += 1
+                    held[other][groups[i].label] -= 1
+                    held[t][groups[i].label] += 1
 
 
-def _alike(a: Group, b: Group) -> bool:
-    return (a.window, a.oldest) == (b.window, b.oldest)
+def _better_place(
+    group: Group, t: int, lane: int, plan: Plan, held: list[Counter[int]], near: list[int]
+) -> tuple[int, int] | None:
+    """Find a near step without the group's class, and there a group whose class step ``t`` does not hold."""
+    for other in near:
+        if not held[other][group.label]:
+            for j, theirs in enumerate(plan[other][lane]):
+                same_windows = (theirs.window, theirs.oldest) == (group.window, group.oldest)
+                if same_windows and not held[t][theirs.label]:
+                    return other, j
+    return None

@@ -1,77 +1,75 @@
 """Class-uniform sampling: how often every class stands in an epoch, and with which of its images.
 
-Published code draws the classes of a batch with equal probability and then K images of each, for a fixed number of
-batches: independently and with replacement in the sampler that OBD-SD's released code builds on
-(``class_random_sampler`` of github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch, Roth et al. 2020, arXiv
-2002.08473), a class at most once per batch in pytorch-metric-learning's ``MPerClassSampler``. Here a lane holds one or
-two windows of its shards at a time, so a class can be drawn only while a window with K of its images is open. What
-holds instead:
+Published code draws the classes of a batch with equal probability, and then K images of each. The sampler that OBD-SD's
+released code builds on draws independently and with replacement (``class_random_sampler`` of arXiv 2002.08473,
+github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch). pytorch-metric-learning's ``MPerClassSampler`` draws a
+class at most once per batch. Here a lane holds one or two windows of its shards at a time, so a class can be drawn only while a window with K
+of its images is open. These rules hold instead:
 
-- Every class gets the same share of the epoch's groups, cut up over the lanes and windows that hold it by its images
-  there. Shares are rounded at random to whole groups, with the exact expectation, so counts vary less than those of
-  independent draws.
-- Where a lane's classes cannot have that (all that it holds want less than it gives, or those that it alone holds want
-  more), they get the shares that iterative proportional fitting ends with. Epochs deal the shards to the lanes anew.
+- Every class gets the same share of the epoch's groups, divided over its lanes and windows by its images there. Shares
+  are rounded at random to whole groups, with the exact expectation.
+- Where a lane's classes cannot have that, because all together they want more or less than it gives, they get the
+  shares that iterative proportional fitting ends with. Every epoch assigns the shards to the lanes anew.
 - Within a window, a class's images come in random order, each once before any comes again.
-- No image stands twice in a global batch, and no class while that can be avoided. What a class has too few images for
-  under this rule, others of its window get.
+- No image stands twice in a global batch, and no class while that can be avoided. A class with too few images for this
+  leaves its place to others of its window.
 - A class without K images in any window does not appear in the epoch.
 
-Letters as in ``schedule``; C classes.
+Letters as in ``schedule``; C classes, c classes of one window.
 """
 
 from dataclasses import replace
 
 import numpy as np
 
-from dist_obdsd.data.batch_composer import Group, Lane
+from dist_obdsd.data.batch_composer import Group, LaneQueue, Plan
 
 FITTING_ROUNDS = 50
 
-Cells = dict[int, list[int]]
-"""The classes that have at least K images in a window of a lane -> these images, in random order."""
+WindowImages = dict[int, list[int]]
+"""The classes with at least K images in one window of a lane -> these images, in random order."""
 
 
-def uniform_lanes(
-    cells: list[list[Cells]], groups: int, per_lane: int, K: int, draw: np.random.Generator
-) -> list[Lane]:
+def uniform_queues(
+    images: list[list[WindowImages]], groups: int, per_lane: int, K: int, draw: np.random.Generator
+) -> list[LaneQueue]:
     """Plan how often each class comes in each window, and when.
 
     Args:
-        cells: per lane and window; each window has ``per_lane`` groups or more that share no image.
+        images: by lane and window; each window has ``per_lane`` groups or more that share no image.
         groups: that each lane gives in the epoch.
         per_lane: g, groups that a step takes from a lane.
 
     Returns:
-        The lanes, with ``groups`` groups each, whose images are still to be drawn (``Images``).
+        The lanes, with ``groups`` groups each, whose images are still to be drawn (``draw_images``).
     """
-    numbers = {label: n for n, label in enumerate(sorted({c for lane in cells for window in lane for c in window}))}
-    images_CL = np.zeros((len(numbers), len(cells)))
-    for number, lane in enumerate(cells):
+    numbers = {label: n for n, label in enumerate(sorted({c for lane in images for window in lane for c in window}))}
+    images_CL = np.zeros((len(numbers), len(images)))
+    for number, lane in enumerate(images):
         for window in lane:
             for label, ids in window.items():
                 images_CL[numbers[label], number] += len(ids)
     wanted_CL = _fit(images_CL, groups)
-    lanes = []
-    for number, lane in enumerate(cells):
+    queues = []
+    for number, lane in enumerate(images):
         per_image_C = wanted_CL[:, number] / np.maximum(images_CL[:, number], 1)
         wanted = [np.array([len(ids) * per_image_C[numbers[c]] for c, ids in window.items()]) for window in lane]
         ends = np.rint(np.cumsum([0.0, *(w.sum() for w in wanted)]) * groups / sum(w.sum() for w in wanted)).astype(int)
-        rooms = {(j, label): len(ids) // K for j, window in enumerate(lane) for label, ids in window.items()}
+        capacity = {(j, label): len(ids) // K for j, window in enumerate(lane) for label, ids in window.items()}
         planned: list[Group] = []
         for j, (window, shares_c) in enumerate(zip(lane, wanted, strict=True)):
             total = int(ends[j + 1] - ends[j])
             # At most as often as there are steps for it, times the groups that can stand in one.
-            most_c = np.array([rooms[j, label] for label in window]) * -(-total // per_lane)
+            most_c = np.array([capacity[j, label] for label in window]) * -(-total // per_lane)
             counts = _round(_cap(shares_c, most_c, total), total, draw)
             for label, m, u in zip(window, counts.tolist(), draw.random(len(window)).tolist(), strict=True):
                 planned += [Group(window=j, time=j + (i + u) / m, label=label, ids=(), oldest=j) for i in range(m)]
-        lanes.append(Lane(planned, rooms))
-    return lanes
+        queues.append(LaneQueue(planned, capacity))
+    return queues
 
 
 def _fit(images_CL: np.ndarray, groups: int) -> np.ndarray:
-    """Shares in proportion to the images, scaled in turn until rows are equal and every column sums to ``groups``."""
+    """Scale shares in proportion to the images in turn, until rows are equal and every column sums to ``groups``."""
     per_class = groups * images_CL.shape[1] / images_CL.shape[0]
     wanted_CL = images_CL.copy()
     for _ in range(FITTING_ROUNDS):
@@ -93,7 +91,7 @@ def _cap(shares_c: np.ndarray, most_c: np.ndarray, total: int) -> np.ndarray:
 
 
 def _round(shares_c: np.ndarray, total: int, draw: np.random.Generator) -> np.ndarray:
-    """Whole numbers next to the shares, with their expectation and their sum (systematic sampling in random order)."""
+    """Round to whole numbers with the same expectation and sum (systematic sampling in random order)."""
     order = draw.permutation(len(shares_c))
     ends = np.minimum(np.cumsum(shares_c[order]), total)
     ends[-1] = total
@@ -103,19 +101,19 @@ def _round(shares_c: np.ndarray, total: int, draw: np.random.Generator) -> np.nd
     return counts
 
 
-def draw_images(plan: list[list[list[Group]]], cells: list[list[Cells]], K: int, draw: np.random.Generator) -> None:
+def draw_images(plan: Plan, images: list[list[WindowImages]], K: int, draw: np.random.Generator) -> None:
     """Give every group of the plan its images, in place."""
-    decks: dict[tuple[int, int, int], Images] = {}
+    decks: dict[tuple[int, int, int], ImageDeck] = {}
     for t, step in enumerate(plan):
         for lane, groups in enumerate(step):
             for i, group in enumerate(groups):
                 where = (lane, group.window, group.label)
                 if where not in decks:
-                    decks[where] = Images(cells[lane][group.window][group.label], draw)
+                    decks[where] = ImageDeck(images[lane][group.window][group.label], draw)
                 groups[i] = replace(group, ids=decks[where].take(K, t))
 
 
-class Images:
+class ImageDeck:
     """The images of one class in one window, handed out in random order; all of them before any comes again."""
 
     def __init__(self, ids: list[int], draw: np.random.Generator) -> None:
@@ -124,7 +122,7 @@ class Images:
         self._step, self._in_step = -1, set[int]()
 
     def take(self, n: int, step: int) -> tuple[int, ...]:
-        """The next n images that the step does not have yet; a step takes no more in all than there are."""
+        """Take the next n images that the step does not have yet; a step takes no more in all than there are."""
         if step != self._step:
             self._step, self._in_step = step, set()
         taken: list[int] = []

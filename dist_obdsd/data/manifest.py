@@ -1,4 +1,4 @@
-"""The manifest: what a folder of shards holds, down to the order of the samples. Format version 1.
+"""The manifest: the contents of a folder of shards, down to the order of the samples. Format version 1.
 
 ``manifest.json`` beside the tars, written last, so that a folder with a manifest is complete::
 
@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from dist_obdsd.config import ValidationConfig
 from dist_obdsd.data.remote import fetch, is_remote, location, shown
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.rng import rng
@@ -39,12 +38,12 @@ _NAMED_GALLERY = re.compile(r"gallery:([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
 def asks(role: str) -> bool:
-    """Whether an image of this role is a query; training images are, where their classes are held out."""
+    """Tell whether an image of this role is a query; training images are, where their classes are held out."""
     return role in ("train", "both", "query")
 
 
 def gallery_of(role: str) -> str | None:
-    """The gallery that an image of this role stands in: "" for the one without a name, None for none."""
+    """Return the gallery that an image of this role stands in: "" for the one without a name, None for none."""
     if role in ("train", "both", "gallery"):
         return ""
     named = _NAMED_GALLERY.fullmatch(role)
@@ -52,7 +51,7 @@ def gallery_of(role: str) -> str | None:
 
 
 def key(sample_id: int) -> str:
-    """The webdataset key of a sample."""
+    """Return the webdataset key of a sample."""
     return f"{sample_id:08d}"
 
 
@@ -79,13 +78,13 @@ class Manifest:
     classes: tuple[str, ...]
     splits: dict[str, tuple[Shard, ...]]
     digest: str = field(default="", compare=False)
-    """SHA-256 of the canonical JSON: what checkpoints and tracked runs call this data."""
+    """SHA-256 of the canonical JSON, by which checkpoints and tracked runs know this data."""
 
     def images(self, split: str) -> int:
         return sum(len(shard) for shard in self.splits[split])
 
     def class_ids(self, split: str) -> list[int]:
-        """The classes of a split, ascending."""
+        """List the classes of a split, ascending."""
         return sorted({c for shard in self.splits[split] for c in shard.classes})
 
     def shards(self) -> Iterator[Shard]:
@@ -94,7 +93,7 @@ class Manifest:
 
 
 def to_json(manifest: Manifest) -> str:
-    """Canonical text: the same manifest gives the same bytes. One line per shard."""
+    """Write a manifest as text, one line per shard. The same manifest gives the same bytes."""
     head = {
         "format": FORMAT,
         "recipe": manifest.recipe,
@@ -223,8 +222,18 @@ def load(root: str | Path) -> Manifest:
     return from_json(text, shown(path))
 
 
-def split_classes(manifest: Manifest, validation: ValidationConfig, seed: int) -> tuple[list[int], list[int]]:
+def split_classes(
+    manifest: Manifest,
+    seed: int,
+    *,
+    fraction: float = 0.0,
+    classes: Sequence[str] = (),
+    folds: int | None = None,
+    fold: int = 0,
+) -> tuple[list[int], list[int]]:
     """Cut the training classes into those to train on and those to validate on; the two share no class.
+
+    Held out are the named ``classes``, or one ``fold`` of near-equal ``folds``, or a ``fraction``; the seed chooses.
 
     Returns:
         (training class ids, validation class ids), both ascending.
@@ -234,31 +243,31 @@ def split_classes(manifest: Manifest, validation: ValidationConfig, seed: int) -
     """
     if "train" not in manifest.splits:
         raise InputError(f"these shards have only {', '.join(manifest.splits)}; training needs a train split")
-    classes = manifest.class_ids("train")
-    if validation.classes:
-        chosen, what = _named(manifest, classes, validation.classes), "validation.classes"
-    elif validation.folds is not None:
-        if len(classes) // validation.folds < 2:
+    known = manifest.class_ids("train")
+    if classes:
+        chosen, what = _named(manifest, known, classes), "validation.classes"
+    elif folds is not None:
+        if len(known) // folds < 2:
             raise InputError(
-                f"validation.folds={validation.folds} of {len(classes)} classes leaves a fold with less than two; "
-                f"set it to {len(classes) // 2} or less"
+                f"validation.folds={folds} of {len(known)} classes leaves a fold with less than two; "
+                f"set it to {len(known) // 2} or less"
             )
-        order = rng(seed, "validation folds").permutation(np.array(classes))
-        chosen = np.array_split(order, validation.folds)[validation.fold].tolist()
-        what = f"fold {validation.fold} of validation.folds={validation.folds}"
+        order = rng(seed, "validation folds").permutation(np.array(known))
+        chosen = np.array_split(order, folds)[fold].tolist()
+        what = f"fold {fold} of validation.folds={folds}"
     else:
-        held_out = round(validation.fraction * len(classes))
-        chosen = rng(seed, "validation classes").permutation(np.array(classes))[:held_out].tolist()
-        what = f"validation.fraction={validation.fraction}"
-    if validation.holds_out and not 2 <= len(chosen) <= len(classes) - 2:
+        held_out = round(fraction * len(known))
+        chosen = rng(seed, "validation classes").permutation(np.array(known))[:held_out].tolist()
+        what = f"validation.fraction={fraction}"
+    if (fraction or classes or folds) and not 2 <= len(chosen) <= len(known) - 2:
         raise InputError(
-            f"{what} holds out {len(chosen)} of {len(classes)} classes; both sides need at least two classes"
+            f"{what} holds out {len(chosen)} of {len(known)} classes; both sides need at least two classes"
         )
-    return sorted(set(classes) - set(chosen)), sorted(chosen)
+    return sorted(set(known) - set(chosen)), sorted(chosen)
 
 
 def _named(manifest: Manifest, classes: list[int], names: Sequence[str]) -> list[int]:
-    """The ids of some training classes."""
+    """Find the ids of some training classes."""
     ids = {manifest.classes[c]: c for c in classes}
     for name in names:
         if name not in ids:

@@ -1,19 +1,19 @@
 """The schedule: which images stand in which global batch, in which row, and which shards must be open for it.
 
-A pure function of (manifest, classes, seed, epoch, batch settings). It knows no ranks: the training shards are dealt to
-a fixed number of *lanes*, and every step takes the same number of groups of K images of one class from every lane, in
-lane order. A rank owns L/W consecutive lanes, so the global batches are the same for every number of ranks.
+A pure function of (manifest, classes, seed, epoch, batch settings). It knows no ranks: the training shards are assigned
+to a fixed number of *lanes*, and every step takes the same number of groups of K images of one class from every lane,
+in lane order. A rank owns L/W consecutive lanes, so the global batches are the same for every number of ranks.
 
 Letters: L lanes, B global rows, K images of one class in a group, G = B/K groups in a step, g = G/L of them from each
 lane, S steps, W ranks.
 
-Within a lane, the m groups of a class in one window get the times (i + u) / m, i = 0..m-1, with one random u per class:
-every class is spread evenly over the window, so no class is left for the end, and the order is random all the same. A
-step takes the earliest groups whose classes it does not hold yet (``matching``).
+A lane reads its shards in *windows* of a few. The m groups of a class in one window get the times (i + u) / m,
+i = 0..m-1, with one random u per class. So every class is spread evenly over the window, and the order is random all
+the same. A step takes the earliest groups whose classes it does not hold yet (``batch_composer``).
 
-With sampling ``epoch`` the groups are those that the images of the window make, each image in one at most, and what is
-left over may make one with the next window. With ``class_uniform`` as many groups are planned over all classes alike
-(``uniform``). Both have the same number of steps: what the lane with the fewest groups allows.
+With sampling ``epoch`` the groups are those that the images of the window make, each image in one at most. Images left
+over may make a group with the next window. With ``class_uniform`` as many groups are planned over all classes alike
+(``class_uniform``). Both have the same number of steps: what the lane with the fewest groups allows.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,16 @@ from typing import Literal
 
 import numpy as np
 
-from dist_obdsd.config import Config
-from dist_obdsd.data.batch_composer import Group, Lane, take_steps
-from dist_obdsd.data.class_uniform import Cells, draw_images, uniform_lanes
-from dist_obdsd.data.lanes import Piece, deal_lanes, groups_in, pieces_of
+from dist_obdsd.data.batch_composer import Group, LaneQueue, Plan, take_steps
+from dist_obdsd.data.class_uniform import draw_images, uniform_queues
+from dist_obdsd.data.lanes import ShardSlice, assign_to_lanes, count_groups, shard_slices
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 
 Sampling = Literal["epoch", "class_uniform"]
+Windows = list[list[ShardSlice]]
+"""The windows of one lane, in reading order."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class EpochPlan:
     closes: tuple[tuple[int, ...], ...]
     """Lane -> window -> the last step that uses an image of it; -1 for a window that no step uses."""
     reachable: int
-    """Images that an epoch could show at best: the sum over the classes of K * floor(n_c / K), and with class-uniform
-    sampling of n_c, where a class has K images or more."""
+    """Images that an epoch could show at best: the sum over the classes of K * floor(n_c / K). With class-uniform
+    sampling: the sum of n_c over the classes with K images or more."""
     too_small: int
-    """Classes with fewer than K images, which no batch of any epoch shows."""
+    """Number of classes with fewer than K images, which no batch of any epoch shows."""
     repeated: int
-    """How often, summed over the steps, a class had to stand in a step once more."""
+    """Number of groups, over all steps, whose class stood in the step already."""
 
     @property
     def steps(self) -> int:
@@ -66,12 +67,12 @@ class EpochPlan:
 
 
 def allowed_world_sizes(lanes: int) -> list[int]:
-    """The numbers of ranks that divide the lanes."""
+    """List the numbers of ranks that divide the lanes."""
     return [n for n in range(1, lanes + 1) if lanes % n == 0]
 
 
 def lanes_of(rank: int, world_size: int, lanes: int) -> range:
-    """The consecutive lanes of one rank.
+    """Return the consecutive lanes of one rank.
 
     Raises:
         InputError: the number of ranks does not divide the number of lanes.
@@ -119,19 +120,19 @@ def plan_epoch(
         )
     per_lane = global_size // (K * L)
     draw = rng(seed, "schedule", epoch)
-    pieces = pieces_of(manifest, classes, K)
-    if len(pieces) < L:
-        fitting = [n for n in range(1, len(pieces) + 1) if (global_size // K) % n == 0]
+    slices = shard_slices(manifest, classes, K)
+    if len(slices) < L:
+        fitting = [n for n in range(1, len(slices) + 1) if (global_size // K) % n == 0]
         advice = f"set data.lanes to one of {fitting}" if fitting else "check the shards and validation"
         raise InputError(
-            f"{len(pieces)} training shards hold images of the chosen classes but data.lanes={L} needs as many at "
+            f"{len(slices)} training shards hold images of the chosen classes but data.lanes={L} needs as many at "
             f"least; {advice}, or pack the data into more shards"
         )
-    counts_C = np.unique(np.concatenate([piece.labels_n for piece in pieces]), return_counts=True)[1]
+    counts_C = np.unique(np.concatenate([part.labels_n for part in slices]), return_counts=True)[1]
     reachable = int((counts_C // K).sum()) * K
 
-    dealt = deal_lanes(pieces, L, per_lane, K, draw)
-    windows = [[lane[i : i + window] for i in range(0, len(lane), window)] for lane in dealt]
+    assigned = assign_to_lanes(slices, L, per_lane, K, draw)
+    windows = [[lane[i : i + window] for i in range(0, len(lane), window)] for lane in assigned]
     groups = [_lane_groups(lane, K, draw) for lane in windows]
     fewest = min(map(len, groups))
     steps = fewest // per_lane
@@ -143,57 +144,35 @@ def plan_epoch(
             + f", use fewer data.lanes, or pack again with --samples-per-class {K}"
         )
     if sampling == "epoch":
-        plan = take_steps([Lane(lane) for lane in groups], steps, per_lane)
+        plan = take_steps([LaneQueue(lane) for lane in groups], steps, per_lane)
     else:
         reachable = int(counts_C[counts_C >= K].sum())
-        windows = [_merged(lane, K, per_lane) for lane in windows]
-        cells: list[list[Cells]] = [
+        windows = [_joined(lane, K, per_lane) for lane in windows]
+        images = [
             [{c: ids for c, ids in _by_class(window, draw).items() if len(ids) >= K} for window in lane]
             for lane in windows
         ]
-        plan = take_steps(uniform_lanes(cells, steps * per_lane, per_lane, K, draw), steps, per_lane)
-        draw_images(plan, cells, K, draw)
+        plan = take_steps(uniform_queues(images, steps * per_lane, per_lane, K, draw), steps, per_lane)
+        draw_images(plan, images, K, draw)
 
     ids_SB = np.array([[i for lane in step for group in lane for i in group.ids] for step in plan], dtype=np.int64)
     labels_SG = np.array([[group.label for lane in step for group in lane] for step in plan], dtype=np.int64)
-    opens = [[steps] * len(lane) for lane in windows]
-    closes = [[-1] * len(lane) for lane in windows]
-    for t, step in enumerate(plan):
-        for number, lane in enumerate(step):
-            for group in lane:
-                for used in range(group.oldest, group.window + 1):
-                    opens[number][used] = min(opens[number][used], t)
-                    closes[number][used] = t
+    opens, closes = _window_steps(plan, windows)
     return EpochPlan(
         epoch=epoch,
         ids_SB=ids_SB,
         labels_SB=np.repeat(labels_SG, K, axis=1),
-        windows=tuple(tuple(tuple(piece.shard for piece in window) for window in lane) for lane in windows),
-        opens=tuple(map(tuple, opens)),
-        closes=tuple(map(tuple, closes)),
+        windows=tuple(tuple(tuple(part.shard for part in window) for window in lane) for lane in windows),
+        opens=opens,
+        closes=closes,
         reachable=reachable,
         too_small=len(set(classes)) - int((counts_C >= K).sum()),
         repeated=sum(len(row) - len(set(row)) for row in labels_SG.tolist()),
     )
 
 
-def plan_from(config: Config, manifest: Manifest, classes: list[int], epoch: int) -> EpochPlan:
-    """``plan_epoch`` with a config's settings."""
-    return plan_epoch(
-        manifest,
-        classes,
-        seed=config.seed,
-        epoch=epoch,
-        global_size=config.batch.global_size,
-        samples_per_class=config.batch.samples_per_class,
-        lanes=config.data.lanes,
-        window=config.data.window,
-        sampling=config.data.sampling,
-    )
-
-
-def _lane_groups(windows: list[list[Piece]], K: int, draw: np.random.Generator) -> list[Group]:
-    """The groups of one lane. Images that fill no group in their window may fill one in the next."""
+def _lane_groups(windows: Windows, K: int, draw: np.random.Generator) -> list[Group]:
+    """Make the groups of one lane. Images that fill no group in their window may fill one in the next."""
     groups: list[Group] = []
     left: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
@@ -222,10 +201,10 @@ def _lane_groups(windows: list[list[Piece]], K: int, draw: np.random.Generator) 
     return groups
 
 
-def _by_class(window: list[Piece], draw: np.random.Generator) -> dict[int, list[int]]:
-    """The window's classes, ascending, and the images of each in random order."""
-    ids_n = np.concatenate([piece.ids_n for piece in window])
-    labels_n = np.concatenate([piece.labels_n for piece in window])
+def _by_class(window: list[ShardSlice], draw: np.random.Generator) -> dict[int, list[int]]:
+    """Sort the window's images by class, ascending, each class in random order."""
+    ids_n = np.concatenate([part.ids_n for part in window])
+    labels_n = np.concatenate([part.labels_n for part in window])
     order_n = draw.permutation(len(ids_n))
     order_n = order_n[np.argsort(labels_n[order_n], kind="stable")]
     labels_c, starts_c = np.unique(labels_n[order_n], return_index=True)
@@ -234,13 +213,29 @@ def _by_class(window: list[Piece], draw: np.random.Generator) -> dict[int, list[
     return {label: ids[a:b] for label, a, b in zip(labels_c.tolist(), starts, starts[1:], strict=False)}
 
 
-def _merged(windows: list[list[Piece]], K: int, per_lane: int) -> list[list[Piece]]:
+def _joined(windows: Windows, K: int, per_lane: int) -> Windows:
     """Put neighbours together until every window has the groups of one step (which the whole lane has)."""
-    merged: list[list[Piece]] = [[]]
+    joined: Windows = [[]]
     for window in windows:
-        merged[-1] = merged[-1] + window
-        if groups_in(np.concatenate([piece.labels_n for piece in merged[-1]]), K) >= per_lane:
-            merged.append([])
-    rest = merged.pop()
-    merged[-1] = merged[-1] + rest
-    return merged
+        joined[-1] = joined[-1] + window
+        if count_groups(np.concatenate([part.labels_n for part in joined[-1]]), K) >= per_lane:
+            joined.append([])
+    rest = joined.pop()
+    joined[-1] = joined[-1] + rest
+    return joined
+
+
+Steps = tuple[tuple[int, ...], ...]
+
+
+def _window_steps(plan: Plan, windows: list[Windows]) -> tuple[Steps, Steps]:
+    """Find the first and the last step that uses each window: lane -> window -> step."""
+    opens = [[len(plan)] * len(lane) for lane in windows]
+    closes = [[-1] * len(lane) for lane in windows]
+    for t, step in enumerate(plan):
+        for number, lane in enumerate(step):
+            for group in lane:
+                for used in range(group.oldest, group.window + 1):
+                    opens[number][used] = min(opens[number][used], t)
+                    closes[number][used] = t
+    return tuple(map(tuple, opens)), tuple(map(tuple, closes))

@@ -1,0 +1,45 @@
+"""The class split and the schedule that a config asks for."""
+
+from dist_obdsd.config import BatchConfig, Config, DataConfig
+from dist_obdsd.data.class_diversity import measure_diversity
+from dist_obdsd.data.manifest import Manifest, split_classes
+from dist_obdsd.data.schedule import EpochPlan, plan_epoch
+from dist_obdsd.errors import InputError
+
+
+def classes_from(config: Config, manifest: Manifest) -> tuple[list[int], list[int]]:
+    """Split the training classes as the section ``validation`` says: (to train on, to validate on)."""
+    how = config.validation.model_dump(include={"fraction", "classes", "folds", "fold"})
+    return split_classes(manifest, config.seed, **how)
+
+
+def plan_from(config: Config, manifest: Manifest, classes: list[int], epoch: int) -> EpochPlan:
+    """Plan one epoch with the sections ``batch`` and ``data``."""
+    return plan_epoch(
+        manifest,
+        classes,
+        seed=config.seed,
+        epoch=epoch,
+        global_size=config.batch.global_size,
+        samples_per_class=config.batch.samples_per_class,
+        lanes=config.data.lanes,
+        window=config.data.window,
+        sampling=config.data.sampling,
+    )
+
+
+def describe_diversity(manifest: Manifest) -> str:
+    """Describe the class diversity with the default lanes and window and about the default batch, for the packed K."""
+    if not manifest.splits.get("train"):
+        return "class diversity: there are no training images"
+    batch, data = BatchConfig.model_fields, DataConfig.model_fields
+    K, lanes, window = manifest.samples_per_class, data["lanes"].default, data["window"].default
+    # The multiple of what the lanes take that is nearest to the default batch.
+    B = max(1, round(batch["global_size"].default / (K * lanes))) * K * lanes
+    sizes = {"global_size": B, "samples_per_class": K, "lanes": lanes, "window": window}
+    text = f"batches of {B} ({K} per class, {lanes} lanes, windows of {window} shards)"
+    try:
+        plan = plan_epoch(manifest, manifest.class_ids("train"), seed=0, epoch=0, **sizes)
+    except InputError:
+        return f"class diversity: too few training images for {text}; `dist-obdsd doctor CONFIG` says what fits"
+    return f"class diversity: {measure_diversity(plan, K)}, with {text}"
