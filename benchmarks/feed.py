@@ -7,6 +7,7 @@ import torch
 
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.from_config import classes_from
 from dist_obdsd.data.stream import TrainBatch, TrainStream
 from dist_obdsd.distributed import launch as runtime
 
@@ -33,7 +34,7 @@ class Feed(AbstractContextManager["Feed"]):
         B, data, cuda = config.batch.global_size, config.data, rank.device.type == "cuda"
         if data.shards:
             manifest = manifests.load(data.shards)
-            self.classes, _ = manifests.split_classes(manifest, config.validation, config.seed)
+            self.classes, _ = classes_from(config, manifest)
             self._stream = TrainStream(
                 manifest, self.classes, config, rank.rank, rank.world_size, config.epochs // 2, 0, pinned=cuda
             )

@@ -6,7 +6,7 @@ import time
 from dist_obdsd import console
 from dist_obdsd.cli.output import show
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.class_diversity import describe
+from dist_obdsd.data.from_config import describe_diversity
 from dist_obdsd.data.packing import pack as packing
 from dist_obdsd.data.packing import verify as verifying
 from dist_obdsd.data.packing.recipes import load_recipe
@@ -34,7 +34,7 @@ def pack(options: argparse.Namespace) -> int:
         show(f"{split}: {manifest.images(split)} images of {classes} classes in {len(shards)} shards")
     images, size = sum(map(len, manifest.shards())), sum(shard.bytes for shard in manifest.shards())
     show(f"{options.out}: {console.rate(images, size, seconds)}")
-    show(describe(manifest))
+    show(describe_diversity(manifest))
     return 0
 
 
@@ -47,5 +47,5 @@ def verify(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     show(f"{options.shards}: {found.images} images in {found.shards} shards, all as the manifest says")
     show(f"{options.shards}: {console.rate(found.images, found.bytes, seconds)}")
-    show(describe(manifests.load(options.shards)))
+    show(describe_diversity(manifests.load(options.shards)))
     return 0

@@ -19,10 +19,11 @@ from dist_obdsd.cli.output import show
 from dist_obdsd.cli.ranks import joined
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.class_diversity import mixing_of
+from dist_obdsd.data.class_diversity import measure_diversity
+from dist_obdsd.data.from_config import classes_from, plan_from
 from dist_obdsd.data.manifest import Shard
 from dist_obdsd.data.remote import begin, is_remote, location
-from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of, plan_from
+from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of
 from dist_obdsd.data.shard_reader import cache_of, check_files
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
@@ -137,7 +138,7 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
         InputError: its device, shards, schedule, run folder or packages do not fit.
     """
     manifest = manifests.load(config.data.shards)
-    classes, held_out = manifests.split_classes(manifest, config.validation, config.seed)
+    classes, held_out = classes_from(config, manifest)
     plan = plan_from(config, manifest, classes, epoch=0)
     for wanted, module, setting in (
         (config.tracking.kind == "mlflow", "mlflow", "tracking.kind=none"),
@@ -165,7 +166,7 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
         *_remote(config, shards),
-        str(mixing_of(plan, K)),
+        str(measure_diversity(plan, K)),
         *(too_small if plan.too_small else []),
         _run_folder(config),
         *([_tracking(config)] if here.is_main else []),

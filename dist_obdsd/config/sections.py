@@ -49,7 +49,7 @@ class DataConfig(Section):
     """Shards of one lane that are held in memory as encoded bytes at a time."""
     sampling: Literal["epoch", "class_uniform"] = "epoch"
     """`epoch`: each image at most once an epoch, so a class stands in batches as often as it has images;
-    `class_uniform`: in as many steps, every class about equally often (as published; data/uniform.py says how
+    `class_uniform`: in as many steps, every class about equally often (as published; data/class_uniform.py says how
     equally)."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
     """How many undecodable images each rank replaces, with a warning that names each, before the run stops."""

@@ -3,8 +3,8 @@
 Published code draws the classes of a batch with equal probability, and then K images of each. The sampler that OBD-SD's
 released code builds on draws independently and with replacement (``class_random_sampler`` of arXiv 2002.08473,
 github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch). pytorch-metric-learning's ``MPerClassSampler`` draws a
-class at most once per batch. Here a lane holds one or two windows of its shards at a time, so a class can be drawn only while a window with K
-of its images is open. These rules hold instead:
+class at most once per batch. Here a lane holds one or two windows of its shards at a time, so a class can be drawn only
+while a window with K of its images is open. These rules hold instead:
 
 - Every class gets the same share of the epoch's groups, divided over its lanes and windows by its images there. Shares
   are rounded at random to whole groups, with the exact expectation.

@@ -19,8 +19,9 @@ from torch import Tensor
 from dist_obdsd.config import Config
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.decoding_workers import DecodeFailure, DecodeJob, Decoder, DecodeTask
+from dist_obdsd.data.from_config import plan_from
 from dist_obdsd.data.manifest import Manifest, Shard, key
-from dist_obdsd.data.schedule import EpochPlan, lanes_of, plan_from
+from dist_obdsd.data.schedule import EpochPlan, lanes_of
 from dist_obdsd.data.shard_reader import Window, WindowReader, cache_of, check_files, read_shard
 from dist_obdsd.errors import InputError, RunError
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from dist_obdsd.config import Config, EvaluationConfig
-from dist_obdsd.data.manifest import Manifest, split_classes
+from dist_obdsd.data.from_config import classes_from
+from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.stream import EvalBatch, evaluation_batches
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
@@ -288,7 +289,7 @@ def _train_classes(manifest: Manifest, config: Config) -> int | None:
     """How many classes were trained on, where a metric asks for it and the shards tell."""
     if config.evaluation.conventions != "released" or "train" not in manifest.splits:
         return None
-    return len(split_classes(manifest, config.validation, config.seed)[0])
+    return len(classes_from(config, manifest)[0])
 
 
 def _checked_rows(

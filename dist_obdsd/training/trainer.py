@@ -9,6 +9,7 @@ from typing import Any
 from dist_obdsd import machine
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.from_config import classes_from
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.distributed import collectives
@@ -82,9 +83,7 @@ class Trainer:
         config, runtime = self.config, self.runtime
         with raise_on_all_ranks("reading the shards"):
             self.manifest = manifests.load(config.data.shards)
-            self.train_classes, self.validation_classes = manifests.split_classes(
-                self.manifest, config.validation, config.seed
-            )
+            self.train_classes, self.validation_classes = classes_from(config, self.manifest)
             check_evaluable(self.manifest, config, validation_subset(self.manifest, self.validation_classes, config))
             lanes_of(runtime.rank, runtime.world_size, config.data.lanes)
         assert_equal_across_ranks(f"the manifest of {config.data.shards}", self.manifest.digest, InputError)

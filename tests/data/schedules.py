@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from dist_obdsd.data.lanes import deal_lanes, pieces_of
+from dist_obdsd.data.lanes import assign_to_lanes, shard_slices
 from dist_obdsd.data.manifest import Manifest, Shard
-from dist_obdsd.data.packing.shard_assignment import FEWEST_GROUPS, deal_training, shard_count
+from dist_obdsd.data.packing.shard_assignment import FEWEST_GROUPS, assign_training, shard_count
 from dist_obdsd.data.schedule import EpochPlan, plan_epoch
 from dist_obdsd.rng import rng
 
@@ -44,10 +44,10 @@ def packed(counts: list[int], K: int = 2, seed: int = 0, shards: int | None = No
     members = {label: list(range(a, b)) for label, (a, b) in enumerate(pairwise(starts))}
     label_of = np.repeat(np.arange(len(counts)), counts).tolist()
     number = shards or shard_count(sum(n // K for n in counts), 20_000 * len(label_of), FEWEST_GROUPS)
-    hands = deal_training(members, K, number, seed)
+    assigned = assign_training(members, K, number, seed)
     made = tuple(
-        Shard(f"train-{n:06d}.tar", 1, "", tuple(hand), tuple(label_of[i] for i in hand), ("train",) * len(hand))
-        for n, hand in enumerate(hands)
+        Shard(f"train-{n:06d}.tar", 1, "", tuple(ids), tuple(label_of[i] for i in ids), ("train",) * len(ids))
+        for n, ids in enumerate(assigned)
     )
     return Manifest({}, seed, K, tuple(map(str, range(len(counts)))), {"train": made})
 
@@ -110,22 +110,22 @@ def most_open(steps: int, opens: tuple[int, ...], closes: tuple[int, ...]) -> in
 
 
 def lane_counts(case: "Case", plan: EpochPlan) -> list[list[Counter[int]]]:
-    """Lane -> window -> class -> images, as the shards were dealt."""
+    """Lane -> window -> class -> images, as the shards were assigned."""
     K, L, B = case.shape
     draw = rng(case.options["seed"], "schedule", case.options["epoch"])
-    dealt = deal_lanes(pieces_of(case.manifest, case.classes, K), L, B // K // L, K, draw)
+    assigned = assign_to_lanes(shard_slices(case.manifest, case.classes, K), L, B // K // L, K, draw)
     wide = case.options["window"]
     assert plan.windows == tuple(
-        tuple(tuple(piece.shard for piece in lane[i : i + wide]) for i in range(0, len(lane), wide)) for lane in dealt
+        tuple(tuple(part.shard for part in lane[i : i + wide]) for i in range(0, len(lane), wide)) for lane in assigned
     )
-    have = sorted(i for lane in dealt for piece in lane for i in piece.ids_n.tolist())
+    have = sorted(i for lane in assigned for part in lane for i in part.ids_n.tolist())
     wanted = {
         i for s in case.manifest.splits["train"] for i, c in zip(s.ids, s.classes, strict=True) if c in case.classes
     }
     assert have == sorted(wanted)  # every image in one lane
     return [
-        [Counter(c for piece in lane[i : i + wide] for c in piece.labels_n.tolist()) for i in range(0, len(lane), wide)]
-        for lane in dealt
+        [Counter(c for part in lane[i : i + wide] for c in part.labels_n.tolist()) for i in range(0, len(lane), wide)]
+        for lane in assigned
     ]
 
 
@@ -180,7 +180,7 @@ class Case:
 
 @st.composite
 def packed_cases(draw: st.DrawFn) -> Case:
-    """Dealt as ``pack`` does, for world sizes of 1 to 8."""
+    """Assigned as ``pack`` does, for world sizes of 1 to 8."""
     world, K = draw(st.integers(1, 8)), draw(st.integers(2, 8))
     lanes = world * draw(st.integers(1, 3 if world < 4 else 2))
     random = np.random.default_rng(draw(st.integers(0, 10**6)))

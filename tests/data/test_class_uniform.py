@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_obdsd.data import batch_composer as matching
-from dist_obdsd.data.class_uniform import Images, _cap, _fit, _round
+from dist_obdsd.data import batch_composer
+from dist_obdsd.data.class_uniform import ImageDeck, _cap, _fit, _round
 from tests.data.schedules import all_classes, check_plan, examples, manifest_of, packed, plan_of
 
 
@@ -92,11 +92,11 @@ def test_classes_without_k_images_in_a_window_are_left_out() -> None:
 
 def test_a_substitute_takes_the_place_of_a_class_whose_images_are_used_up() -> None:
     """Three planned groups of class 0 for a step that can have one of it."""
-    planned = [matching.Group(0, i / 3, 0, (), 0) for i in range(3)]
-    lane = matching.Lane(planned, {(0, 0): 1, (0, 1): 1, (0, 2): 1})
-    [[groups]] = matching.take_steps([lane], 1, 3)
+    planned = [batch_composer.Group(0, i / 3, 0, (), 0) for i in range(3)]
+    lane = batch_composer.LaneQueue(planned, {(0, 0): 1, (0, 1): 1, (0, 2): 1})
+    [[groups]] = batch_composer.take_steps([lane], 1, 3)
     assert sorted(group.label for group in groups) == [0, 1, 2]
-    assert lane.remaining == 0
+    assert not any(lane.queues.values())
 
 
 @examples(30)
@@ -128,7 +128,7 @@ def test_equal_shares_where_the_lanes_allow_them() -> None:
 
 
 def test_images_come_in_turn() -> None:
-    images = Images([1, 2, 3, 4, 5], np.random.default_rng(0))
+    images = ImageDeck([1, 2, 3, 4, 5], np.random.default_rng(0))
     given = [images.take(2, step) for step in range(50)]
     assert all(len(set(pair)) == 2 for pair in given)
     assert set(Counter(i for pair in given for i in pair).values()) == {20}

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_obdsd.config import ValidationConfig
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.manifest import Manifest, Shard, asks, gallery_of
 from dist_obdsd.errors import InputError
@@ -80,7 +79,7 @@ def test_missing_and_broken_manifests_are_refused(tmp_path) -> None:
 
 
 def split(manifest: Manifest, seed: int = 0, **how: object) -> tuple[list[int], list[int]]:
-    return manifests.split_classes(manifest, ValidationConfig(**how), seed)
+    return manifests.split_classes(manifest, seed, **how)
 
 
 @settings(deadline=None, max_examples=50)

@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_obdsd.data import batch_composer as matching
-from dist_obdsd.data import lanes
+from dist_obdsd.data import batch_composer, lanes
 from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of
 from dist_obdsd.errors import InputError
 from tests.data.schedules import all_classes, check_plan, examples, manifest_of, most_open, packed, plan_of
@@ -48,7 +47,7 @@ def test_lanes_share_a_shard_where_whole_ones_would_lose_steps(monkeypatch: pyte
     # Where whole shards do, no shard is read twice.
     windows = plan_of(packed_64, global_size=16, lanes=8).windows
     assert sum(len(window) for lane in windows for window in lane) == 64
-    monkeypatch.setattr(lanes, "UNEVEN", 1.0)  # the control
+    monkeypatch.setattr(lanes, "MAX_LOSS", 1.0)  # the control
     assert plan_of(manifest, global_size=8, lanes=4, window=1).coverage < 0.5
     assert plan_of(packed_64, global_size=10, lanes=5).coverage < 0.95
 
@@ -62,12 +61,12 @@ def test_a_class_repeats_only_when_it_must() -> None:
 
 
 def test_lanes_exchange_classes_where_taking_in_order_gets_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "UNEVEN", 1.0)
+    monkeypatch.setattr(lanes, "MAX_LOSS", 1.0)
     # Lane of shard {0, 1} can give 1 instead of 0 and so leave 0 to the lane that has nothing else.
     manifest = manifest_of([[0] * 8, [0] * 8 + [1] * 8])
     repeats = [plan_of(manifest, epoch, global_size=4, lanes=2).repeated for epoch in range(20)]
     assert repeats == [0] * 20
-    monkeypatch.setattr(matching, "_exchange", lambda *_: False)  # the control
+    monkeypatch.setattr(batch_composer, "_exchange", lambda *_: False)  # the control
     assert sum(plan_of(manifest, epoch, global_size=4, lanes=2).repeated for epoch in range(20)) > 0
 
 
@@ -76,8 +75,8 @@ def test_every_epoch_is_another_and_the_remainders_rotate() -> None:
     plans = [plan_of(manifest, epoch) for epoch in range(12)]
     orders = {plan.ids_SB.tobytes() for plan in plans}
     assert len(orders) == 12
-    deals = {plan.windows for plan in plans}
-    assert len(deals) == 12
+    assignments = {plan.windows for plan in plans}
+    assert len(assignments) == 12
     assert plan_of(manifest, 0, seed=1).ids_SB.tobytes() not in orders
     seen = {i for plan in plans for i in plan.ids_SB.ravel().tolist()}
     assert len(seen) == 40 * 9  # 9 is odd: one of a class stays out of every epoch, not always the same

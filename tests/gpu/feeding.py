@@ -13,6 +13,7 @@ from PIL import Image
 
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.from_config import classes_from
 from dist_obdsd.data.stream import TrainBatch, TrainStream
 from dist_obdsd.transfer import DeviceUploader
 from tests.gpu import bench
@@ -43,7 +44,7 @@ def _settings(folder: Path, *overrides: str) -> Config:
 
 def _batches(config: Config, **more: Any) -> Iterator[TrainBatch]:
     manifest = manifests.load(config.data.shards)
-    classes, _ = manifests.split_classes(manifest, config.validation, config.seed)
+    classes, _ = classes_from(config, manifest)
     with closing(TrainStream(manifest, classes, config, 0, 1, **more)) as stream:
         try:
             yield from stream
