@@ -106,9 +106,9 @@ def _storage_error(error: OSError, out: Path) -> InputError | RunError:
     reason, place = error.strerror or str(error), error.filename or out
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"cannot write {place}: {reason}; choose an --out that you may write to")
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = "free some space or choose another --out" if full else "nothing was kept, so start it again"
-    return RunError(f"packing to {out} stopped at {place}: {reason}; {advice}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"packing to {out} stopped at {place}: {reason}; free some space or choose another --out")
+    return RunError(f"packing to {out} stopped at {place}: {reason}; nothing was kept, so start it again")
 
 
 def _check_target(out: Path, source: Path | None, overwrite: bool) -> None:
