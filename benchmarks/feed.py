@@ -9,7 +9,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.from_config import classes_from
 from dist_obdsd.data.stream import TrainBatch, TrainStream
-from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed import launch
 
 EPOCHS = 100_000
 """Of a stream, which begins in the middle, at half the ramp, and never comes to its end."""
@@ -21,7 +21,7 @@ class Feed(AbstractContextManager["Feed"]):
     classes: Sequence[int]
     """That the labels are of, sorted."""
 
-    def __init__(self, config: Config, rank: runtime.Runtime) -> None:
+    def __init__(self, config: Config, rank: launch.Runtime) -> None:
         """Make a batch up, in pinned memory for a GPU, or start to read. Collective.
 
         Args:

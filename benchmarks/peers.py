@@ -23,8 +23,7 @@ import torch
 from benchmarks import objective
 from benchmarks.ranks import START_SECONDS, on_ranks
 from benchmarks.report import Row
-from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses import build_ranking
 from dist_obdsd.losses.batch_view import BatchView
@@ -64,13 +63,13 @@ def run(sizes: Sequence[int], world: int, options: Any) -> list[Row]:
 
 def _rank(case: dict[str, Any]) -> None:
     """This rank's part of a case; rank 0 prints the rows."""
-    with runtime.start(threads=case["threads"], timeout_seconds=START_SECONDS + 2 * case["budget"]) as rank:
+    with launch.start(threads=case["threads"], timeout_seconds=START_SECONDS + 2 * case["budget"]) as rank:
         rows = measure(rank, case["B"], case["dim"], case["budget"])
         if rank.is_main:
             print(json.dumps(rows))
 
 
-def measure(rank: runtime.Runtime, B: int, dim: int, budget: float) -> list[Row]:
+def measure(rank: launch.Runtime, B: int, dim: int, budget: float) -> list[Row]:
     """``implementation``, ``seconds``, ``ratio`` to ours, ``error`` and ``cosine`` of each. Collective."""
     b = B // rank.world_size
     own = slice(rank.rank * b, (rank.rank + 1) * b)

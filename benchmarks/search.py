@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.ranks import START_SECONDS, matmul_flops, on_ranks
 from benchmarks.report import Row, peak_mib
-from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.evaluation.search import nearest
 from dist_obdsd.rng import derive
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 def _rank(n: int, dim: int, backend: str, threads: int, budget: float) -> None:
     """This rank's part of a case; rank 0 prints the figures."""
-    with runtime.start(threads=threads, timeout_seconds=START_SECONDS + 2 * budget) as rank:
+    with launch.start(threads=threads, timeout_seconds=START_SECONDS + 2 * budget) as rank:
         world, device = rank.world_size, rank.device
         ids_n = torch.arange(n)[rank.rank :: world]
         rows_nD = _embeddings(ids_n, n, dim).to(device)

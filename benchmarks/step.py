@@ -37,8 +37,7 @@ from benchmarks.report import Row
 from dist_obdsd import machine
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.batch_view import BatchView
 from dist_obdsd.losses.obdsd import build_objective
@@ -176,7 +175,7 @@ class Split:
 class Arm:
     """A network, its teacher and everything else that a step needs, and the steps that it takes."""
 
-    def __init__(self, config: Config, rank: runtime.Runtime, split: Split, feed: Feed) -> None:
+    def __init__(self, config: Config, rank: launch.Runtime, split: Split, feed: Feed) -> None:
         self.config, self.rank, self.split, self.feed = config, rank, split, feed
         student = build_embedder(config, rank.device, say, rank.world_size)
         teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
@@ -259,7 +258,7 @@ class Arm:
 def _rank(case: dict[str, Any]) -> None:
     """This rank's part of a case; rank 0 prints the rows."""
     seconds = START_SECONDS + 2 * case["budget"]
-    with runtime.start(threads=case["threads"], timeout_seconds=seconds) as rank, ExitStack() as stack:
+    with launch.start(threads=case["threads"], timeout_seconds=seconds) as rank, ExitStack() as stack:
         if rank.device.type == "cpu":
             machine.tune_malloc()
         split = Split(rank.device)

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.ranks import on_ranks
-from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.distributed.launch import Runtime
 from tests.gpu.rig import CheckError, Rig, Skipped, convolutions_in_float32, distance, settings, within
 
@@ -69,7 +68,7 @@ def ranks_are_one_batch(device: torch.device, quick: bool) -> str:
 
 
 def _rank(case: dict[str, Any]) -> None:
-    with runtime.start(case["device"]) as rank, convolutions_in_float32():
+    with launch.start(case["device"]) as rank, convolutions_in_float32():
         found = collectives.gather_json(errors(rank, case["arms"], case["folder"]))
         if rank.is_main:
             print(json.dumps({arm: max(one[arm] for one in found) for arm in case["arms"]}))

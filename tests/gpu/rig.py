@@ -13,7 +13,7 @@ import yaml
 
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.stream import TrainBatch
-from dist_obdsd.distributed import launch as runtime
+from dist_obdsd.distributed import launch
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.losses.obdsd import build_objective
 from dist_obdsd.models.embedder import build_embedder
@@ -198,4 +198,4 @@ def convolutions_in_float32() -> Iterator[None]:
 
 def started(device: torch.device) -> Any:
     """The context in which a run's own process is: what a run sets, it sets here, too."""
-    return runtime.start(device.type, threads=torch.get_num_threads())
+    return launch.start(device.type, threads=torch.get_num_threads())
