@@ -1,7 +1,7 @@
 """Work on all cores, with the results in the order of the tasks.
 
-Processes and not threads where images are decoded or tars written: of a small image Pillow spends most of its time
-holding the interpreter's lock, and two threads pack or verify Omniglot no quicker than one.
+Processes decode images and write tars. Threads would not help: with small images Pillow holds the interpreter's lock
+most of the time, and two threads pack or verify Omniglot no quicker than one.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @contextmanager
 def processes(workers: int) -> Iterator[Executor | None]:
-    """So many processes, which end with this one whatever becomes of it; None where one would do.
+    """Start processes that end with this one whatever becomes of it; None where one would do.
 
     Raises:
         RunError: one of them was killed.
@@ -57,7 +57,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def threads(workers: int) -> Iterator[Executor | None]:
-    """So many threads, for work that waits for disks; None where one would do."""
+    """Start threads for work that waits for disks; None where one would do."""
     if workers <= 1:
         yield None
         return
@@ -66,7 +66,7 @@ def threads(workers: int) -> Iterator[Executor | None]:
 
 
 def in_order(pool: Executor | None, function: Callable[[T], R], tasks: Iterable[T], ahead: int) -> Iterator[R]:
-    """``map``, with at most ``ahead`` tasks begun whose results were not taken yet: that bounds the memory."""
+    """Map in order, with at most ``ahead`` tasks begun whose results were not taken yet, which bounds the memory."""
     if pool is None:
         yield from map(function, tasks)
         return

@@ -1,7 +1,7 @@
 """The files of a source as one tree: a folder, an archive, or a folder with archives in it. Nothing is extracted.
 
-A member of a zip or of a plain tar is read where it stands. A compressed tar can only be read from front to back, so
-it is unpacked once, file after file, into one temporary file without a name, which the system removes in any case.
+A member of a zip or of a tar is read where it stands. A compressed tar can only be read from front to back, so it is
+decompressed once, into a temporary file without a name, which the system removes in any case.
 """
 
 import bz2
@@ -9,7 +9,6 @@ import gzip
 import lzma
 import os
 import posixpath
-import shutil
 import stat
 import tarfile
 import tempfile
@@ -33,19 +32,19 @@ class File:
     name: str
     """Within the tree, with forward slashes."""
     where: str
-    """For people: its path on the disk, or the archive's path and the name in it."""
+    """Its path on the disk, or the archive's path and the name in it; for messages."""
     read: partial[bytes]
 
 
 class Tree:
-    """What a source holds. Names are relative, with forward slashes."""
+    """The files of a source. Names are relative, with forward slashes."""
 
     def __init__(self, source: Path, archives: Sequence[str], scratch: Path | None, stack: ExitStack) -> None:
         """Open a source, which stays open with ``stack``.
 
         Args:
             source: a folder, an archive, or a file in a folder (``given`` is then its name, the tree its folder).
-            archives: see ``FileOptions.archives``.
+            archives: see ``FileReader.archives``.
             scratch: folder for the temporary file of a compressed tar; None lets the system choose.
 
         Raises:
@@ -77,14 +76,14 @@ class Tree:
 
     @property
     def bases(self) -> list[str]:
-        """Where a download may begin: at the top (""), or in any folder there ("NAME/")."""
+        """List the places where a download may begin: the top (""), and every folder there ("NAME/")."""
         if self.given is not None:
             return [""]
         packed = {name.split("/")[0] + "/" for name in self._packed if "/" in name}
         return ["", *sorted({*self._subfolders(), *packed})]
 
     def find(self, name: str) -> File | None:
-        """The file of a name that does not point outside (see ``inside``)."""
+        """Find the file of a name that does not point outside (see ``inside``)."""
         if (packed := self._packed.get(name)) is not None:
             return packed
         if self.folder is None or not (path := self.folder / name).is_file():
@@ -92,7 +91,7 @@ class Tree:
         return File(name, str(path), partial(path.read_bytes))
 
     def files(self) -> list[File]:
-        """All files, without the hidden ones and what macOS adds to archives."""
+        """List all files, without hidden ones and the folders that macOS adds to archives."""
         found = list(self._packed.values())
         if self.folder is not None:
             found += _walk(self.folder, "", ())
@@ -100,7 +99,7 @@ class Tree:
 
 
 def inside(name: str) -> str | None:
-    """A relative path in its shortest form, or None where it may point outside."""
+    """Return a relative path in its shortest form, or None where it may point outside."""
     if posixpath.isabs(name) or ".." in name.split("/") or "\\" in name or ":" in name.split("/")[0]:
         return None
     return posixpath.normpath(name)
@@ -127,7 +126,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
-    """The files below a folder. Links to folders are followed, but not round in circles."""
+    """List the files below a folder. Links to folders are followed, but not round in circles."""
     here = folder.stat()
     place = (here.st_dev, here.st_ino)
     if place in above:
@@ -143,17 +142,17 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
 
 
 def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> dict[str, File]:
-    """The files of an archive, below a folder ``prefix`` of the tree. A later member replaces an earlier one."""
+    """List the files of an archive, below a folder ``prefix`` of the tree. A later member replaces an earlier one."""
     start = _start(path)
     found = {}
     try:
-        packer = next((packer for mark, packer in DECOMPRESSORS.items() if start.startswith(mark)), None)
+        opener = next((opener for mark, opener in DECOMPRESSORS.items() if start.startswith(mark)), None)
         if start.startswith(ZIP_MARKS):
             members = _zip_members(path, stack)
-        elif packer is None:
-            members = _tar_members(path, stack)
+        elif opener is None:
+            members = _tar_members(path, stack.enter_context(path.open("rb")))
         else:
-            members = _unpacked_members(path, packer, _Spool(scratch, stack))
+            members = _tar_members(path, _decompressed(path, opener, scratch, stack))
         for name, read in members:
             inner = inside(name)
             if inner is None:
@@ -178,9 +177,8 @@ def _zip_members(path: Path, stack: ExitStack) -> Members:
         yield info.filename, None if info.is_dir() else partial(archive.read, info)
 
 
-def _tar_members(path: Path, stack: ExitStack) -> Members:
-    """Of a tar that is not compressed: a file's bytes stand in one piece at a known place."""
-    file = stack.enter_context(path.open("rb"))
+def _tar_members(path: Path, file: IO[bytes]) -> Members:
+    """List the members of an open tar. A file's bytes stand in one piece at a known place."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             read = partial(_read_at, file, member.offset_data, member.size)
@@ -190,45 +188,29 @@ def _tar_members(path: Path, stack: ExitStack) -> Members:
             raise tarfile.ReadError("it breaks off before its end")
 
 
-class _Spool:
-    """A temporary file whose failures are not taken for those of the archive that is read."""
-
-    def __init__(self, folder: Path | None, stack: ExitStack) -> None:
-        self.folder = folder or Path(tempfile.gettempdir())
-        try:
-            self.file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115
-        except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from error
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.file.write(data)
-            self.file.flush()
-        except OSError as error:
-            raise RunError(
-                f"cannot unpack the archive into a temporary file in {self.folder}: {error.strerror}; free some space, "
-                f"choose an --out elsewhere, or extract the archive and give the folder"
-            ) from error
-
-
-def _unpacked_members(path: Path, packer: Any, spool: _Spool) -> Members:
-    """Of a compressed tar: file after file goes into one temporary file, a piece at a time."""
-    with packer(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-        for member in tar:
-            if not _has_bytes(path, member):
-                yield member.name, None
-                continue
-            start = spool.file.tell()
-            content = tar.extractfile(member)
-            assert content is not None  # a plain file has one
-            shutil.copyfileobj(content, spool, 2**20)
-            yield member.name, partial(_read_at, spool.file, start, member.size)
-        while stream.read(2**20):  # to the end, where the checksum stands
-            pass
+def _decompressed(path: Path, opener: Any, scratch: Path | None, stack: ExitStack) -> IO[bytes]:
+    """Decompress a tar into a temporary file."""
+    folder = scratch or Path(tempfile.gettempdir())
+    try:
+        file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    with opener(path) as stream:
+        while data := stream.read(2**20):
+            try:
+                file.write(data)
+                file.flush()
+            except OSError as error:
+                raise RunError(
+                    f"cannot unpack the archive into a temporary file in {folder}: {error.strerror}; free some space, "
+                    f"choose an --out elsewhere, or extract the archive and give the folder"
+                ) from error
+    file.seek(0)
+    return file
 
 
 def _has_bytes(path: Path, member: tarfile.TarInfo) -> bool:
-    """Whether a tar's member is a plain file and not a folder."""
+    """Tell whether a tar's member is a plain file and not a folder; anything else is refused."""
     if member.isdir():
         return False
     if not member.isreg() or member.issparse():
@@ -244,7 +226,7 @@ def _no_file(path: Path, name: str) -> InputError:
 
 
 def _read_at(file: IO[bytes], start: int, size: int) -> bytes:
-    """Bytes at a place of an open file. Threads do not disturb one another, since the file's position is not used."""
+    """Read at a place of an open file without its position, so that threads do not disturb one another."""
     data = os.pread(file.fileno(), size, start)
     if len(data) != size:
         raise OSError(f"{size} bytes are expected at {start} but {len(data)} are there")

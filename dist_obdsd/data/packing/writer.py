@@ -9,7 +9,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from webdataset import TarWriter
 
@@ -94,34 +93,19 @@ def _write_shard(
     return Shard(file=name, bytes=size, sha256=sha256, ids=tuple(ids), classes=classes, roles=roles)
 
 
-class _HashingFile:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-
 def _write_tar(path: Path, rows: list[tuple[int, int, str, str, bytes]]) -> tuple[int, str]:
     """Write (id, class, name, suffix, image) in their order; return the size in bytes and the SHA-256."""
-    with path.open("wb") as file:
-        stream = _HashingFile(file)
-        # Nothing of the time, the user or the machine goes into the tar.
-        with TarWriter(stream, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
-            for i, class_id, name, suffix, data in rows:
-                meta = {"id": i, "class": class_id, "name": name}
-                tar.write(
-                    {
-                        "__key__": key(i),
-                        suffix: data,
-                        "cls": str(class_id).encode(),
-                        "json": json.dumps(meta, sort_keys=True).encode(),
-                    }
-                )
-    return stream.bytes, stream.sha256.hexdigest()
+    # Nothing of the time, the user or the machine goes into the tar.
+    with TarWriter(str(path), user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
+        for i, class_id, name, suffix, data in rows:
+            meta = {"id": i, "class": class_id, "name": name}
+            tar.write(
+                {
+                    "__key__": key(i),
+                    suffix: data,
+                    "cls": str(class_id).encode(),
+                    "json": json.dumps(meta, sort_keys=True).encode(),
+                }
+            )
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ class FolderReader(FileReader):
     splits: Annotated[dict[Literal["train", "test"], str], Field(default_factory=dict)]
     """The folder of each split. Unset: train/ and test/ where the source has only these, else by class at random."""
     depth: Annotated[int, Field(ge=1)] = 1
-    """How many folders, one in another, make a class."""
+    """Number of folders, one in another, that make a class."""
 
     def read(self, tree: Tree, on_missing: OnMissing) -> list[Sample]:
         if tree.given is not None:

@@ -1,4 +1,4 @@
-"""Lists of images, as text tables and as MATLAB files, to rows of text. Nothing in them is executed or unpickled."""
+"""Rows of text from text tables and MATLAB files. Nothing in them is executed or unpickled."""
 
 import csv
 import io
@@ -16,12 +16,11 @@ from dist_obdsd.errors import InputError
 class Row:
     file: File
     place: str
-    """In the file: the line or the element."""
+    """The line or the element in the file."""
     cells: dict[str, str]
 
     @property
     def where(self) -> str:
-        """For people."""
         return f"{self.file.where}{self.place}"
 
 
@@ -29,7 +28,7 @@ class Row:
 class Rows:
     columns: tuple[str, ...]
     rows: Iterable[Row]
-    """To be gone through once; a row that cannot be used raises an InputError that names it."""
+    """An iterator that is used once; a row that cannot be used raises an InputError that names it."""
 
 
 def read_bytes(file: File) -> bytes:
@@ -49,7 +48,7 @@ def read_text(file: File) -> str:
 
 
 def text_rows(file: File, delimiter: str, skip: int, columns: Sequence[str]) -> Rows:
-    """Rows of a text table. Blank lines are passed over.
+    """Read a text table. Blank lines are passed over.
 
     Args:
         delimiter: between two cells, as in CSV; "" for white space.
@@ -67,7 +66,7 @@ def text_rows(file: File, delimiter: str, skip: int, columns: Sequence[str]) -> 
 
 
 def _lines(file: File, text: str, delimiter: str, skip: int) -> Iterator[tuple[int, list[str]]]:
-    """Line number, from 1, and cells."""
+    """Split the lines: (line number, from 1, and cells)."""
     stream = io.StringIO(text, newline="")
     for _ in range(skip):
         stream.readline()
@@ -94,7 +93,7 @@ def _named(file: File, lines: Iterator[tuple[int, list[str]]], names: tuple[str,
 
 
 def matlab_rows(file: File, variable: str) -> Rows:
-    """Rows of a struct array in a MATLAB file: an element is a row, a field a column."""
+    """Read a struct array of a MATLAB file: an element is a row, a field a column."""
     records = np.atleast_1d(_matlab_variable(file, variable))
     if not records.dtype.names:
         raise InputError(f"{file.where}: the variable {variable} is no struct array, so it lists no images")
@@ -102,7 +101,7 @@ def matlab_rows(file: File, variable: str) -> Rows:
 
 
 def matlab_texts(file: File, variable: str) -> list[str]:
-    """A MATLAB cell array of texts."""
+    """Read a MATLAB cell array of texts."""
     return [str(text) for text in np.atleast_1d(_matlab_variable(file, variable))]
 
 
@@ -125,7 +124,7 @@ def _records(file: File, variable: str, records: Any) -> Iterator[Row]:
 
 
 def _text(value: Any) -> str:
-    """A field's text or whole number; "" for anything else, which is then missing where it is needed."""
+    """Return a field's text or whole number; "" for anything else, which then counts as missing."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, int | float | np.number) and float(value).is_integer():

@@ -1,4 +1,4 @@
-"""Lists of images: text tables and MATLAB files that say path and class, and perhaps split and role, of each image."""
+"""Lists of images: text tables and MATLAB files with the path and class, perhaps split and role, of each image."""
 
 import posixpath
 import re
@@ -24,7 +24,7 @@ class ListFile(BaseModel):
     images: Names = ("",)
     """The folder that the listed paths begin in."""
     split: Literal["train", "test"] | None = None
-    """Of all images in this list."""
+    """The split of all images in this list."""
     layout: str = ""
     """Lists with the same one belong together. The first layout of which the source has a list is read."""
 
@@ -38,7 +38,7 @@ class TableReader(FileReader):
     columns: tuple[str, ...] = ()
     """Names of the columns in their order; unset: the table's first line holds them."""
     variable: str = "annotations"
-    """Of a MATLAB file: the struct array whose fields are the columns."""
+    """The struct array of a MATLAB file whose fields are the columns."""
     path_column: Names = ("path",)
     class_column: Names = ("class",)
     """Unset ([]): an image's class is the folder that its path names."""
@@ -71,7 +71,7 @@ class _Image:
 
 
 def _lists(tree: Tree, reader: TableReader, on_missing: OnMissing) -> list[tuple[ListFile, str, File]]:
-    """The lists of one layout that are there, with the folder that each was found from."""
+    """Find the lists of one layout, and the folder that each was found from."""
     if tree.given is not None:
         if len(reader.lists) > 1:
             raise InputError(f"the source {tree.source} is one file but the recipe reads several; give their folder")
@@ -96,7 +96,7 @@ def _lists(tree: Tree, reader: TableReader, on_missing: OnMissing) -> list[tuple
 
 
 def _find(tree: Tree, names: Sequence[str]) -> tuple[str, File] | None:
-    """The first of some files that is there, and the folder that it was found from."""
+    """Find the first of some files that is there, and the folder that it was found from."""
     for base in tree.bases:
         for name in names:
             if (file := tree.find(base + name)) is not None:
@@ -185,7 +185,7 @@ def _column(file: File, rows: Rows, alternatives: Sequence[str], what: str) -> s
 
 
 def _optional(file: File, rows: Rows, reader: TableReader, option: str) -> str | None:
-    """A column that may be missing unless the recipe names it."""
+    """Find a column that may be missing unless the recipe names it."""
     name = getattr(reader, option)
     if name in rows.columns:
         return name
@@ -203,7 +203,7 @@ def _cell(row: Row, column: str) -> str:
 def _split_and_role(
     row: Row, split: str | None, split_column: str | None, role_column: str | None
 ) -> tuple[str | None, str | None]:
-    """What a row says about its image's split and role; None for what it leaves open."""
+    """Read a row's split and role; None for what it leaves open."""
     if split_column:
         split = _cell(row, split_column)
         if split not in ("train", "test"):
@@ -229,7 +229,7 @@ def _number(row: Row, class_name: str) -> int:
 
 
 def _merged(old: _Image, new: _Image, path: str) -> _Image:
-    """An image that is listed as query and as gallery is both; any other image stands in the lists once."""
+    """Join two entries of an image: a query that is in the gallery, too. No other image is listed twice."""
     if old.class_name == new.class_name and {old.role, new.role} == {"query", "gallery"}:
         return _Image(old.where, old.class_name, old.split, "both", old.file)
     raise InputError(f"{new.where}: lists {path} again, after {old.where}; an image has one class and one split")

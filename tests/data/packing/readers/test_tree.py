@@ -123,7 +123,7 @@ def test_a_compressed_tar_is_unpacked_into_one_file_without_a_name(tmp_path) -> 
     with ExitStack() as stack:
         files = Tree(path, (), scratch, stack).files()
         assert list(scratch.iterdir()) == []
-        assert 2_000_000 in [path.stat().st_size for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        assert any(path.stat().st_size >= 2_000_000 for path in Path("/proc/self/fd").iterdir() if path.exists())
         with ThreadPoolExecutor(8) as pool:  # the reads do not disturb one another
             for file, data in zip(files * 5, pool.map(lambda file: file.read(), files * 5), strict=True):
                 assert data == bytes([int(file.name.removesuffix(".png"))]) * 50_000
