@@ -5,6 +5,7 @@ process measures what each of W would take. Settings are SOP's published ones, t
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import torch
 from benchmarks import reference
 from benchmarks.objective import embeddings
 from benchmarks.report import Row, exponent, in_own_process, peak_mib
-from dist_obdsd.config import DistillationConfig
 from dist_obdsd.manifold import targets as manifold
+from dist_obdsd.manifold.diffusion import Diffusion
 
 SIZES = (112, 448, 1024, 4096, 16384, 32768)
 WORLDS = (1, 8, 64)
@@ -21,7 +22,7 @@ OWN_ROWS = 512
 """Own rows of the cases that show how the time grows with B alone."""
 COMPARABLE = 4096
 """Largest B whose targets are compared with float64."""
-SETTINGS = DistillationConfig(target="obdsd", weight=200.0, omega=0.5, transition_temperature=0.005)
+SETTINGS = Diffusion(omega=0.5, transition_temperature=0.005)
 PLOT: dict[str, Any] = {
     "x": "B",
     "y": "seconds",
@@ -100,13 +101,13 @@ def measure(B: int, W: int, solver: str, dim: int, threads: int) -> Row:
     return row
 
 
-def solve(T_BD: torch.Tensor, rows: slice, solver: str) -> manifold.Solve:
+def solve(T_BD: torch.Tensor, rows: slice, solver: str) -> manifold.DiffusionTarget:
     if solver == "inverse":
         target_bB = reference.target(T_BD, SETTINGS)[rows]
-        return manifold.Solve(target_bB, target_bB.new_zeros(len(target_bB)))
+        return manifold.DiffusionTarget(target_bB, target_bB.new_zeros(len(target_bB)))
     # Cholesky wants whole matrices; conjugate gradients get the default memory and go tile by tile beyond it.
     more = {"memory_gib": 1e3} if solver == "cholesky" else {}
-    return manifold.target_rows(T_BD, rows, SETTINGS.model_copy(update={"solver": solver, **more}))
+    return manifold.target_rows(T_BD, rows, replace(SETTINGS, solver=solver, **more))
 
 
 def findings(rows: list[Row]) -> dict[str, float]:

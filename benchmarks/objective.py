@@ -16,17 +16,17 @@ from torch.nn import functional
 
 from benchmarks import reference
 from benchmarks.report import Row
-from dist_obdsd.config import DistillationConfig, MultiSimilarityConfig
-from dist_obdsd.losses import build_ranking
+from dist_obdsd.config import DistillationConfig
 from dist_obdsd.losses.batch_view import BatchView
-from dist_obdsd.losses.obdsd import Objective
+from dist_obdsd.losses.build import distilled
+from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 
 SIZES = (112, 448, 1024, 4096)
 ARMS = ("none", "psd", "obdsd")
 ROUNDS = 50
 BLOCK_CALLS, BLOCK_SECONDS = 20, 0.1
 """A block ends after so many calls, or with the call that passes so many seconds."""
-RANKING = MultiSimilarityConfig()
+RANKING = MultiSimilarityLoss()
 PEER = "pytorch-metric-learning"
 NO_PEER = f"{PEER} is not installed; pip install {PEER}"
 PLOT: dict[str, Any] = {
@@ -95,7 +95,7 @@ def implementations(
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Each from the student's rows to the loss."""
     config = distillation(arm)
-    objective = Objective(build_ranking(RANKING, len(labels_B), T_BD.shape[1], 0), config)
+    objective = distilled(RANKING, config)
 
     def ours(E_BD: torch.Tensor) -> torch.Tensor:
         terms = objective.terms(BatchView(E_BD, E_BD, labels_B, 0), T_BD)

@@ -25,9 +25,8 @@ from benchmarks.ranks import START_SECONDS, on_ranks
 from benchmarks.report import Row
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses import build_ranking
 from dist_obdsd.losses.batch_view import BatchView
-from dist_obdsd.losses.obdsd import Objective
+from dist_obdsd.losses.build import distilled
 
 OURS, THEIRS = "dist-obdsd", objective.PEER
 EFFICIENT = f"{THEIRS}, efficient"
@@ -100,7 +99,7 @@ def measure(rank: launch.Runtime, B: int, dim: int, budget: float) -> list[Row]:
 def implementations(labels_B: torch.Tensor, own: slice) -> dict[str, Way]:
     """Each from a rank's own rows to the scalar on which it calls backward under DDP."""
     config = objective.distillation("none")
-    ours = Objective(build_ranking(objective.RANKING, len(labels_B), 1, 0), config)
+    ours = distilled(objective.RANKING, config)
     W = len(labels_B) // (own.stop - own.start)
 
     def whole(E_bD: torch.Tensor) -> torch.Tensor:

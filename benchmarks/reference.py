@@ -6,10 +6,12 @@ What the benchmarks compare with; the mathematics is that of ``objective/`` with
 import torch
 from torch.nn import functional
 
-from dist_obdsd.config import DistillationConfig, MultiSimilarityConfig
+from dist_obdsd.config import DistillationConfig
+from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
+from dist_obdsd.manifold.diffusion import Diffusion
 
 
-def multi_similarity(E_BD: torch.Tensor, labels_B: torch.Tensor, config: MultiSimilarityConfig) -> torch.Tensor:
+def multi_similarity(E_BD: torch.Tensor, labels_B: torch.Tensor, config: MultiSimilarityLoss) -> torch.Tensor:
     """The mean over the anchors that keep a positive and a negative."""
     S_BB = E_BD @ E_BD.T
     losses = []
@@ -32,7 +34,7 @@ def multi_similarity(E_BD: torch.Tensor, labels_B: torch.Tensor, config: MultiSi
 
 
 @torch.no_grad()
-def target(T_BD: torch.Tensor, config: DistillationConfig) -> torch.Tensor:
+def target(T_BD: torch.Tensor, config: DistillationConfig | Diffusion) -> torch.Tensor:
     """Targets psd and obdsd, all B rows: (1 - omega) (I - omega A)^-1 P."""
     S_BB = T_BD @ T_BD.T
     P_BB = (S_BB / config.temperature).softmax(1)
@@ -47,7 +49,7 @@ def objective(
     E_BD: torch.Tensor,
     T_BD: torch.Tensor,
     labels_B: torch.Tensor,
-    ranking: MultiSimilarityConfig,
+    ranking: MultiSimilarityLoss,
     distillation: DistillationConfig,
 ) -> torch.Tensor:
     """Ranking plus weight * temperature^2 * KL."""

@@ -40,7 +40,7 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.batch_view import BatchView
-from dist_obdsd.losses.obdsd import build_objective
+from dist_obdsd.losses.build import build_objective
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.precision import compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher
@@ -177,10 +177,10 @@ class Arm:
 
     def __init__(self, config: Config, rank: launch.Runtime, split: Split, feed: Feed) -> None:
         self.config, self.rank, self.split, self.feed = config, rank, split, feed
-        student = build_embedder(config, rank.device, say, rank.world_size)
+        student = build_embedder(config, rank.device)
         teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
         objective = build_objective(config, feed.classes, rank.device)
-        compile_networks(config, rank, student, teacher, say)
+        compile_networks(config, rank, student, teacher)
         self.compiled = student._compiled_call_impl is not None
         strategy = build_strategy(student, config, rank, [])
         strategy.network.train()
@@ -199,7 +199,7 @@ class Arm:
         )
         if self.step.teacher is not None:
             split.around(self.step, "teacher", "teacher")
-        split.around(objective, "begin", "objective")
+        split.around(objective, "start_async", "objective")
         split.around(objective, "terms", "objective")
         split.around(objective, "loss", "objective")
         split.around(strategy, "_backward", "student backward")
@@ -319,8 +319,9 @@ def _objective_alone(arm: Arm, budget: float) -> list[tuple[int, float]]:
             started = time.perf_counter()
             E_bD = E_BD[:b].clone().requires_grad_()
             # By the step's own road, on which a GPU looks at the diffusion later.
-            ahead = objective.begin(collectives.AsyncAllGather(T_BD), slice(0, b)) if arm.step.looks_later else None
-            terms = objective.terms(BatchView(E_bD, torch.cat([E_bD, E_BD[b:]]), labels_B, 0, 0), T_BD, ahead)
+            gathering = collectives.AsyncAllGather(T_BD)
+            pending = objective.start_async(gathering, slice(0, b)) if arm.step.looks_later else None
+            terms = objective.terms(BatchView(E_bD, torch.cat([E_bD, E_BD[b:]]), labels_B, 0, 0), T_BD, pending)
             objective.loss(terms, {name: term.count for name, term in terms.items()}, 1, 0.5).backward()
             if arm.split.cuda:
                 torch.cuda.synchronize()

@@ -92,7 +92,7 @@ def build_network(
     Raises:
         InputError: the weights do not fit the config, which ``overrides`` may have changed.
     """
-    network = build_embedder(config, device, lambda text: None)
+    network = build_embedder(config, device)
     try:
         network.load_state_dict(state["student"])
     except RuntimeError as error:

@@ -169,7 +169,7 @@ def test_real_photographs_through_a_pretrained_network(real_data: Path, tmp_path
         "model": {"backbone": "squeezenet1_0", "pretrained": str(real_data / "squeezenet1_0_imagenet.pth")},
     }  # fmt: skip
     config = parse_config(raw, "test")
-    network = build_embedder(config, torch.device("cpu"), print)
+    network = build_embedder(config, torch.device("cpu"))
     state = dict.fromkeys(checkpoint.ENTRIES - {"format"}) | {
         "config": config.model_dump(mode="json"),
         "student": network.state_dict(),

@@ -28,7 +28,7 @@ def coloured() -> ImageEmbedder:
     """An untrained network for RGB, with a resize before the crop."""
     data = {"shards": "none", "image_size": 24, "resize": 32}
     config = parse_config({"name": "rgb", "epochs": 2, "data": data, "model": {"backbone": "small_cnn"}}, "test")
-    network = build_embedder(config, torch.device("cpu"), print).eval()
+    network = build_embedder(config, torch.device("cpu")).eval()
     return ImageEmbedder(network, config, 2, Path("none"))
 
 

@@ -2,14 +2,8 @@
 
 from dist_obdsd.config.load import changed_settings, load_config, override_config, parse_config
 from dist_obdsd.config.ranking import (
-    ContrastiveConfig,
     LearnableConfig,
-    MarginConfig,
-    MultiSimilarityConfig,
-    ProxyAnchorConfig,
-    PytorchMetricLearningConfig,
     RankingConfig,
-    TripletConfig,
 )
 from dist_obdsd.config.schema import Config
 from dist_obdsd.config.sections import (
@@ -31,21 +25,15 @@ __all__ = [
     "BatchConfig",
     "CheckpointConfig",
     "Config",
-    "ContrastiveConfig",
     "DataConfig",
     "DeepSpeedConfig",
     "DistillationConfig",
     "EvaluationConfig",
     "LearnableConfig",
-    "MarginConfig",
     "ModelConfig",
-    "MultiSimilarityConfig",
     "OptimConfig",
-    "ProxyAnchorConfig",
-    "PytorchMetricLearningConfig",
     "RankingConfig",
     "TrackingConfig",
-    "TripletConfig",
     "ValidationConfig",
     "changed_settings",
     "load_config",

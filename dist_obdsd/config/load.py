@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dist_obdsd.config.ranking import TAGS
+from dist_obdsd.config.ranking import SECTIONS
 from dist_obdsd.config.schema import CHANGEABLE_ON_RESUME, Config
 from dist_obdsd.config.yaml_file import mistake, read_mapping
 from dist_obdsd.errors import InputError
@@ -75,10 +75,10 @@ def _is_number(text: str) -> bool:
 def _sentences(error: ValidationError) -> Iterable[str]:
     for item in error.errors():
         # Between "ranking" and the field stands the tag of the section that was chosen, which no user wrote.
-        parts = [str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in TAGS)]
+        parts = [str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in SECTIONS)]
         where = ".".join(parts)
         if item["type"] == "extra_forbidden":
-            loss = TAGS.get(str(item["loc"][1])) if parts[0] == "ranking" else None
+            loss = SECTIONS.get(str(item["loc"][1])) if parts[0] == "ranking" else None
             if loss is not None:
                 has = ", ".join(loss.model_fields)
                 yield f"unknown setting {where}; the loss {item['loc'][1]} has {has}"

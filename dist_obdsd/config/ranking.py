@@ -1,104 +1,68 @@
-"""The ranking losses, one section each; ``ranking.name`` chooses. Defaults are the published ones.
+"""The section of the ranking loss: its settings are the arguments of the loss's constructor.
 
-Formulas and sources stand beside the code in ``objective/ranking/``.
+Formulas, sources and defaults stand beside the code in ``losses/``.
 """
 
-from typing import Annotated, Any, Literal
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Tag, create_model
 
 from dist_obdsd.config.base import NonNegative, Positive, Section
+from dist_obdsd.config.registry import LOSSES
 
 
-class LearnableConfig(Section):
+class RankingConfig(Section):
+    """The ranking loss that ``name`` chooses."""
+
+    name: str = "multi_similarity"
+
+
+class LearnableConfig(RankingConfig):
     """A loss with parameters of its own, which have an optimizer of their own."""
 
     lr: Positive | None = None
     """Learning rate of the loss's own parameters, along optim.schedule; unset: 100 times optim.lr, as the authors of
     proxy anchor chose."""
     weight_decay: NonNegative = 0.0
-    """Of the loss's own parameters."""
+    """Weight decay of the loss's own parameters."""
 
 
-class MultiSimilarityConfig(Section):
-    name: Literal["multi_similarity"] = "multi_similarity"
-    alpha: Positive = 2.0
-    beta: Positive = 40.0
-    threshold: float = 0.5
-    """The similarity lambda that positives should exceed and negatives stay below."""
-    margin: NonNegative = 0.1
-    """The mining margin epsilon."""
+def _section(name: str) -> type[RankingConfig]:
+    """Make the section of one registered loss from its constructor's arguments."""
+    part = LOSSES.source(name)
+    base = LearnableConfig if "LearnableLoss" in part.bases else RankingConfig
+    # A family of losses, such as pml, takes the rest of its name as an argument.
+    fields: dict[str, Any] = {"name": (Literal[name], name)}
+    fields |= {setting.name: (setting.annotation, setting.default) for setting in part.settings}
+    return create_model(name, __base__=base, __doc__=part.summary, **fields)
 
 
-class ContrastiveConfig(Section):
-    name: Literal["contrastive"] = "contrastive"
-    positive_margin: NonNegative = 0.0
-    """Distance up to which a positive pair costs nothing."""
-    negative_margin: Positive = 0.5
-    """Distance from which a negative pair costs nothing; unit rows are at most 2 apart."""
+SECTIONS = {name: _section(name) for name in LOSSES.names}
+"""Registered name -> its section; ``pml`` stands for every ``pml.NAME``."""
 
 
-class TripletConfig(Section):
-    name: Literal["triplet"] = "triplet"
-    margin: Positive = 0.2
-    """How much farther than the positive the negative should be."""
-
-
-class MarginConfig(LearnableConfig):
-    name: Literal["margin"] = "margin"
-    alpha: Positive = 0.2
-    """Half width of the band around the boundary beta."""
-    beta: Positive = 1.2
-    """The boundary's initial distance; it is learned."""
-    per_class: bool = True
-    """One boundary per class instead of one for all."""
-    nu: NonNegative = 0.0
-    """Weight of the penalty on beta."""
-    cutoff: Positive = 0.5
-    """Distance below which a negative is drawn as if it were this far away."""
-    nonzero_cutoff: Positive = 1.4
-    """Distance above which a negative is never drawn."""
-
-
-class ProxyAnchorConfig(LearnableConfig):
-    name: Literal["proxy_anchor"] = "proxy_anchor"
-    alpha: Positive = 32.0
-    delta: NonNegative = 0.1
-
-
-class PytorchMetricLearningConfig(LearnableConfig):
-    """Any loss of pytorch-metric-learning, over the gathered batch."""
-
-    name: Annotated[str, Field(pattern=r"^pml\.\w+$")]
-    """``pml.`` and the loss's name there, such as ``pml.ArcFaceLoss``."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of its constructor. The number of classes and the embedding's length are filled in."""
-    miner: Annotated[str, Field(pattern=r"^pml\.\w+$")] | None = None
-    """A miner there, such as ``pml.MultiSimilarityMiner``."""
-    miner_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-
-NATIVE = (MultiSimilarityConfig, ContrastiveConfig, TripletConfig, MarginConfig, ProxyAnchorConfig)
-TAGS = {section.model_fields["name"].default: section for section in NATIVE} | {"pml": PytorchMetricLearningConfig}
-
-
-def _tag(value: Any) -> str | None:
-    name = value.get("name", "multi_similarity") if isinstance(value, dict) else getattr(value, "name", None)
+def _registered(value: Any) -> str | None:
+    name = (
+        value.get("name", RankingConfig.model_fields["name"].default)
+        if isinstance(value, dict)
+        else getattr(value, "name", None)
+    )
     name = str(name).partition(".")[0]
-    return name if name in TAGS else None
+    return name if name in SECTIONS else None
 
 
-RankingConfig = Annotated[
-    Annotated[MultiSimilarityConfig, Tag("multi_similarity")]
-    | Annotated[ContrastiveConfig, Tag("contrastive")]
-    | Annotated[TripletConfig, Tag("triplet")]
-    | Annotated[MarginConfig, Tag("margin")]
-    | Annotated[ProxyAnchorConfig, Tag("proxy_anchor")]
-    | Annotated[PytorchMetricLearningConfig, Tag("pml")],
-    Discriminator(
-        _tag,
-        custom_error_type="ranking_name",
-        custom_error_message="ranking.name must be "
-        f"{', '.join(n for n in TAGS if n != 'pml')} or, for a loss of pytorch-metric-learning, pml.NAME",
-    ),
-]
+if TYPE_CHECKING:
+    Ranking = RankingConfig
+else:
+    Ranking = Annotated[
+        reduce(or_, (Annotated[section, Tag(name)] for name, section in SECTIONS.items())),
+        Discriminator(
+            _registered,
+            custom_error_type="ranking_name",
+            custom_error_message="ranking.name must be "
+            f"{', '.join(n for n in SECTIONS if n != 'pml')} or, for a loss of pytorch-metric-learning, pml.NAME",
+        ),
+    ]
+"""What ``Config.ranking`` holds: one of the sections."""

@@ -2,14 +2,16 @@
 
 To add a ranking loss, a target, a metric, a backbone, a reader or a strategy: write one file, and add its line here.
 Validation, ``--help``, the builders and the tables in the docs read these lists. A part is imported when it is first
-used, so that reading the names costs nothing.
+used. Its arguments are known before that, from its source: the positional ones are a user's settings.
 """
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dist_obdsd.config.signature import Setting, Source, read_source
 from dist_obdsd.errors import InputError
 
 
@@ -23,10 +25,17 @@ class Registry:
     """The setting that chooses one, such as ``ranking.name``."""
     paths: Mapping[str, str]
     """Name -> ``module:attribute``."""
+    optional: bool = False
+    """Whether ``none`` chooses no part."""
 
     @property
     def names(self) -> list[str]:
         return list(self.paths)
+
+    @property
+    def choices(self) -> list[str]:
+        """The values that the setting takes."""
+        return ["none", *self.paths] if self.optional else self.names
 
     def check(self, name: str) -> str:
         """Return ``name`` if it is registered; for pydantic's validators.
@@ -34,8 +43,8 @@ class Registry:
         Raises:
             ValueError: it is not; the message lists the names that are.
         """
-        if name not in self.paths:
-            raise ValueError(f"{self.setting} is {name!r}; set it to one of {', '.join(self.paths)}")
+        if name not in self.choices:
+            raise ValueError(f"{self.setting} is {name!r}; set it to one of {', '.join(self.choices)}")
         return name
 
     def load(self, name: str) -> Any:
@@ -50,6 +59,57 @@ class Registry:
             raise InputError(str(error)) from error
         return getattr(importlib.import_module(module), attribute)
 
+    def build(self, name: str, settings: Mapping[str, Any], **arguments: Any) -> Any:
+        """Make the part called ``name`` from its settings and those of the program's arguments that it takes."""
+        make = self.load(name)
+        taken = inspect.signature(make).parameters
+        return make(**settings, **{name: value for name, value in arguments.items() if name in taken})
+
+    def source(self, name: str) -> Source:
+        """Read the arguments and the docstring of a part, without importing it."""
+        return read_source(self.paths[name])
+
+    def table(self) -> list[tuple[str, str, tuple[Setting, ...]]]:
+        """List every part for the docs: its name, first docstring line and settings."""
+        return [(name, self.source(name).summary, self.source(name).settings) for name in self.paths]
+
+
+LOSSES = Registry(
+    "ranking loss",
+    "ranking.name",
+    {
+        "multi_similarity": "dist_obdsd.losses.multi_similarity:MultiSimilarityLoss",
+        "contrastive": "dist_obdsd.losses.contrastive:ContrastiveLoss",
+        "triplet": "dist_obdsd.losses.triplet:TripletLoss",
+        "margin": "dist_obdsd.losses.margin:MarginLoss",
+        "proxy_anchor": "dist_obdsd.losses.proxy_anchor:ProxyAnchorLoss",
+        "pml": "dist_obdsd.losses.pml:PMLLoss",
+    },
+)
+
+TARGETS = Registry(
+    "target",
+    "distillation.target",
+    {
+        "uniform": "dist_obdsd.manifold.targets:Uniform",
+        "psd": "dist_obdsd.manifold.targets:PSD",
+        "obdsd": "dist_obdsd.manifold.targets:OBDSD",
+        "obdsd_symmetric": "dist_obdsd.manifold.targets:SymmetricOBDSD",
+    },
+    optional=True,
+)
+
+BACKBONES = Registry(
+    "backbone",
+    "model.backbone",
+    {
+        "small_cnn": "dist_obdsd.models.backbones:small_cnn",
+        "resnet18": "dist_obdsd.models.backbones:resnet18",
+        "resnet34": "dist_obdsd.models.backbones:resnet34",
+        "resnet50": "dist_obdsd.models.backbones:resnet50",
+        "squeezenet1_0": "dist_obdsd.models.backbones:squeezenet1_0",
+    },
+)
 
 STRATEGIES = Registry(
     "strategy",

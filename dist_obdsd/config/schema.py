@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dist_obdsd.config.base import Count, Positive, Section
-from dist_obdsd.config.ranking import MultiSimilarityConfig, RankingConfig
+from dist_obdsd.config.ranking import SECTIONS, Ranking
+from dist_obdsd.config.registry import BACKBONES, STRATEGIES
 from dist_obdsd.config.sections import (
     SELECTION_METRIC,
     BatchConfig,
@@ -51,13 +52,13 @@ class Config(Section):
     """Consecutive steps with a NaN or infinite loss or gradient, each skipped, after which the run stops."""
     debug: bool = False
     """Wait for every step's numbers and stop at the first NaN, infinity or target that is no distribution."""
-    strategy: Literal["ddp", "deepspeed"] = "ddp"
+    strategy: Annotated[str, AfterValidator(STRATEGIES.check)] = "ddp"
     """Who sums up the gradients: torch's DistributedDataParallel or DeepSpeed's engine. The result is the same."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     data: DataConfig
     batch: BatchConfig = BatchConfig()
     model: ModelConfig = ModelConfig()
-    ranking: RankingConfig = MultiSimilarityConfig()
+    ranking: Ranking = SECTIONS["multi_similarity"]()
     distillation: DistillationConfig = DistillationConfig()
     optim: OptimConfig = OptimConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -90,7 +91,7 @@ class Config(Section):
                 "epochs=1 with distillation has no effect, since the ramp epoch/epochs is 0 throughout; "
                 "set epochs to 2 or more, or distillation.target=none"
             )
-        if self.batch.chunk is not None and self.model.norm != "frozen" and self.model.backbone.startswith("resnet"):
+        if self.batch.chunk is not None and self.model.norm != "frozen":
             raise ValueError(
                 f"model.norm={self.model.norm} would take BatchNorm's statistics of a chunk, not of the batch; "
                 f"set model.norm=frozen or leave batch.chunk out"
@@ -100,10 +101,13 @@ class Config(Section):
                 "model.compile=true would be cut in two at every SyncBatchNorm; set model.norm=frozen or "
                 "model.compile=false"
             )
-        if self.model.backbone != "small_cnn" and self.data.channels != 3:
+        takes = BACKBONES.source(self.model.backbone).arguments
+        if "channels" not in takes and self.data.channels != 3:
             raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
-        if self.model.backbone == "small_cnn" and self.model.torchvision_weights:
-            raise ValueError("torchvision has no weights for small_cnn; set model.pretrained to none or to a file")
+        if "weights" not in takes and self.model.torchvision_weights:
+            raise ValueError(
+                f"torchvision has no weights for {self.model.backbone}; set model.pretrained to none or to a file"
+            )
         if SELECTION_METRIC not in self.evaluation.metrics and (self.validation.holds_out or self.evaluation.best_test):
             raise ValueError(
                 f"the best epoch is chosen by {SELECTION_METRIC}; add it to evaluation.metrics, or hold out no "

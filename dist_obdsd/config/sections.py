@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dist_obdsd.config.base import Count, NonNegative, Positive, Section, read_names
+from dist_obdsd.config.registry import BACKBONES, TARGETS
 
 Metric = Literal["recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum"]
 SELECTION_METRIC = "map@r"
@@ -99,7 +100,7 @@ class BatchConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: Literal["small_cnn", "resnet18", "resnet34", "resnet50", "squeezenet1_0"] = "resnet50"
+    backbone: Annotated[str, AfterValidator(BACKBONES.check)] = "resnet50"
     embedding_dim: Count = 128
     """Length of the unit-norm embedding (D)."""
     pooling: Literal["avg", "max", "avg+max"] = "avg"
@@ -126,7 +127,7 @@ class ModelConfig(Section):
 
 
 class DistillationConfig(Section):
-    target: Literal["none", "uniform", "psd", "obdsd", "obdsd_symmetric"] = "obdsd"
+    target: Annotated[str, AfterValidator(TARGETS.check)] = "obdsd"
     weight: NonNegative = 1.0
     temperature: Positive = 1.0
     """Of the student's and the teacher's softmax over the batch."""
@@ -161,11 +162,11 @@ class DistillationConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.target not in ("none", "uniform")
+        return self.target != "none" and TARGETS.load(self.target).needs_teacher
 
     @property
     def diffuses(self) -> bool:
-        return self.target in ("obdsd", "obdsd_symmetric")
+        return self.target != "none" and TARGETS.load(self.target).graph is not None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -5,12 +5,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from dist_obdsd.config import Config, DistillationConfig, load_config
+from dist_obdsd.config import Config, load_config
+from dist_obdsd.config.registry import TARGETS
 from dist_obdsd.errors import InputError
 
-TARGETS = get_args(DistillationConfig.model_fields["target"].annotation)
 RESERVED = {"seed": "--seeds", "name": "the config's name and the variant"}
 """Settings that a comparison makes itself, and from what."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -88,9 +87,10 @@ def read_variants(text: str) -> list[Variant]:
             raise InputError(f"--variants has a variant called {name!r}; use letters, digits, '.', '_' and '-'")
         if colon and "=" not in first:
             raise InputError(f"--variants has {part!r}; write NAME:key=value")
-        if not colon and name not in TARGETS:
+        if not colon and name not in TARGETS.choices:
             raise InputError(
-                f"--variants has {name!r}, which is no target ({', '.join(TARGETS)}); write NAME:key=value for others"
+                f"--variants has {name!r}, which is no target ({', '.join(TARGETS.choices)}); "
+                f"write NAME:key=value for others"
             )
         found.append((name, [first] if colon else []))
     _check_unique([name for name, _ in found], "--variants has the variant")
@@ -98,7 +98,7 @@ def read_variants(text: str) -> list[Variant]:
 
 
 def _with_target(name: str, overrides: list[str]) -> list[str]:
-    if name not in TARGETS:
+    if name not in TARGETS.choices:
         return overrides
     target = f"distillation.target={name}"
     for override in overrides:

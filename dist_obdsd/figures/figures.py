@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dist_obdsd.config import DistillationConfig
+from dist_obdsd.config.registry import TARGETS
 from dist_obdsd.evaluation.geometry import rho
 from dist_obdsd.figures.retrieval_grid import shortened
-from dist_obdsd.manifold.graph import SymmetricGraph, WalkGraph, softmax
+from dist_obdsd.manifold.diffusion import Diffusion
+from dist_obdsd.manifold.graph import softmax
 from dist_obdsd.manifold.similarity import similarity
 from dist_obdsd.manifold.targets import target_rows
 
@@ -68,7 +69,7 @@ def embedding_map(
     return figure
 
 
-def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, config: DistillationConfig, title: str) -> "Figure":
+def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffusion, title: str) -> "Figure":
     """One batch as the objective sees it, ordered by class: similarities, where the diffusion goes, and the target
     before and after it. A target without a diffusion has two panels; without a teacher there are similarities alone.
 
@@ -78,7 +79,7 @@ def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, config: Distillat
     Args:
         T_BD: unit rows, of the teacher where there is one.
         labels_B: their classes.
-        config: of the target.
+        diffusion: the target. ``none`` has similarities alone.
 
     Raises:
         RunError: the diffusion cannot be solved.
@@ -90,20 +91,22 @@ def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, config: Distillat
     rows = slice(0, _whole_classes(labels_B))
     S_tt = similarity(T_BD[rows], T_BD[rows])
     panels: list[tuple[str, torch.Tensor, Any, str]] = []
-    if config.needs_teacher:
-        before_tB = softmax(similarity(T_BD[rows], T_BD), config.temperature, 0, config.mask_self)
+    target = None if diffusion.target == "none" else TARGETS.load(diffusion.target)
+    if target is not None and target.needs_teacher:
+        before_tB = softmax(similarity(T_BD[rows], T_BD), diffusion.temperature, 0, diffusion.mask_self)
         shared = _log_norm(before_tB)
-        if config.diffuses:
-            graph = (WalkGraph if config.target == "obdsd" else SymmetricGraph)(T_BD, config)
-            A_tB = graph.transition(rows)
-            after_tB = target_rows(T_BD, rows, config).target_bB
+        if target.graph is not None:
+            A_tB = target.graph(T_BD, diffusion).transition(rows)
+            after_tB = target_rows(T_BD, rows, diffusion).target_bB
             shared = _log_norm(before_tB, after_tB)
-            step = f"(temperature {config.transition_temperature:g})" if config.target == "obdsd" else "(symmetric)"
+            step = (
+                f"(temperature {diffusion.transition_temperature:g})" if diffusion.target == "obdsd" else "(symmetric)"
+            )
             panels.append((f"Transition A {step}", A_tB, _log_norm(A_tB), "weight of the edge"))
-            name = f"Target after the diffusion (ω = {config.omega:g})"
+            name = f"Target after the diffusion (ω = {diffusion.omega:g})"
             panels.append((name, after_tB, shared, "probability"))
-        name = "Target before the diffusion" if config.diffuses else "Target"
-        panels.insert(1, (f"{name} (temperature {config.temperature:g})", before_tB, shared, "probability"))
+        name = "Target before the diffusion" if target.graph is not None else "Target"
+        panels.insert(1, (f"{name} (temperature {diffusion.temperature:g})", before_tB, shared, "probability"))
 
     columns = 1 if not panels else 2
     figure = _figure(1 + 5.2 * columns, 5.6 if len(panels) < 3 else 10, title)

@@ -26,6 +26,7 @@ from dist_obdsd.evaluation.retrieval import Answer
 from dist_obdsd.figures import figures
 from dist_obdsd.figures import retrieval_grid as pictures
 from dist_obdsd.files import write_atomically
+from dist_obdsd.manifold.diffusion import Diffusion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -199,7 +200,7 @@ class _Pages:
         target = self.config.distillation
         title = f"{self.config.name}: one batch of {len(arrays['rows'])} images, target {target.target}\n"
         title += f"the last batch of epoch {about['epoch']} as the {about['whose']} embedded it"
-        return figures.batch_manifold(arrays["rows"], arrays["labels"], target, title)
+        return figures.batch_manifold(arrays["rows"], arrays["labels"], Diffusion.of(target), title)
 
     def _title(self, what: str) -> str:
         assert self._evaluation is not None

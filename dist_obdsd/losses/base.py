@@ -28,6 +28,10 @@ class RankingLoss(nn.Module):
         raise NotImplementedError
 
 
+class LearnableLoss(RankingLoss):
+    """A ranking loss with parameters of its own; its settings include ``lr`` and ``weight_decay`` for them."""
+
+
 def graph_zero(view: BatchView) -> torch.Tensor:
     """A scalar 0 that depends on every row; NaN if any is not finite.
 

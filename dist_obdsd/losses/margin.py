@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_obdsd.config import MarginConfig
-from dist_obdsd.losses.base import RankingLoss, distances, graph_zero
+from dist_obdsd.config.base import NonNegative, Positive
+from dist_obdsd.losses.base import LearnableLoss, distances, graph_zero
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.losses.counter_rng import uniforms
 
 
-class Margin(RankingLoss):
-    """Wu et al., ICCV 2017, arXiv 1706.07567.
+class MarginLoss(LearnableLoss):
+    """Margin loss with distance-weighted sampling (Wu et al., ICCV 2017, arXiv 1706.07567).
 
     Every pair of an anchor a and a positive p draws one negative n and costs, with Euclidean distances d,
 
@@ -25,17 +25,37 @@ class Margin(RankingLoss):
     positives' cost alone.
     """
 
-    def __init__(self, config: MarginConfig, classes: int) -> None:
+    def __init__(
+        self,
+        alpha: Positive = 0.2,
+        beta: Positive = 1.2,
+        per_class: bool = True,
+        nu: NonNegative = 0.0,
+        cutoff: Positive = 0.5,
+        nonzero_cutoff: Positive = 1.4,
+        *,
+        classes: int,
+    ) -> None:
+        """
+        Args:
+            alpha: half width of the band around the boundary beta.
+            beta: the boundary's initial distance; it is learned.
+            per_class: one boundary per class instead of one for all.
+            nu: weight of the penalty on beta.
+            cutoff: distance below which a negative is drawn as if it were this far away.
+            nonzero_cutoff: distance above which a negative is never drawn.
+        """
         super().__init__()
-        self.config = config
-        self.beta = nn.Parameter(torch.full((classes if config.per_class else 1,), config.beta))
+        self.alpha, self.per_class, self.nu = alpha, per_class, nu
+        self.cutoff, self.nonzero_cutoff = cutoff, nonzero_cutoff
+        self.beta = nn.Parameter(torch.full((classes if per_class else 1,), beta))
 
     def forward(self, view: BatchView) -> dict[str, PartialMean]:
-        alpha, nu = self.config.alpha, self.config.nu
+        alpha, nu = self.alpha, self.nu
         d_bB = distances(view)
         positive_bB, negative_bB = view.positives_negatives()
         drawn_bB, drew_b = self.draw(d_bB.detach(), negative_bB, view)
-        beta_b1 = (self.beta[view.labels_b] if self.config.per_class else self.beta.expand(view.b))[:, None]
+        beta_b1 = (self.beta[view.labels_b] if self.per_class else self.beta.expand(view.b))[:, None]
         near_bB = functional.relu(alpha + d_bB - beta_b1).masked_fill(~positive_bB, 0)
         far_bB = functional.relu(alpha + beta_b1 - d_bB.gather(1, drawn_bB))
         far_bB = far_bB.masked_fill(~(positive_bB & drew_b[:, None]), 0)
@@ -53,10 +73,10 @@ class Margin(RankingLoss):
         would be drawn with gradients of high variance, hence the cutoff; those from ``nonzero_cutoff`` on are left out.
         """
         D = view.E_BD.shape[1]
-        clipped_bB = d_bB.clamp(min=self.config.cutoff)
+        clipped_bB = d_bB.clamp(min=self.cutoff)
         open_bB = (1 - clipped_bB.square() / 4).clamp(min=torch.finfo(d_bB.dtype).tiny)  # d may round to above 2
         log_weight_bB = -(D - 2) * clipped_bB.log() - (D - 3) / 2 * open_bB.log()
-        log_weight_bB.masked_fill_(~negative_bB | (d_bB >= self.config.nonzero_cutoff), -torch.inf)
+        log_weight_bB.masked_fill_(~negative_bB | (d_bB >= self.nonzero_cutoff), -torch.inf)
         top_b1 = log_weight_bB.amax(1, keepdim=True)
         drew_b = top_b1[:, 0] > -torch.inf
         weight_bB = (log_weight_bB - top_b1.masked_fill(~drew_b[:, None], 0)).exp()

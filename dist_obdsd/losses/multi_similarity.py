@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from dist_obdsd.config import MultiSimilarityConfig
+from dist_obdsd.config.base import NonNegative, Positive
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E
 
 
-class MultiSimilarity(RankingLoss):
-    """Wang et al., CVPR 2019, arXiv 1904.06627, equations 9 to 11.
+class MultiSimilarityLoss(RankingLoss):
+    """Multi-similarity loss with its mining (Wang et al., CVPR 2019, arXiv 1904.06627).
 
-    Of anchor i, with similarities S, a positive p is kept if ``S_ip < max_n S_in + margin`` and a negative n if
-    ``S_in > min_p S_ip - margin``: the pairs whose order is nearly or already wrong. Its loss over the kept ones is
+    The paper's equations 9 to 11: anchor i with similarities S keeps a positive p if ``S_ip < max_n S_in + margin`` and
+    a negative n if ``S_in > min_p S_ip - margin``. Those are the pairs whose order is nearly or already wrong. The
+    anchor's loss over them is
 
         1/alpha log(1 + sum_p exp(-alpha (S_ip - threshold))) + 1/beta log(1 + sum_n exp(beta (S_in - threshold)))
 
@@ -26,12 +27,21 @@ class MultiSimilarity(RankingLoss):
     over the B rows). The anchor itself is left out by its index, so that a duplicate image stays a positive.
     """
 
-    def __init__(self, config: MultiSimilarityConfig) -> None:
+    def __init__(
+        self, alpha: Positive = 2.0, beta: Positive = 40.0, threshold: float = 0.5, margin: NonNegative = 0.1
+    ) -> None:
+        """
+        Args:
+            alpha: weight of positives below the threshold.
+            beta: weight of negatives above the threshold.
+            threshold: the similarity lambda that positives should exceed and negatives stay below.
+            margin: the mining margin epsilon.
+        """
         super().__init__()
-        self.config = config
+        self.alpha, self.beta, self.threshold, self.margin = alpha, beta, threshold, margin
 
     def forward(self, view: BatchView) -> dict[str, PartialMean]:
-        total, count = _MultiSimilarity.apply(view.S_bB, view.labels_B, view.first_row, self.config)
+        total, count = _MultiSimilarity.apply(view.S_bB, view.labels_B, view.first_row, self)
         return {"ranking": PartialMean(total, count)}
 
 
@@ -44,9 +54,9 @@ class _MultiSimilarity(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, S_bB: torch.Tensor, labels_B: torch.Tensor, first_row: int, config: MultiSimilarityConfig
+        ctx: Any, S_bB: torch.Tensor, labels_B: torch.Tensor, first_row: int, loss: MultiSimilarityLoss
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha, beta, threshold, margin = config.alpha, config.beta, config.threshold, config.margin
+        alpha, beta, threshold, margin = loss.alpha, loss.beta, loss.threshold, loss.margin
         labels_B = labels_B.to(S_bB.dtype)  # exact below 2^24; numbers of one type compare in a quarter of the time
         labels_b1 = labels_B[first_row : first_row + len(S_bB), None]
         far = torch.finfo(S_bB.dtype).max ** 0.5  # a similarity is nothing beside it

@@ -8,46 +8,65 @@ ranks may keep different numbers of anchors, and a mean of their means is anothe
 Legend: b rows of this rank, B rows of the global batch, M of the memory, D embedding dimension, W ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from dist_obdsd.config import Config, DistillationConfig
+from dist_obdsd.config.registry import TARGETS
 from dist_obdsd.distributed.collectives import AsyncAllGather
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses import RankingLoss, build_ranking, distillation
+from dist_obdsd.losses import distillation
+from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.manifold import targets as manifold
+from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.similarity import check_rows
 
 
 class Objective:
-    """The ranking loss with its own parameters, the distillation's settings, and the manifold's memory."""
+    """The ranking loss with its own parameters, the target and the manifold's memory."""
 
-    def __init__(self, ranking: RankingLoss, distillation: DistillationConfig) -> None:
-        self.ranking, self.distillation = ranking, distillation
+    def __init__(
+        self,
+        ranking: RankingLoss,
+        diffusion: Diffusion | None,
+        *,
+        weight: float = 1.0,
+        scope: str = "global",
+        memory: int = 0,
+    ) -> None:
+        """
+        Args:
+            diffusion: the target and its parameters; None trains without distillation.
+            weight: of the distillation.
+            scope: ``global``, or ``rank`` for a target over each rank's own part of the batch.
+            memory: rows of earlier batches that the diffusion also runs over.
+        """
+        self.ranking, self.diffusion = ranking, diffusion
+        self.weight, self.scope, self.memory = weight, scope, memory
+        self.target = None if diffusion is None else TARGETS.load(diffusion.target)
         self.memory_MD: torch.Tensor | None = None
         """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
 
-    def begin(self, teacher: AsyncAllGather, rows: slice) -> manifold.Ahead | None:
-        """Queue the target's diffusion ahead of the student's forward pass, for ``terms``; see ``manifold.begin``.
+    def start_async(self, teacher: AsyncAllGather, rows: slice) -> manifold.PendingTarget | None:
+        """Queue the diffusion before the student's forward pass, for ``terms``; see ``manifold.start_async``.
 
         Args:
-            teacher: the teacher's unit rows of all ranks; waited for only where their diffusion can be solved ahead.
+            teacher: the teacher's unit rows of all ranks. They are waited for only where the diffusion can start early.
             rows: this rank's.
         """
-        config, b, B = self.distillation, rows.stop - rows.start, teacher.B
-        own = config.scope == "rank"
-        if not manifold.solves_ahead(b, b if own else B, config):
+        b, own = rows.stop - rows.start, self.scope == "rank"
+        nodes = (b if own else teacher.B) + self.memory
+        if self.diffusion is None or not manifold.can_start_async(b, nodes, self.diffusion):
             return None
         T_BD = teacher.wait()
         if own:
             T_BD, rows = T_BD[rows], slice(0, b)
-        return manifold.begin(T_BD, rows, config, self.memory_MD)
+        return manifold.start_async(T_BD, rows, self.diffusion, self.memory_MD)
 
     def terms(
-        self, view: BatchView, T_BD: torch.Tensor | None = None, ahead: manifold.Ahead | None = None
+        self, view: BatchView, T_BD: torch.Tensor | None = None, pending: manifold.PendingTarget | None = None
     ) -> dict[str, PartialMean]:
         """This rank's share of every term.
 
@@ -57,7 +76,7 @@ class Objective:
         Args:
             view: the student's rows.
             T_BD: the teacher's unit rows; their D may differ. Left out where ``needs_teacher`` says so.
-            ahead: what ``begin`` returned for them, if it was called.
+            pending: what ``start_async`` returned for them, if it was called.
 
         Returns:
             The ranking loss's parts first, named ``ranking`` or ``ranking_...``; ``distillation`` if there is a target;
@@ -70,24 +89,24 @@ class Objective:
             RunError: if the diffusion cannot be solved.
         """
         terms = self.ranking(view)
-        config, rows = self.distillation, view.rows
-        if not config.needs_teacher:
+        rows = view.rows
+        if self.target is not None and not self.target.needs_teacher:
             T_BD = view.E_BD.detach()  # the uniform target reads its shape alone
-        if config.target == "none" or T_BD is None:
+        if self.diffusion is None or self.target is None or T_BD is None:
             return terms
         check_rows("T_BD", T_BD, view.B, 2)
         S_bB = view.S_bB
-        if config.scope == "rank":
+        if self.scope == "rank":
             S_bB, T_BD, rows = S_bB[:, rows], T_BD[rows], slice(0, view.b)
-        solve = manifold.target_rows(T_BD, rows, config, self.memory_MD, ahead)
+        found = manifold.target_rows(T_BD, rows, self.diffusion, self.memory_MD, pending)
         self._remember(T_BD)
-        terms |= distillation.distil(S_bB, solve.target_bB, config.temperature, rows.start)
-        if config.diffuses:
+        terms |= distillation.distil(S_bB, found.target_bB, self.diffusion.temperature, rows.start)
+        if self.target.graph is not None:
             count = terms["target_entropy"].count
-            terms["target_residual"] = PartialMean(solve.error_b.sum(), count)
-            terms["target_iterations"] = PartialMean(torch.full_like(count, solve.iterations), torch.ones_like(count))
-            if config.memory:
-                dropped = count.new_zeros(()) if solve.dropped_b is None else solve.dropped_b.sum()
+            terms["target_residual"] = PartialMean(found.error_b.sum(), count)
+            terms["target_iterations"] = PartialMean(torch.full_like(count, found.iterations), torch.ones_like(count))
+            if self.memory:
+                dropped = count.new_zeros(()) if found.dropped_b is None else found.dropped_b.sum()
                 terms["target_dropped_mass"] = PartialMean(dropped, count)
         return terms
 
@@ -97,7 +116,7 @@ class Objective:
 
     def needs_teacher(self, ramp: float) -> bool:
         """Whether ``terms`` needs the teacher's embeddings: its forward is skipped while it would have no effect."""
-        return self.distillation.needs_teacher and ramp * self.distillation.weight > 0
+        return self.target is not None and self.target.needs_teacher and ramp * self.weight > 0
 
     def loss(
         self, terms: Mapping[str, PartialMean], global_counts: Mapping[str, torch.Tensor], world_size: int, ramp: float
@@ -116,9 +135,8 @@ class Objective:
             InputError: if the ramp asks for distillation and ``terms`` had no teacher.
         """
         factors = {name: 1.0 for name in terms if is_ranking(name)}
-        config = self.distillation
-        scale = ramp * config.weight * config.temperature**2
-        if config.target != "none" and scale > 0:
+        scale = 0.0 if self.diffusion is None else ramp * self.weight * self.diffusion.temperature**2
+        if scale > 0:
             if "distillation" not in terms:
                 raise InputError(f"the ramp is {ramp} but the terms hold no distillation; give T_BD to terms()")
             factors["distillation"] = scale
@@ -132,9 +150,9 @@ class Objective:
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def _remember(self, T_BD: torch.Tensor) -> None:
-        if self.distillation.memory:
+        if self.memory:
             known = [] if self.memory_MD is None else [self.memory_MD]
-            self.memory_MD = torch.cat([T_BD, *known])[: self.distillation.memory]
+            self.memory_MD = torch.cat([T_BD, *known])[: self.memory]
 
     def forget(self) -> None:
         """Empty the memory: another teacher's rows would not fit those of the next one."""
@@ -154,20 +172,6 @@ class Objective:
 def is_ranking(name: str) -> bool:
     """Whether a term is the ranking loss or a part of it."""
     return name.partition("_")[0] == "ranking"
-
-
-def build_objective(config: Config, classes: Sequence[int], device: torch.device) -> Objective:
-    """The objective of a run, with freshly initialised parameters: the same on every rank.
-
-    Args:
-        classes: the training classes.
-
-    Raises:
-        InputError: the ranking loss is unknown or cannot take its arguments.
-    """
-    ranking = build_ranking(config.ranking, len(classes), config.model.embedding_dim, config.seed)
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    return Objective(ranking.to(device=device, dtype=dtype), config.distillation)
 
 
 def class_indices(labels_B: torch.Tensor, classes_C: torch.Tensor) -> torch.Tensor:

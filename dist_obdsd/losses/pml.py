@@ -13,14 +13,14 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from dist_obdsd.config import PytorchMetricLearningConfig
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.losses.base import RankingLoss, graph_zero
+from dist_obdsd.losses.base import LearnableLoss, graph_zero
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.rng import derive
 
@@ -38,7 +38,7 @@ REFUSED = {
 ABSTRACT = ("BaseMetricLossFunction", "BaseLossWrapper", "GenericPairLoss", "BaseMiner")
 
 
-class PytorchMetricLearning(RankingLoss):
+class PMLLoss(LearnableLoss):
     """Any loss of pytorch-metric-learning, with a miner of that library if one is given.
 
     The number of classes and the embedding's length are filled in where a constructor takes them. What is random in a
@@ -49,17 +49,33 @@ class PytorchMetricLearning(RankingLoss):
             batch, with names that are near.
     """
 
-    def __init__(self, config: PytorchMetricLearningConfig, classes: int, embedding_dim: int) -> None:
+    def __init__(
+        self,
+        name: Annotated[str, Field(pattern=r"^pml\.\w+$")],
+        kwargs: dict[str, Any] = {},  # noqa: B006
+        miner: Annotated[str, Field(pattern=r"^pml\.\w+$")] | None = None,
+        miner_kwargs: dict[str, Any] = {},  # noqa: B006
+        *,
+        classes: int,
+        embedding_dim: int,
+    ) -> None:
+        """
+        Args:
+            name: ``pml.`` and the loss's name there, such as ``pml.ArcFaceLoss``.
+            kwargs: arguments of its constructor; the number of classes and the embedding's length are filled in.
+            miner: a miner there, such as ``pml.MultiSimilarityMiner``.
+            miner_kwargs: arguments of the miner's constructor.
+        """
         super().__init__()
         sizes = {
             "num_classes": classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim,
         }  # fmt: skip
-        self.name = config.name
-        self.loss = _build("losses", "ranking", config.name, config.kwargs, sizes)
+        self.name = name
+        self.loss = _build("losses", "ranking", name, kwargs, sizes)
         self.miner = None
-        if config.miner is not None:
-            self.miner = _build("miners", "ranking.miner", config.miner, config.miner_kwargs, sizes)
-        elif config.miner_kwargs:
+        if miner is not None:
+            self.miner = _build("miners", "ranking.miner", miner, miner_kwargs, sizes)
+        elif miner_kwargs:
             raise InputError("ranking.miner_kwargs are given without a miner; set ranking.miner=pml.NAME or leave them")
         self._try(classes, embedding_dim)
 

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_obdsd.config import ProxyAnchorConfig
+from dist_obdsd.config.base import NonNegative, Positive
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses.base import RankingLoss, graph_zero
+from dist_obdsd.losses.base import LearnableLoss, graph_zero
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.manifold.similarity import similarity
 
 
-class ProxyAnchor(RankingLoss):
-    """Kim et al., CVPR 2020, arXiv 2003.13911, equation 4.
+class ProxyAnchorLoss(LearnableLoss):
+    """Proxy anchor loss (Kim et al., CVPR 2020, arXiv 2003.13911, equation 4).
 
     One learned proxy p per class, with cosines s(x, p):
 
@@ -25,17 +25,22 @@ class ProxyAnchor(RankingLoss):
     The anchors are the proxies, so each rank takes a share of them against all rows of the batch.
     """
 
-    def __init__(self, config: ProxyAnchorConfig, classes: int, embedding_dim: int, generator: torch.Generator) -> None:
+    def __init__(self, alpha: Positive = 32.0, delta: NonNegative = 0.1, *, classes: int, embedding_dim: int) -> None:
+        """
+        Args:
+            alpha: scale of the similarities.
+            delta: the margin.
+        """
         super().__init__()
-        self.config = config
+        self.alpha, self.delta = alpha, delta
         self.proxies = nn.Parameter(torch.empty(classes, embedding_dim))
-        nn.init.kaiming_normal_(self.proxies, mode="fan_out", generator=generator)  # as the authors' code does
+        nn.init.kaiming_normal_(self.proxies, mode="fan_out")  # as the authors' code does
 
     def forward(self, view: BatchView) -> dict[str, PartialMean]:
         C, D = self.proxies.shape
         if view.E_BD.shape[1] != D:
             raise InputError(f"embeddings have {view.E_BD.shape[1]} dimensions but the proxies {D}; make them equal")
-        alpha, delta, zero = self.config.alpha, self.config.delta, graph_zero(view)
+        alpha, delta, zero = self.alpha, self.delta, graph_zero(view)
         share = view.share(C)
         proxies_cD = functional.normalize(self.proxies[share], dim=1)
         S_cB = similarity(proxies_cD, view.E_BD)

@@ -6,22 +6,27 @@ Legend: b anchors of this rank, B rows of the global batch, N = B + 1.
 import torch
 from torch.nn import functional
 
-from dist_obdsd.config import TripletConfig
+from dist_obdsd.config.base import Positive
 from dist_obdsd.losses.base import RankingLoss, graph_zero, squared_distances
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 
 
-class Triplet(RankingLoss):
-    """FaceNet's loss (Schroff et al., CVPR 2015, arXiv 1503.03832, equations 2 and 4), with squared distances d.
+class TripletLoss(RankingLoss):
+    """Triplet loss of FaceNet (Schroff et al., CVPR 2015, arXiv 1503.03832).
 
-    Of every pair of an anchor a and a positive p, all semi-hard negatives n count: those that lie farther than the
-    positive, but by less than the margin, ``d_ap < d_an < d_ap + margin``. The loss is the mean of
-    ``d_ap - d_an + margin`` over all these triplets. (The paper draws some of them; this is what it draws from.)
+    The paper's equations 2 and 4 use squared distances d. For every pair of an anchor a and a positive p, all semi-hard
+    negatives n count: those that lie farther than the positive, but by less than the margin,
+    ``d_ap < d_an < d_ap + margin``. The loss is the mean of ``d_ap - d_an + margin`` over all these triplets. (The
+    paper samples from them.)
     """
 
-    def __init__(self, config: TripletConfig) -> None:
+    def __init__(self, margin: Positive = 0.2) -> None:
+        """
+        Args:
+            margin: how much farther than the positive the negative should be.
+        """
         super().__init__()
-        self.margin = config.margin
+        self.margin = margin
 
     def forward(self, view: BatchView) -> dict[str, PartialMean]:
         d_bB = squared_distances(view)

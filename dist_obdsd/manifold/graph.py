@@ -12,19 +12,19 @@ dimension.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
-from dist_obdsd.config import DistillationConfig
+from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E, similarity
 
 TILE_ENTRIES = 2**22
 """Entries of a tile where the whole matrix is not kept: 16 MiB in float32, which a CPU's allocator still hands out
 again instead of asking the kernel for new pages."""
-KEPT_MATRICES = 4
-"""n x n matrices that exist at a time where they are kept: S, A, N or its factor, and one being made."""
-BACK_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
+SCALE_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
 """Largest exponent by which a solution is scaled back: beyond it the type would overflow. What the limit gets wrong,
 the solver's next correction mends."""
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -34,23 +34,21 @@ EVERY = slice(0, None)
 """All columns."""
 
 
-def fits(nodes: int, bytes_per_entry: int, config: DistillationConfig) -> bool:
-    """Whether n x n matrices may be kept whole."""
-    return KEPT_MATRICES * nodes**2 * bytes_per_entry <= config.memory_gib * 2**30
-
-
 class Graph(ABC):
-    """What both variants of the diffusion share. Everything is in the precision of ``T_nD``, at least float32."""
+    """A batch manifold, in the precision of ``T_nD`` and at least float32."""
 
-    def __init__(self, T_nD: torch.Tensor, config: DistillationConfig) -> None:
+    has_guess: ClassVar[bool] = False
+    """Whether ``initial_guess`` is worth trying."""
+
+    def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         self.T_nD = T_nD.to(torch.promote_types(T_nD.dtype, torch.float32))
-        self.config = config
+        self.diffusion = diffusion
         self.n = T_nD.shape[0]
-        whole = fits(self.n, self.T_nD.element_size(), config)
+        whole = diffusion.fits(self.n, self.T_nD.element_size())
         height = self.n if whole else max(TILE_ENTRIES // self.n, 1)
         self.tiles = [slice(i, min(i + height, self.n)) for i in range(0, self.n, height)]
         self._S_nn = similarity(self.T_nD, self.T_nD) if whole else None
-        self._nearest_n = self._nearest() if config.neighbours is not None else None
+        self._nearest_n = self._nearest() if diffusion.neighbours is not None else None
 
     # ---- rows of n x n matrices -------------------------------------------------------------------------------------
 
@@ -87,17 +85,17 @@ class Graph(ABC):
 
     @property
     @abstractmethod
-    def leading_n(self) -> torch.Tensor:
+    def top_eigenvector_n(self) -> torch.Tensor:
         """The unit eigenvector [n] of N for its largest eigenvalue, 1: the square root of the degrees."""
 
-    def guess(self, rows: slice) -> torch.Tensor | None:
+    def initial_guess(self, rows: slice) -> torch.Tensor | None:
         """A start [b, n] for Neumann's series of the own rows; None where the series is not worth trying."""
         return None
 
     # ---- between N's coordinates and A's ----------------------------------------------------------------------------
 
     @abstractmethod
-    def back(self, rows: slice) -> torch.Tensor | None:
+    def to_walk_coordinates(self, rows: slice) -> torch.Tensor | None:
         """Factors [b, n] that take rows of (I - omega N)^-1 to those of (I - omega A)^-1; None for ones."""
 
     @abstractmethod
@@ -112,7 +110,7 @@ class Graph(ABC):
 
     def start(self, rows: slice) -> torch.Tensor:
         """P = softmax(S / temperature) [t, n], over all nodes, its diagonal left out where the settings say so."""
-        return softmax(self.similarities(rows), self.config.temperature, rows.start, self.config.mask_self)
+        return softmax(self.similarities(rows), self.diffusion.temperature, rows.start, self.diffusion.mask_self)
 
     def _sharpened(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """S after clipping and power [t, n], and which entries are edges, if not all but the diagonal."""
@@ -120,17 +118,17 @@ class Graph(ABC):
         edges_tn = None
         if self._nearest_n is not None:
             mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n[columns]
-            edges_tn = mine_tn & theirs_tn if self.config.mutual else mine_tn | theirs_tn
-        if self.config.clip:
+            edges_tn = mine_tn & theirs_tn if self.diffusion.mutual else mine_tn | theirs_tn
+        if self.diffusion.clip:
             S_tn = S_tn.clamp_min(0)
-        if self.config.power != 1:
-            S_tn = S_tn**self.config.power
+        if self.diffusion.power != 1:
+            S_tn = S_tn**self.diffusion.power
         return S_tn, edges_tn
 
     def _nearest(self) -> torch.Tensor:
         """The similarity [n] from which on a node is among the k nearest of each."""
         nearest_n = self._per_node()
-        k = min(self.config.neighbours or 0, self.n - 1)
+        k = min(self.diffusion.neighbours or 0, self.n - 1)
         for tile in self.tiles:
             S_tn = self.similarities(tile).clone()
             S_tn.diagonal(offset=tile.start).fill_(-torch.inf)
@@ -147,12 +145,14 @@ class WalkGraph(Graph):
     """Target ``obdsd``: A = softmax(S / transition_temperature) over the other nodes, a random walk.
 
     K_ij = exp(S_ij / t) overflows at sharp temperatures, so only logarithms of degrees exist here. Logits reach
-    1/t = 200, where float32 is coarse; differences of near ones are exact, so the logarithm of a degree is kept in two
-    parts, m + log s, and the shift by S = 1 keeps the logits of close rows small.
+    1/t = 200, where float32 is coarse. Differences of near ones are exact, so the logarithm of a degree is kept in two
+    parts, m + log s. The shift by S = 1 keeps the logits of close rows small.
     """
 
-    def __init__(self, T_nD: torch.Tensor, config: DistillationConfig) -> None:
-        super().__init__(T_nD, config)
+    has_guess = True
+
+    def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
+        super().__init__(T_nD, diffusion)
         # Where the whole matrix is not kept, a tile of it is made whenever it is needed.
         self._A_nn = self._transition(self._logits(slice(0, self.n))) if self._S_nn is not None else None
 
@@ -176,18 +176,18 @@ class WalkGraph(Graph):
         return self._degrees[2]
 
     @cached_property
-    def leading_n(self) -> torch.Tensor:
+    def top_eigenvector_n(self) -> torch.Tensor:
         m_n, s_n, isolated_n = self._degrees
         half_n = (m_n + s_n.log()).masked_fill(isolated_n, -torch.inf) / 2
-        leading_n = (half_n - half_n.max()).exp()
-        return leading_n / leading_n.norm()
+        top_eigenvector_n = (half_n - half_n.max()).exp()
+        return top_eigenvector_n / top_eigenvector_n.norm()
 
-    def guess(self, rows: slice) -> torch.Tensor | None:
+    def initial_guess(self, rows: slice) -> torch.Tensor | None:
         """(I - omega A)^-1 is the sum of (omega A)^k. Here are its first two terms and, for the others, what a row of
         A^k tends to as k grows: it is the same for every row, and the mean row of A is near it."""
         if self._A_nn is None:
             return None
-        omega = self.config.omega
+        omega = self.diffusion.omega
         rest_n = self._A_nn.sum(0).mul_(omega**2 / (1 - omega) / self.n)
         guess_bn = torch.add(rest_n, self._A_nn[rows], alpha=omega)
         guess_bn.diagonal(offset=rows.start).add_(1)
@@ -201,7 +201,7 @@ class WalkGraph(Graph):
     def _logits(self, rows: slice, columns: slice = EVERY, unit: float = 1.0) -> torch.Tensor:
         """Logarithms of K, shifted by the same for all, times ``unit``."""
         S_tn, edges_tn = self._sharpened(rows, columns)
-        scale, logits_tn = unit / self.config.transition_temperature, S_tn - 1
+        scale, logits_tn = unit / self.diffusion.transition_temperature, S_tn - 1
         if scale != 1:
             logits_tn.mul_(scale)
         if edges_tn is not None:
@@ -223,10 +223,10 @@ class WalkGraph(Graph):
         exponents_tn = self._logits(rows, columns, LOG2_E).sub_(half_n[rows, None]).sub_(half_n[columns])
         return exponents_tn.clamp_min_(LEAST_EXPONENT).exp2_()
 
-    def back(self, rows: slice) -> torch.Tensor:
+    def to_walk_coordinates(self, rows: slice) -> torch.Tensor:
         """exp((r_j - r_i)/2), r the logarithm of the degree. (exp(r/2) alone would overflow.)"""
         m_n, s_n, _ = self._degrees
-        below_n = ((m_n - m_n.max()) / 2).clamp_min_(-BACK_LIMIT[m_n.dtype])
+        below_n = ((m_n - m_n.max()) / 2).clamp_min_(-SCALE_LIMIT[m_n.dtype])
         factor_n = below_n.exp_() * s_n.sqrt()
         return factor_n / factor_n[rows, None]
 
@@ -239,7 +239,7 @@ class WalkGraph(Graph):
 
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
         """Row i is (1 - omega) y P, and P_i where i is isolated."""
-        target_bn = sum_over_tiles(self.tiles, Y_bn, self.start).mul_(1 - self.config.omega)
+        target_bn = sum_over_tiles(self.tiles, Y_bn, self.start).mul_(1 - self.diffusion.omega)
         if self._nearest_n is None:
             return target_bn
         return torch.where(self.isolated_n[rows, None], self.start(rows), target_bn)
@@ -248,14 +248,14 @@ class WalkGraph(Graph):
 class SymmetricGraph(Graph):
     """Target ``obdsd_symmetric``: A = N = D^-1/2 S0 D^-1/2, where S0 = max(S, 0) with zero diagonal."""
 
-    def __init__(self, T_nD: torch.Tensor, config: DistillationConfig) -> None:
-        super().__init__(T_nD, config.model_copy(update={"clip": True}))
+    def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
+        super().__init__(T_nD, replace(diffusion, clip=True))
         degree_n, length_n = self._per_node(), self._per_node()
         for tile in self.tiles:
             torch.sum(self._affinities(tile), 1, out=degree_n[tile])
             torch.linalg.vector_norm(self.similarities(tile), dim=1, out=length_n[tile])
         self._scale_n = degree_n.masked_fill(degree_n == 0, 1).rsqrt()
-        self._reach = length_n.max() / config.temperature
+        self._reach = length_n.max() / diffusion.temperature
         self._degree_n = degree_n
 
     @property
@@ -263,7 +263,7 @@ class SymmetricGraph(Graph):
         return self._degree_n == 0
 
     @cached_property
-    def leading_n(self) -> torch.Tensor:
+    def top_eigenvector_n(self) -> torch.Tensor:
         return self._degree_n.sqrt() / self._degree_n.sum().sqrt().clamp_min(torch.finfo(self._degree_n.dtype).tiny)
 
     def _affinities(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
@@ -279,7 +279,7 @@ class SymmetricGraph(Graph):
     def transition(self, rows: slice) -> torch.Tensor:
         return self.symmetric(rows)
 
-    def back(self, rows: slice) -> None:
+    def to_walk_coordinates(self, rows: slice) -> None:
         return None
 
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
@@ -289,9 +289,9 @@ class SymmetricGraph(Graph):
 
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
         """Row i is softmax((1 - omega) y S / temperature), and P_i where i is isolated."""
-        diffused_bn = sum_over_tiles(self.tiles, Y_bn, self.similarities).mul_(1 - self.config.omega)
+        diffused_bn = sum_over_tiles(self.tiles, Y_bn, self.similarities).mul_(1 - self.diffusion.omega)
         diffused_bn = torch.where(self.isolated_n[rows, None], self.similarities(rows), diffused_bn)
-        return softmax(diffused_bn, self.config.temperature, rows.start, self.config.mask_self)
+        return softmax(diffused_bn, self.diffusion.temperature, rows.start, self.diffusion.mask_self)
 
 
 def sum_over_tiles(tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[slice], torch.Tensor]) -> torch.Tensor:

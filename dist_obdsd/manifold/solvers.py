@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 
-from dist_obdsd.config import DistillationConfig
 from dist_obdsd.manifold.graph import Graph, sum_over_tiles
 
 CORRECTIONS = 8
@@ -23,9 +22,9 @@ CG_ITERATIONS = 200
 """At most in one correction."""
 NEUMANN_ITERATIONS = 2000
 """At most; an omega of 0.99 needs 920 to shrink a residual by 1e-4."""
-SERIES = 3
+NEUMANN_STEPS = 3
 """Products with A after which an inverse by Cholesky would have been cheaper."""
-UNSEEN = 8
+FIXED_STEPS = 8
 """Products with A that are taken where nobody looks whether fewer would do."""
 ROUNDING = 16
 """Of the type's epsilon: what is left of a unit row's residual when every solver has only rounding errors left."""
@@ -60,11 +59,11 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
             NaN errors.
         neumann: go on with Neumann's series if the solver's corrections do not reach it.
     """
-    omega, back_bn = graph.config.omega, graph.back(rows)
-    correct = Cholesky(graph) if solver == "cholesky" else ConjugateGradients(graph, back_bn, tolerance / 4)
+    omega, to_walk_bn = graph.diffusion.omega, graph.to_walk_coordinates(rows)
+    correct = Cholesky(graph) if solver == "cholesky" else ConjugateGradients(graph, to_walk_bn, tolerance / 4)
 
-    def going_back(solved_bn: torch.Tensor) -> torch.Tensor:
-        return solved_bn if back_bn is None else solved_bn.mul_(back_bn)
+    def in_walk(solved_bn: torch.Tensor) -> torch.Tensor:
+        return solved_bn if to_walk_bn is None else solved_bn.mul_(to_walk_bn)
 
     def residual(Y_bn: torch.Tensor) -> torch.Tensor:
         """e_i - y_i (I - omega A)."""
@@ -74,15 +73,15 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
 
     solved_bn, iterations = correct.unit_rows(rows)  # which are the same in both coordinates
     # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
-    Y_bn = going_back(solved_bn).clamp_min_(0)
+    Y_bn = in_walk(solved_bn).clamp_min_(0)
     R_bn = residual(Y_bn)
     error_b = graph.error(R_bn)
     before, worst = float("inf"), float(error_b.max())  # the host waits here for the device
     for _ in range(CORRECTIONS):
         if not tolerance < worst < before / 2:  # reached, stalled or NaN
             break
-        solved_bn, taken = correct(R_bn if back_bn is None else R_bn / back_bn)
-        Y_bn = Y_bn.add_(going_back(solved_bn)).clamp_min_(0)
+        solved_bn, taken = correct(R_bn if to_walk_bn is None else R_bn / to_walk_bn)
+        Y_bn = Y_bn.add_(in_walk(solved_bn)).clamp_min_(0)
         R_bn = residual(Y_bn)
         error_b = graph.error(R_bn)
         iterations += taken
@@ -100,7 +99,7 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
     return Inverse(Y_bn, error_b, iterations)
 
 
-def series_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
+def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
     """Rows [b, n] of (I - omega A)^-1 by Neumann's series alone, where two or three products with A make them as good
     as any solver would, as at the usual temperatures; None elsewhere.
 
@@ -108,34 +107,34 @@ def series_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
 
     As A's rows sum to 1, it is at most omega times as large, without another product to see it.
     """
-    goal, before = series_goal(graph.T_nD.dtype, graph.config, tolerance), 2 * graph.config.omega
-    for taken, (Y_bn, error_b) in enumerate(_series(graph, rows, SERIES), 1):
+    goal, before = neumann_goal(graph.T_nD.dtype, graph.diffusion.omega, tolerance), 2 * graph.diffusion.omega
+    for taken, (Y_bn, error_b) in enumerate(_series(graph, rows, NEUMANN_STEPS), 1):
         worst = float(error_b.max())  # the host waits here for the device
         if worst <= goal:
             return Inverse(Y_bn, error_b, taken)
         # Written so that NaN, and with omega 0 anything that is left, is too slow.
-        if not (before and worst * (worst / before) ** (SERIES - taken) <= goal):
+        if not (before and worst * (worst / before) ** (NEUMANN_STEPS - taken) <= goal):
             return None
         before = worst
     return None
 
 
-def series_rows_unseen(graph: Graph, rows: slice) -> Inverse | None:
-    """The same with more products, and without a look at their errors. Whether ``series_goal`` was reached is for the
+def neumann_fixed_steps(graph: Graph, rows: slice) -> Inverse | None:
+    """The same with more products, and without a look at their errors. Whether ``neumann_goal`` was reached is for the
     caller to see; None where the graph has nothing to begin with."""
     inverse = None
-    for Y_bn, error_b in _series(graph, rows, UNSEEN):
-        inverse = Inverse(Y_bn, error_b, UNSEEN)
+    for Y_bn, error_b in _series(graph, rows, FIXED_STEPS):
+        inverse = Inverse(Y_bn, error_b, FIXED_STEPS)
     return inverse
 
 
 def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Ever better rows [b, n], each with a bound [b] on its error; none where there is nothing to begin with. Rows are
     overwritten when the next ones are asked for."""
-    Y_bn = graph.guess(rows)
+    Y_bn = graph.initial_guess(rows)
     if Y_bn is None:
         return
-    omega, A_nn = graph.config.omega, graph.transition(slice(0, graph.n))
+    omega, A_nn = graph.diffusion.omega, graph.transition(slice(0, graph.n))
     units_bn = unit_rows(rows, A_nn)
     for _ in range(products):
         next_bn = torch.addmm(units_bn, Y_bn, A_nn, alpha=omega)
@@ -143,10 +142,10 @@ def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Te
         Y_bn = next_bn
 
 
-def series_goal(dtype: torch.dtype, config: DistillationConfig, tolerance: float) -> float:
+def neumann_goal(dtype: torch.dtype, omega: float, tolerance: float) -> float:
     """The error that the series must reach. A looser one would let the rounds, and with them the last digits, depend on
     which rows a rank has."""
-    return min(tolerance, ROUNDING * torch.finfo(dtype).eps / (1 - config.omega))
+    return min(tolerance, ROUNDING * torch.finfo(dtype).eps / (1 - omega))
 
 
 class Cholesky:
@@ -154,7 +153,7 @@ class Cholesky:
     2 b n^2."""
 
     def __init__(self, graph: Graph) -> None:
-        M_nn = graph.symmetric(slice(0, graph.n)).mul_(-graph.config.omega)
+        M_nn = graph.symmetric(slice(0, graph.n)).mul_(-graph.diffusion.omega)
         M_nn.diagonal().add_(1)
         # A failed factorisation shows in the residual, without a wait here.
         self._factor_nn, _ = torch.linalg.cholesky_ex(M_nn)
@@ -176,13 +175,13 @@ class ConjugateGradients:
     out of the iteration, which then sees only the rest of the spectrum (deflation).
     """
 
-    def __init__(self, graph: Graph, back_bn: torch.Tensor | None, tolerance: float) -> None:
+    def __init__(self, graph: Graph, to_walk_bn: torch.Tensor | None, tolerance: float) -> None:
         """
         Args:
             tolerance: of the error that a residual stands for in A's coordinates. Below some 1e-6 of the right-hand
                 side float32 has nothing more to give, and the next correction takes over.
         """
-        self._graph, self._back_bn, self._tolerance = graph, back_bn, tolerance
+        self._graph, self._to_walk_bn, self._tolerance = graph, to_walk_bn, tolerance
         # One tile is the whole matrix: made once, not in every iteration.
         self._N_nn = graph.symmetric(graph.tiles[0]) if len(graph.tiles) == 1 else None
 
@@ -190,7 +189,7 @@ class ConjugateGradients:
         return self(unit_rows(rows, self._graph.T_nD))
 
     def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
-        graph, u_n, omega, tiny = self._graph, self._graph.leading_n, self._graph.config.omega, _tiny(C_bn)
+        graph, u_n, omega, tiny = self._graph, self._graph.top_eigenvector_n, self._graph.diffusion.omega, _tiny(C_bn)
         # Scaled to a largest entry of 1, since squares of what outliers leave would underflow.
         size_b = C_bn.abs().amax(1).clamp_min(tiny)
         C_bn = C_bn / size_b[:, None]
@@ -201,7 +200,7 @@ class ConjugateGradients:
         enough_b = C_bn.square().sum(1) * (8 * torch.finfo(C_bn.dtype).eps) ** 2
         iterations = 0
         while iterations < CG_ITERATIONS:
-            error_b = size_b * graph.error(R_bn if self._back_bn is None else R_bn * self._back_bn)
+            error_b = size_b * graph.error(R_bn if self._to_walk_bn is None else R_bn * self._to_walk_bn)
             if bool(((error_b <= self._tolerance) | ~(rr_b > enough_b)).all()):
                 break
             Q_bn = D_bn.add(self._times_N(D_bn), alpha=-omega)
@@ -219,7 +218,7 @@ class ConjugateGradients:
         return self._graph.times_symmetric(X_bn)
 
     def _without_u(self, X_bn: torch.Tensor) -> torch.Tensor:
-        return X_bn.addr_(X_bn @ self._graph.leading_n, self._graph.leading_n, alpha=-1)
+        return X_bn.addr_(X_bn @ self._graph.top_eigenvector_n, self._graph.top_eigenvector_n, alpha=-1)
 
 
 def unit_rows(rows: slice, like_nx: torch.Tensor) -> torch.Tensor:

@@ -3,111 +3,31 @@
 Legend: b images, C channels, s pixels, F features, D embedding dimension.
 """
 
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import logging
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torchvision import models
 
 from dist_obdsd.config import Config, DataConfig, ModelConfig
+from dist_obdsd.config.registry import BACKBONES
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import derive
 
-
-class SmallCNN(nn.Module):
-    """Four 3 x 3 convolutions for small images. GroupNorm, so that no batch statistics tie rows to ranks."""
-
-    widths = (48, 64, 96, 128)
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for width in self.widths:
-            layers += [
-                nn.Conv2d(channels, width, 3, padding=1, bias=False),
-                nn.GroupNorm(8, width),
-                nn.MaxPool2d(2),
-                nn.ReLU(inplace=True),  # after the pooling, with which it commutes, it has a quarter of the work
-            ]
-            channels = width
-        del layers[-2]  # the last map is pooled globally, so it keeps its resolution
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        return self.layers(images_bCss)
-
-
-def _trunk(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
-    """The backbone without its pooling and classifier, and its number of features F."""
-    net: Any
-    if config.backbone == "small_cnn":
-        net = SmallCNN(channels)
-    else:
-        net = _quietly(lambda: models.get_model(config.backbone, weights=_published_weights(config)))
-    if config.pretrained != "none" and config.torchvision_weights is None:
-        _load_weights(net, config.pretrained, config.backbone)
-    if config.backbone == "small_cnn":
-        return net, SmallCNN.widths[-1]
-    if config.backbone.startswith("squeezenet"):
-        return net.features, 512
-    features = net.fc.in_features
-    return nn.Sequential(*list(net.children())[:-2]), features
-
-
-def _published_weights(config: ModelConfig) -> models.WeightsEnum | None:
-    name = config.torchvision_weights
-    if name is None:
-        return None
-    known = models.get_model_weights(config.backbone)
-    if name not in known.__members__:
-        names = ", ".join(weights.name for weights in known)
-        raise InputError(
-            f"model.pretrained={config.pretrained}: torchvision has {names} for {config.backbone}; give one of "
-            f"these, or torchvision for the newest"
-        )
-    return known[name]
-
-
-def _quietly(make: Callable[[], nn.Module]) -> nn.Module:
-    # SqueezeNet's constructor warns about nothing that we use; its classifier is dropped.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return make()
-
-
-def _load_weights(net: nn.Module, path: str, backbone: str) -> None:
-    """Load a plain state dict with the backbone's own names; the classifier's may be missing, since it is dropped."""
-    if not Path(path).is_file():
-        raise InputError(f"model.pretrained={path} is no file; give a state dict's path, torchvision or none")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        unfit = net.load_state_dict(state, strict=False)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"model.pretrained={path} is not a state dict for {backbone}: {reason}") from error
-    missing = [name for name in unfit.missing_keys if not name.startswith(("fc.", "classifier."))]
-    if missing or unfit.unexpected_keys:
-        example = (missing or list(unfit.unexpected_keys))[0]
-        raise InputError(
-            f"model.pretrained={path} does not fit {backbone}: {len(missing)} tensors are missing and "
-            f"{len(unfit.unexpected_keys)} unknown, such as {example}; give the weights of a {backbone}"
-        )
+logger = logging.getLogger(__name__)
 
 
 class Embedder(nn.Module):
-    """uint8 images [b, C, s, s] to unit rows [b, D]; scaling and normalisation of the pixels included."""
+    """The network from uint8 images [b, C, s, s] to unit rows [b, D], normalisation of the pixels included."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(self, config: ModelConfig, data: DataConfig) -> None:
         super().__init__()
-        self.trunk, features = _trunk(config, data.channels)
+        weights = config.torchvision_weights
+        file = None if config.pretrained == "none" or weights else config.pretrained
+        self.trunk, features = BACKBONES.build(config.backbone, {}, channels=data.channels, weights=weights, file=file)
         self.pooling = config.pooling
         self.head = nn.Linear(features, config.embedding_dim)
         self.freeze_statistics = config.norm == "frozen"
@@ -138,8 +58,10 @@ class Embedder(nn.Module):
         return functional.normalize(E_bD if E_bD.dtype == torch.float64 else E_bD.float(), dim=1)
 
 
-def build_embedder(config: Config, device: torch.device, warn: Callable[[str], None], world_size: int = 1) -> Embedder:
-    """The freshly initialised network: the same on every rank, since its generator is derived from the run's seed.
+def build_embedder(config: Config, device: torch.device) -> Embedder:
+    """Build the freshly initialised network, the same on every rank.
+
+    Its weights follow from a generator that is derived from the run's seed.
 
     Raises:
         InputError: pretrained weights that do not fit, SyncBatchNorm without a GPU, or a layer with dropout, whose
@@ -151,16 +73,30 @@ def build_embedder(config: Config, device: torch.device, warn: Callable[[str], N
     dropout = [name for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
     if dropout:
         raise InputError(f"{config.model.backbone} has dropout at {dropout[0]}, which ranks would draw differently")
-    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    has_batch_norm = _has_batch_norm(model)
     if has_batch_norm and config.model.norm == "sync":
         if device.type != "cuda":
             raise InputError(
                 "model.norm=sync needs GPUs, since torch has no SyncBatchNorm on CPU; set model.norm=frozen"
             )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if has_batch_norm and config.model.norm == "batch" and world_size > 1:
-        warn("model.norm=batch takes statistics per rank, so results depend on the number of ranks; frozen does not")
-    if has_batch_norm and config.model.norm == "frozen" and config.model.pretrained == "none":
-        warn("model.norm=frozen without pretrained weights keeps the initial statistics, so BatchNorm does nothing")
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return model.to(device=device, dtype=dtype).to(memory_format=model.layout)
+
+
+def log_batch_norm(model: Embedder, config: ModelConfig, world_size: int) -> None:
+    """Log where BatchNorm's statistics are not those that a user may expect."""
+    if not _has_batch_norm(model):
+        return
+    if config.norm == "batch" and world_size > 1:
+        logger.info(
+            "model.norm=batch takes statistics per rank, so results depend on the number of ranks; frozen does not"
+        )
+    if config.norm == "frozen" and config.pretrained == "none":
+        logger.info(
+            "model.norm=frozen without pretrained weights keeps the initial statistics, so BatchNorm does nothing"
+        )
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

@@ -6,7 +6,8 @@ calls ``forward`` itself.
 Legend: b images at a time, C channels, s pixels.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,6 +18,8 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
 from dist_obdsd.models.teacher import ProgressiveTeacher
+
+logger = logging.getLogger(__name__)
 
 
 def autocast(config: Config, device: torch.device, teacher: bool = False) -> AbstractContextManager[object]:
@@ -52,7 +55,6 @@ def compile_networks(
     runtime: Runtime,
     student: nn.Module,
     teacher: ProgressiveTeacher | None,
-    say: Callable[[str], None],
 ) -> None:
     """Compile what the settings say, before anything wraps the student. Collective."""
     if not config.model.compile:
@@ -60,12 +62,10 @@ def compile_networks(
     networks = {student.train(): autocast(config, runtime.device)}
     if teacher is not None:
         networks[teacher.network] = autocast(config, runtime.device, teacher=True)
-    compile_in_place(networks, blank_images(config, runtime), say)
+    compile_in_place(networks, blank_images(config, runtime))
 
 
-def compile_in_place(
-    networks: Mapping[nn.Module, AbstractContextManager[object]], images_bCss: torch.Tensor, say: Callable[[str], None]
-) -> None:
+def compile_in_place(networks: Mapping[nn.Module, AbstractContextManager[object]], images_bCss: torch.Tensor) -> None:
     """Let the networks' calls run what torch.compile makes of them, on every rank or on none. Collective.
 
     Each is compiled for images of this shape and tried, forward and, where gradients flow, backward, since compilers
@@ -74,7 +74,6 @@ def compile_in_place(
     Args:
         networks: and the precision that each runs in. Those with weights to train are tried with a backward pass.
         images_bCss: uint8, on the networks' device; the shape of a training step's.
-        say: is told where it does not work, and why.
     """
     failure = None
     try:
@@ -88,7 +87,7 @@ def compile_in_place(
         rank, why = next((rank, why) for rank, why in enumerate(failures) if why)
         for network in networks:
             network._compiled_call_impl = None
-        say(f"model.compile=true does not work on rank {rank} ({why}); all ranks go on without it")
+        logger.info(f"model.compile=true does not work on rank {rank} ({why}); all ranks go on without it")
 
 
 def _try(network: nn.Module, precision: AbstractContextManager[object], images_bCss: torch.Tensor) -> None:

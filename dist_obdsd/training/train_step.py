@@ -113,7 +113,7 @@ class TrainStep:
         ramp = self.objective.ramp(progress.epoch, self.config.epochs)
         images_b = self.upload(batch.images_b)
         labels_B = self.upload(class_indices(batch.labels_B, self.classes_C))
-        b, T_BD, gathering, ahead = images_b.shape[0], None, None, None
+        b, T_BD, gathering, pending = images_b.shape[0], None, None, None
         rows = slice(self.runtime.rank * b, (self.runtime.rank + 1) * b)
         # The teacher comes first: its rows travel while the student's forward pass runs. On a GPU the diffusion is
         # queued before that, too, where it can be, so that its error is known before the host asks.
@@ -123,7 +123,7 @@ class TrainStep:
                 T_bD = torch.cat([self.teacher(images) for images in chunks])
             gathering = collectives.AsyncAllGather(T_bD)
             if self.looks_later:
-                ahead = self.objective.begin(gathering, rows)
+                pending = self.objective.start_async(gathering, rows)
         E_bD = self.strategy.embed(images_b)
         # Sizes come from a config that all ranks share, so comparing them once is enough.
         E_BD = collectives.gather_rows(E_bD, check_sizes=progress.global_step == 0)
@@ -132,7 +132,7 @@ class TrainStep:
             T_BD = gathering.wait()
         whose = "student" if T_BD is None else "teacher"
         self.latest = Seen(E_BD.detach() if T_BD is None else T_BD, batch.labels_B, whose)
-        terms = self.objective.terms(BatchView(E_bD, E_BD, labels_B, rows.start, seed), T_BD, ahead)
+        terms = self.objective.terms(BatchView(E_bD, E_BD, labels_B, rows.start, seed), T_BD, pending)
 
         # One small all-reduce carries every sum, every count, the finite flag and the requests.
         n = len(terms)

@@ -20,9 +20,8 @@ from dist_obdsd.errors import InputError, StoppedError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.evaluation.splits import check_evaluable, validation_subset
 from dist_obdsd.figures.run_figures import Album
-from dist_obdsd.losses.obdsd import build_objective
-from dist_obdsd.manifold.targets import describe
-from dist_obdsd.models.embedder import build_embedder
+from dist_obdsd.losses.build import build_objective, describe_objective
+from dist_obdsd.models.embedder import build_embedder, log_batch_norm
 from dist_obdsd.models.precision import check_precision, compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher, check_identical
 from dist_obdsd.tracking.provenance import flatten
@@ -93,12 +92,13 @@ class Trainer:
         config, runtime = self.config, self.runtime
         with raise_on_all_ranks("building the network"):
             check_precision(config, runtime.device)
-            self.student = build_embedder(config, runtime.device, logger.info, runtime.world_size)
+            self.student = build_embedder(config, runtime.device)
+            log_batch_norm(self.student, config.model, runtime.world_size)
             self.objective = build_objective(config, self.train_classes, runtime.device)
-            for line in describe(config, runtime.world_size):
+            for line in describe_objective(config, runtime.world_size):
                 logger.info(line)
         self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
-        compile_networks(config, runtime, self.student, self.teacher, logger.info)
+        compile_networks(config, runtime, self.student, self.teacher)
         own = list(self.objective.ranking.named_parameters())
         self.strategy = build_strategy(self.student, config, runtime, own)
         self.step = TrainStep(config, runtime, self.strategy, self.teacher, self.objective, self.train_classes)

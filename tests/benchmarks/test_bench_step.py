@@ -84,13 +84,13 @@ def test_the_objective_alone_takes_the_step_s_road() -> None:
     with step.Feed(config, rank) as feed:
         arm = step.Arm(config, rank, Split(rank.device), feed)
     handed, terms = [], arm.step.objective.terms
-    arm.step.objective.terms = lambda view, T_BD, ahead: handed.append(ahead) or terms(view, T_BD, ahead)
+    arm.step.objective.terms = lambda view, T_BD, pending: handed.append(pending) or terms(view, T_BD, pending)
     for looks_later in (False, True):
         arm.step.looks_later = looks_later
         ((B, seconds),) = step._objective_alone(arm, 0.0)
         assert B == 64
         assert seconds > 0
-    assert [ahead is not None for ahead in handed] == [False, False, True, True]
+    assert [pending is not None for pending in handed] == [False, False, True, True]
 
 
 class Machine:

@@ -1,6 +1,7 @@
 """The figures' contents, read back from their axes, and that each is a picture."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dist_obdsd.config import DistillationConfig
 from dist_obdsd.figures import figures
 from dist_obdsd.figures import retrieval_grid as pictures
+from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.targets import target_rows
 
-SHARP = DistillationConfig(target="obdsd", temperature=0.1, transition_temperature=0.05, omega=0.5)
+SHARP = Diffusion(target="obdsd", temperature=0.1, transition_temperature=0.05, omega=0.5)
 
 
 def is_picture(path: Path, figure: Figure) -> None:
@@ -100,7 +101,7 @@ def test_a_large_batch_is_shown_in_part_and_diffused_as_a_whole(tmp_path: Path) 
     ],
 )
 def test_what_a_target_does_not_have_is_not_drawn(tmp_path: Path, target: Any, panels: list[str]) -> None:
-    figure = figures.batch_manifold(*ideal_batch(4, 3), SHARP.model_copy(update={"target": target}), "run")
+    figure = figures.batch_manifold(*ideal_batch(4, 3), replace(SHARP, target=target), "run")
     assert list(heat_maps(figure)) == panels
     is_picture(tmp_path / "a.png", figure)
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks import reference
-from dist_obdsd.config import DistillationConfig
 from dist_obdsd.manifold import targets as manifold
+from dist_obdsd.manifold.diffusion import Diffusion
 from tests.gpu.rig import CPU, started, within
 
 CASES = ((1.0, 0.3), (0.1, 0.5), (0.005, 0.5), (0.005, 0.99))
@@ -54,5 +54,5 @@ def solvers_agree(device: torch.device, quick: bool) -> str:
     return f"worst share of what is allowed: {worst[1]:.0%} ({worst[0].partition(':')[0]})"
 
 
-def _distillation(solver: str, settings: dict[str, float]) -> DistillationConfig:
-    return DistillationConfig.model_validate({"target": "obdsd", "solver": solver, **settings})
+def _distillation(solver: str, settings: dict[str, float]) -> Diffusion:
+    return Diffusion(solver=solver, **settings)

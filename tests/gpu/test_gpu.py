@@ -132,7 +132,7 @@ def test_what_would_wait_for_a_gpu_is_found(monkeypatch: pytest.MonkeyPatch) -> 
             wait()
         assert reads.found, number
     # In the package, with its place: a solver that looks where the series should have done.
-    monkeypatch.setattr(manifold, "begin", lambda *args: None)
+    monkeypatch.setattr(manifold, "start_async", lambda *args: None)
     with pytest.raises(CheckError, match=r"obdsd waits \d times: manifold/solvers.py:\d+ _local_scalar_dense"):
         steps.step_does_not_wait(CPU, True)
 

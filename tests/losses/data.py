@@ -3,11 +3,15 @@
 Legend: B rows, C classes, D embedding dimension.
 """
 
+from typing import Any
+
 import torch
 
 from dist_obdsd.config import RankingConfig
-from dist_obdsd.losses import RankingLoss, build_ranking
+from dist_obdsd.config.ranking import SECTIONS
+from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.losses.build import build_ranking
 from tests.manifold.data import B
 
 LABELS = {
@@ -17,6 +21,10 @@ LABELS = {
 }
 CLASSES = 13
 """More than a batch holds."""
+
+
+def ranking(name: str, **settings: Any) -> RankingConfig:
+    return SECTIONS[name.partition(".")[0]](name=name, **settings)
 
 
 def loss_of(settings: RankingConfig, D: int, seed: int = 0) -> RankingLoss:

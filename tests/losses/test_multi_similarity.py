@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_obdsd.config import MultiSimilarityConfig
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses import MultiSimilarity
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 from tests import oracle
 from tests.manifold.data import B, D, manifolds, unit_rows
 
@@ -20,7 +19,7 @@ LABELS = {
 
 
 def loss(E_BD: torch.Tensor, labels: list[int], rows: slice = slice(0, B), **changes: float) -> PartialMean:
-    ranking = MultiSimilarity(MultiSimilarityConfig(**(PUBLISHED | changes)))
+    ranking = MultiSimilarityLoss(**(PUBLISHED | changes))
     return ranking(BatchView(E_BD[rows], E_BD, torch.tensor(labels), rows.start))["ranking"]
 
 

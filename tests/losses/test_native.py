@@ -6,31 +6,28 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 
-from dist_obdsd.config import (
-    ContrastiveConfig,
-    MarginConfig,
-    MultiSimilarityConfig,
-    ProxyAnchorConfig,
-    RankingConfig,
-    TripletConfig,
-)
+from dist_obdsd.config import RankingConfig
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses import Margin, ProxyAnchor, RankingLoss, build_ranking, margin
+from dist_obdsd.losses import margin
+from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView
+from dist_obdsd.losses.build import build_ranking
 from dist_obdsd.losses.counter_rng import uniforms
+from dist_obdsd.losses.margin import MarginLoss
+from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
 from tests import oracle
-from tests.losses.data import CLASSES, LABELS, loss_of, mean, parts
+from tests.losses.data import CLASSES, LABELS, loss_of, mean, parts, ranking
 from tests.manifold.data import B, D, manifolds, unit_rows
 
 SETTINGS = {
-    "contrastive": ContrastiveConfig(),
-    "contrastive, wide": ContrastiveConfig(positive_margin=0.3, negative_margin=1.3),
-    "triplet": TripletConfig(),
-    "triplet, wide": TripletConfig(margin=1.5),
-    "margin": MarginConfig(nu=0.3),
-    "margin, one beta": MarginConfig(per_class=False, beta=0.9, alpha=0.4, cutoff=0.1, nonzero_cutoff=1.9),
-    "proxy anchor": ProxyAnchorConfig(),
-    "proxy anchor, soft": ProxyAnchorConfig(alpha=3.0, delta=0.4),
+    "contrastive": ranking("contrastive"),
+    "contrastive, wide": ranking("contrastive", positive_margin=0.3, negative_margin=1.3),
+    "triplet": ranking("triplet"),
+    "triplet, wide": ranking("triplet", margin=1.5),
+    "margin": ranking("margin", nu=0.3),
+    "margin, one beta": ranking("margin", per_class=False, beta=0.9, alpha=0.4, cutoff=0.1, nonzero_cutoff=1.9),
+    "proxy anchor": ranking("proxy_anchor"),
+    "proxy anchor, soft": ranking("proxy_anchor", alpha=3.0, delta=0.4),
 }
 every = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 SEED = 5
@@ -38,19 +35,19 @@ Naive = dict[str, tuple[torch.Tensor, int]]
 
 
 def naive(loss: RankingLoss, settings: RankingConfig, E_BD: torch.Tensor, labels: list[int]) -> Naive:
-    match settings:
-        case ContrastiveConfig():
+    match settings.name:
+        case "contrastive":
             return oracle.contrastive(E_BD, labels, **settings.model_dump(exclude={"name"}))
-        case TripletConfig():
+        case "triplet":
             return {"ranking": oracle.triplet(E_BD, labels, margin=settings.margin)}
-        case MarginConfig():
+        case "margin":
             triplets = oracle.sampled_triplets(
                 E_BD, labels, uniforms(SEED, slice(0, B), B, E_BD.device),
                 cutoff=settings.cutoff, nonzero_cutoff=settings.nonzero_cutoff,
             )  # fmt: skip
             beta_B = loss.beta[labels] if settings.per_class else loss.beta.expand(B)
             return {"ranking": oracle.margin(E_BD, labels, triplets, beta_B, alpha=settings.alpha, nu=settings.nu)}
-        case ProxyAnchorConfig():
+        case "proxy_anchor":
             return oracle.proxy_anchor(E_BD, labels, loss.proxies, alpha=settings.alpha, delta=settings.delta)
     raise AssertionError(settings)
 
@@ -180,7 +177,7 @@ def test_half_precision_is_widened_and_autocast_has_no_say(settings: RankingConf
 def test_distances_keep_their_digits_where_all_rows_are_close() -> None:
     # A collapsed network: cosines so near 1 that 2 - 2 s has no digits left in float32.
     E_BD = unit_rows(0, spread=1e-4)
-    loss = build_ranking(ContrastiveConfig(), CLASSES, D, 0)
+    loss = build_ranking(ranking("contrastive"), CLASSES, D, 0)
     ours = parts(loss, E_BD.float(), LABELS["mixed"])["ranking_positive"].sum.item()
     total, _ = oracle.contrastive(E_BD.float(), LABELS["mixed"], positive_margin=0, negative_margin=0.5)[
         "ranking_positive"
@@ -210,7 +207,7 @@ def test_contrastive_equals_pytorch_metric_learning(labels: list[int], margins: 
     from pytorch_metric_learning.losses import ContrastiveLoss
 
     E_BD = unit_rows(3, spread=0.6).requires_grad_()
-    settings = ContrastiveConfig(positive_margin=margins[0], negative_margin=margins[1])
+    settings = ranking("contrastive", positive_margin=margins[0], negative_margin=margins[1])
     theirs = ContrastiveLoss(*margins)(E_BD, torch.tensor(labels))
     compare(mean(parts(loss_of(settings, D), E_BD, labels)), theirs, E_BD)
 
@@ -226,14 +223,14 @@ def test_triplet_equals_pytorch_metric_learning(labels: list[int], width: float)
     squares = LpDistance(power=2)
     triplets = TripletMarginMiner(margin=width, type_of_triplets="semihard", distance=squares)(E_BD, labels_B)
     theirs = TripletMarginLoss(margin=width, distance=squares)(E_BD, labels_B, triplets)
-    compare(mean(parts(loss_of(TripletConfig(margin=width), D), E_BD, labels)), theirs, E_BD)
+    compare(mean(parts(loss_of(ranking("triplet", margin=width), D), E_BD, labels)), theirs, E_BD)
 
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 def test_margin_equals_pytorch_metric_learning_with_the_same_triplets(labels: list[int]) -> None:
     from pytorch_metric_learning.losses import MarginLoss
 
-    settings = MarginConfig(nu=0.2)
+    settings = ranking("margin", nu=0.2)
     loss = loss_of(settings, D)
     E_BD = unit_rows(3, spread=0.6).requires_grad_()
     drawn = oracle.sampled_triplets(
@@ -255,7 +252,7 @@ def test_margin_equals_pytorch_metric_learning_with_the_same_triplets(labels: li
 def test_proxy_anchor_equals_pytorch_metric_learning(labels: list[int]) -> None:
     from pytorch_metric_learning.losses import ProxyAnchorLoss
 
-    loss = loss_of(ProxyAnchorConfig(), D)
+    loss = loss_of(ranking("proxy_anchor"), D)
     theirs = ProxyAnchorLoss(CLASSES, D).double()
     theirs.proxies.data = loss.proxies.data.clone()
     E_BD = unit_rows(3).requires_grad_()
@@ -274,14 +271,14 @@ def test_a_negative_at_either_end_of_the_margin_is_not_semi_hard() -> None:
     E_BD[3] = -E_BD[0]
     view = BatchView(E_BD.requires_grad_(), E_BD, torch.tensor([0, 0, 1, 1]), 0)
     for width, count in ((2.0, 0), (2.5, 2)):
-        (term,) = loss_of(TripletConfig(margin=width), 4)(view).values()
+        (term,) = loss_of(ranking("triplet", margin=width), 4)(view).values()
         assert (term.sum.item(), term.count.item()) == (count * (width - 2), count)
         assert bool(torch.autograd.grad(term.sum, E_BD)[0].any()) == (count > 0)
 
 
 def test_drawn_negatives_follow_the_weights() -> None:
     labels, draws = [0, 0, 0, *range(1, 10)], 4000
-    loss = loss_of(MarginConfig(), D)
+    loss = loss_of(ranking("margin"), D)
     E_BD = unit_rows(3, spread=0.4)
     d_BB, (_, negative_BB) = (
         torch.cdist(E_BD, E_BD),
@@ -305,7 +302,7 @@ def test_the_ends_of_the_draw_are_negatives_too(uniform: float, drawn: int, monk
     monkeypatch.setattr(margin, "uniforms", lambda *_: torch.full((B, B), uniform, dtype=torch.float64))
     E_BD = unit_rows(3, spread=0.4)
     view = BatchView(E_BD, E_BD, torch.tensor(labels), 0)
-    drawn_BB, _ = loss_of(MarginConfig(nonzero_cutoff=1.99), D).draw(
+    drawn_BB, _ = loss_of(ranking("margin", nonzero_cutoff=1.99), D).draw(
         torch.cdist(E_BD, E_BD), view.positives_negatives()[1], view
     )
     assert (drawn_BB[:3] == drawn).all()
@@ -314,9 +311,9 @@ def test_the_ends_of_the_draw_are_negatives_too(uniform: float, drawn: int, monk
 def test_an_anchor_without_a_negative_in_reach_keeps_its_positives() -> None:
     E_BD = functional.normalize(torch.eye(B, dtype=torch.float64), dim=1)  # all sqrt(2) = 1.41 apart
     labels = LABELS["pairs"]
-    term = parts(loss_of(MarginConfig(beta=1.2), B), E_BD, labels)["ranking"]
+    term = parts(loss_of(ranking("margin", beta=1.2), B), E_BD, labels)["ranking"]
     assert term.count.item() == B
-    wide = parts(loss_of(MarginConfig(beta=1.2, nonzero_cutoff=1.5, alpha=0.8), B), E_BD, labels)["ranking"]
+    wide = parts(loss_of(ranking("margin", beta=1.2, nonzero_cutoff=1.5, alpha=0.8), B), E_BD, labels)["ranking"]
     assert wide.count.item() == 2 * B
 
 
@@ -341,20 +338,22 @@ def test_uniforms_are_those_of_splitmix64() -> None:
 
 
 def test_initial_parameters_depend_on_the_seed_alone() -> None:
-    first = build_ranking(ProxyAnchorConfig(), CLASSES, D, 0)
+    first = build_ranking(ranking("proxy_anchor"), CLASSES, D, 0)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    again, other = (build_ranking(ProxyAnchorConfig(), CLASSES, D, seed) for seed in (0, 1))
-    assert isinstance(first, ProxyAnchor)
+    again, other = (build_ranking(ranking("proxy_anchor"), CLASSES, D, seed) for seed in (0, 1))
+    assert isinstance(first, ProxyAnchorLoss)
     assert torch.equal(first.proxies, again.proxies)
     assert not torch.equal(first.proxies, other.proxies)
     assert torch.equal(torch.get_rng_state(), state)
-    beta = build_ranking(MarginConfig(), CLASSES, D, 0)
-    assert isinstance(beta, Margin)
+    beta = build_ranking(ranking("margin"), CLASSES, D, 0)
+    assert isinstance(beta, MarginLoss)
     assert beta.beta.tolist() == pytest.approx([1.2] * CLASSES)
 
 
-@pytest.mark.parametrize("settings", [MultiSimilarityConfig(), *SETTINGS.values()], ids=["multi-similarity", *SETTINGS])
+@pytest.mark.parametrize(
+    "settings", [ranking("multi_similarity"), *SETTINGS.values()], ids=["multi-similarity", *SETTINGS]
+)
 def test_nothing_waits_for_a_gpu_or_stays_on_the_cpu(settings: RankingConfig) -> None:
     # Fake tensors know their device and shape but no values: reading one on the host or mixing devices is an error.
     with FakeTensorMode():
@@ -371,4 +370,4 @@ def test_nothing_waits_for_a_gpu_or_stays_on_the_cpu(settings: RankingConfig) ->
 
 def test_a_wrong_dimension_is_refused() -> None:
     with pytest.raises(InputError, match="embeddings have 6 dimensions but the proxies 5"):
-        parts(build_ranking(ProxyAnchorConfig(), CLASSES, D - 1, 0), unit_rows(0), LABELS["pairs"])
+        parts(build_ranking(ranking("proxy_anchor"), CLASSES, D - 1, 0), unit_rows(0), LABELS["pairs"])

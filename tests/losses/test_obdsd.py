@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_obdsd.config import DistillationConfig, MultiSimilarityConfig
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses import build_ranking
 from dist_obdsd.losses import obdsd as objectives
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
+from dist_obdsd.manifold.diffusion import Diffusion
 from tests import harness, oracle
 from tests.manifold.data import B, unit_rows
 
@@ -29,7 +29,7 @@ LABELS = {
     "one rank without an anchor": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
     "no anchor": list(range(B)),
 }
-RAMP = 0.5
+RAMP, WEIGHT = 0.5, 30.0
 FEATURES = 9
 
 
@@ -43,14 +43,13 @@ class Embedder(nn.Module):
         return functional.normalize(self.layers(x_bF), dim=1)
 
 
-def settings(target: str, mask_self: bool = False) -> DistillationConfig:
-    return DistillationConfig(
-        target=target, weight=30.0, temperature=0.2, transition_temperature=0.1, omega=0.7, mask_self=mask_self
-    )
+def settings(target: str, mask_self: bool = False) -> Diffusion:
+    return Diffusion(target=target, temperature=0.2, transition_temperature=0.1, omega=0.7, mask_self=mask_self)
 
 
-def made(distillation: DistillationConfig) -> objectives.Objective:
-    return Objective(build_ranking(MultiSimilarityConfig(), 9, 5, 0), distillation)
+def made(target: str, mask_self: bool = False, **more: Any) -> Objective:
+    diffusion = None if target == "none" else settings(target, mask_self)
+    return Objective(MultiSimilarityLoss(), diffusion, **{"weight": WEIGHT, **more})
 
 
 def images(step: int = 0) -> torch.Tensor:
@@ -114,7 +113,7 @@ Way = Callable[[Objective, nn.Module, list[int]], tuple[torch.Tensor, dict[str, 
 
 
 def step_worker(way: Way, target: str, labels: list[int], mask_self: bool = False) -> dict[str, Any]:
-    objective, student = made(settings(target, mask_self)), Embedder(0)
+    objective, student = made(target, mask_self), Embedder(0)
     loss, terms = way(objective, student, labels)
     loss.backward()
     return {
@@ -126,7 +125,7 @@ def step_worker(way: Way, target: str, labels: list[int], mask_self: bool = Fals
 
 def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[float, list[np.ndarray], int]:
     """Loss, gradient and anchors of one process without a process group, from double loops and an explicit inverse."""
-    student, distillation, ranking = Embedder(0), settings(target, mask_self), MultiSimilarityConfig()
+    student, distillation, ranking = Embedder(0), settings(target, mask_self), MultiSimilarityLoss()
     E_BD, T_BD = student(images()), Embedder(1)(images()).detach()
     total, count = oracle.multi_similarity(
         E_BD, labels, alpha=ranking.alpha, beta=ranking.beta, threshold=ranking.threshold, margin=ranking.margin
@@ -136,7 +135,7 @@ def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[
         names = ("target", "temperature", "transition_temperature", "omega", "mask_self")
         target_BB = oracle.target(T_BD.numpy(), **{name: getattr(distillation, name) for name in names})
         kl = oracle.kl(E_BD, target_BB, distillation.temperature) / B
-        loss = loss + RAMP * distillation.weight * distillation.temperature**2 * kl
+        loss = loss + RAMP * WEIGHT * distillation.temperature**2 * kl
     loss.backward()
     return loss.item(), [p.grad.numpy() for p in student.parameters()], count
 
@@ -198,7 +197,7 @@ def test_the_usual_shortcuts_are_measurably_wrong(world: int, target: str, way: 
 
 def train_worker(target: str, gather_gradient: bool) -> dict[str, list[np.ndarray]]:
     """Ten optimizer steps under torch's DistributedDataParallel."""
-    objective, network = made(settings(target)), Embedder(0)
+    objective, network = made(target), Embedder(0)
     start = [parameter.detach().clone().numpy() for parameter in network.parameters()]
     student = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
@@ -228,9 +227,8 @@ def test_weights_after_ten_steps_of_ddp_are_those_of_one_process(target: str) ->
 
 
 def rank_scoped_worker(target: str) -> dict[str, Any]:
-    scoped = settings(target).model_copy(update={"scope": "rank"})
     student = Embedder(0)
-    loss, _ = exact(made(scoped), student, LABELS["no anchor"])
+    loss, _ = exact(made(target, scope="rank"), student, LABELS["no anchor"])
     loss.backward()
     return {"loss": collectives.sum_across(loss).item() / collectives.world_size(), "gradient": mean_gradient(student)}
 
@@ -247,14 +245,14 @@ def test_the_scope_of_a_rank_is_the_mean_over_the_ranks_own_batches(target: str,
             Embedder(1)(own).detach().numpy(), **{name: getattr(distillation, name) for name in names}
         )
         total = total + oracle.kl(student(own), target_bb, distillation.temperature) / B
-    (RAMP * distillation.weight * distillation.temperature**2 * total).backward()
+    (RAMP * WEIGHT * distillation.temperature**2 * total).backward()
     expected = [p.grad.numpy() for p in student.parameters()]
     for answer in harness.run(world, rank_scoped_worker, target):
         assert relative_error(answer["gradient"], expected) < 1e-10
 
 
 def test_the_memory_holds_the_latest_rows_of_the_epoch() -> None:
-    objective = made(settings("obdsd").model_copy(update={"memory": 20}))
+    objective = made("obdsd", memory=20)
     E_BD, labels_B = unit_rows(0).requires_grad_(), torch.tensor(LABELS["uneven"])
     batches = [unit_rows(seed) for seed in (1, 2, 3)]
     masses = []
@@ -264,7 +262,7 @@ def test_the_memory_holds_the_latest_rows_of_the_epoch() -> None:
     assert torch.equal(objective.memory_MD, torch.cat(batches[::-1])[:20])
     assert masses[0] == 0
     assert 0 < masses[1] < masses[2]
-    other = made(settings("obdsd").model_copy(update={"memory": 20}))
+    other = made("obdsd", memory=20)
     other.load_state_dict(objective.state_dict(), torch.device("cpu"))
     view = BatchView(E_BD, E_BD, labels_B, 0)
     again, resumed = (o.terms(view, batches[0])["distillation"].sum.item() for o in (objective, other))
@@ -287,18 +285,18 @@ def test_labels_become_indices_among_the_training_classes() -> None:
 
 
 def test_ramp_and_teacher() -> None:
-    objective = made(settings("obdsd"))
+    objective = made("obdsd")
     assert [objective.ramp(epoch, 4) for epoch in range(4)] == [0, 0.25, 0.5, 0.75]
     assert not objective.needs_teacher(0.0)
     assert objective.needs_teacher(0.25)
     for target in ("none", "uniform"):
-        assert not made(settings(target)).needs_teacher(0.5)
-    assert not made(DistillationConfig(weight=0)).needs_teacher(0.5)
+        assert not made(target).needs_teacher(0.5)
+    assert not made("obdsd", weight=0.0).needs_teacher(0.5)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
-    objective = made(settings(target))
+    objective = made(target)
     E_BD = unit_rows(0).requires_grad_()
     terms = objective.terms(BatchView(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0), unit_rows(1))
     logged = ["target_entropy", "target_kl_to_uniform", "target_self_mass", "target_defects"]
@@ -316,7 +314,7 @@ def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
 
 
 def test_without_a_teacher_there_is_ranking_alone_and_no_silent_gap() -> None:
-    objective = made(settings("psd"))
+    objective = made("psd")
     E_BD = unit_rows(0).requires_grad_()
     terms = objective.terms(BatchView(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0))
     counts = {name: term.count for name, term in terms.items()}
@@ -327,7 +325,7 @@ def test_without_a_teacher_there_is_ranking_alone_and_no_silent_gap() -> None:
 
 
 def test_float64_counts_from_the_step_leave_a_float32_loss_in_float32() -> None:
-    objective = made(settings("psd"))
+    objective = made("psd")
     E_BD = unit_rows(0).float().requires_grad_()
     terms = objective.terms(BatchView(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0), unit_rows(1).float())
     loss = objective.loss(terms, {name: term.count.double() for name, term in terms.items()}, 1, 0.5)
@@ -337,7 +335,7 @@ def test_float64_counts_from_the_step_leave_a_float32_loss_in_float32() -> None:
 @pytest.mark.parametrize("target", ["psd", "obdsd", "obdsd_symmetric"])
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_nan_reaches_a_sum_on_every_rank(target: str, who: str) -> None:
-    objective = made(settings(target))
+    objective = made(target)
     rows = {"student": unit_rows(0), "teacher": unit_rows(1)}
     broken = copy.deepcopy(rows)
     broken[who][6, 0] = float("nan")
@@ -351,7 +349,7 @@ def test_nan_reaches_a_sum_on_every_rank(target: str, who: str) -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    objective, E_BD = made(settings("psd")), unit_rows(0)
+    objective, E_BD = made("psd"), unit_rows(0)
     labels_B = torch.tensor(LABELS["uneven"])
     with pytest.raises(InputError, match=r"labels_B has shape \(4,\); it must be \(12,\)"):
         objective.terms(BatchView(E_BD[:4], E_BD, labels_B[:4], 0), E_BD)

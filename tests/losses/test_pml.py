@@ -8,12 +8,11 @@ import pytest
 import torch
 from pytorch_metric_learning import distances, losses, miners, regularizers
 
-from dist_obdsd.config import PytorchMetricLearningConfig
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.losses import PytorchMetricLearning, build_ranking
 from dist_obdsd.losses.batch_view import BatchView
-from dist_obdsd.losses.pml import ABSTRACT, REFUSED
-from tests.losses.data import CLASSES, LABELS, parts
+from dist_obdsd.losses.build import build_ranking
+from dist_obdsd.losses.pml import ABSTRACT, REFUSED, PMLLoss
+from tests.losses.data import CLASSES, LABELS, parts, ranking
 from tests.manifold.data import B, D, unit_rows
 
 NEEDS = {"RankedListLoss": {"margin": 0.4, "Tn": 1.0}}
@@ -26,9 +25,9 @@ def names(module: Any) -> list[str]:
     ]  # fmt: skip
 
 
-def build(name: str, kwargs: dict[str, Any] | None = None, seed: int = 0, **more: Any) -> PytorchMetricLearning:
-    loss = build_ranking(PytorchMetricLearningConfig(name=name, kwargs=kwargs or {}, **more), CLASSES, D, seed)
-    assert isinstance(loss, PytorchMetricLearning)
+def build(name: str, kwargs: dict[str, Any] | None = None, seed: int = 0, **more: Any) -> PMLLoss:
+    loss = build_ranking(ranking(name, kwargs=kwargs or {}, **more), CLASSES, D, seed)
+    assert isinstance(loss, PMLLoss)
     return loss
 
 

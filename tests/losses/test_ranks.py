@@ -12,40 +12,31 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_obdsd.config import (
-    ContrastiveConfig,
-    MarginConfig,
-    MultiSimilarityConfig,
-    ProxyAnchorConfig,
-    PytorchMetricLearningConfig,
-    RankingConfig,
-    TripletConfig,
-)
+from dist_obdsd.config import RankingConfig
 from dist_obdsd.distributed import collectives
-from dist_obdsd.losses import RankingLoss
+from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView
 from tests import harness
-from tests.losses.data import loss_of
+from tests.losses.data import loss_of, ranking
 from tests.manifold.data import B, unit_rows
 
 worlds = pytest.mark.parametrize("world", harness.MORE_WORLD_SIZES)
 several = pytest.mark.parametrize("world", [w for w in harness.MORE_WORLD_SIZES if w > 1])
 D, FEATURES, SEED = 5, 9, 11
-PML = PytorchMetricLearningConfig
 SETTINGS: dict[str, RankingConfig] = {
-    "multi-similarity": MultiSimilarityConfig(),
-    "contrastive": ContrastiveConfig(negative_margin=1.4),
-    "triplet": TripletConfig(margin=0.7),
-    "margin": MarginConfig(nu=0.1),
-    "proxy anchor": ProxyAnchorConfig(alpha=8.0),
-    "ProxyNCA": PML(name="pml.ProxyNCALoss", kwargs={"softmax_scale": 3}),
-    "ArcFace": PML(name="pml.ArcFaceLoss", kwargs={"scale": 8}),
-    "NormalizedSoftmax": PML(name="pml.NormalizedSoftmaxLoss", kwargs={"temperature": 0.2}),
-    "SoftTriple": PML(name="pml.SoftTripleLoss", kwargs={"centers_per_class": 2}),
-    "NPairs": PML(name="pml.NPairsLoss"),
-    "SupCon": PML(name="pml.SupConLoss"),
-    "FastAP": PML(name="pml.FastAPLoss"),
-    "MarginLoss, mined": PML(name="pml.MarginLoss", kwargs={"learn_beta": True}, miner="pml.DistanceWeightedMiner"),
+    "multi-similarity": ranking("multi_similarity"),
+    "contrastive": ranking("contrastive", negative_margin=1.4),
+    "triplet": ranking("triplet", margin=0.7),
+    "margin": ranking("margin", nu=0.1),
+    "proxy anchor": ranking("proxy_anchor", alpha=8.0),
+    "ProxyNCA": ranking("pml.ProxyNCALoss", kwargs={"softmax_scale": 3}),
+    "ArcFace": ranking("pml.ArcFaceLoss", kwargs={"scale": 8}),
+    "NormalizedSoftmax": ranking("pml.NormalizedSoftmaxLoss", kwargs={"temperature": 0.2}),
+    "SoftTriple": ranking("pml.SoftTripleLoss", kwargs={"centers_per_class": 2}),
+    "NPairs": ranking("pml.NPairsLoss"),
+    "SupCon": ranking("pml.SupConLoss"),
+    "FastAP": ranking("pml.FastAPLoss"),
+    "MarginLoss, mined": ranking("pml.MarginLoss", kwargs={"learn_beta": True}, miner="pml.DistanceWeightedMiner"),
 }
 SHARDED = ("multi-similarity", "contrastive", "triplet", "margin")
 RANDOM = ("margin", "MarginLoss, mined")
@@ -67,31 +58,31 @@ class Embedder(nn.Module):
         return functional.normalize(self.layers(x_bF), dim=1)
 
 
-def exact(student: nn.Module, ranking: RankingLoss, labels: list[int]) -> torch.Tensor:
+def exact(student: nn.Module, loss: RankingLoss, labels: list[int]) -> torch.Tensor:
     """The loss that a rank calls backward on, as the objective makes it; its mean over the ranks is the global one."""
-    return rank_loss(student, ranking, labels)
+    return rank_loss(student, loss, labels)
 
 
-def gather_without_gradient(student: nn.Module, ranking: RankingLoss, labels: list[int]) -> torch.Tensor:
+def gather_without_gradient(student: nn.Module, loss: RankingLoss, labels: list[int]) -> torch.Tensor:
     def gather(x_b: torch.Tensor) -> torch.Tensor:
         parts = list(collectives.gather_rows(x_b.detach()).split(len(x_b)))
         parts[collectives.rank()] = x_b
         return torch.cat(parts)
 
-    return rank_loss(student, ranking, labels, gather=gather)
+    return rank_loss(student, loss, labels, gather=gather)
 
 
-def mean_of_rank_means(student: nn.Module, ranking: RankingLoss, labels: list[int]) -> torch.Tensor:
-    return rank_loss(student, ranking, labels, count=lambda count: count * collectives.world_size())
+def mean_of_rank_means(student: nn.Module, loss: RankingLoss, labels: list[int]) -> torch.Tensor:
+    return rank_loss(student, loss, labels, count=lambda count: count * collectives.world_size())
 
 
-def a_seed_of_its_own(student: nn.Module, ranking: RankingLoss, labels: list[int]) -> torch.Tensor:
-    return rank_loss(student, ranking, labels, seed=SEED + collectives.rank())
+def a_seed_of_its_own(student: nn.Module, loss: RankingLoss, labels: list[int]) -> torch.Tensor:
+    return rank_loss(student, loss, labels, seed=SEED + collectives.rank())
 
 
 def rank_loss(
     student: nn.Module,
-    ranking: RankingLoss,
+    loss: RankingLoss,
     labels: list[int],
     gather: Callable[[torch.Tensor], torch.Tensor] = collectives.gather_rows,
     count: Callable[[torch.Tensor], torch.Tensor] = collectives.sum_across,
@@ -102,7 +93,7 @@ def rank_loss(
     E_bD = student(unit_rows(100, B, FEATURES)[first_row : first_row + b])
     view = BatchView(E_bD, gather(E_bD), torch.tensor(labels), first_row, seed)
     return sum(
-        (t.sum * collectives.world_size() / count(t.count).clamp(min=1) for t in ranking(view).values()),
+        (t.sum * collectives.world_size() / count(t.count).clamp(min=1) for t in loss(view).values()),
         torch.zeros((), dtype=torch.float64),
     )
 
@@ -114,12 +105,12 @@ def worker(way: Way, name: str) -> dict[str, Any]:
     """For each batch: loss, gradient of the embedder and gradient of the loss's own parameters, as a step has them."""
     answers = {}
     for kind, labels in LABELS.items():
-        student, ranking = Embedder(), loss_of(SETTINGS[name], D)
-        loss = way(student, ranking, labels)
+        student, ranking_loss = Embedder(), loss_of(SETTINGS[name], D)
+        loss = way(student, ranking_loss, labels)
         loss.backward()
         mean = [
             [(collectives.sum_across(p.grad) / collectives.world_size()).numpy().ravel() for p in module.parameters()]
-            for module in (student, ranking)
+            for module in (student, ranking_loss)
         ]
         answers[kind] = {
             "loss": collectives.sum_across(loss).item() / collectives.world_size(),

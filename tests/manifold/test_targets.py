@@ -1,5 +1,6 @@
 """Targets against an explicit inverse in float64, on easy and nasty batches."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,23 +8,25 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_obdsd.config import DistillationConfig
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.manifold import graph, solvers
 from dist_obdsd.manifold import targets as manifold
-from dist_obdsd.manifold.targets import Solve
+from dist_obdsd.manifold.diffusion import Diffusion
+from dist_obdsd.manifold.targets import DiffusionTarget
 from tests import oracle
 from tests.manifold.data import B, D, manifolds, unit_rows
 
 MANIFOLDS = manifolds()
 TARGETS = ("uniform", "psd", "obdsd", "obdsd_symmetric")
 ALL = slice(0, B)
-TOLERANCE = DistillationConfig().tolerance
+TOLERANCE = Diffusion().tolerance
 SOLVERS = ("cholesky", "cg")
 
 
-def target_rows(T_BD: torch.Tensor, rows: slice, memory_MD: torch.Tensor | None = None, **options: Any) -> Solve:
-    return manifold.target_rows(T_BD, rows, DistillationConfig(**options), memory_MD)
+def target_rows(
+    T_BD: torch.Tensor, rows: slice, memory_MD: torch.Tensor | None = None, **options: Any
+) -> DiffusionTarget:
+    return manifold.target_rows(T_BD, rows, Diffusion(**options), memory_MD)
 
 
 def options(
@@ -85,7 +88,7 @@ class Careless(solvers.ConjugateGradients):
 
     def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
         n, solved = C_bn.shape[1], []
-        M_nn = torch.eye(n) - self._graph.config.omega * self._graph.symmetric(slice(0, n))
+        M_nn = torch.eye(n) - self._graph.diffusion.omega * self._graph.symmetric(slice(0, n))
         for b in C_bn:
             x, r = torch.zeros_like(b), b.clone()
             p, rr = r.clone(), r @ r
@@ -182,7 +185,7 @@ def test_a_solve_that_nothing_mends_is_an_error(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_published_settings_need_no_fallback(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
-    monkeypatch.setattr(manifold, "fits", lambda nodes, bytes_per_entry, settings: bytes_per_entry == 4)
+    monkeypatch.setattr(Diffusion, "fits", lambda self, nodes, bytes_per_entry: bytes_per_entry == 4)
     monkeypatch.setattr(solvers, "NEUMANN_ITERATIONS", 0)
     for spread in (1.0, 0.1, 0.01):
         T_BD = unit_rows(5, 112, 128, spread).float()
@@ -208,7 +211,7 @@ def test_where_the_walk_forgets_at_once_its_series_is_solver_enough(
         for omega, transition in FLAT:
             chosen = options("obdsd", 1.0, transition, omega)
             whole, own = (target_rows(T_BD, own, **chosen) for own in (slice(0, 56), rows))
-            assert 1 <= whole.iterations <= solvers.SERIES
+            assert 1 <= whole.iterations <= solvers.NEUMANN_STEPS
             assert float(whole.error_b.max()) <= min(TOLERANCE, 2e-6 / (1 - omega))
             # As good as Cholesky's, so that the rows which a rank has do not show.
             assert l1(whole.target_bB, oracle.target(T_BD.numpy(), **chosen)) < 2e-6
@@ -216,21 +219,21 @@ def test_where_the_walk_forgets_at_once_its_series_is_solver_enough(
     for omega, transition in FLAT:  # and only where nobody asked for another solver
         for solver in SOLVERS:
             with monkeypatch.context() as patch:
-                patch.setattr(manifold, "series_rows", None)
+                patch.setattr(manifold, "neumann_rows", None)
                 target_rows(T_BD, rows, **options("obdsd", 1.0, transition, omega), solver=solver)
 
 
 def test_the_bound_of_a_series_holds_whatever_it_starts_from(monkeypatch: pytest.MonkeyPatch) -> None:
     T_BD = unit_rows(5, 48, 32)
-    settings = DistillationConfig(omega=0.1, transition_temperature=0.5)
+    settings = Diffusion(omega=0.1, transition_temperature=0.5)
     walk = graph.WalkGraph(T_BD, settings)
     A_BB = walk.transition(slice(0, 48))
     errors = []
     for size in (1e-2, 1e-4, 1e-6):
         wrong_BB = torch.linalg.inv(torch.eye(48) - 0.1 * A_BB) + size * torch.randn(48, 48, dtype=torch.float64)
-        monkeypatch.setattr(walk, "guess", lambda rows, wrong_BB=wrong_BB: wrong_BB[rows].clone())
+        monkeypatch.setattr(walk, "initial_guess", lambda rows, wrong_BB=wrong_BB: wrong_BB[rows].clone())
         monkeypatch.setattr(solvers, "ROUNDING", 1e-3 / torch.finfo(torch.float64).eps)
-        inverse = solvers.series_rows(walk, slice(0, 24), 1e-3)
+        inverse = solvers.neumann_rows(walk, slice(0, 24), 1e-3)
         if inverse is not None:
             residual_bB = torch.eye(48)[:24] - inverse.Y_bn @ (torch.eye(48) - 0.1 * A_BB)
             errors.append(float((residual_bB.abs().sum(1) / inverse.error_b).max()))
@@ -251,7 +254,7 @@ def test_where_the_series_is_slow_or_broken_a_solver_takes_over(monkeypatch: pyt
         assert len(products) == 1  # enough to see it
         assert solve.iterations == 0
         assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE + 2e-5 / (1 - omega)
-    monkeypatch.setattr(graph.WalkGraph, "guess", lambda self, rows: torch.full((48, 48), torch.nan))
+    monkeypatch.setattr(graph.WalkGraph, "initial_guess", lambda self, rows: torch.full((48, 48), torch.nan))
     chosen = options("obdsd", 0.1, 1.0, 0.5)
     assert l1(target_rows(T_BD, rows, **chosen).target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE
 
@@ -259,16 +262,16 @@ def test_where_the_series_is_slow_or_broken_a_solver_takes_over(monkeypatch: pyt
 def test_the_known_eigenvector_is_kept_out_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     T_BD = unit_rows(5, 112, 128).float()
     for target in (graph.WalkGraph, graph.SymmetricGraph):
-        made = target(T_BD, DistillationConfig(omega=0.99))
+        made = target(T_BD, Diffusion(omega=0.99))
         N_BB = made.symmetric(slice(0, 112))
-        assert (N_BB @ made.leading_n - made.leading_n).abs().max() < 1e-6
+        assert (N_BB @ made.top_eigenvector_n - made.top_eigenvector_n).abs().max() < 1e-6
         assert (N_BB - N_BB.T).abs().max() < 1e-6
         eigenvalues = torch.linalg.eigvalsh(N_BB.double())
         assert eigenvalues.min() > -1
         assert eigenvalues.max() == pytest.approx(1, abs=1e-6)
     assert target_rows(T_BD, slice(0, 112), **options("obdsd", omega=0.99), solver="cg").iterations <= 4
     ignored = property(lambda self: torch.zeros(112), lambda self, u: None)
-    monkeypatch.setattr(graph.WalkGraph, "leading_n", ignored)
+    monkeypatch.setattr(graph.WalkGraph, "top_eigenvector_n", ignored)
     assert target_rows(T_BD, slice(0, 112), **options("obdsd", omega=0.99), solver="cg").iterations > 4
 
 
@@ -302,7 +305,7 @@ def test_sharpening_changes_the_target_and_isolates() -> None:
     plain = target_rows(T_BD, ALL, **chosen).target_bB
     for sharpening in ({"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"clip": True}):
         assert (target_rows(T_BD, ALL, **chosen, **sharpening).target_bB - plain).abs().max() > 1e-4
-    alone = graph.WalkGraph(T_BD, DistillationConfig(neighbours=1, mutual=True)).isolated_n
+    alone = graph.WalkGraph(T_BD, Diffusion(neighbours=1, mutual=True)).isolated_n
     assert alone.any()
     psd = target_rows(T_BD, ALL, **options("psd", 0.1)).target_bB
     sharp = target_rows(T_BD, ALL, **chosen, neighbours=1, mutual=True).target_bB
@@ -344,23 +347,23 @@ def test_the_product_by_blocks_is_that_with_the_whole_matrix(monkeypatch: pytest
     T_BD, X_bB = unit_rows(7, 40, 8, 0.4), torch.randn(5, 40, dtype=torch.float64)
     for sharpening in ({}, {"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"clip": True}):
         for kind in (graph.WalkGraph, graph.SymmetricGraph):
-            whole = kind(T_BD, DistillationConfig(transition_temperature=0.05, **sharpening))
+            whole = kind(T_BD, Diffusion(transition_temperature=0.05, **sharpening))
             expected = X_bB @ whole.symmetric(slice(0, 40))
             with monkeypatch.context() as patch:
                 patch.setattr(graph, "TILE_ENTRIES", 13**2)
-                tiled = kind(T_BD, whole.config.model_copy(update={"memory_gib": 1e-9}))
+                tiled = kind(T_BD, replace(whole.diffusion, memory_gib=1e-9))
                 assert (tiled.times_symmetric(X_bB) - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
 def test_who_solves() -> None:
-    auto = DistillationConfig()
+    auto = Diffusion()
     assert manifold.choose_solver(112, 112, auto) == "cholesky"
     assert manifold.choose_solver(4096, 64, auto) == "cg"
     assert manifold.choose_solver(32768, 32768, auto) == "cg"  # does not fit the default
-    assert manifold.choose_solver(32768, 32768, DistillationConfig(memory_gib=20)) == "cholesky"
-    assert manifold.choose_solver(112, 112, DistillationConfig(solver="cg")) == "cg"
+    assert manifold.choose_solver(32768, 32768, Diffusion(memory_gib=20)) == "cholesky"
+    assert manifold.choose_solver(112, 112, Diffusion(solver="cg")) == "cg"
     with pytest.raises(InputError, match=r"solver=cholesky over 32768 images needs more than .*memory_gib=2"):
-        manifold.choose_solver(32768, 512, DistillationConfig(solver="cholesky"))
+        manifold.choose_solver(32768, 512, Diffusion(solver="cholesky"))
 
 
 @pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])

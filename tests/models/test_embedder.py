@@ -4,7 +4,8 @@ from torchvision import models
 
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.errors import InputError
-from dist_obdsd.models.embedder import _published_weights, build_embedder
+from dist_obdsd.models.backbones import published_weights
+from dist_obdsd.models.embedder import build_embedder, log_batch_norm
 
 CPU = torch.device("cpu")
 
@@ -14,8 +15,8 @@ def settings(*overrides: str) -> Config:
     return parse_config(override_config(raw, overrides), "x")
 
 
-def build(*overrides: str, warn=lambda text: None):
-    return build_embedder(settings(*overrides), CPU, warn)
+def build(*overrides: str):
+    return build_embedder(settings(*overrides), CPU)
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max", "avg+max"])
@@ -92,10 +93,11 @@ def test_local_weights_are_loaded_and_foreign_ones_refused(tmp_path):
         build("model.backbone=resnet18", f"model.pretrained={tmp_path / 'no'}")
 
 
-def test_batch_statistics_that_depend_on_ranks_are_named():
-    said: list[str] = []
-    build_embedder(settings("model.backbone=resnet18", "model.norm=batch"), CPU, said.append, world_size=2)
-    assert any("depend on the number of ranks" in text for text in said)
+def test_batch_statistics_that_depend_on_ranks_are_named(caplog):
+    caplog.set_level("INFO")
+    config = settings("model.backbone=resnet18", "model.norm=batch")
+    log_batch_norm(build_embedder(config, CPU), config.model, 2)
+    assert "depend on the number of ranks" in caplog.text
     with pytest.raises(InputError, match="set model.norm=frozen"):
         build("model.backbone=resnet18", "model.norm=sync")
 
@@ -108,7 +110,7 @@ def test_real_squeezenet_weights(real_data):
 
 def test_published_weights_are_chosen_by_name():
     def named(pretrained: str):
-        return _published_weights(settings(f"model.pretrained={pretrained}").model)
+        return published_weights("resnet50", settings(f"model.pretrained={pretrained}").model.torchvision_weights)
 
     assert named("torchvision") is models.ResNet50_Weights.IMAGENET1K_V2
     assert named("torchvision:IMAGENET1K_V1") is models.ResNet50_Weights.IMAGENET1K_V1

@@ -1,5 +1,6 @@
 """torch.compile in training, and going on without it."""
 
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,15 @@ def network() -> torch.nn.Module:
     )
 
 
+class Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
 def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]:
     """On each rank: what is said, whether calls run the network itself, and whether trying left no trace.
 
@@ -39,7 +49,9 @@ def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]
     """
     import torch.distributed as dist
 
-    said: list[str] = []
+    said = Messages()
+    logging.getLogger("dist_obdsd.models.precision").addHandler(said)
+    logging.getLogger("dist_obdsd").setLevel("INFO")
     net, images = network(), torch.zeros(2, 1, 8, 8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
 
@@ -51,9 +63,9 @@ def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]
     elif path is None:
         net.compile = refuse
     with patch.dict(os.environ, {"PATH": path} if path is not None else {}):
-        compile_in_place({net: nullcontext()}, images, said.append)
+        compile_in_place({net: nullcontext()}, images)
     clean = all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    return said, net._compiled_call_impl is None, clean and all(p.grad is None for p in net.parameters())
+    return said.texts, net._compiled_call_impl is None, clean and all(p.grad is None for p in net.parameters())
 
 
 def test_where_one_rank_cannot_compile_all_go_on_without() -> None:

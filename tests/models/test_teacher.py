@@ -59,7 +59,7 @@ def test_fingerprints_are_of_values_whatever_the_layout(backbone):
     for layout in ("true", "false"):
         raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "model": {"backbone": backbone}}
         config = parse_config(override_config(raw, [f"model.channels_last={layout}"]), "x")
-        net = build_embedder(config, torch.device("cpu"), lambda text: None)
+        net = build_embedder(config, torch.device("cpu"))
         ProgressiveTeacher(net).promote(net, 1)
         prints.append(fingerprints(net))
     assert prints[0] == prints[1]

@@ -9,7 +9,7 @@ import torch
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed.launch import Launch, Runtime
-from dist_obdsd.losses.obdsd import build_objective
+from dist_obdsd.losses.build import build_objective
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher
 from dist_obdsd.training.strategy import build_strategy
@@ -47,7 +47,7 @@ def take_steps(
 
     rank, world = dist.get_rank(), dist.get_world_size()
     runtime = Runtime(Launch("test", rank, world, rank, world), CPU)
-    student = build_embedder(config, CPU, lambda text: None, world)
+    student = build_embedder(config, CPU)
     objective = build_objective(config, range(9), CPU)
     strategy = build_strategy(student, config, runtime, list(objective.ranking.named_parameters()))
     teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
@@ -110,7 +110,7 @@ def same_on(world_sizes: tuple[int, ...], config: Config, apart: float = 1e-10, 
 def test_ten_steps_in_float64_do_not_depend_on_the_ranks(target):
     config = settings("precision=float64", f"distillation.target={target}")
     _, weights = same_on((2, 3), config, rel=1e-10, abs=1e-10)
-    initial = dict(build_embedder(config, CPU, print).named_parameters())
+    initial = dict(build_embedder(config, CPU).named_parameters())
     assert distance(weights, {name: p.detach().numpy() for name, p in initial.items()}) > 1e-3
     # The control: another objective ends elsewhere.
     ((_, elsewhere),) = harness.run(1, take_steps, settings("precision=float64", "distillation.weight=9"))
@@ -193,7 +193,7 @@ def test_the_loss_s_own_parameters_learn_at_their_own_rate():
 def test_the_embedding_layer_learns_at_its_own_rate():
     sgd = "precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0"
     config = settings(*sgd)
-    start = {name: p.detach().numpy() for name, p in build_embedder(config, CPU, print).named_parameters()}
+    start = {name: p.detach().numpy() for name, p in build_embedder(config, CPU).named_parameters()}
     still, moved = (
         harness.run(1, take_steps, settings(*sgd, f"optim.lr={lr}", f"optim.head_scale={scale}"))[0][1]
         for lr, scale in ((0.01, 1e-12), (1e-12, 1e10))
@@ -217,7 +217,7 @@ def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
 def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
     config = settings("precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=1")
     losses, weights = same_on((2, 3), override(config, clip_norm=1e-3))
-    initial = {name: p.detach().numpy() for name, p in build_embedder(config, CPU, print).named_parameters()}
+    initial = {name: p.detach().numpy() for name, p in build_embedder(config, CPU).named_parameters()}
     # Ten steps of length 1e-3 at most, where the unclipped gradient is longer.
     moved = np.sqrt(sum(((weights[name] - initial[name]) ** 2).sum() for name in weights))
     assert min(step["grad_norm"] for step in losses) > 1e-3

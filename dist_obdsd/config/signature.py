@@ -1,0 +1,86 @@
+"""The arguments of a registered class or function, read from its source file.
+
+Importing the part would import torch, which takes seconds; a config with a mistake should be refused at once.
+"""
+
+import ast
+import importlib.util
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from dist_obdsd.config import base
+
+NAMES = {**vars(base), **vars(typing), "Field": pydantic.Field}
+"""The names that a setting's annotation may use."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One argument of a part that a user may set."""
+
+    name: str
+    annotation: Any
+    default: Any
+    """An Ellipsis where the argument has none."""
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A part as its source file describes it."""
+
+    summary: str
+    """First line of its docstring."""
+    bases: frozenset[str]
+    """Names of a class's direct bases."""
+    settings: tuple[Setting, ...]
+    """Positional arguments: the user sets them."""
+    arguments: frozenset[str]
+    """Keyword-only arguments: the program fills them in."""
+
+
+@cache
+def read_source(path: str) -> Source:
+    """Read ``module:attribute`` without importing the module."""
+    module, _, attribute = path.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"there is no module {module}"
+    tree = ast.parse(Path(spec.origin or "").read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if getattr(node, "name", None) == attribute)
+    assert isinstance(found, ast.ClassDef | ast.FunctionDef)
+    inside = [found] if isinstance(found, ast.FunctionDef) else found.body
+    function = next((node for node in inside if getattr(node, "name", None) in ("__init__", attribute)), None)
+    assert function is None or isinstance(function, ast.FunctionDef)
+    return Source(
+        (ast.get_docstring(found) or "").partition("\n")[0],
+        frozenset(ast.unparse(node) for node in getattr(found, "bases", [])),
+        tuple(_settings(function)) if isinstance(function, ast.FunctionDef) else (),
+        frozenset(arg.arg for arg in function.args.kwonlyargs)
+        if isinstance(function, ast.FunctionDef)
+        else frozenset(),
+    )
+
+
+def _settings(function: ast.FunctionDef) -> Iterator[Setting]:
+    arguments = [argument for argument in function.args.args if argument.arg != "self"]
+    given = [ast.literal_eval(default) for default in function.args.defaults]
+    defaults = [...] * (len(arguments) - len(given)) + given
+    meanings = _meanings(ast.get_docstring(function) or "")
+    for argument, default in zip(arguments, defaults, strict=True):
+        assert argument.annotation is not None, f"{argument.arg} has no type"
+        annotation = eval(ast.unparse(argument.annotation), dict(NAMES))
+        yield Setting(argument.arg, annotation, default, meanings.get(argument.arg, ""))
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """Read the ``Args:`` of a docstring: name -> text."""
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", docstring, re.MULTILINE)
+    entries = re.split(r"^    (?=\w+: )", section[1], flags=re.MULTILINE) if section else []
+    return {name: " ".join(text.split()) for name, _, text in (entry.partition(": ") for entry in entries) if text}

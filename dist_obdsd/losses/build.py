@@ -1,0 +1,70 @@
+"""The objective of a run, from its config."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dist_obdsd.config import Config, DistillationConfig, RankingConfig
+from dist_obdsd.config.registry import LOSSES
+from dist_obdsd.losses.base import RankingLoss
+from dist_obdsd.losses.obdsd import Objective
+from dist_obdsd.manifold.diffusion import Diffusion
+from dist_obdsd.manifold.targets import choose_solver
+from dist_obdsd.rng import derive
+
+
+def build_ranking(config: RankingConfig, classes: int, embedding_dim: int, seed: int) -> RankingLoss:
+    """Build the loss that ``ranking.name`` chooses, on the CPU.
+
+    Args:
+        classes: the number of training classes, C.
+        embedding_dim: D.
+        seed: the run's. Initial parameters depend on it and on nothing else.
+
+    Raises:
+        InputError: a loss of pytorch-metric-learning cannot be had as asked for.
+    """
+    family = config.name.partition(".")[0]
+    takes = {setting.name for setting in LOSSES.source(family).settings}
+    settings = {name: value for name, value in config if name in takes}
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(derive(seed, "ranking parameters"))
+        loss: RankingLoss = LOSSES.build(family, settings, classes=classes, embedding_dim=embedding_dim)
+    return loss
+
+
+def build_objective(config: Config, classes: Sequence[int], device: torch.device) -> Objective:
+    """Build the objective of a run, with freshly initialised parameters: the same on every rank.
+
+    Args:
+        classes: the training classes.
+
+    Raises:
+        InputError: the ranking loss is unknown or cannot take its arguments.
+    """
+    ranking = build_ranking(config.ranking, len(classes), config.model.embedding_dim, config.seed)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    return distilled(ranking.to(device=device, dtype=dtype), config.distillation)
+
+
+def distilled(ranking: RankingLoss, section: DistillationConfig) -> Objective:
+    """Combine a ranking loss with the distillation that the section describes."""
+    diffusion = None if section.target == "none" else Diffusion.of(section)
+    return Objective(ranking, diffusion, weight=section.weight, scope=section.scope, memory=section.memory)
+
+
+def describe_objective(config: Config, world_size: int) -> list[str]:
+    """Say in sentences what depends on the sizes of a run, before anything runs.
+
+    Raises:
+        InputError: as ``choose_solver``.
+    """
+    B, section, lines = config.batch.global_size, config.distillation, []
+    own = B // world_size
+    if section.scope == "rank" and world_size > 1:
+        lines.append(f"distillation.scope=rank: {world_size} manifolds of {own} images, so results depend on the ranks")
+    if section.diffuses:
+        nodes = (own if section.scope == "rank" else B) + section.memory
+        solver = choose_solver(nodes, own, Diffusion.of(section), 8 if config.precision == "float64" else 4)
+        lines.append(f"diffusion over {nodes} images for {own} rows a rank: {solver}")
+    return lines
