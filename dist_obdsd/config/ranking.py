@@ -18,6 +18,10 @@ class RankingConfig(Section):
 
     name: str = "multi_similarity"
 
+    def __reduce__(self) -> Any:
+        """Pickle the settings alone, since the class is made when this module is imported."""
+        return _restore, (self.model_dump(),)
+
 
 class LearnableConfig(RankingConfig):
     """A loss with parameters of its own, which have an optimizer of their own."""
@@ -41,6 +45,10 @@ def _section(name: str) -> type[RankingConfig]:
 
 SECTIONS = {name: _section(name) for name in LOSSES.names}
 """Registered name -> its section; ``pml`` stands for every ``pml.NAME``."""
+
+
+def _restore(settings: dict[str, Any]) -> RankingConfig:
+    return SECTIONS[settings["name"].partition(".")[0]](**settings)
 
 
 def _registered(value: Any) -> str | None:

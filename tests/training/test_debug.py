@@ -8,8 +8,8 @@ def test_a_target_that_is_no_distribution_is_counted(train, folder, monkeypatch)
     real = manifold.target_rows
 
     def off(*arguments):
-        solve = real(*arguments)
-        return manifold.Solve(solve.target_bB * 1.001, solve.error_b)
+        found = real(*arguments)
+        return manifold.DiffusionTarget(found.target_bB * 1.001, found.error_b)
 
     monkeypatch.setattr(manifold, "target_rows", off)
     code, out, _ = train("epochs=2")
