@@ -16,6 +16,7 @@ Legend: b rows of a rank, B rows of the global batch, D embedding dimension, W r
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
@@ -123,11 +124,6 @@ def config(case: dict[str, Any], arm: str, world: int) -> Config:
         "optim": {"lr": 1e-5},
     }
     return parse_config(raw, "bench step")
-
-
-def say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")  # in one piece, where print takes two: several ranks share the launcher's stderr
-    sys.stderr.flush()
 
 
 # ---- on a rank ------------------------------------------------------------------------------------------------------
@@ -333,4 +329,5 @@ def _objective_alone(arm: Arm, budget: float) -> list[tuple[int, float]]:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr, where a rank says what does not work
     _rank(json.loads(sys.argv[1]))
