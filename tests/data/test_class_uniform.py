@@ -58,7 +58,7 @@ def test_both_samplings_have_the_same_steps() -> None:
         assert plans[0].steps == plans[1].steps
 
 
-def test_a_batch_larger_than_the_classes_repeats_them_without_an_image_twice() -> None:
+def test_a_large_batch_repeats_classes_but_no_image() -> None:
     manifest = manifest_of([[0] * 12 + [1] * 4 + [2] * 4] * 2)
     plan = plan_of(manifest, global_size=20, lanes=2, sampling="class_uniform")  # 10 groups, 3 classes
     check_plan(plan, manifest, 2, 2, 20, {0, 1, 2}, "class_uniform")
@@ -90,7 +90,7 @@ def test_classes_without_k_images_in_a_window_are_left_out() -> None:
     assert set(plan_of(manifest, global_size=4, lanes=1, sampling="class_uniform").labels_SB.ravel()) == {0, 1, 2}
 
 
-def test_a_substitute_takes_the_place_of_a_class_whose_images_are_used_up() -> None:
+def test_a_substitute_replaces_a_used_up_class() -> None:
     """Three planned groups of class 0 for a step that can have one of it."""
     planned = [batch_composer.Group(0, i / 3, 0, (), 0) for i in range(3)]
     lane = batch_composer.LaneQueue(planned, {(0, 0): 1, (0, 1): 1, (0, 2): 1})

@@ -103,12 +103,13 @@ def pack(
 
 def _storage_error(error: OSError, out: Path) -> InputError | RunError:
     """Say what to do about a full disk, a forbidden folder or a failing device."""
-    reason, place = error.strerror or str(error), error.filename or out
+    reason = error.strerror or str(error)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return InputError(f"cannot write {place}: {reason}; choose an --out that you may write to")
+        return InputError(f"cannot write {error.filename or out}: {reason}; choose an --out that you may write to")
+    where = f" at {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"packing to {out} stopped at {place}: {reason}; free some space or choose another --out")
-    return RunError(f"packing to {out} stopped at {place}: {reason}; nothing was kept, so start it again")
+        return RunError(f"packing to {out} stopped{where}: {reason}; free some space or choose another --out")
+    return RunError(f"packing to {out} stopped{where}: {reason}; nothing was kept, so start it again")
 
 
 def _check_target(out: Path, source: Path | None, overwrite: bool) -> None:

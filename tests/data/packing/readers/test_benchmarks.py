@@ -202,21 +202,6 @@ def test_inshop_packs_with_its_roles_and_their_counts(tmp_path) -> None:
         pack(Recipe.model_validate(raw), source, tmp_path / "other")
 
 
-@pytest.mark.parametrize("benchmark", ["cub200", "cars196", "sop", "inshop"])
-def test_other_counts_than_the_published_ones_are_refused(tmp_path, benchmark: str) -> None:
-    source = WAYS[benchmark][-1][1](tmp_path / "source")
-    recipe = load_recipe(benchmark)
-    counts = {split: (c.images, c.classes) for split, c in recipe.expected.items()}
-    rows = [row for row in EXPECTED[benchmark] if row[2] == "train"]
-    with pytest.raises(InputError) as caught:
-        pack(recipe, source, tmp_path / "out")
-    assert (
-        f"train has {len(rows)} images of {len({row[1] for row in rows})} classes but the recipe {benchmark} expects "
-        f"{counts['train'][0]} of {counts['train'][1]}, and test has "
-    ) in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
 LISTS = {
     "cub200": CUB + "images.txt",
     "cars196": "devkit/cars_train_annos.mat",
@@ -244,27 +229,15 @@ def test_a_missing_list_is_named(tmp_path, benchmark: str) -> None:
 @pytest.mark.parametrize(
     ("benchmark", "old", "new", "where"),
     [
-        ("cub200", b"\n3 ", b"\n3 3 ", r"images.txt:3: has 3 cells but needs 2 \(id, path\)"),
         ("cub200", b"\n3 100.Brown", b"\n3 Brown", "images.txt:3: the class 'Brown_Pelican' does not begin with a num"),
-        ("cub200", b"\n3 100", b"\n3 ../100", "images.txt:3: the path '../100.* may point outside"),
-        ("cub200", b"\n3 100", b"\n3 \xff100", "images.txt:3: is not UTF-8 text"),
-        ("sop", b"\n4 11319 2", b"\n4 11319", r"Ebay_test.txt:2: has 3 cells but needs 4 \(image_id, class_id"),
         ("sop", b"image_id class_id", b"image_id klass", "Ebay_test.txt has no column class_id but image_id, klass"),
-        ("sop", b" chair_final/", b" /chair_final/", "Ebay_test.txt:2: the path '/chair_final.* may point outside"),
         ("inshop", b"  query", b"  val", "list_eval_partition.txt:5: role is 'val'; it must be train, both, query"),
-        ("inshop", b"  query", b"", "list_eval_partition.txt:5: has 2 cells but needs 3"),
-        ("cars196", b"\x31\x00\x2e\x00j", b"\x31\x00\x2e\x00k", r"annotations\(1\): the image 00001.kpg is not there"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(tmp_path, benchmark: str, old: bytes, new: bytes, where: str) -> None:
     files = LAYOUTS[benchmark]()
-    data = files[LISTS[benchmark]]
-    if benchmark == "cars196":
-        rows = [{"class": c, "fname": f"{i:05d}.{'kpg' if i == 1 else 'jpg'}"} for i, c in layouts.CARS[:4]]
-        files[LISTS[benchmark]] = layouts.matlab(annotations=layouts.struct_array(rows))
-    else:
-        assert old in data
-        files[LISTS[benchmark]] = data.replace(old, new, 1)
+    assert old in files[LISTS[benchmark]]
+    files[LISTS[benchmark]] = files[LISTS[benchmark]].replace(old, new, 1)
     for source in (write_files(tmp_path / "folder", files), write_archive(tmp_path / "archive.tgz", files)):
         with pytest.raises(InputError, match=where):
             listed(load_recipe(benchmark), source)
@@ -275,7 +248,6 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, benchmark: str, old: byte
     [
         ([{"class": 197, "fname": "00001.jpg"}], True, r"annotations\(1\): class 197 has no name; there are nam"),
         ([{"class": 3, "fname": 5.5}], True, r"annotations\(1\): fname is empty or no text"),
-        ([{"class": [], "fname": "00001.jpg"}], True, r"annotations\(1\): class is empty"),
         ([{"class": "AM General", "fname": "00001.jpg"}], True, r"annotations\(1\): the class 'AM General' does not b"),
         ([{"class": 3, "file": "00001.jpg"}], True, "has no column relative_im_path or fname but class, file"),
         ([{"class": 3, "fname": "00001.jpg"}], False, "cars_meta.mat has no variable class_names"),

@@ -6,7 +6,6 @@ import pytest
 
 from dist_obdsd.cli.main import main
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.packing.pack import pack
 from dist_obdsd.data.packing.recipes import Recipe, load_recipe
 from dist_obdsd.errors import InputError
 from tests.data.packing.readers.layouts import image, listed, write_archive, write_files
@@ -176,9 +175,3 @@ def test_a_recipe_of_ones_own_needs_no_code(tmp_path) -> None:
         ("pics/c.jpg", "no c", "test", "both"),
         ("pics/d.jpg", "no d", "test", "both"),
     ]
-
-
-def test_a_class_in_both_splits_is_refused_by_pack(tmp_path) -> None:
-    source = table(tmp_path / "in", HALVES + "pics/g.jpg,a,test\n")
-    with pytest.raises(InputError, match="classes are in training and in test, such as 'a'"):
-        pack(load_recipe("csv"), source, tmp_path / "out")

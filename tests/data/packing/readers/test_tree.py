@@ -67,7 +67,7 @@ def test_links_in_a_zip_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tgz", "tar.bz2", "tar.xz"])
-def test_an_archive_that_is_cut_short_is_refused_wherever_the_cut_is(tmp_path, suffix: str) -> None:
+def test_an_archive_that_is_cut_anywhere_is_refused(tmp_path, suffix: str) -> None:
     path = write_archive(tmp_path / f"x.{suffix}", FILES)
     whole = path.read_bytes()
     ends = {512, 1024, len(whole) // 2}
@@ -102,7 +102,7 @@ def test_an_unreadable_source_is_refused(tmp_path) -> None:
         contents(tmp_path / "x.tgz")
 
 
-def test_named_archives_are_read_where_they_lie_unless_they_are_extracted(tmp_path) -> None:
+def test_archives_are_read_unless_they_are_extracted(tmp_path) -> None:
     write_archive(tmp_path / "one.zip", {"one/1": b"1"})
     write_archive(tmp_path / "sub/two.tgz", {"two/2": b"2"})
     write_archive(tmp_path / "sub/Img/three.tar", {"three/3": b"3"})
@@ -116,7 +116,7 @@ def test_named_archives_are_read_where_they_lie_unless_they_are_extracted(tmp_pa
     assert contents(tmp_path, *names)["one/1"] == b"extracted"
 
 
-def test_a_compressed_tar_is_unpacked_into_one_file_without_a_name(tmp_path) -> None:
+def test_a_compressed_tar_goes_into_a_file_without_a_name(tmp_path) -> None:
     path = write_archive(tmp_path / "x.tgz", {f"{i}.png": bytes([i]) * 50_000 for i in range(40)})
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -1,0 +1,87 @@
+import io
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_obdsd.data.packing.readers import glyphs
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[tuple[str, str, str, bytes]]:
+    return glyphs.draw_glyphs(0, 2)
+
+
+def letters_of(rows: list[tuple[str, str, str, bytes]], split: str) -> set[str]:
+    return {chr(int(name.split("/U+")[1].split("-")[0], 16)) for name, _, side, _ in rows if side == split}
+
+
+def test_glyphs_are_about_twelve_thousand_images_on_each_side(drawn) -> None:
+    images = Counter(row[2] for row in drawn)
+    classes = {split: {row[1] for row in drawn if row[2] == split} for split in images}
+    # The exact numbers depend on the last bit of the font renderer; these bounds do not.
+    assert 11_500 < images["train"] < 13_000
+    assert 11_500 < images["test"] < 13_000
+    assert len(classes["train"]) > 400
+    assert len(classes["test"]) > 550
+    assert not classes["train"] & classes["test"]
+
+
+def test_glyph_images_are_small_grey_and_all_different(drawn) -> None:
+    images = [Image.open(io.BytesIO(row[3])) for row in drawn[::50]]
+    assert {(image.size, image.mode) for image in images} == {((32, 32), "L")}
+    assert len({row[3] for row in drawn}) == len(drawn)
+    assert len({row[0] for row in drawn}) == len(drawn)
+    ink = [int((np.asarray(image) > 128).sum()) for image in images]
+    assert min(ink) > 0
+
+
+def test_the_scripts_stand_on_their_sides(drawn) -> None:
+    train, test = letters_of(drawn, "train"), letters_of(drawn, "test")
+    assert set("ABCXYZabcxyzäñøşž") <= train
+    assert set("ΔΨλξЖЩяюԱԲաბგდ") <= test
+    assert not train & test
+    assert all(ord(letter) > 0x24F for letter in test)
+
+
+def test_letters_that_look_the_same_are_one_class_on_one_side(drawn) -> None:
+    # Recomputed from single drawings, one face after the other, without the union that made the classes.
+    class_of = {chr(int(n.split("/U+")[1].split("-")[0], 16)): (class_name, s) for n, class_name, s, _ in drawn}
+    same = 0
+    for face in glyphs.FACES:
+        by_bitmap = defaultdict(set)
+        for letter, (image, _) in glyphs._draw_face(face).items():
+            if letter in class_of:
+                by_bitmap[image.size, image.tobytes()].add(letter)
+        for letters in by_bitmap.values():
+            same += len(letters) - 1
+            assert len({class_of[letter] for letter in letters}) == 1, letters
+    assert same > 500  # the test saw look-alikes in plenty
+    for latin, greek, cyrillic in ("AΑА", "OΟО", "HΗН", "oοо"):
+        assert class_of[latin] == class_of[greek] == class_of[cyrillic]
+        assert class_of[latin][1] == "train"
+    assert class_of["A"][0] != class_of["B"][0]
+    assert class_of["Ш"][0] != class_of["Щ"][0]
+
+
+def test_only_faces_that_have_a_letter_draw_it(drawn) -> None:
+    from matplotlib.ft2font import FT2Font
+
+    maps = {face: FT2Font(str(glyphs._path(face))).get_charmap() for face in glyphs.FACES}
+    faces = defaultdict(set)
+    for name, class_name, _, _ in drawn:
+        code, face = re.fullmatch(r".*/U\+(\w+)-(.*)-\d+.png", name).groups()
+        assert int(code, 16) in maps[face], name
+        faces[class_name].add(face)
+    assert min(map(len, faces.values())) >= glyphs.FEWEST_FACES
+    assert any(len(found) < 12 for found in faces.values())  # some faces do lack some letters
+
+
+def test_glyphs_are_drawn_alike_every_time(monkeypatch) -> None:
+    monkeypatch.setattr(glyphs, "FACES", glyphs.FACES[4:8])  # some faces, for speed
+    first = glyphs.draw_glyphs(0, 2)
+    assert glyphs.draw_glyphs(0, 2) == first
+    other = glyphs.draw_glyphs(1, 2)
+    assert {row[3] for row in other} != {row[3] for row in first}
