@@ -42,9 +42,9 @@ PARTS = {
     "deepspeed": "strategy=deepspeed",
 }
 DISTRIBUTIONS = {"faiss": ("faiss-gpu", "faiss-cpu", "faiss")}
-FEWEST_FILES = 4096  # open files that many workers, shards and sockets need
-LEAST_SHARED = 1.0  # GiB of /dev/shm; NCCL keeps its buffers there
-MOST_SKEW = 2.0  # seconds between hosts' clocks, beyond which their logs cannot be put in order
+MIN_OPEN_FILES = 4096  # for many workers, shards and sockets
+MIN_SHARED_GIB = 1.0  # of /dev/shm, where NCCL keeps its buffers
+MAX_SKEW = 2.0  # seconds between hosts' clocks, beyond which their logs cannot be put in order
 PROBE_MIB = 16
 
 
@@ -84,17 +84,15 @@ def machine(here: Runtime) -> dict[str, str]:
         "launcher": f"{launch.launcher}, rank {launch.rank} of {launch.world_size}",
         "cpu": f"{usable_cores()} cores, torch uses {torch.get_num_threads()} threads in this process",
         "gpu": "; ".join(devices) or f"none that torch finds (built for CUDA {torch.version.cuda or 'none'})",
-        "backend": _backends(),
-        "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
-        "open files": f"at most {files}" + _advice(files < FEWEST_FILES, f"raise it to {FEWEST_FILES} (ulimit -n)"),
+        "backend": "nccl" if devices else "gloo",
+        "disk": f"{_free_gib('.'):.1f} GiB free here",
+        "open files": f"at most {files}" + _advice(files < MIN_OPEN_FILES, f"raise it to {MIN_OPEN_FILES} (ulimit -n)"),
     }
-    shared = _shared_memory()
-    if shared is not None:
-        low = shared < LEAST_SHARED and bool(devices)
-        rows["shared memory"] = f"{shared:.1f} GiB free" + _advice(low, "NCCL needs more (docker run --shm-size=8g)")
-    for module, purpose in PARTS.items():
-        rows[module] = version(module) or f"missing: needed for {purpose}"
-    return rows
+    if Path("/dev/shm").is_dir():
+        free = _free_gib("/dev/shm")
+        low = free < MIN_SHARED_GIB and bool(devices)
+        rows["shared memory"] = f"{free:.1f} GiB free" + _advice(low, "NCCL needs more (docker run --shm-size=8g)")
+    return rows | {module: version(module) or f"missing: needed for {purpose}" for module, purpose in PARTS.items()}
 
 
 def job(here: Runtime, config: Config | None) -> dict[str, str]:
@@ -119,7 +117,7 @@ def job(here: Runtime, config: Config | None) -> dict[str, str]:
     differing = [module for module in PARTS if len({str(fact["versions"][module]) for fact in facts}) > 1]
     rows["versions"] = "alike" if not differing else f"{', '.join(differing)} differ between the ranks"
     skew, error = _clock_skew()
-    rows["clocks"] = f"apart by {skew:.3f} s (+- {error:.3f} s)" + _advice(skew > MOST_SKEW, "run an NTP client")
+    rows["clocks"] = f"apart by {skew:.3f} s (+- {error:.3f} s)" + _advice(skew > MAX_SKEW, "run an NTP client")
     x = torch.ones(PROBE_MIB * 2**18, device=here.device)
     seconds = _timed(lambda: collectives.sum_across(x), here)
     rows["all-reduce"] = f"{PROBE_MIB} MiB in {1e3 * seconds:.1f} ms, {PROBE_MIB / 2**10 / seconds:.2f} GiB/s"
@@ -187,9 +185,8 @@ def _run_folder(config: Config) -> str:
         raise InputError(
             f"the run folder {folder} cannot be made, since {above} is not writable; choose another output"
         )
-    free = shutil.disk_usage(above).free / 2**30
-    state = read_status(folder).get("state")
-    return f"run folder {folder}: {state or 'new'}, {free:.1f} GiB free there" + _advice(free < 1, "make room")
+    free, state = _free_gib(above), read_status(folder).get("state", "new")
+    return f"run folder {folder}: {state}, {free:.1f} GiB free there" + _advice(free < 1, "make room")
 
 
 def _tracking(config: Config) -> str:
@@ -212,7 +209,7 @@ def _tracking(config: Config) -> str:
 
 
 def _clock_skew() -> tuple[float, float]:
-    """Seconds that the ranks' clocks are apart, and the uncertainty of that."""
+    """Measure the seconds that the ranks' clocks are apart, and the uncertainty of that."""
     collectives.gather_json(None)  # all have arrived
     before = time.time()
     times = collectives.gather_json(before)
@@ -220,7 +217,7 @@ def _clock_skew() -> tuple[float, float]:
 
 
 def _timed(call: Callable[[], Any], here: Runtime) -> float:
-    """Seconds of a call: the median of five, after one that warms up."""
+    """Measure the seconds of a call: the median of five, after one that warms up."""
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
@@ -235,19 +232,12 @@ def _advice(needed: bool, what: str) -> str:
     return f"; {what}" if needed else ""
 
 
-def _shared_memory() -> float | None:
-    shared = Path("/dev/shm")
-    return shutil.disk_usage(shared).free / 2**30 if shared.is_dir() else None
-
-
-def _backends() -> str:
-    found = [name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")()]
-    chosen = "nccl" if torch.cuda.is_available() else "gloo"
-    return f"torch has {' and '.join(found) or 'none'}; several ranks here talk over {chosen}"
+def _free_gib(folder: str | Path) -> float:
+    return shutil.disk_usage(folder).free / 2**30
 
 
 def version(module: str) -> str | None:
-    """The installed version, or None where the module cannot be imported."""
+    """Return the installed version, or None where the module cannot be imported."""
     if importlib.util.find_spec(module) is None:
         return None
     for name in DISTRIBUTIONS.get(module, (module,)):
@@ -270,5 +260,4 @@ def _remote(config: Config, shards: Sequence[Shard]) -> list[str]:
     if cache is None:
         return [f"{line}; data.cache is unset, so every epoch reads them anew"]
     present = sum(cache.path(shard).exists() for shard in shards)
-    free = shutil.disk_usage(cache.folder).free / 2**30
-    return [f"{line}; {present} are in {cache.folder}, which has {free:.1f} GiB free"]
+    return [f"{line}; {present} are in {cache.folder}, which has {_free_gib(cache.folder):.1f} GiB free"]

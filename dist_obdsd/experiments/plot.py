@@ -31,29 +31,27 @@ def draw(name: str, protocol: str, panels: Sequence[Panel], baselines: Mapping[s
     seeds = sorted({seed for panel in panels for values in panel.values.values() for seed in values})
     marks = {seed: MARKS[i % len(MARKS)] for i, seed in enumerate(seeds)}
     heights = [len(labels), len(compared)] if compared else [len(labels)]
-    figure = Figure(
-        figsize=(5.2 * len(panels) + 0.6, 1.9 + 0.42 * sum(heights) + 0.6 * len(heights)), layout="constrained"
-    )
+    size = (5.2 * len(panels) + 0.6, 1.9 + 0.42 * sum(heights) + 0.6 * len(heights))
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(heights), len(panels), squeeze=False, height_ratios=[h + 1 for h in heights])
     for column, panel in enumerate(panels):
-        axes = grid[0][column]
+        _finish(grid[0][column], labels, f"{panel.metric} ({protocol})", shown=column == 0)
         for row, label in enumerate(labels):
-            if panel.values[label]:
-                _draw_variant(axes, row, panel.values[label], spread(list(panel.values[label].values())), marks, "")
-        _finish(axes, labels, f"{panel.metric} ({protocol})", shown=column == 0)
+            values = panel.values[label]
+            if values:
+                _draw_variant(grid[0][column], row, values, spread(list(values.values())), marks, "")
         if not compared:
             continue
-        axes = grid[1][column]
-        axes.axvline(0, color="#888888", linewidth=1, zorder=0)
+        names = ", ".join(dict.fromkeys(baselines[label] for label in compared))
+        title = f"difference in {panel.metric} to {names}, seed by seed"
+        _finish(grid[1][column], compared, title, shown=column == 0)
+        grid[1][column].axvline(0, color="#888888", linewidth=1, zorder=0)
         for row, label in enumerate(compared):
-            base = panel.values[baselines[label]]
-            found = difference(panel.values[label], base)
-            if found is not None:
-                each = {seed: value - base[seed] for seed, value in panel.values[label].items() if seed in base}
-                _draw_variant(axes, row, each, found, marks, "+")
-        base_names = ", ".join(dict.fromkeys(baselines[label] for label in compared))
-        _finish(axes, compared, f"difference in {panel.metric} to {base_names}, seed by seed", shown=column == 0)
-    _legend(figure, marks, any(len(values) >= FEWEST for panel in panels for values in panel.values.values()))
+            values, base = panel.values[label], panel.values[baselines[label]]
+            if (found := difference(values, base)) is not None:
+                each = {seed: value - base[seed] for seed, value in values.items() if seed in base}
+                _draw_variant(grid[1][column], row, each, found, marks, "+")
+    _add_legend(figure, marks, any(len(values) >= FEWEST for panel in panels for values in panel.values.values()))
     figure.suptitle(f"{name}: {len(seeds)} seed{'s' * (len(seeds) > 1)} per variant", fontsize=12)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
@@ -66,14 +64,12 @@ def _draw_variant(
     """Draw a variant's seeds slightly above the mean and its interval."""
     for seed, value in values.items():
         axes.scatter(value, row - 0.16, marker=marks[seed], s=34, color=DOT, edgecolor="white", linewidth=0.5, zorder=2)
-    axes.errorbar(
-        of.mean, row + 0.16, xerr=of.half, fmt="|", markersize=11, markeredgewidth=2, capsize=4, color=MEAN, zorder=3
-    )
-    axes.annotate(
-        f"{of.mean:{sign}.4f}", (of.mean, row + 0.2), xytext=(0, -9),
-        textcoords="offset points", ha="center", va="center", fontsize=8, color=MEAN,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-    )  # fmt: skip
+    style = {"fmt": "|", "markersize": 11, "markeredgewidth": 2, "capsize": 4, "color": MEAN, "zorder": 3}
+    axes.errorbar(of.mean, row + 0.16, xerr=of.half, **style)
+    style = {"ha": "center", "va": "center", "fontsize": 8, "color": MEAN}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    place = {"xytext": (0, -9), "textcoords": "offset points"}
+    axes.annotate(f"{of.mean:{sign}.4f}", (of.mean, row + 0.2), **place, **style, bbox=box)
 
 
 def _finish(axes: Any, labels: Sequence[str], title: str, shown: bool) -> None:
@@ -87,13 +83,11 @@ def _finish(axes: Any, labels: Sequence[str], title: str, shown: bool) -> None:
     axes.locator_params(axis="x", nbins=6)
 
 
-def _legend(figure: Any, marks: Mapping[int, str], intervals: bool) -> None:
+def _add_legend(figure: Any, marks: Mapping[int, str], intervals: bool) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], marker=mark, linestyle="", color=DOT, markersize=6, label=f"seed {seed}")
-        for seed, mark in list(marks.items())[: len(MARKS)]
-    ]
+    dot: dict[str, Any] = {"linestyle": "", "color": DOT, "markersize": 6}
+    handles = [Line2D([], [], marker=mark, label=f"seed {seed}", **dot) for seed, mark in marks.items()][: len(MARKS)]
     label = "mean and its 95 % interval (Student's t)" if intervals else f"mean (no interval below {FEWEST} seeds)"
     handles.append(Line2D([], [], marker="|", markeredgewidth=2, markersize=10, color=MEAN, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False, fontsize=8.5)

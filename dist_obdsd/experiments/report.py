@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Report:
         self.missing = [run for run in runs if run.state != FINISHED]
         self.finished = [run for run in runs if run.state == FINISHED]
         self.specs = [run.spec for run in runs]
-        self.labels = list(dict.fromkeys(spec.label for spec in self.specs))
+        self.labels = _unique(spec.label for spec in self.specs)
         self.baselines = {
             spec.label: f"{baseline} {spec.point}".strip() for spec in self.specs if spec.variant != baseline
         }
@@ -61,7 +61,7 @@ class Report:
         ]  # fmt: skip
 
     def metrics(self, protocol: str) -> list[str]:
-        return list(dict.fromkeys(row["metric"] for row in self.rows if row["protocol"] == protocol))
+        return _unique(row["metric"] for row in self.rows if row["protocol"] == protocol)
 
     def headline_metrics(self, protocol: str) -> list[str]:
         """Return Recall@1 and MAP@R, of the first gallery where there are several; else the first two metrics."""
@@ -82,12 +82,9 @@ class Report:
                 continue
             other = self.baselines.get(label)
             against = difference(values, self.values(protocol, metric, other)) if other is not None else None
-            rows.append(
-                {"protocol": protocol, "metric": metric, "variant": label}
-                | {name: value for name, value in _figures(spread(list(values.values()))).items() if name != "p"}
-                | {f"difference_{name}": value for name, value in _figures(against).items()}
-                | {"baseline": other}
-            )
+            row = {"protocol": protocol, "metric": metric, "variant": label} | asdict(spread(list(values.values())))
+            compared = dict.fromkeys(Spread.__dataclass_fields__) if against is None else asdict(against)
+            rows.append(row | {f"difference_{name}": value for name, value in compared.items()} | {"baseline": other})
         return rows
 
     def means(self) -> dict[str, float]:
@@ -144,16 +141,14 @@ class Report:
         return f"{table}\n\n{FEW_SEEDS}" if self._has_few_seeds() else table
 
     def markdown(self, drawn: bool) -> str:
-        parts = [f"# {self.name}: a comparison of {', '.join(dict.fromkeys(spec.variant for spec in self.specs))}"]
-        parts.append(
+        parts = [
+            f"# {self.name}: a comparison of {', '.join(_unique(spec.variant for spec in self.specs))}",
             f"{len(self.finished)} of {len(self.specs)} runs are finished. Differences are to the baseline "
-            f"`{self.baseline}`, seed by seed."
-        )
+            f"`{self.baseline}`, seed by seed.",
+        ]
         if self.missing:
-            parts.append(
-                "**These runs are missing from the numbers below:**\n\n"
-                + "\n".join(f"- `{r.spec.config.name}` {r.state}: {r.message or 'no message'}" for r in self.missing)
-            )
+            missing = [f"- `{r.spec.config.name}` {r.state}: {r.message or 'no message'}" for r in self.missing]
+            parts.append("**These runs are missing from the numbers below:**\n\n" + "\n".join(missing))
         parts.append("## Results")
         if drawn:
             parts.append("![Every seed, the means and their 95 % intervals](report.png)")
@@ -163,13 +158,13 @@ class Report:
         parts.append(self._legend())
         if choice := self._choice():
             parts.append(f"## Choice of the grid's point\n\n{choice}")
-        rows = [[name, value.replace("|", "\\|")] for name, value in self.run_metadata().items()]
-        parts.append("## Conditions\n\n" + aligned(["", ""], rows, left=2))
-        changes = {spec.label: " ".join(f"`{override}`" for override in spec.changes) for spec in self.specs}
-        parts.append(
-            "## Settings of the variants\n\n" + aligned(["variant", "settings"], list(changes.items()), left=2)
-        )
-        parts.append(f"## To reproduce it\n\n{self._reproduce()}")
+        conditions = [[name, value.replace("|", "\\|")] for name, value in self.run_metadata().items()]
+        settings = {spec.label: " ".join(f"`{override}`" for override in spec.changes) for spec in self.specs}
+        parts += [
+            f"## Conditions\n\n{aligned(['', ''], conditions, left=2)}",
+            f"## Settings of the variants\n\n{aligned(['variant', 'settings'], list(settings.items()), left=2)}",
+            f"## To reproduce it\n\n{self._reproduce()}",
+        ]
         return "\n\n".join(parts) + "\n"
 
     def _table(self, protocol: str, metrics: Sequence[str]) -> str:
@@ -217,7 +212,7 @@ class Report:
                 "`validation.fraction`, and choose by what is measured there, never by the test set."
             )
         lines = []
-        for variant in dict.fromkeys(spec.variant for spec in self.specs):
+        for variant in _unique(spec.variant for spec in self.specs):
             points = {spec.label: spec.point for spec in self.specs if spec.variant == variant}
             found = [r for r in self.statistics if r["protocol"] == "validation" and r["variant"] in points]
             if found:
@@ -232,10 +227,8 @@ class Report:
             for root, m in self.shards.items()
         ]
         whole, *runs = self.commands
-        return "\n".join(
-            ["Shards, which `dist-obdsd pack` makes:", "", *recipes, "", "All of it:", "", "```", whole, "```", "",
-             "Run by run:", "", "```", *runs, "```"]
-        )  # fmt: skip
+        lines = ["Shards, which `dist-obdsd pack` makes:", "", *recipes, "", "All of it:", "", "```", whole, "```"]
+        return "\n".join([*lines, "", "Run by run:", "", "```", *runs, "```"])
 
 
 def make_folder(folder: Path) -> None:
@@ -262,10 +255,6 @@ def _rows_of(run: RunStatus) -> list[Row]:
     ]  # fmt: skip
 
 
-def _figures(of: Spread | None) -> Row:
-    return dict.fromkeys(("n", "mean", "std", "half", "p")) if of is None else asdict(of)
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
@@ -278,6 +267,10 @@ def _p(value: float | None) -> str:
     if value is None:
         return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
@@ -294,7 +287,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> 
 
 def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer = csv.DictWriter(text, _unique(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

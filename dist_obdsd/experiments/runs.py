@@ -18,17 +18,10 @@ from dist_obdsd.console import NOTICE
 from dist_obdsd.data.schedule import lanes_of
 from dist_obdsd.distributed.launch import read_launch
 from dist_obdsd.errors import InputError
+from dist_obdsd.experiments import run_status
 from dist_obdsd.experiments import variants as planning
 from dist_obdsd.experiments.report import Report, make_folder
-from dist_obdsd.experiments.run_status import (
-    FINISHED,
-    RunStatus,
-    check_folders,
-    load_manifests,
-    read_json,
-    state_of,
-    status_of,
-)
+from dist_obdsd.experiments.run_status import FINISHED, RunStatus, state_of, status_of
 from dist_obdsd.experiments.variants import RunSpec
 from dist_obdsd.files import write_atomically
 from dist_obdsd.tracking.tracker import Tracker, build_tracker
@@ -76,8 +69,8 @@ class Comparison:
                 raise InputError(f"--ranks is {ranks}; give the number of processes of a run, 1 or more")
             for spec in self.specs:
                 lanes_of(0, ranks, spec.config.data.lanes)
-        self._shards = load_manifests(self.specs)
-        check_folders(self.specs, self._shards, ranks or 1)
+        self._shards = run_status.load_manifests(self.specs)
+        run_status.check_folders(self.specs, self._shards, ranks or 1)
         self._path, self._ranks, self._flags, self._command_line = config, ranks, flags, command_line
         self._baseline = planning.baseline_of(chosen)
         self.statuses: list[RunStatus] = []
@@ -138,7 +131,7 @@ class Comparison:
         make_folder(self.folder)  # before hours of training end in a report that has no place
         memory = self.folder / "tracked.json"
         config = self._config.model_copy(update={"name": f"{self._config.name}-comparison"})
-        run_id, tags = read_json(memory).get("run_id"), {"comparison": self._command_line}
+        run_id, tags = run_status.read_json(memory).get("run_id"), {"comparison": self._command_line}
         tracker = build_tracker(config, self.folder, "", run_id, tags, True, logger.warning)
         if (run_id := tracker.reach()) is not None:
             write_atomically(memory, (json.dumps({"run_id": run_id}) + "\n").encode())

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FEWEST = 3
 """Values below which no interval and no p-value is given."""
@@ -19,7 +19,7 @@ class Spread:
     half: float | None
     """Half of the mean's 95 % interval by Student's t; needs 3 values."""
     p: float | None
-    """Two-sided p-value of the t-test against a mean of 0; needs 3 values that are not all the same."""
+    """Two-sided p-value of the paired t-test; needs 3 differences that are not all the same. None for a plain mean."""
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -33,7 +33,7 @@ def spread(values: Sequence[float]) -> Spread:
     >>> round(spread([1.0, 2.0, 3.0]).half, 4)      # 4.3027 * 1 / sqrt(3)
     2.4841
     """
-    return _paired(values, [0.0] * len(values))
+    return replace(_paired(values, [0.0] * len(values)), p=None)
 
 
 def difference(variant: Mapping[int, float], baseline: Mapping[int, float]) -> Spread | None:
