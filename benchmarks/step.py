@@ -87,7 +87,7 @@ def findings(rows: list[Row]) -> dict[str, float]:
         f"{what} of {row['arm']} on {row['W']} ranks": row[what]
         for row in rows
         for what in ("overhead", "excess")
-        if row["arm"] in ARMS[1:] and what in row
+        if row.get("arm") in ARMS[1:] and what in row
     }
 
 

@@ -1,8 +1,13 @@
+import inspect
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dist_obdsd.config import changed_settings, load_config, override_config, parse_config
+from dist_obdsd.config import changed_settings, load_config, override_config, parse_config, ranking, registry
+from dist_obdsd.config.signature import read_source
 from dist_obdsd.errors import InputError
 
 MINIMAL = {"name": "x", "epochs": 3, "data": {"shards": "data/x"}}
@@ -137,3 +142,53 @@ def test_validation_classes_are_a_list_or_a_file_of_names(tmp_path):
         parse(f"validation.classes={tmp_path / 'names.txt'}")
     with pytest.raises(InputError, match="chosen by map@r; add it to evaluation.metrics"):
         parse("validation.folds=2", "evaluation.metrics=[recall]")
+
+
+def test_reading_a_config_imports_no_torch():
+    code = "import sys; from dist_obdsd.config import load_config; load_config('configs/cub200.yaml')"
+    code += "; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+REGISTRIES = [registry.LOSSES, registry.TARGETS, registry.BACKBONES, registry.STRATEGIES]
+
+
+@pytest.mark.parametrize(("parts", "name"), [(parts, name) for parts in REGISTRIES for name in parts.names])
+def test_a_registered_part_is_read_as_it_is_imported(parts, name):
+    if name == "deepspeed":
+        pytest.importorskip("deepspeed")
+    source, part = parts.source(name), parts.load(name)
+    assert source.summary == inspect.getdoc(part).partition("\n")[0]
+    positional = {
+        name: parameter.default if parameter.default is not parameter.empty else ...
+        for name, parameter in inspect.signature(part).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+    if parts is registry.LOSSES:
+        assert {setting.name: setting.default for setting in source.settings} == positional
+        assert all(setting.meaning for setting in source.settings)
+
+
+def test_a_loss_is_added_by_its_file_and_its_line(tmp_path, monkeypatch):
+    (tmp_path / "flat_loss.py").write_text(
+        "class FlatLoss(LearnableLoss):\n"
+        '    """Zero everywhere."""\n\n'
+        "    def __init__(self, height: Positive = 2.0, *, classes: int) -> None:\n"
+        '        """\n        Args:\n            height: of the plain,\n                in metres.\n        """\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    source = read_source("flat_loss:FlatLoss")
+    (height,) = source.settings
+    assert (source.summary, source.bases, source.arguments) == ("Zero everywhere.", {"LearnableLoss"}, {"classes"})
+    assert (height.name, height.default, height.meaning) == ("height", 2.0, "of the plain, in metres.")
+    monkeypatch.setitem(registry.LOSSES.paths, "flat", "flat_loss:FlatLoss")
+    section = ranking._section("flat")
+    assert section().model_dump() == {"name": "flat", "lr": None, "weight_decay": 0.0, "height": 2.0}
+    with pytest.raises(ValueError, match="greater than 0"):
+        section(height=-1)
+
+
+def test_a_config_survives_being_sent_to_another_process():
+    config = parse("ranking.name=pml.ArcFaceLoss", "ranking.kwargs={scale: 30}")
+    assert pickle.loads(pickle.dumps(config)) == config

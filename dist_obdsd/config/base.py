@@ -1,4 +1,4 @@
-"""What every section of the configuration shares."""
+"""The base of every section of the configuration."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,13 +11,13 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Frozen, and closed to unknown keys."""
+    """A section: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def read_names(value: Any) -> Any:
-    """A list of names as it stands, or from a text file with one name per line, given by its path.
+    """Read names from a list, or from the path of a text file with one name per line.
 
     Raises:
         ValueError: the file cannot be read, or holds no name.

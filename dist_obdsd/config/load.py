@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def override_config(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested settings with ``a.b=c`` overrides put in."""
+    """Copy nested settings and put ``a.b=c`` overrides in."""
     raw = copy.deepcopy(raw)
     for override in overrides:
         _apply(raw, override)
@@ -92,7 +92,7 @@ def _sentences(error: ValidationError) -> Iterable[str]:
 
 
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted setting name, sections included."""
+    """List every dotted setting name, sections included."""
     names = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
@@ -102,7 +102,7 @@ def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[s
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a field may hold."""
+    """Find the sections that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
@@ -110,8 +110,10 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two dumped configs and must not, as ``name: old -> new`` (see CHANGEABLE_ON_RESUME). A
-    setting that the old one's version did not know has its default there."""
+    """List what differs between two dumped configs and must not, as ``name: old -> new``.
+
+    CHANGEABLE_ON_RESUME holds what may differ. A setting that the old version did not know has its default there.
+    """
     changes = []
     if not prefix:
         with contextlib.suppress(ValueError):

@@ -31,7 +31,7 @@ def read_mapping(path: Path, what: str, advice: str, example: str) -> dict[str, 
 
 
 def mistake(where: str, item: Any) -> str:
-    """One of pydantic's complaints, about the entry ``where``, as a sentence."""
+    """Turn one of pydantic's complaints, about the entry ``where``, into a sentence."""
     if item["type"] == "missing":
         return f"{where} is missing; add it"
     if item["type"] == "value_error":

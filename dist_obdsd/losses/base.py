@@ -1,4 +1,4 @@
-"""What the ranking losses share: their interface, a zero that is part of the graph, and Euclidean distances.
+"""The interface of the ranking losses, and Euclidean distances.
 
 Legend: b anchors of this rank, B rows of the global batch, D embedding dimension.
 """
@@ -14,7 +14,7 @@ class RankingLoss(nn.Module):
     """A loss over one global batch, from what one rank sees of it. Its own parameters are the same on every rank."""
 
     def forward(self, view: BatchView) -> dict[str, PartialMean]:
-        """This rank's share of each part.
+        """Compute this rank's share of each part.
 
         Returns:
             Parts whose means add up to the loss, by names that begin with ``ranking``; names and order are the same on
@@ -33,7 +33,7 @@ class LearnableLoss(RankingLoss):
 
 
 def graph_zero(view: BatchView) -> torch.Tensor:
-    """A scalar 0 that depends on every row; NaN if any is not finite.
+    """Make a scalar 0 that depends on every row; NaN if any is not finite.
 
     The backward of the gather is a collective, so no rank may leave ``E_BD`` out of its loss. And mining forgets NaN: a
     comparison with it is false.
@@ -42,7 +42,7 @@ def graph_zero(view: BatchView) -> torch.Tensor:
 
 
 def squared_distances(view: BatchView) -> torch.Tensor:
-    """Squared Euclidean distances [b, B] of own rows to all, in at least float32; autocast has no say.
+    """Compute squared Euclidean distances [b, B] of own rows to all, in at least float32, without autocast.
 
         |x - y|^2 = |x - c|^2 + |y - c|^2 - 2 (x - c).(y - c)
 
@@ -53,7 +53,7 @@ def squared_distances(view: BatchView) -> torch.Tensor:
 
 
 def distances(view: BatchView) -> torch.Tensor:
-    """Euclidean distances [b, B] of own rows to all, in at least float32; autocast has no say.
+    """Compute Euclidean distances [b, B] of own rows to all, in at least float32, without autocast.
 
     The square root has no slope at 0. A distance that rounding cannot tell from 0 (below about 4e-8 for float64 and
     1e-3 for float32 unit rows) is 0 with gradient 0: duplicates are neither pushed nor pulled.

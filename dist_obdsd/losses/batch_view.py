@@ -1,4 +1,4 @@
-"""What every part of the objective shares: the share of a mean that one rank holds, and similarities.
+"""One rank's view of the global batch, and its share of a mean over it.
 
 Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
@@ -19,13 +19,13 @@ class BatchView:
     E_bD: torch.Tensor
     """Unit rows of this rank."""
     E_BD: torch.Tensor
-    """Those of all ranks, in rank order, with gradient."""
+    """Unit rows of all ranks, in rank order, with gradient."""
     labels_B: torch.Tensor
     """int64 class indices, 0 to C-1 among the training classes."""
     first_row: int
-    """Where this rank's rows begin in the batch."""
+    """Index of this rank's first row in the batch."""
     seed: int = 0
-    """Of this step's random choices; the same on every rank."""
+    """Seed of this step's random choices; the same on every rank."""
 
     def __post_init__(self) -> None:
         """Check the shapes, which are known without waiting for a GPU.
@@ -66,12 +66,12 @@ class BatchView:
         return similarity(self.E_bD, self.E_BD)
 
     def share(self, n: int) -> slice:
-        """This rank's part of n things, near-equal over the ranks."""
+        """Choose this rank's part of n things, near-equal over the ranks."""
         rank, W = self.first_row // self.b, self.world_size
         return slice(rank * n // W, (rank + 1) * n // W)
 
     def positives_negatives(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks [b, B]: of the anchor's class without the anchor itself, and of another class.
+        """Make masks [b, B]: of the anchor's class without the anchor itself, and of another class.
 
         The anchor is left out by its index, so that a duplicate image stays a positive.
         """

@@ -9,7 +9,7 @@ _GAMMA, _FIRST, _SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE
 
 
 def uniforms(seed: int, rows: slice, B: int, device: torch.device) -> torch.Tensor:
-    """Rows [b, B] of the batch's [B, B] uniform numbers in [0, 1), multiples of 2^-32, in float64.
+    """Draw rows [b, B] of the batch's [B, B] uniform numbers in [0, 1), multiples of 2^-32, in float64.
 
     SplitMix64 (Steele et al., OOPSLA 2014) with the entry's number as its state's: any rank draws its own rows of the
     same matrix, on any device, without the memory for the whole of it.
@@ -22,5 +22,5 @@ def uniforms(seed: int, rows: slice, B: int, device: torch.device) -> torch.Tens
 
 
 def _shift(x_bB: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, filled up with zeros; torch's own would copy the sign."""
+    """Shift to the right and fill up with zeros; torch's own shift would copy the sign."""
     return (x_bB >> bits) & (2 ** (64 - bits) - 1)

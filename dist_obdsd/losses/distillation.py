@@ -1,4 +1,4 @@
-"""Distillation: the student's similarities follow the target's, and figures that say what the target is like.
+"""Distillation: the student's similarities follow the target.
 
 Legend: b rows of this rank, B rows of the batch.
 """
@@ -13,11 +13,11 @@ from dist_obdsd.losses.batch_view import PartialMean
 from dist_obdsd.manifold.similarity import LOG2_E
 
 NORMALISED = 1e-4
-"""How far a target row's sum may be from 1."""
+"""Largest distance of a target row's sum from 1."""
 
 
 def distil(S_bB: torch.Tensor, target_bB: torch.Tensor, temperature: float, first_row: int) -> dict[str, PartialMean]:
-    """KL(target || softmax(S / temperature)) over this rank's rows (arXiv 2211.07566), and what the target is like.
+    """Compute KL(target || softmax(S / temperature)) over this rank's rows, and figures of the target.
 
         KL_i = sum_j target_ij (log target_ij - log p_ij),   p_i = softmax_j(S_ij / temperature)
 
@@ -59,7 +59,7 @@ def distil(S_bB: torch.Tensor, target_bB: torch.Tensor, temperature: float, firs
 
 
 class _Divergence(torch.autograd.Function):
-    """With its gradient written out: dKL_i / dS_ij = (p_ij sum_k target_ik - target_ij) / temperature."""
+    """The divergence and its gradient: dKL_i / dS_ij = (p_ij sum_k target_ik - target_ij) / temperature."""
 
     @staticmethod
     def forward(

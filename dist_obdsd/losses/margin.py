@@ -66,7 +66,7 @@ class MarginLoss(LearnableLoss):
 
     @torch.no_grad()
     def draw(self, d_bB: torch.Tensor, negative_bB: torch.Tensor, view: BatchView) -> tuple[torch.Tensor, torch.Tensor]:
-        """A negative's row for each of the anchor's columns [b, B], independently, and whether it has any [b].
+        """Draw a negative's row for each of the anchor's columns [b, B], and tell whether it has any [b].
 
         The probability is proportional to 1 / q(max(d, cutoff)), where q is the density of distances between random
         points of the unit sphere (equation 2): ``log q = (D - 2) log d + (D - 3)/2 log(1 - d^2 / 4)``. Close negatives

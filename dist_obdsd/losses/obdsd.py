@@ -68,7 +68,7 @@ class Objective:
     def terms(
         self, view: BatchView, T_BD: torch.Tensor | None = None, pending: manifold.PendingTarget | None = None
     ) -> dict[str, PartialMean]:
-        """This rank's share of every term.
+        """Compute this rank's share of every term.
 
         The names and their order are the same on every rank. All hang on ``E_BD`` or are without gradient: the
         backward of its gather is a collective, so a rank without a single anchor must enter it, too.
@@ -111,17 +111,17 @@ class Objective:
         return terms
 
     def ramp(self, epoch: int, epochs: int) -> float:
-        """epoch / epochs, where ``epoch`` counts from 0: the first epoch has no distillation."""
+        """Return epoch / epochs, where ``epoch`` counts from 0: the first epoch has no distillation."""
         return epoch / epochs
 
     def needs_teacher(self, ramp: float) -> bool:
-        """Whether ``terms`` needs the teacher's embeddings: its forward is skipped while it would have no effect."""
+        """Tell whether ``terms`` needs the teacher, whose forward is skipped while it has no effect."""
         return self.target is not None and self.target.needs_teacher and ramp * self.weight > 0
 
     def loss(
         self, terms: Mapping[str, PartialMean], global_counts: Mapping[str, torch.Tensor], world_size: int, ramp: float
     ) -> torch.Tensor:
-        """The scalar on which this rank calls backward; its mean over the ranks is the global loss.
+        """Compute the scalar on which this rank calls backward; its mean over the ranks is the global loss.
 
         With the gathered rows' gradients summed over the ranks, rank r's parameter gradient is that of everyone's loss
         through r's rows. DDP then takes the mean over the W ranks. So each term enters as local_sum * W / global_count,
@@ -159,7 +159,7 @@ class Objective:
         self.memory_MD = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint's entries: the ranking loss's parameters and the memory."""
+        """Return the checkpoint's entries: the ranking loss's parameters and the memory."""
         return {"objective": self.ranking.state_dict(), "manifold_memory": self.memory_MD}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -170,12 +170,12 @@ class Objective:
 
 
 def is_ranking(name: str) -> bool:
-    """Whether a term is the ranking loss or a part of it."""
+    """Tell whether a term is the ranking loss or a part of it."""
     return name.partition("_")[0] == "ranking"
 
 
 def class_indices(labels_B: torch.Tensor, classes_C: torch.Tensor) -> torch.Tensor:
-    """Class ids of the manifest [B], on the CPU, as indices 0 to C-1 among the sorted training classes [C].
+    """Turn class ids [B], on the CPU, into indices 0 to C-1 among the sorted training classes [C].
 
     Raises:
         InputError: a label is no training class, or the batch has fewer than two classes.

@@ -119,7 +119,7 @@ class PMLLoss(LearnableLoss):
 
 
 def _build(kind: str, key: str, given: str, kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
-    """An object of the library's module ``kind`` (losses or miners), with sizes and named parts filled in."""
+    """Make an object of the library's module ``kind`` (losses or miners), with sizes and named parts filled in."""
     found = _find(kind, f"{key}.name" if kind == "losses" else key, given)
     arguments = f"{key}.kwargs" if kind == "losses" else f"{key}_kwargs"
     known = _parameters(found)
@@ -151,7 +151,7 @@ def _part(key: str, name: str, value: Any) -> Any:
 
 
 def _find(kind: str, key: str, given: str) -> Any:
-    """The class that ``pml.NAME`` names."""
+    """Find the class that ``pml.NAME`` names."""
     module, name = _library(kind), given.removeprefix("pml.")
     if name in REFUSED:
         raise InputError(f"{key}={given} cannot work here: {REFUSED[name]}")
@@ -178,7 +178,7 @@ def _library(kind: str) -> ModuleType:
 
 
 def _parameters(found: type) -> list[str]:
-    """What a constructor takes, those of its bases included as long as it passes on keywords."""
+    """List a constructor's arguments, those of its bases included as long as it passes on keywords."""
     names: dict[str, None] = {}
     for base in inspect.getmro(found):
         if "__init__" not in vars(base):
@@ -198,7 +198,7 @@ def _near(name: str, names: list[str], prefix: str = "") -> str:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators, which the library draws from, in a state that is the same on every rank."""
+    """Seed torch's global generators, which the library draws from, alike on every rank."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.random.default_generator.manual_seed(derive(seed, "miner"))

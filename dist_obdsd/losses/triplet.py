@@ -37,7 +37,7 @@ class TripletLoss(RankingLoss):
     def _weights(
         self, d_bB: torch.Tensor, positive_bB: torch.Tensor, negative_bB: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """In how many triplets each pair stands [b, B], negatives with a minus, and the number of triplets.
+        """Count each pair's triplets [b, B], negatives with a minus, and all triplets.
 
         The sum over the triplets is linear in d, so it needs no triplet, only these numbers, and those come from one
         sort: B log B per anchor instead of B^2.
@@ -48,7 +48,7 @@ class TripletLoss(RankingLoss):
         far_bB = d_bB + self.margin
 
         def among(counted_bN: torch.Tensor, in_bB: torch.Tensor, limit_bB: torch.Tensor, equal: bool) -> torch.Tensor:
-            """How many of the counted kind lie below each limit, or below and at it."""
+            """Count those of one kind below each limit, or below and at it."""
             return counted_bN.gather(1, torch.searchsorted(in_bB, limit_bB, right=equal))
 
         # Of a positive: the negatives with d_ap < d_an < d_ap + margin.

@@ -1,9 +1,9 @@
 """The batch manifold as a graph: nodes are the teacher's rows, edges say how alike two of them are.
 
-A node's row of the similarities S = T T^T is made when it is needed, a tile of rows at a time; only where the whole
-matrix fits the memory that the settings allow is it kept. With K the symmetric matrix of affinities and D its row sums
-(degrees), there is the transition matrix A of the diffusion, in whose coordinates the target is defined, and
-N = D^-1/2 K D^-1/2, which is symmetric with eigenvalues in [-1, 1] and similar to A, in whose coordinates it is solved.
+Rows of the similarities S = T T^T are made when they are needed, a tile at a time. The whole matrix is kept only where
+it fits the memory that the settings allow. K is the symmetric matrix of affinities, and D holds its row sums, the
+degrees. The target is defined in the coordinates of A, the diffusion's transition matrix. It is solved in those of
+N = D^-1/2 K D^-1/2, which is similar to A and symmetric, with eigenvalues in [-1, 1].
 
 Legend: n nodes, the rows of the batch first and then those of the memory; b own rows; t rows of a tile; D embedding
 dimension.
@@ -22,11 +22,10 @@ from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E, similarity
 
 TILE_ENTRIES = 2**22
-"""Entries of a tile where the whole matrix is not kept: 16 MiB in float32, which a CPU's allocator still hands out
-again instead of asking the kernel for new pages."""
+"""Entries of a tile where the whole matrix is not kept: 16 MiB in float32, which a CPU's allocator still reuses."""
 SCALE_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
-"""Largest exponent by which a solution is scaled back: beyond it the type would overflow. What the limit gets wrong,
-the solver's next correction mends."""
+"""Largest exponent by which a solution is scaled back: beyond it the type would overflow. The solver's next
+correction mends what the limit gets wrong."""
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Similarities this close to the k-th nearest count as tied with it, so that S_ij and S_ji, which two tiles may round
 differently, always fall on the same side."""
@@ -53,21 +52,21 @@ class Graph(ABC):
     # ---- rows of n x n matrices -------------------------------------------------------------------------------------
 
     def similarities(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
-        """S [t, n], or some columns of it. Not to be written to."""
+        """Return S [t, n], or some columns of it. Not to be written to."""
         if self._S_nn is not None:
             return self._S_nn[rows, columns]
         return similarity(self.T_nD[rows], self.T_nD[columns])
 
     @abstractmethod
     def transition(self, rows: slice) -> torch.Tensor:
-        """A [t, n]: row i says where the diffusion goes from node i. An isolated node's row is 0."""
+        """Return A [t, n]: row i is where the diffusion goes from node i. An isolated node's row is 0."""
 
     @abstractmethod
     def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
-        """N [t, n], or some columns of it."""
+        """Return N [t, n], or some columns of it."""
 
     def times_symmetric(self, X_bn: torch.Tensor) -> torch.Tensor:
-        """X N [b, n] where N is not kept: a block above the diagonal is made once and serves below it, too."""
+        """Compute X N [b, n] where N is not kept. A block above the diagonal also serves below it."""
         product_bn, side = torch.zeros_like(X_bn), max(math.isqrt(TILE_ENTRIES), 1)
         blocks = [slice(i, min(i + side, self.n)) for i in range(0, self.n, side)]
         for i, rows in enumerate(blocks):
@@ -81,7 +80,7 @@ class Graph(ABC):
     @property
     @abstractmethod
     def isolated_n(self) -> torch.Tensor:
-        """Nodes [n] without an edge."""
+        """Mask [n] of the nodes without an edge."""
 
     @property
     @abstractmethod
@@ -89,31 +88,31 @@ class Graph(ABC):
         """The unit eigenvector [n] of N for its largest eigenvalue, 1: the square root of the degrees."""
 
     def initial_guess(self, rows: slice) -> torch.Tensor | None:
-        """A start [b, n] for Neumann's series of the own rows; None where the series is not worth trying."""
+        """Make a start [b, n] for Neumann's series of the own rows; None where the series is not worth trying."""
         return None
 
     # ---- between N's coordinates and A's ----------------------------------------------------------------------------
 
     @abstractmethod
     def to_walk_coordinates(self, rows: slice) -> torch.Tensor | None:
-        """Factors [b, n] that take rows of (I - omega N)^-1 to those of (I - omega A)^-1; None for ones."""
+        """Compute factors [b, n] from rows of (I - omega N)^-1 to those of (I - omega A)^-1; None for ones."""
 
     @abstractmethod
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
-        """A bound [b] on the target's L1 error, from rows e_i - y (I - omega A)."""
+        """Bound the target's L1 error [b], from rows e_i - y (I - omega A)."""
 
     @abstractmethod
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The target [b, n] of the own rows, from the rows y of (I - omega A)^-1."""
+        """Compute the target [b, n] of the own rows, from the rows y of (I - omega A)^-1."""
 
     # ---- sharpening -------------------------------------------------------------------------------------------------
 
     def start(self, rows: slice) -> torch.Tensor:
-        """P = softmax(S / temperature) [t, n], over all nodes, its diagonal left out where the settings say so."""
+        """Compute P = softmax(S / temperature) [t, n] over all nodes, without its diagonal if ``mask_self``."""
         return softmax(self.similarities(rows), self.diffusion.temperature, rows.start, self.diffusion.mask_self)
 
     def _sharpened(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """S after clipping and power [t, n], and which entries are edges, if not all but the diagonal."""
+        """Return S after clipping and power [t, n], and its mask of edges, if not all but the diagonal."""
         S_tn = self.similarities(rows, columns)
         edges_tn = None
         if self._nearest_n is not None:
@@ -126,7 +125,7 @@ class Graph(ABC):
         return S_tn, edges_tn
 
     def _nearest(self) -> torch.Tensor:
-        """The similarity [n] from which on a node is among the k nearest of each."""
+        """Find each node's similarity [n] to its k-th nearest node."""
         nearest_n = self._per_node()
         k = min(self.diffusion.neighbours or 0, self.n - 1)
         for tile in self.tiles:
@@ -136,8 +135,10 @@ class Graph(ABC):
         return nearest_n
 
     def _per_node(self) -> torch.Tensor:
-        """Room for a number per node [n]. Filled tile by tile in place: small results that outlive their tile would lie
-        between the tiles' blocks and keep the allocator from using those again."""
+        """Allocate a number per node [n], to be filled tile by tile in place.
+
+        Small results that outlive their tile would keep the allocator from reusing the tiles' blocks.
+        """
         return torch.empty(self.n, dtype=self.T_nD.dtype, device=self.T_nD.device)
 
 
@@ -158,8 +159,10 @@ class WalkGraph(Graph):
 
     @cached_property
     def _degrees(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """m and s [n] of every node, whose degree has the logarithm m + log s, and which nodes have none. For those m
-        is 0 and s is 1."""
+        """Compute m and s [n] of every node, whose degree has the logarithm m + log s, and the isolated nodes.
+
+        For those m is 0 and s is 1.
+        """
         m_n, largest_n = self._per_node(), self._per_node()
         for tile in self.tiles:
             logits_tn = self._logits(tile)
@@ -183,8 +186,10 @@ class WalkGraph(Graph):
         return top_eigenvector_n / top_eigenvector_n.norm()
 
     def initial_guess(self, rows: slice) -> torch.Tensor | None:
-        """(I - omega A)^-1 is the sum of (omega A)^k. Here are its first two terms and, for the others, what a row of
-        A^k tends to as k grows: it is the same for every row, and the mean row of A is near it."""
+        """Sum the first two terms of (I - omega A)^-1 = sum of (omega A)^k, and a limit for the others.
+
+        As k grows, the rows of A^k tend to one row, and the mean row of A is near it.
+        """
         if self._A_nn is None:
             return None
         omega = self.diffusion.omega
@@ -199,7 +204,7 @@ class WalkGraph(Graph):
         return A_tn if self._nearest_n is None else A_tn.nan_to_num(0)
 
     def _logits(self, rows: slice, columns: slice = EVERY, unit: float = 1.0) -> torch.Tensor:
-        """Logarithms of K, shifted by the same for all, times ``unit``."""
+        """Compute logarithms of K, shifted by the same for all, times ``unit``."""
         S_tn, edges_tn = self._sharpened(rows, columns)
         scale, logits_tn = unit / self.diffusion.transition_temperature, S_tn - 1
         if scale != 1:
@@ -224,16 +229,16 @@ class WalkGraph(Graph):
         return exponents_tn.clamp_min_(LEAST_EXPONENT).exp2_()
 
     def to_walk_coordinates(self, rows: slice) -> torch.Tensor:
-        """exp((r_j - r_i)/2), r the logarithm of the degree. (exp(r/2) alone would overflow.)"""
+        """Compute exp((r_j - r_i)/2), r the logarithm of the degree. (exp(r/2) alone would overflow.)"""
         m_n, s_n, _ = self._degrees
         below_n = ((m_n - m_n.max()) / 2).clamp_min_(-SCALE_LIMIT[m_n.dtype])
         factor_n = below_n.exp_() * s_n.sqrt()
         return factor_n / factor_n[rows, None]
 
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
-        """A's rows sum to 1 and P's do, hence || error of the target ||_1 <= || e_i - y (I - omega A) ||_1.
+        """Return || e_i - y (I - omega A) ||_1, which bounds the target's, since A's and P's rows sum to 1.
 
-        A residual in N's coordinates would not do: going back multiplies errors by exp((r_j - r_i)/2).
+        A residual in N's coordinates would not do: the way to A's multiplies errors by exp((r_j - r_i)/2).
         """
         return residual_bn.abs().sum(1)
 
@@ -283,8 +288,11 @@ class SymmetricGraph(Graph):
         return None
 
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
-        """A's eigenvalues lie in [-1, 1], so y's error is at most 1/(1 - omega) times its residual in L2, and a logit's
-        at most that times (1 - omega) |S_j| / temperature; softmax does not enlarge it (from max norm to L1)."""
+        """Scale the residual's L2 norm to a bound.
+
+        A's eigenvalues lie in [-1, 1], so y's error is at most 1/(1 - omega) times its residual in L2. A logit's error
+        is at most that times (1 - omega) |S_j| / temperature. Softmax does not enlarge it (from max norm to L1).
+        """
         return residual_bn.norm(dim=1) * self._reach
 
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -295,7 +303,7 @@ class SymmetricGraph(Graph):
 
 
 def sum_over_tiles(tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-    """X M [b, n] for a matrix M that exists a tile of rows at a time."""
+    """Compute X M [b, n] for a matrix M that exists a tile of rows at a time."""
     if len(tiles) == 1:
         return X_bn @ matrix(tiles[0])
     product_bn = torch.zeros_like(X_bn)
@@ -305,8 +313,10 @@ def sum_over_tiles(tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[sli
 
 
 def softmax(S_tn: torch.Tensor, temperature: float, first_row: int, mask_self: bool) -> torch.Tensor:
-    """softmax(S / temperature) over each row [t, n]; a row's own node, on the diagonal from ``first_row``, is left out
-    where ``mask_self`` says so."""
+    """Compute softmax(S / temperature) over each row [t, n].
+
+    With ``mask_self`` a row's own node, on the diagonal from ``first_row``, is left out.
+    """
     logits_tn = S_tn if temperature == 1 else S_tn / temperature
     if mask_self:
         logits_tn = logits_tn.clone()

@@ -14,18 +14,18 @@ from dist_obdsd.errors import InputError
 LOG2_E = math.log2(math.e)
 """e^x is 2^(x LOG2_E), and torch's exp2 takes a third of the time of its exp on a CPU."""
 LEAST_EXPONENT = -115.0
-"""Of 2; what is below it may be taken for it: 2e-35 changes no sum, and what is smaller makes a CPU slow."""
+"""Least exponent of 2: 2e-35 changes no sum, and smaller numbers make a CPU slow."""
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast has no say; entering torch's own takes longer than most operations inside."""
+    """Open a context without autocast. Entering torch's own takes longer than most operations inside."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def similarity(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
-    """Inner products [b, B], cosines for unit rows, in float32 or, if a factor is float64, in float64.
+    """Compute inner products [b, B], in float32 or, if a factor is float64, in float64.
 
     Autocast is off inside, and half precision is widened first: at temperature 0.005 the rounding of a bfloat16 product
     would move a logit by up to 0.8.

@@ -1,9 +1,9 @@
 """Rows of (I - omega A)^-1 for this rank's own rows of the batch manifold.
 
 A corrector solves the symmetric system I - omega N, with all rows by Cholesky or with the own rows by conjugate
-gradients; what counts is the residual in A's own coordinates, from which the next correction starts. Where corrections
-stall, Neumann's series can go on in those coordinates: every step shrinks the residual by omega. Where a walk forgets
-at once where it began, as at the usual temperatures, the series alone does, without N.
+gradients. The residual in A's own coordinates decides; the next correction starts from it. Where corrections stall,
+Neumann's series goes on in those coordinates: every step shrinks the residual by omega. At the usual temperatures a
+walk soon forgets where it began, and the series alone is enough, without N.
 
 Legend: n nodes, b own rows; rows of b x n matrices are systems of their own.
 """
@@ -17,24 +17,24 @@ import torch
 from dist_obdsd.manifold.graph import Graph, sum_over_tiles
 
 CORRECTIONS = 8
-"""At most; ordinary batches need one, outliers at sharp temperatures two or three."""
+"""Most corrections; ordinary batches need one, outliers at sharp temperatures two or three."""
 CG_ITERATIONS = 200
-"""At most in one correction."""
+"""Most iterations in one correction."""
 NEUMANN_ITERATIONS = 2000
-"""At most; an omega of 0.99 needs 920 to shrink a residual by 1e-4."""
+"""Most terms; an omega of 0.99 needs 920 to shrink a residual by 1e-4."""
 NEUMANN_STEPS = 3
 """Products with A after which an inverse by Cholesky would have been cheaper."""
 FIXED_STEPS = 8
-"""Products with A that are taken where nobody looks whether fewer would do."""
+"""Products with A where the host reads no error in between."""
 ROUNDING = 16
-"""Of the type's epsilon: what is left of a unit row's residual when every solver has only rounding errors left."""
+"""Residual of a unit row, in epsilons of its type, at which every solver has only rounding errors left."""
 
 
 class Corrector(Protocol):
-    """Solves x (I - omega N) = c for rows of right-hand sides; returns solutions [b, n] and the iterations taken."""
+    """A solver of x (I - omega N) = c for rows c; it returns solutions [b, n] and the iterations taken."""
 
     def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
-        """For the unit vectors of the own rows."""
+        """Solve for the unit vectors of the own rows."""
 
     def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]: ...
 
@@ -50,13 +50,13 @@ class Inverse:
 
 
 def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann: bool) -> Inverse:
-    """Rows [b, n] of (I - omega A)^-1, as accurate as ``tolerance`` where that can be reached.
+    """Compute rows [b, n] of (I - omega A)^-1, as accurate as ``tolerance`` where that can be reached.
 
     Args:
         rows: the own rows.
         solver: cholesky or cg.
-        tolerance: of ``Inverse.error_b``. Whether it was reached is for the caller to see there; NaN embeddings give
-            NaN errors.
+        tolerance: of ``Inverse.error_b``. The caller checks there whether it was reached; NaN embeddings give NaN
+            errors.
         neumann: go on with Neumann's series if the solver's corrections do not reach it.
     """
     omega, to_walk_bn = graph.diffusion.omega, graph.to_walk_coordinates(rows)
@@ -100,12 +100,13 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
 
 
 def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
-    """Rows [b, n] of (I - omega A)^-1 by Neumann's series alone, where two or three products with A make them as good
-    as any solver would, as at the usual temperatures; None elsewhere.
+    """Compute rows [b, n] of (I - omega A)^-1 by Neumann's series alone, where it is short.
+
+    At the usual temperatures two or three products with A make them as good as any solver would. None elsewhere.
 
         y' = e_i + omega y A  differs from y by y's residual, and its own residual is omega times that one times A
 
-    As A's rows sum to 1, it is at most omega times as large, without another product to see it.
+    As A's rows sum to 1, that residual is at most omega times as large, which takes no further product to know.
     """
     goal, before = neumann_goal(graph.T_nD.dtype, graph.diffusion.omega, tolerance), 2 * graph.diffusion.omega
     for taken, (Y_bn, error_b) in enumerate(_series(graph, rows, NEUMANN_STEPS), 1):
@@ -120,8 +121,10 @@ def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
 
 
 def neumann_fixed_steps(graph: Graph, rows: slice) -> Inverse | None:
-    """The same with more products, and without a look at their errors. Whether ``neumann_goal`` was reached is for the
-    caller to see; None where the graph has nothing to begin with."""
+    """Compute the same rows with a fixed number of products, without reading an error on the host.
+
+    The caller checks whether ``neumann_goal`` was reached. None where the graph has no initial guess.
+    """
     inverse = None
     for Y_bn, error_b in _series(graph, rows, FIXED_STEPS):
         inverse = Inverse(Y_bn, error_b, FIXED_STEPS)
@@ -129,8 +132,10 @@ def neumann_fixed_steps(graph: Graph, rows: slice) -> Inverse | None:
 
 
 def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ever better rows [b, n], each with a bound [b] on its error; none where there is nothing to begin with. Rows are
-    overwritten when the next ones are asked for."""
+    """Yield ever better rows [b, n], each with a bound [b] on its error; none without an initial guess.
+
+    Rows are overwritten when the next ones are asked for.
+    """
     Y_bn = graph.initial_guess(rows)
     if Y_bn is None:
         return
@@ -143,14 +148,18 @@ def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Te
 
 
 def neumann_goal(dtype: torch.dtype, omega: float, tolerance: float) -> float:
-    """The error that the series must reach. A looser one would let the rounds, and with them the last digits, depend on
-    which rows a rank has."""
+    """Compute the error that the series must reach.
+
+    With a looser one the number of steps, and so the last digits, would depend on which rows a rank has.
+    """
     return min(tolerance, ROUNDING * torch.finfo(dtype).eps / (1 - omega))
 
 
 class Cholesky:
-    """All of I - omega N is factored once: n^3 / 3 operations. All rows of its inverse take 2 n^3 / 3 more, b of them
-    2 b n^2."""
+    """A Cholesky factor of all of I - omega N, in n^3 / 3 operations.
+
+    All rows of its inverse take 2 n^3 / 3 more, b of them 2 b n^2.
+    """
 
     def __init__(self, graph: Graph) -> None:
         M_nn = graph.symmetric(slice(0, graph.n)).mul_(-graph.diffusion.omega)
@@ -169,7 +178,7 @@ class Cholesky:
 
 
 class ConjugateGradients:
-    """One run for each own row: 2 b n^2 operations an iteration, and n x n matrices only a tile at a time.
+    """Conjugate gradients for each own row: 2 b n^2 operations an iteration, a tile of N at a time.
 
     The part along N's known leading eigenvector u, of eigenvalue 1, is solved directly, (c.u) / (1 - omega) u, and kept
     out of the iteration, which then sees only the rest of the spectrum (deflation).
@@ -222,7 +231,7 @@ class ConjugateGradients:
 
 
 def unit_rows(rows: slice, like_nx: torch.Tensor) -> torch.Tensor:
-    """Rows of the identity [b, n]."""
+    """Make rows of the identity [b, n]."""
     unit_bn = like_nx.new_zeros(rows.stop - rows.start, len(like_nx))
     unit_bn.diagonal(offset=rows.start).fill_(1)
     return unit_bn

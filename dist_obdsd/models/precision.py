@@ -1,4 +1,4 @@
-"""How a training step calls its networks: in which precision, and compiled or not.
+"""Precision and compilation of the networks in a training step.
 
 Only training calls are compiled: an evaluation's numbers must not depend on what a compiler makes of the network, so it
 calls ``forward`` itself.
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def autocast(config: Config, device: torch.device, teacher: bool = False) -> AbstractContextManager[object]:
-    """The precision of the student's forward pass, or of the teacher's."""
+    """Open the precision of the student's forward pass, or of the teacher's."""
     low = config.precision == "bf16" or (teacher and config.distillation.teacher_precision == "bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
@@ -44,7 +44,7 @@ def check_precision(config: Config, device: torch.device) -> None:
 
 
 def blank_images(config: Config, runtime: Runtime) -> torch.Tensor:
-    """uint8 [b, C, s, s] of zeros, of the shape that the network sees in a step."""
+    """Make uint8 zeros [b, C, s, s] of the shape that the network sees in a step."""
     b, data = config.batch.global_size // runtime.world_size, config.data
     shape = (min(config.batch.chunk or b, b), data.channels, data.image_size, data.image_size)
     return torch.zeros(shape, dtype=torch.uint8, device=runtime.device)

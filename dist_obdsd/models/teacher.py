@@ -25,8 +25,10 @@ class ProgressiveTeacher:
 
     @torch.inference_mode()
     def __call__(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        """Unit rows [b, D], without gradient. They are what torch calls an inference tensor: copy them (``torch.cat``
-        does) before they meet others that have one."""
+        """Embed images as unit rows [b, D], without gradient.
+
+        They are an inference tensor: copy them (``torch.cat`` does) before they meet others with a gradient.
+        """
         return self.network(images_bCss)
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class ProgressiveTeacher:
 
 
 def fingerprints(network: nn.Module) -> dict[str, str]:
-    """A digest of each tensor's bytes."""
+    """Digest each tensor's bytes."""
     return {
         name: hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
         if tensor.dim()

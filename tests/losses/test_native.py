@@ -1,4 +1,4 @@
-"""Contrastive, triplet, margin and proxy anchor loss: against double loops, finite differences and another library."""
+"""The losses of this package: against double loops, finite differences and another library."""
 
 import pytest
 import torch
@@ -20,6 +20,9 @@ from tests.losses.data import CLASSES, LABELS, loss_of, mean, parts, ranking
 from tests.manifold.data import B, D, manifolds, unit_rows
 
 SETTINGS = {
+    "multi-similarity": ranking("multi_similarity"),
+    "multi-similarity, no margin": ranking("multi_similarity", margin=0.0),
+    "multi-similarity, all pairs": ranking("multi_similarity", margin=5.0, alpha=0.5, beta=3.0, threshold=0.2),
     "contrastive": ranking("contrastive"),
     "contrastive, wide": ranking("contrastive", positive_margin=0.3, negative_margin=1.3),
     "triplet": ranking("triplet"),
@@ -36,6 +39,8 @@ Naive = dict[str, tuple[torch.Tensor, int]]
 
 def naive(loss: RankingLoss, settings: RankingConfig, E_BD: torch.Tensor, labels: list[int]) -> Naive:
     match settings.name:
+        case "multi_similarity":
+            return {"ranking": oracle.multi_similarity(E_BD, labels, **settings.model_dump(exclude={"name"}))}
         case "contrastive":
             return oracle.contrastive(E_BD, labels, **settings.model_dump(exclude={"name"}))
         case "triplet":
@@ -110,6 +115,8 @@ def test_parts_of_the_ranks_add_up_to_the_whole(settings: RankingConfig, b: int)
 
 
 EMPTY = {
+    ("multi_similarity", "different"): "ranking",
+    ("multi_similarity", "same"): "ranking",
     ("contrastive", "different"): "ranking_positive",
     ("contrastive", "same"): "ranking_negative",
     ("triplet", "different"): "ranking",
@@ -351,9 +358,7 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
     assert beta.beta.tolist() == pytest.approx([1.2] * CLASSES)
 
 
-@pytest.mark.parametrize(
-    "settings", [ranking("multi_similarity"), *SETTINGS.values()], ids=["multi-similarity", *SETTINGS]
-)
+@every
 def test_nothing_waits_for_a_gpu_or_stays_on_the_cpu(settings: RankingConfig) -> None:
     # Fake tensors know their device and shape but no values: reading one on the host or mixing devices is an error.
     with FakeTensorMode():
