@@ -167,10 +167,12 @@ class _NamesHelp(argparse.RawDescriptionHelpFormatter):
 def _registered_names() -> str:
     from dist_obdsd.config import registry
 
-    found = [part for part in vars(registry).values() if isinstance(part, registry.Registry)]
+    # A reader is chosen by a recipe, which pack reads.
+    parts = [part for part in vars(registry).values() if isinstance(part, registry.Registry)]
+    found = [part for part in parts if part is not registry.READERS]
     width = max((len(part.setting) for part in found), default=0)
     lines = [
-        textwrap.fill(f"  {part.setting:{width}}  {', '.join(part.names)}", 110, subsequent_indent=" " * (width + 4))
+        textwrap.fill(f"  {part.setting:{width}}  {', '.join(part.choices)}", 110, subsequent_indent=" " * (width + 4))
         for part in found
     ]
     return "\n".join([f"{NAMES}:", *lines])
