@@ -1,4 +1,4 @@
-"""What the command line takes. Imports nothing heavy, so that ``--help`` answers at once."""
+"""The arguments of the command line. Nothing heavy is imported, so that ``--help`` answers at once."""
 
 import argparse
 import shlex
@@ -64,13 +64,8 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="train variants x seeds and report how far they differ")
     compare.add_argument("config", type=Path, help="a YAML file, see configs/")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
-    compare.add_argument(
-        "--variants",
-        "--arms",
-        required=True,
-        metavar="VARIANT,...",
-        help="distillation targets, or NAME:key=value,key=value",
-    )
+    variants = "distillation targets, or NAME:key=value,key=value"
+    compare.add_argument("--variants", "--arms", required=True, metavar="VARIANT,...", help=variants)
     compare.add_argument("--seeds", default="3", metavar="N", help="how many (default: 3), or which, such as 0,4,7")
     compare.add_argument(
         "--grid", action="append", default=[], metavar="key=v,v", help="every variant with every value"
