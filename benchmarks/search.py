@@ -18,7 +18,7 @@ from benchmarks.ranks import START_SECONDS, matmul_flops, on_ranks
 from benchmarks.report import Row, peak_mib
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
-from dist_obdsd.evaluation.search import nearest
+from dist_obdsd.evaluation.knn import nearest
 from dist_obdsd.rng import derive
 
 SIZES = (10_000, 50_000, 200_000, 1_000_000)

@@ -24,9 +24,9 @@ from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation import embeddings, index
+from dist_obdsd.evaluation import embedding_files, faiss_index
 from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, evaluate_split, measure
-from dist_obdsd.evaluation.scores import unit_rows
+from dist_obdsd.evaluation.knn import unit_rows
 from dist_obdsd.figures import retrieval_grid
 from dist_obdsd.files import write_atomically
 from dist_obdsd.inference import build_network, inference_config
@@ -71,7 +71,7 @@ def _evaluate_embeddings(options: argparse.Namespace) -> int:
         if options.shards is not None:
             with raise_on_all_ranks("reading the shards"):
                 manifest = manifests.load(options.shards)
-        found = embeddings.read(options.embeddings)
+        found = embedding_files.read(options.embeddings)
         rows_nD = found.rows_nD
         if config.evaluation.distance == "cosine":
             with raise_on_all_ranks("the embeddings' lengths"):
@@ -159,16 +159,16 @@ def embed(options: argparse.Namespace) -> int:
         else:
             with raise_on_all_ranks("looking for images"):
                 folder = find_images(options.images)
-            assert_equal_across_ranks("the folder of images", embeddings.digest(folder.paths), InputError)
+            assert_equal_across_ranks("the folder of images", embedding_files.digest(folder.paths), InputError)
             columns = _columns_of_paths(folder.paths, folder.classes)
             batches = partial(folder_batches, folder, config, rank.rank, rank.world_size)
         network = _build_network(state, config, rank, options)
         with raise_on_all_ranks("embedding the images"), torch.inference_mode():
             rows_nD, ids_n, _, _ = embed_all(network, batches(), rank.device)
         if options.out is not None:
-            embeddings.write(options.out, rows_nD, ids_n, columns, options.dtype)
+            embedding_files.write(options.out, rows_nD, ids_n, columns, options.dtype)
         if options.index is not None:
-            index.write(options.index, rows_nD, ids_n, columns)
+            faiss_index.write(options.index, rows_nD, ids_n, columns)
         for path in filter(None, (options.out, options.index)):
             show(f"{path}: {len(columns.ids)} embeddings of {config.model.embedding_dim} numbers")
     return 0
@@ -178,17 +178,17 @@ def _check_embed_outputs(options: argparse.Namespace) -> None:
     if options.out is None and options.index is None:
         raise InputError("embed writes --out FILE, --index FILE or both; give one of them")
     if options.out is not None:
-        embeddings.check_suffix(options.out)
+        embedding_files.check_suffix(options.out)
     if options.index is not None:
-        index.check_faiss()
+        faiss_index.check_faiss()
         if options.out is not None and options.out.absolute() in map(
-            Path.absolute, (options.index, index.keys_path(options.index))
+            Path.absolute, (options.index, faiss_index.keys_path(options.index))
         ):
             raise InputError(f"--out and --index both write {options.out}; give them different names")
     check_writable(options.out, options.index)
 
 
-def _columns_of_split(manifest: Manifest, split: str) -> embeddings.Table:
+def _columns_of_split(manifest: Manifest, split: str) -> embedding_files.Table:
     images = sorted(
         (image_id, label, role)
         for shard in manifest.splits[split]
@@ -201,15 +201,15 @@ def _columns_of_split(manifest: Manifest, split: str) -> embeddings.Table:
         "roles": np.array(roles),
         "keys": np.array([manifests.key(image_id) for image_id in ids]),
     }
-    return embeddings.Table(np.array(ids, dtype=np.int64), columns)
+    return embedding_files.Table(np.array(ids, dtype=np.int64), columns)
 
 
-def _columns_of_paths(paths: list[str], classes: list[str]) -> embeddings.Table:
+def _columns_of_paths(paths: list[str], classes: list[str]) -> embedding_files.Table:
     columns = {"keys": np.array(paths)}
     if classes:
         columns["labels"] = np.unique(classes, return_inverse=True)[1].astype(np.int64)
         columns["classes"] = np.array(classes)
-    return embeddings.Table(np.arange(len(paths), dtype=np.int64), columns)
+    return embedding_files.Table(np.arange(len(paths), dtype=np.int64), columns)
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------

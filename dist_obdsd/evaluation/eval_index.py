@@ -1,4 +1,4 @@
-"""The census: who all the images of an evaluation are. Every rank knows it, so that counting needs no messages.
+"""The index of all images of an evaluation, which every rank knows, so that counting needs no messages.
 
 Roles say what an image does: ``both``, ``query`` and ``train`` ask, ``both``, ``gallery``, ``train`` and
 ``gallery:NAME`` are searched (``train`` is evaluated only where its classes are held out for validation). Images with
@@ -20,7 +20,7 @@ from dist_obdsd.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
-class Census:
+class EvalIndex:
     """Every image once, by ascending id. The same on every rank, but for the two fields about this rank's images."""
 
     ids_N: torch.Tensor
@@ -49,7 +49,7 @@ class Census:
         return self.labels_N.unique(return_inverse=True)
 
 
-def take_census(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str]) -> Census:
+def build_eval_index(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str]) -> EvalIndex:
     """Learn of all ranks' images. Collective.
 
     Args:
@@ -90,7 +90,7 @@ def take_census(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str
     ids_N, labels_N, role_N = sorted_M3[~again_M].unbind(dim=1)
     galleries = tuple(sorted({name for role in known if (name := gallery_of(role)) is not None}))
     gallery_by_code = [-1 if (name := gallery_of(role)) is None else galleries.index(name) for role in known]
-    return Census(
+    return EvalIndex(
         ids_N=ids_N.contiguous(),
         labels_N=labels_N.contiguous(),
         asks_N=torch.tensor([asks(role) for role in known], dtype=torch.bool)[role_N],
@@ -102,7 +102,7 @@ def take_census(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str
     )
 
 
-def check_counts(census: Census, expected_count: int | None, expected_classes: Mapping[int, int] | None) -> None:
+def check_counts(index: EvalIndex, expected_count: int | None, expected_classes: Mapping[int, int] | None) -> None:
     """Compare with what the manifest promises. The same verdict on every rank.
 
     Raises:
@@ -110,14 +110,14 @@ def check_counts(census: Census, expected_count: int | None, expected_classes: M
             ``expected_classes`` (label -> images) says.
     """
     with raise_on_all_ranks("the count of evaluation images"):
-        if not len(census) or (expected_count is not None and len(census) != expected_count):
+        if not len(index) or (expected_count is not None and len(index) != expected_count):
             wanted = "at least 1 is" if expected_count is None else f"{expected_count} are"
             raise RunError(
-                f"{len(census)} images were embedded but {wanted} expected; check that every rank reads its share of "
+                f"{len(index)} images were embedded but {wanted} expected; check that every rank reads its share of "
                 f"the same shards"
             )
         if expected_classes is not None:
-            found = dict(zip(*(x.tolist() for x in census.labels_N.unique(return_counts=True)), strict=True))
+            found = dict(zip(*(x.tolist() for x in index.labels_N.unique(return_counts=True)), strict=True))
             wrong = sorted(c for c in found.keys() | expected_classes if found.get(c, 0) != expected_classes.get(c, 0))
             if wrong:
                 raise RunError(

@@ -1,7 +1,7 @@
 """Evaluation: embed every image once, search exactly over all ranks, and average over all queries.
 
-The numbers have the same bits for any number of ranks: the search is exact, per-query values are computed in a fixed
-order, and the mean is the correctly rounded sum of all ranks' values over their number.
+The numbers are the same for any number of ranks: the search is exact, a metric has one value a query, and means are
+taken in the order of the ids.
 
 Shapes: n images of this rank, N of all ranks, q queries of this rank, k neighbours, D embedding dimension.
 """
@@ -23,11 +23,12 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.clustering import contingency, k_means, nmi, pairwise_f1
-from dist_obdsd.evaluation.embedding_sample import Portrait, take_portrait
-from dist_obdsd.evaluation.eval_index import Census, check_counts, take_census
+from dist_obdsd.evaluation.clustering import k_means, nmi, pairwise_f1
+from dist_obdsd.evaluation.embedding_sample import EmbeddingSample, sample_embeddings
+from dist_obdsd.evaluation.eval_index import EvalIndex, build_eval_index, check_counts
 from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
-from dist_obdsd.evaluation.retrieval import Answer, ClassRecall, Counts, retrieve
+from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, RankedQuery, retrieve
+from dist_obdsd.evaluation.row_blocks import build_row_blocks
 from dist_obdsd.transfer import DeviceUploader
 
 
@@ -62,11 +63,11 @@ class EvaluationResult:
     """By name; the gallery without a name is ""."""
     per_class: tuple[ClassRecall, ...] = ()
     """By gallery, then label; classes without a query that counts are missing."""
-    failures: tuple[Answer, ...] = ()
+    failures: tuple[RankedQuery, ...] = ()
     """By gallery, the worst first; see ``Retrieval.failures``."""
-    successes: tuple[Answer, ...] = ()
+    successes: tuple[RankedQuery, ...] = ()
     """By gallery, the best first; see ``Retrieval.successes``."""
-    portrait: Portrait | None = field(default=None, compare=False)
+    sample: EmbeddingSample | None = field(default=None, compare=False)
     """What figures show of the embeddings, if it was asked for."""
 
 
@@ -117,7 +118,7 @@ def evaluate(
     seed: int = 0,
     train_classes: int | None = None,
     expected_classes: Mapping[int, int] | None = None,
-    portrait: bool = False,
+    sample: bool = False,
 ) -> EvaluationResult:
     """Embed, search and measure. Collective; the same result on every rank.
 
@@ -143,7 +144,7 @@ def evaluate(
         seed=seed,
         train_classes=train_classes,
         expected_classes=expected_classes,
-        portrait=portrait,
+        sample=sample,
     )
     return replace(result, seconds=max(collectives.gather_json(time.perf_counter() - started)))
 
@@ -160,11 +161,11 @@ def measure(
     seed: int = 0,
     train_classes: int | None = None,
     expected_classes: Mapping[int, int] | None = None,
-    portrait: bool = False,
+    sample: bool = False,
 ) -> EvaluationResult:
     """Search and measure embedded images. Collective; the same result on every rank.
 
-    Roles (see ``census``) say which images are queries and which are searched. An image never finds itself. Every
+    Roles (see ``eval_index``) say which images are queries and which are searched. An image never finds itself. Every
     named gallery is searched and reported alone.
 
     Args:
@@ -178,7 +179,7 @@ def measure(
         seed: of k-means.
         train_classes: how many classes the network was trained on, for ``conventions: released``.
         expected_classes: label -> images of all ranks; None: whatever there is.
-        portrait: whether to keep what figures are drawn from.
+        sample: whether to keep what figures are drawn from.
 
     Raises:
         RunError: the images are not those expected, or an embedding is not finite; on every rank.
@@ -187,35 +188,35 @@ def measure(
     """
     started = time.perf_counter()
     rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles)
-    census = take_census(ids_n, labels_n, roles)
-    check_counts(census, expected_count, expected_classes)
-    rows_nD, place_n = rows_nD[census.kept_n].to(device), census.place_n[census.kept_n]
-    found = {name: retrieve(name, rows_nD, place_n, census, config) for name in census.galleries or ("",)}
+    index = build_eval_index(ids_n, labels_n, roles)
+    check_counts(index, expected_count, expected_classes)
+    rows_nD, place_n = rows_nD[index.kept_n].to(device), index.place_n[index.kept_n]
+    found = {name: retrieve(name, rows_nD, place_n, index, config) for name in index.galleries or ("",)}
     metrics = {
         f"{name}/{metric}" if name else metric: value
         for name, of in found.items()
         for metric, value in of.metrics.items()
     }
-    metrics |= _of_all_images(rows_nD, place_n, census, config, seed, train_classes)
+    metrics |= _of_all_images(rows_nD, place_n, index, config, seed, train_classes)
     return EvaluationResult(
         metrics=metrics,
         queries=sum(of.counts.queries for of in found.values()),
         gallery=sum(of.counts.gallery for of in found.values()),
         excluded=sum(of.counts.excluded for of in found.values()),
-        duplicates=census.duplicates,
+        duplicates=index.duplicates,
         seconds=max(collectives.gather_json(time.perf_counter() - started)),
         galleries={name: of.counts for name, of in found.items()},
         per_class=tuple(one for of in found.values() for one in of.per_class),
         failures=tuple(one for of in found.values() for one in of.failures),
         successes=tuple(one for of in found.values() for one in of.successes),
-        portrait=take_portrait(rows_nD, place_n, census, seed) if portrait else None,
+        sample=sample_embeddings(rows_nD, place_n, index, build_row_blocks(rows_nD, place_n), seed) if sample else None,
     )
 
 
 def _of_all_images(
     rows_nD: torch.Tensor,
     place_n: torch.Tensor,
-    census: Census,
+    index: EvalIndex,
     config: EvaluationConfig,
     seed: int,
     train_classes: int | None,
@@ -223,23 +224,22 @@ def _of_all_images(
     """The metrics that know no queries: of queries and galleries together. Collective."""
     metrics: dict[str, float] = {}
     released = config.conventions == "released"
-    classes_C, class_N = census.classes
-    place_n = place_n.to(rows_nD.device)
-    class_n = class_N.to(rows_nD.device)[place_n]
-    if {"nmi", "f1"} & set(config.metrics):
+    classes_C, class_N = index.classes
+    blocks = build_row_blocks(rows_nD, place_n) if {"nmi", "f1", "rho_spectrum"} & set(config.metrics) else None
+    if {"nmi", "f1"} & set(config.metrics) and blocks is not None:
         clusters = train_classes if released else classes_C.numel()
         if clusters is None:
             raise InputError(
                 "evaluation.conventions=released makes as many clusters as there are training classes, which these "
                 "images do not tell; take nmi and f1 out of evaluation.metrics, or set evaluation.conventions=correct"
             )
-        found = k_means(rows_nD, place_n, clusters, seed=seed)
-        table = contingency(class_n.cpu(), found.cluster_n.cpu())
-        metrics |= {name: of(table) for name, of in (("nmi", nmi), ("f1", pairwise_f1)) if name in config.metrics}
+        cluster_N, _ = k_means(blocks, clusters, seed=seed)
+        measures = {"nmi": nmi, "f1": pairwise_f1}
+        metrics |= {name: of(class_N, cluster_N.cpu()) for name, of in measures.items() if name in config.metrics}
     if "distances" in config.metrics:
-        metrics |= class_distances(rows_nD, class_n, classes_C.numel(), cosine=released)
-    if "rho_spectrum" in config.metrics:
-        metrics["rho_spectrum"] = rho_spectrum(rows_nD, leave_out=int(released))
+        metrics |= class_distances(rows_nD, place_n, class_N, cosine=released)
+    if "rho_spectrum" in config.metrics and blocks is not None:
+        metrics["rho_spectrum"] = rho_spectrum(blocks, leave_out=int(released))
     return metrics
 
 
@@ -251,13 +251,13 @@ def evaluate_split(
     runtime: Runtime,
     classes: list[int] | None = None,
     between: Callable[[Iterator[EvalBatch]], Iterator[EvalBatch]] = iter,
-    portrait: bool = False,
+    sample: bool = False,
 ) -> EvaluationResult:
     """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank.
 
     Args:
         between: the batches come through it; what it raises between two of them on any rank ends all ranks' evaluation.
-        portrait: whether to keep what figures are drawn from.
+        sample: whether to keep what figures are drawn from.
     """
     wanted = None if classes is None else set(classes)
     expected = Counter(c for shard in manifest.splits[split] for c in shard.classes if wanted is None or c in wanted)
@@ -279,7 +279,7 @@ def evaluate_split(
                 device=runtime.device,
                 seed=config.seed,
                 train_classes=_train_classes(manifest, config),
-                portrait=portrait,
+                sample=sample,
             )
     finally:
         network.train(training)

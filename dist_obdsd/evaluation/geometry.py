@@ -1,28 +1,32 @@
 """The shape of an embedding: how far classes are spread and apart, and how many directions they use.
 
-Both sum exactly (``exact``), so the numbers have the same bits for any number of ranks and any distribution of the
-images.
+Classes are measured whole, each on one rank, their images by ascending id. Sums are taken in the order of the classes
+or blocks (``row_blocks``). So the numbers are the same for any number of ranks and any distribution of the images.
 
-Shapes: n images of this rank, v visiting images of another rank, N of all ranks, C classes, D embedding dimension;
-p pairs of images.
+Shapes: n images of this rank, r rows of a block, N of all ranks, C classes, D embedding dimension.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.exact import FixedPoint, gram, group_means, largest_entry
+from dist_obdsd.evaluation.knn import unit_rows
+from dist_obdsd.evaluation.row_blocks import BLOCKS, RowBlocks, gather_blocks
 
-PAIRS = 1 << 18  # held at a time
-RESOLUTION = 2.0**-24  # of float32: singular values below this share of the largest cannot be told from zero
+ROWS = 1024
+"""Rows whose distances to others are held at a time."""
+RESOLUTION = 2.0**-24
+"""Of float32: singular values below this share of the largest cannot be told from zero."""
 
 
-def class_distances(rows_nD: torch.Tensor, class_n: torch.Tensor, classes: int, *, cosine: bool) -> dict[str, float]:
-    """Mean distance within the classes and between them, and their ratio. Collective; the same on every rank.
+def class_distances(
+    rows_nD: torch.Tensor, place_n: torch.Tensor, class_N: torch.Tensor, *, cosine: bool
+) -> dict[str, float]:
+    """Measure mean distances within and between the classes, and their ratio. Collective.
 
     ``intra = mean over classes c of mean over x != y in c of d(x, y)``, classes of one image left out;
     ``inter = mean over classes b != c of d(m_b, m_c)`` with m_c the mean of class c;
@@ -30,7 +34,9 @@ def class_distances(rows_nD: torch.Tensor, class_n: torch.Tensor, classes: int, 
     training strategies and generalization performance in deep metric learning, ICML 2020, section 5).
 
     Args:
-        class_n: each row's class, 0..classes-1.
+        rows_nD: this rank's rows.
+        place_n: each row's place by ascending id among those of all ranks.
+        class_N: every row's class by ascending id, 0..C-1; the same on every rank.
         cosine: the distance of the released code, ``d(x, y) = 1 - cos(x, y)`` between rows and between the class
             means; else the Euclidean one.
 
@@ -42,49 +48,59 @@ def class_distances(rows_nD: torch.Tensor, class_n: torch.Tensor, classes: int, 
 
     Four points on a line, classes {0, 2} and {10, 14}: within 2 and 4, so 3; the means 1 and 12 are 11 apart.
 
-    >>> class_distances(torch.tensor([[0.0], [2.0], [10.0], [14.0]]), torch.tensor([0, 0, 1, 1]), 2, cosine=False)
+    >>> rows, classes = torch.tensor([[0.0], [2.0], [10.0], [14.0]]), torch.tensor([0, 0, 1, 1])
+    >>> class_distances(rows, torch.arange(4), classes, cosine=False)
     {'distance_intra': 3.0, 'distance_inter': 11.0, 'distance_ratio': 0.2727272727272727}
     """
-    if cosine:
-        rows_nD = _unit(rows_nD.double())
-    means_CD, sizes_C = group_means(rows_nD, class_n, classes)
-    several_C = sizes_C > 1
+    sizes_C = torch.bincount(class_N)
     with raise_on_all_ranks("the distances of the classes"):
-        if int((sizes_C > 0).sum()) < 2 or not several_C.any():
+        if int((sizes_C > 0).sum()) < 2 or not (sizes_C > 1).any():
             raise InputError(
                 "evaluation.metrics asks for distances, which need two classes and a class of two images; take "
                 "distances out of evaluation.metrics"
             )
-    # No two rows are farther apart than this.
-    reach = 2 * largest_entry(rows_nD) * math.sqrt(rows_nD.shape[1])
-
-    # Each pair of a class is met twice, once from either side, and an image meets itself at distance 0.
-    number = FixedPoint(reach, int(sizes_C.max()) ** 2)
-    total_C = torch.zeros(classes, dtype=torch.int64, device=rows_nD.device)
-    rows_Dn = rows_nD.double().T.contiguous()
-    height = max(collectives.gather_json(rows_nD.shape[0]))
-    travelling = [
-        torch.tensor([rows_nD.shape[0]], device=rows_nD.device),
-        _padded(rows_nD, height),
-        _padded(class_n, height),
-    ]
-    for _ in range(collectives.world_size()):
-        v = int(travelling[0])
-        visitors_Dv, visitor_class_v = travelling[1][:v].double().T.contiguous(), travelling[2][:v]
-        for own_p, visitor_p in _pairs_of_one_class(class_n, visitor_class_v):
-            distance_p = _distances((x_n[own_p] for x_n in rows_Dn), (y_v[visitor_p] for y_v in visitors_Dv), cosine)
-            total_C.index_add_(0, class_n[own_p], number.encode(distance_p))
-        travelling = collectives.ring_pass(travelling)
-    within_C = number.decode(collectives.sum_across(total_C)) / (sizes_C * (sizes_C - 1)).clamp(min=1)
-    intra = math.fsum(within_C[several_C].tolist()) / int(several_C.sum())
-
-    centres_CD = means_CD[sizes_C > 0]
-    inter = _mean_distance(_unit(centres_CD) if cosine else centres_CD, reach, cosine)
+    # Whole classes, about equally many images a block.
+    block_C = (sizes_C.cumsum(0) - sizes_C) * BLOCKS // len(class_N)
+    class_n = class_N[place_n.cpu()]
+    within: list[tuple[int, float]] = []
+    means_CD = torch.zeros(len(sizes_C), rows_nD.shape[1], dtype=torch.float64, device=rows_nD.device)
+    measured_nD = unit_rows(rows_nD.double()) if cosine else rows_nD.double()
+    for rows_rD, place_r in gather_blocks(measured_nD, place_n, block_C[class_n]).values():
+        of_r = class_N[place_r.cpu()].to(rows_rD.device)
+        for c in of_r.unique().tolist():
+            members_cD = rows_rD[of_r == c]
+            means_CD[c] = torch.from_numpy(members_cD.cpu().numpy().mean(axis=0))
+            if len(members_cD) > 1:
+                within.append((c, _sum_of_distances(members_cD, cosine) / (len(members_cD) * (len(members_cD) - 1))))
+    everyone = sorted(pair for of_rank in collectives.gather_json(within) for pair in of_rank)
+    intra = math.fsum(value for _, value in everyone) / len(everyone)
+    means_CD = collectives.sum_across(means_CD)[(sizes_C > 0).to(rows_nD.device)]  # each class is on one rank
+    C = len(means_CD)
+    inter = _sum_of_distances(unit_rows(means_CD) if cosine else means_CD, cosine, over_ranks=True) / (C * (C - 1))
     return {"distance_intra": intra, "distance_inter": inter, "distance_ratio": intra / max(inter, 1e-8)}
 
 
-def rho_spectrum(rows_nD: torch.Tensor, *, leave_out: int = 0) -> float:
-    """How unevenly the embedding uses its directions: 0 if evenly. Collective; the same on every rank.
+def _sum_of_distances(rows_cD: torch.Tensor, cosine: bool, over_ranks: bool = False) -> float:
+    """Sum over all ordered pairs of rows.
+
+    Args:
+        over_ranks: the ranks hold the same rows and share the work. Collective.
+    """
+    rank, world = (collectives.rank(), collectives.world_size()) if over_ranks else (0, 1)
+    sums = []
+    for number, some_rD in enumerate(rows_cD.split(ROWS)):
+        if number % world == rank:
+            distance_rc = torch.cdist(some_rD, rows_cD, compute_mode="donot_use_mm_for_euclid_dist")
+            # Of unit rows, 1 - cos = |x - y|^2 / 2.
+            distance_rc = distance_rc.square() / 2 if cosine else distance_rc
+            sums.append((number, math.fsum(distance_rc.cpu().numpy().sum(axis=1).tolist())))
+    if over_ranks:
+        sums = sorted(pair for of_rank in collectives.gather_json(sums) for pair in of_rank)
+    return math.fsum(value for _, value in sums)
+
+
+def rho_spectrum(blocks: RowBlocks, *, leave_out: int = 0) -> float:
+    """Measure how unevenly the embedding uses its directions: 0 if evenly. Collective.
 
     ``rho = KL(U || S) = sum_i 1/m log((1/m) / s_i)``, s the m = min(N, D) singular values of the matrix of all
     embeddings (not centred), divided by their sum (Roth et al., ICML 2020, section 5.3). A singular value below 2^-24
@@ -95,19 +111,30 @@ def rho_spectrum(rows_nD: torch.Tensor, *, leave_out: int = 0) -> float:
 
     Both axes used alike; one four times as much as the other, so log(0.5/0.8)/2 + log(0.5/0.2)/2:
 
-    >>> rho_spectrum(torch.eye(2)), round(rho_spectrum(torch.tensor([[4.0, 0.0], [0.0, 1.0]])), 6)
-    (0.0, 0.223144)
+    >>> from dist_obdsd.evaluation.row_blocks import build_row_blocks
+    >>> even, uneven = torch.eye(2), torch.tensor([[4.0, 0.0], [0.0, 1.0]])
+    >>> [round(rho_spectrum(build_row_blocks(rows, torch.arange(2))), 6) for rows in (even, uneven)]
+    [0.0, 0.223144]
     """
-    return rho(singular_values(rows_nD), leave_out=leave_out)
+    return rho(singular_values(blocks), leave_out=leave_out)
 
 
-def singular_values(rows_nD: torch.Tensor) -> list[float]:
-    """The min(N, D) singular values of the matrix of all ranks' rows, the largest first. Collective; the same on every
-    rank."""
-    count = sum(collectives.gather_json(rows_nD.shape[0]))
+def singular_values(blocks: RowBlocks) -> list[float]:
+    """Compute the min(N, D) singular values of the matrix of all rows, the largest first. Collective."""
+    gram_DD = blocks.sum(lambda _, rows_rD: _gram(rows_rD.double()), (blocks.D, blocks.D))
     # LAPACK may round differently on another machine, so one rank's answer is everyone's.
-    squares = collectives.broadcast_object(torch.linalg.eigvalsh(gram(rows_nD).cpu()).flip(0).tolist())
-    return [math.sqrt(max(square, 0.0)) for square in squares[: max(1, min(count, len(squares)))]]
+    squares = collectives.broadcast_object(torch.linalg.eigvalsh(gram_DD.cpu()).flip(0).tolist())
+    return [math.sqrt(max(square, 0.0)) for square in squares[: max(1, min(blocks.N, len(squares)))]]
+
+
+def _gram(rows_rD: torch.Tensor) -> torch.Tensor:
+    """X^T X. On one thread, since the number of threads changes the order of a product's additions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return rows_rD.T @ rows_rD
+    finally:
+        torch.set_num_threads(threads)
 
 
 def rho(singular: Sequence[float], *, leave_out: int = 0) -> float:
@@ -118,54 +145,3 @@ def rho(singular: Sequence[float], *, leave_out: int = 0) -> float:
     values = [max(value, RESOLUTION * kept[0]) for value in kept]
     total = math.fsum(values)
     return max(0.0, math.fsum(math.log(total / (len(values) * value)) for value in values) / len(values))
-
-
-def _mean_distance(centres_CD: torch.Tensor, reach: float, cosine: bool) -> float:
-    """Over all ordered pairs of different centres; the ranks take blocks of them in turn. Collective."""
-    C = centres_CD.shape[0]
-    number = FixedPoint(reach, C * C)
-    total = torch.zeros((), dtype=torch.int64, device=centres_CD.device)
-    for block_rD in centres_CD.split(max(1, PAIRS // C))[collectives.rank() :: collectives.world_size()]:
-        total += number.encode(_distances(block_rD.T[:, :, None], centres_CD.T[:, None], cosine)).sum()
-    return float(number.decode(collectives.sum_across(total))) / (C * (C - 1))
-
-
-def _distances(x_Dp: Iterable[torch.Tensor], y_Dp: Iterable[torch.Tensor], cosine: bool) -> torch.Tensor:
-    """Of pairs given dimension by dimension, summed in that order, so that the bits depend on the pair alone."""
-    square_p = sum((x_p - y_p).square_() for x_p, y_p in zip(x_Dp, y_Dp, strict=True))
-    assert isinstance(square_p, torch.Tensor)
-    return square_p / 2 if cosine else square_p.sqrt()  # of unit rows: 1 - cos = |x - y|^2 / 2
-
-
-def _pairs_of_one_class(class_n: torch.Tensor, class_v: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Index pairs (own, visitor) of one class, about ``PAIRS`` at a time; all of one image's are together."""
-    sorted_v, order_v = class_v.sort()
-    first_n = torch.searchsorted(sorted_v, class_n)
-    count_n = torch.searchsorted(sorted_v, class_n, right=True) - first_n
-    for own_m in _in_parcels(count_n):
-        count_m = count_n[own_m]
-        own_p = own_m.repeat_interleave(count_m)
-        place_p = torch.arange(own_p.numel(), device=own_p.device) - (count_m.cumsum(0) - count_m).repeat_interleave(
-            count_m
-        )
-        yield own_p, order_v[first_n[own_p] + place_p]
-
-
-def _in_parcels(count_n: torch.Tensor) -> Iterator[torch.Tensor]:
-    """0..n-1 in runs whose counts add up to about ``PAIRS``."""
-    _, lengths = (count_n.cumsum(0) // PAIRS).unique_consecutive(return_counts=True)
-    yield from torch.arange(count_n.numel(), device=count_n.device).split(lengths.tolist())
-
-
-def _unit(rows_nD: torch.Tensor) -> torch.Tensor:
-    """Rows of length 1, the length summed in the order of d; rows of zeros stay."""
-    square_n = rows_nD.new_zeros(rows_nD.shape[0])
-    for x_n in rows_nD.T.contiguous():
-        square_n += x_n * x_n
-    return rows_nD / square_n.sqrt().masked_fill(square_n == 0, 1.0)[:, None]
-
-
-def _padded(x: torch.Tensor, height: int) -> torch.Tensor:
-    out = x.new_zeros(height, *x.shape[1:])
-    out[: x.shape[0]] = x
-    return out

@@ -11,7 +11,7 @@ from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.shard_reader import read_shard
 from dist_obdsd.data.transforms import decode
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.retrieval import Answer
+from dist_obdsd.evaluation.retrieval import RankedQuery
 from dist_obdsd.files import write_atomically
 
 if TYPE_CHECKING:
@@ -45,18 +45,18 @@ def read_images(root: str, manifest: Manifest, ids: Collection[int], cache: Cach
     return found
 
 
-def wrong_at_first(failures: Iterable[Answer]) -> list[Answer]:
+def wrong_at_first(failures: Iterable[RankedQuery]) -> list[RankedQuery]:
     """Those whose nearest neighbour is of another class: where nearly all is right, the worst are no failures."""
     return [failure for failure in failures if failure.neighbour_labels[0] != failure.query_label]
 
 
-def shown(answers: Iterable[Answer]) -> set[int]:
+def shown(answers: Iterable[RankedQuery]) -> set[int]:
     """The ids of all images in the picture."""
     return {i for answer in answers for i in (answer.query_id, *answer.neighbour_ids)}
 
 
 def retrieval_grid(
-    sections: Mapping[str, Sequence[Answer]], images: Mapping[int, bytes], names: Mapping[int, str], title: str
+    sections: Mapping[str, Sequence[RankedQuery]], images: Mapping[int, bytes], names: Mapping[int, str], title: str
 ) -> "Figure":
     """Draw queries with what they found, one row each.
 

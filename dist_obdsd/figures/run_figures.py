@@ -1,7 +1,7 @@
 """The figures of a run folder: what is kept for them while the run goes on, and drawing them from it.
 
 ``runs/NAME/figures/`` holds the PNG files and what they are drawn from, beside ``config.yaml``, ``metrics.jsonl`` and
-``summary.json``: ``evaluation.npz`` (the portrait of the last measurement and some of its answers) and ``batch.npz``
+``summary.json``: ``evaluation.npz`` (a sample of the last measurement and some of its answers) and ``batch.npz``
 (the embeddings of the last batch of the latest epoch). So a figure can be drawn anew without the network.
 """
 
@@ -22,7 +22,7 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.shard_reader import cache_of
 from dist_obdsd.errors import InputError, format_error
 from dist_obdsd.evaluation.evaluator import EvaluationResult
-from dist_obdsd.evaluation.retrieval import Answer
+from dist_obdsd.evaluation.retrieval import RankedQuery
 from dist_obdsd.figures import figures
 from dist_obdsd.figures import retrieval_grid as pictures
 from dist_obdsd.files import write_atomically
@@ -69,25 +69,25 @@ class Album:
             self._keep("batch", about, rows=rows_BD.numpy(), labels=labels_B.numpy())
 
     def keep_evaluation(self, what: str, result: EvaluationResult, epoch: int, classes: tuple[str, ...]) -> None:
-        """Keep a measurement, if a portrait was taken.
+        """Keep a measurement, if a sample was taken.
 
         Args:
             classes: names, by label.
         """
-        if self.run is None or result.portrait is None:
+        if self.run is None or result.sample is None:
             return
-        portrait = result.portrait
+        sample = result.sample
         answers = {"best": result.successes[:ROWS], "worst": pictures.wrong_at_first(result.failures)[:ROWS]}
         shown = {label for of in answers.values() for a in of for label in (a.query_label, *a.neighbour_labels)}
         about = {
             "what": what,
             "epoch": epoch,
             "queries": result.queries,
-            "singular": portrait.singular,
+            "singular": sample.singular,
             "answers": {name: [asdict(answer) for answer in of] for name, of in answers.items()},
-            "names": {label: classes[label] for label in sorted(shown | set(portrait.labels_m.tolist()))},
+            "names": {label: classes[label] for label in sorted(shown | set(sample.labels_m.tolist()))},
         }
-        self._keep("evaluation", about, rows=portrait.rows_mD.float().numpy(), labels=portrait.labels_m.numpy())
+        self._keep("evaluation", about, rows=sample.rows_mD.float().numpy(), labels=sample.labels_m.numpy())
 
     def _keep(self, name: str, about: Mapping[str, Any], **arrays: np.ndarray) -> None:
         assert self.run is not None
@@ -233,9 +233,9 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         return arrays, json.loads(str(archive["about"]))
 
 
-def _answer(entry: Mapping[str, Any]) -> Answer:
+def _answer(entry: Mapping[str, Any]) -> RankedQuery:
     fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in entry.items()}
-    return Answer(**fields)
+    return RankedQuery(**fields)
 
 
 def _names(about: Mapping[str, Any]) -> dict[int, str]:

@@ -135,9 +135,9 @@ class ModelSelector:
 
     def _evaluate(self, what: str, split: str, classes: list[int] | None, epoch: int) -> dict[str, float]:
         # Figures show the test set or, where it must not be used, the validation classes.
-        portrait = self.config.tracking.figures and what == ("test" if self.uses_test else "validation")
+        sample = self.config.tracking.figures and what == ("test" if self.uses_test else "validation")
         result = evaluate_split(
-            self.student, self.manifest, split, self.config, self.runtime, classes, self.preemption.between, portrait
+            self.student, self.manifest, split, self.config, self.runtime, classes, self.preemption.between, sample
         )
         self.on_result(what, result, epoch)
         return result.metrics

@@ -10,7 +10,7 @@ import torch
 from dist_obdsd.config import EvaluationConfig
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation import embedding_sample as portrait
+from dist_obdsd.evaluation import embedding_sample
 from dist_obdsd.evaluation.evaluator import measure
 from dist_obdsd.evaluation.retrieval import SHOWN, SHOWN_NEIGHBOURS
 from dist_obdsd.rng import rng
@@ -173,23 +173,23 @@ def test_recall_by_class_and_the_worst_and_best_queries() -> None:
     assert any(f["neighbour_labels"][0] != f["query_label"] for f in found["failures"])
 
 
-def portrait_worker(layout: str) -> list[Any]:
+def sample_worker(layout: str) -> list[Any]:
     rows, ids, labels, roles = data("plain")
     mine = own(layout)
     result = measure(
         rows[mine] if len(mine) else torch.empty(0, 0), ids[mine], labels[mine], [roles[i] for i in mine.tolist()],
-        expected_count=N, config=EvaluationConfig(), device=CPU, seed=4, portrait=True,
+        expected_count=N, config=EvaluationConfig(), device=CPU, seed=4, sample=True,
     )  # fmt: skip
-    assert result.portrait is not None
-    return [result.portrait.rows_mD.tolist(), result.portrait.labels_m.tolist(), result.portrait.singular]
+    assert result.sample is not None
+    return [result.sample.rows_mD.tolist(), result.sample.labels_m.tolist(), result.sample.singular]
 
 
-def test_a_portrait_is_the_same_on_any_ranks_and_of_a_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_the_same_on_any_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [
         answer
         for world in harness.WORLD_SIZES
         for layout in ("even", "last")
-        for answer in harness.run(world, portrait_worker, layout)
+        for answer in harness.run(world, sample_worker, layout)
     ]
     assert all(answer == answers[0] for answer in answers)
     rows, _, labels, _ = data("plain")
@@ -199,9 +199,9 @@ def test_a_portrait_is_the_same_on_any_ranks_and_of_a_few_classes(monkeypatch: p
     assert [class_of.pop(tuple(row)) for row in found] == of  # each image once, beside its own label
     torch.testing.assert_close(torch.tensor(singular), torch.linalg.svdvals(rows), atol=1e-5, rtol=1e-5)
 
-    monkeypatch.setattr(portrait, "CLASSES", 4)
-    monkeypatch.setattr(portrait, "IMAGES", 12)
-    _, of, _ = portrait_worker("even")
+    monkeypatch.setattr(embedding_sample, "CLASSES", 4)
+    monkeypatch.setattr(embedding_sample, "IMAGES", 12)
+    _, of, _ = sample_worker("even")
     sizes = torch.tensor(of).unique(return_counts=True)[1]
     assert len(sizes) == 4
     assert sizes.max() <= 3
@@ -246,7 +246,7 @@ def refusal_worker(fault: str) -> tuple[str, str]:
     rows, ids, labels, roles = (list(x) if isinstance(x, list) else x.clone() for x in data("plain"))
     last = collectives.rank() == collectives.world_size() - 1
     mine = own("even")
-    more: dict[str, Any] = {"expected_count": N, "settings": EvaluationConfig(recall_at=RECALL_AT)}
+    more: dict[str, Any] = {"expected_count": N, "config": EvaluationConfig(recall_at=RECALL_AT)}
     if fault == "nan":
         rows[mine[-1], 2] = torch.nan
     of_labels = labels[mine]
@@ -262,13 +262,13 @@ def refusal_worker(fault: str) -> tuple[str, str]:
     if fault == "images":
         more["expected_count"] = N + 2
     if fault == "gallery":
-        more["settings"] = EvaluationConfig(recall_at=(1, 90))
+        more["config"] = EvaluationConfig(recall_at=(1, 90))
     if fault == "a gallery lacks every class":
         roles = ["query" if label < 0 else "gallery:east" for label in labels.tolist()]
     if fault == "training classes":
-        more["settings"] = EvaluationConfig(metrics=("nmi",), conventions="released")
+        more["config"] = EvaluationConfig(metrics=("nmi",), conventions="released")
     if fault == "clusters":
-        more["settings"] = EvaluationConfig(metrics=("f1",), conventions="released")
+        more["config"] = EvaluationConfig(metrics=("f1",), conventions="released")
         more["train_classes"] = N + 1
     try:
         measure(rows[mine], ids[mine], of_labels, [roles[i] for i in mine.tolist()], device=CPU, **more)

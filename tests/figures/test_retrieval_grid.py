@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.retrieval import Answer
+from dist_obdsd.evaluation.retrieval import RankedQuery
 from dist_obdsd.figures import retrieval_grid as pictures
 
-MIXED = Answer("", 1, 7, (2, 3), (8, 7), (0.9, 0.25))
-RIGHT = Answer("", 4, 7, (1,), (7,), (0.9,))
+MIXED = RankedQuery("", 1, 7, (2, 3), (8, 7), (0.9, 0.25))
+RIGHT = RankedQuery("", 4, 7, (1,), (7,), (0.9,))
 COLOURS = {"right": (0x1A, 0x7F, 0x37), "wrong": (0xC6, 0x28, 0x28), "query": (0x1F, 0x4E, 0x8C)}
 
 
@@ -28,7 +28,7 @@ IMAGES = {1: image("L", (20, 20), "PNG"), 2: image("RGB", (700, 300), "JPEG"), 3
           4: image("1", (64, 64), "PNG")}  # fmt: skip
 
 
-def draw(path: Path, answers: list[Answer], images: dict[int, bytes] = IMAGES) -> Figure:
+def draw(path: Path, answers: list[RankedQuery], images: dict[int, bytes] = IMAGES) -> Figure:
     figure = pictures.retrieval_grid({"": answers}, images, {7: "seven" * 9}, "title")
     pictures.write(path, figure)
     return figure

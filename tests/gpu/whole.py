@@ -17,7 +17,7 @@ from dist_obdsd import checkpoint
 from dist_obdsd.cli import main as cli
 from dist_obdsd.config import EvaluationConfig
 from dist_obdsd.evaluation.evaluator import measure
-from dist_obdsd.evaluation.scores import unit_rows
+from dist_obdsd.evaluation.knn import unit_rows
 from tests.gpu.rig import CPU, CheckError, distance, same_bits, started, within
 from tests.runs import CONFIG, make_images
 

@@ -21,8 +21,8 @@ import torch
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation import embeddings
-from dist_obdsd.evaluation.embeddings import Table
+from dist_obdsd.evaluation import embedding_files
+from dist_obdsd.evaluation.embedding_files import Table
 from dist_obdsd.files import replacing
 
 
@@ -52,7 +52,7 @@ def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) 
     with raise_on_all_ranks("writing the keys"):
         if collectives.rank() == 0:
             _write_keys(keys_path(path), table)  # first: who sees the index finds its keys
-    embeddings.write(path, rows_nD, ids_n, table, "float32", _write_index)
+    embedding_files.write(path, rows_nD, ids_n, table, "float32", _write_index)
 
 
 def _write_keys(path: Path, table: Table) -> None:

@@ -12,11 +12,11 @@ from pyarrow import parquet
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation import embeddings
+from dist_obdsd.evaluation import embedding_files
 from tests import harness
 
 N, D = 50, 6
-SUFFIXES = pytest.mark.parametrize("suffix", embeddings.SUFFIXES)
+SUFFIXES = pytest.mark.parametrize("suffix", embedding_files.SUFFIXES)
 
 
 def content() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -42,21 +42,21 @@ def write_worker(folder: str, suffix: str, dtype: str) -> str:
     if world == 3 and rank == 2:
         own = np.arange(N)
     path = Path(folder) / f"{world}-{dtype}{suffix}"
-    table = embeddings.Table(ids, columns)
-    with unittest.mock.patch.object(embeddings, "BLOCK", 7):
-        embeddings.write(path, torch.from_numpy(rows[own]), torch.from_numpy(ids[own]), table, dtype)
+    table = embedding_files.Table(ids, columns)
+    with unittest.mock.patch.object(embedding_files, "BLOCK", 7):
+        embedding_files.write(path, torch.from_numpy(rows[own]), torch.from_numpy(ids[own]), table, dtype)
     return str(path)
 
 
 @SUFFIXES
-@pytest.mark.parametrize("dtype", embeddings.DTYPES)
+@pytest.mark.parametrize("dtype", embedding_files.DTYPES)
 def test_a_round_trip_and_the_same_bytes_on_any_number_of_ranks(suffix, dtype, tmp_path, monkeypatch):
     files = [harness.run(world, write_worker, str(tmp_path), suffix, dtype)[0] for world in harness.WORLD_SIZES]
-    monkeypatch.setattr(embeddings, "BLOCK", 7)
+    monkeypatch.setattr(embedding_files, "BLOCK", 7)
     assert len({Path(file).read_bytes() for file in files}) == 1
     assert not list(tmp_path.glob(".*"))  # nothing half written stays
     rows, ids, columns = content()
-    found = embeddings.read(Path(files[0]))
+    found = embedding_files.read(Path(files[0]))
     assert torch.equal(found.rows_nD, torch.from_numpy(rows.astype(dtype).astype(np.float32)))
     assert found.ids_n.tolist() == ids.tolist()
     assert found.labels_n.tolist() == columns["labels"].tolist()
@@ -71,7 +71,7 @@ def test_a_round_trip_and_the_same_bytes_on_any_number_of_ranks(suffix, dtype, t
 
 
 def read_worker(path: str) -> tuple[list[list[float]], list[int], list[int], list[str]]:
-    found = embeddings.read(Path(path))
+    found = embedding_files.read(Path(path))
     assert found.count == N
     return found.rows_nD.tolist(), found.ids_n.tolist(), found.labels_n.tolist(), found.roles
 
@@ -124,7 +124,7 @@ def broken(fault: str) -> dict[str, Any]:
 
 def refused_worker(path: str) -> str:
     try:
-        embeddings.read(Path(path))
+        embedding_files.read(Path(path))
     except InputError as error:
         return str(error)
     raise AssertionError("not refused")
@@ -182,7 +182,7 @@ def test_what_is_no_file_of_embeddings(name, words, tmp_path):
     if name == "empty entries.parquet":
         parquet.write_table(pa.table({"embeddings": [[1.0, 2.0], [1.0, 2.0]], "labels": [1, None]}), path)
     with pytest.raises(InputError, match=r".") as caught:
-        embeddings.read(path)
+        embedding_files.read(path)
     assert words in str(caught.value)
 
 
@@ -195,8 +195,8 @@ def test_a_file_that_cannot_be_written_ends_all_ranks_alike(tmp_path):
 def unwritable_worker(path: str) -> str:
     rows, ids, columns = content()
     try:
-        embeddings.write(
-            Path(path), torch.from_numpy(rows), torch.from_numpy(ids), embeddings.Table(ids, columns), "float32"
+        embedding_files.write(
+            Path(path), torch.from_numpy(rows), torch.from_numpy(ids), embedding_files.Table(ids, columns), "float32"
         )
     except InputError as error:
         return str(error)

@@ -11,8 +11,8 @@ from pyarrow import parquet
 import dist_obdsd
 from dist_obdsd.cli.main import main
 from dist_obdsd.distributed import collectives
-from dist_obdsd.evaluation import index
-from dist_obdsd.evaluation.embeddings import Table
+from dist_obdsd.evaluation import faiss_index
+from dist_obdsd.evaluation.embedding_files import Table
 from tests import harness
 
 N, D = 50, 8
@@ -26,7 +26,7 @@ def _write_share(folder: str) -> None:
     rank, world = collectives.rank(), collectives.world_size()
     ids = torch.arange(N)[rank::world]
     table = Table(np.arange(N) + 1000, {"keys": np.array([f"k{i}" for i in range(N)])})
-    index.write(Path(folder) / f"{world}.faiss", _rows()[rank::world], ids + 1000, table)
+    faiss_index.write(Path(folder) / f"{world}.faiss", _rows()[rank::world], ids + 1000, table)
 
 
 def test_any_number_of_ranks_writes_the_same_index(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_bad_input_ends_with_one_sentence(
 
 
 def test_without_faiss_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    index.check_faiss()
-    monkeypatch.setattr(index.importlib.util, "find_spec", lambda name: None)
+    faiss_index.check_faiss()
+    monkeypatch.setattr(faiss_index.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(dist_obdsd.errors.InputError, match="--index needs faiss"):
-        index.check_faiss()
+        faiss_index.check_faiss()

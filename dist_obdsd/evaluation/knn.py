@@ -1,0 +1,419 @@
+"""Exact distributed k-nearest-neighbour search. The only module that knows faiss.
+
+Every rank keeps its part of the gallery. A block of query rows travels round the ranks and comes home with the
+candidates of the whole gallery, k + 1 and a few more. faiss and torch round float32 scores differently, and so do
+different shapes and numbers of threads. Where two candidates lie closer than that rounding, the rank that has their
+rows scores them once more, as float64 dot products in a fixed order. Lists are ordered by score, then by id. So the
+lists do not depend on the library, the threads, the number of ranks or the order of the images.
+
+A query whose k-th and last candidate lie that close asks again with more candidates, among at most the k + 1 smallest
+ids of identical rows: a further copy cannot be among the k nearest.
+
+Shapes: q queries of this rank, m queries of a block, n gallery rows of this rank, N of all ranks, c candidates,
+k neighbours, p pairs, D embedding dimension.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import assert_equal_across_ranks
+from dist_obdsd.distributed.failures import raise_on_all_ranks
+from dist_obdsd.errors import InputError, RunError
+
+Distance = Literal["cosine", "euclidean"]
+Backend = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""(queries [m, D], c) -> (float32 scores [m, c], descending; row numbers [m, c])."""
+
+ROUNDING = 2e-6
+"""Scores of unit rows closer than this may be in another order than their float64 scores."""
+MARGIN = 8
+"""Candidates beyond the k + 1 that are needed, so that close scores rarely cost a second search."""
+MORE = 8
+"""Times as many candidates for the queries that have to ask again."""
+MANY = 256
+"""Neighbours from which on matrix products are quicker than faiss on a CPU."""
+TILE = 16384
+"""Gallery rows scored at a time by torch."""
+PAIRS = 1 << 16
+"""Pairs scored at a time in float64."""
+LARGEST = 1e15
+"""Entry of an embedding whose products float32 holds."""
+NOBODY = torch.iinfo(torch.int64).max
+"""Id of an empty place in a list; its score is -inf, so it comes behind everything."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest gallery images of each query, best first."""
+
+    scores_qk: torch.Tensor
+    """float64 inner products, or minus squared distances. Beyond the first ``exact``, those that decide nothing are
+    rounded to float32."""
+    ids_qk: torch.Tensor
+    """int64."""
+
+
+def nearest(
+    query_qD: torch.Tensor,
+    query_ids_q: torch.Tensor,
+    gallery_nD: torch.Tensor,
+    gallery_ids_n: torch.Tensor,
+    k: int,
+    *,
+    distance: Distance = "cosine",
+    backend: str = "auto",
+    block: int = 2048,
+    exact: int = 1,
+) -> Neighbours:
+    """Find the k nearest gallery images of all ranks for this rank's queries. Collective.
+
+    The gallery image that has the query's own id is left out. Ties go to the smaller id. The lists are the same for any
+    number of ranks and threads, any distribution and order of the images, and both backends.
+
+    Args:
+        query_qD: [q, D] float32 or float64 rows of this rank; q may be 0 and may differ between the ranks.
+        query_ids_q: [q] int64.
+        gallery_nD: [n, D] rows of this rank, of the same type; n may be 0 and may differ.
+        gallery_ids_n: [n] int64, unique over all ranks.
+        k: neighbours per query, the same on every rank.
+        distance: cosine ranks by the inner product, which is the cosine of unit rows; euclidean by the distance.
+        backend: ``faiss``, ``torch`` or ``auto``, the quicker one of those that work here.
+        block: queries that travel together.
+        exact: neighbours whose scores are float64 ones.
+
+    Raises:
+        InputError: on every rank: faiss is asked for and missing, or the gallery has fewer than k images to offer.
+        RunError: on every rank: an embedding is NaN or infinite, or the ranks differ in k, D, type or block.
+    """
+    found = list(search(query_qD, query_ids_q, gallery_nD, gallery_ids_n, k, distance, backend, block, exact))
+    empty = query_qD.new_empty(0, k, dtype=torch.float64), query_ids_q.new_empty(0, k)
+    scores_qk, ids_qk = (torch.cat(parts) for parts in zip(*found, empty, strict=True))
+    return Neighbours(scores_qk, ids_qk)
+
+
+def search(
+    query_qD: torch.Tensor,
+    query_ids_q: torch.Tensor,
+    gallery_nD: torch.Tensor,
+    gallery_ids_n: torch.Tensor,
+    k: int,
+    distance: Distance = "cosine",
+    backend: str = "auto",
+    block: int = 2048,
+    exact: int = 1,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (scores [m, k], ids [m, k]) of this rank's queries block by block, as ``nearest`` does all at once.
+
+    Collective at every step: the ranks yield equally often, and a block may be empty.
+    """
+    facts = (k, query_qD.shape[1], gallery_nD.shape[1], str(query_qD.dtype), str(gallery_nD.dtype), block, distance)
+    assert_equal_across_ranks("the search (k, dimensions, types, block, distance)", str(facts))
+    with raise_on_all_ranks("the nearest-neighbour search"):
+        _check(query_qD, query_ids_q, gallery_nD, gallery_ids_n, k, distance)
+        gallery = _Gallery(gallery_nD.detach(), gallery_ids_n, distance, backend, k)
+    told = collectives.gather_json([len(gallery_ids_n), gallery.largest_norm, len(query_ids_q)])
+    N, largest, most = sum(n for n, _, _ in told), max(norm for _, norm, _ in told), max(q for _, _, q in told)
+    own = k == N and bool(torch.isin(query_ids_q, collectives.gather_ragged(gallery_ids_n)).any())
+    with raise_on_all_ranks("the nearest-neighbour search"):
+        if k > N - own:
+            raise InputError(
+                f"k={k} neighbours are asked for but the gallery offers {N - own} ({N} images"
+                f"{', less the query itself' if own else ''}); lower k or enlarge the gallery"
+            )
+    for start in range(0, most, block):
+        mine = slice(start, start + block)
+        rows_mD, height = query_qD[mine].detach(), min(block, most - start)
+        yield _search_block(rows_mD, query_ids_q[mine], gallery, k, N, largest, height, exact)
+
+
+def _search_block(
+    rows_mD: torch.Tensor,
+    ids_m: torch.Tensor,
+    gallery: "_Gallery",
+    k: int,
+    N: int,
+    largest: float,
+    height: int,
+    exact: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the neighbours of one block of queries of every rank. Collective.
+
+    Args:
+        largest: the longest gallery row of all ranks.
+        height: rows of the largest block of a rank.
+    """
+    norm_m = rows_mD.double().norm(dim=1)
+    scale_m = norm_m * largest if gallery.distance == "cosine" else (norm_m + largest) ** 2
+    close_m1 = (ROUNDING * scale_m)[:, None]
+    m = len(ids_m)
+    found_mk = rows_mD.new_full((m, k), -torch.inf, dtype=torch.float64), ids_m.new_full((m, k), NOBODY)
+    asking_u, c = torch.arange(m, device=ids_m.device), k + 1 + MARGIN
+    while True:
+        c = min(c, N)
+        scores_uc, ids_uc = gallery.candidates(rows_mD[asking_u], height, c)
+        last_u, close_u1 = scores_uc[:, -1], close_m1[asking_u]
+        scores_uc, ids_uc = _without_self(scores_uc, ids_uc, ids_m[asking_u])
+        sure_u = (scores_uc[:, k - 1] - last_u > close_u1[:, 0]) | (c == N)
+        scores_uc, ids_uc = gallery.rescore(rows_mD[asking_u], scores_uc, ids_uc, close_u1, height, exact)
+        for found, new in zip(found_mk, (scores_uc, ids_uc), strict=True):
+            found[asking_u] = new[:, :k]
+        asking_u = asking_u[~sure_u]
+        height = max(collectives.gather_json(len(asking_u)))
+        if not height:
+            return found_mk
+        gallery, c = gallery.without_surplus_copies(k), MORE * c
+        N = sum(collectives.gather_json(len(gallery.ids_n)))
+
+
+class _Gallery:
+    """This rank's part of the gallery. Its methods but ``without_surplus_copies`` are collective."""
+
+    def __init__(self, rows_nD: torch.Tensor, ids_n: torch.Tensor, distance: Distance, backend: str, k: int) -> None:
+        self.rows_nD, self.ids_n, self.distance, self.name = rows_nD.contiguous(), ids_n, distance, backend
+        norms = [float(part.double().norm(dim=1).max()) for part in rows_nD.split(TILE) if len(part)]
+        self.largest_norm = max(norms, default=0.0)
+        self.sorted_n, self.order_n = ids_n.sort()
+        self.backend = build_backend(_as_products(self.rows_nD, distance, query=False), backend, k)
+        self._distinct: _Gallery | None = None
+
+    def without_surplus_copies(self, k: int) -> "_Gallery":
+        """Keep at most the k + 1 smallest ids of each distinct row."""
+        if self._distinct is None:
+            _, copy_of_n = self.rows_nD.unique(dim=0, return_inverse=True)
+            order_n = self.ids_n.argsort()
+            order_n = order_n[copy_of_n[order_n].argsort(stable=True)]
+            group_n = copy_of_n[order_n]
+            place_n = torch.arange(len(group_n), device=group_n.device) - torch.searchsorted(group_n, group_n)
+            kept = order_n[place_n <= k]
+            self._distinct = _Gallery(self.rows_nD[kept], self.ids_n[kept], self.distance, self.name, k)
+            self._distinct._distinct = self._distinct
+        return self._distinct
+
+    def candidates(self, rows_mD: torch.Tensor, height: int, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find c candidates of all ranks: (scores [m, c] float64, descending; ids [m, c])."""
+        best = (
+            torch.full((height, c), -torch.inf, dtype=torch.float64, device=rows_mD.device),
+            torch.full((height, c), NOBODY, device=rows_mD.device),
+        )
+
+        def visit(hop: int, rows_mD: torch.Tensor, scores_mc: torch.Tensor, ids_mc: torch.Tensor) -> None:
+            if not len(self.ids_n) or not len(rows_mD):
+                return
+            scores, places = self.backend(_as_products(rows_mD, self.distance, query=True), min(c, len(self.ids_n)))
+            scores, ids = scores.double(), self.ids_n[places]
+            if self.distance == "euclidean":
+                scores -= rows_mD.double().square().sum(dim=1, keepdim=True)
+            if hop:
+                scores, ids = torch.cat([scores_mc, scores], dim=1), torch.cat([ids_mc, ids], dim=1)
+                scores, order = scores.topk(c, dim=1)
+                ids = ids.gather(1, order)
+            scores_mc[:, : scores.shape[1]], ids_mc[:, : ids.shape[1]] = scores, ids
+
+        _, scores_mc, ids_mc = collectives.ring_rotate(rows_mD, height, best, visit)
+        return scores_mc[: len(rows_mD)], ids_mc[: len(rows_mD)]
+
+    def rescore(
+        self,
+        rows_mD: torch.Tensor,
+        scores_mc: torch.Tensor,
+        ids_mc: torch.Tensor,
+        close_m1: torch.Tensor,
+        height: int,
+        exact: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score close candidates, and the first ``exact``, in float64, and order the lists."""
+        near_mc = scores_mc[:, :-1] - scores_mc[:, 1:] <= close_m1
+        near_mc &= scores_mc[:, 1:] > -torch.inf
+        wanted_mc = torch.zeros_like(ids_mc, dtype=torch.bool)
+        wanted_mc[:, :exact] = scores_mc[:, :exact] > -torch.inf
+        wanted_mc[:, :-1] |= near_mc
+        wanted_mc[:, 1:] |= near_mc
+
+        def visit(hop: int, rows_mD: torch.Tensor, wanted_mc: torch.Tensor, exact_mc: torch.Tensor) -> None:
+            if not len(self.ids_n):
+                return
+            query_p, at_p = (wanted_mc != NOBODY).nonzero(as_tuple=True)
+            ids_p = wanted_mc[query_p, at_p]
+            place_p = torch.searchsorted(self.sorted_n, ids_p).clamp_(max=len(self.sorted_n) - 1)
+            owned_p = self.sorted_n[place_p] == ids_p
+            query_p, at_p, place_p = query_p[owned_p], at_p[owned_p], self.order_n[place_p[owned_p]]
+            exact_mc[query_p, at_p] = pair_scores(rows_mD, self.rows_nD, query_p, place_p, self.distance)
+
+        asked = collectives.padded(torch.where(wanted_mc, ids_mc, NOBODY), height, NOBODY)
+        blank = torch.zeros(height, ids_mc.shape[1], dtype=torch.float64, device=ids_mc.device)
+        _, _, exact_mc = collectives.ring_rotate(rows_mD, height, [asked, blank], visit)
+        scores_mc = torch.where(wanted_mc, exact_mc[: len(rows_mD)], scores_mc)
+        mixed_m = near_mc.any(dim=1)
+        if mixed_m.any():
+            by_id = ids_mc[mixed_m].argsort(dim=1)
+            scores, ids = scores_mc[mixed_m].gather(1, by_id), ids_mc[mixed_m].gather(1, by_id)
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            scores_mc[mixed_m], ids_mc[mixed_m] = scores, ids.gather(1, order)
+        return scores_mc, ids_mc
+
+
+def pair_scores(
+    x_mD: torch.Tensor, y_nD: torch.Tensor, row_p: torch.Tensor, column_p: torch.Tensor, distance: Distance
+) -> torch.Tensor:
+    """Score pairs (x[row], y[column]) in float64, added up in an order that D alone decides: [p]."""
+    parts = []
+    for rows, columns in zip(row_p.split(PAIRS), column_p.split(PAIRS), strict=True):
+        x_pD, y_pD = x_mD[rows].double(), y_nD[columns].double()
+        parts.append(fixed_sum(x_pD.mul_(y_pD) if distance == "cosine" else x_pD.sub_(y_pD).square_().neg_()))
+    return torch.cat(parts) if parts else x_mD.new_empty(0, dtype=torch.float64)
+
+
+def fixed_sum(x_pD: torch.Tensor) -> torch.Tensor:
+    """Sum over the last dimension by halves. A library's reduction picks its order by the whole tensor's shape."""
+    while (D := x_pD.shape[1]) > 1:
+        half = D // 2
+        summed = x_pD[:, :half] + x_pD[:, half : 2 * half]
+        x_pD = torch.cat([summed, x_pD[:, 2 * half :]], dim=1) if D % 2 else summed
+    return x_pD[:, 0] if x_pD.shape[1] else x_pD.new_zeros(len(x_pD))
+
+
+def unit_rows(rows_nD: torch.Tensor) -> torch.Tensor:
+    """Scale rows to length 1, [n, D] of the same type; a zero row stays zero, and no length overflows."""
+    unit_nD = rows_nD.double()
+    unit_nD = unit_nD / unit_nD.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    norm_n = fixed_sum(unit_nD.square()).sqrt()
+    return (unit_nD / norm_n.masked_fill(norm_n == 0, 1)[:, None]).to(rows_nD.dtype)
+
+
+def _without_self(
+    scores_mc: torch.Tensor, ids_mc: torch.Tensor, ids_m: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take the query's own image out of the lists, which end in an empty place then: [m, c]."""
+    own_mc = ids_mc == ids_m[:, None]
+    c = ids_mc.shape[1]
+    at_m = torch.where(own_mc.any(dim=1), own_mc.byte().argmax(dim=1), c)
+    column_c = torch.arange(c, device=ids_m.device)
+    kept_mc = column_c + (column_c >= at_m[:, None])
+    empty = torch.full_like(scores_mc[:, :1], -torch.inf), torch.full_like(ids_mc[:, :1], NOBODY)
+    scores_mc, ids_mc = torch.cat([scores_mc, empty[0]], dim=1), torch.cat([ids_mc, empty[1]], dim=1)
+    return scores_mc.gather(1, kept_mc), ids_mc.gather(1, kept_mc)
+
+
+def _as_products(rows_nD: torch.Tensor, distance: Distance, *, query: bool) -> torch.Tensor:
+    """Float32 rows whose inner products rank as ``distance`` does.
+
+    Euclidean: [x, 1] . [2 y, -|y|^2] = |x|^2 - |x - y|^2, and |x|^2 is the same for all that a query is compared with.
+    """
+    if distance == "cosine":
+        return rows_nD.float()
+    if query:
+        return torch.cat([rows_nD, torch.ones_like(rows_nD[:, :1])], dim=1).float()
+    return torch.cat([2 * rows_nD, -rows_nD.double().square().sum(dim=1, keepdim=True)], dim=1).float()
+
+
+def _check(
+    query_qD: torch.Tensor,
+    query_ids_q: torch.Tensor,
+    gallery_nD: torch.Tensor,
+    gallery_ids_n: torch.Tensor,
+    k: int,
+    distance: str,
+) -> None:
+    for what, rows_nD, ids_n in (("query", query_qD, query_ids_q), ("gallery", gallery_nD, gallery_ids_n)):
+        bad_n = ~rows_nD.isfinite().all(dim=1)
+        if bad_n.any():
+            raise RunError(
+                f"{int(bad_n.sum())} of {bad_n.numel()} {what} embeddings are NaN or infinite, the first of image id "
+                f"{int(ids_n[bad_n][0])}; the network has diverged, so lower the learning rate or go back to a "
+                f"checkpoint"
+            )
+        if rows_nD.numel() and rows_nD.abs().max() > LARGEST:
+            raise InputError(
+                f"{what} embeddings have entries up to {float(rows_nD.abs().max()):.3g} but at most {LARGEST:.0e} are "
+                f"searched; normalise them first"
+            )
+    if query_qD.dtype != gallery_nD.dtype or query_qD.shape[1] != gallery_nD.shape[1]:
+        raise InputError(
+            f"queries are {query_qD.dtype} of dimension {query_qD.shape[1]} but the gallery is {gallery_nD.dtype} of "
+            f"dimension {gallery_nD.shape[1]}; embed both with the same network"
+        )
+    if k < 1:
+        raise InputError(f"k={k} neighbours are asked for; ask for at least 1")
+    if distance not in ("cosine", "euclidean"):
+        raise InputError(f"the distance is {distance!r}; it must be cosine or euclidean")
+
+
+# ---- backends ----
+
+
+def build_backend(rows_nD: torch.Tensor, name: str, k: int) -> Backend:
+    """Build what searches this rank's rows by inner products.
+
+    ``auto`` is faiss on a CPU where it is installed, but for many neighbours, and torch on a GPU.
+
+    Raises:
+        InputError: an unknown name, or faiss is asked for and missing.
+    """
+    if name not in ("auto", "faiss", "torch"):
+        raise InputError(f"the search backend is {name!r}; it must be auto, faiss or torch")
+    if name == "torch" or (name == "auto" and (k >= MANY or rows_nD.is_cuda)):
+        return _torch_backend(rows_nD)
+    try:
+        faiss = importlib.import_module("faiss")
+    except (ImportError, OSError) as error:  # OSError: a shared library that faiss needs is missing
+        if name == "faiss":
+            raise InputError(
+                f"evaluation.backend=faiss but faiss cannot be imported ({error}); install faiss-gpu, or set "
+                f"evaluation.backend=torch, which gives the same result"
+            ) from error
+        return _torch_backend(rows_nD)
+    return _faiss_backend(rows_nD, faiss)
+
+
+def _torch_backend(rows_nD: torch.Tensor) -> Backend:
+    """Search by matrix products, tile by tile."""
+
+    def find(query_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scores_mc, places_mc = query_mD.new_empty(len(query_mD), 0), torch.empty(len(query_mD), 0, dtype=torch.int64)
+        places_mc = places_mc.to(rows_nD.device)
+        for start in range(0, len(rows_nD), TILE):
+            scores = query_mD @ rows_nD[start : start + TILE].T
+            scores, places = scores.topk(min(c, scores.shape[1]), dim=1)
+            scores_mc, places_mc = torch.cat([scores_mc, scores], 1), torch.cat([places_mc, places + start], 1)
+            if start:
+                scores_mc, order = scores_mc.topk(min(c, scores_mc.shape[1]), dim=1)
+                places_mc = places_mc.gather(1, order)
+        return scores_mc, places_mc
+
+    return find
+
+
+def _faiss_backend(rows_nD: torch.Tensor, faiss: Any) -> Backend:
+    """Search a flat faiss index, on the rank's own GPU or on the CPU with torch's number of threads."""
+    device = rows_nD.device
+    if rows_nD.is_cuda:
+        options = faiss.GpuIndexFlatConfig()
+        options.device = device.index or 0
+        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), rows_nD.shape[1], options)
+    else:
+        index = faiss.IndexFlatIP(rows_nD.shape[1])
+    index.add(rows_nD.cpu().numpy())
+
+    def find(query_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with _threads_of_torch(faiss):
+            scores, places = index.search(query_mD.cpu().numpy(), c)
+        return torch.from_numpy(scores).to(device), torch.from_numpy(places).to(device)
+
+    return find
+
+
+@contextmanager
+def _threads_of_torch(faiss: Any) -> Iterator[None]:
+    """Let faiss use as many threads as torch, and put its number back."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
