@@ -119,7 +119,7 @@ def search(
         gallery = _Gallery(gallery_nD.detach(), gallery_ids_n, distance, backend, k)
     told = collectives.gather_json([len(gallery_ids_n), gallery.largest_norm, len(query_ids_q)])
     N, largest, most = sum(n for n, _, _ in told), max(norm for _, norm, _ in told), max(q for _, _, q in told)
-    own = k == N and bool(torch.isin(query_ids_q, collectives.gather_ragged(gallery_ids_n)).any())
+    own = k >= N and bool(torch.isin(query_ids_q, collectives.gather_ragged(gallery_ids_n)).any())
     with raise_on_all_ranks("the nearest-neighbour search"):
         if k > N - own:
             raise InputError(

@@ -4,10 +4,10 @@ import doctest
 
 import pytest
 import torch
-from dist_obdsd.evaluation.search import nearest
 
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import metrics
+from dist_obdsd.evaluation.knn import nearest
 from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
 from tests.evaluation import oracle
 
