@@ -5,7 +5,7 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast bench gpu-check lint chaos constraints format ui clean
+.PHONY: help setup demo test test-fast bench gpu-check lint chaos constraints parts format ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ constraints:  ## pin what a fresh install takes today, in constraints.txt
 	.venv-constraints/bin/python -m pip install --quiet --editable '.[dev]'
 	.venv-constraints/bin/python -m pip freeze --exclude-editable > constraints.txt
 	rm -rf .venv-constraints
+
+parts: setup  ## write the tables of docs/parts.md anew
+	$(BIN)/python docs/make_parts.py
 
 format: setup  ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .

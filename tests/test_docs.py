@@ -5,6 +5,7 @@ Text is all that is read, so none of it starts torch.
 
 import ast
 import re
+import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -193,3 +194,8 @@ def test_the_pages_hold_what_is_checked() -> None:
     assert len(SETTING.findall(text)) > 200
     assert text.count("| message |") > 5
     assert len(texts()) > 1000
+
+
+def test_the_tables_of_parts_are_those_of_the_registry() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_parts.py"))["page"]()
+    assert made == (ROOT / "docs" / "parts.md").read_text(), "run `make parts`"
