@@ -6,7 +6,8 @@ from dist_obdsd.config import registry
 
 HEAD = """# Parts that a config chooses between
 
-Made by `make parts` from [config/registry.py](../dist_obdsd/config/registry.py) and the parts' own signatures and docstrings.
+Made by `make parts` from [config/registry.py](../dist_obdsd/config/registry.py) and the parts'
+signatures and docstrings.
 """
 
 
