@@ -1,5 +1,4 @@
-"""Benchmarks: figures as ratios and shapes within one run, on the machine at hand. ``dist-obdsd bench NAME``.
+"""Benchmarks, run from a checkout: ``python -m benchmarks.step`` and so on.
 
-Each has a module of its name here with ``run(options) -> rows``, where ``options`` are the command line's, ``PLOT`` for
-``report.plot`` and, where rows together say something, ``findings(rows)``, figures by name.
+Their findings are ratios and exponents within one run, since absolute times say little on another machine.
 """

@@ -1,4 +1,4 @@
-"""``bench loader``: batches from shards beside the usual way, an image folder read with PIL in a DataLoader.
+"""Batches from shards beside the usual way, an image folder read with PIL in a DataLoader.
 
 The same encoded images, image size, batch size, crop and number of processes; both deliver uint8 [batch, 3, s, s] on
 the CPU, since normalising is the network's work here and can be for either. The usual way is torchvision's
@@ -15,9 +15,10 @@ import argparse
 import math
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.report import Row
+from benchmarks import common
+from benchmarks.common import Row
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.decoding_workers import LENT, SLOTS, DecodeTask, decode_tasks
@@ -48,12 +50,6 @@ SECONDS = 2.0  # that a part of a round is timed
 AHEAD = 2  # batches that a DataLoader's process prepares ahead, torch's default
 SAMPLE = 300  # images that one core decodes over and over
 MADE = {"classes": 128, "per_class": 16, "width": 320, "height": 240}  # the images that the bench makes itself
-PLOT: dict[str, Any] = {
-    "x": "image_size",
-    "y": "images_per_s",
-    "label": lambda row: row["source"],
-    "title": "images decoded, cropped and flipped",
-}
 
 Source = Callable[[], AbstractContextManager[Iterator[Tensor]]]
 
@@ -83,19 +79,19 @@ def run(options: argparse.Namespace) -> list[Row]:
             manifest = manifests.load(shards)
             extract(shards, manifest, files)
         rows = []
-        for size in options.sizes or [options.image_size or 224]:
+        for size in options.sizes:
             config = build_config(shards, size, options.batch, options.workers)
-            rows += compare(config, manifest, files, options.budget)
+            rows += measure(config, manifest, files, options.budget)
         return rows
 
 
 def build_config(shards: str, image_size: int, batch: int, workers: int) -> Config:
     data = {"shards": shards, "image_size": image_size, "workers": workers, "lanes": math.gcd(batch // 2, 8) or 1}
     raw = {"name": "bench", "epochs": 10**6, "data": data, "batch": {"global_size": batch}}
-    return parse_config(raw, "bench loader")
+    return parse_config(raw, "benchmarks.loader")
 
 
-def compare(config: Config, manifest: Manifest, files: Path, budget: float) -> list[Row]:
+def measure(config: Config, manifest: Manifest, files: Path, budget: float) -> list[Row]:
     """The rows of one image size: ``ROUNDS`` rounds, or as many as the budget (seconds) allows, but one at least."""
     sources: dict[str, Source] = {STREAM: lambda: stream(config, manifest), FOLDER: lambda: image_folder(config, files)}
     ahead = max(SLOTS + LENT, AHEAD * config.data.workers) + 1
@@ -244,3 +240,16 @@ def extract(shards: str, manifest: Manifest, folder: Path) -> None:
         labels = dict(zip(shard.ids, shard.classes, strict=True))
         for sample_id, data in read_shard(shards, shard, labels):
             (folder / f"{labels[sample_id]:06d}" / manifests.key(sample_id)).write_bytes(data)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = common.parser(__doc__)
+    parser.add_argument("--sizes", type=common.numbers, default=[224], metavar="S,S,...", help="pixels (default: 224)")
+    parser.add_argument("--batch", type=int, default=112, help="images in a batch (default: 112)")
+    parser.add_argument("--workers", type=int, default=2, help="decoding processes (default: 2)")
+    parser.add_argument("--shards", metavar="DIR", help="shards to read (default: made-up images)")
+    return common.main(parser.parse_args(arguments), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

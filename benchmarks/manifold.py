@@ -1,18 +1,22 @@
-"""``bench manifold``: one rank's share of the diffusion's targets, by solver, beside the dense inverse.
+"""One rank's share of the diffusion's targets, by solver, beside the dense inverse.
 
 Every case runs in a process of its own. A rank of W solves for its B/W rows and needs no other rank for it, so one
 process measures what each of W would take. Settings are SOP's published ones, the sharpest.
 """
 
+import argparse
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks import reference
+from benchmarks import common, reference
+from benchmarks.common import Row, exponent, peak_mib, run_case
 from benchmarks.objective import embeddings
-from benchmarks.report import Row, exponent, in_own_process, peak_mib
+from dist_obdsd.distributed import launch
 from dist_obdsd.manifold import targets as manifold
 from dist_obdsd.manifold.diffusion import Diffusion
 
@@ -23,15 +27,9 @@ OWN_ROWS = 512
 COMPARABLE = 4096
 """Largest B whose targets are compared with float64."""
 SETTINGS = Diffusion(omega=0.5, transition_temperature=0.005)
-PLOT: dict[str, Any] = {
-    "x": "B",
-    "y": "seconds",
-    "label": lambda row: f"{row['solver']}, W = {row['W']}" if row["series"] == "W" else f"cg, {OWN_ROWS} rows a rank",
-    "title": "target of one rank's rows",
-}
 
 
-def run(options: Any) -> list[Row]:
+def run(options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     sizes = options.sizes or SIZES
     cases = [
@@ -47,7 +45,8 @@ def run(options: Any) -> list[Row]:
         row: Row = {"B": B, "W": W, "b": B // W, "series": series, "solver": solver}
         reason = too_large(B, W, solver) or too_long(row, rows, options.budget)
         if reason is None:
-            row |= in_own_process(measure, B, W, solver, options.dim, options.threads, seconds=options.budget)
+            case = row | {"dim": options.dim, "threads": options.threads, "budget": options.budget}
+            row |= run_case("benchmarks.manifold", 1, case)
         else:
             row["skipped"] = reason
         rows.append(row)
@@ -78,10 +77,9 @@ def too_large(B: int, W: int, solver: str) -> str | None:
     return f"needs {wanted / 2**30:.0f} GiB" if wanted > 0.9 * free else None
 
 
-def measure(B: int, W: int, solver: str, dim: int, threads: int) -> Row:
-    """The first rank's rows."""
-    torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def run_rank(rank: launch.Runtime, case: Row) -> Row:
+    """Solve for the first rank's rows."""
+    B, W, solver, dim, device = case["B"], case["W"], case["solver"], case["dim"], str(rank.device)
     T_BD, rows = embeddings(B, dim, 0, device), slice(0, B // W)
     small = embeddings(64, dim, 1, device)
     for _ in range(2):  # the second time without what a first call of a library costs
@@ -90,7 +88,7 @@ def measure(B: int, W: int, solver: str, dim: int, threads: int) -> Row:
     while best == float("inf") or time.perf_counter() - started < 1:
         before = time.perf_counter()
         found = solve(T_BD, rows, solver)
-        if device == "cuda":
+        if rank.device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - before)
     assert found is not None
@@ -106,7 +104,7 @@ def solve(T_BD: torch.Tensor, rows: slice, solver: str) -> manifold.DiffusionTar
         target_bB = reference.target(T_BD, SETTINGS)[rows]
         return manifold.DiffusionTarget(target_bB, target_bB.new_zeros(len(target_bB)))
     # Cholesky wants whole matrices; conjugate gradients get the default memory and go tile by tile beyond it.
-    more = {"memory_gib": 1e3} if solver == "cholesky" else {}
+    more: dict[str, Any] = {"memory_gib": 1e3} if solver == "cholesky" else {}
     return manifold.target_rows(T_BD, rows, replace(SETTINGS, solver=solver, **more))
 
 
@@ -121,3 +119,14 @@ def findings(rows: list[Row]) -> dict[str, float]:
         for name, part in series.items()
     }
     return {name: exponent(points) for name, points in measured.items() if len(points) > 1}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = common.parser(__doc__)
+    parser.add_argument("--sizes", type=common.numbers, metavar="B,B,...", help=f"batches (default: {SIZES})")
+    parser.add_argument("--worlds", type=common.numbers, metavar="W,W,...", help=f"ranks (default: {WORLDS})")
+    return common.main(parser.parse_args(arguments), run, findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

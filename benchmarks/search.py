@@ -1,4 +1,4 @@
-"""``bench search``: exact self-retrieval over real ranks, by time, memory and share of the matrix-multiply peak.
+"""Exact self-retrieval over real ranks, by time, memory and share of the matrix-multiply peak.
 
 Where n x n comparisons would not fit the budget, fewer queries are asked of the whole gallery; the column ``queries``
 says how many.
@@ -7,15 +7,15 @@ Shapes: n images of this rank, D embedding dimension.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks.ranks import START_SECONDS, matmul_flops, on_ranks
-from benchmarks.report import Row, peak_mib
+from benchmarks import common
+from benchmarks.common import Row, matmul_flops, peak_mib, run_case
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.evaluation.knn import nearest
@@ -28,12 +28,6 @@ NEIGHBOURS = 20
 PER_CLASS = 10
 DRAWN = 10_000  # images drawn at a time from a seed of their own, so that a rank draws only its share
 EXPECTED_SHARE = 0.25  # of the peak, which the number of queries is planned with
-PLOT = {
-    "x": "n",
-    "y": "ms_per_query",
-    "label": lambda row: f"{row['backend']}, {row['ranks']} ranks",
-    "title": "Exact nearest-neighbour search",
-}
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -48,42 +42,38 @@ def run(options: argparse.Namespace) -> list[Row]:
         for world in options.worlds or WORLDS:
             for backend in BACKENDS:
                 what = {"n": n, "dim": options.dim, "ranks": world, "backend": backend}
-                case = [n, options.dim, backend, options.threads, options.budget]
-                rows.append(what | on_ranks(__name__, world, case, options.budget))
+                case = what | {"threads": options.threads, "budget": options.budget}
+                rows.append(what | run_case("benchmarks.search", world, case))
                 print(f"{what}: {rows[-1].get('skipped') or 'done'}", file=sys.stderr, flush=True)
     return rows
 
 
-def _rank(n: int, dim: int, backend: str, threads: int, budget: float) -> None:
-    """This rank's part of a case; rank 0 prints the figures."""
-    with launch.start(threads=threads, timeout_seconds=START_SECONDS + 2 * budget) as rank:
-        world, device = rank.world_size, rank.device
-        ids_n = torch.arange(n)[rank.rank :: world]
-        rows_nD = _embeddings(ids_n, n, dim).to(device)
-        ids_n = ids_n.to(device)
-        peak = sum(collectives.gather_json(matmul_flops(device)))
-        affordable = budget * EXPECTED_SHARE * peak / (2 * n * dim)
-        queries = n if affordable >= n else max(world, 10 ** math.floor(math.log10(max(affordable, 1))))
-        is_query_n = ids_n < queries
-        assert_equal_across_ranks("the size of the search", str(queries))  # and all start together
-        started = time.perf_counter()
-        nearest(
-            rows_nD[is_query_n], ids_n[is_query_n], rows_nD, ids_n, min(NEIGHBOURS, n - 1), backend=backend, scored=0
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        told = collectives.gather_json([time.perf_counter() - started, peak_mib()])
-        seconds = max(time for time, _ in told)
-        if rank.is_main:
-            row = {
-                "queries": queries,
-                "seconds": seconds,
-                "ms_per_query": 1000 * seconds / queries,
-                "peak_mib_per_rank": max(mib for _, mib in told),
-                "peak_gflops": peak / 1e9,
-                "share": 2 * n * queries * dim / seconds / peak,
-            }
-            print(json.dumps(row))
+def run_rank(rank: launch.Runtime, case: Row) -> Row:
+    """This rank's part of a case."""
+    n, dim, backend, budget = case["n"], case["dim"], case["backend"], case["budget"]
+    world, device = rank.world_size, rank.device
+    ids_n = torch.arange(n)[rank.rank :: world]
+    rows_nD = _embeddings(ids_n, n, dim).to(device)
+    ids_n = ids_n.to(device)
+    peak = sum(collectives.gather_json(matmul_flops(device)))
+    affordable = budget * EXPECTED_SHARE * peak / (2 * n * dim)
+    queries = n if affordable >= n else max(world, 10 ** math.floor(math.log10(max(affordable, 1))))
+    is_query_n = ids_n < queries
+    assert_equal_across_ranks("the size of the search", str(queries))  # and all start together
+    started = time.perf_counter()
+    nearest(rows_nD[is_query_n], ids_n[is_query_n], rows_nD, ids_n, min(NEIGHBOURS, n - 1), backend=backend)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    told = collectives.gather_json([time.perf_counter() - started, peak_mib()])
+    seconds = max(time for time, _ in told)
+    return {
+        "queries": queries,
+        "seconds": seconds,
+        "ms_per_query": 1000 * seconds / queries,
+        "peak_mib_per_rank": max(mib for _, mib in told),
+        "peak_gflops": peak / 1e9,
+        "share": 2 * n * queries * dim / seconds / peak,
+    }
 
 
 def _embeddings(ids_n: torch.Tensor, n: int, dim: int) -> torch.Tensor:
@@ -98,5 +88,12 @@ def _embeddings(ids_n: torch.Tensor, n: int, dim: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = common.parser(__doc__)
+    parser.add_argument("--sizes", type=common.numbers, metavar="N,N,...", help=f"images (default: {SIZES})")
+    parser.add_argument("--worlds", type=common.numbers, metavar="W,W,...", help=f"ranks (default: {WORLDS})")
+    return common.main(parser.parse_args(arguments), run)
+
+
 if __name__ == "__main__":
-    _rank(*json.loads(sys.argv[1]))
+    sys.exit(main())

@@ -1,11 +1,11 @@
-"""``bench step``: a whole training step by arm, where its time goes, and what many GPUs would make of it.
+"""A whole training step by variant of the objective, and where its time goes.
 
-The arms take turns in one process per rank, a block of steps each, so that a machine whose speed drifts slows all of
-them down alike. A step's time is a block's divided by its steps, the median over the blocks; its parts are medians over
-all steps. Without ``--shards`` one batch of images is made up and taken again and again, so nobody waits for data; with
-it, batches come as in a run, with ``--workers`` decoding processes per rank.
+The variants take turns in one process per rank, a block of steps each, so that a machine whose speed drifts slows all
+of them down alike. A step's time is a block's divided by its steps, the median over the blocks; its parts are medians
+over all steps. Without ``--shards`` one batch of images is made up and taken again and again, so nobody waits for data;
+with it, batches come as in a run, with ``--workers`` decoding processes per rank.
 
-    overhead   step time / that of the arm ``none``
+    overhead   step time / that of the variant ``none``
     floor      the same if only the teacher's forward pass came on top
     excess     (step - step of ``none``) / teacher's forward pass: 1 if the objective cost nothing
 
@@ -15,14 +15,12 @@ Legend: b rows of a rank, B rows of the global batch, D embedding dimension, W r
 """
 
 import argparse
-import json
-import logging
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +28,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import projection
-from benchmarks.feed import EPOCHS, Feed
-from benchmarks.objective import embeddings
-from benchmarks.ranks import START_SECONDS, matmul_flops, on_ranks
-from benchmarks.report import Row
+from benchmarks import common
+from benchmarks.common import Row, matmul_flops, run_case
 from dist_obdsd import machine
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.from_config import classes_from
+from dist_obdsd.data.stream import TrainBatch, TrainStream
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses.batch_view import BatchView
 from dist_obdsd.losses.build import build_objective
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.precision import compile_networks
@@ -51,21 +47,17 @@ from dist_obdsd.training.train_step import TrainProgress, TrainStep
 CASE = ("backbone", "image_size", "batch", "dim", "precision", "compile", "teacher_precision", "threads", "budget",
         "shards", "workers")  # fmt: skip
 """The options that say what is measured."""
-ARMS = ("none", "psd", "obdsd")
+VARIANTS = ("none", "psd", "obdsd")
 WAIT = "data wait"
 PARTS = ("student forward", "teacher", "communication", "objective", "student backward", "optimizer")
 WARM_UP, BLOCKS = 3, 5
 BLOCK_SECONDS = 1.0
-PLOT: dict[str, Any] = {
-    "x": "W",
-    "y": "images_per_s",
-    "label": lambda row: row["arm"],
-    "title": "training steps",
-}
+EPOCHS = 100_000
+"""Of a stream, which begins in the middle, at half the ramp, and never comes to its end."""
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """A row per number of ranks and arm; then rows of a projection, from the parts on one rank."""
+    """A row per number of ranks and variant."""
     rows: list[Row] = []
     if options.shards:
         manifests.load(options.shards)  # complains here, once
@@ -73,26 +65,26 @@ def run(options: argparse.Namespace) -> list[Row]:
         case = {name: getattr(options, name) for name in CASE}
         case["trace"] = str(options.trace) if options.trace and not rows else None
         config(case, "none", world)  # likewise
-        answer = on_ranks(__name__, world, case, options.budget)
+        answer = run_case("benchmarks.step", world, case)
         if isinstance(answer, dict):
             rows.append({"W": world} | answer)
         else:
             rows += answer
-    return rows + projection.rows(rows, options)
+    return rows
 
 
 def findings(rows: list[Row]) -> dict[str, float]:
-    """What decides: the overhead of each arm, and its excess over the teacher's forward pass."""
+    """What decides: the overhead of each variant, and its excess over the teacher's forward pass."""
     return {
-        f"{what} of {row['arm']} on {row['W']} ranks": row[what]
+        f"{what} of {row['variant']} on {row['W']} ranks": row[what]
         for row in rows
         for what in ("overhead", "excess")
-        if row.get("arm") in ARMS[1:] and what in row
+        if row.get("variant") in VARIANTS[1:] and what in row
     }
 
 
-def config(case: dict[str, Any], arm: str, world: int) -> Config:
-    """The config of an arm, with the published weights of CUB200 and sharper temperatures.
+def config(case: dict[str, Any], variant: str, world: int) -> Config:
+    """The config of a variant, with the published weights of CUB200 and sharper temperatures.
 
     Raises:
         InputError: a backbone, precision or size that does not fit.
@@ -114,7 +106,7 @@ def config(case: dict[str, Any], arm: str, world: int) -> Config:
         "batch": {"global_size": case["batch"] * world, "samples_per_class": 2},
         "model": {"backbone": case["backbone"], "embedding_dim": case["dim"], "compile": case["compile"]},
         "distillation": {
-            "target": arm,
+            "target": variant,
             "weight": 3,
             "temperature": 0.1,
             "transition_temperature": 0.05,
@@ -123,13 +115,13 @@ def config(case: dict[str, Any], arm: str, world: int) -> Config:
         },
         "optim": {"lr": 1e-5},
     }
-    return parse_config(raw, "bench step")
+    return parse_config(raw, "benchmarks.step")
 
 
 # ---- on a rank ------------------------------------------------------------------------------------------------------
 
 
-class Split:
+class StepTimer:
     """Where a step's time goes: marks between its parts, on the host's clock or, for a GPU, in its stream."""
 
     def __init__(self, device: torch.device) -> None:
@@ -144,7 +136,7 @@ class Split:
             moment.record()
         self._marks.append((ended, moment))
 
-    def around(self, owner: Any, name: str, part: str, then: Callable[[Any], None] = lambda result: None) -> None:
+    def time_calls(self, owner: Any, name: str, part: str, then: Callable[[Any], None] = lambda result: None) -> None:
         """Let the calls of a function or method count as ``part``."""
         inner = getattr(owner, name)
 
@@ -168,43 +160,81 @@ class Split:
         return parts
 
 
-class Arm:
+class Batches(AbstractContextManager["Batches"]):
+    """Batches from the middle of a run; all variants of a rank share one."""
+
+    classes: Sequence[int]
+    """The sorted classes of all labels."""
+
+    def __init__(self, config: Config, rank: launch.Runtime) -> None:
+        """Make a batch up, in pinned memory for a GPU, or start to read. Collective.
+
+        Args:
+            config: its ``data.shards`` is empty where images are to be made up.
+
+        Raises:
+            InputError: the shards cannot be read or do not fit the batch.
+        """
+        self._stream: TrainStream | None = None
+        B, data, cuda = config.batch.global_size, config.data, rank.device.type == "cuda"
+        if data.shards:
+            manifest = manifests.load(data.shards)
+            self.classes, _ = classes_from(config, manifest)
+            self._stream = TrainStream(
+                manifest, self.classes, config, rank.rank, rank.world_size, config.epochs // 2, 0, pinned=cuda
+            )
+            return
+        self.classes = range(B // 2)
+        shape = (B // rank.world_size, data.channels, data.image_size, data.image_size)
+        images_b = torch.randint(0, 256, shape, dtype=torch.uint8)
+        images_b = images_b.pin_memory() if cuda else images_b
+        self._batch = TrainBatch(config.epochs // 2, 0, images_b, torch.arange(len(images_b)), torch.arange(B) // 2, [])
+
+    def next(self) -> TrainBatch:
+        return self._batch if self._stream is None else next(self._stream)
+
+    def __exit__(self, *error: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+class Variant:
     """A network, its teacher and everything else that a step needs, and the steps that it takes."""
 
-    def __init__(self, config: Config, rank: launch.Runtime, split: Split, feed: Feed) -> None:
-        self.config, self.rank, self.split, self.feed = config, rank, split, feed
+    def __init__(self, config: Config, rank: launch.Runtime, timer: StepTimer, batches: Batches) -> None:
+        self.config, self.rank, self.timer, self.batches = config, rank, timer, batches
         student = build_embedder(config, rank.device)
         teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
-        objective = build_objective(config, feed.classes, rank.device)
+        objective = build_objective(config, batches.classes, rank.device)
         compile_networks(config, rank, student, teacher)
         self.compiled = student._compiled_call_impl is not None
         strategy = build_strategy(student, config, rank, [])
         strategy.network.train()
         self.parameters = sum(p.numel() for p in student.parameters())
-        self.step = TrainStep(config, rank, strategy, teacher, objective, feed.classes)
+        self.step = TrainStep(config, rank, strategy, teacher, objective, batches.classes)
         self._divide(strategy, objective)
         self.times: list[float] = []
         self.parts: dict[str, list[float]] = defaultdict(list)
         self.flops = self.peak_mib = 0.0
 
     def _divide(self, strategy: Any, objective: Any) -> None:
-        split = self.split
+        timer = self.timer
         # The gradient reaches the embeddings where the objective's backward ends and the network's begins.
-        split.around(
-            strategy, "embed", "student forward", lambda E_bD: E_bD.register_hook(lambda g: split.mark("objective"))
+        timer.time_calls(
+            strategy, "embed", "student forward", lambda E_bD: E_bD.register_hook(lambda g: timer.mark("objective"))
         )
         if self.step.teacher is not None:
-            split.around(self.step, "teacher", "teacher")
-        split.around(objective, "start_async", "objective")
-        split.around(objective, "terms", "objective")
-        split.around(objective, "loss", "objective")
-        split.around(strategy, "_backward", "student backward")
-        split.around(strategy, "_clipped_norm", "optimizer")
-        split.around(strategy, "_take_step", "optimizer")
+            timer.time_calls(self.step, "teacher", "teacher")
+        timer.time_calls(objective, "start_async", "objective")
+        timer.time_calls(objective, "terms", "objective")
+        timer.time_calls(objective, "loss", "objective")
+        timer.time_calls(strategy, "_backward", "student backward")
+        timer.time_calls(strategy, "_clipped_norm", "optimizer")
+        timer.time_calls(strategy, "_take_step", "optimizer")
 
     def take(self) -> None:
-        batch = self.feed()
-        self.split.mark(WAIT)
+        batch = self.batches.next()
+        self.timer.mark(WAIT)
         self.step(batch, TrainProgress(batch.epoch, batch.step, 1), 0.0)  # not the run's first step, which checks more
 
     def warm_up(self) -> None:
@@ -214,7 +244,7 @@ class Arm:
         self.flops = counter.get_total_flops()
         for _ in range(WARM_UP):
             self.take()
-        self.split.seconds()
+        self.timer.seconds()
 
     def block(self, steps: int) -> None:
         cuda = self.rank.device.type == "cuda"
@@ -223,20 +253,20 @@ class Arm:
             torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(steps):
-            self.split.mark("between")
+            self.timer.mark("between")
             self.take()
-            self.split.mark("other")
-        parts = self.split.seconds()
+            self.timer.mark("other")
+        parts = self.timer.seconds()
         self.times.append((time.perf_counter() - started) / steps)
         for part in (*[WAIT] * bool(self.config.data.shards), *PARTS, "other"):
             self.parts[part].append(parts.get(part, 0.0) / steps)
         if cuda:
             self.peak_mib = torch.cuda.max_memory_allocated() / 2**20
 
-    def row(self, none: "Arm | None", peak: float) -> Row:
+    def row(self, none: "Variant | None", peak: float) -> Row:
         seconds = statistics.median(self.times)
         B = self.config.batch.global_size
-        row: Row = {"W": self.rank.world_size, "B": B, "arm": self.config.distillation.target}
+        row: Row = {"W": self.rank.world_size, "B": B, "variant": self.config.distillation.target}
         # What came of a wish: a machine that cannot do it goes on without.
         if self.config.model.compile:
             row["compiled"] = self.compiled
@@ -251,83 +281,68 @@ class Arm:
         return row | ({"peak_mib": self.peak_mib} if self.peak_mib else {})
 
 
-def _rank(case: dict[str, Any]) -> None:
-    """This rank's part of a case; rank 0 prints the rows."""
-    seconds = START_SECONDS + 2 * case["budget"]
-    with launch.start(threads=case["threads"], timeout_seconds=seconds) as rank, ExitStack() as stack:
-        if rank.device.type == "cpu":
-            machine.tune_malloc()
-        split = Split(rank.device)
-        for owner, name in (
-            (collectives, "gather_rows"),
-            (collectives, "sum_across"),
-            (collectives.AsyncAllGather, "wait"),
-        ):
-            split.around(owner, name, "communication")
-        configs = [config(case, arm, rank.world_size) for arm in ARMS]
-        feed = stack.enter_context(Feed(configs[0], rank))
-        arms = [Arm(config, rank, split, feed) for config in configs]
-        for arm in arms:
-            arm.warm_up()
+def run_rank(rank: launch.Runtime, case: dict[str, Any]) -> list[Row]:
+    """This rank's part of a case. Collective."""
+    if rank.device.type == "cpu":
+        machine.tune_malloc()
+    timer = StepTimer(rank.device)
+    for owner, name in (
+        (collectives, "gather_rows"),
+        (collectives, "sum_across"),
+        (collectives.AsyncAllGather, "wait"),
+    ):
+        timer.time_calls(owner, name, "communication")
+    configs = [config(case, target, rank.world_size) for target in VARIANTS]
+    with Batches(configs[0], rank) as batches:
+        variants = [Variant(config, rank, timer, batches) for config in configs]
+        for variant in variants:
+            variant.warm_up()
         started = time.perf_counter()
-        arms[0].block(1)
+        variants[0].block(1)
         # Every rank takes the same number of steps, and all blocks together half the budget at most.
         taken = max(collectives.gather_json(time.perf_counter() - started))
-        steps = max(1, int(min(BLOCK_SECONDS, case["budget"] / (2 * BLOCKS * len(ARMS))) / taken))
-        arms[0].times.clear()
-        arms[0].parts.clear()
+        steps = max(1, int(min(BLOCK_SECONDS, case["budget"] / (2 * BLOCKS * len(VARIANTS))) / taken))
+        variants[0].times.clear()
+        variants[0].parts.clear()
         for _ in range(BLOCKS):
-            for arm in arms:
-                arm.block(steps)
+            for variant in variants:
+                variant.block(steps)
         peak = matmul_flops(rank.device, torch.bfloat16 if case["precision"] == "bf16" else torch.float32)
-        rows = [arm.row(arms[0], peak) for arm in arms]
+        rows = [variant.row(variants[0], peak) for variant in variants]
         if case["trace"]:
-            _trace(arms[-1], Path(case["trace"]), rank.is_main)
-        if rank.world_size == 1:
-            rows[-1][projection.MEASURED] = {
-                "parameters": arms[-1].parameters,
-                "objective": _objective_alone(arms[-1], case["budget"] / 4),
-            }
-        if rank.is_main:
-            print(json.dumps(rows))
+            _trace(variants[-1], Path(case["trace"]), rank.is_main)
+    return rows
 
 
-def _trace(arm: Arm, path: Path, writes: bool) -> None:
+def _trace(variant: Variant, path: Path, writes: bool) -> None:
     """Three steps for chrome://tracing or Perfetto."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * arm.split.cuda
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * variant.timer.cuda
     with profile(activities=activities) as trace:
         for _ in range(3):
-            arm.take()
+            variant.take()
     if writes:
         trace.export_chrome_trace(str(path))
 
 
-def _objective_alone(arm: Arm, budget: float) -> list[tuple[int, float]]:
-    """(B, seconds) of one rank's objective, forward and backward, for ever larger batches of which it has b rows."""
-    objective, device = arm.step.objective, arm.rank.device
-    b, found = arm.config.batch.global_size, []
-    for W in projection.WORLDS:
-        B = b * W
-        E_BD, T_BD = (embeddings(B, arm.config.model.embedding_dim, seed, str(device)) for seed in (0, 1))
-        labels_B = torch.arange(B, device=device) // 2
-        best = float("inf")
-        for _ in range(2):
-            started = time.perf_counter()
-            E_bD = E_BD[:b].clone().requires_grad_()
-            # By the step's own road, on which a GPU looks at the diffusion later.
-            gathering = collectives.AsyncAllGather(T_BD)
-            pending = objective.start_async(gathering, slice(0, b)) if arm.step.looks_later else None
-            terms = objective.terms(BatchView(E_bD, torch.cat([E_bD, E_BD[b:]]), labels_B, 0, 0), T_BD, pending)
-            objective.loss(terms, {name: term.count for name, term in terms.items()}, 1, 0.5).backward()
-            if arm.split.cuda:
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - started)
-        found.append((B, best))
-        if 60 * best > budget:  # eight times the batch takes up to 64 times as long
-            break
-    return found
+def parser() -> argparse.ArgumentParser:
+    """The arguments; the GPU checks take them, too."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--worlds", type=common.numbers, default=[1, 2], metavar="W,W,...", help="ranks (1,2)")
+    parser.add_argument("--backbone", default="small_cnn", help="model.backbone (default: small_cnn)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: 224; 32 for small_cnn)")
+    parser.add_argument("--batch", type=int, default=112, help="images of a rank (default: 112)")
+    parser.add_argument("--precision", default="float32", help="float32 or bf16 (default: float32)")
+    parser.add_argument("--teacher-precision", default="same", help="same or bf16 (default: same)")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--shards", metavar="DIR", help="shards to read (default: made-up images)")
+    parser.add_argument("--workers", type=int, default=2, help="decoding processes per rank (default: 2)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write three steps of obdsd here, for Perfetto")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return common.main(parser().parse_args(arguments), run, findings)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr, where a rank says what does not work
-    _rank(json.loads(sys.argv[1]))
+    sys.exit(main())

@@ -28,7 +28,6 @@ COMMANDS = {
     "figures": "run_folder:figures",
     "replay": "run_folder:replay",
     "doctor": "doctor:doctor",
-    "bench": "bench:bench",
 }
 """Command -> the module of this package and the function in it that takes the parsed options."""
 EXTRA_MODULES = ("matplotlib", "mlflow", "pyarrow", "scipy", "sklearn")

@@ -8,8 +8,6 @@ from pathlib import Path
 from dist_obdsd import __version__
 from dist_obdsd.machine import usable_cores
 
-BENCHES = ("objective", "manifold", "search", "loader", "step")
-
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse, and take overrides wherever they stand: argparse itself wants all positionals in one row."""
@@ -106,30 +104,6 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--shards", metavar="DIR", help="or on images of these shards")
     export.add_argument("--split", default="test")
 
-    bench = commands.add_parser("bench", help="measure a part of the system on this machine")
-    bench.add_argument("name", choices=BENCHES)
-    bench.add_argument("--sizes", type=_numbers, metavar="N,N,...", help="sizes to measure (default: the bench's own)")
-    bench.add_argument("--worlds", type=_numbers, metavar="W,W,...", help="numbers of ranks (default: the bench's own)")
-    bench.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
-    bench.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: 1)")
-    bench.add_argument("--budget", type=float, default=120, help="seconds that one case may take (default: 120)")
-    bench.add_argument("--shards", metavar="DIR", help="loader, step: shards to read (default: made-up images)")
-    bench.add_argument("--workers", type=int, default=2, help="loader, step: decoding processes (per rank; default: 2)")
-    bench.add_argument("--decode", choices=("cpu", "gpu"), default="cpu", help="step: data.decode (default: cpu)")
-    bench.add_argument("--image-size", type=int, help="loader, step: pixels (default: 224; 32 for small_cnn)")
-    bench.add_argument("--batch", type=int, default=112, help="loader, step: images in a (rank's) batch (112)")
-    bench.add_argument("--backbone", default="small_cnn", help="step: model.backbone (default: small_cnn)")
-    bench.add_argument("--precision", default="float32", help="step: float32 or bf16 (default: float32)")
-    bench.add_argument("--teacher-precision", default="same", help="step: same or bf16 (default: same)")
-    bench.add_argument("--compile", action="store_true", help="step: with torch.compile")
-    bench.add_argument("--gigabytes", type=float, default=25, help="step: GB/s of a GPU's network, projected (25)")
-    bench.add_argument("--latency", type=float, default=20, help="step: microseconds of a message, projected (20)")
-    bench.add_argument("--trace", type=Path, help="step: write three steps of obdsd here, for Perfetto")
-    bench.add_argument("--json", type=Path, help="write the rows to this file")
-    bench.add_argument("--baseline", type=Path, metavar="FILE", help="compare the findings with an earlier --json file")
-    bench.add_argument("--tolerance", type=float, default=0.2, help="share by which a finding may be worse (0.2)")
-    bench.add_argument("--plot", type=Path, help="draw the rows into this file, such as bench.png")
-
     status = commands.add_parser("status", help="print a run's state: none, running, finished, preempted or failed")
     status.add_argument("config", type=Path, help="the run's YAML file, with the overrides it was started with")
     status.add_argument("overrides", nargs="*", metavar="key=value")
@@ -177,7 +151,3 @@ def _loudness(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
     group.add_argument("--quiet", action="store_true", help="print warnings and the final table only")
     group.add_argument("--verbose", action="store_true", help="print every step")
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]

@@ -115,7 +115,8 @@ class ModelConfig(Section):
     changes no result beyond rounding."""
     compile: bool = False
     """Let torch.compile make the kernels of training steps, for student and teacher. That takes a minute or more at the
-    start; `bench step --compile` tells whether it pays. It changes no result beyond rounding; evaluation does without.
+    start; `python -m benchmarks.step --compile` tells whether it pays.
+    It changes no result beyond rounding; evaluation does without.
     Where it does not work, one line says why and the run goes on without it. With several ranks gradients are sent when
     the backward pass is over, not during it."""
 

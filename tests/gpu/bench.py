@@ -4,16 +4,14 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks import step
-from benchmarks.report import Row
-from dist_obdsd.cli.parser import parse
+from benchmarks.common import Row, cell
 from dist_obdsd.errors import RunError, format_error
 
-WAITING = ("backbone", "arm", "images_per_s", "data wait")
+WAITING = ("backbone", "variant", "images_per_s", "data wait")
 WAITING_MEANS = "data wait: the share of the steps' time in which the host was asking for its next batch"
-COLUMNS = ("backbone", "pixels", "B", "compiled", "arm", "ms", *step.PARTS, "other", "images_per_s", "overhead",
+COLUMNS = ("backbone", "pixels", "B", "compiled", "variant", "ms", *step.PARTS, "other", "images_per_s", "overhead",
            "objective share", "peak_mib", "mfu")  # fmt: skip
 LARGE = 448
 CASES = ((112, False), (LARGE, False), (LARGE, True))
@@ -22,8 +20,8 @@ OVERHEAD, SHARE, WAIT = 1.30, 0.02, 0.02
 
 
 def run(quick: bool, budget: float) -> list[Row]:
-    """A row per batch and arm: ResNet-50 at 224 pixels in bf16, or something tiny. A case that fails is one row, which
-    says so; the others are measured nevertheless.
+    """A row per batch and variant: ResNet-50 at 224 pixels in bf16, or something tiny. A case that fails is one
+    row with its error; the others are measured nevertheless.
 
     Args:
         budget: seconds for all of it, besides what starting takes.
@@ -32,12 +30,12 @@ def run(quick: bool, budget: float) -> list[Row]:
     cases = ((8, False),) if quick else CASES
     for B, compiled in cases:
         backbone, side = ("small_cnn", 16) if quick else ("resnet50", 224)
-        command = ["bench", "step", "--worlds", "1", "--precision", "bf16", "--backbone", backbone, "--image-size",
+        arguments = ["--worlds", "1", "--precision", "bf16", "--backbone", backbone, "--image-size",
                    str(side), "--batch", str(B), "--budget", str(budget / len(cases)),
                    *["--compile"] * compiled]  # fmt: skip
         about = {"backbone": backbone, "pixels": side, "B": B, "compiled": compiled}
         try:
-            measured = step.run(parse(command))
+            measured = step.run(step.parser().parse_args(arguments))
         except Exception as error:
             if isinstance(error, RunError) and "out of memory" in str(error).lower():
                 rows.append(about | {"skipped": "this GPU has too little memory for it"})
@@ -45,9 +43,7 @@ def run(quick: bool, budget: float) -> list[Row]:
                 rows.append(about | failure(error))
             continue
         rows += [
-            about | row | ({"objective share": row["objective"] / row["ms"]} if "ms" in row else {})
-            for row in measured
-            if "projected" not in row.get("arm", "")
+            about | row | ({"objective share": row["objective"] / row["ms"]} if "ms" in row else {}) for row in measured
         ]
     return rows
 
@@ -66,13 +62,13 @@ def failure(error: Exception) -> Row:
 def targets(rows: Sequence[Row]) -> list[Row]:
     """What was aimed at for ResNet-50 on a GPU beside what was found."""
     found = []
-    waits = [row for row in rows if row["backbone"] == "resnet50" and "data wait" in row]
+    waits = [row for row in rows if "data wait" in row and row["backbone"] == "resnet50"]
     if waits:  # a host that waits for the diffusion, too, can hide less
         worst = max(waits, key=lambda row: row["data wait"])
-        what = f"wait for data, {worst['backbone']}, {worst['arm']}"
+        what = f"wait for data, {worst['backbone']}, {worst['variant']}"
         found.append(_aim(what, WAIT, worst["data wait"]))
     for row in rows:
-        if row.get("arm") != "obdsd" or row["backbone"] != "resnet50" or "overhead" not in row:
+        if row.get("variant") != "obdsd" or row["backbone"] != "resnet50" or "overhead" not in row:
             continue
         case = f"ResNet-50, 224 pixels, B={row['B']}{', compiled' * row['compiled']}"
         found.append(_aim(f"step of obdsd / step of none, {case}", OVERHEAD, row["overhead"]))
@@ -90,20 +86,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
     kept = [name for name in columns if any(name in row for row in rows)]
     lines = ["| " + " | ".join(kept) + " |", "|" + "---|" * len(kept)]
     for row in rows:
-        cells = [_cell(row.get(name)) for name in kept]
+        cells = [cell(row.get(name)) for name in kept]
         if "skipped" in row:
             cells[-1] = row["skipped"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value:,.0f}"
-        if isinstance(value, float) and value >= 1000
-        else f"{value:.3g}"
-        if isinstance(value, float)
-        else str(value)
-    )

@@ -75,15 +75,15 @@ def uploads_arrive(device: torch.device, quick: bool) -> str:
 def data_wait(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """A row for each variant: the share of a training run's steps in which the host asked for images.
 
-    Photos of 400 x 320 pixels, eight decoding processes; the arm ``none``, whose
+    Photos of 400 x 320 pixels, eight decoding processes; the variant ``none``, whose
     steps are the shortest, and ``obdsd``, in which the host waits for the diffusion's error and can hide less. Without
     the first epoch, in which everything warms up. A row that fails says so; the others are measured nevertheless.
     """
     rows: list[dict[str, Any]] = []
     size, classes = ((40, 32), 24) if quick else ((400, 320), 280)
     with shards(lambda images: make_jpegs(images, classes, 8, size)) as folder:
-        for arm in ("none",) if quick else ("none", "obdsd"):
-            row: dict[str, Any] = {"backbone": "small_cnn" if quick else "resnet50", "arm": arm}
+        for variant in ("none",) if quick else ("none", "obdsd"):
+            row: dict[str, Any] = {"backbone": "small_cnn" if quick else "resnet50", "variant": variant}
             try:
                 rows.append(row | _waited(folder, row, device, quick))
             except Exception as error:
@@ -94,7 +94,7 @@ def data_wait(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 def _waited(folder: Path, row: dict[str, Any], device: torch.device, quick: bool) -> dict[str, Any]:
     """What a run of its own found."""
     more = {
-        "model.backbone": row["backbone"], "distillation.target": row["arm"],
+        "model.backbone": row["backbone"], "distillation.target": row["variant"],
         "data.image_size": "16" if quick else "224", "batch.global_size": "16" if quick else "112",
         "data.workers": "2" if quick else "8", "data.channels": "3", "data.lanes": "8", "data.augment": "crop",
         "device": device.type, "precision": "bf16", "optim.lr": "1e-5", "epochs": "4", "evaluation.test": "false",

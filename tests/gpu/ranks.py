@@ -1,10 +1,5 @@
-"""Process groups on the device: a step of W ranks is that of one process with the whole batch.
+"""Process groups on the device: a step of W ranks is that of one process with the whole batch."""
 
-``python -m tests.gpu.ranks CASE`` is one rank; its last line is the answer.
-"""
-
-import json
-import sys
 import tempfile
 from typing import Any
 
@@ -12,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.ranks import on_ranks
-from dist_obdsd.distributed import collectives, launch
+from benchmarks.common import run_case
+from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
 from tests.gpu.rig import CheckError, Rig, Skipped, convolutions_in_float32, distance, settings, within
 
@@ -54,35 +49,34 @@ def ranks_are_one_batch(device: torch.device, quick: bool) -> str:
     world = max(W for W in (1, 2, 4, 8, 16) if world >= W)  # such as divide the batch
     if world == 1:
         raise Skipped("there is one GPU")
-    arms = {arm: f"distillation.target={arm}" for arm in ("none", "obdsd")}
+    variants = {variant: f"distillation.target={variant}" for variant in ("none", "obdsd")}
     with tempfile.TemporaryDirectory() as folder, convolutions_in_float32():
-        for arm, target in arms.items():
+        for variant, target in variants.items():
             alone = Rig(settings("small_cnn", target), device)
             alone.take()
-            torch.save(alone.gradients, f"{folder}/{arm}")
-        answer = on_ranks("tests.gpu.ranks", world, {"device": device.type, "folder": folder, "arms": arms}, SECONDS)
+            torch.save(alone.gradients, f"{folder}/{variant}")
+        case = {"device": device.type, "folder": folder, "variants": variants, "threads": 1, "budget": SECONDS}
+        answer = run_case("tests.gpu.ranks", world, case)
     if "skipped" in answer:
         raise CheckError(f"{world} ranks: {answer['skipped']}")
-    said = [within(f"gradient of {arm}", error, LIMIT) for arm, error in answer.items()]
+    said = [within(f"gradient of {variant}", error, LIMIT) for variant, error in answer.items()]
     return f"{'NCCL' if device.type == 'cuda' else 'gloo'}, {world} ranks: {'; '.join(said)}"
 
 
-def _rank(case: dict[str, Any]) -> None:
-    with launch.start(case["device"]) as rank, convolutions_in_float32():
-        found = collectives.gather_json(errors(rank, case["arms"], case["folder"]))
-        if rank.is_main:
-            print(json.dumps({arm: max(one[arm] for one in found) for arm in case["arms"]}))
+def run_rank(rank: Runtime, case: dict[str, Any]) -> dict[str, float]:
+    """The largest error of all ranks, by variant. Collective."""
+    with convolutions_in_float32():
+        found = collectives.gather_json(errors(rank, case["variants"], case["folder"]))
+    return {variant: max(one[variant] for one in found) for variant in case["variants"]}
 
 
-def errors(rank: Runtime, arms: dict[str, str], folder: str) -> dict[str, float]:
-    """Of this rank's gradient beside the file's, for each arm."""
+def errors(rank: Runtime, variants: dict[str, str], folder: str) -> dict[str, float]:
+    """Of this rank's gradient beside the file's, for each variant."""
     found = {}
-    for arm, target in arms.items():
+    for variant, target in variants.items():
         rig = Rig(settings("small_cnn", target), rank.device, rank)
         rig.take()
-        found[arm] = distance(rig.gradients, torch.load(f"{folder}/{arm}", map_location="cpu", weights_only=True))
+        found[variant] = distance(
+            rig.gradients, torch.load(f"{folder}/{variant}", map_location="cpu", weights_only=True)
+        )
     return found
-
-
-if __name__ == "__main__":
-    _rank(json.loads(sys.argv[1]))

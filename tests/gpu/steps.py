@@ -18,7 +18,7 @@ from tests.gpu.rig import (
 )
 from tests.hostreads import HostReads
 
-ARMS = ("none", "psd", "obdsd")
+VARIANTS = ("none", "psd", "obdsd")
 LIMITS = {
     ("small_cnn", "float32"): (1e-4, 1e-4),
     ("small_cnn", "tf32"): (2e-2, 1e-1),
@@ -37,8 +37,8 @@ def step_is_exact(device: torch.device, quick: bool) -> str:
     """Losses and gradients of one step beside those of the same step in float64 on the CPU."""
     found = []
     for backbone in ("small_cnn",) if quick else ("small_cnn", "resnet18"):
-        for arm in ARMS:
-            target = f"distillation.target={arm}"
+        for variant in VARIANTS:
+            target = f"distillation.target={variant}"
             wanted, wanted_gradients = _one_step(CPU, backbone, target, "precision=float64")
             for precision in ("float32", "bf16", *(["tf32"] if device.type == "cuda" else [])):
                 overrides = [target, f"precision={'bf16' if precision == 'bf16' else 'float32'}"]
@@ -50,10 +50,10 @@ def step_is_exact(device: torch.device, quick: bool) -> str:
                 losses, slopes = LIMITS[backbone, precision]
                 for name in [name for name in ("ranking", "distillation") if name in wanted]:
                     error = abs(numbers[name] - wanted[name]) / abs(wanted[name])
-                    within(f"{backbone} {arm} {precision}: error of {name}", error, losses)
+                    within(f"{backbone} {variant} {precision}: error of {name}", error, losses)
                 error = distance(gradients, wanted_gradients)
-                said = within(f"{backbone} {arm} {precision}: error of the gradient", error, slopes)
-                if arm == "obdsd":
+                said = within(f"{backbone} {variant} {precision}: error of the gradient", error, slopes)
+                if variant == "obdsd":
                     found.append(said.replace("error of the ", ""))
     return "; ".join(found)
 
@@ -72,9 +72,9 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
     A GPU itself complains where something waits for it (``torch.cuda.set_sync_debug_mode``); on a CPU every operation
     is looked at. An event in the queue may be waited for: the device has more to do by then.
     """
-    for arm in ARMS:
+    for variant in VARIANTS:
         for more in ([], ["batch.chunk=8"], ["optim.clip_norm=1"]):
-            config = settings("small_cnn", f"distillation.target={arm}", "precision=bf16", *GENTLE, *more)
+            config = settings("small_cnn", f"distillation.target={variant}", "precision=bf16", *GENTLE, *more)
             rig = Rig(config, device)
             rig.keeps_gradients = False
             reader = DelayedMetrics(lag=100)
@@ -87,7 +87,7 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
             with HostReads() as reads:
                 rig.take(batch)
             if reads.found:
-                raise CheckError(f"a step of {arm} waits {len(reads.found)} times: {', '.join(reads.found)}")
+                raise CheckError(f"a step of {variant} waits {len(reads.found)} times: {', '.join(reads.found)}")
     return "no operation of a step makes the host wait"
 
 

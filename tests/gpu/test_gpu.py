@@ -44,7 +44,7 @@ def test_a_bare_machine_runs_every_check_and_bench(tmp_path: Path) -> None:
     checked, rest = written["rows"][: len(alone)], written["rows"][len(alone) :]
     measured, waited = rest[:-1], rest[-1]
     assert [(row["check"], row["verdict"]) for row in checked] == [(name, "ok") for name in alone]
-    assert [row["arm"] for row in measured] == ["none", "psd", "obdsd"]
+    assert [row["variant"] for row in measured] == ["none", "psd", "obdsd"]
     assert all(row["ms"] > 0 and 0 < row["objective share"] < 1 for row in measured)
     assert 0 <= waited["data wait"] < 1
     text = (tmp_path / "out" / "gpu-check.md").read_text()
@@ -56,22 +56,22 @@ def test_a_bare_machine_runs_every_check_and_bench(tmp_path: Path) -> None:
 
 def test_ranks_are_one_batch_and_are_told_from_another(tmp_path: Path) -> None:
     target = "distillation.target=obdsd"
-    for arm, weight in (("obdsd", 3), ("other", 30)):
+    for variant, weight in (("obdsd", 3), ("other", 30)):
         alone = Rig(settings("small_cnn", target, f"distillation.weight={weight}"), CPU)
         alone.take()
-        torch.save(alone.gradients, tmp_path / arm)
+        torch.save(alone.gradients, tmp_path / variant)
     for found in harness.run(2, _errors, {"obdsd": target, "other": target}, str(tmp_path)):
         assert found["obdsd"] < ranks.LIMIT
         assert found["other"] > 100 * ranks.LIMIT
 
 
-def _errors(arms: dict[str, str], folder: str) -> dict[str, float]:
+def _errors(variants: dict[str, str], folder: str) -> dict[str, float]:
     import torch.distributed as dist
 
     from dist_obdsd.distributed.launch import Launch, Runtime
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    return ranks.errors(Runtime(Launch("test", rank, world, rank, world), CPU), arms, folder)
+    return ranks.errors(Runtime(Launch("test", rank, world, rank, world), CPU), variants, folder)
 
 
 def test_a_step_that_is_not_masked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,17 +189,17 @@ def test_without_a_gpu_it_says_what_a_cpu_can(
 
 
 def test_targets_stand_beside_what_was_found() -> None:
-    about = {"backbone": "resnet50", "pixels": 224, "arm": "obdsd", "compiled": False}
+    about = {"backbone": "resnet50", "pixels": 224, "variant": "obdsd", "compiled": False}
     rows = [
         about | {"B": 112, "overhead": 1.4, "objective share": 0.5},
         about | {"B": 448, "overhead": 1.3, "objective share": 0.021},
-        {"backbone": "resnet50", "pixels": 224, "B": 448, "arm": "none", "overhead": 1.0},
+        {"backbone": "resnet50", "pixels": 224, "B": 448, "variant": "none", "overhead": 1.0},
         {"backbone": "resnet50", "pixels": 224, "B": 896, "skipped": "this GPU has too little memory for it"},
     ]
     gpu = {"backbone": "resnet50"}
-    waits = [{"backbone": "small_cnn", "arm": "none", "data wait": 0.5}]
-    waits += [gpu | {"arm": "none", "data wait": 0.01}, gpu | {"arm": "obdsd", "data wait": 0.015}]
-    waits += [gpu | {"arm": "obdsd", "skipped": "no"}]
+    waits = [{"backbone": "small_cnn", "variant": "none", "data wait": 0.5}]
+    waits += [gpu | {"variant": "none", "data wait": 0.01}, gpu | {"variant": "obdsd", "data wait": 0.015}]
+    waits += [gpu | {"variant": "obdsd", "skipped": "no"}]
     (aim,) = bench.targets(waits)
     assert (aim["at most"], aim["found"]) == (0.02, 0.015)  # the larger one
     assert aim["target"].endswith("obdsd")
@@ -207,8 +207,8 @@ def test_targets_stand_beside_what_was_found() -> None:
     assert [(row["at most"], row["found"], row["verdict"]) for row in found] == [
         (1.3, 1.4, "missed"), (1.3, 1.3, "met"), (0.02, 0.021, "missed"),
     ]  # fmt: skip
-    text = bench.markdown(("B", "arm", "overhead", "nothing"), rows).splitlines()
-    assert text[0] == "| B | arm | overhead |"
+    text = bench.markdown(("B", "variant", "overhead", "nothing"), rows).splitlines()
+    assert text[0] == "| B | variant | overhead |"
     assert text[2] == "| 112 | obdsd | 1.4 |"
     assert text[-1] == "| 896 |  | this GPU has too little memory for it |"
 
@@ -217,7 +217,7 @@ def test_a_batch_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     def run(options: object) -> list:
         if options.batch == bench.LARGE:
             raise bench.RunError("the case failed:\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate")
-        return [{"B": 112, "arm": "none", "ms": 2.0, "objective": 1.0}, {"B": 1, "arm": "obdsd, projected"}]
+        return [{"B": 112, "variant": "none", "ms": 2.0, "objective": 1.0}]
 
     monkeypatch.setattr(bench.step, "run", run)
     first, second, third = bench.run(False, 10)
@@ -234,7 +234,7 @@ def test_what_was_measured_before_and_after_a_failure_is_kept(
             raise bench.RunError(
                 "the case failed:\nTraceback\n[rank0]: RuntimeError: no kernel image\nChildFailedError:\n"
             )
-        row = {"B": options.batch, "arm": "none", "ms": 2.0, "objective": 1.0}
+        row = {"B": options.batch, "variant": "none", "ms": 2.0, "objective": 1.0}
         return [row | {"compiled": False} if options.compile else row]
 
     def no_wait(device: torch.device, quick: bool) -> list:
@@ -257,13 +257,13 @@ def test_what_was_measured_before_and_after_a_failure_is_kept(
 
 def test_a_run_that_fails_is_a_row_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(folder: Path, row: dict, device: torch.device, quick: bool) -> dict:
-        if row["arm"] == "obdsd":
+        if row["variant"] == "obdsd":
             raise CheckError("dist-obdsd train exited with 1")
         return {"data wait": 0.25}
 
     monkeypatch.setattr(feeding, "_waited", half)
     monkeypatch.setattr(feeding, "make_jpegs", lambda images, classes, count, size: runs.make_images(images, 4))
     none, obdsd = feeding.data_wait(CPU, False)
-    assert (none["arm"], none["data wait"]) == ("none", 0.25)
-    assert (obdsd["arm"], obdsd["failed"]) == ("obdsd", True)
+    assert (none["variant"], none["data wait"]) == ("none", 0.25)
+    assert (obdsd["variant"], obdsd["failed"]) == ("obdsd", True)
     assert "exited with 1" in obdsd["skipped"]

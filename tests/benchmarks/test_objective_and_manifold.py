@@ -1,17 +1,13 @@
-"""The benchmarks on small sizes, through the command line, and what their rows and findings mean."""
+"""The benchmarks of the objective and the manifold on small sizes, and what their findings mean."""
 
-import argparse
 import itertools
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import manifold, objective, reference, report
-from dist_obdsd.cli import main as cli
-from dist_obdsd.errors import InputError, RunError
+from benchmarks import manifold, objective, reference
 from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 from dist_obdsd.manifold.diffusion import Diffusion
 from tests import oracle
@@ -25,27 +21,26 @@ def _threads():
     torch.set_num_threads(before)
 
 
-def bench(*arguments):
-    assert cli.main(["bench", *map(str, arguments)]) == 0
+def run(benchmark, *arguments):
+    assert benchmark.main([*map(str, arguments)]) == 0
 
 
 def test_objective_compares_three_implementations_in_one_run(tmp_path, capfd):
-    bench("objective", "--sizes", "16,64", "--budget", 5, "--json", tmp_path / "o.json", "--plot", tmp_path / "o.png")
+    run(objective, "--sizes", "16,64", "--budget", 5, "--json", tmp_path / "o.json")
     written = json.loads((tmp_path / "o.json").read_text())
     assert written["meta"]["torch"] == torch.__version__
     rows = written["rows"]
-    ways = {(row["B"], row["arm"], row["implementation"]) for row in rows}
+    ways = {(row["B"], row["variant"], row["implementation"]) for row in rows}
     assert {(16, "obdsd", "dist-obdsd"), (64, "obdsd", "loop and inverse")} <= ways
     assert (64, "none", "pytorch-metric-learning") in ways
     assert all(row["seconds"] > 0 for row in rows)
     assert {row["ratio"] for row in rows if row["implementation"] == "dist-obdsd"} == {1.0}
-    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     assert "loop and inverse" in capfd.readouterr().out
 
 
 def test_a_library_that_is_not_there_is_left_out_in_one_line(monkeypatch, capfd):
-    monkeypatch.setattr(objective, "has_peer", lambda: False)
-    bench("objective", "--sizes", "8", "--dim", "4", "--budget", 1)
+    monkeypatch.setattr(objective, "has_library", lambda: False)
+    run(objective, "--sizes", "8", "--dim", "4", "--budget", 1)
     said = capfd.readouterr().out
     assert said.count("pytorch-metric-learning is not installed; pip install pytorch-metric-learning") == 1
     assert "share of loop and inverse, none, B=8" in said
@@ -54,9 +49,9 @@ def test_a_library_that_is_not_there_is_left_out_in_one_line(monkeypatch, capfd)
 def test_what_the_objective_is_compared_with_is_the_same_mathematics():
     E_BD, T_BD = unit_rows(0, 16, 8), unit_rows(1, 16, 8)
     labels_B = torch.arange(16) // 2
-    for arm in objective.ARMS:
+    for variant in objective.VARIANTS:
         values, gradients = [], []
-        for way in objective.implementations(arm, T_BD, labels_B).values():
+        for way in objective.implementations(variant, T_BD, labels_B).values():
             leaf_BD = E_BD.clone().requires_grad_()
             values.append(way(leaf_BD))
             gradients.append(torch.autograd.grad(values[-1], leaf_BD)[0])
@@ -92,7 +87,7 @@ def test_implementations_take_turns_in_blocks(monkeypatch):
 
 
 def test_manifold_measures_a_rank_s_share_by_solver(tmp_path, capfd):
-    bench("manifold", "--sizes", "64", "--worlds", "1,8", "--json", tmp_path / "m.json")
+    run(manifold, "--sizes", "64", "--worlds", "1,8", "--json", tmp_path / "m.json")
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
     assert {(row["B"], row["W"], row["b"], row["solver"]) for row in rows} == {
         (64, W, 64 // W, solver)
@@ -130,71 +125,18 @@ def test_findings_are_slopes_of_logarithms():
     assert manifold.findings(rows[:1]) == {}
 
 
-def test_findings_are_held_against_an_earlier_file(tmp_path):
-    earlier = tmp_path / "earlier.json"
-    earlier.write_text(json.dumps({"meta": {"date": "2026-01-01", "a": 1.0, "b": 1.0, "c": 1.0}, "rows": []}))
-    rows = report.against(earlier, {"a": 1.3, "b": 1.1, "c": 0.7, "d": 5.0}, tolerance=0.2)
-    assert [(row["finding"], row["verdict"]) for row in rows] == [
-        ("a", "worse"), ("b", "alike"), ("c", "better"), ("d", "new"),
-    ]  # fmt: skip
-    assert rows[0]["change"] == pytest.approx(1.3)
-    earlier.write_text("[]")
-    with pytest.raises(InputError, match="earlier.json is no file that bench --json wrote"):
-        report.against(earlier, {"a": 1.0}, tolerance=0.2)
-
-
 def test_a_regression_is_an_exit_code(tmp_path, capsys):
-    arguments = ["bench", "objective", "--sizes", "16", "--dim", "8", "--budget", "2"]
-    assert cli.main([*arguments, "--json", str(tmp_path / "now.json")]) == 0
+    arguments = ["--sizes", "16", "--dim", "8", "--budget", "2"]
+    assert objective.main([*arguments, "--json", str(tmp_path / "now.json")]) == 0
     kept = json.loads((tmp_path / "now.json").read_text())
     shares = {name: value for name, value in kept["meta"].items() if name.startswith("share of")}
     assert len(shares) == 4  # three arms beside the loop, one beside another library
     kept["meta"] |= {name: value / 100 for name, value in shares.items()}
     (tmp_path / "better.json").write_text(json.dumps(kept))
-    assert cli.main([*arguments, "--baseline", str(tmp_path / "better.json")]) == 1
+    assert objective.main([*arguments, "--baseline", str(tmp_path / "better.json")]) == 1
     assert capsys.readouterr().out.count("worse") == 4
 
 
-def sleep(seconds):
-    time.sleep(seconds)
-    return {"slept": seconds}
-
-
-def fail():
-    raise ValueError("on purpose")
-
-
-def die():
-    import os
-
-    os._exit(9)
-
-
-def test_a_case_in_a_process_of_its_own_can_take_too_long_fail_or_die():
-    row = report.in_own_process(sleep, 0.0, seconds=60)
-    assert row["slept"] == 0.0
-    assert row["peak_mib"] > 0
-    assert report.in_own_process(sleep, 60.0, seconds=0.5) == {"skipped": "took more than 0 s"}
-    with pytest.raises(RunError, match="on purpose"):
-        report.in_own_process(fail, seconds=60)
-    assert "ended with 9" in report.in_own_process(die, seconds=60)["skipped"]
-
-
-def test_a_table_and_what_it_was_measured_on():
-    text = report.table(
-        [{"B": 1, "seconds": 0.012345}, {"B": 100, "seconds": 5.0, "error": 1e-7}, {"B": 3, "skipped": "no"}]
-    )
-    assert text.splitlines() == [
-        "  B  seconds  error",
-        "  1   0.0123       ",
-        "100        5  1e-07",
-        "  3                  no",
-    ]
-    about = report.meta(argparse.Namespace(threads=2))
-    assert about["threads"] == 2
-    assert about["device"]
-
-
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(tmp_path, capfd):
-    assert cli.main(["bench", "objective", "--json", str(tmp_path / "no" / "x.json")]) == 2
+    assert objective.main(["--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "its folder does not exist" in capfd.readouterr().err
