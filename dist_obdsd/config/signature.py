@@ -10,7 +10,6 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -52,7 +51,8 @@ def read_source(path: str) -> Source:
     module, _, attribute = path.partition(":")
     spec = importlib.util.find_spec(module)
     assert spec is not None, f"there is no module {module}"
-    tree = ast.parse(Path(spec.origin or "").read_text(encoding="utf-8"))
+    # The loader also reads from a zip file, in which a logged model carries the package.
+    tree = ast.parse(spec.loader.get_source(module))  # type: ignore[union-attr]
     found = next(node for node in tree.body if getattr(node, "name", None) == attribute)
     assert isinstance(found, ast.ClassDef | ast.FunctionDef)
     inside = [found] if isinstance(found, ast.FunctionDef) else found.body

@@ -73,7 +73,7 @@ def test_it_is_the_best_epoch_without_pickles_and_optimizer(trained: Path, model
 # Runs MLflow's program where neither the package's checkout nor an installed one can be imported.
 ALONE = """
 import importlib.metadata, sys
-sys.path[:] = [path for path in sys.path if not __import__("pathlib").Path(path, "dist_obdsd", "cli.py").exists()]
+sys.path[:] = [path for path in sys.path if not __import__("pathlib").Path(path, "dist_obdsd", "__init__.py").exists()]
 from mlflow.cli import cli
 try:
     cli()
