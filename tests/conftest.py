@@ -16,6 +16,14 @@ torch.set_num_threads(1)
 REAL_DATA = Path(os.environ.get("DIST_OBDSD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
 
 
+SLOW = (
+    "training", "launch", "experiments", "benchmarks", "tracking", "gpu", "cli", "examples", "figures",
+    "test_knn.py", "test_precision.py", "test_backbones.py", "test_stream_properties.py", "test_glyphs.py",
+    "test_export.py", "test_measure.py", "test_clustering.py",
+)  # fmt: skip
+"""Folders and files whose tests train, launch processes or take long: `make test-fast` leaves them out."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Limit ``pytest -n auto`` to four processes: more would mostly wait for each other's ranks."""
@@ -23,9 +31,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests come first, so that workers end together when each takes the next file."""
+    """Put files with long tests first, so that workers end together, and mark what starts runs or programs as slow."""
     first = ["training", "launch", "experiments", "benchmarks", "tracking", "figures", "evaluation"]
     items.sort(key=lambda item: first.index(name) if (name := item.path.parent.name) in first else len(first))
+    for item in items:
+        if item.path.parent.name in SLOW or item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
