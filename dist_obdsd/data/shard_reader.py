@@ -3,6 +3,7 @@
 From a shard only images, integers and JSON are parsed; nothing in it can execute.
 """
 
+import json
 import math
 import tarfile
 import threading
@@ -151,6 +152,44 @@ def read_shard(
         raise RunError(f"shard {url} {error}; {advice}") from error
     except OSError as error:
         raise RunError(f"shard {url} cannot be opened ({short_reason(error)}); {advice}") from error
+
+
+def image_names(
+    root: str, shards: Iterable[Shard], ids: Container[int] | None = None, cache: Cache | None = None
+) -> dict[int, str]:
+    """Look up the path that each image had in the source that was packed: id -> path with forward slashes.
+
+    Of a local shard only the headers and the small .json members are read; a remote one is downloaded.
+
+    Args:
+        shards: where to look, such as ``manifest.shards()`` or one split.
+        ids: the images to name; None: all of them. A shard with none of them is not opened.
+
+    Returns:
+        The names found. An image is left out where its shard holds no name, as shards of other makers may.
+
+    Raises:
+        RunError: a shard cannot be read.
+    """
+    names: dict[int, str] = {}
+    for shard in shards:
+        wanted = {key(i): i for i in shard.ids if ids is None or i in ids}
+        if not wanted:
+            continue
+        try:
+            with open_shard(root, shard, cache) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    sample, _, suffix = member.name.partition(".")
+                    if suffix == "json" and sample in wanted and (content := tar.extractfile(member)) is not None:
+                        meta = json.loads(content.read())
+                        if isinstance(meta, dict) and isinstance(name := meta.get("name"), str):
+                            names[wanted[sample]] = name
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise RunError(
+                f"shard {shown(location(root, shard.file))} cannot be read ({short_reason(error)}); "
+                f"check the data with `dist-obdsd verify {shown(root)}`"
+            ) from error
+    return names
 
 
 class ClosedError(Exception):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import webdataset
 from PIL import Image
 
 from dist_obdsd.data import manifest
@@ -21,6 +22,7 @@ from dist_obdsd.data.packing import writer
 from dist_obdsd.data.packing.pack import pack
 from dist_obdsd.data.packing.recipes import Recipe, load_recipe
 from dist_obdsd.data.packing.verify import verify
+from dist_obdsd.data.shard_reader import image_names
 from dist_obdsd.errors import InputError, RunError
 from tests.data.packing.sources import FOLDER, encoded, samples_of, write
 
@@ -50,6 +52,35 @@ def test_every_image_is_copied_byte_for_byte_with_its_class(source, tmp_path) ->
     assert len(seen) == 69
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     assert verify(out).problems == []
+
+
+def test_an_image_is_named_by_its_id(source, packed, one_without_names) -> None:
+    found = manifest.load(packed)
+    names = image_names(str(packed), found.shards())
+    assert set(names.values()) == {path.relative_to(source).as_posix() for path in source.rglob("*.*")}
+    for shard in found.shards():
+        for i, class_id in zip(shard.ids, shard.classes, strict=True):
+            assert Path(names[i]).parent.name == found.classes[class_id]
+    assert image_names(str(packed), found.splits["test"], {5, 60}) == {60: names[60]}
+    assert image_names(f"pipe:cat {packed}/{{file}}", found.shards(), [7]) == {7: names[7]}
+    assert image_names(str(one_without_names), found.shards()) == {}
+    shard = found.splits["test"][0]
+    (packed / shard.file).write_bytes((packed / shard.file).read_bytes()[:2000])
+    with pytest.raises(RunError, match=rf"{shard.file} cannot be read"):
+        image_names(str(packed), found.shards())
+
+
+@pytest.fixture
+def one_without_names(packed: Path, tmp_path: Path) -> Path:
+    """The packed shards as another program may have written them: without .json, or with one that names nothing."""
+    (tmp_path / "nameless").mkdir()
+    for n, shard in enumerate(manifest.load(packed).shards()):
+        with webdataset.TarWriter(str(tmp_path / "nameless" / shard.file)) as tar:
+            for sample in samples_of(packed, shard.file):
+                kept = {member: data for member, data in sample.items() if member in ("__key__", "png", "jpg", "cls")}
+                odd = ({}, {"json": b"{}"}, {"json": b"[]"}, {"json": b'{"name": 7}'})[n % 4]
+                tar.write(kept | odd)
+    return tmp_path / "nameless"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
