@@ -25,6 +25,15 @@ class StoppedError(UserError):
     """A request to stop, met in the middle of work; its caller saves and ends in good order."""
 
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "timeout caused pair closure", "Broken pipe")
+"""Gloo's words for a rank that ended or cannot be reached."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Tell if a collective failed since another rank is gone."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
+
+
 def format_error(error: BaseException) -> str:
     """Format an error in one line, with its type unless it is one of ours."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -1,6 +1,7 @@
 """``dist-obdsd compare``."""
 
 import argparse
+import os
 
 from dist_obdsd.cli.output import check_writable, show, write_json
 from dist_obdsd.errors import RunError
@@ -42,8 +43,9 @@ def compare(options: argparse.Namespace) -> int:
         show(f"\n{report.headline()}\n\nreport: {comparison.folder / 'report.md'}")
     missing, runs = comparison.missing, len(comparison.specs)
     if stop.requested:
-        show(f"stopped by a signal with {len(missing)} of {runs} runs to go; the same command goes on")
-    elif missing:
+        show(f"stopped by {stop.reason} with {len(missing)} of {runs} runs to go; the same command goes on")
+        return os.EX_TEMPFAIL
+    if missing:
         names = ", ".join(f"{status.spec.run_dir} {status.state}" for status in missing)
         raise RunError(
             f"{len(missing)} of {runs} runs are not finished ({names}); see their errors above and in their "

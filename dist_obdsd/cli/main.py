@@ -1,6 +1,7 @@
 """The command line: dispatch, errors and exit codes. Commands are imported when used, so ``--help`` answers at once.
 
-Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input.
+Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input, 75 stopped in good order and ready
+to go on (EX_TEMPFAIL of sysexits.h).
 """
 
 import argparse
@@ -14,13 +15,14 @@ import traceback
 from dist_obdsd import console
 from dist_obdsd.cli.parser import parse
 from dist_obdsd.cli.ranks import env_rank
-from dist_obdsd.errors import InputError, UserError, format_error
+from dist_obdsd.errors import InputError, StoppedError, UserError, format_error, is_lost_peer
 
 COMMANDS = {
     "pack": "data:pack",
     "verify": "data:verify",
     "train": "train:train",
     "status": "train:status",
+    "stop": "train:stop",
     "compare": "compare:compare",
     "evaluate": "evaluate:evaluate",
     "embed": "evaluate:embed",
@@ -32,8 +34,6 @@ COMMANDS = {
 """Command -> the module of this package and the function in it that takes the parsed options."""
 EXTRA_MODULES = ("matplotlib", "mlflow", "pyarrow", "scipy", "sklearn")
 """Only some commands need these; the extra ``train`` installs them."""
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
-"""Gloo's words for a rank that ended."""
 
 
 def program() -> None:
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     """Run one command.
 
     Returns:
-        0, 1 or 2. Errors are one line on standard error; a defect of ours comes with its traceback.
+        0, 1, 2 or 75. Errors are one line on standard error; a defect of ours comes with its traceback.
     """
     options = parse(arguments)
     try:
@@ -72,14 +72,14 @@ def main(arguments: list[str]) -> int:
         if not error.on_all_ranks or env_rank() == "0":
             where = f"{error.where}: " if error.where and not error.on_all_ranks else ""
             print(f"{console.paint('dist-obdsd:', 'red', sys.stderr)} {where}{error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, InputError) else 1
+        return 2 if isinstance(error, InputError) else os.EX_TEMPFAIL if isinstance(error, StoppedError) else 1
     except KeyboardInterrupt:
         print("dist-obdsd: interrupted", file=sys.stderr)
         return 1
     except BrokenPipeError:
         return 1  # whoever read our output, such as head, has enough
     except Exception as error:
-        if any(words in str(error) for words in LOST_PEER):
+        if is_lost_peer(error):
             # The rank that is gone says why; a traceback here would only bury it.
             print(f"rank {env_rank()} stops, since another rank is gone", file=sys.stderr, flush=True)
             return 1

@@ -107,6 +107,11 @@ def parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="print a run's state: none, running, finished, preempted or failed")
     status.add_argument("config", type=Path, help="the run's YAML file, with the overrides it was started with")
     status.add_argument("overrides", nargs="*", metavar="key=value")
+    status.add_argument("--since", type=float, metavar="SECONDS", help="print none where it is older (date +%%s)")
+
+    stop = commands.add_parser("stop", help="let a run save and end, from any machine that sees its folder")
+    stop.add_argument("config", type=Path, help="the run's YAML file, with the overrides it was started with")
+    stop.add_argument("overrides", nargs="*", metavar="key=value")
 
     figures = commands.add_parser("figures", help="draw the figures of a run folder anew")
     figures.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder; of a running one, what there is yet")

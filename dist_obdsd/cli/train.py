@@ -4,13 +4,15 @@ import argparse
 import logging
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_obdsd import console
 from dist_obdsd.cli.output import show, table
 from dist_obdsd.cli.ranks import joined
-from dist_obdsd.training.preemption import PreemptionHandler
+from dist_obdsd.errors import InputError
+from dist_obdsd.training.preemption import STOP_FILE, PreemptionHandler
 
 if TYPE_CHECKING:
     from dist_obdsd.config import Config
@@ -50,7 +52,10 @@ def _train(rank: "Runtime", config: "Config", stop: PreemptionHandler, options: 
     if config.tracking.kind == "mlflow":
         uri = config.tracking.uri
         logger.info(f"to see its curves: {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}")
-    return 0
+    if state == "finished":
+        return 0
+    broadcast_object(None)  # launchers kill the others when one rank ends with an error, so all end together
+    return os.EX_TEMPFAIL
 
 
 def status(options: argparse.Namespace) -> int:
@@ -59,7 +64,27 @@ def status(options: argparse.Namespace) -> int:
     from dist_obdsd.training.run_dir import read_status
 
     found = read_status(load_config(options.config, options.overrides).run_dir)
+    if options.since and datetime.fromisoformat(found.get("time", "1970-01-01")).timestamp() < options.since:
+        found = {}
     print(found.get("state", "none"))
     if found.get("message"):
         print(found["message"], file=sys.stderr)
+    return 0
+
+
+def stop(options: argparse.Namespace) -> int:
+    """Ask a run to stop in good order, from any machine that sees its folder.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    from dist_obdsd.config import load_config
+
+    folder = load_config(options.config, options.overrides).run_dir
+    try:
+        (folder / STOP_FILE).touch()
+    except OSError as error:
+        raise InputError(
+            f"cannot write {folder / STOP_FILE}: {error.strerror}; give the config and overrides of the run"
+        ) from error
     return 0

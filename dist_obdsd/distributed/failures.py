@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -47,18 +48,28 @@ def unresponsive_ranks(seconds: float = 3.0) -> list[int]:
 
     Args:
         seconds: how long to wait for the others to report.
+
+    Returns:
+        Their numbers; none where the store cannot be reached.
     """
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"timed out/{rank()}", "")
-        deadline = time.monotonic() + seconds
-        missing = list(range(world_size()))
-        while missing and time.monotonic() < deadline:
-            missing = [r for r in missing if not store.check([f"timed out/{r}"])]
-            time.sleep(0.1)
-    except (dist.DistError, RuntimeError):  # the store went down with its rank
-        return []
-    return missing
+    found: list[list[int]] = []
+
+    def ask() -> None:
+        with suppress(dist.DistError, RuntimeError):  # the store went down with its rank
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"timed out/{rank()}", "")
+            deadline = time.monotonic() + seconds
+            missing = list(range(world_size()))
+            while missing and time.monotonic() < deadline:
+                missing = [r for r in missing if not store.check([f"timed out/{r}"])]
+                time.sleep(0.1)
+            found.append(missing)
+
+    # These calls know no timeout: where the link is cut they wait for ever.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * seconds)
+    return found[0] if found else []
 
 
 @contextmanager

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 from dist_obdsd.config import Config
 from dist_obdsd.distributed.failures import is_timeout, unresponsive_ranks
-from dist_obdsd.errors import RunError, UserError, format_error
-from dist_obdsd.training.run_dir import read_status, write_status
+from dist_obdsd.errors import RunError, UserError, format_error, is_lost_peer
+from dist_obdsd.training.run_dir import Attempt
 from dist_obdsd.training.train_step import TrainProgress
 
 
 @contextlib.contextmanager
-def report_failure(config: Config, rank: int, progress: TrainProgress) -> Iterator[None]:
+def report_failure(config: Config, attempt: Attempt, rank: int, progress: TrainProgress) -> Iterator[None]:
     """Give an error that leaves the block its rank, host and step, and write it into the run's status.
 
     Raises:
-        RunError: instead of a collective's timeout, with the ranks that hang.
+        RunError: instead of a collective's timeout, with the ranks that hang, and of a lost connection.
     """
     try:
         yield
@@ -24,10 +24,7 @@ def report_failure(config: Config, rank: int, progress: TrainProgress) -> Iterat
         here = f"rank {rank} on {platform.node()} at step {progress.global_step}"
         failure = _located(error, here, config.timeout_seconds)
         # The first rank to fail has the cause; the others only notice that it is gone.
-        if read_status(config.run_dir).get("state") == "running":
-            with contextlib.suppress(RunError):  # a full disk must not hide what went wrong before
-                where = getattr(failure, "where", "")
-                write_status(config.run_dir, "failed", f"{where}: {format_error(failure)}")
+        attempt.write_failure(f"{here}: {format_error(failure)}")
         raise failure from (None if failure is error else error)
 
 
@@ -39,6 +36,11 @@ def _located(error: BaseException, here: str, timeout_seconds: float) -> BaseExc
         error = RunError(
             f"{who} did not answer within timeout_seconds={timeout_seconds:g} and hangs or cannot be "
             f"reached; look at what it does there (py-spy dump), or raise timeout_seconds if it is only slow"
+        )
+    elif is_lost_peer(error):
+        error = RunError(
+            "the connection to another rank is lost; that rank or its launcher says why, and the same command goes on "
+            "from the last checkpoint"
         )
     if isinstance(error, UserError):
         error.where = here

@@ -4,13 +4,17 @@ import fcntl
 import itertools
 import json
 import os
+import platform
 import time
+import uuid
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.files import why_not_written, write_atomically
+from dist_obdsd.training.preemption import STOP_FILE
 
 
 class RunDir:
@@ -82,6 +86,8 @@ class RunDir:
         if self._metrics is not None:
             with suppress(OSError):  # it tries to write the failed line once more
                 self._metrics.close()
+        with suppress(OSError):  # what it asked for is done
+            (self.path / STOP_FILE).unlink(missing_ok=True)
         self._lock.close()
 
 
@@ -92,10 +98,28 @@ def read_status(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write_status(path: Path, state: str, message: str) -> None:
-    """Write running, finished, preempted or failed, for scripts to read, whatever the launcher returns."""
-    status = {"state": state, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
-    write_atomically(path / "status.json", (json.dumps(status) + "\n").encode())
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run, from a start of its ranks to their end."""
+
+    run_dir: Path
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    """The same on all ranks."""
+
+    def write_status(self, state: str, message: str) -> None:
+        """Write running, finished, preempted or failed, for scripts to read, whatever the launcher returns."""
+        status = {
+            "state": state, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "attempt": self.id,
+            "host": platform.node(), "pid": os.getpid(),
+        }  # fmt: skip
+        write_atomically(self.run_dir / "status.json", (json.dumps(status) + "\n").encode())
+
+    def write_failure(self, message: str) -> None:
+        """Write failed, unless another attempt is running by now, or another rank has written the cause."""
+        status = read_status(self.run_dir)
+        if (status.get("state"), status.get("attempt")) == ("running", self.id):
+            with suppress(RunError):  # a full disk must not hide what went wrong before
+                self.write_status("failed", message)
 
 
 def free_name(output: Path, name: str) -> str:

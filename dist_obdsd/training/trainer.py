@@ -31,7 +31,7 @@ from dist_obdsd.training.metrics_logger import MetricsLogger
 from dist_obdsd.training.model_selection import ModelSelector
 from dist_obdsd.training.preemption import PreemptionHandler
 from dist_obdsd.training.progress_display import ProgressDisplay
-from dist_obdsd.training.run_dir import RunDir, read_status, write_status
+from dist_obdsd.training.run_dir import Attempt, RunDir, read_status
 from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import DelayedMetrics, Numbers, TrainProgress, TrainStep
 
@@ -65,6 +65,8 @@ class Trainer:
         with raise_on_all_ranks("opening the run folder"):
             if runtime.is_main:
                 self.run_dir = RunDir(config.run_dir)
+                preemption.watch(config.run_dir)
+        self.attempt = Attempt(config.run_dir, collectives.broadcast_object(Attempt(config.run_dir).id))
         self.metrics = MetricsLogger(config, self.run_dir, display, runtime)
         self.delayed = DelayedMetrics(lag=0 if config.debug else 1 if runtime.device.type == "cpu" else 8)
         self.figures = Album(self.run_dir.path if self.run_dir and config.tracking.figures else None, logger.info)
@@ -109,17 +111,17 @@ class Trainer:
         """Train, evaluate, record. Collective.
 
         Returns:
-            The summary, the same on every rank. Its ``meta.state`` is finished, or preempted when a signal ended the
-            run early.
+            The summary, the same on every rank. Its ``meta.state`` is finished, or preempted when a rank was asked to
+            stop.
         """
         try:
-            with report_failure(self.config, self.runtime.rank, self.progress):
+            with report_failure(self.config, self.attempt, self.runtime.rank, self.progress):
                 self.checkpoints.resume()
                 if (summary := self._finished_before()) is not None:
                     return summary
                 with raise_on_all_ranks("preparing the run folder"):
                     if self.run_dir is not None:
-                        write_status(self.run_dir.path, "running", "")
+                        self.attempt.write_status("running", "")
                         self.run_dir.cut_metrics(self.progress.global_step)
                 with self.metrics.tracking(self.manifest):
                     return self._run()
@@ -214,7 +216,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             self.metrics.log_epoch(title, epoch, progress.global_step, progress.step - first, seconds, waited)
         if self.stop_requested:
-            raise StoppedError("a signal asked a rank to stop")
+            raise StoppedError("a rank was asked to stop")
 
     def _log_steps(self, steps: Iterable[tuple[Numbers, Numbers]]) -> None:
         """Log the steps whose numbers have arrived, and learn what any rank requested in them."""
@@ -277,16 +279,17 @@ class Trainer:
             if self.config.tracking.log_model and (best := self.checkpoints.best_path()) is not None:
                 tracker.model(best)
             done = f"{self.progress.epoch} epochs, {self.progress.global_step} steps"
-            write_status(self.run_dir.path, "finished", done)
+            self.attempt.write_status("finished", done)
         return summary
 
     def _preempted(self) -> dict[str, Any]:
         """Leave a run that the same command can continue."""
         self.checkpoints.wait()
         self.metrics.preempted = True
-        message = f"stopped by a signal after {self.progress.global_step} steps; the same command goes on from there"
+        why = self.preemption.reason or "a request to another rank"
+        message = f"stopped by {why} after {self.progress.global_step} steps; the same command goes on from there"
         if self.run_dir is not None:
-            write_status(self.run_dir.path, "preempted", message)
+            self.attempt.write_status("preempted", message)
         logger.info(message)
         return {"meta": {"state": "preempted", "message": message}, "rows": []}
 

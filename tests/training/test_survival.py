@@ -1,10 +1,14 @@
 """Kills, signals and hangs, in short; ``python -m tests.chaos`` does the same at many random moments."""
 
+import os
 import random
+import signal
+import time
 
 import pytest
 
 from dist_obdsd import checkpoint
+from dist_obdsd.training.run_dir import Attempt
 from tests import chaos, runs
 from tests.nursery import Program
 
@@ -110,7 +114,7 @@ def test_an_epoch_whose_validation_is_stopped_is_validated_later(folder):
     more = ("validation.fraction=0.25", "evaluation.batch_size=2", "epochs=3", "evaluation.best_test=true")
     runs.train(folder, "name=whole", *more)
     process = runs.program("train", "tiny.yaml", *more, cwd=folder, code=STOPS)
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == os.EX_TEMPFAIL, process.stderr
     run = folder / "runs" / "tiny"
     assert runs.status(run)["state"] == "preempted"
     stopped = checkpoint.load(run)
@@ -119,6 +123,46 @@ def test_an_epoch_whose_validation_is_stopped_is_validated_later(folder):
     assert [row["epoch"] for row in runs.metrics(run, "validation")] == [1]
     runs.train(folder, *more)
     assert chaos.difference(chaos.result(folder / "runs" / "whole"), chaos.result(run)) is None
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a stop file"])
+def test_a_request_to_stop_saves_and_exits_with_75(folder, how):
+    run, log = folder / "runs" / "tiny", folder / "log"
+    with log.open("wb") as out:
+        program = Program(
+            ("train", "tiny.yaml", "epochs=400"), cwd=folder, env=runs.environment(), stdout=out, stderr=out
+        )
+        while chaos._steps(run) < 5:
+            assert program.poll() is None, log.read_text()
+            time.sleep(0.02)
+        if how == "Ctrl-C":
+            program.send_signal(signal.SIGINT)
+        else:
+            assert runs.program("stop", "tiny.yaml", cwd=folder).returncode == 0
+        assert program.wait(runs.SECONDS) == os.EX_TEMPFAIL, log.read_text()
+    status = runs.status(run)
+    assert status["state"] == "preempted"
+    assert ("SIGINT" if how == "Ctrl-C" else "runs/tiny/stop") in status["message"]
+    assert not (run / "stop").exists()
+    state = [runs.program("status", "tiny.yaml", "--since", since, cwd=folder).stdout for since in ("1", "9e9")]
+    assert state == ["preempted\n", "none\n"]
+    assert "resuming" in runs.train(folder, "epochs=400", f"max_steps={chaos._steps(run) + 1}").stdout
+
+
+def test_a_second_ctrl_c_kills(folder):
+    twice = runs.at_step("os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)", 4)
+    assert runs.program("train", "tiny.yaml", cwd=folder, code=twice).returncode == -signal.SIGINT
+
+
+def test_a_rank_of_an_earlier_attempt_does_not_write_the_status(tmp_path):
+    earlier, later = Attempt(tmp_path), Attempt(tmp_path)
+    earlier.write_status("running", "")
+    later.write_status("running", "")
+    earlier.write_failure("too late")
+    assert runs.status(tmp_path)["state"] == "running"
+    later.write_failure("the cause")
+    later.write_failure("what follows from it")
+    assert (runs.status(tmp_path)["state"], runs.status(tmp_path)["message"]) == ("failed", "the cause")
 
 
 @pytest.mark.parametrize("to_launcher", [False, True])
@@ -161,5 +205,7 @@ def test_an_error_on_one_rank_ends_all_and_says_where(folder):
     last = outputs[1].splitlines()[-1]
     for fact in ("rank 1 on", "at step 4", "the disk said no"):
         assert fact in last
-    assert outputs[0].splitlines()[-1] == "rank 0 stops, since another rank is gone"
+    last = outputs[0].splitlines()[-1]
+    for fact in ("rank 0 on", "at step 4", "another rank is lost"):
+        assert fact in last
     assert "the disk said no" in runs.status(folder / "runs" / "tiny")["message"]
