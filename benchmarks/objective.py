@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from benchmarks import common, reference
 from benchmarks.common import Row, run_case
-from dist_obdsd.config import DistillationConfig
+from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.batch_view import BatchView

@@ -6,7 +6,7 @@ What the benchmarks compare with; the mathematics is that of ``objective/`` with
 import torch
 from torch.nn import functional
 
-from dist_obdsd.config import DistillationConfig
+from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 from dist_obdsd.manifold.diffusion import Diffusion
 

@@ -8,6 +8,7 @@ import pytest
 
 from dist_obdsd.config import changed_settings, load_config, override_config, parse_config, ranking, registry
 from dist_obdsd.config.signature import read_source
+from dist_obdsd.data.packing.recipes import load_recipe
 from dist_obdsd.errors import InputError
 
 MINIMAL = {"name": "x", "epochs": 3, "data": {"shards": "data/x"}}
@@ -45,6 +46,11 @@ def test_every_shipped_config_is_valid(path):
         ("data.std=[0, 1, 1]", "every value must be above 0"),
         ("name=../up", "name is '../up'"),
         ("optim.lr=.nan", "optim.lr is nan"),
+        ("evaluation.recall_at=[]", "evaluation.recall_at is []"),
+        ("evaluation.metrics=[]", "evaluation.metrics is []"),
+        ("data.mean=[]", "data.mean has 0 values"),
+        ("output=", "output is ''"),
+        ("seed=1:30", "seed is '1:30'"),
         ("validation={fraction: 0.1, folds: 5}", "validation.fraction and validation.folds both say what to hold out"),
         ("validation={classes: [a, b], folds: 5}", "validation.classes and validation.folds both say"),
         ("validation={folds: 5, fold: 5}", "set validation.fold to a number from 0 to 4"),
@@ -64,12 +70,69 @@ def test_a_setting_that_has_gone_is_dropped_at_its_default():
     assert "decode" not in parse("data.decode=cpu").model_dump()["data"]
 
 
-def test_overrides_are_yaml_and_numbers_may_have_exponents():
-    settings = parse("optim.lr=1e-3", "evaluation.recall_at=[1, 10]", "optim.clip_norm=null", "model.pretrained=none")
-    assert settings.optim.lr == 1e-3
-    assert settings.evaluation.recall_at == (1, 10)
-    assert settings.model.pretrained == "none"
+def test_overrides_hold_numbers_lists_and_null():
+    settings = parse("optim.lr=1e-3", "evaluation.recall_at=[1, 10]", "optim.clip_norm=null", "data.cache=null")
+    assert (settings.optim.lr, settings.evaluation.recall_at) == (1e-3, (1, 10))
+    assert (settings.optim.clip_norm, settings.data.cache) == (None, None)
+    assert parse("model.norm=sync", "model.channels_last=true", "debug=yes").debug
+    loss = parse("ranking.name=pml.X", "ranking.kwargs.a=007", "ranking.kwargs.b=7", "ranking.kwargs.c={d: [1.5, no]}")
+    assert loss.ranking.kwargs == {"a": "007", "b": 7, "c": {"d": [1.5, "no"]}}
     assert MINIMAL == {"name": "x", "epochs": 3, "data": {"shards": "data/x"}}
+
+
+TYPED = ["photos #2", "a: b", "[old] photos", "*star", "&a", "'quoted'", '"x"', "{a}", "2024", "1e3", "007", "1:30",
+         "no", "null", "2024-01-01", "% x", "a=b", " x ", "!tag", "| x", "@x", "ß\\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_a_text_setting_takes_what_was_typed(text, tmp_path):
+    settings = parse(f"data.shards={text}", f"tracking.experiment={text}", f"deepspeed.config={text}")
+    assert (settings.data.shards, settings.tracking.experiment) == (text, text)
+    assert settings.deepspeed.config == (None if text == "null" else text)
+    (tmp_path / "x.yaml").write_text(settings.to_yaml())
+    assert load_config(tmp_path / "x.yaml") == settings
+    recipe = load_recipe("folder", [f"options.splits.train={text}", f"description={text}"])
+    assert recipe.options["splits"]["train"] == recipe.description == text
+
+
+def test_names_of_digits_are_taken_on_the_command_line_and_explained_in_a_file(tmp_path):
+    assert parse("name=2024", "tracking.experiment=7").run_dir == Path("runs/2024")
+    (tmp_path / "x.yaml").write_text("{name: 2024, epochs: 2, data: {shards: 7}, tracking: {experiment: 1.5}}")
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "x.yaml")
+    assert all(f'quotes: "{number}"' in str(caught.value) for number in (2024, 7, 1.5))
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "names").write_text("a\n")
+    settings = parse("output=~/runs", "data.shards=~/data", "data.cache=~", "validation.classes=~/names")
+    assert (settings.output, settings.data.shards) == (f"{tmp_path}/runs", f"{tmp_path}/data")
+    assert (settings.data.cache, settings.validation.classes) == (None, ("a",))
+    assert parse("data.shards=http://x/~a/b").data.shards == "http://x/~a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("name: x\nepochs: 2\ndata: {shards: a}\nname: y\n", "name", (1, 4)),
+        ("name: x\ndata:\n  shards: a\nepochs: 2\ndata:\n  lanes: 4\n", "data", (2, 5)),
+        ("name: x\ndata:\n  shards: a\n  'shards': b\n", "shards", (3, 4)),
+        ("name: x\ndata: {shards: a, lanes: 2, lanes: 4}\n", "lanes", (2, 2)),
+    ],
+)
+@pytest.mark.parametrize("read", [load_config, load_recipe])
+def test_a_key_that_comes_twice_is_refused(text, key, lines, read, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"{key} stands in line {lines[0]} and again in line {lines[1]}"):
+        read(tmp_path / "x.yaml")
+
+
+def test_a_merged_section_may_be_changed(tmp_path):
+    text = "name: x\nepochs: 2\ndata: &a {shards: a, lanes: 4}\nbatch: {}\n"
+    (tmp_path / "x.yaml").write_text(text + "data2: {<<: *a, lanes: 2}\n")
+    with pytest.raises(InputError, match="unknown setting data2; did you mean data"):
+        load_config(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("override", ["lr", "=3", "epochs.more=3", "a=[1"])

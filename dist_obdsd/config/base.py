@@ -1,13 +1,16 @@
 """The base of every section of the configuration."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A path, in which ~ is the home folder, or the address of something remote."""
 
 
 class Section(BaseModel):
@@ -27,7 +30,7 @@ def read_names(value: Any) -> Any:
         listed = isinstance(value, list | tuple)
         return [str(name) if type(name) is int else name for name in value] if listed else value
     try:
-        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {value}: {reason}; give a list of names, or a file with one a line") from error

@@ -3,21 +3,22 @@
 import contextlib
 import copy
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from dist_obdsd.config.ranking import SECTIONS
 from dist_obdsd.config.schema import CHANGEABLE_ON_RESUME, Config
-from dist_obdsd.config.yaml_file import mistake, read_mapping
+from dist_obdsd.config.yaml_file import PLAIN, mistake, parse_value, read_mapping
 from dist_obdsd.errors import InputError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply ``a.b=c`` overrides (values are YAML) and check everything.
+    """Read a YAML file, apply ``a.b=c`` overrides and check everything.
 
     Raises:
         InputError: with one sentence per mistake.
@@ -27,11 +28,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(override_config(raw, overrides), str(path))
 
 
-def override_config(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Copy nested settings and put ``a.b=c`` overrides in."""
+def override_config(raw: dict[str, Any], overrides: Sequence[str], section: type[BaseModel] = Config) -> dict[str, Any]:
+    """Copy nested settings and put ``a.b=c`` overrides in.
+
+    A setting that holds text takes the value as typed. Others take null, true, false, a number, a [list] or a
+    {mapping}, else text.
+
+    Args:
+        section: describes the settings.
+
+    Raises:
+        InputError: an override is malformed.
+    """
     raw = copy.deepcopy(raw)
     for override in overrides:
-        _apply(raw, override)
+        _apply(raw, override, section)
     return raw
 
 
@@ -43,33 +54,47 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
         raise InputError(f"{origin}: " + "; ".join(_sentences(error))) from error
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _apply(raw: dict[str, Any], override: str, section: type[BaseModel]) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"override {override!r} is not of the form key=value, such as optim.lr=0.001")
-    try:
-        # YAML 1.1 reads 1e-3 as text; a bare number in exponent form means the number here.
-        value = yaml.safe_load(text)
-        if isinstance(value, str):
-            value = float(value) if _is_number(value) else value
-    except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: the value is not valid YAML") from error
     *parents, leaf = key.split(".")
+    if not equals or not all([*parents, leaf]):
+        raise InputError(f"override {override!r} is not of the form key=value, such as optim.lr=0.001")
     node = raw
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
             raise InputError(f"override {override!r}: {parent} is a single value, not a section")
         node = child
-    node[leaf] = value
-
-
-def _is_number(text: str) -> bool:
+    annotation = _annotation(section, [*parents, leaf])
+    optional = NoneType in get_args(annotation)
+    if _is_text(annotation) and not (optional and re.fullmatch(PLAIN["null"], text)):
+        node[leaf] = text
+        return
     try:
-        float(text)
-    except ValueError:
+        node[leaf] = parse_value(text)
+    except ValueError as error:
+        raise InputError(f"override {override!r} is not valid YAML: {error}") from error
+
+
+def _annotation(section: type[BaseModel], parts: Sequence[str]) -> Any:
+    """Find the type of a dotted setting; None where there is no such setting."""
+    field = section.model_fields.get(parts[0])
+    if field is None or len(parts) == 1:
+        return None if field is None else field.annotation
+    if get_origin(field.annotation) is dict:
+        return get_args(field.annotation)[1]
+    found = [_annotation(inner, parts[1:]) for inner in _sections(field.annotation)]
+    return next((annotation for annotation in found if annotation is not None), None)
+
+
+def _is_text(annotation: Any) -> bool:
+    """Tell whether a setting of this type holds text, perhaps one of several choices, or else null."""
+    if annotation is str or isinstance(annotation, str):
+        return True
+    if get_origin(annotation) not in (Annotated, Literal, Union, UnionType):
         return False
-    return any(c.isdigit() for c in text)
+    inner = get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]
+    return all(_is_text(part) for part in inner if part is not NoneType)
 
 
 def _sentences(error: ValidationError) -> Iterable[str]:
@@ -78,7 +103,7 @@ def _sentences(error: ValidationError) -> Iterable[str]:
         parts = [str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in SECTIONS)]
         where = ".".join(parts)
         if item["type"] == "extra_forbidden":
-            loss = SECTIONS.get(str(item["loc"][1])) if parts[0] == "ranking" else None
+            loss = SECTIONS.get(str(item["loc"][1])) if parts[0] == "ranking" and len(item["loc"]) > 2 else None
             if loss is not None:
                 has = ", ".join(loss.model_fields)
                 yield f"unknown setting {where}; the loss {item['loc'][1]} has {has}"

@@ -9,25 +9,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, Field, model_validator
 
-from dist_obdsd.config.base import Count, Positive, Section
+from dist_obdsd.config import sections
+from dist_obdsd.config.base import Count, Location, Positive, Section
 from dist_obdsd.config.ranking import SECTIONS, Ranking
 from dist_obdsd.config.registry import BACKBONES, STRATEGIES
-from dist_obdsd.config.sections import (
-    SELECTION_METRIC,
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    DeepSpeedConfig,
-    DistillationConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimConfig,
-    TrackingConfig,
-    ValidationConfig,
-)
+from dist_obdsd.config.yaml_file import to_yaml
 
 
 class Config(Section):
@@ -35,7 +23,7 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Names the run folder and the tracked run."""
-    output: str = "runs"
+    output: Location = "runs"
     """Folder that holds the run folders."""
     seed: Annotated[int, Field(ge=0)] = 0
     epochs: Count
@@ -54,17 +42,17 @@ class Config(Section):
     """Wait for every step's numbers and stop at the first NaN, infinity or target that is no distribution."""
     strategy: Annotated[str, AfterValidator(STRATEGIES.check)] = "ddp"
     """Who sums up the gradients: torch's DistributedDataParallel or DeepSpeed's engine. The result is the same."""
-    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    data: DataConfig
-    batch: BatchConfig = BatchConfig()
-    model: ModelConfig = ModelConfig()
+    deepspeed: sections.DeepSpeedConfig = sections.DeepSpeedConfig()
+    data: sections.DataConfig
+    batch: sections.BatchConfig = sections.BatchConfig()
+    model: sections.ModelConfig = sections.ModelConfig()
     ranking: Ranking = SECTIONS["multi_similarity"]()
-    distillation: DistillationConfig = DistillationConfig()
-    optim: OptimConfig = OptimConfig()
-    validation: ValidationConfig = ValidationConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    distillation: sections.DistillationConfig = sections.DistillationConfig()
+    optim: sections.OptimConfig = sections.OptimConfig()
+    validation: sections.ValidationConfig = sections.ValidationConfig()
+    evaluation: sections.EvaluationConfig = sections.EvaluationConfig()
+    tracking: sections.TrackingConfig = sections.TrackingConfig()
+    checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,10 +96,12 @@ class Config(Section):
             raise ValueError(
                 f"torchvision has no weights for {self.model.backbone}; set model.pretrained to none or to a file"
             )
-        if SELECTION_METRIC not in self.evaluation.metrics and (self.validation.holds_out or self.evaluation.best_test):
+        if sections.SELECTION_METRIC not in self.evaluation.metrics and (
+            self.validation.holds_out or self.evaluation.best_test
+        ):
             raise ValueError(
-                f"the best epoch is chosen by {SELECTION_METRIC}; add it to evaluation.metrics, or hold out no "
-                f"validation classes and set evaluation.best_test=false"
+                f"the best epoch is chosen by {sections.SELECTION_METRIC}; add it to evaluation.metrics, or hold out "
+                f"no validation classes and set evaluation.best_test=false"
             )
         if self.evaluation.best_test and not self.evaluation.test:
             raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")
@@ -132,7 +122,7 @@ class Config(Section):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return to_yaml(self.model_dump(mode="json"))
 
 
 # Settings that may differ between a run and its continuation: none of them can change a result.

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from dist_obdsd.config.base import Count, NonNegative, Positive, Section, read_names
+from dist_obdsd.config.base import Count, Location, NonNegative, Positive, Section, read_names
 from dist_obdsd.config.registry import BACKBONES, TARGETS
 
 Metric = Literal["recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum"]
@@ -19,10 +19,10 @@ NO_ZERO_3 = (
 
 
 class DataConfig(Section):
-    shards: str
+    shards: Location
     """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote, or where they are remote a URL or a
     `pipe:` command, in which `{file}` stands for a file's name (shards/README.md)."""
-    cache: str | None = None
+    cache: Location | None = None
     """Folder in which remote shards are kept once they were read; ranks and nodes may share it. Unset: every epoch
     reads them anew."""
     cache_gib: Positive | None = None
@@ -104,7 +104,7 @@ class ModelConfig(Section):
     embedding_dim: Count = 128
     """Length of the unit-norm embedding (D)."""
     pooling: Literal["avg", "max", "avg+max"] = "avg"
-    pretrained: str = "none"
+    pretrained: Location = "none"
     """`none`, `torchvision` (its newest ImageNet weights, downloaded once), `torchvision:NAME` (those of that name, as
     IMAGENET1K_V1, which published figures start from) or the path of a local state dict."""
     norm: Literal["frozen", "sync", "batch"] = "frozen"
@@ -217,7 +217,7 @@ class OptimConfig(Section):
 class DeepSpeedConfig(Section):
     stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage: 1 spreads the optimizer's state over the ranks, 2 the gradients, too; unset: the file's, or 1."""
-    config: str | None = None
+    config: Location | None = None
     """DeepSpeed's own JSON file for bucket sizes and overlap (see launch/zero1.json); batch, precision, optimizer and
     clipping are set here, not there."""
 
@@ -270,7 +270,7 @@ class ValidationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    metrics: tuple[Metric, ...] = ("recall", "map@r")
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("recall", "map@r")
     """What to measure. `recall` and `map@r` need a few neighbours and cost next to nothing, `r_precision` and `map@c`
     the same, `map@1000` a search for 1,000 neighbours, `nmi` and `f1` a k-means into as many clusters as classes,
     `distances` (within and between classes, and their ratio) all pairs of each class, `rho_spectrum` little."""
@@ -279,7 +279,7 @@ class EvaluationConfig(Section):
     sizes include the query (`map@1000`, `map@c`), queries with nothing to find count as failures, k-means makes as many
     clusters as there are training classes, `distances` are cosine distances, and `rho_spectrum` leaves out the smallest
     singular value."""
-    recall_at: tuple[Count, ...] = (1, 2, 4, 8)
+    recall_at: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4, 8)
     """The k of Recall@k."""
     test: bool = True
     """Measure the test set at the end; false leaves it alone while settings are still being chosen."""
@@ -298,7 +298,7 @@ class EvaluationConfig(Section):
 
 class TrackingConfig(Section):
     kind: Literal["mlflow", "none"] = "mlflow"
-    uri: str = "sqlite:///mlflow.db"
+    uri: Annotated[str, Field(min_length=1)] = "sqlite:///mlflow.db"
     """The MLflow server (`http://...`) or database. It may be away: what it misses is kept in the run folder."""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = "dist-obdsd"
     parent: str | None = None

@@ -6,18 +6,10 @@ Importing the part would import torch, which takes seconds; a config with a mist
 import ast
 import importlib.util
 import re
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-
-import pydantic
-
-from dist_obdsd.config import base
-
-NAMES = {**vars(base), **vars(typing), "Field": pydantic.Field}
-"""The names that a setting's annotation may use."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +60,18 @@ def read_source(path: str) -> Source:
     )
 
 
+@cache
+def _names() -> dict[str, Any]:
+    """The names that a setting's annotation may use."""
+    import typing
+
+    import pydantic
+
+    from dist_obdsd.config import base
+
+    return {**vars(base), **vars(typing), "Field": pydantic.Field}
+
+
 def _settings(function: ast.FunctionDef) -> Iterator[Setting]:
     arguments = [argument for argument in function.args.args if argument.arg != "self"]
     given = [ast.literal_eval(default) for default in function.args.defaults]
@@ -75,7 +79,7 @@ def _settings(function: ast.FunctionDef) -> Iterator[Setting]:
     meanings = _meanings(ast.get_docstring(function) or "")
     for argument, default in zip(arguments, defaults, strict=True):
         assert argument.annotation is not None, f"{argument.arg} has no type"
-        annotation = eval(ast.unparse(argument.annotation), dict(NAMES))
+        annotation = eval(ast.unparse(argument.annotation), dict(_names()))
         yield Setting(argument.arg, annotation, default, meanings.get(argument.arg, ""))
 
 

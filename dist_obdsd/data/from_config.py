@@ -1,6 +1,7 @@
 """The class split and the schedule that a config asks for."""
 
-from dist_obdsd.config import BatchConfig, Config, DataConfig
+from dist_obdsd.config import Config
+from dist_obdsd.config.sections import BatchConfig, DataConfig
 from dist_obdsd.data.class_diversity import measure_diversity
 from dist_obdsd.data.manifest import Manifest, split_classes
 from dist_obdsd.data.schedule import EpochPlan, plan_epoch

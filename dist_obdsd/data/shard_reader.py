@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dist_obdsd.config import DataConfig
+from dist_obdsd.config.sections import DataConfig
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.images import MEMBERS
 from dist_obdsd.data.manifest import Shard, key

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from dist_obdsd.config import DataConfig
+from dist_obdsd.config.sections import DataConfig
 from dist_obdsd.data.images import FORMATS, open_image
 
 try:

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dist_obdsd.config import Config, EvaluationConfig
+from dist_obdsd.config import Config
+from dist_obdsd.config.sections import EvaluationConfig
 from dist_obdsd.data.from_config import classes_from
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.stream import EvalBatch, evaluation_batches

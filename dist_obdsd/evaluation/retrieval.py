@@ -16,7 +16,7 @@ from operator import itemgetter
 import torch
 from torch import nn
 
-from dist_obdsd.config import EvaluationConfig
+from dist_obdsd.config.sections import EvaluationConfig
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError

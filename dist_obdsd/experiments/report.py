@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dist_obdsd.config import SELECTION_METRIC
+from dist_obdsd.config.sections import SELECTION_METRIC
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.errors import InputError
 from dist_obdsd.experiments import plot

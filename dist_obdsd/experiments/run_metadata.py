@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dist_obdsd.config import SELECTION_METRIC, Config
+from dist_obdsd.config import Config
+from dist_obdsd.config.sections import SELECTION_METRIC
 from dist_obdsd.data.manifest import Manifest, asks, gallery_of
 from dist_obdsd.experiments.run_status import RunStatus
 

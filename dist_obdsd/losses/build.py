@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_obdsd.config import Config, DistillationConfig, RankingConfig
+from dist_obdsd.config import Config
+from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.config.registry import LOSSES
+from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.obdsd import Objective
 from dist_obdsd.manifold.diffusion import Diffusion

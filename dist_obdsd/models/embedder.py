@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_obdsd.config import Config, DataConfig, ModelConfig
+from dist_obdsd.config import Config
 from dist_obdsd.config.registry import BACKBONES
+from dist_obdsd.config.sections import DataConfig, ModelConfig
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import derive
 

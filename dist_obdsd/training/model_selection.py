@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from dist_obdsd.config import SELECTION_METRIC, Config
+from dist_obdsd.config import Config
+from dist_obdsd.config.sections import SELECTION_METRIC
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.evaluation.evaluator import EvaluationResult, evaluate_split

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from dist_obdsd.config import Config, LearnableConfig, OptimConfig
+from dist_obdsd.config import Config
+from dist_obdsd.config.ranking import LearnableConfig
+from dist_obdsd.config.sections import OptimConfig
 
 OBJECTIVE_RATE = 100
 """Learning rate of the ranking loss's own parameters, in units of the student's, where the config leaves it open."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dist_obdsd.config import DataConfig
+from dist_obdsd.config.sections import DataConfig
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

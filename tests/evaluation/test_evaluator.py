@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_obdsd.config import EvaluationConfig, parse_config
+from dist_obdsd.config import parse_config
+from dist_obdsd.config.sections import EvaluationConfig
 from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_obdsd.config import EvaluationConfig
+from dist_obdsd.config.sections import EvaluationConfig
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation import embedding_sample

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dist_obdsd import checkpoint
 from dist_obdsd.cli import main as cli
-from dist_obdsd.config import EvaluationConfig
+from dist_obdsd.config.sections import EvaluationConfig
 from dist_obdsd.evaluation.evaluator import measure
 from dist_obdsd.evaluation.knn import unit_rows
 from tests.gpu.rig import CPU, CheckError, distance, same_bits, started, within

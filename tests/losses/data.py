@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_obdsd.config import RankingConfig
-from dist_obdsd.config.ranking import SECTIONS
+from dist_obdsd.config.ranking import SECTIONS, RankingConfig
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.losses.build import build_ranking

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 
-from dist_obdsd.config import RankingConfig
+from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses import margin
 from dist_obdsd.losses.base import RankingLoss

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_obdsd.config import RankingConfig
+from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.distributed import collectives
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView

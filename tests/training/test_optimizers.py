@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from dist_obdsd.config import OptimConfig
+from dist_obdsd.config.sections import OptimConfig
 from dist_obdsd.training.optimizers import build_optimizer, learning_rate, load_state_by_name, state_by_name
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from dist_obdsd.config import override_config
 from dist_obdsd.config.registry import READERS
@@ -77,11 +77,19 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             )
         path = recipe_folder() / f"{text}.yaml"
     example = "a mapping; see shards/folder.yaml for an example"
-    raw = override_config(read_mapping(path, "recipe", "give a recipe's name or path", example), overrides)
+    raw = read_mapping(path, "recipe", "give a recipe's name or path", example)
+    raw = override_config(raw, overrides, _typed(raw.get("reader")))
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise InputError(f"{path}: " + "; ".join(_sentence(item) for item in error.errors())) from error
+
+
+def _typed(reader: Any) -> type[Recipe]:
+    """Return ``Recipe`` with the types of a reader's options, if there is such a reader."""
+    if reader not in READERS.names:
+        return Recipe
+    return create_model("Recipe", __base__=Recipe, options=(READERS.load(reader), ...))
 
 
 def recipe_folder() -> Path:

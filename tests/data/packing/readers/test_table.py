@@ -47,7 +47,7 @@ def test_columns_have_any_names_and_any_order(tmp_path) -> None:
     text = "id;what;file;part\n" + "".join(f"{i};{name};{name}.jpg;train\n" for i, name in enumerate("abc"))
     source = table(tmp_path, text, "list.txt")
     names = ["options.path_column=file", "options.class_column=what", "options.split_column=part"]
-    how = ["options.delimiter=';'", "options.lists=[{file: list.txt, images: pics}]"]
+    how = ["options.delimiter=;", "options.lists=[{file: list.txt, images: pics}]"]
     expected = [(f"pics/{name}.jpg", name, "train", "train") for name in "abc"]
     assert rows_of(load_recipe("csv", [*names, *how]), source) == expected
     assert rows_of(load_recipe("csv", [*names, *how]), source / "list.txt") == expected
