@@ -16,7 +16,7 @@ from tests.gpu.rig import (
     settings,
     within,
 )
-from tests.hostreads import HostReads
+from tests.shadow import Shadow, tensors_of
 
 VARIANTS = ("none", "psd", "obdsd")
 LIMITS = {
@@ -84,10 +84,10 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
                 _on_gpu(rig, reader)
                 continue
             batch = rig.batch()
-            with HostReads() as reads:
+            with Shadow(tensors_of(rig.step)) as shadow:
                 rig.take(batch)
-            if reads.found:
-                raise CheckError(f"a step of {variant} waits {len(reads.found)} times: {', '.join(reads.found)}")
+            if shadow.found:
+                raise CheckError(f"a step of {variant} waits {len(shadow.found)} times: {', '.join(shadow.found)}")
     return "no operation of a step makes the host wait"
 
 

@@ -9,8 +9,8 @@ from dist_obdsd.manifold import targets as manifold
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.transfer import AsyncHostCopy
 from tests import oracle
-from tests.hostreads import HostReads
 from tests.manifold.data import B, manifolds, unit_rows
+from tests.shadow import Shadow
 
 MANIFOLDS = manifolds()
 ALL, SOME = slice(0, B), slice(2, 5)
@@ -30,10 +30,10 @@ def test_what_was_queued_unseen_is_the_target_or_not_used(
     solved = manifold._diffused
     for transition, omega in ((1.0, 0.5), (1.0, 0.99), (0.005, 0.9)):
         chosen = settings(transition_temperature=transition, omega=omega)
-        with HostReads() as reads:
+        with Shadow([T_BD]) as shadow:
             pending = manifold.start_async(T_BD, rows, chosen)
         assert pending is not None
-        assert not reads.found
+        assert not shadow.found
         with monkeypatch.context() as patch:
             again: list[Any] = []
             patch.setattr(manifold, "_diffused", lambda *given, again=again: again.append(1) or solved(*given))

@@ -15,7 +15,7 @@ from dist_obdsd.models.teacher import ProgressiveTeacher
 from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import DelayedMetrics, TrainProgress, TrainStep
 from tests import harness
-from tests.hostreads import HostReads
+from tests.shadow import Shadow, tensors_of
 
 B, STEPS = 24, 10
 CPU = torch.device("cpu")
@@ -65,10 +65,10 @@ def take_steps(
             if rank == world - 1:
                 student.head.bias.data.fill_(torch.nan)
         batch = TrainBatch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels, [])
-        with HostReads() as reads:
+        with Shadow(tensors_of(step)) as shadow:
             names, numbers = step(batch, TrainProgress(1, t, t), t / STEPS, stop=t == 7 and rank == world - 1)
         # The first step of all compares sizes between the ranks.
-        assert not (later and t and reads.found), reads.found
+        assert not (later and t and shadow.found), shadow.found
         if t == spoil:
             student.head.bias.data.copy_(kept)
         read += [values for _, values in reader.push({}, names, numbers)]
