@@ -8,7 +8,7 @@ import pytest
 
 from dist_obdsd import console
 from dist_obdsd.cli import main as cli
-from dist_obdsd.tracking.system_metrics import Usage
+from dist_obdsd.tracking.system_metrics import SystemMetrics
 from dist_obdsd.training.progress_display import build_display
 
 
@@ -59,6 +59,6 @@ def test_lines_in_place_of_bars_without_tqdm(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_node_is_watched_as_far_as_the_packages_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "system_memory_usage_megabytes" in Usage().read()
+    assert "system_memory_usage_megabytes" in SystemMetrics().read()
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert not any(name.startswith(("cpu", "system")) for name in Usage().read())
+    assert not any(name.startswith(("cpu", "system")) for name in SystemMetrics().read())

@@ -21,8 +21,8 @@ def figures(options: argparse.Namespace) -> int:
 
 
 def replay(options: argparse.Namespace) -> int:
-    """Send to a tracking server what it missed of a run."""
+    """Send a tracking server the part of a run that it missed."""
     from dist_obdsd.tracking.uploader import replay
 
-    replay(options.run_dir, options.uri, options.new_run, logger.info)
+    replay(options.run_dir, options.uri, options.new_run)
     return 0

@@ -1,26 +1,44 @@
-"""MLflow: the one module that imports it. A ``Store`` puts the calls of one spool into one MLflow run.
+"""MLflow: the one module that imports it. ``MLflowBackend`` puts the events of one log into one MLflow run.
 
-Nothing is there twice, however often a call is sent: MLflow keeps a metric with the same name, step, time and value
-once, parameters and tags by name, data sets by name and digest, and the run itself is found by its local id.
+Nothing is there twice, however often an event is sent. MLflow keeps a metric with the same name, step, time and value
+once, parameters and tags by name, and data sets by name and digest. The run itself is found by its local id.
 """
 
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_obdsd.console import NOTICE
 from dist_obdsd.errors import RunError
-from dist_obdsd.tracking.event_log import BATCH, LOCAL, Call, State
+from dist_obdsd.tracking.event_log import BATCH, LOCAL, Event, UploadState
 
 LOCAL_ID = "dist_obdsd.local_id"
 LOGGED_MODEL = "dist_obdsd.models"  # the checkpoint that was logged as a model
 SMALL_BATCH = 100  # parameters or tags that MLflow takes in one call
-KEY, PARAM, TAG, DIGEST = 250, 6000, 8000, 36  # the longest that MLflow takes, in characters
-_ODD = re.compile(r"[^\w\-. :/]")
-_REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST")
+KEY, PARAM, TAG, DIGEST = 250, 6000, 8000, 36  # MLflow's limits, in characters
+CHARTS = (
+    (r"(ranking\w*|distillation)", r"curves/loss_\1"),
+    (r"validation/(.*)", r"curves/validation_\1"),
+    (r"(lr|ramp|grad_norm|masked|anchors)", r"optimizer/\1"),
+    (r"(seconds|data_wait)", r"speed/step_\1"),
+    (r"epoch/(.*)", r"speed/epoch_\1"),
+    (r"target_(.*)", r"target/\1"),
+    (r"checkpoint/(.*)", r"checkpoint_\1"),
+)
+"""A metric's name in a run, and in MLflow. Its UI makes a section of charts for each part before the last slash, in the
+order of the alphabet, and shows what has none at the end."""
+REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST")
+CAUSES = re.compile(
+    r"Connection refused|timed out|Name or service not known|No route to host|readonly database|database is locked"
+    r"|unable to open database file"
+)
+"""Texts of urllib3 and SQLAlchemy's innermost errors, which they wrap in several layers."""
+
+logger = logging.getLogger(__name__)
 
 
 class GoneError(RunError):
@@ -28,7 +46,7 @@ class GoneError(RunError):
 
 
 def load_libraries(uri: str) -> None:
-    """Import what a store there needs: seconds of work, and not in a thread while others fork.
+    """Import what MLflow needs for a server or database: seconds of work, and not in a thread while others fork.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -39,17 +57,16 @@ def load_libraries(uri: str) -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow.tracking
 
-    # What it would say while it saves a model, in the middle of a run's own lines.
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it talks while it saves a model
     if not uri.startswith(("http://", "https://")):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
-        # It prints a traceback for each failure that is told here in a line.
+        # It prints a traceback for each failure that is logged here in a line.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def absolute(uri: str) -> str:
-    """The same store from any working folder."""
+    """Return a URI that means the same from any working folder."""
     relative = uri.removeprefix("sqlite:///")
     if relative in (uri, "") or relative.startswith(("/", ":", "file:")):
         return uri
@@ -57,51 +74,53 @@ def absolute(uri: str) -> str:
 
 
 def check(uri: str) -> None:
-    """Raises whatever MLflow raises where no store answers."""
+    """Ask a server or database for an answer; raises whatever MLflow raises where there is none."""
     load_libraries(uri)
     from mlflow.tracking import MlflowClient
 
     MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
 
 
-def reason(error: BaseException) -> str:
-    """Why a call failed, in a line."""
+def short_reason(error: BaseException) -> str:
+    """Say in a line why a call failed."""
     text = " ".join(str(error).split()) or type(error).__name__
-    # urllib3 and SQLAlchemy wrap the cause into several layers of which the innermost says it.
-    found = re.search(
-        r"Connection refused|timed out|Name or service not known|No route to host|readonly database|database is locked"
-        r"|unable to open database file",
-        text,
-    )
+    found = CAUSES.search(text)
     return found[0] if found else re.split(r"[.;] ", text)[0][:160]
 
 
 def metric_name(name: str) -> str:
-    """MLflow's names allow no "@", which the field's metrics have, and little else but letters."""
-    return _ODD.sub("_", name.replace("@", "_at_"))[:KEY]
+    """Return the name of a metric in MLflow."""
+    for pattern, chart in CHARTS:
+        if match := re.fullmatch(pattern, name):
+            return _key(match.expand(chart))
+    return _key(name)
 
 
-class Store:
-    """Where the calls of a spool go to."""
+def _key(name: str) -> str:
+    """Return a name that MLflow takes: without "@", which the field's metrics have, and little else but letters."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))[:KEY]
 
-    def __init__(self, state: State, head: Mapping[str, Any], folder: Path, warn: Callable[[str], None]) -> None:
+
+class MLflowBackend:
+    """Sends the events of one log to one MLflow run, which it finds or makes."""
+
+    def __init__(self, state: UploadState, header: Mapping[str, Any], folder: Path) -> None:
         """
         Args:
-            state: whose ``uri`` is asked, and whose ``run_id`` is set when there is a run.
-            head: the spool's first line.
-            folder: that artifacts are relative to.
-            warn: is told what MLflow does not take, once for each kind of call.
+            state: its ``uri`` is used, and its ``run_id`` is set when there is a run.
+            header: first line of the event log.
+            folder: the run folder, from which artifacts have their paths.
         """
         from mlflow.tracking import MlflowClient
 
-        self._state, self._head, self._folder, self._warn = state, head, folder, warn
+        self._state, self._header, self._folder = state, header, folder
         self._client = MlflowClient(tracking_uri=state.uri)
         self._warned: set[str] = set()
         self.kind = ""
-        """Of the calls that are being sent, or were last."""
+        """Kind of the events that are being sent, or were last."""
 
-    def send(self, calls: list[Call]) -> None:
-        """Send calls of one kind.
+    def send(self, events: list[Event]) -> None:
+        """Send events of one kind.
 
         Raises:
             GoneError: the run or its experiment was deleted.
@@ -109,31 +128,35 @@ class Store:
         """
         from mlflow.exceptions import MlflowException
 
-        kind = self.kind = calls[0]["kind"]
+        kind = self.kind = events[0]["kind"]
         try:
             if self._state.run_id is None:
-                self._state.run_id = self._find(self._head["run"]) or self._create(calls[0])
-            getattr(self, f"_{kind}")(self._state.run_id, calls)
+                self._state.run_id = self._find(self._header["run"]) or self._create(events[0])
+            getattr(self, f"_{kind}")(self._state.run_id, events)
         except MlflowException as error:
-            if error.error_code not in _REFUSALS or self._state.run_id is None:
+            if error.error_code not in REFUSALS or self._state.run_id is None:
                 raise
-            self._check_run(self._state.run_id)
-            self._left_out(kind, reason(error))
+            self._leave_out(kind, error)
 
     def terminate(self, status: str, time: int) -> None:
         """End the run; ``time`` in milliseconds since 1970."""
         if self._state.run_id is not None:
             self._client.set_terminated(self._state.run_id, status=status, end_time=time)
 
-    def _left_out(self, kind: str, why: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            self._warn(f"tracking at {self._state.uri} does not take {kind} ({why}); the rest goes there")
+    def _leave_out(self, what: str, error: Exception) -> None:
+        """Go on without something that MLflow refused, unless it did because the run is gone or the server away."""
+        self._check_run()
+        if what not in self._warned:
+            self._warned.add(what)
+            reason = short_reason(error)
+            logger.log(
+                NOTICE, "tracking at %s does not take %s (%s); the rest goes there", self._state.uri, what, reason
+            )
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def _experiment(self) -> str:
-        name = self._head["config"]["tracking"]["experiment"]
+        name = self._header["config"]["tracking"]["experiment"]
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             return self._client.create_experiment(name)
@@ -145,89 +168,90 @@ class Store:
         return experiment.experiment_id
 
     def _find(self, local: str) -> str | None:
-        """The run with a local id, if there is one: a call that made it may have got no answer."""
-        wanted = f"tags.`{LOCAL_ID}` = '{local}'"
-        found = self._client.search_runs([self._experiment()], filter_string=wanted, max_results=1)
+        """Find the run with a local id: a call that made it may have got no answer."""
+        query = f"tags.`{LOCAL_ID}` = '{local}'"
+        found = self._client.search_runs([self._experiment()], filter_string=query, max_results=1)
         return found[0].info.run_id if found else None
 
-    def _create(self, call: Call) -> str:
-        tags = {LOCAL_ID: self._head["run"]}
-        parent = self._head["config"]["tracking"]["parent"]
-        if parent is not None and parent.startswith(LOCAL):  # whoever started this one did not know more
+    def _create(self, event: Event) -> str:
+        tags = {LOCAL_ID: self._header["run"]}
+        parent = self._header["config"]["tracking"]["parent"]
+        if parent is not None and parent.startswith(LOCAL):  # the server had not been reached when this run began
             parent = self._find(parent)
         if parent:
             tags["mlflow.parentRunId"] = parent
-        name = self._head["config"]["name"]
-        return self._client.create_run(self._experiment(), call["time"], tags, run_name=name).info.run_id
+        name = self._header["config"]["name"]
+        return self._client.create_run(self._experiment(), event["time"], tags, run_name=name).info.run_id
 
-    def _check_run(self, run_id: str) -> None:
+    def _check_run(self) -> None:
         from mlflow.exceptions import MlflowException
 
-        again = "and `dist-obdsd replay` sends what is missing"
+        run_id, then = self._state.run_id, "and `dist-obdsd replay` sends what is missing"
         try:
             run = self._client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            raise GoneError(f"there is no run {run_id}; `dist-obdsd replay --new-run` makes another {again}") from error
+            raise GoneError(f"there is no run {run_id}; `dist-obdsd replay --new-run` makes another {then}") from error
         if run.info.lifecycle_stage != "active":
-            raise GoneError(f"the run {run_id} was deleted; mlflow runs restore --run-id {run_id} {again}")
+            raise GoneError(f"the run {run_id} was deleted; mlflow runs restore --run-id {run_id} {then}")
 
-    # ---- a method per kind of call ----------------------------------------------------------------------------------
+    # ---- a method per kind of event ---------------------------------------------------------------------------------
 
-    def _start(self, run_id: str, calls: list[Call]) -> None:
+    def _start(self, run_id: str, events: list[Event]) -> None:
         self._client.update_run(run_id, status="RUNNING")
-        tags = dict(calls[0]["tags"])
+        tags = dict(events[0]["tags"])
         if tags.get("git_commit", "unknown") != "unknown":
-            tags["mlflow.source.git.commit"] = tags["git_commit"]  # what the UI shows
+            tags["mlflow.source.git.commit"] = tags["git_commit"]  # the UI shows this one
         self._tags(run_id, [{"values": tags}])
 
-    def _tags(self, run_id: str, calls: list[Call]) -> None:
+    def _tags(self, run_id: str, events: list[Event]) -> None:
         from mlflow.entities import RunTag
 
-        for part in _cut(calls[0]["values"].items(), SMALL_BATCH):
-            self._client.log_batch(run_id, tags=[RunTag(name[:KEY], value[:TAG]) for name, value in part])
+        tags = [RunTag(name[:KEY], value[:TAG]) for name, value in events[0]["values"].items()]
+        for part in _parts(tags, SMALL_BATCH):
+            self._client.log_batch(run_id, tags=part)
 
-    def _params(self, run_id: str, calls: list[Call]) -> None:
+    def _params(self, run_id: str, events: list[Event]) -> None:
         from mlflow.entities import Param
 
-        for part in _cut(calls[0]["values"].items(), SMALL_BATCH):
-            params = [Param(metric_name(name), value[:PARAM]) for name, value in part]
-            self._client.log_batch(run_id, params=params)
+        params = [Param(_key(name), value[:PARAM]) for name, value in events[0]["values"].items()]
+        for part in _parts(params, SMALL_BATCH):
+            self._client.log_batch(run_id, params=part)
 
-    def _metrics(self, run_id: str, calls: list[Call]) -> None:
+    def _metrics(self, run_id: str, events: list[Event]) -> None:
         from mlflow.entities import Metric
 
-        rows = [
-            Metric(metric_name(name), value, call["time"], call["step"])
-            for call in calls
-            for name, value in call["values"].items()
+        metrics = [
+            Metric(metric_name(name), value, event["time"], event["step"])
+            for event in events
+            for name, value in event["values"].items()
         ]
-        for part in _cut(rows, BATCH):
+        for part in _parts(metrics, BATCH):
             self._client.log_batch(run_id, metrics=part)
 
-    def _dataset(self, run_id: str, calls: list[Call]) -> None:
+    def _dataset(self, run_id: str, events: list[Event]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        told = calls[0]
-        source, profile = json.dumps({"uri": told["source"], "sha256": told["digest"]}), json.dumps(told["profile"])
-        dataset = Dataset(told["name"][:KEY], told["digest"][:DIGEST], "local", source, profile=profile)
+        data = events[0]
+        source, profile = json.dumps({"uri": data["source"], "sha256": data["digest"]}), json.dumps(data["profile"])
+        dataset = Dataset(data["name"][:KEY], data["digest"][:DIGEST], "local", source, profile=profile)
         self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    def _artifact(self, run_id: str, calls: list[Call]) -> None:
-        path = self._folder / calls[0]["path"]
+    def _artifact(self, run_id: str, events: list[Event]) -> None:
+        relative = Path(events[0]["path"])
+        path = self._folder / relative
+        folder = None if relative.is_absolute() or relative.parent == Path() else relative.parent.as_posix()
         try:
             if path.is_dir():
                 self._client.log_artifacts(run_id, str(path), path.name)
             else:
-                self._client.log_artifact(run_id, str(path))
-        except Exception as error:
-            # Files may have a store of their own, and metrics must not wait for it. A dead server fails here, too.
-            self._check_run(run_id)
-            self._left_out(f"the artifact {path.name}", reason(error))
+                self._client.log_artifact(run_id, str(path), folder)
+        except Exception as error:  # files may have a store of their own, and metrics must not wait for it
+            self._leave_out(f"the artifact {path.name}", error)
 
-    def _model(self, run_id: str, calls: list[Call]) -> None:
-        path = self._folder / calls[0]["path"]
+    def _model(self, run_id: str, events: list[Event]) -> None:
+        path = self._folder / events[0]["path"]
         if self._client.get_run(run_id).data.tags.get(LOGGED_MODEL) == path.name:
             return
         from dist_obdsd.tracking.mlflow_model import log_model
@@ -236,13 +260,11 @@ class Store:
             log_model(self._client, run_id, path)
             self._client.set_tag(run_id, LOGGED_MODEL, path.name)
         except Exception as error:  # as of an artifact
-            self._check_run(run_id)
-            self._left_out(f"the model {path.name}", reason(error))
+            self._leave_out(f"the model {path.name}", error)
 
-    def _end(self, run_id: str, calls: list[Call]) -> None:
-        self.terminate(calls[0]["status"], calls[0]["time"])
+    def _end(self, run_id: str, events: list[Event]) -> None:
+        self.terminate(events[0]["status"], events[0]["time"])
 
 
-def _cut(rows: Iterable[Any], size: int) -> Iterable[list[Any]]:
-    listed = list(rows)
-    return (listed[start : start + size] for start in range(0, len(listed), size))
+def _parts(rows: list[Any], size: int) -> Iterator[list[Any]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))

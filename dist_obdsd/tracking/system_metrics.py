@@ -1,7 +1,4 @@
-"""How busy a node is: its CPU, memory and GPUs, under the names that MLflow's own monitor and UI use.
-
-CPU and memory are read by psutil, GPUs by pynvml; what is not installed is not reported.
-"""
+"""The load of a node's CPU, memory and GPUs, under the names that MLflow's UI shows as system metrics."""
 
 import importlib
 from typing import Any
@@ -9,17 +6,21 @@ from typing import Any
 MEGA = 1e6
 
 
-class Usage:
-    """Of the node that this process runs on."""
+class SystemMetrics:
+    """Reads the load of this process's node by psutil and pynvml. What is not installed is not reported."""
 
     def __init__(self) -> None:
-        self._psutil = _psutil()
+        self._psutil, self._pynvml = _module("psutil"), _module("pynvml")
         if self._psutil is not None:
             self._psutil.cpu_percent()  # a share of the time since the call before, so the first says nothing
-        self._gpus = _gpus()
+        try:
+            self._pynvml.nvmlInit()
+            self._gpus = [self._pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._pynvml.nvmlDeviceGetCount())]
+        except Exception:  # no pynvml, or no driver
+            self._gpus = []
 
     def read(self) -> dict[str, float]:
-        """Percentages, megabytes (10^6 bytes) and watts, now or since the last reading."""
+        """Return percentages, megabytes (10^6 bytes) and watts, now or since the last reading."""
         numbers: dict[str, float] = {}
         if self._psutil is not None:
             memory = self._psutil.virtual_memory()
@@ -29,45 +30,31 @@ class Usage:
                 "system_memory_usage_percentage": memory.percent,
             }
         for i, gpu in enumerate(self._gpus):
-            numbers |= {f"gpu_{i}_{name}": value for name, value in _read_gpu(gpu).items()}
+            numbers |= {f"gpu_{i}_{name}": value for name, value in self._read_gpu(gpu).items()}
         return numbers
+
+    def _read_gpu(self, gpu: object) -> dict[str, float]:
+        nvml = self._pynvml
+        try:
+            memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
+            return {
+                "utilization_percentage": nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+                "memory_usage_megabytes": memory.used / MEGA,
+                "memory_usage_percentage": 100 * memory.used / memory.total,
+                "power_usage_watts": nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            }
+        except nvml.NVMLError:  # some cards do not report everything
+            return {}
 
 
 def by_node(readings: list[dict[str, float] | None]) -> dict[str, float]:
-    """Metrics of all nodes from the readings of all ranks, of which one on each node has read something."""
+    """Name the readings of all ranks by their nodes; one rank of each node has read something, the others None."""
     nodes = [reading for reading in readings if reading is not None]
     return {f"system/node-{n}/{name}": value for n, node in enumerate(nodes) for name, value in node.items()}
 
 
-def _psutil() -> Any:
-    """The module, or None where it is not installed."""
+def _module(name: str) -> Any:
     try:
-        return importlib.import_module("psutil")
+        return importlib.import_module(name)
     except ImportError:
         return None
-
-
-def _gpus() -> list[object]:
-    """Handles of the node's GPUs; none where there is no NVIDIA driver or no pynvml."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:
-        return []
-
-
-def _read_gpu(gpu: object) -> dict[str, float]:
-    import pynvml
-
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-        return {
-            "utilization_percentage": pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-            "memory_usage_megabytes": memory.used / MEGA,
-            "memory_usage_percentage": 100 * memory.used / memory.total,
-            "power_usage_watts": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-        }
-    except pynvml.NVMLError:  # some cards do not tell everything
-        return {}

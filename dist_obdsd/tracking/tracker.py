@@ -1,196 +1,159 @@
-"""Experiment tracking. A rank that does not log has a ``Tracker``, which does nothing; rank 0 may have MLflow's."""
+"""Experiment tracking as a run sees it."""
 
 import itertools
-import time
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_obdsd.config import Config
+from dist_obdsd.console import NOTICE
 from dist_obdsd.errors import InputError, UserError
-from dist_obdsd.tracking import event_log as spools
-from dist_obdsd.tracking.event_log import Spool, State
+from dist_obdsd.tracking import event_log
+from dist_obdsd.tracking.event_log import EventLog, UploadState
 from dist_obdsd.tracking.mlflow_backend import absolute, load_libraries
-from dist_obdsd.tracking.uploader import Writer
+from dist_obdsd.tracking.uploader import Uploader
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """The null tracker: every call is accepted and nothing happens."""
+    """Logs a run to MLflow. A call writes an event; a thread sends it, and no call waits.
+
+    Without arguments it does nothing, as on all ranks but rank 0.
+    """
+
+    def __init__(
+        self,
+        log: EventLog | None = None,
+        uploader: Uploader | None = None,
+        run_id: str | None = None,
+        wait_seconds: float = 0.0,
+    ) -> None:
+        self._log, self.uploader, self._id, self._wait = log, uploader, run_id, wait_seconds
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run, or a local one (``local-...``) until the server was reached."""
-        return None
+        return self.uploader.state.run_id or self._id if self.uploader else self._id
 
-    def reach(self) -> str | None:
-        """``run_id`` after a wait, of at most ``tracking.wait_seconds``, for the server to give one."""
+    def await_run_id(self) -> str | None:
+        """Return ``run_id`` after waiting, for at most ``wait_seconds``, for the server to give one."""
+        if self.uploader and not self.uploader.state.run_id:
+            self.uploader.answered.wait(self._wait)
         return self.run_id
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log settings by dotted name. One that was logged before stays as it is."""
+        self._append("params", values={name: str(value) for name, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at an optimizer step. What a metric was at a step that is done again stays as it is."""
+        """Log numbers at an optimizer step. A metric's number at a step that is done again stays as it is."""
+        self._append("metrics", step=step, values={name: float(value) for name, value in values.items()})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Log texts that may change."""
+        self._append("tags", values=dict(values))
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        """Log what the run is trained on."""
+        """Log the data that the run is trained on."""
+        self._append("dataset", name=name, digest=digest, source=source, profile=dict(profile))
 
     def artifact(self, path: Path) -> None:
         """Log a file, or a folder under its name. It is read when it is sent, and must stay until then."""
+        self._append("artifact", path=path)
 
     def model(self, checkpoint: Path) -> None:
         """Log a checkpoint as a model that MLflow can load and serve."""
+        self._append("model", path=checkpoint)
 
     def close(self, status: str) -> None:
-        """Send what is waiting, for a while, and end the run as FINISHED, FAILED or KILLED."""
-
-
-class MLflowTracker(Tracker):
-    """One MLflow run. A call is a line in the spool; a thread sends it, now or later or never, and no call waits."""
-
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        manifest: str,
-        run_id: str | None,
-        tags: Mapping[str, str],
-        say: Callable[[str], None],
-    ) -> None:
-        """Start a run, or continue the one in the run folder.
-
-        Args:
-            folder: for the spool.
-            manifest: digest of the shards' manifest.
-            run_id: what a checkpoint says that this run is called.
-        """
-        self._settings, self._say, self._wait = config.tracking, say, config.tracking.wait_seconds
-        self._id = run_id
-        self._spool: Spool | None = None
-        self._writer: Writer | None = None
-        uri = absolute(config.tracking.uri)
-        try:
-            self._spool, state = _open(config, folder, manifest, run_id, uri, say)
-            self._id = state.run_id or state.run
-            self._spool.append("start", tags=dict(tags))
-            load_libraries(uri)
-            self._writer = Writer(self._spool.path, state, uri, say)
-        except ImportError as error:
-            say(f"tracking: {error}; pip install mlflow, and `dist-obdsd replay {folder}` sends this run")
-        except (OSError, UserError) as error:
-            self._give_up(error)
-
-    @property
-    def run_id(self) -> str | None:
-        return self._writer.state.run_id or self._id if self._writer else self._id
-
-    def reach(self) -> str | None:
-        deadline = time.monotonic() + self._wait
-        while self._writer and not self._writer.state.run_id and not self._writer.trouble:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        return self.run_id
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        self._guarded(lambda spool: spool.params(values))
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._guarded(lambda spool: spool.metrics(values, step))
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        self._guarded(lambda spool: spool.append("tags", values=dict(values)))
-
-    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        told = {"name": name, "digest": digest, "source": source, "profile": dict(profile)}
-        self._guarded(lambda spool: spool.append("dataset", **told))
-
-    def artifact(self, path: Path) -> None:
-        self._guarded(lambda spool: spool.append("artifact", path=_within(spool, path)))
-
-    def model(self, checkpoint: Path) -> None:
-        self._guarded(lambda spool: spool.append("model", path=_within(spool, checkpoint)))
-
-    def close(self, status: str) -> None:
-        self._guarded(lambda spool: spool.append("end", status=status))
-        if self._spool is not None:
-            self._spool.close()
-        if self._writer is None:
+        """End the run as FINISHED, FAILED or KILLED. What is not sent yet is, for at most ``wait_seconds``."""
+        self._append("end", status=status)
+        if self.uploader is not None:
+            self.uploader.close(self._wait)
+        if self._log is None:
             return
-        self._writer.close(self._wait)
-        if self._spool is not None and (missing := self._spool.number - self._writer.state.number):
-            self._say(
-                f"tracking at {self._settings.uri} lacks {missing} of {self._spool.number} calls "
-                f"({self._writer.trouble}); `dist-obdsd replay {self._spool.path.parent}` sends the rest"
+        self._log.close()
+        if self.uploader is not None and (missing := self._log.number - self.uploader.state.number):
+            logger.log(
+                NOTICE,
+                f"tracking at {self.uploader.state.uri} lacks {missing} of {self._log.number} events "
+                f"({self.uploader.trouble}); `dist-obdsd replay {self._log.path.parent}` sends the rest",
             )
 
-    def _guarded(self, append: Callable[[Spool], None]) -> None:
-        if self._spool is None:
+    def _append(self, kind: str, **fields: Any) -> None:
+        if self._log is None:
             return
+        if "path" in fields:  # from the run folder where it is inside, since that may be moved
+            folder, path = self._log.path.parent.absolute(), fields["path"].absolute()
+            fields["path"] = str(path.relative_to(folder) if path.is_relative_to(folder) else path)
         try:
-            append(self._spool)
+            self._log.append(kind, **fields)
         except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        if self._spool is not None:
-            self._spool.close()
-        self._spool = None
-        reason = getattr(error, "strerror", None) or error
-        self._say(
-            f"tracking stopped, since its spool cannot be written ({reason}); the run goes on, metrics.jsonl has it"
-        )
+            self._log.close()
+            self._log = None
+            _log_failure(error)
 
 
-def _within(spool: Spool, path: Path) -> str:
-    """A path from the spool's folder where it is inside, since that may be moved; else absolute."""
-    folder, whole = spool.path.parent.absolute(), path.absolute()
-    return str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
+def build_tracker(
+    config: Config, folder: Path, manifest: str, run_id: str | None, tags: Mapping[str, str], is_main: bool
+) -> Tracker:
+    """Start tracking a run with MLflow, or continue the one in the run folder; the null tracker if it is not wanted.
+
+    Args:
+        folder: the run folder, for the event log.
+        manifest: digest of the shards' manifest.
+        run_id: the run's id in the checkpoint that it resumes from.
+    """
+    if config.tracking.kind == "none" or not is_main:
+        return Tracker()
+    uri = absolute(config.tracking.uri)
+    try:
+        log, state = _open(config, folder, manifest, run_id, uri)
+        run_id = state.run_id or state.run
+        log.append("start", tags=dict(tags))
+    except (OSError, UserError) as error:
+        _log_failure(error)
+        return Tracker(run_id=run_id)
+    try:
+        load_libraries(uri)
+    except ImportError as error:
+        logger.log(NOTICE, f"tracking: {error}; pip install mlflow, and `dist-obdsd replay {folder}` sends this run")
+        return Tracker(log, run_id=run_id)
+    return Tracker(log, Uploader(log.path, state, uri), run_id, config.tracking.wait_seconds)
 
 
-def _open(
-    config: Config, folder: Path, manifest: str, run_id: str | None, uri: str, say: Callable[[str], None]
-) -> tuple[Spool, State]:
-    """The run's spool, a new one if there is none or if it is another run's.
+def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: str) -> tuple[EventLog, UploadState]:
+    """Open the run's event log. One that is not of this run is kept under another name.
 
     Raises:
         OSError, UserError: it cannot be written.
     """
-    path = folder / spools.NAME
+    path = folder / event_log.NAME
     dumped = config.model_dump(mode="json")
     if path.exists() and path.stat().st_size:
         try:
-            head = spools.read_head(path)
-            other = spools.whose(head, dumped, manifest)
-            if not other:
-                return Spool(path, head), State.load(path, head)
+            header = event_log.read_header(path)
+            changes = event_log.differences(header, dumped, manifest)
+            if not changes:
+                return EventLog(path, header), UploadState.load(path, header)
         except InputError as error:
-            other = str(error)
+            changes = str(error)
         aside = next(to for n in itertools.count(1) if not (to := path.with_name(f"tracking-{n}.jsonl")).exists())
         path.rename(aside)
-        if State.path(path).exists():
-            State.path(path).rename(State.path(aside))
-        say(f"tracking: {path} is not of this run ({other}), so it is kept as {aside.name} and a new one begins")
-    local = run_id if run_id is not None and run_id.startswith(spools.LOCAL) else None
-    head = spools.new_head(uri, dumped, manifest, local)
-    state = State(head["run"], uri, None if local else run_id)
+        if UploadState.path(path).exists():
+            UploadState.path(path).rename(UploadState.path(aside))
+        logger.log(NOTICE, f"tracking: {path} is not of this run ({changes}), so it is kept as {aside.name}")
+    local = run_id if run_id is not None and run_id.startswith(event_log.LOCAL) else None
+    header = event_log.new_header(uri, dumped, manifest, local)
+    state = UploadState(header["run"], uri, None if local else run_id)
     state.save(path)
-    return Spool(path, head), state
+    return EventLog(path, header), state
 
 
-def build_tracker(
-    config: Config,
-    folder: Path,
-    manifest: str,
-    run_id: str | None,
-    tags: Mapping[str, str],
-    is_main: bool,
-    say: Callable[[str], None],
-) -> Tracker:
-    """MLflow on the main rank if it is asked for, else the null tracker. The arguments are ``MLflowTracker``'s."""
-    if config.tracking.kind == "none" or not is_main:
-        return Tracker()
-    return MLflowTracker(config, folder, manifest, run_id, tags, say)
+def _log_failure(error: Exception) -> None:
+    reason = getattr(error, "strerror", None) or error
+    logger.log(
+        NOTICE, f"tracking stopped, since its event log cannot be written ({reason}); metrics.jsonl has the numbers"
+    )

@@ -14,7 +14,7 @@ from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import RunError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.tracking import provenance
-from dist_obdsd.tracking.system_metrics import Usage, by_node
+from dist_obdsd.tracking.system_metrics import SystemMetrics, by_node
 from dist_obdsd.tracking.tracker import Tracker, build_tracker
 from dist_obdsd.training.progress_display import ProgressDisplay
 from dist_obdsd.training.run_dir import RunDir
@@ -32,7 +32,7 @@ class MetricsLogger:
         """True when the tracked run ends as KILLED although nothing failed."""
         self._run_id: str | None = None
         self._tracked = config.tracking.kind != "none"
-        self._usage = Usage() if self._tracked and runtime.launch.local_rank == 0 else None
+        self._system = SystemMetrics() if self._tracked and runtime.launch.local_rank == 0 else None
         self._masked_in_a_row = self._defective = 0
 
     @contextmanager
@@ -48,9 +48,8 @@ class MetricsLogger:
         }
         versions = provenance.versions()
         self.tracker = tracker = build_tracker(
-            config, config.run_dir, manifest.digest, self._run_id, tags, self.runtime.is_main,
-            lambda text: logger.log(console.NOTICE, text),
-        )  # fmt: skip
+            config, config.run_dir, manifest.digest, self._run_id, tags, self.runtime.is_main
+        )
         status = "FAILED"
         try:
             if run_dir is not None:
@@ -115,10 +114,10 @@ class MetricsLogger:
             return f"{share:.1%} of the target's rows are not distributions (step {self._defective} so)"
         return None
 
-    def log_usage(self, steps: int, last: bool) -> None:
+    def log_system_metrics(self, steps: int, last: bool) -> None:
         """Track how busy every node is, every ``tracking.every_steps`` steps and after an epoch's last. Collective."""
         if self._tracked and (last or steps % self.config.tracking.every_steps == 0):
-            readings = collectives.gather_json(self._usage.read() if self._usage else None)
+            readings = collectives.gather_json(self._system.read() if self._system else None)
             self.tracker.metrics(by_node(readings), steps)
 
     def log_epoch(self, title: str, epoch: int, global_step: int, steps: int, seconds: float, waited: float) -> None:

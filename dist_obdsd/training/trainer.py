@@ -204,7 +204,7 @@ class Trainer:
             progress.global_step += 1
             waited += data_wait
             self._log_steps(self.delayed.push(host, names, numbers))
-            self.metrics.log_usage(progress.global_step, last=progress.step == plan.steps)
+            self.metrics.log_system_metrics(progress.global_step, last=progress.step == plan.steps)
             save = self.save_requested or self.checkpoints.should_save(progress.global_step)
             if save and progress.step < plan.steps and not self.stop_requested:
                 self._log_steps(self.delayed.drain())  # the metrics must reach as far as the checkpoint

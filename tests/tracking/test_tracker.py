@@ -3,7 +3,6 @@
 import json
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -13,8 +12,8 @@ from mlflow.tracking import MlflowClient
 
 from dist_obdsd import checkpoint
 from dist_obdsd.config import parse_config
-from dist_obdsd.tracking import event_log as spools
-from dist_obdsd.tracking.tracker import MLflowTracker
+from dist_obdsd.tracking import event_log
+from dist_obdsd.tracking.tracker import build_tracker
 from tests import runs
 
 
@@ -44,8 +43,10 @@ def test_a_run_is_in_mlflow_with_settings_losses_and_metrics(folder):
     assert given.dataset.name == "folder"
     assert '"train": {"images": 96, "classes": 12}' in given.dataset.profile
     rows = runs.metrics(folder / "runs" / "tiny", "step")
-    for name in ("ranking", "distillation", "target_entropy", "ramp", "lr", "data_wait", "seconds"):
-        assert points(client, run, name) == [(row["step"], row[name]) for row in rows if name in row]
+    shown = {"ranking": "curves/loss_ranking", "target_entropy": "target/entropy", "lr": "optimizer/lr",
+             "seconds": "speed/step_seconds"}  # fmt: skip
+    for name, chart in shown.items():
+        assert points(client, run, chart) == [(row["step"], row[name]) for row in rows if name in row]
     value = next(row["value"] for row in summary["rows"] if row["metric"] == "recall@1")
     assert run.data.metrics["test/recall_at_1"] == value
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "summary.json"}
@@ -80,10 +81,8 @@ def test_a_killed_run_and_a_hanging_server_leave_one_run_with_every_step_once(fo
     assert "`dist-obdsd replay runs/tiny` sends the rest" in done.stdout
     rows = runs.metrics(run_dir, "step")
     assert [row["step"] for row in rows] == list(range(36))
-    with_server, without = ([row["seconds"] for row in part] for part in (rows[:18], rows[18:]))
-    # Loosely: a call that waited for this server would take a minute.
-    assert statistics.median(without) < 3 * statistics.median(with_server) + 0.05
-    assert max(without) < 10
+    # A call that waited for this server would take a minute.
+    assert max(row["seconds"] for row in rows[18:]) < 30
 
     server.start()
     replayed = runs.program("replay", "runs/tiny", cwd=folder)
@@ -94,11 +93,11 @@ def test_a_killed_run_and_a_hanging_server_leave_one_run_with_every_step_once(fo
     assert json.loads((run_dir / "summary.json").read_text())["meta"]["tracked_run"] == run.info.run_id
     assert len(run.outputs.model_outputs) == 1
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "summary.json"}
-    assert points(client, run, "ranking") == [(row["step"], row["ranking"]) for row in rows]
+    assert points(client, run, "curves/loss_ranking") == [(row["step"], row["ranking"]) for row in rows]
     for name in run.data.metrics:  # clock times, too, which differ when a step is done again
         at = [step for step, _ in points(client, run, name)]
         assert len(at) == len(set(at)), name
-    assert [step for step, _ in points(client, run, "seconds")] == list(range(36))
+    assert [step for step, _ in points(client, run, "speed/step_seconds")] == list(range(36))
 
 
 def breaks(folder: Path, what: str, step: int, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -132,24 +131,24 @@ def test_a_signal_is_a_kill_and_an_error_a_failure(folder, server):
     assert (failed.info.run_id, failed.info.status) == (run.info.run_id, "FAILED")
 
 
-def test_without_mlflow_the_run_goes_on_and_is_sent_later(tmp_path, monkeypatch):
+def test_without_mlflow_the_run_goes_on_and_is_sent_later(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
-    said: list[str] = []
+    caplog.set_level("INFO", "dist_obdsd")
     settings = parse_config({"name": "x", "output": str(tmp_path), "epochs": 2, "data": {"shards": "s"}}, "test")
     settings.run_dir.mkdir()
-    tracker = MLflowTracker(settings, settings.run_dir, "m", None, {}, said.append)
+    tracker = build_tracker(settings, settings.run_dir, "m", None, {}, is_main=True)
     tracker.params({"a": 1})
     tracker.metrics({"b": 2.0}, 0)
     tracker.close("FINISHED")
-    assert len(said) == 1
-    assert "pip install mlflow" in said[0]
-    kinds = [call["kind"] for call, _ in spools.calls(settings.run_dir / spools.NAME, 0)]
+    (said,) = caplog.messages
+    assert "pip install mlflow" in said
+    kinds = [event["kind"] for event, _ in event_log.read_events(settings.run_dir / event_log.NAME)]
     assert kinds == ["start", "params", "metrics", "end"]
 
 
-def test_replay_refuses_what_is_no_spool(folder):
-    (folder / "spool.jsonl").write_text('{"format": "dist-obdsd spool 9"}\n')
-    for path, message in (("spool.jsonl", "has format 'dist-obdsd spool 9'"), ("none", "cannot read none")):
+def test_replay_refuses_what_is_no_event_log(folder):
+    (folder / "other.jsonl").write_text('{"format": "dist-obdsd event log 9"}\n')
+    for path, message in (("other.jsonl", "'dist-obdsd event log 9'"), ("none", "cannot read none")):
         done = runs.program("replay", path, cwd=folder)
         assert done.returncode == 2
         assert message in done.stderr

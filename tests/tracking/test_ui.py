@@ -49,14 +49,18 @@ def test_a_comparison_shows_its_runs_curves_figures_and_models(folder: Path, ser
 
     # The chart of both runs.
     points = api(
-        server, "metrics/get-history-bulk-interval", run_ids=list(ids.values()), metric_key="ranking", max_results=100
+        server,
+        "metrics/get-history-bulk-interval",
+        run_ids=list(ids.values()),
+        metric_key="curves/loss_ranking",
+        max_results=100,
     )["metrics"]
     for name, run_id in ids.items():
         shown = [(point["step"], point["value"]) for point in points if point["run_id"] == run_id]
         assert shown == [(row["step"], row["ranking"]) for row in runs.metrics(folder / "runs" / name, "step")]
 
     # The pictures of a run and of the comparison.
-    files = api(server, "artifacts/list", run_id=ids["tiny-psd-seed0"])["files"]
+    files = api(server, "artifacts/list", run_id=ids["tiny-psd-seed0"], path="figures")["files"]
     pictures = [file["path"] for file in files if file["path"].endswith(".png")]
     assert {"batch_manifold.png", "retrieval_grid.png", "loss_curves.png"} <= {Path(path).name for path in pictures}
     drawn = folder / "runs" / "tiny-psd-seed0" / "figures"
