@@ -23,6 +23,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def load(root: str | Path) -> Manifest:
     Raises:
         InputError: the folder or the manifest is missing or cannot be downloaded, or the manifest is not sound.
     """
-    root = str(root)
+    root = expanduser(root)
     path = location(root, "manifest.json")
     if is_remote(root):
         stream = io.BytesIO()

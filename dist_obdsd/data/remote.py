@@ -1,28 +1,31 @@
-"""Where a file of shards is, and how it comes here from a URL or a command.
+"""Addresses of shards, and downloads that are checked.
 
 The root of a set of shards is a folder, a URL, or ``pipe:`` and a shell command that writes a file to its standard
 output. ``{file}`` in a URL or command stands for the file's name; without it the name follows the root and a slash.
 
-http is read with the standard library and not, as webdataset does, with curl: curl waits for ever when a server stalls,
-says a number where a person needs the cause, and a transfer that it starts anew begins with bytes that it has
-already given. All else (``pipe:``, ``gs:``, ``hf:``, ``ais:``, ``sftp:``) is opened by webdataset.
+http is read with the standard library, since fsspec's needs aiohttp, which nothing else here does. fsspec opens every
+other URL (``s3://``, ``gs://``, ``hf://``, ``sftp://``, ...), with the package that it needs for it.
 """
 
+import base64
+import errno
 import hashlib
 import http.client
-import os
 import re
 import select
+import subprocess
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import IO
 
-from webdataset.gopen import gopen
+import fsspec
 
 from dist_obdsd.errors import InputError, RunError
 
@@ -30,6 +33,7 @@ ATTEMPTS = 5  # to download a file; counted from 1 again by one that gets furthe
 PAUSE = 1.0  # seconds before the second attempt, doubled with every further one
 PATIENCE = 60.0  # seconds without a byte after which an attempt is given up
 CHUNK = 2**20  # bytes
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 _AGAIN = (408, 425, 429)  # of the client errors, those that may pass
 
@@ -39,16 +43,16 @@ def is_remote(root: str) -> bool:
 
 
 def location(root: str, file: str) -> str:
-    """Where a file is: a URL or ``pipe:`` command, or below a folder the absolute path.
+    """Return the URL or ``pipe:`` command of a file, or its absolute path below a folder.
 
     Raises:
         InputError: the name could do harm in a command.
     """
     if not is_remote(root):
-        return str((Path(root) / file).absolute())
-    if not root.startswith("pipe:"):
+        return str((Path(expanduser(root)) / file).absolute())
+    if root.startswith(("http://", "https://")):
         file = urllib.parse.quote(file)
-    elif not _SAFE.fullmatch(file):
+    elif root.startswith("pipe:") and not _SAFE.fullmatch(file):
         # The manifest comes from elsewhere, and its names end up in a shell.
         raise InputError(
             f"the manifest names the file {file!r}, which is not put into a command; names need letters, digits and "
@@ -58,141 +62,141 @@ def location(root: str, file: str) -> str:
 
 
 def shown(url: str) -> str:
-    """A URL as it may stand in a message: without what could be a password or a signature."""
+    """Return a URL for a message: without what could be a password or a signature."""
     if url.startswith("pipe:") or "://" not in url:
         return url
     return re.sub(r"(?<=://)[^/]*@", "", url.partition("#")[0].partition("?")[0])
 
 
 def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None = None) -> None:
-    """Write what is at ``url`` into ``file``, from its begin on, and check it.
-
-    A transfer that breaks off goes on where it was, where the server can do that. What ``file`` raises when it is
-    written to (a full disk) is passed on.
+    """Download ``url`` into ``file``, which can be read, too. A transfer that breaks off goes on where it was.
 
     Args:
-        size: bytes that it must have; None where nobody knows.
-        sha256: that it must have, in hexadecimal digits; None where nobody knows.
+        size, sha256: expected bytes and hexadecimal digest; None where nobody knows.
 
     Raises:
         InputError: nothing can open such a URL.
         RunError: the last of several attempts failed; the message names the URL and the cause.
+        OSError: there is no room for ``file``.
     """
-    for at, data in _download(url, size, sha256):
-        file.seek(at)
-        file.write(data)
-    file.truncate()
+    at = furthest = failures = 0
+    while True:
+        try:
+            with _opened(url, at) as (start, read):
+                at = start
+                while (size is None or at <= size) and (data := read()):
+                    file.seek(at)
+                    at += file.write(data)
+            if size is not None and at != size:
+                raise OSError(f"the transfer ended after {at} of {size} bytes")
+            file.truncate(at)
+            file.seek(0)
+            digest = sha256 and hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            if digest == sha256:
+                return
+            furthest, at = at, 0
+            raise OSError(f"it has SHA-256 {digest} where the manifest has {sha256}")
+        except Exception as error:
+            if isinstance(error, InputError) or getattr(error, "errno", None) in NO_ROOM:
+                raise
+            cause, final = _cause(error)
+        failures = 1 if at > furthest else failures + 1
+        if final or failures == ATTEMPTS:
+            raise RunError(
+                f"cannot download {shown(url)} (attempt {failures}): {cause}; check the address, your access and the "
+                f"server, and start again"
+            )
+        furthest = max(furthest, at)
+        if size is not None and at > size:
+            at = 0
+        time.sleep(PAUSE * 2 ** (failures - 1))
 
 
 def begin(url: str) -> bytes:
-    """The first bytes, to see whether ``url`` can be read at all. There is one attempt.
+    """Read the first bytes in one attempt, to see whether ``url`` can be read at all.
 
     Raises:
         InputError: nothing can open such a URL.
         RunError: it cannot be read.
     """
     try:
-        return next(_open(url, 0)[1], b"")
-    except (OSError, http.client.HTTPException) as error:
-        raise RunError(f"cannot read {shown(url)}: {_cause(error)}; check the address and your access") from error
+        with _opened(url, 0) as (_, read):
+            return read()
+    except InputError:
+        raise
+    except Exception as error:
+        raise RunError(f"cannot read {shown(url)}: {_cause(error)[0]}; check the address and your access") from error
 
 
-def _download(url: str, size: int | None, sha256: str | None) -> Iterator[tuple[int, bytes]]:
-    """Pieces and where they belong. A later one for the same place replaces the earlier; at the end all is checked."""
-    at = furthest = failures = 0
-    digest = hashlib.sha256()
-    while True:
-        cost = 1
-        try:
-            start, pieces = _open(url, at)
-            if start != at:
-                at, digest = 0, hashlib.sha256()
-            for data in pieces:
-                yield at, data
-                digest.update(data)
-                at += len(data)
-                if size is not None and at > size:
-                    break
-            if size is not None and at < size:
-                raise OSError(f"the transfer ended after {at} of {size} bytes")
-            wrong = f"more than the manifest's {size} bytes" if size is not None and at > size else ""
-            if not wrong and sha256 is not None and digest.hexdigest() != sha256:
-                wrong = f"SHA-256 {digest.hexdigest()[:12]}... where the manifest has {sha256[:12]}..."
-            if not wrong:
-                return
-            # Seldom the network's fault, so one more attempt has to do.
-            cause, cost, at, digest = f"it has {wrong}", ATTEMPTS - 1, 0, hashlib.sha256()
-        except (OSError, http.client.HTTPException) as error:
-            cause = _cause(error)
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in _AGAIN:
-                raise RunError(f"cannot download {shown(url)}: {cause}; check the address and your access") from error
-        failures = cost if at > furthest else failures + cost
-        furthest = max(furthest, at)
-        if failures >= ATTEMPTS:
-            raise RunError(
-                f"cannot download {shown(url)}: {cause}; that was the last of several attempts, so check the network "
-                f"and the server and start again"
-            )
-        time.sleep(PAUSE * 2 ** (failures - cost))
-
-
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException) -> tuple[str, bool]:
+    """Say why an attempt failed, and whether the next one would fail, too."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server answers {error.code} {error.reason}"
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
-        error = error.reason
-    if isinstance(error, TimeoutError):
-        return f"nothing came for {PATIENCE:.0f} seconds"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        final = error.code < 500 and error.code not in _AGAIN
+        return f"the server answers {error.code} {error.reason}", final
+    cause = getattr(error, "reason", error)  # of a URLError
+    if isinstance(cause, TimeoutError):
+        return f"nothing came for {PATIENCE:.0f} seconds", False
+    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return " ".join(text.split()), isinstance(cause, FileNotFoundError | PermissionError)
 
 
-def _open(url: str, start: int) -> tuple[int, Iterator[bytes]]:
-    """The place of the first byte that comes (``start``, or 0 where nothing can be skipped), and the bytes."""
-    if not url.startswith(("http://", "https://")):
-        return 0, _from_command(url)
-    headers = {"Range": f"bytes={start}-"} if start else {}
+@contextmanager
+def _opened(url: str, start: int) -> Iterator[tuple[int, Callable[[], bytes]]]:
+    """Open a source: the place of the first byte that comes, and a function that reads on and checks the end."""
+    if url.startswith("pipe:"):
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        with subprocess.Popen(url[5:], shell=True, stdin=nothing, stdout=pipe, bufsize=0) as process:
+            try:
+                yield 0, partial(_read_command, process)
+            finally:
+                process.kill()
+    elif url.startswith(("http://", "https://")):
+        with _request(url, start) as response:
+            partly = response.status == http.HTTPStatus.PARTIAL_CONTENT
+            yield start if partly else 0, partial(_read_response, response)
+    else:
+        try:
+            system, path = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"{shown(url)} cannot be opened here ({' '.join(str(error).split())}); install that package, or give "
+                f"https://... or a command such as pipe:aws s3 cp s3://BUCKET/{{file}} -"
+            ) from error
+        with system.open(path, "rb") as file:
+            file.seek(start)
+            yield start, partial(file.read, CHUNK)
+
+
+def _read_command(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout is not None
+    poll = select.poll()  # a command that hangs must not hang us
+    poll.register(process.stdout, select.POLLIN)
+    if not poll.poll(PATIENCE * 1000):
+        raise TimeoutError
+    data = process.stdout.read(CHUNK)
+    if not data and process.wait(PATIENCE):
+        raise OSError(f"its command ended with exit code {process.returncode}")
+    return data
+
+
+def _read_response(response: http.client.HTTPResponse) -> bytes:
+    data = response.read(CHUNK)
+    if not data and response.length:
+        raise OSError(f"the transfer ended {response.length} bytes early")
+    return data
+
+
+def _request(url: str, start: int) -> http.client.HTTPResponse:
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE)
+        address = urllib.parse.urlsplit(url)
+        login, _, host = address.netloc.rpartition("@")
+        request = urllib.request.Request(address._replace(netloc=host).geturl())
+        if login:  # not for another server that this one may send us to
+            secret = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {secret}")
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=PATIENCE)
+        return response
     except (ValueError, http.client.InvalidURL) as error:
         raise InputError(f"{shown(url)} is not an address that can be opened ({error}); check data.shards") from error
-    return start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0, _from_server(response)
-
-
-def _from_server(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    with response:
-        while data := response.read(CHUNK):
-            yield data
-        if response.length:
-            raise OSError(f"the transfer ended {response.length} bytes early")
-
-
-def _from_command(url: str) -> Iterator[bytes]:
-    try:
-        stream = gopen(url)
-    except ValueError as error:
-        raise InputError(
-            f"nothing here opens {shown(url)}; give https://..., or a command such as "
-            f"pipe:aws s3 cp s3://BUCKET/{{file}} -"
-        ) from error
-    # Below the stream's own buffer, since a command that hangs must not hang us.
-    process = getattr(stream, "proc", None)
-    handle = getattr(stream, "stream", stream).fileno()
-    poll = select.poll()
-    poll.register(handle, select.POLLIN)
-    try:
-        while True:
-            if not poll.poll(PATIENCE * 1000):
-                raise TimeoutError
-            if not (data := os.read(handle, CHUNK)):
-                break
-            yield data
-    except BaseException:
-        if process is not None:
-            process.kill()
-        with suppress(OSError):  # its exit code is our doing
-            stream.close()
-        raise
-    try:
-        stream.close()
-    except OSError as error:
-        raise OSError(f"its command ended with exit code {process.returncode if process else '?'}") from error

@@ -1,5 +1,6 @@
 """A web server on this machine that fails in the ways that servers and networks do."""
 
+import base64
 import http.server
 import threading
 from collections import defaultdict
@@ -19,7 +20,9 @@ class Server:
     """Whether a part of a file can be asked for."""
     faults: dict[str, list[object]] = field(default_factory=lambda: defaultdict(list))
     """An integer below 100 cuts the transfer after that many percent, a larger one is the status; bytes are sent in
-    place of the file; a function is called with the name after half of the file."""
+    place of the file; a text is a URL to go to; a function is called with the name after half of the file."""
+    login: str = ""
+    """USER:PASSWORD that is asked for."""
     requests: list[tuple[str, int]] = field(default_factory=list)
     """(name, first byte) of each."""
 
@@ -42,6 +45,15 @@ def serving(folder: Path, ranges: bool = True) -> Iterator[Server]:
             server.requests.append((name, start))
             fault = server.faults[name].pop(0) if server.faults[name] else None
             path = server.folder / name
+            given = self.headers.get("Authorization", "Basic ").removeprefix("Basic ")
+            if server.login and base64.b64decode(given).decode() != server.login:
+                self.send_error(401)
+                return
+            if isinstance(fault, str):
+                self.send_response(302)
+                self.send_header("Location", fault)
+                self.end_headers()
+                return
             if (isinstance(fault, int) and fault >= 100) or not path.is_file():
                 self.send_error(fault if isinstance(fault, int) else 404)
                 return

@@ -49,7 +49,7 @@ def read(cache: Cache, server: Server, shard: Shard) -> bytes:
 
 
 def names(cache: Cache) -> list[str]:
-    return sorted(path.name for path in cache.folder.iterdir())
+    return sorted(path.name for path in cache.folder.iterdir() if path.suffix != ".lock")
 
 
 def in_process(function: Callable[[], None]) -> multiprocessing.process.BaseProcess:
@@ -82,8 +82,8 @@ def test_data_sets_with_the_same_file_names_do_not_collide(server: Server, tmp_p
 def test_what_is_not_the_manifest_s_is_not_kept(server: Server, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     (shard,) = shards_of(server, 1)
-    server.faults["0.tar"] = [b"x" * SIZE] * 2
-    with pytest.raises(RunError, match=r"0.tar: it has SHA-256"):
+    server.faults["0.tar"] = [b"x" * SIZE] * remote.ATTEMPTS
+    with pytest.raises(RunError, match=r"0.tar .*: it has SHA-256"):
         read(cache, server, shard)
     assert names(cache) == []
     assert read(cache, server, shard) == bytes(SIZE)
@@ -94,9 +94,9 @@ def test_what_is_not_the_manifest_s_is_not_kept(server: Server, tmp_path: Path) 
             read(cache, server, Shard("0.tar", SIZE, sha256, (), (), ()))
 
 
-def test_the_oldest_used_go_first_and_none_that_is_in_use(server: Server, tmp_path: Path) -> None:
+def test_the_oldest_used_go_first(server: Server, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", limit=3 * SIZE)
-    shards = shards_of(server, 6)
+    shards = shards_of(server, 5)
     for n, shard in enumerate(shards[:3]):
         read(cache, server, shard)
         os.utime(cache.path(shard), (n, n))
@@ -105,13 +105,11 @@ def test_the_oldest_used_go_first_and_none_that_is_in_use(server: Server, tmp_pa
         os.utime(cache.path(shards[1]), (1, 1))
         read(cache, server, shards[3])
         read(cache, server, shards[4])
-        assert [cache.path(shard).exists() for shard in shards] == [False, True, False, True, True, False]
-        assert held.read() == bytes([1]) * SIZE
-    read(cache, server, shards[5])
-    assert [cache.path(shard).exists() for shard in shards] == [False, False, False, True, True, True]
+        assert [cache.path(shard).exists() for shard in shards] == [True, False, False, True, True]
+        assert held.read() == bytes([1]) * SIZE  # evicted while it was open
     assert sum(path.stat().st_size for path in cache.folder.iterdir()) == 3 * SIZE
     with pytest.raises(InputError, match=r"shard 0.tar has 0.000279 GiB but data.cache_gib allows 0.000279 for all"):
-        read(Cache(tmp_path / "cache", limit=SIZE - 1), server, shards[0])
+        read(Cache(tmp_path / "other", limit=SIZE - 1), server, shards[0])
 
 
 def fill(server: Server, shards: list[Shard], folder: Path, order: int) -> None:
@@ -137,15 +135,15 @@ def test_three_processes_fill_one_cache(
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{shard.sha256}.tar" for shard in shards)
+    assert names(Cache(folder)) == sorted(f"{shard.sha256}.tar" for shard in shards)
     for shard in shards:
         assert hashlib.sha256((folder / f"{shard.sha256}.tar").read_bytes()).hexdigest() == shard.sha256
     if locks:
         assert [server.count(shard.file) for shard in shards] == [1] * 6
 
 
-def test_a_process_killed_in_a_download_leaves_nothing_behind(server: Server, tmp_path: Path) -> None:
-    first, second = shards_of(server, 2)
+def test_a_process_killed_in_a_download_is_in_nobody_s_way(server: Server, tmp_path: Path) -> None:
+    (shard,) = shards_of(server, 1)
     half, go_on = threading.Event(), threading.Event()
 
     def wait(name: str) -> None:
@@ -154,37 +152,20 @@ def test_a_process_killed_in_a_download_leaves_nothing_behind(server: Server, tm
 
     server.faults["0.tar"] = [wait]
     folder = tmp_path / "cache"
-    process = in_process(lambda: fill(server, [first], folder, 0))
+    process = in_process(lambda: fill(server, [shard], folder, 0))
     try:
         assert half.wait(30)
-        deadline = time.monotonic() + 10
-        while not list(folder.glob("*.part")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        cache = Cache(folder)
-        assert names(cache) == [f"{first.sha256}.part"]  # of a process that lives
-        read(cache, server, second)
         os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         process.join(10)
-        assert names(cache) == sorted([f"{first.sha256}.part", f"{second.sha256}.tar"])
-        assert read(cache, server, first) == bytes(SIZE)  # over the leftover
-        assert server.count("0.tar") == 2
-        (folder / f"{'0' * 64}.part").write_bytes(b"another leftover")
-        assert names(Cache(folder)) == sorted(f"{shard.sha256}.tar" for shard in (first, second))
+        cache = Cache(folder)
+        assert read(cache, server, shard) == bytes(SIZE)
+        (left,) = folder.glob("*.part")  # another process may write there
+        os.utime(left, (time.time() - caching.ABANDONED - 60,) * 2)
+        assert names(Cache(folder)) == [f"{shard.sha256}.tar"]
     finally:
         go_on.set()
         process.kill()
         process.join()
-
-
-def test_without_locks_only_old_leftovers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*args: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", none)
-    for name, age in (("old", caching.ABANDONED + 60), ("new", 60)):
-        (tmp_path / f"{name}.part").write_bytes(b"")
-        os.utime(tmp_path / f"{name}.part", (time.time() - age,) * 2)
-    assert names(Cache(tmp_path)) == ["new.part"]
 
 
 def test_a_full_disk_is_one_sentence(server: Server, tmp_path: Path) -> None:
@@ -193,7 +174,7 @@ def test_a_full_disk_is_one_sentence(server: Server, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))
     try:
-        with pytest.raises(RunError, match=r"no room in data.cache=.*cache for http.*0.tar: File too large; free some"):
+        with pytest.raises(RunError, match=r"cannot write http.*0.tar to data.cache=.*: File too large; free some"):
             read(cache, server, shard)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -205,7 +186,9 @@ def test_a_really_full_disk(server: Server, small_disk: Path) -> None:
     cache = Cache(small_disk / "cache")
     for shard in shards[:3]:
         read(cache, server, shard)
-    with pytest.raises(RunError, match=r"3.tar: No space left on device; free some space, set or lower data.cache_gib"):
+    with pytest.raises(
+        RunError, match=r"3.tar to .*: No space left on device; free some space, set or lower data.cache_gib"
+    ):
         read(cache, server, shards[3])
     assert len(names(cache)) == 3
     assert read(Cache(small_disk / "cache", 3 * SIZE), server, shards[3]) == bytes([3]) * SIZE

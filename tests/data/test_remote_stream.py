@@ -62,7 +62,7 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
         data[0], shards=server.url, cache=str(tmp_path / "small"), cache_gib=2.5 * largest / 2**30, workers=0
     )
     assert_same([batches(data, small)], [alone])
-    assert 1 <= len(list((tmp_path / "small").iterdir())) <= 3
+    assert 1 <= len(list((tmp_path / "small").glob("*.tar"))) <= 3
 
 
 def test_without_a_cache_every_epoch_reads_anew(data: Data, alone: list, server: Server) -> None:
@@ -74,7 +74,9 @@ def test_without_a_cache_every_epoch_reads_anew(data: Data, alone: list, server:
 def test_shards_behind_a_command(data: Data, alone: list, tmp_path: Path, cached: bool) -> None:
     cache = str(tmp_path / "cache") if cached else None
     assert_same([batches(data, config_of(data[0], shards=f"pipe:cat {data[0]}/{{file}}", cache=cache))], [alone])
-    with pytest.raises(RunError, match=r"cannot download pipe:false .*train-00000\d.tar: its command ended with exit"):
+    with pytest.raises(
+        RunError, match=r"cannot download pipe:false .*train-00000\d.tar .*: its command ended with exit"
+    ):
         batches(data, config_of(data[0], shards=f"pipe:false {tmp_path}"))
 
 
@@ -86,11 +88,13 @@ def test_a_shard_that_cannot_be_had_stops_the_run(
     cached: bool,
 ) -> None:
     server.faults["train-000003.tar"] = [404]
-    server.faults["test-000003.tar"] = [(data[0] / "test-000002.tar").read_bytes()] * 2
+    server.faults["test-000003.tar"] = [(data[0] / "test-000002.tar").read_bytes()] * remote.ATTEMPTS
     config = config_of(data[0], shards=server.url, cache=str(tmp_path / "cache") if cached else None)
-    with pytest.raises(RunError, match=rf"cannot download {server.url}/train-000003.tar: the server answers 404"):
+    with pytest.raises(RunError, match=rf"cannot download {server.url}/train-000003.tar .*: the server answers 404"):
         batches(data, config)
-    with pytest.raises(RunError, match=rf"cannot download {server.url}/test-000003.tar: (it has|the transfer ended)"):
+    with pytest.raises(
+        RunError, match=rf"cannot download {server.url}/test-000003.tar .*: (it has|the transfer ended)"
+    ):
         list(evaluation_batches(data[1], "test", config, 0, 1))
 
 
@@ -111,10 +115,9 @@ def test_verify_reads_a_url(data: Data, server: Server, capsys: pytest.CaptureFi
     assert all(".json that cannot be used" in problem for problem in whole.problems)
     server.faults["train-000003.tar"] = [404]
     problems = [problem for problem in verify(server.url).problems if ".json" not in problem]
-    assert problems == [
-        f"train-000003.tar: cannot download {server.url}/train-000003.tar: the server answers 404 Not Found; check the "
-        f"address and your access"
-    ]
+    (problem,) = problems
+    assert problem.startswith(f"train-000003.tar: cannot download {server.url}/train-000003.tar ")
+    assert "404 Not Found" in problem
     assert main(["verify", server.url, "--workers", "1"]) == 2
     assert f"{server.url} has {len(whole.problems)} problems" in capsys.readouterr().err
 
