@@ -31,7 +31,6 @@ from benchmarks.common import Row, run_case
 from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses.batch_view import BatchView
 from dist_obdsd.losses.build import distilled
 from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 
@@ -105,8 +104,8 @@ def implementations(variant: str, T_BD: torch.Tensor, labels_B: torch.Tensor) ->
     objective = distilled(RANKING, config)
 
     def ours(E_BD: torch.Tensor) -> torch.Tensor:
-        terms = objective.terms(BatchView(E_BD, E_BD, labels_B, 0), T_BD)
-        return objective.loss(terms, {name: term.count for name, term in terms.items()}, 1, 1.0)
+        loss: torch.Tensor = objective(E_BD, labels_B, T_BD).loss
+        return loss
 
     ways = {
         OURS: ours,
@@ -189,7 +188,7 @@ def run_rank(rank: launch.Runtime, case: Row) -> list[Row]:
     mine: dict[str, list[float]] = {}
     for name, way in ways.items():
         whole_BD = E_BD.clone().requires_grad_()
-        alone[OURS if name == OURS else LIBRARY](whole_BD).backward()
+        alone["loop and inverse" if name == OURS else LIBRARY](whole_BD).backward()
         gradient_bD = _gradient(way, E_BD[own]).double() / rank.world_size  # DDP takes the mean
         assert whole_BD.grad is not None
         wanted_bD = whole_BD.grad[own].double()
@@ -211,14 +210,10 @@ def rank_implementations(labels_B: torch.Tensor, own: slice) -> dict[str, Implem
     """Each from a rank's own rows to the scalar on which it calls backward under DDP."""
     config = distillation("none")
     ours = distilled(RANKING, config)
-    W = len(labels_B) // (own.stop - own.start)
 
     def whole(E_bD: torch.Tensor) -> torch.Tensor:
-        E_BD = collectives.gather_rows(E_bD, check_sizes=False)
-        terms = ours.terms(BatchView(E_bD, E_BD, labels_B, own.start))
-        numbers = [number.detach() for term in terms.values() for number in (term.sum, term.count)]
-        counts = collectives.sum_across(torch.stack(numbers))[1::2]  # the one small message of a step
-        return ours.loss(terms, dict(zip(terms, counts, strict=True)), W, 1.0)
+        loss: torch.Tensor = ours(E_bD, labels_B).loss
+        return loss
 
     ways: dict[str, Implementation] = {OURS: whole}
     if has_library():

@@ -225,9 +225,8 @@ class Variant:
         )
         if self.step.teacher is not None:
             timer.time_calls(self.step, "teacher", "teacher")
-        timer.time_calls(objective, "start_async", "objective")
-        timer.time_calls(objective, "terms", "objective")
-        timer.time_calls(objective, "loss", "objective")
+        timer.time_calls(objective, "start_teacher", "objective")
+        timer.time_calls(objective, "forward", "objective")
         timer.time_calls(strategy, "_backward", "student backward")
         timer.time_calls(strategy, "_clipped_norm", "optimizer")
         timer.time_calls(strategy, "_take_step", "optimizer")

@@ -172,7 +172,7 @@ MISTAKES: list[tuple[Check, str]] = [
     (broken_links, "see [the method](methods.md)"),
     (broken_links, "see [the method](method.md#no-such-heading)"),
     (missing_files, "read dist_obdsd/objective/none.py"),
-    (missing_names, "`Objective.lost` in [objective.py](../dist_obdsd/losses/obdsd.py)"),
+    (missing_names, "`OBDSDLoss.lost` in [objective.py](../dist_obdsd/losses/obdsd.py)"),
     (unknown_settings, "set `data.lane=8`"),
     (unknown_settings, "```\ndist-obdsd train CONFIG tracking.url=http://x\n```\n"),
     (refused_commands, "```\ndist-obdsd train CONFIG --loud\n```\n"),

@@ -36,7 +36,7 @@ class LearnableConfig(RankingConfig):
 def _section(name: str) -> type[RankingConfig]:
     """Make the section of one registered loss from its constructor's arguments."""
     part = LOSSES.source(name)
-    base = LearnableConfig if "LearnableLoss" in part.bases else RankingConfig
+    base = LearnableConfig if part.bases & {"LearnableLoss", "GatheredLoss"} else RankingConfig
     # A family of losses, such as pml, takes the rest of its name as an argument.
     fields: dict[str, Any] = {"name": (Literal[name], name)}
     fields |= {setting.name: (setting.annotation, setting.default) for setting in part.settings}

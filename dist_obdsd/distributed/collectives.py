@@ -1,41 +1,115 @@
 """All messages between ranks. No other module calls a torch.distributed collective.
 
-Without a process group, each function works as in a world of one. Shapes: b rows here, B = W * b rows on all ranks.
+They concern the ranks of the default process group, or of the one that ``within`` names. Without a process group, each
+function works as in a world of one. Shapes: b rows here, B = W * b rows on all ranks.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_obdsd.errors import RunError, UserError
+from dist_obdsd.errors import InputError, RunError, UserError
+
+Group = dist.ProcessGroup | None
+"""A process group; None is the default one."""
+
+_GROUP: ContextVar[Group] = ContextVar("group", default=None)
+
+
+@contextmanager
+def within(group: Group) -> Iterator[None]:
+    """Let the functions of this module concern the ranks of ``group`` alone, and number them as it does.
+
+    Raises:
+        InputError: this process is not in the group.
+    """
+    token = _GROUP.set(group)
+    try:
+        if rank() < 0:
+            raise InputError("this process is not among the ranks of the given group; call on its ranks only")
+        yield
+    finally:
+        _GROUP.reset(token)
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size(_GROUP.get()) if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank(_GROUP.get()) if dist.is_initialized() else 0
+
+
+def needs_cuda() -> bool:
+    """Tell whether the group sends CUDA tensors only, as one that was opened as plain ``nccl`` does."""
+    return dist.is_initialized() and dist.get_backend(_GROUP.get()) == "nccl"
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_b: torch.Tensor) -> torch.Tensor:
+        ctx.group, ctx.world_size = _GROUP.get(), world_size()  # a backward runs in a thread of its own
         x_b = x_b.contiguous()
-        x_B = x_b.new_empty(world_size() * x_b.shape[0], *x_b.shape[1:])
-        dist.all_gather_into_tensor(x_B, x_b)
+        x_B = x_b.new_empty(ctx.world_size * x_b.shape[0], *x_b.shape[1:])
+        dist.all_gather_into_tensor(x_B, x_b, group=ctx.group)
         return x_B
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         # Every rank's loss depends on these rows, so their gradient is the sum over the ranks.
         grad_B = grads[0].contiguous()
-        grad_b = grad_B.new_empty(grad_B.shape[0] // world_size(), *grad_B.shape[1:])
-        dist.reduce_scatter_tensor(grad_b, grad_B, op=dist.ReduceOp.SUM)
+        grad_b = grad_B.new_empty(grad_B.shape[0] // ctx.world_size, *grad_B.shape[1:])
+        dist.reduce_scatter_tensor(grad_b, grad_B, op=dist.ReduceOp.SUM, group=ctx.group)
         return grad_b
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.group, ctx.world_size = _GROUP.get(), world_size()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        gradient = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient.div_(ctx.world_size)
+
+
+def mean_gradient(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x``; its gradient will be the mean over the ranks. So a parameter outside DDP gets what DDP makes.
+
+    Every rank must use the result in its loss, since the backward is collective.
+    """
+    return x if world_size() == 1 else _MeanGradient.apply(x)
+
+
+def all_gather_rows(x_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:
+    """Gather the rows of all ranks with the exact gradient::
+
+        rows = all_gather_rows(embeddings)      # [b, D] on each of W ranks -> [W * b, D]
+
+    The backward sums over the ranks what their losses ask of these rows (reduce-scatter) and returns the own rows'. If
+    each rank's loss is a share of the global loss times W, DDP's mean then makes the gradient of one process that holds
+    the whole batch. torch's ``all_gather`` has no gradient at all.
+
+    Args:
+        x_b: [b, ...], the same shape on every rank.
+        group: the process group whose ranks take part; None is the default one. Without one, ``x_b`` is returned.
+
+    Returns:
+        [B, ...] with rank r's rows at r*b to (r+1)*b.
+
+    Raises:
+        RunError: on every rank, when the shapes differ.
+    """
+    with within(group):
+        return gather_rows(x_b)
 
 
 def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
@@ -68,7 +142,7 @@ class AsyncAllGather:
         self._x_B, self._work = x_b.detach().contiguous(), None
         if world_size() > 1:
             self._sent, self._x_B = self._x_B, x_b.new_empty(self.B, *x_b.shape[1:])  # kept until it is sent
-            self._work = dist.all_gather_into_tensor(self._x_B, self._sent, async_op=True)
+            self._work = dist.all_gather_into_tensor(self._x_B, self._sent, group=_GROUP.get(), async_op=True)
 
     def wait(self) -> torch.Tensor:
         """Return [B, ...]. On a GPU its stream waits, not the host."""
@@ -96,33 +170,15 @@ def sum_across(x: torch.Tensor) -> torch.Tensor:
     """Sum over the ranks, elementwise, into a new tensor. No gradient."""
     total = x.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=_GROUP.get())
     return total
-
-
-def average_gradients_(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Replace the parameters' gradients, in place, by their mean over the ranks, in one message.
-
-    A missing gradient counts as 0, so that a rank whose part of the loss did not touch a parameter still takes part.
-    """
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if world_size() == 1 or not parameters:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 def broadcast_(tensors: Sequence[torch.Tensor], source: int = 0) -> None:
     """Overwrite the tensors, in place, with those of rank ``source``."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=source)
+            dist.broadcast(tensor.detach(), group=_GROUP.get(), group_src=source)
 
 
 def ring_pass(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -131,8 +187,9 @@ def ring_pass(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(tensors)
     following, previous = (rank() + 1) % world_size(), (rank() - 1) % world_size()
     received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-    operations = [dist.P2POp(dist.isend, tensor.contiguous(), following) for tensor in tensors]
-    operations += [dist.P2POp(dist.irecv, tensor, previous) for tensor in received]
+    group = _GROUP.get()
+    operations = [dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=following) for x in tensors]
+    operations += [dist.P2POp(dist.irecv, x, group=group, group_peer=previous) for x in received]
     for request in dist.batch_isend_irecv(operations):
         request.wait()
     return received
@@ -172,15 +229,16 @@ def gather_json(value: Any) -> list[Any]:
     """Gather every rank's value (anything JSON can hold), in rank order. JSON, since a pickle could execute code."""
     if world_size() == 1:
         return [value]
+    device = torch.device("cuda" if needs_cuda() else "cpu")
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = torch.empty(world_size(), dtype=torch.int64)
-    dist.all_gather_into_tensor(sizes, torch.tensor([data.numel()]))
-    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-    padded[: data.numel()] = data
-    parts = torch.empty(world_size() * padded.numel(), dtype=torch.uint8)
-    dist.all_gather_into_tensor(parts, padded)
+    sizes = torch.empty(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([data.numel()], device=device), group=_GROUP.get())
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data.to(device)
+    parts = torch.empty(world_size() * padded.numel(), dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(parts, padded, group=_GROUP.get())
     return [
-        json.loads(part[:size].numpy().tobytes())
+        json.loads(part[:size].cpu().numpy().tobytes())
         for part, size in zip(parts.view(world_size(), -1), sizes.tolist(), strict=True)
     ]
 

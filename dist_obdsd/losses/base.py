@@ -6,30 +6,58 @@ Legend: b anchors of this rank, B rows of the global batch, D embedding dimensio
 import torch
 from torch import nn
 
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import Group
+from dist_obdsd.losses.across_ranks import InputChecks, combine, view_batch
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.manifold.similarity import without_autocast
 
 
 class RankingLoss(nn.Module):
-    """A loss over one global batch, from what one rank sees of it. Its own parameters are the same on every rank."""
+    """A ranking loss over the global batch, exact on any number of ranks::
 
-    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+        loss = MultiSimilarityLoss()(embeddings, labels)     # [b, D] unit rows and [b] class indices of this rank
+        loss.backward()                                      # under DDP: the gradient of the whole batch
+
+    A subclass defines ``partial_means``. Its own parameters, if it has any, are the same on every rank.
+    """
+
+    num_classes: int | None = None
+    """Number of classes that the loss has parameters for; labels must be smaller."""
+    calls = 0
+    """How often ``forward`` was called: the seed of what a loss draws."""
+    _checks: InputChecks | None = None
+
+    def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         """Compute this rank's share of each part.
 
         Returns:
             Parts whose means add up to the loss, by names that begin with ``ranking``; names and order are the same on
             every rank and in every step. The first part's count is logged as the number of anchors. Every sum depends
-            on ``view.E_BD`` and, if it could, on each parameter, also where nothing counts: it is then 0 and its
-            gradient 0. Embeddings that are not finite give at least one sum that is NaN.
+            on ``view.E_BD`` and, if it could, on each parameter (through ``view.shared``), also where nothing counts:
+            it is then 0 and its gradient 0. Embeddings that are not finite give at least one sum that is NaN.
 
         Raises:
             InputError: if the embeddings do not fit the loss's parameters.
         """
         raise NotImplementedError
 
+    def forward(self, embeddings_bD: torch.Tensor, labels_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:
+        """Compute the loss of the global batch. Collective; see ``OBDSDLoss`` for arguments, value and errors."""
+        if self._checks is None:
+            self._checks = InputChecks()
+        self.calls += 1
+        with collectives.within(group):
+            view = view_batch(embeddings_bD, labels_b, self._checks, num_classes=self.num_classes, seed=self.calls)
+            terms = self.partial_means(view)
+            return combine(view, terms, dict.fromkeys(terms, 1.0), self._checks).loss
+
 
 class LearnableLoss(RankingLoss):
-    """A ranking loss with parameters of its own; its settings include ``lr`` and ``weight_decay`` for them."""
+    """A ranking loss with parameters of its own; its settings include ``lr`` and ``weight_decay`` for them.
+
+    Their gradients are averaged over the ranks in the backward, so they are ordinary parameters of any optimizer.
+    """
 
 
 def graph_zero(view: BatchView) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +27,8 @@ class BatchView:
     """Index of this rank's first row in the batch."""
     seed: int = 0
     """Seed of this step's random choices; the same on every rank."""
+    shared: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter
+    """Makes a parameter of the loss's own one whose gradient is averaged over the ranks; use what it returns."""
 
     def __post_init__(self) -> None:
         """Check the shapes, which are known without waiting for a GPU.

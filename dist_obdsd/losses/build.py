@@ -1,6 +1,7 @@
 """The objective of a run, from its config."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 
@@ -9,7 +10,7 @@ from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.config.registry import LOSSES
 from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.losses.base import RankingLoss
-from dist_obdsd.losses.obdsd import Objective
+from dist_obdsd.losses.obdsd import OBDSDLoss
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.targets import choose_solver
 from dist_obdsd.rng import derive
@@ -35,7 +36,7 @@ def build_ranking(config: RankingConfig, classes: int, embedding_dim: int, seed:
     return loss
 
 
-def build_objective(config: Config, classes: Sequence[int], device: torch.device) -> Objective:
+def build_objective(config: Config, classes: Sequence[int], device: torch.device) -> OBDSDLoss:
     """Build the objective of a run, with freshly initialised parameters: the same on every rank.
 
     Args:
@@ -49,10 +50,13 @@ def build_objective(config: Config, classes: Sequence[int], device: torch.device
     return distilled(ranking.to(device=device, dtype=dtype), config.distillation)
 
 
-def distilled(ranking: RankingLoss, section: DistillationConfig) -> Objective:
+def distilled(ranking: RankingLoss, section: DistillationConfig) -> OBDSDLoss:
     """Combine a ranking loss with the distillation that the section describes."""
-    diffusion = None if section.target == "none" else Diffusion.of(section)
-    return Objective(ranking, diffusion, weight=section.weight, scope=section.scope, memory=section.memory)
+    diffusion = {field.name: getattr(section, field.name) for field in fields(Diffusion)}
+    # The network makes unit rows and the stream known labels, so the sizes of the first step are all that is checked.
+    return OBDSDLoss(
+        ranking, weight=section.weight, scope=section.scope, memory=section.memory, validate=False, **diffusion
+    )
 
 
 def describe_objective(config: Config, world_size: int) -> list[str]:

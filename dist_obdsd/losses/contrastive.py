@@ -28,7 +28,7 @@ class ContrastiveLoss(RankingLoss):
         super().__init__()
         self.positive_margin, self.negative_margin = positive_margin, negative_margin
 
-    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+    def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         d_bB, zero = distances(view), graph_zero(view)
         positive_bB, negative_bB = view.positives_negatives()
         parts = {

@@ -46,16 +46,18 @@ class MarginLoss(LearnableLoss):
             nonzero_cutoff: distance above which a negative is never drawn.
         """
         super().__init__()
+        self.num_classes = classes if per_class else None
         self.alpha, self.per_class, self.nu = alpha, per_class, nu
         self.cutoff, self.nonzero_cutoff = cutoff, nonzero_cutoff
         self.beta = nn.Parameter(torch.full((classes if per_class else 1,), beta))
 
-    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+    def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         alpha, nu = self.alpha, self.nu
         d_bB = distances(view)
         positive_bB, negative_bB = view.positives_negatives()
         drawn_bB, drew_b = self.draw(d_bB.detach(), negative_bB, view)
-        beta_b1 = (self.beta[view.labels_b] if self.per_class else self.beta.expand(view.b))[:, None]
+        beta = view.shared(self.beta)
+        beta_b1 = (beta[view.labels_b] if self.per_class else beta.expand(view.b))[:, None]
         near_bB = functional.relu(alpha + d_bB - beta_b1).masked_fill(~positive_bB, 0)
         far_bB = functional.relu(alpha + beta_b1 - d_bB.gather(1, drawn_bB))
         far_bB = far_bB.masked_fill(~(positive_bB & drew_b[:, None]), 0)

@@ -40,7 +40,7 @@ class MultiSimilarityLoss(RankingLoss):
         super().__init__()
         self.alpha, self.beta, self.threshold, self.margin = alpha, beta, threshold, margin
 
-    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+    def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         total, count = _MultiSimilarity.apply(view.S_bB, view.labels_B, view.first_row, self)
         return {"ranking": PartialMean(total, count)}
 

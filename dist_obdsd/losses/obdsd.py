@@ -8,62 +8,198 @@ ranks may keep different numbers of anchors, and a mean of their means is anothe
 Legend: b rows of this rank, B rows of the global batch, M of the memory, D embedding dimension, W ranks.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from dist_obdsd.config.registry import TARGETS
-from dist_obdsd.distributed.collectives import AsyncAllGather
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import AsyncAllGather, Group
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses import distillation
+from dist_obdsd.losses.across_ranks import InputChecks, LossOutput, combine, view_batch
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.losses.gathered import GatheredLoss
 from dist_obdsd.manifold import targets as manifold
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.similarity import check_rows
 
 
-class Objective:
-    """The ranking loss with its own parameters, the target and the manifold's memory."""
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's rows of all ranks on their way, and a diffusion over them that may be queued already."""
+
+    gathering: AsyncAllGather
+    pending: manifold.PendingTarget | None
+
+
+class OBDSDLoss(nn.Module):
+    """A ranking loss with online-diffusion self-distillation over all ranks (arXiv 2211.07566)::
+
+        loss = OBDSDLoss(MultiSimilarityLoss(), weight=10.0)
+        teacher = ProgressiveTeacher(student)
+        for epoch in range(epochs):
+            for images, labels in batches:
+                out = loss(ddp_student(images), labels, teacher(images), ramp=epoch / epochs)
+                out.loss.backward()
+                ...
+            teacher.update(student)
+            loss.reset_memory()
+
+    It works in any process group or none, and under any wrapper that averages the gradients over the ranks. Learnable
+    parts of the ranking loss are ordinary parameters, whose gradients are averaged already.
+    """
 
     def __init__(
         self,
-        ranking: RankingLoss,
-        diffusion: Diffusion | None,
+        ranking: nn.Module,
         *,
+        target: str = "obdsd",
         weight: float = 1.0,
-        scope: str = "global",
+        temperature: float = 0.1,
+        transition_temperature: float = 0.05,
+        omega: float = 0.5,
         memory: int = 0,
+        scope: Literal["global", "rank"] = "global",
+        group: Group = None,
+        normalize: bool = False,
+        validate: bool = True,
+        **diffusion: Any,
     ) -> None:
         """
         Args:
-            diffusion: the target and its parameters; None trains without distillation.
+            ranking: a ``RankingLoss``, or any module called with embeddings [B, D] and labels [B] of the global batch.
+            target: ``none``, ``uniform``, ``psd``, ``obdsd`` or ``obdsd_symmetric``.
             weight: of the distillation.
+            temperature: of the student's and the teacher's softmax over the batch.
+            transition_temperature: of the random walk's transition matrix.
+            omega: how far the diffusion goes, from 0 (psd) to below 1.
+            memory: teacher's rows of earlier batches that the diffusion also runs over.
             scope: ``global``, or ``rank`` for a target over each rank's own part of the batch.
-            memory: rows of earlier batches that the diffusion also runs over.
+            group: the process group whose ranks share a batch; None is the default one.
+            normalize: divide embeddings and teacher's rows by their length first.
+            validate: check labels and lengths of rows. The outcome travels with the loss, so no GPU is waited for.
+            diffusion: further fields of ``manifold.diffusion.Diffusion``, such as ``neighbours``, ``tolerance``.
+
+        Raises:
+            InputError: the target is unknown or a number is out of its range.
         """
-        self.ranking, self.diffusion = ranking, diffusion
+        super().__init__()
+        self.ranking = ranking if isinstance(ranking, RankingLoss) else GatheredLoss(ranking)
         self.weight, self.scope, self.memory = weight, scope, memory
-        self.target = None if diffusion is None else TARGETS.load(diffusion.target)
+        self.group, self.normalize, self.calls = group, normalize, 0
+        self.diffusion, self.target = None, None
+        if target != "none":
+            self.target = TARGETS.load(target)
+            self.diffusion = Diffusion(
+                target, temperature, transition_temperature=transition_temperature, omega=omega, **diffusion
+            )
+        for name, value, fine, needed in (
+            ("weight", weight, weight >= 0, "at least 0"),
+            ("temperature", temperature, temperature > 0, "above 0"),
+            ("transition_temperature", transition_temperature, transition_temperature > 0, "above 0"),
+            ("omega", omega, 0 <= omega < 1, "at least 0 and below 1"),
+            ("memory", memory, memory >= 0, "at least 0"),
+            ("scope", scope, scope in ("global", "rank"), "global or rank"),
+        ):
+            if not fine:
+                raise InputError(f"{name} is {value}; it must be {needed}")
+        self._checks = InputChecks(validate)
         self.memory_MD: torch.Tensor | None = None
         """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
 
-    def start_async(self, teacher: AsyncAllGather, rows: slice) -> manifold.PendingTarget | None:
-        """Queue the diffusion before the student's forward pass, for ``terms``; see ``manifold.start_async``.
+    def needs_teacher(self, ramp: float = 1.0) -> bool:
+        """Tell whether the teacher's rows have an effect; its forward pass can be left out while they have none."""
+        return self.target is not None and self.target.needs_teacher and ramp * self.weight > 0
+
+    def start_teacher(self, teacher_bD: torch.Tensor, early: bool | None = None) -> TeacherRows:
+        """Start to gather the teacher's rows, before the student's forward pass; give the result as ``teacher_bD``.
+
+        Collective. The rows travel while the student runs.
 
         Args:
-            teacher: the teacher's unit rows of all ranks. They are waited for only where the diffusion can start early.
-            rows: this rank's.
+            teacher_bD: unit rows [b, D'] of this rank, without gradient.
+            early: whether the diffusion is queued now, too, so that its error is known before the host asks. It takes
+                more products than it needs. None: on a GPU, which has nothing else to do while the host waits.
         """
+        with collectives.within(self.group):
+            self._checks.sizes("teacher's rows", teacher_bD)
+            if self.normalize:
+                teacher_bD = nn.functional.normalize(teacher_bD)
+            else:
+                self._checks.rows("teacher's batch", teacher_bD)
+            gathering = AsyncAllGather(teacher_bD)
+            b, rank = len(teacher_bD), collectives.rank()
+            early = teacher_bD.is_cuda if early is None else early
+            pending = self._start_diffusion(gathering, slice(rank * b, (rank + 1) * b)) if early else None
+        return TeacherRows(gathering, pending)
+
+    def _start_diffusion(self, gathering: AsyncAllGather, rows: slice) -> manifold.PendingTarget | None:
         b, own = rows.stop - rows.start, self.scope == "rank"
-        nodes = (b if own else teacher.B) + self.memory
+        nodes = (b if own else gathering.B) + self.memory
         if self.diffusion is None or not manifold.can_start_async(b, nodes, self.diffusion):
             return None
-        T_BD = teacher.wait()
+        T_BD = gathering.wait()
+        self._place_memory(T_BD)
         if own:
             T_BD, rows = T_BD[rows], slice(0, b)
         return manifold.start_async(T_BD, rows, self.diffusion, self.memory_MD)
+
+    def forward(
+        self,
+        embeddings_bD: torch.Tensor,
+        labels_b: torch.Tensor,
+        teacher_bD: torch.Tensor | TeacherRows | None = None,
+        *,
+        ramp: float = 1.0,
+        seed: int | None = None,
+        also_sum: Sequence[float] = (),
+    ) -> LossOutput:
+        """Compute the loss of the global batch. Collective.
+
+        A batch without a positive pair gives a ranking loss of 0 with a usable backward.
+
+        Args:
+            embeddings_bD: the student's unit rows of this rank, with gradient.
+            labels_b: int64 class indices [b]; or [B], of all ranks in rank order, which saves a message.
+            teacher_bD: the teacher's unit rows of the same images, whose D may differ, or what ``start_teacher`` gave.
+            ramp: factor of the distillation: epoch / epochs, where ``epoch`` counts from 0, as published.
+            seed: of what the ranking loss draws, the same on every rank; None: the number of the call.
+            also_sum: numbers of the caller that are added up over the ranks in the loss's own message.
+
+        Raises:
+            InputError, RunError: on every rank, for batches that differ in size, labels outside the loss's classes,
+                rows that are not of length 1, or a missing teacher. On a GPU the numbers of a batch are judged at the
+                next call.
+        """
+        if teacher_bD is None and self.needs_teacher(ramp):
+            raise InputError(
+                f"the ramp is {ramp} and the weight {self.weight:g}, but there are no teacher's rows; give teacher_bD, "
+                f"or ramp=0 in the first epoch"
+            )
+        if isinstance(teacher_bD, torch.Tensor):
+            if len(teacher_bD) != len(embeddings_bD):
+                raise InputError(
+                    f"the teacher has {len(teacher_bD)} rows and the student {len(embeddings_bD)}; both must embed the "
+                    f"same images"
+                )
+            teacher_bD = self.start_teacher(teacher_bD, early=False)
+        self.calls += 1
+        with collectives.within(self.group):
+            view = view_batch(
+                embeddings_bD, labels_b, self._checks, num_classes=self.ranking.num_classes,
+                normalize=self.normalize, seed=self.calls if seed is None else seed,
+            )  # fmt: skip
+            T_BD = None if teacher_bD is None else teacher_bD.gathering.wait()
+            terms = self.terms(view, T_BD, None if teacher_bD is None else teacher_bD.pending)
+            factors = {name: 1.0 for name in terms if is_ranking(name)}
+            if self.diffusion is not None and ramp * self.weight > 0:
+                factors["distillation"] = ramp * self.weight * self.diffusion.temperature**2
+            return combine(view, terms, factors, self._checks, also_sum, T_BD)
 
     def terms(
         self, view: BatchView, T_BD: torch.Tensor | None = None, pending: manifold.PendingTarget | None = None
@@ -76,7 +212,7 @@ class Objective:
         Args:
             view: the student's rows.
             T_BD: the teacher's unit rows; their D may differ. Left out where ``needs_teacher`` says so.
-            pending: what ``start_async`` returned for them, if it was called.
+            pending: a diffusion that was queued for them.
 
         Returns:
             The ranking loss's parts first, named ``ranking`` or ``ranking_...``; ``distillation`` if there is a target;
@@ -88,13 +224,14 @@ class Objective:
             InputError: if shapes do not fit.
             RunError: if the diffusion cannot be solved.
         """
-        terms = self.ranking(view)
+        terms = self.ranking.partial_means(view)
         rows = view.rows
         if self.target is not None and not self.target.needs_teacher:
             T_BD = view.E_BD.detach()  # the uniform target reads its shape alone
         if self.diffusion is None or self.target is None or T_BD is None:
             return terms
         check_rows("T_BD", T_BD, view.B, 2)
+        self._place_memory(T_BD)
         S_bB = view.S_bB
         if self.scope == "rank":
             S_bB, T_BD, rows = S_bB[:, rows], T_BD[rows], slice(0, view.b)
@@ -110,63 +247,24 @@ class Objective:
                 terms["target_dropped_mass"] = PartialMean(dropped, count)
         return terms
 
-    def ramp(self, epoch: int, epochs: int) -> float:
-        """Return epoch / epochs, where ``epoch`` counts from 0: the first epoch has no distillation."""
-        return epoch / epochs
-
-    def needs_teacher(self, ramp: float) -> bool:
-        """Tell whether ``terms`` needs the teacher, whose forward is skipped while it has no effect."""
-        return self.target is not None and self.target.needs_teacher and ramp * self.weight > 0
-
-    def loss(
-        self, terms: Mapping[str, PartialMean], global_counts: Mapping[str, torch.Tensor], world_size: int, ramp: float
-    ) -> torch.Tensor:
-        """Compute the scalar on which this rank calls backward; its mean over the ranks is the global loss.
-
-        With the gathered rows' gradients summed over the ranks, rank r's parameter gradient is that of everyone's loss
-        through r's rows. DDP then takes the mean over the W ranks. So each term enters as local_sum * W / global_count,
-        and what DDP makes is exactly d(global_sum / global_count), as in one process with the whole batch. The same
-        holds for the ranking loss's own parameters, whose gradients are averaged, too.
-
-        Args:
-            global_counts: each term's count, summed over the ranks. A count of 0 gives a loss and a gradient of 0.
-
-        Raises:
-            InputError: if the ramp asks for distillation and ``terms`` had no teacher.
-        """
-        factors = {name: 1.0 for name in terms if is_ranking(name)}
-        scale = 0.0 if self.diffusion is None else ramp * self.weight * self.diffusion.temperature**2
-        if scale > 0:
-            if "distillation" not in terms:
-                raise InputError(f"the ramp is {ramp} but the terms hold no distillation; give T_BD to terms()")
-            factors["distillation"] = scale
-        sums_n = torch.stack([terms[name].sum for name in factors])
-        # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
-        counts_n = torch.stack([global_counts[name] for name in factors]).to(sums_n.dtype)
-        # Fills take their number along; a tensor made of numbers would be a copy to the GPU that the host waits for.
-        factors_n = torch.stack([sums_n.new_full((), factor * world_size) for factor in factors.values()])
-        return sums_n @ (factors_n / (counts_n + (counts_n == 0)))
-
-    # ---- memory -----------------------------------------------------------------------------------------------------
+    def _place_memory(self, T_BD: torch.Tensor) -> None:
+        if self.memory_MD is not None:  # a checkpoint brings it on the CPU
+            self.memory_MD = self.memory_MD.to(T_BD)
 
     def _remember(self, T_BD: torch.Tensor) -> None:
         if self.memory:
             known = [] if self.memory_MD is None else [self.memory_MD]
             self.memory_MD = torch.cat([T_BD, *known])[: self.memory]
 
-    def forget(self) -> None:
+    def reset_memory(self) -> None:
         """Empty the memory: another teacher's rows would not fit those of the next one."""
         self.memory_MD = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the checkpoint's entries: the ranking loss's parameters and the memory."""
-        return {"objective": self.ranking.state_dict(), "manifold_memory": self.memory_MD}
+    def get_extra_state(self) -> torch.Tensor | None:
+        return self.memory_MD
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore what ``state_dict`` gave."""
-        self.ranking.load_state_dict(state["objective"])
-        memory_MD = state["manifold_memory"]
-        self.memory_MD = None if memory_MD is None else memory_MD.to(device)
+    def set_extra_state(self, state: torch.Tensor | None) -> None:
+        self.memory_MD = state
 
 
 def is_ranking(name: str) -> bool:

@@ -1,8 +1,5 @@
 """The losses and miners of pytorch-metric-learning, by name.
 
-Their results depend on all rows at once, so every rank computes the whole loss on the gathered batch. With the gather's
-gradients summed over the ranks and DDP's mean, that is exact; it costs every rank what one process would pay.
-
 Legend: B rows of the global batch, C classes, D embedding dimension.
 """
 
@@ -10,8 +7,7 @@ import copy
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -20,9 +16,8 @@ from pydantic import Field
 from torch import nn
 
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.losses.base import LearnableLoss, graph_zero
-from dist_obdsd.losses.batch_view import BatchView, PartialMean
-from dist_obdsd.rng import derive
+from dist_obdsd.losses.batch_view import BatchView
+from dist_obdsd.losses.gathered import GatheredLoss
 
 REFUSED = {
     "CrossBatchMemory": "it compares with embeddings of earlier steps, which a resumed run would not have",
@@ -38,7 +33,7 @@ REFUSED = {
 ABSTRACT = ("BaseMetricLossFunction", "BaseLossWrapper", "GenericPairLoss", "BaseMiner")
 
 
-class PMLLoss(LearnableLoss):
+class PMLLoss(GatheredLoss):
     """Any loss of pytorch-metric-learning, with a miner of that library if one is given.
 
     The number of classes and the embedding's length are filled in where a constructor takes them. What is random in a
@@ -66,12 +61,11 @@ class PMLLoss(LearnableLoss):
             miner: a miner there, such as ``pml.MultiSimilarityMiner``.
             miner_kwargs: arguments of the miner's constructor.
         """
-        super().__init__()
         sizes = {
             "num_classes": classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim,
         }  # fmt: skip
-        self.name = name
-        self.loss = _build("losses", "ranking", name, kwargs, sizes)
+        super().__init__(_build("losses", "ranking", name, kwargs, sizes))
+        self.name, self.num_classes = name, classes
         self.miner = None
         if miner is not None:
             self.miner = _build("miners", "ranking.miner", miner, miner_kwargs, sizes)
@@ -79,26 +73,13 @@ class PMLLoss(LearnableLoss):
             raise InputError("ranking.miner_kwargs are given without a miner; set ranking.miner=pml.NAME or leave them")
         self._try(classes, embedding_dim)
 
-    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+    def whole_loss(self, E_BD: torch.Tensor, view: BatchView) -> torch.Tensor:
         """Raises RunError, on every rank alike, if the library refuses a batch."""
-        parameters = list(self.parameters())
-        dtype = torch.promote_types(view.E_BD.dtype, torch.float32)
-        E_BD = view.E_BD.to(dtype)
-        with torch.autocast(E_BD.device.type, enabled=False), _seeded(view.seed, E_BD.device):
-            # A row that is not finite would stop the library; here the sum tells of it.
-            finite_BD = E_BD.nan_to_num(0, 0, 0)
-            try:
-                pairs = self.miner(finite_BD, view.labels_B) if self.miner is not None else None
-                loss = self.loss(finite_BD, view.labels_B, pairs)
-            except (ValueError, AssertionError) as error:
-                raise RunError(f"{self.name} refused a batch: {error}") from error
-        # What a loss remembers of a step (a histogram, say) must not hold on to the step's graph.
-        for module in self.loss.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.detach())
-        loss = loss.sum() + graph_zero(view) + sum(((parameter * 0).sum() for parameter in parameters), 0.0)
-        # All W ranks compute the same: L/W from each adds up to L.
-        return {"ranking": PartialMean(loss / view.world_size, torch.full_like(loss.detach(), 1 / view.world_size))}
+        try:
+            pairs = self.miner(E_BD, view.labels_B) if self.miner is not None else None
+            return self.call(E_BD, view, view.labels_B, pairs)
+        except (ValueError, AssertionError) as error:
+            raise RunError(f"{self.name} refused a batch: {error}") from error
 
     def _try(self, classes: int, embedding_dim: int) -> None:
         """Run once on a small batch, so that what cannot work is known before the training."""
@@ -108,7 +89,7 @@ class PMLLoss(LearnableLoss):
         E_BD = nn.functional.normalize(E_BD, dim=1).requires_grad_()
         chosen = f"ranking.name={self.name}" + ("" if self.miner is None else f" with {type(self.miner).__name__}")
         try:
-            (term,) = trial(BatchView(E_BD, E_BD, labels_B, 0)).values()
+            (term,) = trial.partial_means(BatchView(E_BD, E_BD, labels_B, 0)).values()
             term.sum.backward()
         except Exception as error:
             reason = error.__cause__ or error
@@ -194,15 +175,3 @@ def _parameters(found: type) -> list[str]:
 def _near(name: str, names: list[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(prefix + n for n in near)}?" if near else ""
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, which the library draws from, alike on every rank."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.random.default_generator.manual_seed(derive(seed, "miner"))
-        for cuda in devices:
-            with torch.cuda.device(cuda):
-                torch.cuda.manual_seed(derive(seed, "miner"))
-        yield

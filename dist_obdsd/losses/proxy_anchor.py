@@ -32,17 +32,18 @@ class ProxyAnchorLoss(LearnableLoss):
             delta: the margin.
         """
         super().__init__()
+        self.num_classes = classes
         self.alpha, self.delta = alpha, delta
         self.proxies = nn.Parameter(torch.empty(classes, embedding_dim))
         nn.init.kaiming_normal_(self.proxies, mode="fan_out")  # as the authors' code does
 
-    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+    def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         C, D = self.proxies.shape
         if view.E_BD.shape[1] != D:
             raise InputError(f"embeddings have {view.E_BD.shape[1]} dimensions but the proxies {D}; make them equal")
         alpha, delta, zero = self.alpha, self.delta, graph_zero(view)
         share = view.share(C)
-        proxies_cD = functional.normalize(self.proxies[share], dim=1)
+        proxies_cD = functional.normalize(view.shared(self.proxies)[share], dim=1)
         S_cB = similarity(proxies_cD, view.E_BD)
         own_cB = torch.arange(share.start, share.stop, device=S_cB.device)[:, None] == view.labels_B
         present_c = own_cB.any(1)

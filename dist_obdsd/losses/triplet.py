@@ -28,7 +28,7 @@ class TripletLoss(RankingLoss):
         super().__init__()
         self.margin = margin
 
-    def forward(self, view: BatchView) -> dict[str, PartialMean]:
+    def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         d_bB = squared_distances(view)
         weights_bB, count = self._weights(d_bB.detach(), *view.positives_negatives())
         return {"ranking": PartialMean((weights_bB * d_bB).sum() + self.margin * count + graph_zero(view), count)}

@@ -2,54 +2,112 @@
 
 import copy
 import hashlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from dist_obdsd.distributed import collectives
-from dist_obdsd.errors import RunError
+from dist_obdsd.distributed.collectives import Group
+from dist_obdsd.errors import InputError, RunError
 
 
-class ProgressiveTeacher:
-    """A frozen copy of the student, parameters and buffers, always in eval mode and outside any wrapper.
+class ProgressiveTeacher(nn.Module):
+    """A frozen copy of the student, parameters and buffers, always in eval mode::
 
-    Promotion is collective: the bytes are compared across the ranks, since a teacher that drifts apart between them
-    would distil different targets without any visible sign.
+        teacher = ProgressiveTeacher(student)
+        T_bD = teacher(images)           # without gradient
+        ...
+        teacher.update(student)          # at the end of an epoch; takes DDP-wrapped and compiled students, too
+
+    As a submodule it moves and is saved with its parent. It stays in eval mode whatever the parent's ``train()`` says,
+    and no optimizer changes it, since its parameters never have a gradient. Before the first update it is the initial
+    student; the published ramp epoch / epochs leaves it out until then.
     """
 
-    def __init__(self, student: nn.Module) -> None:
-        self.network = copy.deepcopy(student).requires_grad_(False).eval()
-        self.epoch = 0
-        """How many epochs the weights were trained for: 0 is the initial student."""
+    updates: torch.Tensor
 
-    @torch.inference_mode()
-    def __call__(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        """Embed images as unit rows [b, D], without gradient.
-
-        They are an inference tensor: copy them (``torch.cat`` does) before they meet others with a gradient.
+    def __init__(self, student: nn.Module, *, group: Group = None) -> None:
         """
-        return self.network(images_bCss)
-
-    @torch.no_grad()
-    def promote(self, student: nn.Module, epoch: int) -> None:
-        """Take over the student's weights after ``epoch`` epochs. Collective.
+        Args:
+            student: the network, plain or wrapped.
+            group: the process group whose ranks hold the same teacher; None is the default one.
 
         Raises:
+            InputError: the student cannot be copied, as one that FSDP has sharded already.
+        """
+        super().__init__()
+        try:
+            self.network = copy.deepcopy(unwrapped(student)).requires_grad_(False).eval()
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise InputError(
+                f"the student cannot be copied ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                f"make the teacher before the student is sharded, and shard both alike"
+            ) from error
+        self.group = group
+        # How often it was updated; the device is never asked for it in a step.
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs the weights were trained for: 0 is the initial student."""
+        return int(self.updates)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Stay frozen."""
+        return super().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any, **more: Any) -> torch.Tensor:
+        """Embed images as unit rows [b, D], without gradient. Takes what the student takes."""
+        rows_bD: torch.Tensor = self.network(*inputs, **more)
+        return rows_bD
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, *, verify: bool = True) -> None:
+        """Take over the student's weights and buffers. Collective where it verifies.
+
+        Args:
+            student: the network that this is a copy of, plain or wrapped.
+            verify: compare the bytes across the ranks, since teachers that drift apart would distil different targets
+                without any visible sign.
+
+        Raises:
+            InputError: the student has other tensors than the teacher.
             RunError: on every rank, with the names of the tensors that differ between ranks.
         """
-        self.network.load_state_dict(student.state_dict())
-        self.epoch = epoch
-        check_identical("the teacher", self.network)
+        theirs, ours = unwrapped(student).state_dict(), self.network.state_dict()
+        differing = sorted(
+            name for name in theirs.keys() | ours.keys()
+            if name not in theirs or name not in ours or theirs[name].shape != ours[name].shape
+        )  # fmt: skip
+        if differing:
+            raise InputError(
+                f"the student is another network than the teacher was made of: {', '.join(differing[:5])} "
+                f"{'differs' if len(differing) == 1 else 'differ'}; update with the same network"
+            )
+        for name, tensor in ours.items():
+            tensor.copy_(theirs[name])
+        self.updates += 1
+        if verify:
+            check_identical("the teacher", self.network, self.group)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"network": self.network.state_dict(), "epoch": self.epoch}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave. Collective."""
-        self.network.load_state_dict(state["network"])
-        self.epoch = state["epoch"]
-        check_identical("the teacher", self.network)
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the network inside DDP, DataParallel, torch.compile or a DeepSpeed engine."""
+    while True:
+        wrapped = isinstance(module, DistributedDataParallel | DataParallel)
+        name = "module" if wrapped or type(module).__name__ == "DeepSpeedEngine" else "_orig_mod"
+        inner = getattr(module, name, None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def fingerprints(network: nn.Module) -> dict[str, str]:
@@ -62,13 +120,14 @@ def fingerprints(network: nn.Module) -> dict[str, str]:
     }
 
 
-def check_identical(what: str, network: nn.Module) -> None:
+def check_identical(what: str, network: nn.Module, group: Group = None) -> None:
     """Compare a network's bytes across the ranks; ``what`` it is goes into the error. Collective.
 
     Raises:
         RunError: on every rank, with the names of the tensors that differ.
     """
-    all_prints = collectives.gather_json(fingerprints(network))
+    with collectives.within(group):
+        all_prints = collectives.gather_json(fingerprints(network))
     differing = sorted({name for prints in all_prints for name in prints if prints[name] != all_prints[0][name]})
     if differing:
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
@@ -76,3 +135,15 @@ def check_identical(what: str, network: nn.Module) -> None:
             f"{what} differs between ranks in {len(differing)} tensors ({shown}); "
             f"check that all nodes run the same versions, and resume from the last checkpoint"
         )
+
+
+def teacher_state(teacher: ProgressiveTeacher) -> dict[str, Any]:
+    """Return a teacher's entry of a checkpoint."""
+    return {"network": teacher.network.state_dict(), "epoch": teacher.epoch}
+
+
+def load_teacher_state(teacher: ProgressiveTeacher, state: Mapping[str, Any]) -> None:
+    """Restore what ``teacher_state`` gave. Collective."""
+    teacher.network.load_state_dict(state["network"])
+    teacher.updates.fill_(state["epoch"])
+    check_identical("the teacher", teacher.network)

@@ -18,8 +18,8 @@ from dist_obdsd.config import Config, changed_settings
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses.obdsd import Objective
-from dist_obdsd.models.teacher import ProgressiveTeacher
+from dist_obdsd.losses.obdsd import OBDSDLoss
+from dist_obdsd.models.teacher import ProgressiveTeacher, load_teacher_state, teacher_state
 from dist_obdsd.training.metrics_logger import MetricsLogger
 from dist_obdsd.training.model_selection import ModelSelector
 from dist_obdsd.training.strategy import Strategy
@@ -37,7 +37,7 @@ class TrainState:
     validation_classes: list[int]
     strategy: Strategy
     teacher: ProgressiveTeacher | None
-    objective: Objective
+    objective: OBDSDLoss
     progress: TrainProgress
     model_selector: ModelSelector
     metrics: MetricsLogger
@@ -94,10 +94,11 @@ class CheckpointManager:
             "config": self.config.model_dump(mode="json"),
             "manifest": parts.manifest,
             "validation_classes": parts.validation_classes,
-            "teacher": None if parts.teacher is None else parts.teacher.state_dict(),
+            "teacher": None if parts.teacher is None else teacher_state(parts.teacher),
             "scaler": None,
             **parts.strategy.state_dict(),
-            **parts.objective.state_dict(),
+            "objective": parts.objective.ranking.state_dict(),
+            "manifold_memory": parts.objective.memory_MD,
             **parts.progress.state_dict(),
             **parts.model_selector.state_dict(),
             **parts.metrics.state_dict(),
@@ -161,7 +162,7 @@ class CheckpointManager:
             saved = checkpoint.load(self.folder / name)
             self._load_state_dict(saved)
         if self.state.teacher is not None:
-            self.state.teacher.load_state_dict(saved["teacher"])  # collective
+            load_teacher_state(self.state.teacher, saved["teacher"])  # collective
         logger.info(
             "resuming %s from %s: %d steps are done", self.config.run_dir, name, self.state.progress.global_step
         )
@@ -180,7 +181,8 @@ class CheckpointManager:
                 f"{self.config.data.shards} has {parts.manifest[:12]}; point data.shards to the same shards"
             )
         try:
-            parts.objective.load_state_dict(saved, parts.strategy.device)
+            parts.objective.ranking.load_state_dict(saved["objective"])
+            parts.objective.memory_MD = saved["manifold_memory"]
             parts.strategy.load_state_dict(saved)
         except RuntimeError as error:  # torch's first line names a class, the second a parameter
             raise InputError(

@@ -33,8 +33,8 @@ class Strategy(ABC):
     """The student with its optimizer, on one rank of several.
 
     A rank's loss is ``W * local sum / global count``, and the gradient that is applied is the mean over the W ranks.
-    The objective's own parameters stay outside the wrapper and have an optimizer of their own. Their gradients are
-    averaged here, and both kinds count in one gradient norm.
+    The objective's own parameters stay outside the wrapper and have an optimizer of their own. The loss averages their
+    gradients, and both kinds count in one gradient norm.
     """
 
     def __init__(
@@ -91,7 +91,6 @@ class Strategy(ABC):
             )
             self._grad_cache = None
         own = [p for _, p in self.objective_parameters]
-        collectives.average_gradients_(own)
         norm = self._clipped_norm(own)
         masked = ((nonfinite > 0) | ~torch.isfinite(norm)).float()
         _prepare(self.optimizer, masked, rate)

@@ -12,12 +12,10 @@ import torch
 
 from dist_obdsd.config import Config
 from dist_obdsd.data.stream import TrainBatch
-from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import RunError
 from dist_obdsd.figures.run_figures import Seen
-from dist_obdsd.losses.batch_view import BatchView
-from dist_obdsd.losses.obdsd import Objective, class_indices, is_ranking
+from dist_obdsd.losses.obdsd import OBDSDLoss, class_indices, is_ranking
 from dist_obdsd.models.precision import autocast
 from dist_obdsd.models.teacher import ProgressiveTeacher
 from dist_obdsd.rng import derive
@@ -78,7 +76,7 @@ class TrainStep:
         runtime: Runtime,
         strategy: Strategy,
         teacher: ProgressiveTeacher | None,
-        objective: Objective,
+        objective: OBDSDLoss,
         classes: Sequence[int],
     ) -> None:
         """
@@ -88,8 +86,8 @@ class TrainStep:
         self.config, self.runtime, self.strategy = config, runtime, strategy
         self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
         self.upload = DeviceUploader(runtime.device)
-        self.looks_later = runtime.device.type == "cuda"
-        """True when the diffusion is queued before the host looks at its error; a GPU has more to do by then."""
+        self.early_diffusion: bool | None = None
+        """As of ``OBDSDLoss.start_teacher``."""
         self.latest: Seen | None = None
         """The batch of the latest step, the same on every rank."""
 
@@ -110,47 +108,30 @@ class TrainStep:
         """
         if (batch.epoch, batch.step) != (progress.epoch, progress.step):
             raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {progress}; this is a defect")
-        ramp = self.objective.ramp(progress.epoch, self.config.epochs)
+        ramp = progress.epoch / self.config.epochs
         images_b = self.upload(batch.images_b)
         labels_B = self.upload(class_indices(batch.labels_B, self.classes_C))
-        b, T_BD, gathering, pending = images_b.shape[0], None, None, None
-        rows = slice(self.runtime.rank * b, (self.runtime.rank + 1) * b)
-        # The teacher comes first: its rows travel while the student's forward pass runs. On a GPU the diffusion is
-        # queued before that, too, where it can be, so that its error is known before the host asks.
+        teacher = None
+        # The teacher comes first: its rows travel while the student's forward pass runs.
         if self.teacher is not None and self.objective.needs_teacher(ramp):
             with autocast(self.config, self.runtime.device, teacher=True):
-                chunks = images_b.split(self.config.batch.chunk or b)
+                chunks = images_b.split(self.config.batch.chunk or len(images_b))
                 T_bD = torch.cat([self.teacher(images) for images in chunks])
-            gathering = collectives.AsyncAllGather(T_bD)
-            if self.looks_later:
-                pending = self.objective.start_async(gathering, rows)
-        E_bD = self.strategy.embed(images_b)
-        # Sizes come from a config that all ranks share, so comparing them once is enough.
-        E_BD = collectives.gather_rows(E_bD, check_sizes=progress.global_step == 0)
+            teacher = self.objective.start_teacher(T_bD, self.early_diffusion)
         seed = derive(self.config.seed, "ranking", progress.epoch, progress.step)
-        if gathering is not None:
-            T_BD = gathering.wait()
-        whose = "student" if T_BD is None else "teacher"
-        self.latest = Seen(E_BD.detach() if T_BD is None else T_BD, batch.labels_B, whose)
-        terms = self.objective.terms(BatchView(E_bD, E_BD, labels_B, rows.start, seed), T_BD, pending)
+        out = self.objective(
+            self.strategy.embed(images_b), labels_B, teacher, ramp=ramp, seed=seed, also_sum=(stop, save)
+        )
+        rows_BD = out.student_BD if out.teacher_BD is None else out.teacher_BD
+        self.latest = Seen(rows_BD, batch.labels_B, "student" if out.teacher_BD is None else "teacher")
 
-        # One small all-reduce carries every sum, every count, the finite flag and the requests.
-        n = len(terms)
-        sums = torch.stack([term.sum.detach().double() for term in terms.values()])
-        counts = torch.stack([term.count.detach().double() for term in terms.values()])
-        nonfinite = (~torch.isfinite(sums)).any().double()[None]
-        # A fill takes its number along, where a tensor made of numbers would be a copy that the host waits for.
-        parts = [sums, counts, nonfinite, sums.new_full((1,), float(stop)), sums.new_full((1,), float(save))]
-        sums, counts, nonfinite, requests = collectives.sum_across(torch.cat(parts)).split([n, n, 1, 2])
-        loss = self.objective.loss(terms, dict(zip(terms, counts, strict=True)), self.runtime.world_size, ramp)
-
-        epochs, optim = self.config.epochs, self.config.optim
-        rate = learning_rate(optim, progress.epoch, epochs, epoch_share, progress.global_step)
-        outcome = self.strategy.step(loss, nonfinite[0], rate)
-        means = sums / torch.where(counts == 0, 1, counts)
-        names = [*terms, "grad_norm", "masked", "stop_requested", "save_requested", "lr", "anchors"]
-        numbers = torch.cat([means, outcome, requests, sums.new_full((1,), rate), counts[:1]])
-        if "ranking" in terms:
+        optim = self.config.optim
+        rate = learning_rate(optim, progress.epoch, self.config.epochs, epoch_share, progress.global_step)
+        outcome = self.strategy.step(out.loss, out.nonfinite, rate)
+        names = [*out.names, "grad_norm", "masked", "stop_requested", "save_requested", "lr", "anchors"]
+        rate_1 = out.means_n.new_full((1,), rate)
+        numbers = torch.cat([out.means_n, outcome, out.summed, rate_1, out.counts_n[:1]])
+        if "ranking" in names:
             return names, numbers
-        whole = means[: sum(is_ranking(name) for name in terms)].sum(0, keepdim=True)
+        whole = out.means_n[: sum(is_ranking(name) for name in names)].sum(0, keepdim=True)
         return ["ranking", *names], torch.cat([whole, numbers])

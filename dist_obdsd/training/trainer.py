@@ -196,7 +196,7 @@ class Trainer:
             host: Numbers = {
                 "step": progress.global_step,
                 "epoch": epoch,
-                "ramp": self.objective.ramp(epoch, config.epochs),
+                "ramp": epoch / config.epochs,
                 "data_wait": data_wait,
                 "seconds": time.perf_counter() - step_started,
             }
@@ -235,8 +235,8 @@ class Trainer:
         self.progress.step = 0
         self.progress.pending_validation = True
         if self.teacher is not None:
-            self.teacher.promote(self.student, self.progress.epoch)
-            self.objective.forget()
+            self.teacher.update(self.student)
+            self.objective.reset_memory()
         check_identical("the ranking loss", self.objective.ranking)
 
     def _validate(self) -> None:

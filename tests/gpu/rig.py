@@ -131,7 +131,7 @@ class Rig:
         self.strategy.network.train()
         self.step = TrainStep(config, self.rank, self.strategy, self.teacher, self.objective, range(B // 2))
         # As on a GPU, whose diffusion is queued before anybody looks at it; the reference looks at once.
-        self.step.looks_later = config.precision != "float64"
+        self.step.early_diffusion = config.precision != "float64"
         self.taken = 0
         self.gradients: Gradients = {}
         self.strategy.optimizer.register_step_pre_hook(lambda *_: self._keep_gradients())

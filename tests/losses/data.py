@@ -39,7 +39,7 @@ def loss_of(settings: RankingConfig, D: int, seed: int = 0) -> RankingLoss:
 def parts(
     loss: RankingLoss, E_BD: torch.Tensor, labels: list[int], rows: slice = slice(0, B), seed: int = 0
 ) -> dict[str, PartialMean]:
-    return loss(BatchView(E_BD[rows], E_BD, torch.tensor(labels), rows.start, seed))
+    return loss.partial_means(BatchView(E_BD[rows], E_BD, torch.tensor(labels), rows.start, seed))
 
 
 def mean(terms: dict[str, PartialMean]) -> torch.Tensor:

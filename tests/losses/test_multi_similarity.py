@@ -14,7 +14,7 @@ PUBLISHED = {"alpha": 2.0, "beta": 40.0, "threshold": 0.5, "margin": 0.1}
 
 def loss(E_BD: torch.Tensor, labels: list[int], rows: slice = slice(0, B), **changes: float) -> PartialMean:
     ranking = MultiSimilarityLoss(**(PUBLISHED | changes))
-    return ranking(BatchView(E_BD[rows], E_BD, torch.tensor(labels), rows.start))["ranking"]
+    return ranking.partial_means(BatchView(E_BD[rows], E_BD, torch.tensor(labels), rows.start))["ranking"]
 
 
 def test_the_cases_above_mine_something() -> None:

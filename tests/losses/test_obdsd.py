@@ -12,15 +12,16 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_obdsd.distributed import collectives
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, UserError
 from dist_obdsd.losses import obdsd as objectives
+from dist_obdsd.losses.across_ranks import local_loss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
-from dist_obdsd.manifold.diffusion import Diffusion
+from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
 from tests import harness, oracle
 from tests.manifold.data import B, unit_rows
 
-Objective = objectives.Objective
+OBDSDLoss = objectives.OBDSDLoss
 worlds = pytest.mark.parametrize("world", harness.WORLD_SIZES)
 several = pytest.mark.parametrize("world", [w for w in harness.WORLD_SIZES if w > 1])
 TARGETS = ("none", "uniform", "psd", "obdsd", "obdsd_symmetric")
@@ -43,35 +44,20 @@ class Embedder(nn.Module):
         return functional.normalize(self.layers(x_bF), dim=1)
 
 
-def settings(target: str, mask_self: bool = False) -> Diffusion:
-    return Diffusion(target=target, temperature=0.2, transition_temperature=0.1, omega=0.7, mask_self=mask_self)
+SETTINGS = {"temperature": 0.2, "transition_temperature": 0.1, "omega": 0.7}
 
 
-def made(target: str, mask_self: bool = False, **more: Any) -> Objective:
-    diffusion = None if target == "none" else settings(target, mask_self)
-    return Objective(MultiSimilarityLoss(), diffusion, **{"weight": WEIGHT, **more})
+def made(target: str, **more: Any) -> OBDSDLoss:
+    return OBDSDLoss(MultiSimilarityLoss(), target=target, **{"weight": WEIGHT, **SETTINGS, **more})
 
 
 def images(step: int = 0) -> torch.Tensor:
     return unit_rows(100 + step, B, FEATURES)
 
 
-def local_terms(objective: Objective, student: nn.Module, labels: list[int], step: int = 0) -> dict[str, PartialMean]:
-    """This rank's terms of one global batch, through the real gather."""
+def own_rows() -> slice:
     b = B // collectives.world_size()
-    first_row = collectives.rank() * b
-    own_bF = images(step)[first_row : first_row + b]
-    E_bD = student(own_bF)
-    T_BD = None
-    if objective.needs_teacher(RAMP):
-        with torch.no_grad():
-            T_BD = collectives.gather_rows(Embedder(1)(own_bF))
-    return objective.terms(BatchView(E_bD, collectives.gather_rows(E_bD), torch.tensor(labels), first_row), T_BD)
-
-
-def global_counts(terms: dict[str, PartialMean]) -> dict[str, torch.Tensor]:
-    counts = collectives.sum_across(torch.stack([term.count for term in terms.values()]))
-    return dict(zip(terms, counts, strict=True))
+    return slice(collectives.rank() * b, (collectives.rank() + 1) * b)
 
 
 def mean_gradient(student: nn.Module) -> list[np.ndarray]:
@@ -82,62 +68,67 @@ def mean_gradient(student: nn.Module) -> list[np.ndarray]:
     ]
 
 
-def exact(objective: Objective, student: nn.Module, labels: list[int]) -> tuple[torch.Tensor, dict[str, PartialMean]]:
-    terms = local_terms(objective, student, labels)
-    return objective.loss(terms, global_counts(terms), collectives.world_size(), RAMP), terms
+def exact(objective: OBDSDLoss, student: nn.Module, labels: list[int], step: int = 0) -> torch.Tensor:
+    own_bF, labels_B = images(step)[own_rows()], torch.tensor(labels)
+    return objective(student(own_bF), labels_B[own_rows()], Embedder(1)(own_bF).detach(), ramp=RAMP).loss
 
 
-def gather_without_gradient(objective: Objective, student: nn.Module, labels: list[int]) -> Any:
+def gather_without_gradient(objective: OBDSDLoss, student: nn.Module, labels: list[int], step: int = 0) -> torch.Tensor:
     real = collectives.gather_rows
     try:
-        collectives.gather_rows = lambda x_b: real(x_b.detach())
-        return exact(objective, student, labels)
+        collectives.gather_rows = lambda x_b, **more: real(x_b.detach(), **more)
+        return exact(objective, student, labels, step)
     finally:
         collectives.gather_rows = real
 
 
-def local_loss_only(objective: Objective, student: nn.Module, labels: list[int]) -> Any:
-    b = B // collectives.world_size()
-    rows = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
-    E_bD, T_bD = student(images()[rows]), Embedder(1)(images()[rows]).detach()
-    terms = objective.terms(BatchView(E_bD, E_bD, torch.tensor(labels)[rows], 0), T_bD)
-    return objective.loss(terms, {name: term.count for name, term in terms.items()}, 1, RAMP), terms
+def alone(objective: OBDSDLoss, terms: dict[str, PartialMean]) -> torch.Tensor:
+    """The mean over what one rank has of each term."""
+    factors = {"ranking": 1.0}
+    if objective.diffusion is not None:
+        factors["distillation"] = RAMP * WEIGHT * objective.diffusion.temperature**2
+    return local_loss(terms, {name: term.count for name, term in terms.items()}, factors, 1)
 
 
-def mean_of_rank_means(objective: Objective, student: nn.Module, labels: list[int]) -> Any:
-    terms = local_terms(objective, student, labels)
-    return objective.loss(terms, {name: term.count for name, term in terms.items()}, 1, RAMP), terms
+def local_loss_only(objective: OBDSDLoss, student: nn.Module, labels: list[int]) -> torch.Tensor:
+    E_bD, T_bD = student(images()[own_rows()]), Embedder(1)(images()[own_rows()]).detach()
+    return alone(objective, objective.terms(BatchView(E_bD, E_bD, torch.tensor(labels)[own_rows()], 0), T_bD))
 
 
-Way = Callable[[Objective, nn.Module, list[int]], tuple[torch.Tensor, dict[str, PartialMean]]]
+def mean_of_rank_means(objective: OBDSDLoss, student: nn.Module, labels: list[int]) -> torch.Tensor:
+    E_bD, T_BD = student(images()[own_rows()]), Embedder(1)(images()).detach()
+    view = BatchView(E_bD, collectives.gather_rows(E_bD), torch.tensor(labels), own_rows().start)
+    return alone(objective, objective.terms(view, T_BD))
+
+
+Way = Callable[..., torch.Tensor]
 
 
 def step_worker(way: Way, target: str, labels: list[int], mask_self: bool = False) -> dict[str, Any]:
-    objective, student = made(target, mask_self), Embedder(0)
-    loss, terms = way(objective, student, labels)
+    objective, student = made(target, mask_self=mask_self), Embedder(0)
+    loss = way(objective, student, labels)
     loss.backward()
     return {
-        "loss": collectives.sum_across(loss).item() / collectives.world_size(),
+        "loss": loss.item(),
+        "mean": collectives.sum_across(loss).item() / collectives.world_size(),
         "gradient": mean_gradient(student),
-        "anchors": terms["ranking"].count.item(),
     }
 
 
-def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[float, list[np.ndarray], int]:
-    """Loss, gradient and anchors of one process without a process group, from double loops and an explicit inverse."""
-    student, distillation, ranking = Embedder(0), settings(target, mask_self), MultiSimilarityLoss()
+def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[float, list[np.ndarray]]:
+    """Loss and gradient of one process without a process group, from double loops and an explicit inverse."""
+    student, ranking = Embedder(0), MultiSimilarityLoss()
     E_BD, T_BD = student(images()), Embedder(1)(images()).detach()
     total, count = oracle.multi_similarity(
         E_BD, labels, alpha=ranking.alpha, beta=ranking.beta, threshold=ranking.threshold, margin=ranking.margin
     )
     loss = total / max(count, 1)
     if target != "none":
-        names = ("target", "temperature", "transition_temperature", "omega", "mask_self")
-        target_BB = oracle.target(T_BD.numpy(), **{name: getattr(distillation, name) for name in names})
-        kl = oracle.kl(E_BD, target_BB, distillation.temperature) / B
-        loss = loss + RAMP * WEIGHT * distillation.temperature**2 * kl
+        target_BB = oracle.target(T_BD.numpy(), target=target, mask_self=mask_self, **SETTINGS)
+        kl = oracle.kl(E_BD, target_BB, SETTINGS["temperature"]) / B
+        loss = loss + RAMP * WEIGHT * SETTINGS["temperature"] ** 2 * kl
     loss.backward()
-    return loss.item(), [p.grad.numpy() for p in student.parameters()], count
+    return loss.item(), [p.grad.numpy() for p in student.parameters()]
 
 
 def relative_error(gradient: list[np.ndarray], expected: list[np.ndarray]) -> float:
@@ -150,10 +141,8 @@ def relative_error(gradient: list[np.ndarray], expected: list[np.ndarray]) -> fl
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 def test_loss_and_gradient_are_those_of_one_process(world: int, target: str, labels: list[int]) -> None:
-    loss, gradient, count = reference(target, labels)
-    answers = harness.run(world, step_worker, exact, target, labels)
-    assert sum(answer["anchors"] for answer in answers) == count
-    for answer in answers:
+    loss, gradient = reference(target, labels)
+    for answer in harness.run(world, step_worker, exact, target, labels):
         assert answer["loss"] == pytest.approx(loss, rel=1e-10, abs=1e-12)
         if np.any(gradient[0]):
             assert relative_error(answer["gradient"], gradient) < 1e-10
@@ -162,20 +151,8 @@ def test_loss_and_gradient_are_those_of_one_process(world: int, target: str, lab
 
 
 @several
-def test_the_batches_leave_the_ranks_with_different_numbers_of_anchors(world: int) -> None:
-    uneven, one_without, none = (
-        [answer["anchors"] for answer in harness.run(world, step_worker, exact, "none", labels)]
-        for labels in LABELS.values()
-    )
-    assert len(set(uneven)) > 1
-    assert min(uneven) > 0
-    assert one_without[-1] == 0 < one_without[0]
-    assert none == [0] * world
-
-
-@several
 def test_a_masked_target_is_exact_too(world: int) -> None:
-    loss, gradient, _ = reference("obdsd", LABELS["uneven"], mask_self=True)
+    loss, gradient = reference("obdsd", LABELS["uneven"], mask_self=True)
     for answer in harness.run(world, step_worker, exact, "obdsd", LABELS["uneven"], True):
         assert answer["loss"] == pytest.approx(loss, rel=1e-10)
         assert relative_error(answer["gradient"], gradient) < 1e-10
@@ -186,69 +163,176 @@ def test_a_masked_target_is_exact_too(world: int) -> None:
 @pytest.mark.parametrize("way", [gather_without_gradient, local_loss_only, mean_of_rank_means])
 def test_the_usual_shortcuts_are_measurably_wrong(world: int, target: str, way: Way) -> None:
     # An equal number of rows on every rank makes the mean of rank means right for the KL, wrong for the anchors.
-    loss, gradient, _ = reference(target, LABELS["uneven"])
+    loss, gradient = reference(target, LABELS["uneven"])
     answer = harness.run(world, step_worker, way, target, LABELS["uneven"])[0]
     assert relative_error(answer["gradient"], gradient) > 1e-3
     if way is gather_without_gradient:
         assert answer["loss"] == pytest.approx(loss, rel=1e-10)  # the loss does not show it
     else:
-        assert abs(answer["loss"] - loss) > 1e-4
+        assert abs(answer["mean"] - loss) > 1e-4
 
 
-def train_worker(target: str, gather_gradient: bool) -> dict[str, list[np.ndarray]]:
-    """Ten optimizer steps under torch's DistributedDataParallel."""
+def train_worker(way: Way, target: str, accumulate: bool = False) -> dict[str, list[np.ndarray]]:
+    """Ten optimizer steps under torch's DistributedDataParallel; each of two batches, if asked to accumulate."""
     objective, network = made(target), Embedder(0)
     start = [parameter.detach().clone().numpy() for parameter in network.parameters()]
     student = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
-    real = collectives.gather_rows
-    try:
-        if not gather_gradient:
-            collectives.gather_rows = lambda x_b: real(x_b.detach())
-        for step in range(10):
-            terms = local_terms(objective, student, list(LABELS.values())[step % 3], step)
-            optimizer.zero_grad()
-            objective.loss(terms, global_counts(terms), collectives.world_size(), RAMP).backward()
-            optimizer.step()
-    finally:
-        collectives.gather_rows = real
+    for step in range(10):
+        optimizer.zero_grad()
+        if accumulate:
+            with student.no_sync():
+                way(objective, student, LABELS["uneven"], step + 100).backward()
+        way(objective, student, list(LABELS.values())[step % 3], step).backward()
+        optimizer.step()
     return {"start": start, "end": [parameter.detach().numpy() for parameter in network.parameters()]}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_weights_after_ten_steps_of_ddp_are_those_of_one_process(target: str) -> None:
-    (one,) = harness.run(1, train_worker, target, True)
+    (one,) = harness.run(1, train_worker, exact, target)
     assert relative_error(one["end"], one["start"]) > 1e-2  # they moved
     for world in (2, 3):
-        for answer in harness.run(world, train_worker, target, True):
+        for answer in harness.run(world, train_worker, exact, target):
             assert relative_error(answer["end"], one["end"]) < 1e-10
-        wrong = harness.run(world, train_worker, target, False)[0]
+        wrong = harness.run(world, train_worker, gather_without_gradient, target)[0]
         assert relative_error(wrong["end"], one["end"]) > 1e-4
 
 
-def rank_scoped_worker(target: str) -> dict[str, Any]:
+def test_accumulated_gradients_without_sync_are_exact() -> None:
+    (one,) = harness.run(1, train_worker, exact, "obdsd", True)
+    (apart,) = harness.run(1, train_worker, exact, "obdsd", False)
+    assert relative_error(apart["end"], one["end"]) > 1e-3
+    for answer in harness.run(2, train_worker, exact, "obdsd", True):
+        assert relative_error(answer["end"], one["end"]) < 1e-10
+
+
+def subgroup_worker(target: str) -> dict[str, Any] | None:
+    """The first two of three ranks share a batch; the third takes no part."""
+    group = torch.distributed.new_group([0, 1])
+    if torch.distributed.get_rank() == 2:
+        return None
+    with collectives.within(group):
+        rows = own_rows()
+    student, own_bF = Embedder(0), images()[rows]
+    objective = made(target, group=group)
+    teacher_bD = Embedder(1)(own_bF).detach()
+    out = objective(student(own_bF), torch.tensor(LABELS["uneven"])[rows], teacher_bD, ramp=RAMP)
+    out.loss.backward()
+    with collectives.within(group):
+        return {"loss": out.loss.item(), "gradient": mean_gradient(student)}
+
+
+@pytest.mark.parametrize("target", ["none", "obdsd"])
+def test_a_subgroup_is_exact_by_itself(target: str) -> None:
+    loss, gradient = reference(target, LABELS["uneven"])
+    *answers, outside = harness.run(3, subgroup_worker, target)
+    assert outside is None
+    for answer in answers:
+        assert answer["loss"] == pytest.approx(loss, rel=1e-10)
+        assert relative_error(answer["gradient"], gradient) < 1e-10
+
+
+def refused_worker(kind: str) -> str:
+    """The message of a batch that is wrong on one rank, or on all."""
+    rank = torch.distributed.get_rank()
+    E_bD = unit_rows(rank, 4).requires_grad_()
+    labels_b, teacher_bD = torch.tensor([0, 0, 1, 1]), unit_rows(5, 4)
+    objective: nn.Module = made("psd")
+    if kind == "sizes" and rank == 1:
+        E_bD, labels_b, teacher_bD = E_bD[:3], labels_b[:3], teacher_bD[:3]
+    if kind == "label type":
+        labels_b = labels_b.float()
+    if kind == "label range" and rank == 1:
+        objective = OBDSDLoss(ProxyAnchorLoss(classes=3, embedding_dim=E_bD.shape[1]), target="none")
+        labels_b = torch.tensor([0, 9, 1, 1])
+    if kind == "label range" and rank == 0:
+        objective = OBDSDLoss(ProxyAnchorLoss(classes=3, embedding_dim=E_bD.shape[1]), target="none")
+    if kind == "negative labels":
+        labels_b = labels_b - 1
+    if kind == "lengths" and rank == 0:
+        E_bD = E_bD * 3
+    if kind == "teacher's lengths":
+        teacher_bD = teacher_bD * 3
+    if kind == "no teacher":
+        teacher_bD = None
+    if kind == "other teacher":
+        teacher_bD = teacher_bD[:2]
+    try:
+        objective(E_bD, labels_b, teacher_bD)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"),
+    [
+        ("good", []),
+        ("sizes", ["(4, 6)", "(3, 6)", "rank 1", "drop_last"]),
+        ("label type", ["float32", "int64", "(4,)"]),
+        ("label range", ["1 labels", "0 to 2", "more than 3 classes"]),
+        ("negative labels", ["4 labels", "from 0"]),
+        ("lengths", ["4 rows", "length 1", "normalize=True"]),
+        ("teacher's lengths", ["teacher's batch", "8 rows"]),
+        ("no teacher", ["teacher_bD", "ramp=0"]),
+        ("other teacher", ["2 rows", "student 4"]),
+    ],
+)
+def test_a_bad_batch_is_refused_on_every_rank(kind: str, facts: list[str]) -> None:
+    for message in harness.run(2, refused_worker, kind):
+        assert all(fact in message for fact in facts), message
+        assert bool(message) == bool(facts)
+
+
+def test_normalize_takes_rows_of_any_length() -> None:
+    E_BD, T_BD, labels_B = unit_rows(0), unit_rows(1), torch.tensor(LABELS["uneven"])
+    scales_B1 = torch.linspace(0.1, 9, B, dtype=torch.float64)[:, None]
+    expected = made("obdsd")(E_BD, labels_B, T_BD).loss
+    assert made("obdsd", normalize=True)(E_BD * scales_B1, labels_B, T_BD * 5).loss.item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )
+
+
+def test_any_module_of_a_whole_batch_can_be_the_ranking_loss() -> None:
+    class Spread(nn.Module):
+        def forward(self, E_BD: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+            return (E_BD @ E_BD.T).mean(1)
+
+    E_BD = unit_rows(0).requires_grad_()
+    out = OBDSDLoss(Spread(), target="none")(E_BD, torch.tensor(LABELS["uneven"]))
+    assert out.loss.item() == pytest.approx((E_BD @ E_BD.T).mean(1).sum().item(), rel=1e-12)
+    assert list(out.metrics) == ["ranking", "anchors"]
+
+
+@pytest.mark.parametrize(
+    ("given", "fact"),
+    [({"omega": 1.0}, "omega is 1"), ({"temperature": 0}, "temperature is 0"), ({"target": "x"}, "x")],
+)
+def test_impossible_settings_are_refused(given: dict[str, Any], fact: str) -> None:
+    with pytest.raises(InputError, match=fact):
+        OBDSDLoss(MultiSimilarityLoss(), **given)
+
+
+def rank_scoped_worker(target: str) -> list[np.ndarray]:
     student = Embedder(0)
-    loss, _ = exact(made(target, scope="rank"), student, LABELS["no anchor"])
-    loss.backward()
-    return {"loss": collectives.sum_across(loss).item() / collectives.world_size(), "gradient": mean_gradient(student)}
+    exact(made(target, scope="rank"), student, LABELS["no anchor"]).backward()
+    return mean_gradient(student)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("target", ["uniform", "psd", "obdsd"])
 def test_the_scope_of_a_rank_is_the_mean_over_the_ranks_own_batches(target: str, world: int) -> None:
-    student, distillation = Embedder(0), settings(target)
+    student = Embedder(0)
     total, b = torch.zeros((), dtype=torch.double), B // world
     for first in range(0, B, b):
         own = images()[first : first + b]
-        names = ("target", "temperature", "transition_temperature", "omega", "mask_self")
-        target_bb = oracle.target(
-            Embedder(1)(own).detach().numpy(), **{name: getattr(distillation, name) for name in names}
-        )
-        total = total + oracle.kl(student(own), target_bb, distillation.temperature) / B
-    (RAMP * WEIGHT * distillation.temperature**2 * total).backward()
+        target_bb = oracle.target(Embedder(1)(own).detach().numpy(), target=target, mask_self=False, **SETTINGS)
+        total = total + oracle.kl(student(own), target_bb, SETTINGS["temperature"]) / B
+    (RAMP * WEIGHT * SETTINGS["temperature"] ** 2 * total).backward()
     expected = [p.grad.numpy() for p in student.parameters()]
     for answer in harness.run(world, rank_scoped_worker, target):
-        assert relative_error(answer["gradient"], expected) < 1e-10
+        assert relative_error(answer, expected) < 1e-10
 
 
 def test_the_memory_holds_the_latest_rows_of_the_epoch() -> None:
@@ -263,11 +347,11 @@ def test_the_memory_holds_the_latest_rows_of_the_epoch() -> None:
     assert masses[0] == 0
     assert 0 < masses[1] < masses[2]
     other = made("obdsd", memory=20)
-    other.load_state_dict(objective.state_dict(), torch.device("cpu"))
+    other.load_state_dict(objective.state_dict())
     view = BatchView(E_BD, E_BD, labels_B, 0)
     again, resumed = (o.terms(view, batches[0])["distillation"].sum.item() for o in (objective, other))
     assert again == resumed
-    objective.forget()
+    objective.reset_memory()
     fresh = objective.terms(view, batches[0])
     assert fresh["target_dropped_mass"].sum.item() == 0
     assert fresh["distillation"].sum.item() != again
@@ -284,11 +368,9 @@ def test_labels_become_indices_among_the_training_classes() -> None:
         objectives.class_indices(torch.tensor([8, 8]), classes_C)
 
 
-def test_ramp_and_teacher() -> None:
-    objective = made("obdsd")
-    assert [objective.ramp(epoch, 4) for epoch in range(4)] == [0, 0.25, 0.5, 0.75]
-    assert not objective.needs_teacher(0.0)
-    assert objective.needs_teacher(0.25)
+def test_who_needs_a_teacher() -> None:
+    assert not made("obdsd").needs_teacher(0.0)
+    assert made("obdsd").needs_teacher(0.25)
     for target in ("none", "uniform"):
         assert not made(target).needs_teacher(0.5)
     assert not made("obdsd", weight=0.0).needs_teacher(0.5)
@@ -296,40 +378,25 @@ def test_ramp_and_teacher() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
-    objective = made(target)
+    objective, labels_B = made(target), torch.tensor(LABELS["uneven"])
     E_BD = unit_rows(0).requires_grad_()
-    terms = objective.terms(BatchView(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0), unit_rows(1))
+    terms = objective.terms(BatchView(E_BD, E_BD, labels_B, 0), unit_rows(1))
     logged = ["target_entropy", "target_kl_to_uniform", "target_self_mass", "target_defects"]
     logged += ["target_residual", "target_iterations"] if target.startswith("obdsd") else []
     assert list(terms) == (["ranking"] if target == "none" else ["ranking", "distillation", *logged])
     assert {name for name, term in terms.items() if term.sum.requires_grad} == set(terms) & {"ranking", "distillation"}
-    counts = {name: term.count for name, term in terms.items()}
-    ranking = terms["ranking"].sum / counts["ranking"]
-    assert torch.equal(objective.loss(terms, counts, 1, 0.0), ranking)
+    ranking = (terms["ranking"].sum / terms["ranking"].count).item()
+    assert objective(E_BD, labels_B, unit_rows(1), ramp=0).loss.item() == ranking
+    out = objective(E_BD, labels_B, unit_rows(1), ramp=0.25)
+    assert list(out.metrics) == [*terms, "anchors"]
     if target != "none":
-        kl = terms["distillation"].sum / B
-        assert objective.loss(terms, counts, 1, 0.25).item() == pytest.approx(
-            (ranking + 0.25 * 30 * 0.2**2 * kl).item(), rel=1e-14
-        )
+        kl = (terms["distillation"].sum / B).item()
+        assert out.loss.item() == pytest.approx(ranking + 0.25 * 30 * 0.2**2 * kl, rel=1e-14)
 
 
-def test_without_a_teacher_there_is_ranking_alone_and_no_silent_gap() -> None:
-    objective = made("psd")
-    E_BD = unit_rows(0).requires_grad_()
-    terms = objective.terms(BatchView(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0))
-    counts = {name: term.count for name, term in terms.items()}
-    assert list(terms) == ["ranking"]
-    assert objective.loss(terms, counts, 1, 0.0).isfinite()
-    with pytest.raises(InputError, match=r"ramp is 0.5 but the terms hold no distillation; give T_BD"):
-        objective.loss(terms, counts, 1, 0.5)
-
-
-def test_float64_counts_from_the_step_leave_a_float32_loss_in_float32() -> None:
-    objective = made("psd")
+def test_a_float32_loss_stays_in_float32() -> None:
     E_BD = unit_rows(0).float().requires_grad_()
-    terms = objective.terms(BatchView(E_BD, E_BD, torch.tensor(LABELS["uneven"]), 0), unit_rows(1).float())
-    loss = objective.loss(terms, {name: term.count.double() for name, term in terms.items()}, 1, 0.5)
-    assert loss.dtype == torch.float32
+    assert made("psd")(E_BD, torch.tensor(LABELS["uneven"]), unit_rows(1).float()).loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("target", ["psd", "obdsd", "obdsd_symmetric"])

@@ -59,8 +59,10 @@ class Embedder(nn.Module):
 
 
 def exact(student: nn.Module, loss: RankingLoss, labels: list[int]) -> torch.Tensor:
-    """The loss that a rank calls backward on, as the objective makes it; its mean over the ranks is the global one."""
-    return rank_loss(student, loss, labels)
+    b = B // collectives.world_size()
+    rows = slice(collectives.rank() * b, (collectives.rank() + 1) * b)
+    loss.calls = SEED - 1  # of the draws
+    return loss(student(unit_rows(100, B, FEATURES)[rows]), torch.tensor(labels)[rows])
 
 
 def gather_without_gradient(student: nn.Module, loss: RankingLoss, labels: list[int]) -> torch.Tensor:
@@ -93,7 +95,7 @@ def rank_loss(
     E_bD = student(unit_rows(100, B, FEATURES)[first_row : first_row + b])
     view = BatchView(E_bD, gather(E_bD), torch.tensor(labels), first_row, seed)
     return sum(
-        (t.sum * collectives.world_size() / count(t.count).clamp(min=1) for t in loss(view).values()),
+        (t.sum * collectives.world_size() / count(t.count).clamp(min=1) for t in loss.partial_means(view).values()),
         torch.zeros((), dtype=torch.float64),
     )
 
@@ -102,20 +104,20 @@ Way = Callable[[nn.Module, RankingLoss, list[int]], torch.Tensor]
 
 
 def worker(way: Way, name: str) -> dict[str, Any]:
-    """For each batch: loss, gradient of the embedder and gradient of the loss's own parameters, as a step has them."""
+    """For each batch: loss, DDP's gradient of the embedder, and the gradient of the loss's own parameters."""
     answers = {}
     for kind, labels in LABELS.items():
         student, ranking_loss = Embedder(), loss_of(SETTINGS[name], D)
         loss = way(student, ranking_loss, labels)
         loss.backward()
         mean = [
-            [(collectives.sum_across(p.grad) / collectives.world_size()).numpy().ravel() for p in module.parameters()]
-            for module in (student, ranking_loss)
+            (collectives.sum_across(p.grad) / collectives.world_size()).numpy().ravel() for p in student.parameters()
         ]
+        own = [p.grad.numpy().ravel() for p in ranking_loss.parameters()]
         answers[kind] = {
             "loss": collectives.sum_across(loss).item() / collectives.world_size(),
-            "embedder": np.concatenate(mean[0]),
-            "parameters": np.concatenate([np.zeros(0), *mean[1]]),
+            "embedder": np.concatenate(mean),
+            "parameters": np.concatenate([np.zeros(0), *own]),
         }
     return answers
 

@@ -20,7 +20,7 @@ def test_the_teacher_is_last_epochs_student_and_stays_in_eval():
         net[0].weight.add_(1)
         net[1].running_mean.add_(2)
     assert not torch.equal(teacher.network[0].weight, net[0].weight)
-    teacher.promote(net.train(), epoch=1)
+    teacher.update(net.train())
     assert torch.equal(teacher.network[0].weight, net[0].weight)
     assert torch.equal(teacher.network[1].running_mean, net[1].running_mean)
     assert teacher.epoch == 1
@@ -39,7 +39,7 @@ def promote_on_ranks(differ: bool) -> str:
         with torch.no_grad():
             net[1].bias[0] += 2.0**-20
     try:
-        teacher.promote(net, 1)
+        teacher.update(net)
     except RunError as error:
         return str(error)
     return ""
@@ -60,7 +60,7 @@ def test_fingerprints_are_of_values_whatever_the_layout(backbone):
         raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "model": {"backbone": backbone}}
         config = parse_config(override_config(raw, [f"model.channels_last={layout}"]), "x")
         net = build_embedder(config, torch.device("cpu"))
-        ProgressiveTeacher(net).promote(net, 1)
+        ProgressiveTeacher(net).update(net)
         prints.append(fingerprints(net))
     assert prints[0] == prints[1]
     with torch.no_grad():

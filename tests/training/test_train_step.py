@@ -52,7 +52,7 @@ def take_steps(
     strategy = build_strategy(student, config, runtime, list(objective.ranking.named_parameters()))
     teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
     step = TrainStep(config, runtime, strategy, teacher, objective, range(9))
-    step.looks_later = step.looks_later or later
+    step.early_diffusion = later or None
     reader, read = DelayedMetrics(lag=1), []
     b = B // world
     for t in range(STEPS):

@@ -1,0 +1,253 @@
+"""From this rank's rows to the loss of the global batch: gather, check, and combine what the ranks found.
+
+Legend: b rows of this rank, B = W * b rows of the global batch, D embedding dimension, W ranks, n terms.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+
+from dist_obdsd.distributed import collectives
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.transfer import AsyncHostCopy
+
+LENGTH_TOLERANCE = 0.02
+"""How far a row's length may be from 1; the rounding of bfloat16 makes up to 0.4 %."""
+LARGEST_LABEL = 2**24 - 1
+"""The losses compare labels as float32 numbers, which are exact up to here."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of one global batch, and what was measured on the way."""
+
+    loss: torch.Tensor
+    """Scalar. Its value is that of the global batch, the same on every rank. Its gradient is this rank's share times W,
+    of which the mean over the ranks, as DDP takes it, is exactly the gradient of one process with the whole batch."""
+    names: tuple[str, ...]
+    """The names of the terms, the same on every rank."""
+    means_n: torch.Tensor
+    """float64 [n], each term's mean over the global batch, without gradient and still on the device."""
+    counts_n: torch.Tensor
+    """float64 [n], how many rows, anchors or pairs each of them is a mean over."""
+    nonfinite: torch.Tensor
+    """Scalar, the number of ranks with a sum that is NaN or infinite."""
+    summed: torch.Tensor
+    """Sums over the ranks of the numbers that were given as ``also_sum``."""
+    student_BD: torch.Tensor
+    """The gathered embeddings, without gradient."""
+    teacher_BD: torch.Tensor | None = None
+    """The gathered teacher's embeddings, if there are any."""
+
+    @property
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """The terms' global means by name, and ``anchors``: what the ranking loss's first part is a mean over."""
+        return dict(zip(self.names, self.means_n.unbind(), strict=True)) | {"anchors": self.counts_n[0]}
+
+
+@dataclass
+class InputChecks:
+    """Checks of numbers on the device, whose outcome travels in the loss's own message.
+
+    Where the batch lies on a GPU, the host learns of it at the next call and does not wait; the loss is 0 till then.
+    """
+
+    values: bool = True
+    """Compare sizes at every step, and look at the numbers; false compares the sizes of the first step only."""
+    _messages: list[str] = field(default_factory=list)
+    _counts: list[torch.Tensor] = field(default_factory=list)
+    _compared: set[str] = field(default_factory=set)
+    _pending: tuple[list[str], AsyncHostCopy] | None = None
+
+    def shapes(self, embeddings_bD: torch.Tensor, labels: torch.Tensor) -> None:
+        """Check types and shapes, also across the ranks.
+
+        Raises:
+            InputError, RunError: on every rank that has a bad one, or on all where they differ.
+        """
+        self.raise_pending()
+        if embeddings_bD.dim() != 2 or not embeddings_bD.is_floating_point():
+            raise InputError(
+                f"the embeddings are {embeddings_bD.dtype} of shape {tuple(embeddings_bD.shape)}; they must be "
+                f"floating point of shape (b, D), this rank's rows"
+            )
+        b, W = len(embeddings_bD), collectives.world_size()
+        if labels.dtype != torch.int64 or labels.shape not in {(b,), (b * W,)}:
+            raise InputError(
+                f"the labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be int64 class indices of "
+                f"shape ({b},), one for each of this rank's rows" + f", or ({b * W},), of all ranks" * (W > 1)
+            )
+        self.sizes("embeddings", embeddings_bD, labels)
+
+    def sizes(self, what: str, *tensors: torch.Tensor) -> None:
+        """Compare the ranks' shapes before a gather, which would hang or mix up rows. Collective where it compares.
+
+        Raises:
+            RunError: on every rank, where they differ.
+        """
+        if collectives.world_size() > 1 and (
+            what not in self._compared or (self.values and not collectives.needs_cuda())
+        ):
+            everyone = collectives.gather_json(", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in tensors))
+            if len(set(everyone)) > 1:
+                raise collectives.met_by_all(
+                    RunError(
+                        f"the ranks' {what} differ: {collectives.values_by_rank(everyone)}; give every rank as many "
+                        f"rows (drop_last=True of a DataLoader drops a shorter last batch)"
+                    )
+                )
+            self._compared.add(what)
+
+    def rows(self, what: str, rows_bD: torch.Tensor) -> None:
+        """Check that rows have length 1, or are not finite, which the loss shows by itself."""
+        if self.values:
+            far_b = (rows_bD.detach().float().norm(dim=1) - 1).abs() > LENGTH_TOLERANCE
+            self._note(
+                f"the {what} has {{}} rows that are not of length 1; normalize them (torch.nn.functional.normalize) "
+                f"or make the loss with normalize=True",
+                far_b & rows_bD.detach().isfinite().all(1),
+            )
+
+    def labels(self, labels_b: torch.Tensor, num_classes: int | None) -> torch.Tensor:
+        """Check that labels are class indices; return them without any that would lead outside a table."""
+        if not self.values:
+            return labels_b
+        largest = LARGEST_LABEL if num_classes is None else num_classes - 1
+        self._note(
+            f"{{}} labels lie outside 0 to {largest}; number the classes from 0"
+            + ("" if num_classes is None else f", or make the ranking loss with more than {num_classes} classes"),
+            (labels_b < 0) | (labels_b > largest),
+        )
+        return labels_b.clamp(0, largest)
+
+    def _note(self, message: str, bad_b: torch.Tensor) -> None:
+        self._messages.append(message)
+        self._counts.append(bad_b.sum().double())
+
+    def take(self, device: torch.device) -> tuple[list[str], torch.Tensor]:
+        """Hand over the messages and this rank's counts."""
+        messages, counts = self._messages, self._counts
+        self._messages, self._counts = [], []
+        return messages, torch.stack(counts) if counts else torch.zeros(0, dtype=torch.float64, device=device)
+
+    def judge(self, messages: list[str], counts: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """Raise now, on a CPU, or at the next call; return the loss, or 0 for a batch that is refused."""
+        if not messages:
+            return loss
+        self._pending = messages, AsyncHostCopy(counts)
+        if not counts.is_cuda:
+            self.raise_pending()
+        return torch.where(counts.sum() > 0, torch.zeros_like(loss), loss)
+
+    def raise_pending(self) -> None:
+        """Raise what the latest step on a GPU was refused for.
+
+        Raises:
+            InputError: on every rank.
+        """
+        if self._pending is not None:
+            (messages, counts), self._pending = self._pending, None
+            for message, count in zip(messages, counts.read(), strict=True):
+                if count:
+                    raise collectives.met_by_all(InputError(message.format(int(count))))
+
+
+def view_batch(
+    embeddings_bD: torch.Tensor,
+    labels: torch.Tensor,
+    checks: InputChecks,
+    *,
+    num_classes: int | None = None,
+    normalize: bool = False,
+    seed: int = 0,
+) -> BatchView:
+    """Gather embeddings, with gradient, and labels. Collective.
+
+    Args:
+        labels: int64 [b], or [B] where the caller knows all of them, which saves a message.
+        num_classes: upper bound of the labels, where the ranking loss has one.
+        normalize: divide the rows by their length first.
+    """
+    checks.shapes(embeddings_bD, labels)
+    b, W = len(embeddings_bD), collectives.world_size()
+    labels = checks.labels(labels.to(embeddings_bD.device, non_blocking=True), num_classes)
+    if normalize:
+        embeddings_bD = functional.normalize(embeddings_bD.to(torch.promote_types(embeddings_bD.dtype, torch.float32)))
+    else:
+        checks.rows("batch", embeddings_bD)
+    embeddings_BD = collectives.gather_rows(embeddings_bD, check_sizes=False)
+    labels_B = collectives.AsyncAllGather(labels).wait() if len(labels) < W * b else labels
+    return BatchView(
+        embeddings_bD, embeddings_BD, labels_B, collectives.rank() * b, seed, shared=collectives.mean_gradient
+    )
+
+
+def combine(
+    view: BatchView,
+    terms: Mapping[str, PartialMean],
+    factors: Mapping[str, float],
+    checks: InputChecks,
+    also_sum: Sequence[float] = (),
+    teacher_BD: torch.Tensor | None = None,
+) -> LossOutput:
+    """Add up the terms of all ranks and make the loss. Collective: one small all-reduce carries everything.
+
+    Args:
+        factors: of the terms that make the loss, by name; the others are only measured.
+        also_sum: numbers of the caller to be added up over the ranks in the same message.
+    """
+    n, extra = len(terms), len(also_sum)
+    sums = torch.stack([term.sum.detach().double() for term in terms.values()])
+    counts = torch.stack([term.count.detach().double() for term in terms.values()])
+    nonfinite = (~torch.isfinite(sums)).any().double()[None]
+    messages, found = checks.take(sums.device)
+    # A fill takes its number along, where a tensor made of numbers would be a copy that the host waits for.
+    extras = [sums.new_full((1,), float(number)) for number in also_sum]
+    parts = [sums, counts, nonfinite, found, *extras]
+    total = collectives.sum_across(torch.cat(parts))
+    sums, counts, nonfinite, found, summed = total.split([n, n, 1, len(messages), extra])
+    means = sums / torch.where(counts == 0, 1, counts)
+    loss = local_loss(terms, dict(zip(terms, counts, strict=True)), factors, collectives.world_size())
+    if collectives.world_size() > 1:
+        value = torch.stack([mean * factors[name] for name, mean in zip(terms, means, strict=True) if name in factors])
+        loss = _WithValue.apply(loss, value.sum())
+    loss = checks.judge(messages, found, loss)
+    return LossOutput(loss, tuple(terms), means, counts, nonfinite[0], summed, view.E_BD.detach(), teacher_BD)
+
+
+def local_loss(
+    terms: Mapping[str, PartialMean],
+    global_counts: Mapping[str, torch.Tensor],
+    factors: Mapping[str, float],
+    world_size: int,
+) -> torch.Tensor:
+    """Compute the scalar on which this rank calls backward; its mean over the ranks is the global loss.
+
+    With the gathered rows' gradients summed over the ranks, rank r's parameter gradient is that of everyone's loss
+    through r's rows. DDP then takes the mean over the W ranks. So each term enters as local_sum * W / global_count, and
+    what DDP makes is exactly d(global_sum / global_count), as in one process with the whole batch.
+
+    Args:
+        global_counts: each term's count, summed over the ranks. A count of 0 gives a loss and a gradient of 0.
+    """
+    sums_n = torch.stack([terms[name].sum for name in factors])
+    # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
+    counts_n = torch.stack([global_counts[name] for name in factors]).to(sums_n.dtype)
+    # Fills take their number along; a tensor made of numbers would be a copy to the GPU that the host waits for.
+    factors_n = torch.stack([sums_n.new_full((), factor * world_size) for factor in factors.values()])
+    return sums_n @ (factors_n / (counts_n + (counts_n == 0)))
+
+
+class _WithValue(torch.autograd.Function):
+    """A scalar that is shown as another value, and has its own gradient."""
+
+    @staticmethod
+    def forward(ctx: object, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.to(own.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: object, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None

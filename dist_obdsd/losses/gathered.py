@@ -1,0 +1,66 @@
+"""Any loss module of a whole batch, computed by every rank on the gathered one.
+
+Such a loss may depend on all rows at once. With the gather's gradients summed over the ranks and DDP's mean, that is
+exact; it costs every rank what one process would pay.
+
+Legend: B rows of the global batch, D embedding dimension.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_obdsd.losses.base import LearnableLoss, graph_zero
+from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.rng import derive
+
+
+class GatheredLoss(LearnableLoss):
+    """A module that is called with embeddings [B, D] and labels [B], and returns a scalar or one loss a row.
+
+    What it draws from torch's generators is the same on every rank, and another in each step.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
+        E_BD = view.E_BD.to(torch.promote_types(view.E_BD.dtype, torch.float32))
+        with torch.autocast(E_BD.device.type, enabled=False), seeded(view.seed, E_BD.device):
+            # A row that is not finite would stop some losses; here the sum tells of it.
+            loss = self.whole_loss(E_BD.nan_to_num(0, 0, 0), view).sum() + graph_zero(view)
+        # What a loss remembers of a step (a histogram, say) must not hold on to the step's graph.
+        for module in self.loss.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.detach())
+        loss = loss + sum(((parameter * 0).sum() for parameter in self.parameters()), 0.0)
+        # All W ranks compute the same: L/W from each adds up to L.
+        return {"ranking": PartialMean(loss / view.world_size, torch.full_like(loss.detach(), 1 / view.world_size))}
+
+    def whole_loss(self, E_BD: torch.Tensor, view: BatchView) -> torch.Tensor:
+        """Compute the loss of the whole batch."""
+        return self.call(E_BD, view, view.labels_B)
+
+    def call(self, E_BD: torch.Tensor, view: BatchView, *more: Any) -> torch.Tensor:
+        """Call the wrapped module with parameters whose gradients are averaged over the ranks."""
+        if view.world_size == 1:
+            loss: torch.Tensor = self.loss(E_BD, *more)
+            return loss
+        shared = {name: view.shared(parameter) for name, parameter in self.loss.named_parameters()}
+        return torch.func.functional_call(self.loss, shared, (E_BD, *more))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, which a loss may draw from, alike on every rank."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.default_generator.manual_seed(derive(seed, "miner"))
+        for cuda in devices:
+            with torch.cuda.device(cuda):
+                torch.cuda.manual_seed(derive(seed, "miner"))
+        yield
