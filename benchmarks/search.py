@@ -18,7 +18,7 @@ from benchmarks import common
 from benchmarks.common import Row, matmul_flops, peak_mib, run_case
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
-from dist_obdsd.evaluation.knn import nearest
+from dist_obdsd.evaluation.knn import Gallery
 from dist_obdsd.rng import derive
 
 SIZES = (10_000, 50_000, 200_000, 1_000_000)
@@ -61,7 +61,8 @@ def run_rank(rank: launch.Runtime, case: Row) -> Row:
     is_query_n = ids_n < queries
     assert_equal_across_ranks("the size of the search", str(queries))  # and all start together
     started = time.perf_counter()
-    nearest(rows_nD[is_query_n], ids_n[is_query_n], rows_nD, ids_n, min(NEIGHBOURS, n - 1), backend=backend)
+    k = min(NEIGHBOURS, n - 1)
+    Gallery(rows_nD, ids_n, k, backend=backend).nearest(rows_nD[is_query_n], ids_n[is_query_n], k)
     if device.type == "cuda":
         torch.cuda.synchronize()
     told = collectives.gather_json([time.perf_counter() - started, peak_mib()])

@@ -29,8 +29,8 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.splits import check_evaluable, validation_subset
 from dist_obdsd.machine import usable_cores
+from dist_obdsd.training.evaluation import check_evaluable, validation_subset
 
 PARTS = {
     "torch": "everything",

@@ -25,12 +25,12 @@ from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import embedding_files, faiss_index
-from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, evaluate_split, measure
-from dist_obdsd.evaluation.knn import unit_rows
+from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, measure
 from dist_obdsd.figures import retrieval_grid
 from dist_obdsd.files import write_atomically
 from dist_obdsd.inference import build_network, inference_config
 from dist_obdsd.models.embedder import Embedder
+from dist_obdsd.training.evaluation import evaluate_split, settings_from
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
@@ -72,26 +72,15 @@ def _evaluate_embeddings(options: argparse.Namespace) -> int:
             with raise_on_all_ranks("reading the shards"):
                 manifest = manifests.load(options.shards)
         found = embedding_files.read(options.embeddings)
-        rows_nD = found.rows_nD
-        if config.evaluation.distance == "cosine":
-            with raise_on_all_ranks("the embeddings' lengths"):
-                zero_n = ~rows_nD.any(dim=1)
-                if zero_n.any():
-                    raise InputError(
-                        f"{options.embeddings} has {int(zero_n.sum())} embeddings of length 0, the first of id "
-                        f"{int(found.ids_n[zero_n][0])}, which have no cosine; drop them or set "
-                        f"evaluation.distance=euclidean"
-                    )
-            rows_nD = unit_rows(rows_nD)
         result = measure(
-            rows_nD,
+            found.rows_nD,
             found.ids_n,
             found.labels_n,
             found.roles,
+            settings_from(config),
+            normalize=True,
             expected_count=found.count,
-            config=config.evaluation,
             device=rank.device,
-            seed=config.seed,
         )
         meta = {"embeddings": str(options.embeddings), "queries": result.queries}
         _report(options, result, rank, {"protocol": "embeddings"}, meta, manifest, found.class_names)

@@ -99,6 +99,22 @@ TARGETS = Registry(
     optional=True,
 )
 
+METRICS = Registry(
+    "metric",
+    "evaluation.metrics",
+    {
+        "recall": "dist_obdsd.evaluation.metric_parts:recall",
+        "map@r": "dist_obdsd.evaluation.metric_parts:map_at_r",
+        "r_precision": "dist_obdsd.evaluation.metric_parts:r_precision",
+        "map@1000": "dist_obdsd.evaluation.metric_parts:map_at_1000",
+        "map@c": "dist_obdsd.evaluation.metric_parts:map_at_class_size",
+        "nmi": "dist_obdsd.evaluation.metric_parts:nmi",
+        "f1": "dist_obdsd.evaluation.metric_parts:f1",
+        "distances": "dist_obdsd.evaluation.metric_parts:distances",
+        "rho_spectrum": "dist_obdsd.evaluation.metric_parts:rho_spectrum",
+    },
+)
+
 BACKBONES = Registry(
     "backbone",
     "model.backbone",

@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dist_obdsd.config.base import Count, Location, NonNegative, Positive, Section, read_names
-from dist_obdsd.config.registry import BACKBONES, TARGETS
+from dist_obdsd.config.registry import BACKBONES, METRICS, TARGETS
 
-Metric = Literal["recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum"]
 SELECTION_METRIC = "map@r"
 """What `best_validation` and `best_test` are the best of."""
 
@@ -270,7 +269,10 @@ class ValidationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("recall", "map@r")
+    metrics: Annotated[tuple[Annotated[str, AfterValidator(METRICS.check)], ...], Field(min_length=1)] = (
+        "recall",
+        "map@r",
+    )
     """What to measure. `recall` and `map@r` need a few neighbours and cost next to nothing, `r_precision` and `map@c`
     the same, `map@1000` a search for 1,000 neighbours, `nmi` and `f1` a k-means into as many clusters as classes,
     `distances` (within and between classes, and their ratio) all pairs of each class, `rho_spectrum` little."""

@@ -1,49 +1,36 @@
-"""Evaluation: embed every image once, search exactly over all ranks, and average over all queries.
+"""Evaluation of embeddings: search exactly over all ranks, and average over all queries.
 
 The numbers are the same for any number of ranks: the search is exact, a metric has one value a query, and means are
-taken in the order of the ids.
+taken in the order of the ids. ``evaluate`` is the door for any training loop; ``measure`` is what it, the trainer and
+the command line call.
 
-Shapes: n images of this rank, N of all ranks, q queries of this rank, k neighbours, D embedding dimension.
+Shapes: n images of this rank, N of all ranks, D embedding dimension.
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
-from dist_obdsd.config import Config
-from dist_obdsd.config.sections import EvaluationConfig
-from dist_obdsd.data.from_config import classes_from
-from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.data.stream import EvalBatch, evaluation_batches
+from dist_obdsd.data.stream import EvalBatch
 from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import raise_on_all_ranks
-from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.clustering import k_means, nmi, pairwise_f1
 from dist_obdsd.evaluation.embedding_sample import EmbeddingSample, sample_embeddings
-from dist_obdsd.evaluation.eval_index import EvalIndex, build_eval_index, check_counts
-from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
+from dist_obdsd.evaluation.eval_index import build_eval_index, check_counts
+from dist_obdsd.evaluation.knn import unit_rows
+from dist_obdsd.evaluation.metric_parts import EmbeddingMetric, EmbeddingSet, QueryMetric, Settings
 from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, RankedQuery, retrieve
-from dist_obdsd.evaluation.row_blocks import build_row_blocks
 from dist_obdsd.transfer import DeviceUploader
 
-
-class Batch(Protocol):
-    """Images to embed. The first n rows are real, the rest pads to a fixed size, so that rows round the same always."""
-
-    @property
-    def images(self) -> torch.Tensor: ...  # uint8 [batch_size, C, s, s]
-    @property
-    def ids(self) -> torch.Tensor: ...  # int64 [n]
-    @property
-    def labels(self) -> torch.Tensor: ...  # int64 [n]
-    @property
-    def roles(self) -> Sequence[str]: ...  # n
+LARGEST, SMALLEST = 1e15, 1e-15
+"""Entries of embeddings whose squared distances float32 holds."""
+ROLES = ("", "query", "gallery", "both")
+"""By whether an image asks, plus twice whether it is searched."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +59,124 @@ class EvaluationResult:
     """What figures show of the embeddings, if it was asked for."""
 
 
+def evaluate(
+    embeddings: Any,
+    labels: Any,
+    *,
+    ids: Any = None,
+    queries: Any = None,
+    gallery: Any = None,
+    metrics: Sequence[str] = ("recall", "map@r"),
+    recall_at: Sequence[int] = (1, 2, 4, 8),
+    distance: str = "cosine",
+    conventions: str = "correct",
+    backend: str = "auto",
+    seed: int = 0,
+    train_classes: int | None = None,
+) -> dict[str, float]:
+    """Measure embeddings with exact neighbours over all ranks. Collective; the same numbers on any number of ranks::
+
+        numbers = dist_obdsd.evaluate(embeddings, labels, ids=indices)      # on every rank, with its own share
+        numbers["recall@1"], numbers["map@r"]
+
+    Args:
+        embeddings: [n, D] floating-point tensor or array of this rank; n may be 0 and may differ between the ranks. The
+            search runs where a tensor is. For ``distance="cosine"`` rows are brought to unit length.
+        labels: [n] integers, or texts that name the classes.
+        ids: [n] integers, one per image, such as its index in the data set. An image never finds itself, ties go to the
+            smaller id, and an image that arrives twice (as samplers pad) counts once. None: rows in rank order, each
+            its own image.
+        queries: [n] booleans, which images ask; None: all.
+        gallery: [n] booleans, which are searched; None: all.
+        metrics: of docs/evaluation.md.
+        recall_at: the k of Recall@k.
+        distance, conventions, backend: as in the section ``evaluation`` of a config.
+        seed: of k-means.
+        train_classes: for ``conventions="released"``.
+
+    Returns:
+        Each metric, and the counts ``queries`` (the means are over them), ``gallery``, ``excluded`` (queries without
+        another image of their class, left out) and ``duplicates`` (images dropped as seen before).
+
+    Raises:
+        InputError: on every rank: no images, embeddings that are not finite or of length 0, or labels, ids or settings
+            that do not fit.
+    """
+    with raise_on_all_ranks("the images to evaluate"):
+        settings = Settings(metrics, recall_at, conventions, distance, backend, seed, train_classes)
+        rows_nD = _as_rows(embeddings)
+        n = len(rows_nD)
+        asks_n, searched_n = (_as_mask("queries", queries, n), _as_mask("gallery", gallery, n))
+        roles = [ROLES[code] for code in (asks_n + 2 * searched_n).tolist()]
+        if "" in roles:
+            raise InputError(f"row {roles.index('')} is neither in queries nor in gallery; leave such images out")
+    before = sum(collectives.gather_json(n)[: collectives.rank()])
+    ids_n = number_labels("ids", np.arange(before, before + n) if ids is None else ids, names=False)[0]
+    labels_n, _ = number_labels("labels", labels)
+    result = measure(rows_nD, ids_n, labels_n, roles, settings, normalize=True, device=rows_nD.device)
+    counts = {name: getattr(result, name) for name in ("queries", "gallery", "excluded", "duplicates")}
+    return result.metrics | counts
+
+
+def _as_rows(embeddings: Any) -> torch.Tensor:
+    if not isinstance(embeddings, torch.Tensor):
+        array = np.asarray(embeddings)
+        if array.dtype.kind != "f":
+            raise InputError(f"the embeddings have type {array.dtype}; they must be floating-point numbers")
+        embeddings = torch.from_numpy(array.copy())
+    rows_nD = embeddings.detach()
+    return rows_nD.float() if rows_nD.dtype in (torch.float16, torch.bfloat16) else rows_nD
+
+
+def _as_array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _as_mask(name: str, values: Any, n: int) -> np.ndarray:
+    mask_n = np.ones(n, dtype=bool) if values is None else _as_array(values)
+    if mask_n.shape != (n,) or mask_n.dtype != bool:
+        raise InputError(f"{name} has type {mask_n.dtype} and shape {mask_n.shape}; give {n} booleans, one per row")
+    return mask_n
+
+
+def number_labels(what: str, values: Any, names: bool = True) -> tuple[torch.Tensor, dict[int, str]]:
+    """Make int64 of one value per image, and number texts by all ranks' names in ascending order. Collective.
+
+    Args:
+        names: whether texts are allowed.
+
+    Returns:
+        ([n] int64, number -> name where they were texts).
+
+    Raises:
+        InputError: on every rank: values of another kind, such as fractions.
+    """
+    array = _as_array(values)
+    kind = array.dtype.kind if array.size else ""
+    own = sorted(set(array.tolist())) if kind == "U" and names else []
+    everyone = collectives.gather_json([kind, own])
+    with raise_on_all_ranks(what):
+        if array.ndim != 1 or kind not in ("", *"iu", *("U" * names)):
+            raise InputError(
+                f"{what} have type {array.dtype} and shape {array.shape}; they must be integers"
+                f"{' or texts' * names}, one per image"
+            )
+        if len({of == "U" for of, _ in everyone if of}) > 1:
+            raise InputError(f"{what} are texts on some ranks and numbers on others; give all ranks the same kind")
+    known = sorted({name for _, of_rank in everyone for name in of_rank})
+    if known:
+        numbers = dict(zip(known, range(len(known)), strict=True))
+        array = np.array([numbers[name] for name in array.tolist()])
+    return torch.from_numpy(array.astype(np.int64)), dict(enumerate(known))
+
+
 def embed_all(
-    embed: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[Batch], device: torch.device
+    embed: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[EvalBatch], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
     """Embed this rank's batches, without gradient.
 
     Args:
-        embed: uint8 images [batch_size, C, s, s] on ``device`` -> unit rows [batch_size, D].
+        embed: uint8 images [rows, C, s, s] on ``device`` -> unit rows [rows, D].
         batches: this rank's share; may be empty.
         device: where ``embed`` runs.
 
@@ -86,7 +184,7 @@ def embed_all(
         (embeddings [n, D] float32, ids [n], labels [n], roles n), on the CPU; D is 0 where there is no batch.
 
     Raises:
-        RunError: ``embed`` returned another number of rows than it was given.
+        RunError: ``embed`` returned another number of rows than it was given, or rows that are not finite.
     """
     embeddings = []
     ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
@@ -105,49 +203,17 @@ def embed_all(
             ids.append(batch.ids.cpu())
             labels.append(batch.labels.cpu())
             roles.extend(batch.roles)
-    rows_nD = torch.cat([rows.cpu() for rows in embeddings] or [torch.empty(0, 0)])
-    return rows_nD, torch.cat(ids), torch.cat(labels), roles
+    rows_nD, ids_n = torch.cat([rows.cpu() for rows in embeddings] or [torch.empty(0, 0)]), torch.cat(ids)
+    if found := _not_finite(rows_nD, ids_n):
+        raise RunError(f"{found}; the network has diverged, so lower the learning rate or go back to a checkpoint")
+    return rows_nD, ids_n, torch.cat(labels), roles
 
 
-def evaluate(
-    embed: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterable[Batch],
-    *,
-    expected_count: int,
-    config: EvaluationConfig,
-    device: torch.device,
-    seed: int = 0,
-    train_classes: int | None = None,
-    expected_classes: Mapping[int, int] | None = None,
-    sample: bool = False,
-) -> EvaluationResult:
-    """Embed, search and measure. Collective; the same result on every rank.
-
-    Args:
-        embed: as in ``embed_all``; it must be in evaluation mode.
-        batches: this rank's share, disjoint from the other ranks' or not (an id counts once).
-        The others as in ``measure``.
-
-    Raises:
-        RunError, InputError: as in ``measure``, and what ``embed`` or ``batches`` raise; on every rank.
-    """
-    started = time.perf_counter()
-    with raise_on_all_ranks("embedding the evaluation images"):
-        rows_nD, ids_n, labels_n, roles = embed_all(embed, batches, device)
-    result = measure(
-        rows_nD,
-        ids_n,
-        labels_n,
-        roles,
-        expected_count=expected_count,
-        config=config,
-        device=device,
-        seed=seed,
-        train_classes=train_classes,
-        expected_classes=expected_classes,
-        sample=sample,
-    )
-    return replace(result, seconds=max(collectives.gather_json(time.perf_counter() - started)))
+def _not_finite(rows_nD: torch.Tensor, ids_n: torch.Tensor) -> str:
+    bad_n = ~rows_nD.isfinite().all(dim=1).cpu()
+    if not bad_n.any():
+        return ""
+    return f"{int(bad_n.sum())} of {len(bad_n)} embeddings are NaN or infinite, the first of id {int(ids_n[bad_n][0])}"
 
 
 def measure(
@@ -155,13 +221,12 @@ def measure(
     ids_n: torch.Tensor,
     labels_n: torch.Tensor,
     roles: Sequence[str],
+    settings: Settings,
     *,
-    expected_count: int | None,
-    config: EvaluationConfig,
-    device: torch.device,
-    seed: int = 0,
-    train_classes: int | None = None,
+    normalize: bool = False,
+    expected_count: int | None = None,
     expected_classes: Mapping[int, int] | None = None,
+    device: torch.device | None = None,
     sample: bool = False,
 ) -> EvaluationResult:
     """Search and measure embedded images. Collective; the same result on every rank.
@@ -170,162 +235,103 @@ def measure(
     named gallery is searched and reported alone.
 
     Args:
-        rows_nD: [n, D] float32 or float64 embeddings of this rank, on the CPU; n may be 0 and may differ.
-        ids_n: [n] int64; an image that arrives twice counts once.
-        labels_n: [n] int64.
+        rows_nD: [n, D] float32 or float64 embeddings of this rank; n may be 0 and may differ.
+        ids_n: [n] int64, on the CPU; an image that arrives twice counts once.
+        labels_n: [n] int64, on the CPU.
         roles: n roles.
+        settings: what to measure and how, the same on every rank.
+        normalize: bring the rows to unit length first, if the distance is the cosine.
         expected_count: images of all ranks, duplicates not counted; None: whatever there is.
-        config: what to measure, and which search backend.
-        device: where the search runs.
-        seed: of k-means.
-        train_classes: how many classes the network was trained on, for ``conventions: released``.
         expected_classes: label -> images of all ranks; None: whatever there is.
+        device: where the search runs; None: on the CPU.
         sample: whether to keep what figures are drawn from.
 
     Raises:
-        RunError: the images are not those expected, or an embedding is not finite; on every rank.
-        InputError: no query has a match, an unknown role, an id with two labels, or more neighbours asked for than the
-            gallery has; on every rank.
+        RunError: the images are not those expected, or the ranks' settings differ; on every rank.
+        InputError: rows that are not finite or otherwise do not fit, no query with a match, an unknown role, an id with
+            two labels, or more neighbours asked for than the gallery has; on every rank.
     """
     started = time.perf_counter()
-    rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles)
+    assert_equal_across_ranks("the settings of the evaluation", repr(settings))
+    with raise_on_all_ranks("the metrics to evaluate"):
+        metrics = settings.build()
+    rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles, settings.distance, normalize)
     index = build_eval_index(ids_n, labels_n, roles)
     check_counts(index, expected_count, expected_classes)
-    rows_nD, place_n = rows_nD[index.kept_n].to(device), index.place_n[index.kept_n]
-    found = {name: retrieve(name, rows_nD, place_n, index, config) for name in index.galleries or ("",)}
-    metrics = {
+    rows_nD, place_n = rows_nD[index.kept_n.to(rows_nD.device)].to(device or "cpu"), index.place_n[index.kept_n]
+    of_queries = [metric for metric in metrics if isinstance(metric, QueryMetric)]
+    found = {name: retrieve(name, rows_nD, place_n, index, of_queries, settings) for name in index.galleries or ("",)}
+    values = {
         f"{name}/{metric}" if name else metric: value
         for name, of in found.items()
         for metric, value in of.metrics.items()
     }
-    metrics |= _of_all_images(rows_nD, place_n, index, config, seed, train_classes)
+    images = EmbeddingSet(rows_nD, place_n, index.classes[1])
+    for metric in metrics:
+        values |= metric.values(images) if isinstance(metric, EmbeddingMetric) else {}
     return EvaluationResult(
-        metrics=metrics,
+        metrics=values,
         queries=sum(of.counts.queries for of in found.values()),
         gallery=sum(of.counts.gallery for of in found.values()),
         excluded=sum(of.counts.excluded for of in found.values()),
         duplicates=index.duplicates,
-        seconds=max(collectives.gather_json(time.perf_counter() - started)),
         galleries={name: of.counts for name, of in found.items()},
         per_class=tuple(one for of in found.values() for one in of.per_class),
         failures=tuple(one for of in found.values() for one in of.failures),
         successes=tuple(one for of in found.values() for one in of.successes),
-        sample=sample_embeddings(rows_nD, place_n, index, build_row_blocks(rows_nD, place_n), seed) if sample else None,
+        sample=sample_embeddings(rows_nD, place_n, index, images.blocks, settings.seed) if sample else None,
+        seconds=max(collectives.gather_json(time.perf_counter() - started)),
     )
 
 
-def _of_all_images(
-    rows_nD: torch.Tensor,
-    place_n: torch.Tensor,
-    index: EvalIndex,
-    config: EvaluationConfig,
-    seed: int,
-    train_classes: int | None,
-) -> dict[str, float]:
-    """The metrics that know no queries: of queries and galleries together. Collective."""
-    metrics: dict[str, float] = {}
-    released = config.conventions == "released"
-    classes_C, class_N = index.classes
-    blocks = build_row_blocks(rows_nD, place_n) if {"nmi", "f1", "rho_spectrum"} & set(config.metrics) else None
-    if {"nmi", "f1"} & set(config.metrics) and blocks is not None:
-        clusters = train_classes if released else classes_C.numel()
-        if clusters is None:
-            raise InputError(
-                "evaluation.conventions=released makes as many clusters as there are training classes, which these "
-                "images do not tell; take nmi and f1 out of evaluation.metrics, or set evaluation.conventions=correct"
-            )
-        cluster_N, _ = k_means(blocks, clusters, seed=seed)
-        measures = {"nmi": nmi, "f1": pairwise_f1}
-        metrics |= {name: of(class_N, cluster_N.cpu()) for name, of in measures.items() if name in config.metrics}
-    if "distances" in config.metrics:
-        metrics |= class_distances(rows_nD, place_n, class_N, cosine=released)
-    if "rho_spectrum" in config.metrics and blocks is not None:
-        metrics["rho_spectrum"] = rho_spectrum(blocks, leave_out=int(released))
-    return metrics
-
-
-def evaluate_split(
-    network: nn.Module,
-    manifest: Manifest,
-    split: str,
-    config: Config,
-    runtime: Runtime,
-    classes: list[int] | None = None,
-    between: Callable[[Iterator[EvalBatch]], Iterator[EvalBatch]] = iter,
-    sample: bool = False,
-) -> EvaluationResult:
-    """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank.
-
-    Args:
-        between: the batches come through it; what it raises between two of them on any rank ends all ranks' evaluation.
-        sample: whether to keep what figures are drawn from.
-    """
-    wanted = None if classes is None else set(classes)
-    expected = Counter(c for shard in manifest.splits[split] for c in shard.classes if wanted is None or c in wanted)
-    training = network.training
-    network.eval()
-
-    def batches() -> Iterator[EvalBatch]:
-        # Opened only where the evaluator reads it, since there a failure on one rank reaches all.
-        yield from evaluation_batches(manifest, split, config, runtime.rank, runtime.world_size, classes)
-
-    try:
-        with torch.inference_mode():
-            return evaluate(
-                network.forward,  # and not a call, which model.compile may have replaced
-                between(batches()),
-                expected_count=expected.total(),
-                expected_classes=expected,
-                config=config.evaluation,
-                device=runtime.device,
-                seed=config.seed,
-                train_classes=_train_classes(manifest, config),
-                sample=sample,
-            )
-    finally:
-        network.train(training)
-
-
-def _train_classes(manifest: Manifest, config: Config) -> int | None:
-    """How many classes were trained on, where a metric asks for it and the shards tell."""
-    if config.evaluation.conventions != "released" or "train" not in manifest.splits:
-        return None
-    return len(classes_from(config, manifest)[0])
-
-
 def _checked_rows(
-    rows_nD: torch.Tensor, ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str]
+    rows_nD: torch.Tensor,
+    ids_n: torch.Tensor,
+    labels_n: torch.Tensor,
+    roles: Sequence[str],
+    distance: str,
+    normalize: bool,
 ) -> torch.Tensor:
     """The rows, with the dimension and type of the other ranks' where this rank has none. Collective.
 
     Raises:
-        InputError: on every rank: columns of different lengths, or rows of different dimensions or types.
-        RunError: on every rank: a row is NaN or infinite.
+        InputError: on every rank: columns of different lengths, rows of different dimensions or types, or rows that
+            are not finite or cannot be searched.
     """
     with raise_on_all_ranks("the embeddings to evaluate"):
         if rows_nD.ndim != 2 or not rows_nD.is_floating_point():
             raise InputError(
                 f"the embeddings have shape {tuple(rows_nD.shape)} and type {rows_nD.dtype}; they must be "
-                f"a matrix of float32 or float64"
+                f"a matrix of floating-point numbers, a row per image"
             )
         sizes = rows_nD.shape[0], ids_n.numel(), labels_n.numel(), len(roles)
         if len(set(sizes)) > 1:
             raise InputError(
                 "there are {} embeddings, {} ids, {} labels and {} roles; they must be equally many".format(*sizes)
             )
-        bad_n = ~rows_nD.isfinite().all(dim=1)
-        if bad_n.any():
-            raise RunError(
-                f"{int(bad_n.sum())} of {bad_n.numel()} embeddings are NaN or infinite, the first of image id "
-                f"{int(ids_n[bad_n][0])}; the network has diverged, so lower the learning rate or go back to a "
-                f"checkpoint"
-            )
-    own = [rows_nD.shape[1], str(rows_nD.dtype)] if ids_n.numel() else None
-    kinds = sorted({(dim, kind) for dim, kind in filter(None, collectives.gather_json(own))})
+        if found := _not_finite(rows_nD, ids_n):
+            raise InputError(f"{found}; leave such images out or embed them again")
+        if distance == "cosine" and normalize:
+            zero_n = ~rows_nD.any(dim=1).cpu()
+            if zero_n.any():
+                raise InputError(
+                    f"{int(zero_n.sum())} embeddings have length 0, the first of id {int(ids_n[zero_n][0])}, and so no "
+                    f"cosine; leave such images out or take the Euclidean distance"
+                )
+            rows_nD = unit_rows(rows_nD)
+        if distance == "euclidean" and rows_nD.any():
+            largest = float(rows_nD.abs().max())
+            if not SMALLEST < largest < LARGEST:
+                raise InputError(
+                    f"embeddings have entries up to {largest:.3g}, whose squares float32 does not hold; scale them to "
+                    f"about 1, or take the cosine distance"
+                )
+    own = [rows_nD.shape[1], str(rows_nD.dtype), rows_nD.device.type] if len(ids_n) else None
+    kinds = sorted({tuple(kind) for kind in collectives.gather_json(own) if kind})
     with raise_on_all_ranks("the embeddings to evaluate"):
         if len(kinds) > 1:
             raise InputError(f"the ranks' embeddings are of different kinds: {kinds}; embed all images alike")
     if kinds and own is None:
-        dim, kind = kinds[0]
-        return torch.empty(0, dim, dtype=getattr(torch, kind.removeprefix("torch.")))
+        dim, dtype, device = kinds[0]
+        return torch.empty(0, dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
     return rows_nD

@@ -1,4 +1,4 @@
-"""Exact distributed k-nearest-neighbour search. The only module that knows faiss.
+"""Exact distributed k-nearest-neighbour search.
 
 Every rank keeps its part of the gallery. A block of query rows travels round the ranks and comes home with the
 candidates of the whole gallery, k + 1 and a few more. faiss and torch round float32 scores differently, and so do
@@ -13,22 +13,16 @@ Shapes: q queries of this rank, m queries of a block, n gallery rows of this ran
 k neighbours, p pairs, D embedding dimension.
 """
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import raise_on_all_ranks
-from dist_obdsd.errors import InputError, RunError
-
-Distance = Literal["cosine", "euclidean"]
-Backend = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""(queries [m, D], c) -> (float32 scores [m, c], descending; row numbers [m, c])."""
+from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation.knn_backends import TILE, build_backend
 
 ROUNDING = 2e-6
 """Scores of unit rows closer than this may be in another order than their float64 scores."""
@@ -36,14 +30,9 @@ MARGIN = 8
 """Candidates beyond the k + 1 that are needed, so that close scores rarely cost a second search."""
 MORE = 8
 """Times as many candidates for the queries that have to ask again."""
-MANY = 256
-"""Neighbours from which on matrix products are quicker than faiss on a CPU."""
-TILE = 16384
-"""Gallery rows scored at a time by torch."""
 PAIRS = 1 << 16
 """Pairs scored at a time in float64."""
-LARGEST = 1e15
-"""Entry of an embedding whose products float32 holds."""
+SMALLEST = torch.finfo(torch.float64).tiny
 NOBODY = torch.iinfo(torch.int64).max
 """Id of an empty place in a list; its score is -inf, so it comes behind everything."""
 
@@ -59,130 +48,106 @@ class Neighbours:
     """int64."""
 
 
-def nearest(
-    query_qD: torch.Tensor,
-    query_ids_q: torch.Tensor,
-    gallery_nD: torch.Tensor,
-    gallery_ids_n: torch.Tensor,
-    k: int,
-    *,
-    distance: Distance = "cosine",
-    backend: str = "auto",
-    block: int = 2048,
-    exact: int = 1,
-) -> Neighbours:
-    """Find the k nearest gallery images of all ranks for this rank's queries. Collective.
+class Gallery:
+    """This rank's part of the gallery, and the search in all ranks' parts."""
 
-    The gallery image that has the query's own id is left out. Ties go to the smaller id. The lists are the same for any
-    number of ranks and threads, any distribution and order of the images, and both backends.
+    def __init__(
+        self, rows_nD: torch.Tensor, ids_n: torch.Tensor, k: int, *, distance: str = "cosine", backend: str = "auto"
+    ) -> None:
+        """Make the rows ready to be searched.
 
-    Args:
-        query_qD: [q, D] float32 or float64 rows of this rank; q may be 0 and may differ between the ranks.
-        query_ids_q: [q] int64.
-        gallery_nD: [n, D] rows of this rank, of the same type; n may be 0 and may differ.
-        gallery_ids_n: [n] int64, unique over all ranks.
-        k: neighbours per query, the same on every rank.
-        distance: cosine ranks by the inner product, which is the cosine of unit rows; euclidean by the distance.
-        backend: ``faiss``, ``torch`` or ``auto``, the quicker one of those that work here.
-        block: queries that travel together.
-        exact: neighbours whose scores are float64 ones.
+        Args:
+            rows_nD: [n, D] float32 or float64 finite rows; n may be 0 and may differ between the ranks.
+            ids_n: [n] int64, unique over all ranks.
+            k: the most neighbours that will be asked for; the backend ``auto`` goes by it.
+            distance: cosine ranks by the inner product, which is the cosine of unit rows; euclidean by the distance.
+            backend: ``faiss``, ``torch`` or ``auto``, the quicker one of those that work here.
 
-    Raises:
-        InputError: on every rank: faiss is asked for and missing, or the gallery has fewer than k images to offer.
-        RunError: on every rank: an embedding is NaN or infinite, or the ranks differ in k, D, type or block.
-    """
-    found = list(search(query_qD, query_ids_q, gallery_nD, gallery_ids_n, k, distance, backend, block, exact))
-    empty = query_qD.new_empty(0, k, dtype=torch.float64), query_ids_q.new_empty(0, k)
-    scores_qk, ids_qk = (torch.cat(parts) for parts in zip(*found, empty, strict=True))
-    return Neighbours(scores_qk, ids_qk)
-
-
-def search(
-    query_qD: torch.Tensor,
-    query_ids_q: torch.Tensor,
-    gallery_nD: torch.Tensor,
-    gallery_ids_n: torch.Tensor,
-    k: int,
-    distance: Distance = "cosine",
-    backend: str = "auto",
-    block: int = 2048,
-    exact: int = 1,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (scores [m, k], ids [m, k]) of this rank's queries block by block, as ``nearest`` does all at once.
-
-    Collective at every step: the ranks yield equally often, and a block may be empty.
-    """
-    facts = (k, query_qD.shape[1], gallery_nD.shape[1], str(query_qD.dtype), str(gallery_nD.dtype), block, distance)
-    assert_equal_across_ranks("the search (k, dimensions, types, block, distance)", str(facts))
-    with raise_on_all_ranks("the nearest-neighbour search"):
-        _check(query_qD, query_ids_q, gallery_nD, gallery_ids_n, k, distance)
-        gallery = _Gallery(gallery_nD.detach(), gallery_ids_n, distance, backend, k)
-    told = collectives.gather_json([len(gallery_ids_n), gallery.largest_norm, len(query_ids_q)])
-    N, largest, most = sum(n for n, _, _ in told), max(norm for _, norm, _ in told), max(q for _, _, q in told)
-    own = k >= N and bool(torch.isin(query_ids_q, collectives.gather_ragged(gallery_ids_n)).any())
-    with raise_on_all_ranks("the nearest-neighbour search"):
-        if k > N - own:
-            raise InputError(
-                f"k={k} neighbours are asked for but the gallery offers {N - own} ({N} images"
-                f"{', less the query itself' if own else ''}); lower k or enlarge the gallery"
-            )
-    for start in range(0, most, block):
-        mine = slice(start, start + block)
-        rows_mD, height = query_qD[mine].detach(), min(block, most - start)
-        yield _search_block(rows_mD, query_ids_q[mine], gallery, k, N, largest, height, exact)
-
-
-def _search_block(
-    rows_mD: torch.Tensor,
-    ids_m: torch.Tensor,
-    gallery: "_Gallery",
-    k: int,
-    N: int,
-    largest: float,
-    height: int,
-    exact: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the neighbours of one block of queries of every rank. Collective.
-
-    Args:
-        largest: the longest gallery row of all ranks.
-        height: rows of the largest block of a rank.
-    """
-    norm_m = rows_mD.double().norm(dim=1)
-    scale_m = norm_m * largest if gallery.distance == "cosine" else (norm_m + largest) ** 2
-    close_m1 = (ROUNDING * scale_m)[:, None]
-    m = len(ids_m)
-    found_mk = rows_mD.new_full((m, k), -torch.inf, dtype=torch.float64), ids_m.new_full((m, k), NOBODY)
-    asking_u, c = torch.arange(m, device=ids_m.device), k + 1 + MARGIN
-    while True:
-        c = min(c, N)
-        scores_uc, ids_uc = gallery.candidates(rows_mD[asking_u], height, c)
-        last_u, close_u1 = scores_uc[:, -1], close_m1[asking_u]
-        scores_uc, ids_uc = _without_self(scores_uc, ids_uc, ids_m[asking_u])
-        sure_u = (scores_uc[:, k - 1] - last_u > close_u1[:, 0]) | (c == N)
-        scores_uc, ids_uc = gallery.rescore(rows_mD[asking_u], scores_uc, ids_uc, close_u1, height, exact)
-        for found, new in zip(found_mk, (scores_uc, ids_uc), strict=True):
-            found[asking_u] = new[:, :k]
-        asking_u = asking_u[~sure_u]
-        height = max(collectives.gather_json(len(asking_u)))
-        if not height:
-            return found_mk
-        gallery, c = gallery.without_surplus_copies(k), MORE * c
-        N = sum(collectives.gather_json(len(gallery.ids_n)))
-
-
-class _Gallery:
-    """This rank's part of the gallery. Its methods but ``without_surplus_copies`` are collective."""
-
-    def __init__(self, rows_nD: torch.Tensor, ids_n: torch.Tensor, distance: Distance, backend: str, k: int) -> None:
-        self.rows_nD, self.ids_n, self.distance, self.name = rows_nD.contiguous(), ids_n, distance, backend
-        norms = [float(part.double().norm(dim=1).max()) for part in rows_nD.split(TILE) if len(part)]
+        Raises:
+            InputError: faiss is asked for and missing.
+        """
+        self.rows_nD, self.ids_n, self.k = rows_nD.detach().contiguous(), ids_n, k
+        self.distance, self.backend = distance, backend
+        norms = [float(part.double().norm(dim=1).max()) for part in self.rows_nD.split(TILE) if len(part)]
         self.largest_norm = max(norms, default=0.0)
         self.sorted_n, self.order_n = ids_n.sort()
-        self.backend = build_backend(_as_products(self.rows_nD, distance, query=False), backend, k)
-        self._distinct: _Gallery | None = None
+        self.find = build_backend(_as_products(self.rows_nD, distance, query=False), backend, k)
+        self._distinct: Gallery | None = None
 
-    def without_surplus_copies(self, k: int) -> "_Gallery":
+    def nearest(self, query_qD: torch.Tensor, query_ids_q: torch.Tensor, k: int, *, exact: int = 1) -> Neighbours:
+        """Find the k nearest gallery images of all ranks for this rank's queries, as ``search`` does. Collective."""
+        found = list(self.search(query_qD, query_ids_q, k, exact=exact))
+        empty = query_qD.new_empty(0, k, dtype=torch.float64), query_ids_q.new_empty(0, k)
+        scores_qk, ids_qk = (torch.cat(parts) for parts in zip(*found, empty, strict=True))
+        return Neighbours(scores_qk, ids_qk)
+
+    def search(
+        self, query_qD: torch.Tensor, query_ids_q: torch.Tensor, k: int, *, block: int = 2048, exact: int = 1
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (scores [m, k], ids [m, k]) of this rank's queries, block by block. Collective at every step.
+
+        The gallery image that has the query's own id is left out. Ties go to the smaller id. The lists are the same for
+        any number of ranks and threads, any distribution and order of the images, and both backends. All ranks yield
+        equally often, and a block may be empty.
+
+        Args:
+            query_qD: [q, D] rows of this rank, of the gallery's type; q may be 0 and may differ between the ranks.
+            query_ids_q: [q] int64.
+            k: neighbours per query.
+            block: queries that travel together.
+            exact: neighbours whose scores are float64 ones.
+
+        Raises:
+            InputError: on every rank: the gallery has fewer than k images to offer.
+            RunError: on every rank: the ranks differ in k, D, type or block.
+        """
+        facts = (k, query_qD.shape[1], self.rows_nD.shape[1], query_qD.dtype, self.rows_nD.dtype, block, self.distance)
+        assert_equal_across_ranks("the search (k, dimensions, types, block, distance)", str(facts))
+        told = collectives.gather_json([len(self.ids_n), self.largest_norm, len(query_ids_q)])
+        N, largest, most = sum(n for n, _, _ in told), max(norm for _, norm, _ in told), max(q for _, _, q in told)
+        own = k >= N and bool(torch.isin(query_ids_q, collectives.gather_ragged(self.ids_n)).any())
+        with raise_on_all_ranks("the nearest-neighbour search"):
+            if k > N - own:
+                raise InputError(
+                    f"k={k} neighbours are asked for but the gallery offers {N - own} ({N} images"
+                    f"{', less the query itself' if own else ''}); lower k or enlarge the gallery"
+                )
+        for start in range(0, most, block):
+            mine, height = slice(start, start + block), min(block, most - start)
+            yield self._search_block(query_qD[mine].detach(), query_ids_q[mine], k, N, largest, height, exact)
+
+    def _search_block(
+        self, rows_mD: torch.Tensor, ids_m: torch.Tensor, k: int, N: int, largest: float, height: int, exact: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the neighbours of one block of queries of every rank. Collective.
+
+        Args:
+            largest: the longest gallery row of all ranks.
+            height: rows of the largest block of a rank.
+        """
+        norm_m = rows_mD.double().norm(dim=1)
+        scale_m = norm_m * largest if self.distance == "cosine" else (norm_m + largest) ** 2
+        close_m1 = (ROUNDING * scale_m)[:, None]
+        m = len(ids_m)
+        found_mk = rows_mD.new_full((m, k), -torch.inf, dtype=torch.float64), ids_m.new_full((m, k), NOBODY)
+        gallery, asking_u, c = self, torch.arange(m, device=ids_m.device), k + 1 + MARGIN
+        while True:
+            c = min(c, N)
+            scores_uc, ids_uc = gallery.candidates(rows_mD[asking_u], height, c)
+            last_u, close_u1 = scores_uc[:, -1], close_m1[asking_u]
+            scores_uc, ids_uc = _without_self(scores_uc, ids_uc, ids_m[asking_u])
+            sure_u = (scores_uc[:, k - 1] - last_u > close_u1[:, 0]) | (c == N)
+            scores_uc, ids_uc = gallery.rescore(rows_mD[asking_u], scores_uc, ids_uc, close_u1, height, exact)
+            for found, new in zip(found_mk, (scores_uc, ids_uc), strict=True):
+                found[asking_u] = new[:, :k]
+            asking_u = asking_u[~sure_u]
+            height = max(collectives.gather_json(len(asking_u)))
+            if not height:
+                return found_mk
+            gallery, c = gallery.without_surplus_copies(), MORE * c
+            N = sum(collectives.gather_json(len(gallery.ids_n)))
+
+    def without_surplus_copies(self) -> "Gallery":
         """Keep at most the k + 1 smallest ids of each distinct row."""
         if self._distinct is None:
             _, copy_of_n = self.rows_nD.unique(dim=0, return_inverse=True)
@@ -190,13 +155,13 @@ class _Gallery:
             order_n = order_n[copy_of_n[order_n].argsort(stable=True)]
             group_n = copy_of_n[order_n]
             place_n = torch.arange(len(group_n), device=group_n.device) - torch.searchsorted(group_n, group_n)
-            kept = order_n[place_n <= k]
-            self._distinct = _Gallery(self.rows_nD[kept], self.ids_n[kept], self.distance, self.name, k)
+            kept, how = order_n[place_n <= self.k], {"distance": self.distance, "backend": self.backend}
+            self._distinct = Gallery(self.rows_nD[kept], self.ids_n[kept], self.k, **how)
             self._distinct._distinct = self._distinct
         return self._distinct
 
     def candidates(self, rows_mD: torch.Tensor, height: int, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find c candidates of all ranks: (scores [m, c] float64, descending; ids [m, c])."""
+        """Find c candidates of all ranks: (scores [m, c] float64, descending; ids [m, c]). Collective."""
         best = (
             torch.full((height, c), -torch.inf, dtype=torch.float64, device=rows_mD.device),
             torch.full((height, c), NOBODY, device=rows_mD.device),
@@ -205,7 +170,7 @@ class _Gallery:
         def visit(hop: int, rows_mD: torch.Tensor, scores_mc: torch.Tensor, ids_mc: torch.Tensor) -> None:
             if not len(self.ids_n) or not len(rows_mD):
                 return
-            scores, places = self.backend(_as_products(rows_mD, self.distance, query=True), min(c, len(self.ids_n)))
+            scores, places = self.find(_as_products(rows_mD, self.distance, query=True), min(c, len(self.ids_n)))
             scores, ids = scores.double(), self.ids_n[places]
             if self.distance == "euclidean":
                 scores -= rows_mD.double().square().sum(dim=1, keepdim=True)
@@ -227,7 +192,7 @@ class _Gallery:
         height: int,
         exact: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score close candidates, and the first ``exact``, in float64, and order the lists."""
+        """Score close candidates, and the first ``exact``, in float64, and order the lists. Collective."""
         near_mc = scores_mc[:, :-1] - scores_mc[:, 1:] <= close_m1
         near_mc &= scores_mc[:, 1:] > -torch.inf
         wanted_mc = torch.zeros_like(ids_mc, dtype=torch.bool)
@@ -259,7 +224,7 @@ class _Gallery:
 
 
 def pair_scores(
-    x_mD: torch.Tensor, y_nD: torch.Tensor, row_p: torch.Tensor, column_p: torch.Tensor, distance: Distance
+    x_mD: torch.Tensor, y_nD: torch.Tensor, row_p: torch.Tensor, column_p: torch.Tensor, distance: str
 ) -> torch.Tensor:
     """Score pairs (x[row], y[column]) in float64, added up in an order that D alone decides: [p]."""
     parts = []
@@ -280,10 +245,12 @@ def fixed_sum(x_pD: torch.Tensor) -> torch.Tensor:
 
 def unit_rows(rows_nD: torch.Tensor) -> torch.Tensor:
     """Scale rows to length 1, [n, D] of the same type; a zero row stays zero, and no length overflows."""
-    unit_nD = rows_nD.double()
-    unit_nD = unit_nD / unit_nD.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    norm_n = fixed_sum(unit_nD.square()).sqrt()
-    return (unit_nD / norm_n.masked_fill(norm_n == 0, 1)[:, None]).to(rows_nD.dtype)
+    unit_nD = torch.empty_like(rows_nD)
+    for rows_mD, unit_mD in zip(rows_nD.split(TILE), unit_nD.split(TILE), strict=True):
+        scaled_mD = rows_mD.double() / rows_mD.double().abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST)
+        norm_m = fixed_sum(scaled_mD.square()).sqrt()
+        unit_mD.copy_(scaled_mD / norm_m.masked_fill(norm_m == 0, 1)[:, None])
+    return unit_nD
 
 
 def _without_self(
@@ -300,7 +267,7 @@ def _without_self(
     return scores_mc.gather(1, kept_mc), ids_mc.gather(1, kept_mc)
 
 
-def _as_products(rows_nD: torch.Tensor, distance: Distance, *, query: bool) -> torch.Tensor:
+def _as_products(rows_nD: torch.Tensor, distance: str, *, query: bool) -> torch.Tensor:
     """Float32 rows whose inner products rank as ``distance`` does.
 
     Euclidean: [x, 1] . [2 y, -|y|^2] = |x|^2 - |x - y|^2, and |x|^2 is the same for all that a query is compared with.
@@ -310,110 +277,3 @@ def _as_products(rows_nD: torch.Tensor, distance: Distance, *, query: bool) -> t
     if query:
         return torch.cat([rows_nD, torch.ones_like(rows_nD[:, :1])], dim=1).float()
     return torch.cat([2 * rows_nD, -rows_nD.double().square().sum(dim=1, keepdim=True)], dim=1).float()
-
-
-def _check(
-    query_qD: torch.Tensor,
-    query_ids_q: torch.Tensor,
-    gallery_nD: torch.Tensor,
-    gallery_ids_n: torch.Tensor,
-    k: int,
-    distance: str,
-) -> None:
-    for what, rows_nD, ids_n in (("query", query_qD, query_ids_q), ("gallery", gallery_nD, gallery_ids_n)):
-        bad_n = ~rows_nD.isfinite().all(dim=1)
-        if bad_n.any():
-            raise RunError(
-                f"{int(bad_n.sum())} of {bad_n.numel()} {what} embeddings are NaN or infinite, the first of image id "
-                f"{int(ids_n[bad_n][0])}; the network has diverged, so lower the learning rate or go back to a "
-                f"checkpoint"
-            )
-        if rows_nD.numel() and rows_nD.abs().max() > LARGEST:
-            raise InputError(
-                f"{what} embeddings have entries up to {float(rows_nD.abs().max()):.3g} but at most {LARGEST:.0e} are "
-                f"searched; normalise them first"
-            )
-    if query_qD.dtype != gallery_nD.dtype or query_qD.shape[1] != gallery_nD.shape[1]:
-        raise InputError(
-            f"queries are {query_qD.dtype} of dimension {query_qD.shape[1]} but the gallery is {gallery_nD.dtype} of "
-            f"dimension {gallery_nD.shape[1]}; embed both with the same network"
-        )
-    if k < 1:
-        raise InputError(f"k={k} neighbours are asked for; ask for at least 1")
-    if distance not in ("cosine", "euclidean"):
-        raise InputError(f"the distance is {distance!r}; it must be cosine or euclidean")
-
-
-# ---- backends ----
-
-
-def build_backend(rows_nD: torch.Tensor, name: str, k: int) -> Backend:
-    """Build what searches this rank's rows by inner products.
-
-    ``auto`` is faiss on a CPU where it is installed, but for many neighbours, and torch on a GPU.
-
-    Raises:
-        InputError: an unknown name, or faiss is asked for and missing.
-    """
-    if name not in ("auto", "faiss", "torch"):
-        raise InputError(f"the search backend is {name!r}; it must be auto, faiss or torch")
-    if name == "torch" or (name == "auto" and (k >= MANY or rows_nD.is_cuda)):
-        return _torch_backend(rows_nD)
-    try:
-        faiss = importlib.import_module("faiss")
-    except (ImportError, OSError) as error:  # OSError: a shared library that faiss needs is missing
-        if name == "faiss":
-            raise InputError(
-                f"evaluation.backend=faiss but faiss cannot be imported ({error}); install faiss-gpu, or set "
-                f"evaluation.backend=torch, which gives the same result"
-            ) from error
-        return _torch_backend(rows_nD)
-    return _faiss_backend(rows_nD, faiss)
-
-
-def _torch_backend(rows_nD: torch.Tensor) -> Backend:
-    """Search by matrix products, tile by tile."""
-
-    def find(query_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_mc, places_mc = query_mD.new_empty(len(query_mD), 0), torch.empty(len(query_mD), 0, dtype=torch.int64)
-        places_mc = places_mc.to(rows_nD.device)
-        for start in range(0, len(rows_nD), TILE):
-            scores = query_mD @ rows_nD[start : start + TILE].T
-            scores, places = scores.topk(min(c, scores.shape[1]), dim=1)
-            scores_mc, places_mc = torch.cat([scores_mc, scores], 1), torch.cat([places_mc, places + start], 1)
-            if start:
-                scores_mc, order = scores_mc.topk(min(c, scores_mc.shape[1]), dim=1)
-                places_mc = places_mc.gather(1, order)
-        return scores_mc, places_mc
-
-    return find
-
-
-def _faiss_backend(rows_nD: torch.Tensor, faiss: Any) -> Backend:
-    """Search a flat faiss index, on the rank's own GPU or on the CPU with torch's number of threads."""
-    device = rows_nD.device
-    if rows_nD.is_cuda:
-        options = faiss.GpuIndexFlatConfig()
-        options.device = device.index or 0
-        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), rows_nD.shape[1], options)
-    else:
-        index = faiss.IndexFlatIP(rows_nD.shape[1])
-    index.add(rows_nD.cpu().numpy())
-
-    def find(query_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        with _threads_of_torch(faiss):
-            scores, places = index.search(query_mD.cpu().numpy(), c)
-        return torch.from_numpy(scores).to(device), torch.from_numpy(places).to(device)
-
-    return find
-
-
-@contextmanager
-def _threads_of_torch(faiss: Any) -> Iterator[None]:
-    """Let faiss use as many threads as torch, and put its number back."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)

@@ -10,19 +10,19 @@ k neighbours, C classes, D embedding dimension.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
 from torch import nn
 
-from dist_obdsd.config.sections import EvaluationConfig
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.eval_index import EvalIndex
-from dist_obdsd.evaluation.knn import nearest, search
-from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
+from dist_obdsd.evaluation.knn import Gallery
+from dist_obdsd.evaluation.metric_parts import QueryMetric, Settings
 from dist_obdsd.rng import rng
 
 SHOWN = 16
@@ -82,7 +82,12 @@ class Retrieval:
 
 
 def retrieve(
-    gallery: str, rows_nD: torch.Tensor, place_n: torch.Tensor, index: EvalIndex, config: EvaluationConfig
+    gallery: str,
+    rows_nD: torch.Tensor,
+    place_n: torch.Tensor,
+    index: EvalIndex,
+    metrics: Sequence[QueryMetric],
+    settings: Settings,
 ) -> Retrieval:
     """Ask one gallery all queries. Collective; the same result on every rank.
 
@@ -92,7 +97,6 @@ def retrieve(
         place_n: their places in the index.
 
     Raises:
-        RunError: an embedding is not finite.
         InputError: no query has a match, or Recall@k asks for more neighbours than there are.
     """
     classes_C, class_N = index.classes
@@ -107,39 +111,43 @@ def retrieve(
                 f"none of the {asked} queries has another image of its class among the {offered} gallery images"
                 f"{gallery and f' of {gallery}'}; evaluation needs classes with at least two images"
             )
-    if config.conventions == "correct":
-        counted_N, size_N = matched_N, count_N
-    else:  # queries without a match count, too
+    if settings.released:  # queries without a match count, too
         counted_N = index.asks_N
+    else:
+        counted_N, size_N = matched_N, count_N
 
-    needed = {"recall": max(config.recall_at), "map@1000": 1000, "map@c": int(size_N[counted_N].max())}
-    needed["map@r"] = needed["r_precision"] = int(count_N[counted_N].max())
-    width = max((needed[name] for name in config.metrics if name in needed), default=1)
-    # Recall@k is refused where the gallery is smaller; an average precision has seen all there is.
-    others = offered - bool((counted_N & offered_N).any())
-    k = min(width, max(others, needed["recall"] if "recall" in config.metrics else 1))
+    largest = int(count_N[counted_N].max()), int(size_N[counted_N].max())
+    width = max((metric.neighbours(*largest) for metric in metrics), default=1)
+    must = max((metric.neighbours(*largest) for metric in metrics if metric.refuses_less), default=1)
+    k = min(width, max(must, offered - bool((counted_N & offered_N).any())))
     asking_n, offering_n = counted_N[place_n], offered_N[place_n]
     place_q, query_qD = place_n[asking_n], rows_nD[asking_n]
-    gallery_images = rows_nD[offering_n], place_n[offering_n].to(rows_nD.device)
-    # A place stands for an id, and leads to the class at once.
+    with raise_on_all_ranks("the search backend"):
+        # A place stands for an id, and leads to the class at once.
+        searched = Gallery(
+            rows_nD[offering_n], place_n[offering_n].to(rows_nD.device), k,
+            distance=settings.distance, backend=settings.backend,
+        )  # fmt: skip
     relevant, first_scores = [torch.empty(0, k, dtype=torch.bool)], [torch.empty(0, dtype=torch.float64)]
     compact_N, done = class_N.int(), 0
-    for scores_mk, found_mk in search(
-        query_qD, place_q.to(rows_nD.device), *gallery_images, k, config.distance, config.backend
-    ):
+    for scores_mk, found_mk in searched.search(query_qD, place_q.to(rows_nD.device), k):
         own_m = place_q[done : done + len(found_mk)]
         relevant.append(compact_N[found_mk.cpu()] == compact_N[own_m][:, None])
         first_scores.append(scores_mk[:, 0].cpu())
         done += len(found_mk)
     relevant_qk, first_score_q = torch.cat(relevant), torch.cat(first_scores)
-    values = _values(_widened(relevant_qk, count_N[place_q], width), count_N[place_q], size_N[place_q], config)
+    values: dict[str, torch.Tensor] = {}
+    widened_qk = _widened(relevant_qk, count_N[place_q], width)
+    for metric in metrics:
+        # A query that has nothing to find and yet counts finds nothing in what is taken for a class of one.
+        values |= metric.values(widened_qk, count_N[place_q].clamp(min=1), size_N[place_q].clamp(min=1))
     worst, best = _worst(relevant_qk, first_score_q, place_q), _best(relevant_qk, place_q, index)
     shown_q = torch.isin(place_q, torch.tensor([*worst, *best], dtype=torch.int64))
-    neighbours = nearest(
-        query_qD[shown_q], place_q[shown_q].to(rows_nD.device), *gallery_images, min(k, SHOWN_NEIGHBOURS),
-        distance=config.distance, backend=config.backend, exact=SHOWN_NEIGHBOURS,
-    )  # fmt: skip
-    ranked = _ranked_queries(gallery, place_q[shown_q], neighbours.ids_qk.cpu(), neighbours.scores_qk.cpu(), index)
+    place_s = place_q[shown_q]
+    near = searched.nearest(
+        query_qD[shown_q], place_s.to(rows_nD.device), min(k, SHOWN_NEIGHBOURS), exact=SHOWN_NEIGHBOURS
+    )
+    ranked = _ranked_queries(gallery, place_s, near.ids_qk.cpu(), near.scores_qk.cpu(), index)
     return Retrieval(
         metrics=global_means(values, place_q) if values else {},
         counts=Counts(queries=int(counted_N.sum()), gallery=offered, excluded=asked - int(counted_N.sum())),
@@ -150,7 +158,7 @@ def retrieve(
 
 
 def _widened(relevant_qk: torch.Tensor, count_q: torch.Tensor, width: int) -> torch.Tensor:
-    """Places beyond the end of the gallery, where there is nothing to find.
+    """Add places beyond the end of the gallery, where there is nothing to find.
 
     Where some queries are gallery images and some are not, the search ended one image early for the latter; that one is
     of the query's class exactly if the class is not complete yet.
@@ -161,27 +169,6 @@ def _widened(relevant_qk: torch.Tensor, count_q: torch.Tensor, width: int) -> to
     relevant_qk, found_q = nn.functional.pad(relevant_qk, (0, width - k)), relevant_qk.sum(dim=1)
     relevant_qk[:, k] = found_q < count_q
     return relevant_qk
-
-
-def _values(
-    relevant_qk: torch.Tensor, count_q: torch.Tensor, size_q: torch.Tensor, config: EvaluationConfig
-) -> dict[str, torch.Tensor]:
-    """The per-query values of the metrics that are means over queries."""
-    values: dict[str, torch.Tensor] = {}
-    # A query that has nothing to find and yet counts finds nothing in what is taken for a class of one.
-    count_q, size_q = count_q.clamp(min=1), size_q.clamp(min=1)
-    if "recall" in config.metrics:
-        values |= {f"recall@{k}": value_q for k, value_q in recall_at_k(relevant_qk, config.recall_at).items()}
-    if "map@r" in config.metrics:
-        values["map@r"] = map_at_r(relevant_qk, count_q)
-    if "r_precision" in config.metrics:
-        values["r_precision"] = r_precision(relevant_qk, count_q)
-    if "map@1000" in config.metrics:
-        divisor_q = size_q if config.conventions == "released" else None
-        values["map@1000"] = map_at_k(relevant_qk, count_q, 1000, divisor_q)
-    if "map@c" in config.metrics:
-        values["map@c"] = map_at_class_size(relevant_qk, size_q)
-    return values
 
 
 def global_means(values: dict[str, torch.Tensor], place_q: torch.Tensor) -> dict[str, float]:

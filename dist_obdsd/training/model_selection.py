@@ -10,8 +10,8 @@ from dist_obdsd.config import Config
 from dist_obdsd.config.sections import SELECTION_METRIC
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.distributed.launch import Runtime
-from dist_obdsd.evaluation.evaluator import EvaluationResult, evaluate_split
-from dist_obdsd.evaluation.splits import validation_subset
+from dist_obdsd.evaluation.evaluator import EvaluationResult
+from dist_obdsd.training.evaluation import evaluate_split, validation_subset
 from dist_obdsd.training.preemption import PreemptionHandler
 
 NOTES = {"best_test": "as in the papers: the epoch was chosen on the test set"}

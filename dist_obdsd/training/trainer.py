@@ -18,7 +18,6 @@ from dist_obdsd.distributed.failures import assert_same_config, raise_on_all_ran
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, StoppedError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
-from dist_obdsd.evaluation.splits import check_evaluable, validation_subset
 from dist_obdsd.figures.run_figures import Album
 from dist_obdsd.losses.build import build_objective, describe_objective
 from dist_obdsd.models.embedder import build_embedder, log_batch_norm
@@ -26,6 +25,7 @@ from dist_obdsd.models.precision import check_precision, compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher, check_identical
 from dist_obdsd.tracking.provenance import flatten
 from dist_obdsd.training.checkpoint_manager import CheckpointManager, TrainState
+from dist_obdsd.training.evaluation import check_evaluable, validation_subset
 from dist_obdsd.training.failures import report_failure
 from dist_obdsd.training.metrics_logger import MetricsLogger
 from dist_obdsd.training.model_selection import ModelSelector

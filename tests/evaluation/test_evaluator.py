@@ -1,131 +1,177 @@
-"""Evaluation from images to means: against double loops, and the same bits at 1, 2 and 3 real processes."""
+"""The public ``evaluate``: any rows, labels and ranks, against other libraries, and what it refuses."""
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from dist_obdsd.config import parse_config
-from dist_obdsd.config.sections import EvaluationConfig
-from dist_obdsd.data.manifest import Manifest, Shard
+import dist_obdsd
+from dist_obdsd.data.stream import EvalBatch
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.evaluator import EvaluationResult, _train_classes, embed_all, evaluate
+from dist_obdsd.evaluation.evaluator import embed_all
 from dist_obdsd.evaluation.retrieval import global_means
-from dist_obdsd.evaluation.splits import check_evaluable
 from tests import harness
-from tests.evaluation import oracle
 
-D = 6
-CPU = torch.device("cpu")
-PROTOCOLS = ("self", "validation", "query/gallery", "ties", "collapsed")
-worlds = pytest.mark.parametrize("world", harness.WORLD_SIZES)
-
-
-@dataclass(frozen=True)
-class Batch:
-    images: torch.Tensor
-    ids: torch.Tensor
-    labels: torch.Tensor
-    roles: list[str]
+N, D = 302, 16
+ALL = ("recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum")
 
 
 @functools.cache
-def images(protocol: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """(uint8 images [n, 1, 1, D], labels, roles) of n = 90 images; the id of an image is 1000 minus its place."""
-    random = torch.Generator().manual_seed(PROTOCOLS.index(protocol))
-    # Classes of 1, 2, 3, ... images; the largest is larger than any recall list asked for here.
-    labels = torch.repeat_interleave(torch.arange(13), torch.arange(13) + 1)[:90]
-    centres = torch.randint(60, 200, (13, D), generator=random)
-    pixels = centres[labels] + torch.randint(-50, 51, (90, D), generator=random)
-    roles = {"validation": ["train"], "query/gallery": ["query", "gallery", "gallery", "both"]}.get(protocol, ["both"])
-    if protocol == "ties":
-        pixels = pixels // 128  # so few values that many images look the same
-    if protocol == "collapsed":
-        pixels = torch.full_like(pixels, 7)
-    order = torch.randperm(90, generator=random)
-    roles = (roles * 90)[:90]
-    if protocol == "query/gallery":
-        roles[int((labels[order] == 0).nonzero())] = "query"  # a query that has nothing to find
-    return pixels[order].to(torch.uint8)[:, None, None, :], labels[order], roles
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [N, D] of any length, labels; two classes have one image."""
+    random = torch.Generator().manual_seed(3)
+    labels = torch.cat([torch.randint(0, 25, (N - 2,), generator=random), torch.tensor([-98, 99])])
+    rows = torch.randn(25, D, generator=random)[labels % 25] + torch.randn(N, D, generator=random)
+    return rows, labels
 
 
-def embed(pixels: torch.Tensor) -> torch.Tensor:
-    """A small stand-in network, row by row, so that it is the same in any batch."""
-    rows = pixels.flatten(1).double() + 0.5
-    squares = sum(rows[:, d] ** 2 for d in range(D))
-    return (rows / squares.sqrt()[:, None]).float()
+def own() -> torch.Tensor:
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(collectives.world_size()))
+    return order[collectives.rank() :: collectives.world_size()]
 
 
-def batches(protocol: str, places: list[int], size: int = 8) -> Iterator[Batch]:
-    pixels, labels, roles = images(protocol)
-    for start in range(0, len(places), size):
-        some = torch.tensor(places[start : start + size])
-        padded = torch.zeros(size, *pixels.shape[1:], dtype=torch.uint8)
-        padded[: len(some)] = pixels[some]
-        yield Batch(padded, 1000 - some, labels[some], [roles[i] for i in some.tolist()])
+def worker(form: str = "tensors") -> dict[str, float]:
+    rows, labels = data()
+    mine = own()
+    rows, labels, ids = rows[mine], labels[mine], mine
+    arguments: Any = {"tensors": (rows, labels), "arrays": (rows.double().numpy(), labels.numpy())}.get(form)
+    if form == "texts":  # of which no rank has all
+        arguments = rows, [f"class {label}" for label in labels.tolist()]
+    if form in ("huge", "tiny"):
+        arguments = rows.double() * {"huge": 1e200, "tiny": 1e-200}[form], labels
+    if form == "repeated":
+        arguments, ids = (torch.cat([rows, rows[:3]]), torch.cat([labels, labels[:3]])), torch.cat([ids, ids[:3]])
+    return dist_obdsd.evaluate(*arguments, ids=ids, metrics=ALL)
 
 
-def own_places(layout: str) -> list[int]:
-    rank, world = collectives.rank(), collectives.world_size()
-    if layout == "even":
-        return list(range(rank, 90, world))
-    if layout == "one":  # everything on the last rank
-        return list(range(90)) if rank == world - 1 else []
-    if layout == "reversed":
-        return list(range(90))[::-1][rank::world]
-    assert layout == "repeated"  # every rank also reads what the next one reads, and its own first image twice
-    return [i for r in (rank, (rank + 1) % world) for i in range(r, 90, world)] + [rank]
+def test_the_same_numbers_from_any_ranks_and_kinds_of_input() -> None:
+    first = worker()
+    for world in harness.MORE_WORLD_SIZES:
+        for form in ("tensors", "texts", "repeated"):
+            for found in harness.run(world, worker, form):
+                assert found.pop("duplicates") == (3 * world if form == "repeated" else 0)
+                assert found | {"duplicates": 0} == first
+    assert first["queries"] == N - 2
+    assert (first["gallery"], first["excluded"]) == (N, 2)
+    for form in ("arrays", "huge", "tiny"):  # float64 rows are not rounded, which moves the last bits
+        assert worker(form) == pytest.approx(first, abs=1e-6)
 
 
-def evaluate_worker(protocol: str, layout: str, backend: str, recall_at: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
-    with torch.inference_mode(layout == "one"):  # callers may or may not
-        result = evaluate(
-            embed,
-            batches(protocol, own_places(layout)),
-            expected_count=90,
-            config=EvaluationConfig(recall_at=recall_at, backend=backend),
-            device=CPU,
-        )
-    return asdict(result)
+def test_agrees_with_pytorch_metric_learning_and_scikit_learn() -> None:
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from sklearn.metrics import pairwise_distances
+    from sklearn.neighbors import KNeighborsClassifier
 
-
-@functools.cache
-def expected(protocol: str) -> tuple[dict[str, float], int, int]:
-    pixels, labels, roles = images(protocol)
-    ids = [1000 - i for i in range(90)]
-    rows = dict(zip(ids, embed(pixels).double().tolist(), strict=True))
-    return oracle.evaluate(
-        rows, dict(zip(ids, labels.tolist(), strict=True)), dict(zip(ids, roles, strict=True)), (1, 2, 4)
+    rows, labels = data()
+    found = dist_obdsd.evaluate(rows, labels, metrics=ALL)
+    names = {
+        "precision_at_1": "recall@1", "r_precision": "r_precision", "mean_average_precision_at_r": "map@r",
+    }  # fmt: skip
+    theirs = AccuracyCalculator(include=tuple(names), k="max_bin_count", device=torch.device("cpu")).get_accuracy(
+        torch.nn.functional.normalize(rows), labels
     )
+    assert {ours: theirs[name] for name, ours in names.items()} == pytest.approx(
+        {ours: found[ours] for ours in names.values()}, abs=1e-6
+    )
+    assert 0.1 < found["map@r"] < 0.9
+    unit = torch.nn.functional.normalize(rows.double()).numpy()
+    matched = np.array([(labels == label).sum() > 1 for label in labels])
+    without = {i: (np.delete(unit, i, 0), np.delete(labels, i)) for i in np.flatnonzero(matched)}
+    hits = [KNeighborsClassifier(1).fit(*of).predict(unit[[i]])[0] == labels[i] for i, of in without.items()]
+    assert found["recall@1"] == pytest.approx(np.mean(hits), abs=1e-6)
+    within = [
+        pairwise_distances(unit[labels == c]).sum() / (m * (m - 1))
+        for c in labels.unique() if (m := int((labels == c).sum())) > 1
+    ]  # fmt: skip
+    assert found["distance_intra"] == pytest.approx(np.mean(within), abs=1e-6)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_double_loop_at_any_number_of_ranks_with_the_same_bits(protocol: str) -> None:
-    metrics, queries, excluded = expected(protocol)
-    seen = []
-    for world in harness.WORLD_SIZES:
-        for layout, backend in (("even", "faiss"), ("one", "torch"), ("reversed", "torch"), ("repeated", "faiss")):
-            for result in harness.run(world, evaluate_worker, protocol, layout, backend):
-                assert (result["queries"], result["excluded"]) == (queries, excluded)
-                assert result["gallery"] == sum(role != "query" for role in images(protocol)[2])
-                assert result["duplicates"] == ((90 + world) if layout == "repeated" else 0)
-                assert result["seconds"] > 0
-                seen.append(result["metrics"])
-    assert all(of_run == seen[0] for of_run in seen)
-    assert seen[0] == pytest.approx(metrics, abs=1e-12)
-    assert list(seen[0]) == ["recall@1", "recall@2", "recall@4", "map@r"]
-    assert excluded >= 1  # the class of one image is there, and is counted
+def test_queries_and_gallery_are_masks() -> None:
+    rows, labels = data()
+    asks = torch.arange(N) % 3 == 0
+    found = dist_obdsd.evaluate(rows, labels, queries=asks, gallery=~asks, recall_at=[1])
+    unit = torch.nn.functional.normalize(rows.double())
+    first = (unit[asks] @ unit[~asks].T).argmax(1)
+    counts = torch.isin(labels[asks], labels[~asks])
+    assert found["recall@1"] == (labels[~asks][first] == labels[asks])[counts].double().mean()
+    assert found["queries"] == counts.sum()
+    assert found["gallery"] == (~asks).sum()
 
 
-def test_the_protocols_are_no_trivial_ones() -> None:
-    values = [expected(protocol)[0]["map@r"] for protocol in PROTOCOLS]
-    assert len(set(values)) >= 4
-    assert all(0.01 < value < 0.95 for value in values)
+def refused_worker(fault: str) -> str:
+    last = collectives.rank() == collectives.world_size() - 1
+    rows, labels = (x[own()].clone() for x in data())
+    arguments: dict[str, Any] = {"ids": own()}
+    if fault == "nan" and last:
+        rows[3, 1], rows[5, 0] = torch.nan, torch.inf
+    if fault == "zero" and last:
+        rows[4] = 0
+    if fault == "dimension" and last and collectives.world_size() > 1:
+        rows = rows[:, :-1]
+    if fault == "euclidean":
+        rows, arguments["distance"] = rows.double() * 1e200, "euclidean"
+    if fault == "whole rows":
+        rows = rows.long()
+    if fault == "nothing":
+        rows, labels, arguments["ids"] = rows[:0], labels[:0], None
+    if fault == "ids":
+        arguments["ids"] = torch.zeros(len(labels), dtype=torch.int32)
+    if fault == "few ids":
+        arguments["ids"] = arguments["ids"][1:]
+    if fault == "mask":
+        arguments["queries"] = labels
+    if fault == "no role":
+        arguments["queries"] = arguments["gallery"] = labels > 0
+    if fault == "gallery":
+        arguments["recall_at"] = (1, 400)
+    if fault in ("metrics", "distance", "recall_at", "conventions"):
+        arguments[fault] = {"metrics": ["recal"], "recall_at": [0]}.get(fault, "best")
+    of: Any = {"floats": labels / 2, "bytes": [b"a"] * len(labels)}.get(fault, labels)
+    if fault == "mixed" and last:
+        of = [str(label) for label in labels.tolist()]
+    try:
+        dist_obdsd.evaluate(rows, of, **arguments)
+    except (InputError, RunError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+FAULTS = {
+    "nan": ["2 of", "NaN", "id"],
+    "zero": ["1 embeddings have length 0", "of id"],
+    "dimension": ["different kinds", "15", "16"],
+    "euclidean": ["e+200", "scale"],
+    "whole rows": ["int64", "floating-point"],
+    "nothing": ["0 images"],
+    "ids": ["arrives as class"],
+    "few ids": ["equally many"],
+    "mask": ["queries", "int64", "booleans"],
+    "no role": ["neither in queries nor in gallery"],
+    "gallery": ["k=400", f"offers {N - 1}"],
+    "metrics": ["'recal'", "map@r"],
+    "distance": ["distance", "'best'", "cosine, euclidean"],
+    "recall_at": ["recall_at", "(0,)"],
+    "conventions": ["conventions", "'best'", "released"],
+    "floats": ["labels", "float32", "integers or texts"],
+    "bytes": ["labels", "|S1", "integers or texts"],
+    "mixed": ["texts on some ranks"],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_input_is_refused_alike_on_every_rank(fault: str) -> None:
+    for world in (1, 3):
+        answers = harness.run(world, refused_worker, fault)
+        assert len(set(answers)) == 1
+        if world == 1 and fault in ("dimension", "mixed"):
+            assert answers == ["accepted"]
+        else:
+            assert answers[0].startswith("RunError" if fault == "nothing" else "InputError")
+            assert all(word in answers[0] for word in FAULTS[fault]), answers[0]
 
 
 def means_worker(seed: int) -> tuple[float, float, float]:
@@ -150,126 +196,37 @@ def test_means_are_of_queries_and_not_of_ranks() -> None:
     assert answers[0][0] == math.fsum(values.tolist()) / 1000
 
 
-def test_padding_rows_are_never_images() -> None:
-    rows, ids, labels, roles = embed_all(embed, batches("self", list(range(13))), CPU)
-    assert rows.shape == (13, D)
-    assert rows.dtype == torch.float32
-    assert ids.tolist() == [1000 - i for i in range(13)]
-    assert len(labels) == len(roles) == 13
-    assert torch.equal(rows, embed(images("self")[0][:13]))
+# ---- embedding ----
+
+WEIGHT = torch.ones(D, requires_grad=True)
 
 
-def test_embedding_keeps_no_graph() -> None:
-    weight = torch.ones(D, requires_grad=True)
-    rows, *_ = embed_all(lambda pixels: embed(pixels) * weight, batches("self", [0, 1, 2]), CPU)
+def batches() -> list[EvalBatch]:
+    """13 images in two batches, of which the second is padded."""
+    pixels = torch.arange(16 * D, dtype=torch.uint8).reshape(16, 1, 1, D)
+    numbers = torch.arange(13)
+    pixels[13:] = 0
+    return [
+        EvalBatch(pixels[at : at + 8], ids, ids // 2, ("both",) * len(ids))
+        for at, ids in ((0, numbers[:8]), (8, numbers[8:]))
+    ]
+
+
+def test_padding_rows_are_never_images_and_no_graph_is_kept() -> None:
+    rows, ids, labels, roles = embed_all(lambda pixels: pixels.flatten(1) * WEIGHT, batches(), torch.device("cpu"))
+    assert torch.equal(rows, torch.arange(13 * D, dtype=torch.uint8).reshape(13, D).float())
     assert not rows.requires_grad
-
-
-def test_seconds_do_not_make_results_differ() -> None:
-    result = EvaluationResult({"recall@1": 1.0}, 3, 3, 0, 0, 0.5)
-    assert result == replace(result, seconds=0.7)
-    assert result != replace(result, excluded=1)
-
-
-# ---- what is refused: the same sentence on every rank ----
-
-
-def refusal_worker(fault: str) -> tuple[str, str]:
-    last = collectives.rank() == collectives.world_size() - 1
-    places, recall_at, network = own_places("even"), (1, 2, 4), embed
-    if fault == "missing" and last:
-        places = places[:-2]
-    if fault == "nothing":
-        places = []
-    if fault == "beyond the gallery":
-        recall_at = (1, 200)
-    if fault == "nan" and last:
-        network = lambda pixels: embed(pixels).masked_fill(pixels.flatten(1)[:, :1] == pixels[0, 0, 0, 0], torch.nan)  # noqa: E731
-    if fault == "failure" and last:
-        network = failing
-    if fault == "rows":
-        network = lambda pixels: embed(pixels)[:-1]  # noqa: E731
-    share = batches("self", places)
-    if fault == "role":
-        share = changed(share, lambda batch: replace(batch, roles=["probe"] * len(batch.roles)))
-    if fault == "no match":
-        share = changed(share, lambda batch: replace(batch, labels=batch.ids))
-    if fault == "no gallery":
-        share = changed(share, lambda batch: replace(batch, roles=["query"] * len(batch.roles)))
-    try:
-        evaluate(network, share, expected_count=90, config=EvaluationConfig(recall_at=recall_at), device=CPU)
-    except (InputError, RunError) as error:
-        return type(error).__name__, str(error)
-    raise AssertionError("not refused")
-
-
-def failing(pixels: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError("out of memory")
-
-
-def changed(share: Iterator[Batch], change: Callable[[Batch], Batch]) -> Iterator[Batch]:
-    for batch in share:
-        yield change(batch)
-
-
-@worlds
-@pytest.mark.parametrize(
-    ("fault", "kind", "words"),
-    [
-        ("missing", "RunError", ["88 images", "90 are expected"]),
-        ("nothing", "RunError", ["0 images", "90 are expected"]),
-        ("beyond the gallery", "InputError", ["k=200", "offers 89"]),
-        ("nan", "RunError", ["NaN", "image id"]),
-        ("failure", "RunError", ["out of memory"]),
-        ("rows", "RunError", ["(7, 6) for 8 images"]),
-        ("role", "InputError", ["'probe'", "both, gallery, query, train"]),
-        ("no match", "InputError", ["none of the 90 queries"]),
-        ("no gallery", "InputError", ["none of the 90 queries", "0 gallery images"]),
-    ],
-)
-def test_refused_alike_on_every_rank(world: int, fault: str, kind: str, words: list[str]) -> None:
-    answers = harness.run(world, refusal_worker, fault)
-    assert len(set(answers)) == 1
-    assert answers[0][0] == kind
-    assert all(word in answers[0][1] for word in words), answers[0][1]
-
-
-def manifest_of(test: list[int], roles: list[str] | None = None) -> Manifest:
-    """One class 0 of ten images to train on, and test images of the given classes."""
-    train = Shard("a.tar", 0, "", tuple(range(10)), (0,) * 10, ("train",) * 10)
-    ids = tuple(range(10, 10 + len(test)))
-    shard = Shard("b.tar", 0, "", ids, tuple(test), tuple(roles or ["both"] * len(test)))
-    return Manifest({}, 0, 2, tuple("abcdef"), {"train": (train,), "test": (shard,)})
+    assert ids.tolist() == list(range(13))
+    assert len(labels) == len(roles) == 13
 
 
 @pytest.mark.parametrize(
-    ("test", "roles", "sentence"),
+    ("embed", "words"),
     [
-        ([1, 2, 3, 4, 5], None, "no query of the test images has another"),
-        ([1, 1, 2, 2], None, "asks for 4 neighbours but a query of the test images has 3 others"),
-        ([1, 1, 2, 2, 2], ["query", "query", "gallery", "gallery", "gallery"], "no query of the test images"),
+        (lambda pixels: pixels.flatten(1)[:-1], r"\(7, 16\) for 8 images"),
+        (lambda x: x.flatten(1) / 0.0, "NaN .* diverged"),
     ],
 )
-def test_a_test_set_that_cannot_be_measured_is_refused_before_training(test, roles, sentence):
-    raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "evaluation": {"recall_at": [1, 4]}}
-    with pytest.raises(InputError, match=sentence):
-        check_evaluable(manifest_of(test, roles), parse_config(raw, "x"), [])
-    raw["evaluation"]["test"] = False
-    check_evaluable(manifest_of(test, roles), parse_config(raw, "x"), [])
-    raw["evaluation"]["test"] = True
-    check_evaluable(manifest_of([1, 1, 2, 2, 2]), parse_config(raw, "x"), [0])
-    raw["evaluation"]["recall_at"] = [1]
-    check_evaluable(manifest_of([1, 1], ["query", "gallery"]), parse_config(raw, "x"), [])
-
-
-def test_the_number_of_trained_classes_is_asked_for_only_where_it_counts():
-    """So shards without a training split, or with other classes than a run held out, can be evaluated."""
-    raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "validation": {"classes": ["gone", "too"]}}
-    manifest = manifest_of([1, 1])
-    assert _train_classes(manifest, parse_config(raw, "x")) is None
-    raw["evaluation"] = {"conventions": "released"}
-    with pytest.raises(InputError, match="holds 'gone', which is no training class"):
-        _train_classes(manifest, parse_config(raw, "x"))
-    assert _train_classes(replace(manifest, splits={"test": ()}), parse_config(raw, "x")) is None
-    del raw["validation"]
-    assert _train_classes(manifest, parse_config(raw, "x")) == 1
+def test_a_network_that_fails_is_told_so(embed: Any, words: str) -> None:
+    with pytest.raises(RunError, match=words):
+        embed_all(embed, batches(), torch.device("cpu"))

@@ -7,7 +7,7 @@ import torch
 
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import metrics
-from dist_obdsd.evaluation.knn import nearest
+from dist_obdsd.evaluation.knn import Gallery
 from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
 from tests.evaluation import oracle
 
@@ -91,7 +91,7 @@ def test_agrees_with_pytorch_metric_learning(backend: str) -> None:
     counts = (labels[:, None] == labels).sum(1) - 1
     matched = counts > 0
     width = int(counts.max())
-    found = nearest(rows[matched], ids[matched], rows, ids, width, backend=backend)
+    found = Gallery(rows, ids, width, backend=backend).nearest(rows[matched], ids[matched], width)
     relevant = labels[found.ids_qk] == labels[matched][:, None]
 
     calculator = AccuracyCalculator(

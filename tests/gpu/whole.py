@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from dist_obdsd import checkpoint
 from dist_obdsd.cli import main as cli
-from dist_obdsd.config.sections import EvaluationConfig
 from dist_obdsd.evaluation.evaluator import measure
 from dist_obdsd.evaluation.knn import unit_rows
+from dist_obdsd.evaluation.metric_parts import Settings
 from tests.gpu.rig import CPU, CheckError, distance, same_bits, started, within
 from tests.runs import CONFIG, make_images
 
@@ -70,14 +70,9 @@ def evaluation_is_the_same(device: torch.device, quick: bool) -> str:
     results = {}
     with started(device):
         for distance_of in ("cosine", "euclidean"):
-            settings = EvaluationConfig.model_validate(
-                {"metrics": METRICS, "recall_at": [1, 10, 100], "backend": "torch", "distance": distance_of}
-            )
+            settings = Settings(METRICS, (1, 10, 100), backend="torch", distance=distance_of)
             for where, order_n in ((CPU, torch.arange(n)), (device, torch.randperm(n, generator=draw))):
-                found = measure(
-                    rows_nD[order_n], order_n, labels_n[order_n], ["both"] * n, expected_count=n, config=settings,
-                    device=where,
-                )  # fmt: skip
+                found = measure(rows_nD[order_n], order_n, labels_n[order_n], ["both"] * n, settings, device=where)
                 if results.setdefault(distance_of, found.metrics) != found.metrics:
                     theirs, ours = results[distance_of], found.metrics
                     differ = [

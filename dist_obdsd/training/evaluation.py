@@ -1,14 +1,79 @@
-"""Who is measured: what an evaluation needs of a manifest, known before anything is embedded. Pure."""
+"""Evaluation as a config asks for it: of which images, with which settings, and whether they can be measured at all."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import nn
 
 from dist_obdsd.config import Config
+from dist_obdsd.data.from_config import classes_from
 from dist_obdsd.data.manifest import Manifest, asks, gallery_of
+from dist_obdsd.data.stream import EvalBatch, evaluation_batches
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.failures import raise_on_all_ranks
+from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
+from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, measure
+from dist_obdsd.evaluation.metric_parts import Settings
 from dist_obdsd.rng import rng
+
+
+def settings_from(config: Config, train_classes: int | None = None) -> Settings:
+    """Take an evaluation's settings from a config."""
+    section = config.evaluation.model_dump(include={"metrics", "recall_at", "conventions", "distance", "backend"})
+    return Settings(**section, seed=config.seed, train_classes=train_classes)
+
+
+def evaluate_split(
+    network: nn.Module,
+    manifest: Manifest,
+    split: str,
+    config: Config,
+    runtime: Runtime,
+    classes: list[int] | None = None,
+    between: Callable[[Iterator[EvalBatch]], Iterator[EvalBatch]] = iter,
+    sample: bool = False,
+) -> EvaluationResult:
+    """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank.
+
+    Args:
+        between: the batches come through it; what it raises between two of them on any rank ends all ranks' evaluation.
+        sample: whether to keep what figures are drawn from.
+    """
+    started = time.perf_counter()
+    wanted = None if classes is None else set(classes)
+    expected = Counter(c for shard in manifest.splits[split] for c in shard.classes if wanted is None or c in wanted)
+    training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            # Opened only where a failure on one rank reaches all.
+            with raise_on_all_ranks("embedding the evaluation images"):
+                batches = evaluation_batches(manifest, split, config, runtime.rank, runtime.world_size, classes)
+                # Not a call of the network, which model.compile may have replaced.
+                embedded = embed_all(network.forward, between(batches), runtime.device)
+            result = measure(
+                *embedded,
+                settings_from(config, _train_classes(manifest, config)),
+                expected_count=expected.total(),
+                expected_classes=expected,
+                device=runtime.device,
+                sample=sample,
+            )
+    finally:
+        network.train(training)
+    return replace(result, seconds=max(collectives.gather_json(time.perf_counter() - started)))
+
+
+def _train_classes(manifest: Manifest, config: Config) -> int | None:
+    """Count the classes that were trained on, where a metric asks for it and the shards tell."""
+    if config.evaluation.conventions != "released" or "train" not in manifest.splits:
+        return None
+    return len(classes_from(config, manifest)[0])
 
 
 def validation_subset(manifest: Manifest, classes: Sequence[int], config: Config) -> list[int]:

@@ -1,11 +1,13 @@
 """Which images are measured, decided from the manifest alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.splits import check_evaluable, validation_subset
+from dist_obdsd.training.evaluation import _train_classes, check_evaluable, validation_subset
 
 
 def settings(max_images: int | None = None, seed: int = 0, **evaluation: object) -> Config:
@@ -73,3 +75,44 @@ def test_each_named_gallery_must_offer_something() -> None:
     with pytest.raises(InputError, match=r"asks for 3 neighbours .*gallery a\) has 2 others"):
         check_evaluable(manifest(IMAGES, test), settings(recall_at=[1, 3]), [])
     check_evaluable(manifest(IMAGES, test), settings(recall_at=[1, 3], metrics=["map@r"]), [])
+
+
+def manifest_of(test: list[int], roles: list[str] | None = None) -> Manifest:
+    """One class 0 of ten images to train on, and test images of the given classes."""
+    train = Shard("a.tar", 0, "", tuple(range(10)), (0,) * 10, ("train",) * 10)
+    ids = tuple(range(10, 10 + len(test)))
+    shard = Shard("b.tar", 0, "", ids, tuple(test), tuple(roles or ["both"] * len(test)))
+    return Manifest({}, 0, 2, tuple("abcdef"), {"train": (train,), "test": (shard,)})
+
+
+@pytest.mark.parametrize(
+    ("test", "roles", "sentence"),
+    [
+        ([1, 2, 3, 4, 5], None, "no query of the test images has another"),
+        ([1, 1, 2, 2], None, "asks for 4 neighbours but a query of the test images has 3 others"),
+        ([1, 1, 2, 2, 2], ["query", "query", "gallery", "gallery", "gallery"], "no query of the test images"),
+    ],
+)
+def test_a_test_set_that_cannot_be_measured_is_refused_before_training(test, roles, sentence):
+    raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "evaluation": {"recall_at": [1, 4]}}
+    with pytest.raises(InputError, match=sentence):
+        check_evaluable(manifest_of(test, roles), parse_config(raw, "x"), [])
+    raw["evaluation"]["test"] = False
+    check_evaluable(manifest_of(test, roles), parse_config(raw, "x"), [])
+    raw["evaluation"]["test"] = True
+    check_evaluable(manifest_of([1, 1, 2, 2, 2]), parse_config(raw, "x"), [0])
+    raw["evaluation"]["recall_at"] = [1]
+    check_evaluable(manifest_of([1, 1], ["query", "gallery"]), parse_config(raw, "x"), [])
+
+
+def test_the_number_of_trained_classes_is_asked_for_only_where_it_counts():
+    """So shards without a training split, or with other classes than a run held out, can be evaluated."""
+    raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "validation": {"classes": ["gone", "too"]}}
+    manifest = manifest_of([1, 1])
+    assert _train_classes(manifest, parse_config(raw, "x")) is None
+    raw["evaluation"] = {"conventions": "released"}
+    with pytest.raises(InputError, match="holds 'gone', which is no training class"):
+        _train_classes(manifest, parse_config(raw, "x"))
+    assert _train_classes(replace(manifest, splits={"test": ()}), parse_config(raw, "x")) is None
+    del raw["validation"]
+    assert _train_classes(manifest, parse_config(raw, "x")) == 1

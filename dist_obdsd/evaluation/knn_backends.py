@@ -1,0 +1,92 @@
+"""Searches of this rank's rows by inner products, by faiss or by torch. The one module of the search that knows faiss.
+
+Shapes: m queries, n rows, c candidates, D columns.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dist_obdsd.errors import InputError
+
+Backend = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""(queries [m, D], c) -> (float32 scores [m, c], descending; row numbers [m, c])."""
+MANY = 256
+"""Neighbours from which on matrix products are quicker than faiss on a CPU."""
+TILE = 16384
+"""Rows scored at a time by torch."""
+
+
+def build_backend(rows_nD: torch.Tensor, name: str, k: int) -> Backend:
+    """Build what searches this rank's rows by inner products.
+
+    ``auto`` is faiss on a CPU where it is installed, but for many neighbours, and torch on a GPU.
+
+    Raises:
+        InputError: an unknown name, or faiss is asked for and missing.
+    """
+    if name not in ("auto", "faiss", "torch"):
+        raise InputError(f"the search backend is {name!r}; it must be auto, faiss or torch")
+    if name == "torch" or (name == "auto" and (k >= MANY or rows_nD.is_cuda)):
+        return _torch_backend(rows_nD)
+    try:
+        faiss = importlib.import_module("faiss")
+    except (ImportError, OSError) as error:  # OSError: a shared library that faiss needs is missing
+        if name == "faiss":
+            raise InputError(
+                f"evaluation.backend=faiss but faiss cannot be imported ({error}); install faiss-gpu, or set "
+                f"evaluation.backend=torch, which gives the same result"
+            ) from error
+        return _torch_backend(rows_nD)
+    return _faiss_backend(rows_nD, faiss)
+
+
+def _torch_backend(rows_nD: torch.Tensor) -> Backend:
+    """Search by matrix products, tile by tile."""
+
+    def find(query_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scores_mc, places_mc = query_mD.new_empty(len(query_mD), 0), torch.empty(len(query_mD), 0, dtype=torch.int64)
+        places_mc = places_mc.to(rows_nD.device)
+        for start in range(0, len(rows_nD), TILE):
+            scores = query_mD @ rows_nD[start : start + TILE].T
+            scores, places = scores.topk(min(c, scores.shape[1]), dim=1)
+            scores_mc, places_mc = torch.cat([scores_mc, scores], 1), torch.cat([places_mc, places + start], 1)
+            if start:
+                scores_mc, order = scores_mc.topk(min(c, scores_mc.shape[1]), dim=1)
+                places_mc = places_mc.gather(1, order)
+        return scores_mc, places_mc
+
+    return find
+
+
+def _faiss_backend(rows_nD: torch.Tensor, faiss: Any) -> Backend:
+    """Search a flat faiss index, on the rank's own GPU or on the CPU with torch's number of threads."""
+    device = rows_nD.device
+    if rows_nD.is_cuda:
+        options = faiss.GpuIndexFlatConfig()
+        options.device = device.index or 0
+        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), rows_nD.shape[1], options)
+    else:
+        index = faiss.IndexFlatIP(rows_nD.shape[1])
+    index.add(rows_nD.cpu().numpy())
+
+    def find(query_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with _threads_of_torch(faiss):
+            scores, places = index.search(query_mD.cpu().numpy(), c)
+        return torch.from_numpy(scores).to(device), torch.from_numpy(places).to(device)
+
+    return find
+
+
+@contextmanager
+def _threads_of_torch(faiss: Any) -> Iterator[None]:
+    """Let faiss use as many threads as torch, and put its number back."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
