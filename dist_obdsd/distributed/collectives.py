@@ -50,6 +50,13 @@ def needs_cuda() -> bool:
     return dist.is_initialized() and dist.get_backend(_GROUP.get()) == "nccl"
 
 
+def sends_from(device: torch.device) -> torch.device:
+    """Return where tensors of ``device`` are to be before they travel: plain ``nccl`` and ``gloo`` have one place."""
+    if world_size() == 1:
+        return device
+    return {"nccl": torch.device("cuda"), "gloo": torch.device("cpu")}.get(dist.get_backend(_GROUP.get()), device)
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_b: torch.Tensor) -> torch.Tensor:
@@ -160,18 +167,18 @@ def gather_ragged(x_n: torch.Tensor) -> torch.Tensor:
     counts = gather_json(x_n.shape[0])
     if not any(counts):
         return x_n
-    padded = x_n.new_zeros(max(counts), *x_n.shape[1:])
+    padded = x_n.new_zeros(max(counts), *x_n.shape[1:], device=sends_from(x_n.device))
     padded[: x_n.shape[0]] = x_n
-    parts = _GatherRows.apply(padded).split(max(counts))
+    parts = _GatherRows.apply(padded).to(x_n.device).split(max(counts))
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 def sum_across(x: torch.Tensor) -> torch.Tensor:
     """Sum over the ranks, elementwise, into a new tensor. No gradient."""
-    total = x.detach().clone()
+    total = x.detach().to(sends_from(x.device), copy=True)
     if world_size() > 1:
         dist.all_reduce(total, group=_GROUP.get())
-    return total
+    return total.to(x.device)
 
 
 def broadcast_(tensors: Sequence[torch.Tensor], source: int = 0) -> None:

@@ -68,6 +68,7 @@ def evaluate(
     gallery: Any = None,
     metrics: Sequence[str] = ("recall", "map@r"),
     recall_at: Sequence[int] = (1, 2, 4, 8),
+    group: collectives.Group = None,
     distance: str = "cosine",
     conventions: str = "correct",
     backend: str = "auto",
@@ -90,6 +91,7 @@ def evaluate(
         gallery: [n] booleans, which are searched; None: all.
         metrics: of docs/evaluation.md.
         recall_at: the k of Recall@k.
+        group: the process group whose ranks take part; None is the default one. Without one, this process is alone.
         distance, conventions, backend: as in the section ``evaluation`` of a config.
         seed: of k-means.
         train_classes: for ``conventions="released"``.
@@ -102,20 +104,22 @@ def evaluate(
         InputError: on every rank: no images, embeddings that are not finite or of length 0, or labels, ids or settings
             that do not fit.
     """
-    with raise_on_all_ranks("the images to evaluate"):
-        settings = Settings(metrics, recall_at, conventions, distance, backend, seed, train_classes)
-        rows_nD = _as_rows(embeddings)
-        n = len(rows_nD)
-        asks_n, searched_n = (_as_mask("queries", queries, n), _as_mask("gallery", gallery, n))
-        roles = [ROLES[code] for code in (asks_n + 2 * searched_n).tolist()]
-        if "" in roles:
-            raise InputError(f"row {roles.index('')} is neither in queries nor in gallery; leave such images out")
-    before = sum(collectives.gather_json(n)[: collectives.rank()])
-    ids_n = number_labels("ids", np.arange(before, before + n) if ids is None else ids, names=False)[0]
-    labels_n, _ = number_labels("labels", labels)
-    result = measure(rows_nD, ids_n, labels_n, roles, settings, normalize=True, device=rows_nD.device)
-    counts = {name: getattr(result, name) for name in ("queries", "gallery", "excluded", "duplicates")}
-    return result.metrics | counts
+    with collectives.within(group):
+        with raise_on_all_ranks("the images to evaluate"):
+            settings = Settings(metrics, recall_at, conventions, distance, backend, seed, train_classes)
+            rows_nD = _as_rows(embeddings)
+            rows_nD = rows_nD.to(collectives.sends_from(rows_nD.device))
+            n = len(rows_nD)
+            asks_n, searched_n = (_as_mask("queries", queries, n), _as_mask("gallery", gallery, n))
+            roles = [ROLES[code] for code in (asks_n + 2 * searched_n).tolist()]
+            if "" in roles:
+                raise InputError(f"row {roles.index('')} is neither in queries nor in gallery; leave such images out")
+        before = sum(collectives.gather_json(n)[: collectives.rank()])
+        ids_n = number_labels("ids", np.arange(before, before + n) if ids is None else ids, names=False)[0]
+        labels_n, _ = number_labels("labels", labels)
+        result = measure(rows_nD, ids_n, labels_n, roles, settings, normalize=True, device=rows_nD.device)
+        counts = {name: getattr(result, name) for name in ("queries", "gallery", "excluded", "duplicates")}
+        return result.metrics | counts
 
 
 def _as_rows(embeddings: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import dist_obdsd
 from dist_obdsd.data.stream import EvalBatch
@@ -48,6 +49,17 @@ def worker(form: str = "tensors") -> dict[str, float]:
     return dist_obdsd.evaluate(*arguments, ids=ids, metrics=ALL)
 
 
+def group_worker() -> dict[str, float] | str:
+    """Ranks 0 and 2 evaluate without rank 1."""
+    rows, labels = data()
+    group, mine = dist.new_group([0, 2]), torch.arange(collectives.rank() // 2, N, 2)
+    if collectives.rank() != 1:
+        return dist_obdsd.evaluate(rows[mine], labels[mine], ids=mine, metrics=ALL, group=group)
+    with pytest.raises(InputError, match="not among the ranks") as raised:
+        dist_obdsd.evaluate(rows, labels, group=group)
+    return str(raised.value)
+
+
 def test_the_same_numbers_from_any_ranks_and_kinds_of_input() -> None:
     first = worker()
     for world in harness.MORE_WORLD_SIZES:
@@ -57,6 +69,8 @@ def test_the_same_numbers_from_any_ranks_and_kinds_of_input() -> None:
                 assert found | {"duplicates": 0} == first
     assert first["queries"] == N - 2
     assert (first["gallery"], first["excluded"]) == (N, 2)
+    first_rank, _, last_rank = harness.run(3, group_worker)
+    assert first_rank == last_rank == first
     for form in ("arrays", "huge", "tiny"):  # float64 rows are not rounded, which moves the last bits
         assert worker(form) == pytest.approx(first, abs=1e-6)
 
