@@ -198,32 +198,66 @@ README = """# An image embedder
 {files}: uint8 images [batch, {channels}, {side}, {side}] to float32 rows [batch, {dim}] of length 1, any batch size.
 The network scales and normalises the pixels itself. Two images are the more alike the larger the product of their rows
 (the cosine) is. `preprocessing.json` says all of this for programs, and how closely the files agree with the checkpoint
-(`{checkpoint}`) that they were made from. From images to rows:
+(`{checkpoint}`) that they were made from. From images to rows, with Pillow and NumPy (HEIC needs its own decoder):
 
 ```python
-import torch
+import numpy as np
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import functional
+
+SIDE, SHORTER, MODE = {side}, {resize}, "{mode}"
 
 
 def prepare(path):
-    image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
-    pixels = functional.resize(functional.pil_to_tensor(image), [{resize}], antialias=True)
-    return functional.center_crop(pixels, [{side}, {side}])
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # 16 bits of grey: the upper 8
+        image = Image.fromarray((np.asarray(image).astype(int) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:  # on white
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    pixels = np.array(image.convert(MODE)).reshape(image.height, image.width, -1)
+    shorter = min(image.size)
+    for axis in (1, 0):
+        pixels = resize(pixels, axis, shorter)
+    return pixels.transpose(2, 0, 1)
 
 
-images = torch.stack([prepare(path) for path in paths])
+def resize(pixels, axis, shorter):
+    # Resize one axis with antialiasing and take its centre, in whole numbers as torch does.
+    old = pixels.shape[axis]
+    new = SHORTER * old // shorter
+    scale, reach = old / new, max(old / new, 1.0)
+    centre = scale * (np.arange(new) + 0.5)[:, None]
+    first = np.maximum(centre - reach + 0.5, 0).astype(int)
+    taps = first + np.arange(int(2 * reach) + 2)
+    inside = taps < np.minimum(centre + reach + 0.5, old).astype(int)
+    weights = np.maximum(1 - np.abs((taps - centre + 0.5) * (1 / reach)), 0) * inside
+    weights /= weights.sum(1, keepdims=True)
+    bits = next(n for n in range(23) if n == 22 or int(0.5 + weights.max() * 2 ** (n + 1)) >= 2**15)
+    start = round((new - SIDE) / 2)
+    kept = slice(start, start + SIDE)
+    matrix = np.zeros((SIDE, old + taps.shape[1]))
+    np.put_along_axis(matrix, taps[kept], np.floor(weights[kept] * 2**bits + 0.5), 1)
+    rows = np.moveaxis(pixels, axis, 0).reshape(old, -1).astype(float)
+    rows = (matrix[:, :old] @ rows + 2 ** (bits - 1)) // 2**bits
+    shape = (SIDE, *np.delete(pixels.shape, axis))
+    return np.moveaxis(rows.clip(0, 255).astype(np.uint8).reshape(shape), 0, axis)
+
+
+images = np.stack([prepare(path) for path in paths])
 {uses}
 ```
 """
 
 USES = {
-    "torch": 'rows = torch.export.load("model.pt2").module()(images)',
+    "torch": """
+import torch
+
+rows = torch.export.load("model.pt2").module()(torch.from_numpy(images))""",
     "onnx": """
 import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx")
-rows = session.run(None, {"images": images.numpy()})[0]""",
+rows = session.run(None, {"images": images})[0]""",
 }
 
 

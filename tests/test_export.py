@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from dist_obdsd import checkpoint
 from dist_obdsd import export as exporting
 from dist_obdsd.cli.main import main
 from dist_obdsd.config import parse_config
+from dist_obdsd.config.sections import DataConfig
+from dist_obdsd.data.transforms import decode, eval_transform
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.models.embedder import build_embedder
 
@@ -66,20 +69,52 @@ def test_the_preprocessing_is_in_every_file(exported: Path) -> None:
     assert json.loads(extra["preprocessing.json"]) == about
 
 
+def readme_s_program(folder: Path) -> str:
+    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+
 def test_the_readme_s_program_gives_the_checkpoint_s_rows(
     trained: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = (exported / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert "dist_obdsd" not in code
-    with_torch, with_onnx = code.split("import onnxruntime\n")  # either way ends with its rows
+    code = readme_s_program(exported)
+    preparing, with_torch, with_onnx = re.split("import torch\n|import onnxruntime\n", code)
+    assert re.findall(r"^(?:import|from) (\w+)", preparing, re.MULTILINE) == ["numpy", "PIL"]
     monkeypatch.chdir(exported)
     some = paths(trained)[::50]
     names: dict[str, Any] = {"paths": some}
+    exec(preparing, names)
     wanted = dist_obdsd.load(trained / "runs" / "tiny")(some)
-    for part in (with_torch, "import onnxruntime\n" + with_onnx):
+    for part in ("import torch\n" + with_torch, "import onnxruntime\n" + with_onnx):
         names.pop("rows", None)
         exec(part, names)
         np.testing.assert_allclose(torch.as_tensor(names["rows"]).detach(), wanted, atol=1e-5)
+
+
+MODES = {"RGB": "jpg", "L": "png", "RGBA": "png", "LA": "webp", "P": "gif", "1": "tif", "CMYK": "jpg", "I;16": "png"}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", [*MODES, "palette with transparency", "turned", "tall", "small"])
+def test_the_readme_prepares_every_kind_of_image_to_the_bit(mode: str, channels: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    size = {"tall": (211, 17), "small": (5, 9)}.get(mode, (97, 131))
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 1 << 16, size).astype(np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (*size, 4)).astype(np.uint8), "RGBA")
+        image = image.quantize(64) if "palette" in mode else image.convert(mode if mode in MODES else "RGB")
+    path, exif = tmp_path / f"x.{MODES.get(mode, 'png')}", Image.Exif()
+    exif[0x0112] = 6 if mode == "turned" else 1
+    image.save(path, exif=exif)
+    data = DataConfig(shards="x", image_size=32, resize=40, channels=channels, mean=(0.5,), std=(0.5,))  # type: ignore[arg-type]
+    about: dict[str, Any] = {"input": {"shape": ["n", channels]}, "crop": {"size": 32}, "resize": {"shorter_side": 40},
+             "output": {"shape": ["n", 1]}, "decode": {"channels": "RGB" if channels == 3 else "grey"},
+             "checkpoint": {"file": "x"}}  # fmt: skip
+    (tmp_path / "README.md").write_text(exporting._readme(about, ["torch"]))
+    names: dict[str, Any] = {}
+    exec(readme_s_program(tmp_path).partition("\nimages =")[0], names)
+    wanted = eval_transform(decode(path.read_bytes(), channels), data)
+    np.testing.assert_array_equal(names["prepare"](path), wanted.numpy())
 
 
 def test_what_does_not_agree_is_not_left_behind(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
