@@ -4,10 +4,13 @@ Nothing is there twice, however often an event is sent. MLflow keeps a metric wi
 once, parameters and tags by name, and data sets by name and digest. The run itself is found by its local id.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,15 +73,41 @@ def absolute(uri: str) -> str:
     relative = uri.removeprefix("sqlite:///")
     if relative in (uri, "") or relative.startswith(("/", ":", "file:")):
         return uri
-    return f"sqlite:///{Path(relative).absolute()}"
+    if relative.startswith("~"):
+        return f"sqlite:///{Path(relative).expanduser()}"
+    from sqlalchemy.engine import URL
+
+    # The folder may be called what?now; the rest is the user's, perhaps with options after a "?".
+    return f"{URL.create('sqlite', database=str(Path.cwd())).render_as_string()}/{relative}"
 
 
 def check(uri: str) -> None:
     """Ask a server or database for an answer; raises whatever MLflow raises where there is none."""
     load_libraries(uri)
-    from mlflow.tracking import MlflowClient
+    connect(uri)
 
-    MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+
+def connect(uri: str) -> Any:
+    """Return an MLflow client that has been answered.
+
+    Raises:
+        Exception: whatever MLflow or SQLite raise where there is no server, or no file that can be a database.
+    """
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.engine import make_url
+
+    with contextlib.ExitStack() as stack:
+        path = make_url(uri).database if uri.startswith("sqlite:") else None
+        if path and not path.startswith(("file:", ":")):
+            with contextlib.closing(sqlite3.connect(path)) as file:  # fails at once; MLflow would try for a minute
+                file.execute("PRAGMA user_version")
+            folder = os.open(Path(path).parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            with contextlib.suppress(OSError):  # some network file systems cannot lock a folder
+                fcntl.flock(folder, fcntl.LOCK_EX)  # processes that make the tables at once ruin them
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
 
 
 def short_reason(error: BaseException) -> str:
@@ -110,11 +139,12 @@ class MLflowBackend:
             state: its ``uri`` is used, and its ``run_id`` is set when there is a run.
             header: first line of the event log.
             folder: the run folder, from which artifacts have their paths.
-        """
-        from mlflow.tracking import MlflowClient
 
+        Raises:
+            Exception: as ``connect`` does.
+        """
         self._state, self._header, self._folder = state, header, folder
-        self._client = MlflowClient(tracking_uri=state.uri)
+        self._client = connect(state.uri)
         self._warned: set[str] = set()
         self.kind = ""
         """Kind of the events that are being sent, or were last."""
@@ -159,7 +189,9 @@ class MLflowBackend:
         name = self._header["config"]["tracking"]["experiment"]
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            return self._client.create_experiment(name)
+            # MLflow would read a folder called job%2Fmain as job/main.
+            quoted = self._state.uri.startswith("sqlite:") and "%" in str(Path.cwd())
+            return self._client.create_experiment(name, Path("mlruns").absolute().as_uri() if quoted else None)
         if experiment.lifecycle_stage != "active":
             raise GoneError(
                 f"the experiment {name!r} was deleted; restore it with mlflow experiments restore --experiment-id "

@@ -1,6 +1,8 @@
 """The real client and a real server, without a training run."""
 
 import logging
+import multiprocessing
+from pathlib import Path
 
 import pytest
 from mlflow.entities import ViewType
@@ -10,7 +12,7 @@ from dist_obdsd.config import parse_config
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.tracking import event_log
 from dist_obdsd.tracking.event_log import UploadState
-from dist_obdsd.tracking.mlflow_backend import absolute, metric_name
+from dist_obdsd.tracking.mlflow_backend import absolute, connect, load_libraries, metric_name
 from dist_obdsd.tracking.tracker import build_tracker
 from dist_obdsd.tracking.uploader import replay
 
@@ -245,6 +247,42 @@ def test_a_read_only_database_never_stops_a_run(job, monkeypatch):
     assert "(readonly database); `dist-obdsd replay" in last
 
 
+def test_three_runs_begin_a_database_at_once(tmp_path):
+    uri = f"sqlite:///{tmp_path}/new.db"
+    load_libraries(uri)
+    fork = multiprocessing.get_context("fork")
+    runs = [fork.Process(target=connect, args=(uri,)) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["what?now", "job%2Fmain #50%&c;d='ü"])
+def test_a_database_in_a_folder_of_any_name(name, tmp_path, monkeypatch, job):
+    here = tmp_path / name
+    here.mkdir()
+    monkeypatch.chdir(here)
+    tracker = job.tracker(uri="sqlite:///m.db")
+    (job.run_dir / "note.txt").write_text("hello")
+    tracker.metrics({"loss": 1}, 0)
+    tracker.artifact(job.run_dir / "note.txt")
+    tracker.close("FINISHED")
+    client = MlflowClient(absolute("sqlite:///m.db"))
+    assert client.get_metric_history(tracker.run_id, "loss")[0].value == 1
+    assert {path.name for path in here.iterdir()} == {"m.db", "mlruns"}
+    assert [path.read_text() for path in here.rglob("note.txt")] == ["hello"]
+    assert not any(path.exists() for path in (tmp_path / "job", tmp_path / "what"))
+
+
+def test_a_database_that_cannot_be_opened_is_told_at_once(job):
+    tracker = job.tracker(uri=f"sqlite:///{job.folder}/none/m.db", wait_seconds=0)
+    assert tracker.uploader.answered.wait(PATIENCE)
+    tracker.close("FINISHED")
+    assert all("unable to open database file" in text for text in job.said())
+
+
 def test_a_full_disk_never_stops_a_run(job, small_disk):
     job.folder, job.run_dir = small_disk, small_disk / "x"
     tracker = job.tracker(wait_seconds=0.5)
@@ -280,4 +318,5 @@ def test_charts_open_with_losses_and_validation():
 @pytest.mark.parametrize("uri", ["http://x", "sqlite:////a/b.db", "sqlite:///:memory:", "postgresql://u@h/d"])
 def test_only_a_relative_path_is_made_absolute(uri):
     assert absolute(uri) == uri
-    assert absolute("sqlite:///m.db").startswith("sqlite:////")
+    assert absolute("sqlite:///m.db?timeout=5") == f"sqlite:///{Path.cwd()}/m.db?timeout=5"
+    assert absolute("sqlite:///~/m.db") == f"sqlite:///{Path.home()}/m.db"
