@@ -52,6 +52,8 @@ WAIT = "data wait"
 PARTS = ("student forward", "teacher", "communication", "objective", "student backward", "optimizer")
 WARM_UP, BLOCKS = 3, 5
 BLOCK_SECONDS = 1.0
+MADE_UP = "made up"
+"""In place of shards."""
 EPOCHS = 100_000
 """Of a stream, which begins in the middle, at half the ramp, and never comes to its end."""
 
@@ -97,7 +99,7 @@ def config(case: dict[str, Any], variant: str, world: int) -> Config:
         "epochs": EPOCHS,
         "precision": case["precision"],
         "data": {
-            "shards": str(case["shards"] or ""),
+            "shards": str(case["shards"] or MADE_UP),
             "workers": case["workers"],
             "image_size": case["image_size"] or (32 if small else 224),
             "lanes": world,
@@ -170,14 +172,14 @@ class Batches(AbstractContextManager["Batches"]):
         """Make a batch up, in pinned memory for a GPU, or start to read. Collective.
 
         Args:
-            config: its ``data.shards`` is empty where images are to be made up.
+            config: its ``data.shards`` says where images are to be made up.
 
         Raises:
             InputError: the shards cannot be read or do not fit the batch.
         """
         self._stream: TrainStream | None = None
         B, data, cuda = config.batch.global_size, config.data, rank.device.type == "cuda"
-        if data.shards:
+        if data.shards != MADE_UP:
             manifest = manifests.load(data.shards)
             self.classes, _ = classes_from(config, manifest)
             self._stream = TrainStream(
@@ -257,7 +259,7 @@ class Variant:
             self.timer.mark("other")
         parts = self.timer.seconds()
         self.times.append((time.perf_counter() - started) / steps)
-        for part in (*[WAIT] * bool(self.config.data.shards), *PARTS, "other"):
+        for part in (*[WAIT] * (self.config.data.shards != MADE_UP), *PARTS, "other"):
             self.parts[part].append(parts.get(part, 0.0) / steps)
         if cuda:
             self.peak_mib = torch.cuda.max_memory_allocated() / 2**20

@@ -129,5 +129,5 @@ class Config(Section):
 CHANGEABLE_ON_RESUME = (
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
     "data.workers", "data.shards", "data.cache", "data.cache_gib", "data.max_bad_samples", "evaluation.backend",
-    "tracking", "checkpoint", "strategy", "deepspeed",
+    "tracking", "checkpoint", "strategy", "deepspeed", "distillation.memory_gib",
 )  # fmt: skip

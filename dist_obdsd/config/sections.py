@@ -157,8 +157,9 @@ class DistillationConfig(Section):
     `auto` tries whether a few terms of Neumann's series are as good, and else takes the faster one that fits."""
     tolerance: Positive = 1e-4
     """Largest L1 error of a target's row; a solve that does not reach it stops the run."""
-    memory_gib: Positive = 2.0
-    """What one rank may spend on matrices over all pairs of images; beyond it they are made anew tile by tile."""
+    memory_gib: Positive | None = None
+    """What one rank may spend on matrices over all pairs of images; beyond it they are made anew tile by tile. Unset:
+    2 on a CPU, three quarters of what is free on a GPU."""
 
     @property
     def needs_teacher(self) -> bool:

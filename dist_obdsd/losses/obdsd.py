@@ -111,6 +111,7 @@ class OBDSDLoss(nn.Module):
         self._checks = InputChecks(validate)
         self.memory_MD: torch.Tensor | None = None
         """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
+        self._plan = manifold.QueuePlan()
 
     def needs_teacher(self, ramp: float = 1.0) -> bool:
         """Tell whether the teacher's rows have an effect; its forward pass can be left out while they have none."""
@@ -147,7 +148,7 @@ class OBDSDLoss(nn.Module):
         self._place_memory(T_BD)
         if own:
             T_BD, rows = T_BD[rows], slice(0, b)
-        return manifold.start_async(T_BD, rows, self.diffusion, self.memory_MD)
+        return manifold.start_async(T_BD, rows, self.diffusion, self.memory_MD, self._plan)
 
     def forward(
         self,
@@ -257,8 +258,8 @@ class OBDSDLoss(nn.Module):
             self.memory_MD = torch.cat([T_BD, *known])[: self.memory]
 
     def reset_memory(self) -> None:
-        """Empty the memory: another teacher's rows would not fit those of the next one."""
-        self.memory_MD = None
+        """Empty the memory: another teacher's rows would not fit those of the next one, nor would what was enough."""
+        self.memory_MD, self._plan = None, manifold.QueuePlan()
 
     def get_extra_state(self) -> torch.Tensor | None:
         return self.memory_MD

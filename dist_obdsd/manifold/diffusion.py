@@ -1,10 +1,16 @@
 """The parameters of a target."""
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Self
+
+import torch
 
 KEPT_MATRICES = 4
 """n x n matrices that exist at a time where they are kept: S, A, N or its factor, and one being made."""
+CPU_GIB = 2.0
+FREE_SHARE = 0.75
+"""Of a GPU's memory that is free before the first diffusion."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,26 @@ class Diffusion:
     power: float = 1.0
     solver: str = "auto"
     tolerance: float = 1e-4
-    memory_gib: float = 2.0
+    memory_gib: float | None = None
 
     @classmethod
     def of(cls, settings: Any) -> Self:
         """Take the fields from an object that has attributes of these names, such as the config's section."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
-    def fits(self, nodes: int, bytes_per_entry: int) -> bool:
+    def gib(self, device: torch.device) -> float:
+        """Return the memory for matrices over all pairs of images: ``memory_gib`` or the device's default."""
+        return default_gib(device) if self.memory_gib is None else self.memory_gib
+
+    def fits(self, nodes: int, bytes_per_entry: int, device: torch.device) -> bool:
         """Tell whether n x n matrices may be kept whole."""
-        return KEPT_MATRICES * nodes**2 * bytes_per_entry <= self.memory_gib * 2**30
+        return KEPT_MATRICES * nodes**2 * bytes_per_entry <= self.gib(device) * 2**30
+
+
+@cache
+def default_gib(device: torch.device) -> float:
+    """Choose a share of a GPU's free memory, once in a process; a fixed size on a CPU, whose memory others share."""
+    if device.type != "cuda":
+        return CPU_GIB
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached) / 2**30

@@ -14,15 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E, similarity
 
-TILE_ENTRIES = 2**22
-"""Entries of a tile where the whole matrix is not kept: 16 MiB in float32, which a CPU's allocator still reuses."""
+TILE_ENTRIES = {"cpu": 2**22, "cuda": 2**27}
+"""Entries of a tile where the whole matrix is not kept: a CPU's allocator still reuses 16 MiB; a GPU takes a few large
+kernels faster than many small ones."""
 SCALE_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
 """Largest exponent by which a solution is scaled back: beyond it the type would overflow. The solver's next
 correction mends what the limit gets wrong."""
@@ -36,17 +36,16 @@ EVERY = slice(0, None)
 class Graph(ABC):
     """A batch manifold, in the precision of ``T_nD`` and at least float32."""
 
-    has_guess: ClassVar[bool] = False
-    """Whether ``initial_guess`` is worth trying."""
-
     def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         self.T_nD = T_nD.to(torch.promote_types(T_nD.dtype, torch.float32))
         self.diffusion = diffusion
         self.n = T_nD.shape[0]
-        whole = diffusion.fits(self.n, self.T_nD.element_size())
-        height = self.n if whole else max(TILE_ENTRIES // self.n, 1)
+        self.whole = diffusion.fits(self.n, self.T_nD.element_size(), T_nD.device)
+        """True where n x n matrices are kept."""
+        self._tile_entries = TILE_ENTRIES["cpu" if T_nD.device.type == "cpu" else "cuda"]
+        height = self.n if self.whole else max(self._tile_entries // self.n, 1)
         self.tiles = [slice(i, min(i + height, self.n)) for i in range(0, self.n, height)]
-        self._S_nn = similarity(self.T_nD, self.T_nD) if whole else None
+        self._S_nn = similarity(self.T_nD, self.T_nD) if self.whole else None
         self._nearest_n = self._nearest() if diffusion.neighbours is not None else None
 
     # ---- rows of n x n matrices -------------------------------------------------------------------------------------
@@ -67,7 +66,7 @@ class Graph(ABC):
 
     def times_symmetric(self, X_bn: torch.Tensor) -> torch.Tensor:
         """Compute X N [b, n] where N is not kept. A block above the diagonal also serves below it."""
-        product_bn, side = torch.zeros_like(X_bn), max(math.isqrt(TILE_ENTRIES), 1)
+        product_bn, side = torch.zeros_like(X_bn), max(math.isqrt(self._tile_entries), 1)
         blocks = [slice(i, min(i + side, self.n)) for i in range(0, self.n, side)]
         for i, rows in enumerate(blocks):
             for columns in blocks[i:]:
@@ -87,9 +86,9 @@ class Graph(ABC):
     def top_eigenvector_n(self) -> torch.Tensor:
         """The unit eigenvector [n] of N for its largest eigenvalue, 1: the square root of the degrees."""
 
-    def initial_guess(self, rows: slice) -> torch.Tensor | None:
-        """Make a start [b, n] for Neumann's series of the own rows; None where the series is not worth trying."""
-        return None
+    @abstractmethod
+    def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
+        """Sum the first two terms of (I - omega A)^-1 = sum of (omega A)^k, own rows [b, n], and guess the others."""
 
     # ---- between N's coordinates and A's ----------------------------------------------------------------------------
 
@@ -150,8 +149,6 @@ class WalkGraph(Graph):
     parts, m + log s. The shift by S = 1 keeps the logits of close rows small.
     """
 
-    has_guess = True
-
     def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         super().__init__(T_nD, diffusion)
         # Where the whole matrix is not kept, a tile of it is made whenever it is needed.
@@ -185,16 +182,11 @@ class WalkGraph(Graph):
         top_eigenvector_n = (half_n - half_n.max()).exp()
         return top_eigenvector_n / top_eigenvector_n.norm()
 
-    def initial_guess(self, rows: slice) -> torch.Tensor | None:
-        """Sum the first two terms of (I - omega A)^-1 = sum of (omega A)^k, and a limit for the others.
-
-        As k grows, the rows of A^k tend to one row, and the mean row of A is near it.
-        """
-        if self._A_nn is None:
-            return None
+    def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
+        """As k grows, the rows of A^k tend to one row, and the mean row of A is near it."""
         omega = self.diffusion.omega
-        rest_n = self._A_nn.sum(0).mul_(omega**2 / (1 - omega) / self.n)
-        guess_bn = torch.add(rest_n, self._A_nn[rows], alpha=omega)
+        rest_n = A_nn.sum(0).mul_(omega**2 / (1 - omega) / self.n)
+        guess_bn = torch.add(rest_n, A_nn[rows], alpha=omega)
         guess_bn.diagonal(offset=rows.start).add_(1)
         return guess_bn
 
@@ -280,6 +272,13 @@ class SymmetricGraph(Graph):
 
     def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
         return self._affinities(rows, columns).mul_(self._scale_n[rows, None]).mul_(self._scale_n[columns])
+
+    def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
+        """As k grows, A^k tends to u u^T, where u is the leading eigenvector."""
+        omega, u_n = self.diffusion.omega, self.top_eigenvector_n
+        guess_bn = torch.addr(A_nn[rows], u_n[rows], u_n, beta=omega, alpha=omega**2 / (1 - omega))
+        guess_bn.diagonal(offset=rows.start).add_(1)
+        return guess_bn
 
     def transition(self, rows: slice) -> torch.Tensor:
         return self.symmetric(rows)

@@ -8,6 +8,7 @@ walk soon forgets where it began, and the series alone is enough, without N.
 Legend: n nodes, b own rows; rows of b x n matrices are systems of their own.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +26,7 @@ NEUMANN_ITERATIONS = 2000
 NEUMANN_STEPS = 3
 """Products with A after which an inverse by Cholesky would have been cheaper."""
 FIXED_STEPS = 8
-"""Products with A where the host reads no error in between."""
+"""Most products with A where the host reads no error in between."""
 ROUNDING = 16
 """Residual of a unit row, in epsilons of its type, at which every solver has only rounding errors left."""
 
@@ -41,62 +42,88 @@ class Corrector(Protocol):
 
 @dataclass(frozen=True)
 class Inverse:
+    """Rows y_i [b, n] with y_i (I - omega A) = e_i, and what they took."""
+
     Y_bn: torch.Tensor
-    """Rows y_i with y_i (I - omega A) = e_i."""
     error_b: torch.Tensor
     """Bound on each row's L1 error of the target."""
+    worst: float
+    """The largest of them; NaN where the host did not look."""
     iterations: int
     """Products with an n x n matrix spent on iterating: of conjugate gradients and of Neumann's series."""
+    corrections: int = 0
+    longest: int = 0
+    """Most iterations of conjugate gradients in one correction."""
+
+
+class Solve:
+    """Rows [b, n] of (I - omega A)^-1, y_i (I - omega A) = e_i, that corrections make better."""
+
+    def __init__(self, graph: Graph, rows: slice, solver: str, tolerance: float, iterations: int | None = None) -> None:
+        """Solve for the unit vectors of the own rows. The host waits for nothing.
+
+        Args:
+            solver: cholesky or cg.
+            tolerance: of ``error_b``, which the caller checks. NaN embeddings give NaN errors.
+            iterations: of cg, a fixed number. Without it the host looks at every iteration's error.
+        """
+        self._graph, self._rows, self._to_walk_bn = graph, rows, graph.to_walk_coordinates(rows)
+        self._corrector: Corrector = (
+            Cholesky(graph)
+            if solver == "cholesky"
+            else ConjugateGradients(graph, self._to_walk_bn, tolerance / 4, iterations)
+        )
+        solved_bn, self.iterations = self._corrector.unit_rows(rows)  # which are the same in both coordinates
+        self.corrections, self.longest = 0, self.iterations
+        self._take(self._in_walk(solved_bn))
+
+    def correct(self) -> None:
+        """Solve for what is left of the residual."""
+        R_bn = self._R_bn if self._to_walk_bn is None else self._R_bn / self._to_walk_bn
+        solved_bn, taken = self._corrector(R_bn)
+        self.iterations, self.longest = self.iterations + taken, max(self.longest, taken)
+        self.corrections += 1
+        self._take(self.Y_bn.add_(self._in_walk(solved_bn)))
+
+    def add_term(self) -> None:
+        """Add the next term of Neumann's series for what is left of the residual."""
+        self.iterations += 1
+        self._take(self.Y_bn.add_(self._R_bn))
+
+    def _in_walk(self, solved_bn: torch.Tensor) -> torch.Tensor:
+        return solved_bn if self._to_walk_bn is None else solved_bn.mul_(self._to_walk_bn)
+
+    def _take(self, Y_bn: torch.Tensor) -> None:
+        # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
+        self.Y_bn, graph = Y_bn.clamp_min_(0), self._graph
+        R_bn = sum_over_tiles(graph.tiles, self.Y_bn, graph.transition).mul_(graph.diffusion.omega).sub_(self.Y_bn)
+        R_bn.diagonal(offset=self._rows.start).add_(1)  # e_i - y_i (I - omega A)
+        self._R_bn, self.error_b = R_bn, graph.error(R_bn)
+
+    def inverse(self, worst: float = math.nan) -> Inverse:
+        """Return what is reached."""
+        return Inverse(self.Y_bn, self.error_b, worst, self.iterations, self.corrections, self.longest)
 
 
 def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann: bool) -> Inverse:
     """Compute rows [b, n] of (I - omega A)^-1, as accurate as ``tolerance`` where that can be reached.
 
     Args:
-        rows: the own rows.
-        solver: cholesky or cg.
-        tolerance: of ``Inverse.error_b``. The caller checks there whether it was reached; NaN embeddings give NaN
-            errors.
         neumann: go on with Neumann's series if the solver's corrections do not reach it.
     """
-    omega, to_walk_bn = graph.diffusion.omega, graph.to_walk_coordinates(rows)
-    correct = Cholesky(graph) if solver == "cholesky" else ConjugateGradients(graph, to_walk_bn, tolerance / 4)
-
-    def in_walk(solved_bn: torch.Tensor) -> torch.Tensor:
-        return solved_bn if to_walk_bn is None else solved_bn.mul_(to_walk_bn)
-
-    def residual(Y_bn: torch.Tensor) -> torch.Tensor:
-        """e_i - y_i (I - omega A)."""
-        R_bn = sum_over_tiles(graph.tiles, Y_bn, graph.transition).mul_(omega).sub_(Y_bn)
-        R_bn.diagonal(offset=rows.start).add_(1)
-        return R_bn
-
-    solved_bn, iterations = correct.unit_rows(rows)  # which are the same in both coordinates
-    # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
-    Y_bn = in_walk(solved_bn).clamp_min_(0)
-    R_bn = residual(Y_bn)
-    error_b = graph.error(R_bn)
-    before, worst = float("inf"), float(error_b.max())  # the host waits here for the device
-    for _ in range(CORRECTIONS):
-        if not tolerance < worst < before / 2:  # reached, stalled or NaN
-            break
-        solved_bn, taken = correct(R_bn if to_walk_bn is None else R_bn / to_walk_bn)
-        Y_bn = Y_bn.add_(in_walk(solved_bn)).clamp_min_(0)
-        R_bn = residual(Y_bn)
-        error_b = graph.error(R_bn)
-        iterations += taken
-        before, worst = worst, float(error_b.max())
+    solve = Solve(graph, rows, solver, tolerance)
+    before, worst = math.inf, float(solve.error_b.max())  # the host waits here for the device
+    while solve.corrections < CORRECTIONS and tolerance < worst < before / 2:  # not reached, stalled or NaN
+        solve.correct()
+        before, worst = worst, float(solve.error_b.max())
     for _ in range(NEUMANN_ITERATIONS if neumann else 0):
         if not worst > tolerance:
             break
-        Y_bn = Y_bn.add_(R_bn).clamp_min_(0)
-        R_bn = residual(Y_bn)
-        error_b = graph.error(R_bn)
-        iterations += 1
-        before, worst = worst, float(error_b.max())
+        solve.add_term()
+        before, worst = worst, float(solve.error_b.max())
         if worst >= before:  # rounding is all that is left
             break
-    return Inverse(Y_bn, error_b, iterations)
+    return solve.inverse(worst)
 
 
 def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
@@ -106,13 +133,15 @@ def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
 
         y' = e_i + omega y A  differs from y by y's residual, and its own residual is omega times that one times A
 
-    As A's rows sum to 1, that residual is at most omega times as large, which takes no further product to know.
+    As A's rows sum to 1, or its eigenvalues are at most 1, that residual is at most omega times as large, which takes
+    no further product to know.
     """
     goal, before = neumann_goal(graph.T_nD.dtype, graph.diffusion.omega, tolerance), 2 * graph.diffusion.omega
-    for taken, (Y_bn, error_b) in enumerate(_series(graph, rows, NEUMANN_STEPS), 1):
+    for taken, (Y_bn, before_bn) in enumerate(_series(graph, rows, NEUMANN_STEPS), 1):
+        error_b = _bound(graph, Y_bn, before_bn)
         worst = float(error_b.max())  # the host waits here for the device
         if worst <= goal:
-            return Inverse(Y_bn, error_b, taken)
+            return Inverse(Y_bn, error_b, worst, taken)
         # Written so that NaN, and with omega 0 anything that is left, is too slow.
         if not (before and worst * (worst / before) ** (NEUMANN_STEPS - taken) <= goal):
             return None
@@ -120,31 +149,36 @@ def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
     return None
 
 
-def neumann_fixed_steps(graph: Graph, rows: slice) -> Inverse | None:
+def neumann_fixed_steps(graph: Graph, rows: slice, products: int, every: bool) -> tuple[Inverse, torch.Tensor]:
     """Compute the same rows with a fixed number of products, without reading an error on the host.
 
-    The caller checks whether ``neumann_goal`` was reached. None where the graph has no initial guess.
+    Args:
+        every: bound the error after every product, not after the last alone.
+
+    Returns:
+        The rows, and the largest bounds after the products, [1] or [products].
     """
-    inverse = None
-    for Y_bn, error_b in _series(graph, rows, FIXED_STEPS):
-        inverse = Inverse(Y_bn, error_b, FIXED_STEPS)
-    return inverse
+    largest = []
+    for taken, (Y_bn, before_bn) in enumerate(_series(graph, rows, products), 1):
+        if every or taken == products:
+            error_b = _bound(graph, Y_bn, before_bn)
+            largest.append(error_b.max())
+    return Inverse(Y_bn, error_b, math.nan, products), torch.stack(largest)
 
 
 def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ever better rows [b, n], each with a bound [b] on its error; none without an initial guess.
-
-    Rows are overwritten when the next ones are asked for.
-    """
-    Y_bn = graph.initial_guess(rows)
-    if Y_bn is None:
+    """Yield ever better rows [b, n], each with those before, which may be overwritten; none without whole matrices."""
+    if not graph.whole:
         return
-    omega, A_nn = graph.diffusion.omega, graph.transition(slice(0, graph.n))
-    units_bn = unit_rows(rows, A_nn)
+    A_nn = graph.transition(slice(0, graph.n))
+    units_bn, Y_bn = unit_rows(rows, A_nn), graph.initial_guess(rows, A_nn)
     for _ in range(products):
-        next_bn = torch.addmm(units_bn, Y_bn, A_nn, alpha=omega)
-        yield next_bn, graph.error(Y_bn.sub_(next_bn)) * omega
-        Y_bn = next_bn
+        before_bn, Y_bn = Y_bn, torch.addmm(units_bn, Y_bn, A_nn, alpha=graph.diffusion.omega)
+        yield Y_bn, before_bn
+
+
+def _bound(graph: Graph, Y_bn: torch.Tensor, before_bn: torch.Tensor) -> torch.Tensor:
+    return graph.error(before_bn.sub_(Y_bn)) * graph.diffusion.omega
 
 
 def neumann_goal(dtype: torch.dtype, omega: float, tolerance: float) -> float:
@@ -184,13 +218,16 @@ class ConjugateGradients:
     out of the iteration, which then sees only the rest of the spectrum (deflation).
     """
 
-    def __init__(self, graph: Graph, to_walk_bn: torch.Tensor | None, tolerance: float) -> None:
+    def __init__(
+        self, graph: Graph, to_walk_bn: torch.Tensor | None, tolerance: float, iterations: int | None = None
+    ) -> None:
         """
         Args:
+            iterations: to be taken; None for as many as are needed, with the host looking at each.
             tolerance: of the error that a residual stands for in A's coordinates. Below some 1e-6 of the right-hand
                 side float32 has nothing more to give, and the next correction takes over.
         """
-        self._graph, self._to_walk_bn, self._tolerance = graph, to_walk_bn, tolerance
+        self._graph, self._to_walk_bn, self._tolerance, self._fixed = graph, to_walk_bn, tolerance, iterations
         # One tile is the whole matrix: made once, not in every iteration.
         self._N_nn = graph.symmetric(graph.tiles[0]) if len(graph.tiles) == 1 else None
 
@@ -198,7 +235,7 @@ class ConjugateGradients:
         return self(unit_rows(rows, self._graph.T_nD))
 
     def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
-        graph, u_n, omega, tiny = self._graph, self._graph.top_eigenvector_n, self._graph.diffusion.omega, _tiny(C_bn)
+        u_n, omega, tiny = self._graph.top_eigenvector_n, self._graph.diffusion.omega, _tiny(C_bn)
         # Scaled to a largest entry of 1, since squares of what outliers leave would underflow.
         size_b = C_bn.abs().amax(1).clamp_min(tiny)
         C_bn = C_bn / size_b[:, None]
@@ -208,9 +245,8 @@ class ConjugateGradients:
         rr_b = R_bn.square().sum(1)
         enough_b = C_bn.square().sum(1) * (8 * torch.finfo(C_bn.dtype).eps) ** 2
         iterations = 0
-        while iterations < CG_ITERATIONS:
-            error_b = size_b * graph.error(R_bn if self._to_walk_bn is None else R_bn * self._to_walk_bn)
-            if bool(((error_b <= self._tolerance) | ~(rr_b > enough_b)).all()):
+        while iterations < (CG_ITERATIONS if self._fixed is None else self._fixed):
+            if self._fixed is None and self._reached(R_bn, rr_b, enough_b, size_b):
                 break
             Q_bn = D_bn.add(self._times_N(D_bn), alpha=-omega)
             step_b = rr_b / (D_bn * Q_bn).sum(1).clamp_min(tiny)
@@ -220,6 +256,11 @@ class ConjugateGradients:
             D_bn.mul_((rr_b / before_b.clamp_min(tiny))[:, None]).add_(R_bn)
             iterations += 1
         return X_bn.mul_(size_b[:, None]), iterations
+
+    def _reached(self, R_bn: torch.Tensor, rr_b: torch.Tensor, enough_b: torch.Tensor, size_b: torch.Tensor) -> bool:
+        """Tell whether every row is as accurate as it must or can be. The host waits here for the device."""
+        error_b = size_b * self._graph.error(R_bn if self._to_walk_bn is None else R_bn * self._to_walk_bn)
+        return bool(((error_b <= self._tolerance) | ~(rr_b > enough_b)).all())
 
     def _times_N(self, X_bn: torch.Tensor) -> torch.Tensor:
         if self._N_nn is not None:

@@ -5,7 +5,7 @@ Every rank computes the target of its own rows only, from the teacher's embeddin
 Legend: b own rows, B rows of the batch, n >= B nodes, D embedding dimension; S = T T^T; e_i is a unit vector.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,16 @@ from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.graph import Graph, SymmetricGraph, WalkGraph, softmax
 from dist_obdsd.manifold.similarity import similarity, without_autocast
-from dist_obdsd.manifold.solvers import neumann_fixed_steps, neumann_goal, neumann_rows, solve_rows
+from dist_obdsd.manifold.solvers import (
+    FIXED_STEPS,
+    NEUMANN_STEPS,
+    Inverse,
+    Solve,
+    neumann_fixed_steps,
+    neumann_goal,
+    neumann_rows,
+    solve_rows,
+)
 from dist_obdsd.transfer import AsyncHostCopy
 
 FLOAT64_TOLERANCE = 1e-10
@@ -23,8 +32,8 @@ FLOAT64_TOLERANCE = 1e-10
 LEAST_MASS = 1e-3
 """Share of a row's mass that must be left in the batch's columns for the row to be used."""
 ASYNC_SIZE = 2**33
-"""Largest b n^2 of a diffusion that starts early. It takes more products than it needs; beyond this size they cost more
-than waiting for an error would."""
+"""Largest b n^2 at which more products are queued than a host that looks would take."""
+CPU = torch.device("cpu")
 PART_ENTRIES = 2**26
 """Entries of one part of the own rows: the solver's state is some ten matrices of this size, 256 MiB each."""
 
@@ -94,44 +103,100 @@ class DiffusionTarget:
     """Each row's mass at nodes outside the batch, which was dropped; None where there are none."""
 
 
+@dataclass
+class QueuePlan:
+    """What ``start_async`` queues: what was enough in earlier steps of the epoch. To be made anew for every epoch."""
+
+    products: int | None = None
+    """Of Neumann's series; None tries as many as may be worth it."""
+    rejected: bool = False
+    """True once these were not enough: then a solver is queued, with"""
+    corrections: int = 0
+    iterations: int | None = None
+    """and, for conjugate gradients, a number of iterations, which only a solve that is looked at can tell."""
+
+
 @dataclass(frozen=True)
 class PendingTarget:
     """A target that is queued on the device and whose error the host has not read yet."""
 
-    result: DiffusionTarget
-    worst: AsyncHostCopy
-    """The largest error."""
-    goal: float
+    plan: QueuePlan
+    graph: Graph | None
+    """The graph where it is small enough to be kept for another solve."""
+    goal: float = 0.0
     """The result is accepted if its largest error is at most this."""
+    most: int = 0
+    """Products of a series that are worth it; 0 where a solver is queued."""
+    result: DiffusionTarget | None = None
+    """None where nothing could be queued yet."""
+    worst: AsyncHostCopy | None = None
+    """The largest error; of a series of unknown length, that after each product."""
+
+    def read(self) -> DiffusionTarget | None:
+        """Return the result if it is accurate enough, and learn for the next step."""
+        if self.worst is None:
+            return None
+        errors, plan = self.worst.read(), self.plan
+        if errors[-1] <= self.goal:
+            if len(errors) > 1:  # one more than this batch needed, as the next one may need it
+                enough = next(taken for taken, error in enumerate(errors, 1) if error <= self.goal)
+                plan.products = min(enough + 1, len(errors))
+            return self.result
+        if self.result is not None and errors[-1] == errors[-1]:  # NaN says nothing about the series
+            plan.rejected, plan.products = plan.rejected or self.result.iterations == self.most, None
+        return None
+
+    def learn(self, solve: Inverse) -> None:
+        """Queue as much as this solve took, from the next step on."""
+        self.plan.corrections = max(self.plan.corrections, solve.corrections)
+        self.plan.iterations = max(self.plan.iterations or 0, solve.longest)
 
 
 def can_start_async(b: int, nodes: int, diffusion: Diffusion) -> bool:
-    """Tell whether ``start_async`` serves a target of b own rows over this many nodes."""
-    graph = TARGETS.load(diffusion.target).graph
-    return graph is not None and graph.has_guess and diffusion.solver == "auto" and b * nodes**2 <= ASYNC_SIZE
+    """Tell whether ``start_async`` may serve a target of b own rows over this many nodes."""
+    return TARGETS.load(diffusion.target).graph is not None and b * nodes <= PART_ENTRIES
 
 
 @torch.no_grad()
 def start_async(
-    T_BD: torch.Tensor, rows: slice, diffusion: Diffusion, memory_MD: torch.Tensor | None = None
+    T_BD: torch.Tensor,
+    rows: slice,
+    diffusion: Diffusion,
+    memory_MD: torch.Tensor | None = None,
+    plan: QueuePlan | None = None,
 ) -> PendingTarget | None:
-    """Queue a fixed number of diffusion steps, mostly enough, before the student's forward pass.
+    """Queue what is mostly enough of a diffusion, before the student's forward pass.
 
     The device then has other work when the host asks for the error, in ``target_rows``. None where the matrices are not
     kept whole.
 
     Args:
         As of ``target_rows``, where ``can_start_async`` holds.
+        plan: of the epoch; without one, nothing is known.
     """
+    plan = QueuePlan() if plan is None else plan
     with without_autocast(T_BD.device):
         T_nD = _nodes(T_BD, memory_MD)
-        graph = _graph(T_nD, diffusion)
-        inverse = neumann_fixed_steps(graph, rows)
-        if inverse is None:
+        graph, b = _graph(T_nD, diffusion), rows.stop - rows.start
+        if not graph.whole:
             return None
+        pending = PendingTarget(plan, graph if graph.n**2 <= PART_ENTRIES else None)
+        goal = _goal(T_nD, diffusion)
+        if diffusion.solver == "auto" and not plan.rejected:
+            most = FIXED_STEPS if b * graph.n**2 <= ASYNC_SIZE else NEUMANN_STEPS
+            products = plan.products or most
+            inverse, worst = neumann_fixed_steps(graph, rows, products, every=plan.products is None)
+            goal = neumann_goal(graph.T_nD.dtype, diffusion.omega, goal)
+        else:
+            solver, most = choose_solver(graph.n, b, diffusion, graph.T_nD.element_size(), T_nD.device), 0
+            if solver == "cg" and plan.iterations is None:
+                return pending
+            solve = Solve(graph, rows, solver, goal, plan.iterations)
+            for _ in range(plan.corrections):
+                solve.correct()
+            inverse, worst = solve.inverse(), solve.error_b.max()[None]
         result = DiffusionTarget(graph.target(inverse.Y_bn, rows), inverse.error_b, inverse.iterations)
-        goal = neumann_goal(result.target_bB.dtype, diffusion.omega, _goal(T_nD, diffusion))
-        return PendingTarget(result, AsyncHostCopy(inverse.error_b.max()[None]), goal)
+        return replace(pending, goal=goal, most=most, result=result, worst=AsyncHostCopy(worst))
 
 
 @torch.no_grad()
@@ -178,14 +243,15 @@ def target_rows(
             target_bB = target.rows(T_BD, rows, diffusion)
             return DiffusionTarget(target_bB, target_bB.new_zeros(target_bB.shape[0]))
         T_nD = _nodes(T_BD, memory_MD)
-        if pending is not None and pending.worst.read()[0] <= pending.goal:
-            result = pending.result
-        else:
-            result = _diffused(T_nD, rows, diffusion)
+        result = pending.read() if pending is not None else None
+        if result is None:
+            result = _diffused(T_nD, rows, diffusion, pending)
         return result if len(T_nD) == B else _within_batch(result, T_BD, rows, diffusion)
 
 
-def choose_solver(nodes: int, own_rows: int, diffusion: Diffusion, bytes_per_entry: int = 4) -> str:
+def choose_solver(
+    nodes: int, own_rows: int, diffusion: Diffusion, bytes_per_entry: int = 4, device: torch.device = CPU
+) -> str:
     """Choose cholesky or cg: what the settings say or, for ``auto``, what is faster and fits.
 
     Cholesky costs n^3 / 3 + 2 b n^2 operations, conjugate gradients some 3 iterations of 2 b n^2. Where one overtakes
@@ -194,11 +260,11 @@ def choose_solver(nodes: int, own_rows: int, diffusion: Diffusion, bytes_per_ent
     Raises:
         InputError: cholesky is asked for and does not fit ``memory_gib``.
     """
-    fit = diffusion.fits(nodes, bytes_per_entry)
+    fit = diffusion.fits(nodes, bytes_per_entry, device)
     if diffusion.solver == "cholesky" and not fit:
         raise InputError(
             f"distillation.solver=cholesky over {nodes} images needs more than distillation.memory_gib="
-            f"{diffusion.memory_gib:g}; raise that, or set distillation.solver=cg"
+            f"{diffusion.gib(device):g}; raise that, or set distillation.solver=cg"
         )
     if diffusion.solver != "auto":
         return diffusion.solver
@@ -218,20 +284,20 @@ def _goal(T_nD: torch.Tensor, diffusion: Diffusion) -> float:
     return min(diffusion.tolerance, FLOAT64_TOLERANCE) if T_nD.dtype == torch.float64 else diffusion.tolerance
 
 
-def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion) -> DiffusionTarget:
+def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion, pending: PendingTarget | None) -> DiffusionTarget:
     """Solve in the embeddings' precision; if that fails, in float64 or, too large for it, iterate on. [b, n]"""
     precise, dtype = T_nD.dtype == torch.float64, torch.promote_types(T_nD.dtype, torch.float32)
-    solver = choose_solver(len(T_nD), rows.stop - rows.start, diffusion, dtype.itemsize)
+    solver = choose_solver(len(T_nD), rows.stop - rows.start, diffusion, dtype.itemsize, T_nD.device)
     goal = _goal(T_nD, diffusion)
-    retry = not precise and diffusion.fits(len(T_nD), 8)
-    result = _solve(T_nD, rows, diffusion, solver, goal, neumann=not retry)
+    retry = not precise and diffusion.fits(len(T_nD), 8, T_nD.device)
+    graph = pending.graph if pending is not None and pending.graph is not None else _graph(T_nD, diffusion)
+    result, error = _solve(graph, rows, solver, goal, not retry, pending)
     # NaN compares false, so a failed solve is not accepted either.
-    if bool(result.error_b.max() <= goal) or not bool(T_nD.isfinite().all()):
+    if error <= goal or not bool(T_nD.isfinite().all()):
         return result
     if retry:
-        result = _solve(T_nD.double(), rows, diffusion, "cholesky", diffusion.tolerance, neumann=True)
+        result, error = _solve(_graph(T_nD.double(), diffusion), rows, "cholesky", diffusion.tolerance, True)
         result = DiffusionTarget(result.target_bB.to(dtype), result.error_b.to(dtype), result.iterations)
-    error = float(result.error_b.max())
     if not error <= diffusion.tolerance:
         raise RunError(
             f"the {diffusion.target} diffusion over {len(T_nD)} images reached an error of {error:.1e} per row where "
@@ -242,20 +308,26 @@ def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion) -> Diffusio
 
 
 def _solve(
-    T_nD: torch.Tensor, rows: slice, diffusion: Diffusion, solver: str, tolerance: float, neumann: bool
-) -> DiffusionTarget:
-    graph = _graph(T_nD, diffusion)
-    height = max(PART_ENTRIES // graph.n, 1)
-    targets, errors, iterations = [], [], 0
+    graph: Graph, rows: slice, solver: str, tolerance: float, neumann: bool, pending: PendingTarget | None = None
+) -> tuple[DiffusionTarget, float]:
+    """Solve for the own rows, some at a time; return the largest error with the target."""
+    height, parts, targets = max(PART_ENTRIES // graph.n, 1), [], []
     for start in range(rows.start, rows.stop, height):
         part = slice(start, min(start + height, rows.stop))
-        inverse = neumann_rows(graph, part, tolerance) if diffusion.solver == "auto" else None
-        if inverse is None:
-            inverse = solve_rows(graph, part, solver, tolerance, neumann)
-        targets.append(graph.target(inverse.Y_bn, part))
-        errors.append(inverse.error_b)
-        iterations = max(iterations, inverse.iterations)
-    return DiffusionTarget(torch.cat(targets), torch.cat(errors), iterations)
+        # A series that was queued, now or earlier in the epoch, did not do.
+        series = graph.diffusion.solver == "auto" and pending is None
+        found = neumann_rows(graph, part, tolerance) if series else None
+        if found is None:
+            found = solve_rows(graph, part, solver, tolerance, neumann)
+            if pending is not None:
+                pending.learn(found)
+        parts.append(found)
+        targets.append(graph.target(found.Y_bn, part))
+    error_b, iterations = torch.cat([part.error_b for part in parts]), max(part.iterations for part in parts)
+    worst = [part.worst for part in parts]
+    return DiffusionTarget(torch.cat(targets), error_b, iterations), max(
+        worst, key=lambda error: (error != error, error)
+    )
 
 
 def _within_batch(result: DiffusionTarget, T_BD: torch.Tensor, rows: slice, diffusion: Diffusion) -> DiffusionTarget:

@@ -17,6 +17,17 @@ def unit_rows(seed: int, rows: int = B, dim: int = D, spread: float = 1.0) -> to
     return functional.normalize(centre * (1 - spread) + noise * spread, dim=1)
 
 
+def clustered(seed: int, rows: int = 112, dim: int = 128, likeness: float = 0.7) -> torch.Tensor:
+    """Float32 unit rows in pairs of one class, ``likeness`` their cosine: such as a trained teacher makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    centres_nD, own_nD = (
+        functional.normalize(torch.randn(n, dim, generator=generator), dim=1) for n in (rows // 2, rows)
+    )
+    return functional.normalize(
+        likeness**0.5 * centres_nD.repeat_interleave(2, 0) + (1 - likeness) ** 0.5 * own_nD, dim=1
+    )
+
+
 def manifolds() -> dict[str, torch.Tensor]:
     """Teacher batches, easy and nasty."""
     ordinary = unit_rows(0)

@@ -133,7 +133,7 @@ def test_outliers_and_near_duplicates_at_sharp_temperatures(
     for solver in SOLVERS:
         assert l1(target_rows(T_BD, rows, **chosen, solver=solver).target_bB, expected) < bound
     # Where neither S nor N is ever whole there is no float64 to fall back to either.
-    monkeypatch.setattr(graph, "TILE_ENTRIES", height * 48)
+    monkeypatch.setitem(graph.TILE_ENTRIES, "cpu", height * 48)
     solve = target_rows(T_BD, rows, **chosen, solver="cg", memory_gib=1e-9)
     assert float(solve.error_b.max()) <= TOLERANCE
     assert l1(solve.target_bB, expected) < bound
@@ -185,7 +185,7 @@ def test_a_solve_that_nothing_mends_is_an_error(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_published_settings_need_no_fallback(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
-    monkeypatch.setattr(Diffusion, "fits", lambda self, nodes, bytes_per_entry: bytes_per_entry == 4)
+    monkeypatch.setattr(Diffusion, "fits", lambda self, nodes, bytes_per_entry, device: bytes_per_entry == 4)
     monkeypatch.setattr(solvers, "NEUMANN_ITERATIONS", 0)
     for spread in (1.0, 0.1, 0.01):
         T_BD = unit_rows(5, 112, 128, spread).float()
@@ -231,7 +231,7 @@ def test_the_bound_of_a_series_holds_whatever_it_starts_from(monkeypatch: pytest
     errors = []
     for size in (1e-2, 1e-4, 1e-6):
         wrong_BB = torch.linalg.inv(torch.eye(48) - 0.1 * A_BB) + size * torch.randn(48, 48, dtype=torch.float64)
-        monkeypatch.setattr(walk, "initial_guess", lambda rows, wrong_BB=wrong_BB: wrong_BB[rows].clone())
+        monkeypatch.setattr(walk, "initial_guess", lambda rows, A_nn, wrong_BB=wrong_BB: wrong_BB[rows].clone())
         monkeypatch.setattr(solvers, "ROUNDING", 1e-3 / torch.finfo(torch.float64).eps)
         inverse = solvers.neumann_rows(walk, slice(0, 24), 1e-3)
         if inverse is not None:
@@ -254,7 +254,7 @@ def test_where_the_series_is_slow_or_broken_a_solver_takes_over(monkeypatch: pyt
         assert len(products) == 1  # enough to see it
         assert solve.iterations == 0
         assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE + 2e-5 / (1 - omega)
-    monkeypatch.setattr(graph.WalkGraph, "initial_guess", lambda self, rows: torch.full((48, 48), torch.nan))
+    monkeypatch.setattr(graph.WalkGraph, "initial_guess", lambda self, rows, A_nn: torch.full((48, 48), torch.nan))
     chosen = options("obdsd", 0.1, 1.0, 0.5)
     assert l1(target_rows(T_BD, rows, **chosen).target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE
 
@@ -295,7 +295,7 @@ def test_sharpened_targets_equal_the_oracle(
         solve = target_rows(T_BD, ALL, **chosen, **sharpening, solver=solver)
         assert l1(solve.target_bB, expected) < 1e-9
         np.testing.assert_allclose(solve.target_bB.sum(1).numpy(), 1, rtol=1e-9)
-    monkeypatch.setattr(graph, "TILE_ENTRIES", 5 * B)
+    monkeypatch.setitem(graph.TILE_ENTRIES, "cpu", 5 * B)
     assert l1(target_rows(T_BD, ALL, **chosen, **sharpening, memory_gib=1e-9).target_bB, expected) < 1e-9
 
 
@@ -321,7 +321,7 @@ def test_tiles_and_parts_give_the_whole(monkeypatch: pytest.MonkeyPatch, target:
     whole = target_rows(T_BD, rows, **chosen, solver="cholesky").target_bB
     monkeypatch.setattr(manifold, "PART_ENTRIES", 7 * 40)
     parts = target_rows(T_BD, rows, **chosen, solver="cg").target_bB
-    monkeypatch.setattr(graph, "TILE_ENTRIES", 9 * 40)
+    monkeypatch.setitem(graph.TILE_ENTRIES, "cpu", 9 * 40)
     tiles = target_rows(T_BD, rows, **chosen, memory_gib=1e-9).target_bB
     limit = 1e-9 if dtype == torch.float64 else 2 * TOLERANCE
     assert (parts - whole).abs().sum(1).max() < limit
@@ -332,7 +332,7 @@ def test_without_room_no_matrix_over_all_pairs_is_made(monkeypatch: pytest.Monke
     shapes = []
     real = graph.similarity
     monkeypatch.setattr(graph, "similarity", lambda X, Y: shapes.append((len(X), len(Y))) or real(X, Y))
-    monkeypatch.setattr(graph, "TILE_ENTRIES", 8 * 64)
+    monkeypatch.setitem(graph.TILE_ENTRIES, "cpu", 8 * 64)
     solve = target_rows(unit_rows(7, 64, 8), slice(0, 4), **options("obdsd"), memory_gib=1e-9)
     assert solve.iterations > 0
     assert max(rows * columns for rows, columns in shapes) == 8 * 64
@@ -350,7 +350,7 @@ def test_the_product_by_blocks_is_that_with_the_whole_matrix(monkeypatch: pytest
             whole = kind(T_BD, Diffusion(transition_temperature=0.05, **sharpening))
             expected = X_bB @ whole.symmetric(slice(0, 40))
             with monkeypatch.context() as patch:
-                patch.setattr(graph, "TILE_ENTRIES", 13**2)
+                patch.setitem(graph.TILE_ENTRIES, "cpu", 13**2)
                 tiled = kind(T_BD, replace(whole.diffusion, memory_gib=1e-9))
                 assert (tiled.times_symmetric(X_bB) - expected).abs().max() < 1e-12 * expected.abs().max()
 

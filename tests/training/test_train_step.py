@@ -67,8 +67,8 @@ def take_steps(
         batch = TrainBatch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels, [])
         with Shadow(tensors_of(step)) as shadow:
             names, numbers = step(batch, TrainProgress(1, t, t), t / STEPS, stop=t == 7 and rank == world - 1)
-        # The first step of all compares sizes between the ranks.
-        assert not (later and t and shadow.found), shadow.found
+        # The first step compares sizes between the ranks; another finds out how the diffusion is to be queued.
+        assert not (later and t > 1 and shadow.found), shadow.found
         if t == spoil:
             student.head.bias.data.copy_(kept)
         read += [values for _, values in reader.push({}, names, numbers)]
@@ -153,8 +153,8 @@ def test_the_host_reads_nothing_within_a_step(ranking):
     for world_size in (1, 2):
         now, later = (harness.run(world_size, take_steps, gentle, None, later)[0] for later in (False, True))
         assert distance(now[1], later[1]) < 1e-6
-    # The control: a solver that iterates looks at what it has so far.
-    iterating = settings("precision=float32", "distillation.solver=cg", f"ranking.name={ranking}")
+    # The control: where no matrix is kept, a solver that iterates looks at what it has so far.
+    iterating = settings("precision=float32", "distillation.memory_gib=1e-9", f"ranking.name={ranking}")
     with pytest.raises(Exception, match="_local_scalar_dense"):
         harness.run(1, take_steps, iterating, None, True)
 
