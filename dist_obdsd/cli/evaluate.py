@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -148,7 +149,9 @@ def embed(options: argparse.Namespace) -> int:
         else:
             with raise_on_all_ranks("looking for images"):
                 folder = find_images(options.images)
-            assert_equal_across_ranks("the folder of images", embedding_files.digest(folder.paths), InputError)
+            assert_equal_across_ranks(
+                "the folder of images", hashlib.sha256("\0".join(folder.paths).encode()).hexdigest(), InputError
+            )
             columns = _columns_of_paths(folder.paths, folder.classes)
             batches = partial(folder_batches, folder, config, rank.rank, rank.world_size)
         network = _build_network(state, config, rank, options)

@@ -14,13 +14,12 @@ Other arrays or columns are left alone. Nothing in a file can execute: arrays of
 Shapes: n images of this rank, N of all ranks, D embedding dimension.
 """
 
-import hashlib
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from dist_obdsd.files import replacing
 
 SUFFIXES = (".npz", ".parquet")
 DTYPES = ("float16", "float32")
-TEXTS = ("classes", "roles", "keys")
+COLUMNS = ("ids", "labels", "classes", "roles")
 BLOCK = 16384  # rows read, gathered or written at a time
 
 
@@ -75,12 +74,7 @@ Writer = Callable[[BinaryIO, Table, int, str, Iterator[np.ndarray]], None]
 
 
 def write(
-    path: Path,
-    rows_nD: torch.Tensor,
-    ids_n: torch.Tensor,
-    table: Table,
-    dtype: str,
-    writer: Writer | None = None,
+    path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table, dtype: str, writer: Writer | None = None
 ) -> None:
     """Write one file, by ascending id, whole or not at all. Collective; the same bytes for any number of ranks.
 
@@ -90,25 +84,19 @@ def write(
         rows_nD: this rank's embeddings; an id may be on several ranks.
         table: of all ranks; every one of its ids must be on some rank.
         dtype: float16 or float32.
-        writer: of the file's format; None: as its suffix says.
+        writer: of the file's format; None: as its suffix says, which ``check_suffix`` has accepted.
 
     Raises:
-        InputError: on every rank: the suffix is unknown, or the file cannot be written.
+        InputError: on every rank: the file cannot be written.
     """
-    dims = sorted({dim for n, dim in collectives.gather_json(list(rows_nD.shape)) if n})
-    dim = dims[-1] if dims else 0
+    dim = max([dim for n, dim in collectives.gather_json(list(rows_nD.shape)) if n], default=0)
     rows_nD = rows_nD if rows_nD.shape[0] else rows_nD.new_empty(0, dim)
+    blocks = _blocks(rows_nD, ids_n, torch.from_numpy(table.ids), dtype)
     failure: Exception | None = None
-    ids_N = torch.from_numpy(table.ids)
-    blocks = _blocks(rows_nD, ids_n, ids_N, dtype)
-    if writer is None:
-        with raise_on_all_ranks("writing the embeddings"):
-            check_suffix(path)
-        writer = _WRITERS[path.suffix]
     try:
         if collectives.rank() == 0:
             with replacing(path) as file:
-                writer(file, table, dim, dtype, blocks)
+                (writer or _WRITERS[path.suffix])(file, table, dim, dtype, blocks)
     except OSError as error:
         failure = error
     for _ in blocks:  # the other ranks only send, and so does a writer that failed
@@ -170,44 +158,56 @@ def read(path: Path) -> Embeddings:
 
     Raises:
         InputError: on every rank: the file is missing, not of its format or lacks what is needed; columns differ in
-            length; an id occurs twice; an embedding is NaN or infinite.
+            length; an id occurs twice.
     """
     with raise_on_all_ranks(f"reading {path}"):
         check_suffix(path)
-        with _open(path) as source:
-            names = source.names
-            if "embeddings" not in names:
-                raise InputError(f"{path} has no embeddings; it has {', '.join(sorted(names)) or 'nothing'}")
-            if not {"labels", "classes"} & names:
-                raise InputError(f"{path} has neither labels nor classes, so nothing can be measured; add one of them")
-            total = source.shape()[0]
-            columns = {name: source.column(name) for name in ("ids", "labels", *TEXTS) if name in names}
-            for name, column in columns.items():
-                if column.shape != (total,):
-                    raise InputError(
-                        f"{path} has {total} embeddings but {name} of shape {column.shape}; it needs {total} entries"
-                    )
-            ids = _integers(path, "ids", columns.get("ids", np.arange(total)))
-            _check_unique(path, ids)
-            labels, class_names = _labels(path, columns)
-            roles = columns["roles"].tolist() if "roles" in columns else ["both"] * total
-            share = [total * r // collectives.world_size() for r in (collectives.rank(), collectives.rank() + 1)]
-            rows = source.rows(*share)
-        if rows.dtype.kind != "f":
-            raise InputError(f"{path} has embeddings of type {rows.dtype}; they must be float16, float32 or float64")
-        finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            first = share[0] + int(np.flatnonzero(~finite)[0])
+        try:
+            columns, rows, total, start = _READERS[path.suffix](path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"cannot read {path}: {reason}; give the path of an embeddings file") from error
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:  # pyarrow's errors are ValueErrors
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path} is not a sound {path.suffix} file of embeddings: {reason}") from error
+        if not total:
+            raise InputError(f"{path} has no embeddings; embed some images first")
+        if rows.dtype.kind != "f" or rows.ndim != 2:
             raise InputError(
-                f"{path} has NaN or infinite embeddings, {int((~finite).sum())} of rows {share[0]} to {share[1] - 1}, "
-                f"the first in row {first}, id {ids[first]}; embed these images again or leave them out"
+                f"{path} has embeddings of type {rows.dtype} and shape {rows.shape}; they must be float16, float32 or "
+                f"float64, one row of D numbers per image"
             )
-        own = slice(*share)
-        rows_nD = torch.from_numpy(rows if rows.dtype == np.float64 else rows.astype(np.float32))
+        if not {"labels", "classes"} & columns.keys():
+            raise InputError(f"{path} has neither labels nor classes, so nothing can be measured; add one of them")
+        for name, column in columns.items():
+            if column.shape != (total,):
+                raise InputError(
+                    f"{path} has {total} embeddings but {name} of shape {column.shape}; it needs {total} entries"
+                )
+        ids = _integers(path, "ids", columns.get("ids", np.arange(total)))
+        distinct, counts = np.unique(ids, return_counts=True)
+        if len(distinct) < total:
+            twice = distinct[counts > 1]
+            raise InputError(
+                f"{path} has {len(twice)} ids more than once, the first is {twice[0]}; give each image its own"
+            )
+        labels, class_names = _labels(path, columns)
+        own = slice(start, start + len(rows))
         return Embeddings(
-            rows_nD, torch.from_numpy(ids[own]), torch.from_numpy(labels[own]), roles[own], total, class_names
+            torch.from_numpy(rows if rows.dtype == np.float64 else rows.astype(np.float32)),
+            torch.from_numpy(ids[own]),
+            torch.from_numpy(labels[own]),
+            columns["roles"][own].tolist() if "roles" in columns else ["both"] * len(rows),
+            total,
+            class_names,
         )
-    raise AssertionError  # agree() raises whatever the block raised
+    raise AssertionError("raise_on_all_ranks raises what the block raised")
+
+
+def _share(total: int) -> tuple[int, int]:
+    """First row of this rank, and of the next one."""
+    rank, world = collectives.rank(), collectives.world_size()
+    return total * rank // world, total * (rank + 1) // world
 
 
 def _integers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
@@ -216,20 +216,10 @@ def _integers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
     return column.astype(np.int64)
 
 
-def _check_unique(path: Path, ids: np.ndarray) -> None:
-    distinct, counts = np.unique(ids, return_counts=True)
-    if len(distinct) < len(ids):
-        twice = distinct[counts > 1]
-        raise InputError(
-            f"{path} has {len(twice)} ids more than once, the first is {twice[0]}; give each image its own"
-        )
-
-
 def _labels(path: Path, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[int, str]]:
-    """int64 [N], and their names where the file has any."""
+    """Return int64 labels [N], and their names where the file has any."""
     named = columns.get("classes")
-    labels = columns.get("labels", named)
-    assert labels is not None
+    labels = columns["labels"] if "labels" in columns else columns["classes"]
     if labels.dtype.kind == "U":
         names, labels = np.unique(labels, return_inverse=True)
         return labels.astype(np.int64), dict(enumerate(names.tolist()))
@@ -240,106 +230,57 @@ def _labels(path: Path, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, dic
     return labels, dict(zip(values.tolist(), named[first].tolist(), strict=True))
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        with _READERS[path.suffix](path) as source:
-            yield source
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror or error}; give the path of an embeddings file"
-        ) from error
-    except (ValueError, zipfile.BadZipFile) as error:  # pyarrow's errors are ValueErrors
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is not a sound {path.suffix} file of embeddings: {reason}") from error
+Read = tuple[dict[str, np.ndarray], np.ndarray, int, int]
+"""(columns of all rows, embeddings of this rank's rows, number of all rows, this rank's first row)."""
 
 
-class _Npz:
-    def __init__(self, path: Path) -> None:
-        self.archive = zipfile.ZipFile(path)
-        self.names = {name.removesuffix(".npy") for name in self.archive.namelist()}
+def _read_npz(path: Path) -> Read:
+    with zipfile.ZipFile(path) as archive:
 
-    def __enter__(self) -> "_Npz":
-        return self
+        def array(name: str) -> np.ndarray:
+            with archive.open(f"{name}.npy") as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
 
-    def __exit__(self, *_: object) -> None:
-        self.archive.close()
-
-    def column(self, name: str) -> np.ndarray:
-        with self.archive.open(f"{name}.npy") as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
-
-    def shape(self) -> tuple[int, int]:
-        with self.archive.open("embeddings.npy") as member:
-            return self._header(member)[0]
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        with self.archive.open("embeddings.npy") as member:
-            (_, dim), by_columns, dtype = self._header(member)
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        columns = {name: array(name) for name in COLUMNS if name in names}
+        _check_names(names)
+        with archive.open("embeddings.npy") as member:
+            version = np.lib.format.read_magic(member)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, by_columns, dtype = header(member)
+            start, stop = _share(shape[0])
             if by_columns or dtype.kind != "f":
-                return self.column("embeddings")[start:stop]
-            member.seek(start * dim * dtype.itemsize, 1)
-            data = member.read((stop - start) * dim * dtype.itemsize)
-        return np.frombuffer(data, dtype).reshape(stop - start, dim)
-
-    def _header(self, member: Any) -> tuple[tuple[int, int], bool, np.dtype]:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, by_columns, dtype = read_header(member)
-        if len(shape) != 2:
-            raise ValueError(f"embeddings have shape {shape}; they must be one row of D numbers per image")
-        return shape, by_columns, dtype
+                return columns, array("embeddings")[start:stop], shape[0], start
+            row = math.prod(shape[1:]) * dtype.itemsize
+            member.seek(start * row, 1)
+            rows = np.frombuffer(member.read((stop - start) * row), dtype).reshape(stop - start, *shape[1:])
+            return columns, rows, shape[0], start
 
 
-class _Parquet:
-    def __init__(self, path: Path) -> None:
-        from pyarrow import parquet
+def _read_parquet(path: Path) -> Read:
+    from pyarrow import parquet
 
-        self.file = parquet.ParquetFile(path)
-        self.names = set(self.file.schema_arrow.names)
-
-    def __enter__(self) -> "_Parquet":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def column(self, name: str) -> np.ndarray:
-        column = self.file.read([name]).column(0)
-        if column.null_count:
-            raise ValueError(f"{name} has {column.null_count} empty entries")
-        array = column.to_numpy()
-        return array.astype(str) if array.dtype == object else array
-
-    def shape(self) -> tuple[int, int]:
-        first = self.rows(0, min(1, self.file.metadata.num_rows))
-        return self.file.metadata.num_rows, first.shape[1]
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        parts, at = [], 0
-        for batch in self.file.iter_batches(BLOCK, columns=["embeddings"]):
-            part = batch.column(0)[max(start - at, 0) : max(stop - at, 0)]
+    with parquet.ParquetFile(path) as file:
+        names, total = file.schema_arrow.names, file.metadata.num_rows
+        _check_names(names)
+        columns = {}
+        for name in [name for name in COLUMNS if name in names]:
+            column = file.read([name]).column(0)
+            if column.null_count:
+                raise ValueError(f"{name} has {column.null_count} empty entries")
+            array = column.to_numpy()
+            columns[name] = array.astype(str) if array.dtype == object and isinstance(array[0], str) else array
+        (start, stop), at, parts = _share(total), 0, [np.empty((0, 0), np.float32)]
+        for batch in file.iter_batches(BLOCK, columns=["embeddings"]):
+            own = batch.column(0)[max(start - at, 0) : max(stop - at, 0)]
+            parts += [np.stack(own.to_numpy(zero_copy_only=False))] if len(own) else []
             at += len(batch)
-            if len(part):
-                parts.append(self._matrix(part))
-            if at >= stop:
-                break
-        return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-
-    def _matrix(self, column: Any) -> np.ndarray:
-        numbers = getattr(column, "flatten", lambda: None)()
-        if numbers is None or column.null_count or numbers.null_count or len(numbers) % len(column):
-            raise ValueError("embeddings must be a list of D numbers in every row")
-        matrix = numbers.to_numpy().reshape(len(column), -1)
-        lengths = column.value_lengths().to_numpy() if hasattr(column, "value_lengths") else matrix.shape[1]
-        if not np.all(lengths == matrix.shape[1]):
-            raise ValueError("embeddings have different lengths in different rows")
-        return matrix
+        return columns, np.concatenate(parts[1:] or parts), total, start
 
 
-_READERS: dict[str, Callable[[Path], Any]] = {".npz": _Npz, ".parquet": _Parquet}
+def _check_names(names: Sequence[str]) -> None:
+    if "embeddings" not in names:
+        raise ValueError(f"it has no embeddings, only {', '.join(sorted(names)) or 'nothing'}")
 
 
-def digest(texts: Sequence[str]) -> str:
-    """What ranks compare to know that they see the same files."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+_READERS: dict[str, Callable[[Path], Read]] = {".npz": _read_npz, ".parquet": _read_parquet}

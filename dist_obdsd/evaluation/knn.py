@@ -14,7 +14,6 @@ k neighbours, p pairs, D embedding dimension.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -35,17 +34,6 @@ PAIRS = 1 << 16
 SMALLEST = torch.finfo(torch.float64).tiny
 NOBODY = torch.iinfo(torch.int64).max
 """Id of an empty place in a list; its score is -inf, so it comes behind everything."""
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """The k nearest gallery images of each query, best first."""
-
-    scores_qk: torch.Tensor
-    """float64 inner products, or minus squared distances. Beyond the first ``exact``, those that decide nothing are
-    rounded to float32."""
-    ids_qk: torch.Tensor
-    """int64."""
 
 
 class Gallery:
@@ -74,13 +62,6 @@ class Gallery:
         self.find = build_backend(_as_products(self.rows_nD, distance, query=False), backend, k)
         self._distinct: Gallery | None = None
 
-    def nearest(self, query_qD: torch.Tensor, query_ids_q: torch.Tensor, k: int, *, exact: int = 1) -> Neighbours:
-        """Find the k nearest gallery images of all ranks for this rank's queries, as ``search`` does. Collective."""
-        found = list(self.search(query_qD, query_ids_q, k, exact=exact))
-        empty = query_qD.new_empty(0, k, dtype=torch.float64), query_ids_q.new_empty(0, k)
-        scores_qk, ids_qk = (torch.cat(parts) for parts in zip(*found, empty, strict=True))
-        return Neighbours(scores_qk, ids_qk)
-
     def search(
         self, query_qD: torch.Tensor, query_ids_q: torch.Tensor, k: int, *, block: int = 2048, exact: int = 1
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -95,7 +76,8 @@ class Gallery:
             query_ids_q: [q] int64.
             k: neighbours per query.
             block: queries that travel together.
-            exact: neighbours whose scores are float64 ones.
+            exact: neighbours whose scores are float64 ones: inner products, or minus squared distances. Beyond them,
+                scores that decide nothing are rounded to float32.
 
         Raises:
             InputError: on every rank: the gallery has fewer than k images to offer.

@@ -12,8 +12,8 @@ k neighbours, C classes, D embedding dimension.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -136,24 +136,36 @@ def retrieve(
         first_scores.append(scores_mk[:, 0].cpu())
         done += len(found_mk)
     relevant_qk, first_score_q = torch.cat(relevant), torch.cat(first_scores)
-    values: dict[str, torch.Tensor] = {}
     widened_qk = _widened(relevant_qk, count_N[place_q], width)
+    values: dict[str, torch.Tensor] = {}
     for metric in metrics:
         # A query that has nothing to find and yet counts finds nothing in what is taken for a class of one.
         values |= metric.values(widened_qk, count_N[place_q].clamp(min=1), size_N[place_q].clamp(min=1))
-    worst, best = _worst(relevant_qk, first_score_q, place_q), _best(relevant_qk, place_q, index)
-    shown_q = torch.isin(place_q, torch.tensor([*worst, *best], dtype=torch.int64))
-    place_s = place_q[shown_q]
-    near = searched.nearest(
-        query_qD[shown_q], place_s.to(rows_nD.device), min(k, SHOWN_NEIGHBOURS), exact=SHOWN_NEIGHBOURS
-    )
-    ranked = _ranked_queries(gallery, place_s, near.ids_qk.cpu(), near.scores_qk.cpu(), index)
+    # argmax finds the first of the largest, so the first hit; k where there is none.
+    hit_q = torch.where(relevant_qk.any(dim=1), relevant_qk.byte().argmax(dim=1), k)
+    right_q = relevant_qk[:, :SHOWN_NEIGHBOURS].sum(dim=1)
+    columns = [column_q.double() for column_q in (place_q, hit_q, right_q, first_score_q, *values.values())]
+    all_QM = collectives.gather_ragged(torch.stack(columns, dim=1)).numpy()
+    place_Q, hit_Q, right_Q, score_Q, *values_Q = all_QM[all_QM[:, 0].argsort()].T
+    place_Q = place_Q.astype(np.int64)
+    class_Q = class_N.numpy()[place_Q]
+
+    worst = np.lexsort((place_Q, -score_Q, -hit_Q))[:SHOWN]  # by the last key first
+    ranked = np.lexsort((rng(0, "best queries").permutation(len(index))[place_Q], -right_Q))
+    best = ranked[np.sort(np.unique(class_Q[ranked], return_index=True)[1])[:SHOWN]]
+    shown_q = torch.isin(place_q, torch.from_numpy(place_Q[np.concatenate([worst, best])]))
+    answers = _answers(gallery, searched, query_qD[shown_q], place_q[shown_q], min(k, SHOWN_NEIGHBOURS), index)
+    queries_C, hits_C = (np.bincount(of, minlength=len(classes_C)) for of in (class_Q, class_Q[hit_Q == 0]))
     return Retrieval(
-        metrics=global_means(values, place_q) if values else {},
-        counts=Counts(queries=int(counted_N.sum()), gallery=offered, excluded=asked - int(counted_N.sum())),
-        per_class=_per_class(gallery, relevant_qk[:, 0], class_N[place_q], classes_C),
-        failures=tuple(ranked[place] for place in worst),
-        successes=tuple(ranked[place] for place in best),
+        metrics={name: math.fsum(of.tolist()) / len(of) for name, of in zip(values, values_Q, strict=True)},
+        counts=Counts(queries=len(place_Q), gallery=offered, excluded=asked - len(place_Q)),
+        per_class=tuple(
+            ClassRecall(gallery, label, int(queries), int(hits) / int(queries))
+            for label, queries, hits in zip(classes_C.tolist(), queries_C, hits_C, strict=True)
+            if queries
+        ),
+        failures=tuple(answers[place] for place in place_Q[worst].tolist()),
+        successes=tuple(answers[place] for place in place_Q[best].tolist()),
     )
 
 
@@ -171,69 +183,18 @@ def _widened(relevant_qk: torch.Tensor, count_q: torch.Tensor, width: int) -> to
     return relevant_qk
 
 
-def global_means(values: dict[str, torch.Tensor], place_q: torch.Tensor) -> dict[str, float]:
-    """Average per-query values [q] float64 over all ranks' queries, in the order of their ids. Collective."""
-    values_QM = collectives.gather_ragged(torch.stack(list(values.values()), dim=1))
-    values_QM = values_QM[collectives.gather_ragged(place_q).argsort()]
-    return {
-        name: math.fsum(value_Q.tolist()) / value_Q.numel() for name, value_Q in zip(values, values_QM.T, strict=True)
-    }
-
-
 def _number(index: EvalIndex, gallery: str) -> int:
     return index.galleries.index(gallery) if gallery in index.galleries else len(index.galleries)
 
 
-def _per_class(
-    gallery: str, first_q: torch.Tensor, class_q: torch.Tensor, classes_C: torch.Tensor
-) -> tuple[ClassRecall, ...]:
-    """Sums of ones, so exact in any order."""
-    own_2C = torch.stack([torch.bincount(c, minlength=classes_C.numel()) for c in (class_q, class_q[first_q])])
-    queries_C, hits_C = collectives.sum_across(own_2C).tolist()
-    return tuple(
-        ClassRecall(gallery, label, queries, hits / queries)
-        for label, queries, hits in zip(classes_C.tolist(), queries_C, hits_C, strict=True)
-        if queries
-    )
-
-
-def _worst(relevant_qk: torch.Tensor, first_score_q: torch.Tensor, place_q: torch.Tensor) -> list[int]:
-    """The places of ``Retrieval.failures``, the worst first. Collective."""
-    # argmax finds the first of the largest, so the first hit; k where there is none.
-    first_q = torch.where(relevant_qk.any(dim=1), relevant_qk.byte().argmax(dim=1), relevant_qk.shape[1])
-    order_q = place_q.argsort()
-    for key_q in (first_score_q, first_q):
-        order_q = order_q[key_q[order_q].argsort(descending=True, stable=True)]
-    own = [[-int(first_q[i]), -float(first_score_q[i]), int(place_q[i])] for i in order_q[:SHOWN].tolist()]
-    everyone = sorted(line for of_rank in collectives.gather_json(own) for line in of_rank)
-    return [place for _, _, place in everyone[:SHOWN]]
-
-
-def _best(relevant_qk: torch.Tensor, place_q: torch.Tensor, index: EvalIndex) -> list[int]:
-    """The places of ``Retrieval.successes``, the best first. Collective."""
-    right_q = relevant_qk[:, :SHOWN_NEIGHBOURS].sum(dim=1)
-    drawn_q = torch.from_numpy(rng(0, "best queries").permutation(len(index)))[place_q]
-    order_q = drawn_q.argsort()
-    order_q = order_q[right_q[order_q].argsort(descending=True, stable=True)]
-    class_q = index.classes[1][place_q]
-    own: dict[int, list[int]] = {}
-    for i in order_q.tolist():
-        own.setdefault(int(class_q[i]), [-int(right_q[i]), int(drawn_q[i]), int(place_q[i])])
-        if len(own) == SHOWN:
-            break
-    best: dict[int, int] = {}
-    everyone = [item for of_rank in collectives.gather_json(list(own.items())) for item in of_rank]
-    for of_class, line in sorted(everyone, key=itemgetter(1)):
-        best.setdefault(of_class, line[2])
-    return list(best.values())[:SHOWN]
-
-
-def _ranked_queries(
-    gallery: str, place_q: torch.Tensor, found_qk: torch.Tensor, scores_qk: torch.Tensor, index: EvalIndex
+def _answers(
+    gallery: str, searched: Gallery, query_qD: torch.Tensor, place_q: torch.Tensor, k: int, index: EvalIndex
 ) -> dict[int, RankedQuery]:
-    """Place -> the query with its neighbours, of all ranks' queries. Collective."""
-    own = list(zip(place_q.tolist(), found_qk.tolist(), scores_qk.tolist(), strict=True))
+    """Search once more for a few queries, with exact scores: place -> the query, of all ranks' queries. Collective."""
+    own: list[tuple[int, list[int], list[float]]] = []
     ids_N, labels_N = index.ids_N, index.labels_N
+    for scores_mk, found_mk in searched.search(query_qD, place_q.to(query_qD.device), k, exact=k):
+        own += zip(place_q.tolist(), found_mk.tolist(), scores_mk.tolist(), strict=True)  # they fit one block
     return {
         place: RankedQuery(
             gallery,

@@ -1,7 +1,6 @@
 """The public ``evaluate``: any rows, labels and ranks, against other libraries, and what it refuses."""
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from dist_obdsd.data.stream import EvalBatch
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation.evaluator import embed_all
-from dist_obdsd.evaluation.retrieval import global_means
 from tests import harness
 
 N, D = 302, 16
@@ -186,28 +184,6 @@ def test_bad_input_is_refused_alike_on_every_rank(fault: str) -> None:
         else:
             assert answers[0].startswith("RunError" if fault == "nothing" else "InputError")
             assert all(word in answers[0] for word in FAULTS[fault]), answers[0]
-
-
-def means_worker(seed: int) -> tuple[float, float, float]:
-    """(global mean, mean of the ranks' means, plain sum over the gathered values) of values in uneven shares."""
-    rank, world = collectives.rank(), collectives.world_size()
-    values = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 8
-    cuts = {1: [0, 1000], 2: [0, 250, 1000], 3: [0, 60, 250, 1000]}[world][::-1]
-    own = values[cuts[rank + 1] : cuts[rank]]
-    mean = global_means({"value": own}, torch.arange(cuts[rank + 1], cuts[rank]))["value"]
-    gathered = collectives.gather_ragged(own)
-    of_ranks = collectives.gather_json(own.mean().item())
-    return mean, sum(of_ranks) / world, sum(gathered.tolist()) / 1000
-
-
-def test_means_are_of_queries_and_not_of_ranks() -> None:
-    answers = [answer for world in harness.WORLD_SIZES for answer in harness.run(world, means_worker, 5)]
-    assert len({mean for mean, _, _ in answers}) == 1
-    # Controls: a mean of means is another number, and a plain sum in rank order has other last bits.
-    assert abs(answers[1][1] - answers[1][0]) > 1e-4
-    assert len({plain for _, _, plain in answers}) > 1
-    values = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) ** 8
-    assert answers[0][0] == math.fsum(values.tolist()) / 1000
 
 
 # ---- embedding ----

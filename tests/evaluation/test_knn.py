@@ -54,14 +54,15 @@ def expected(case: str, distance: str = "cosine") -> Found:
     return {query: (tuple(s for s, _ in best), tuple(i for _, i in best)) for query, best in found.items()}
 
 
-def as_found(ids: torch.Tensor, neighbours: knn.Neighbours) -> Found:
-    scores, found = neighbours.scores_qk.tolist(), neighbours.ids_qk.tolist()
-    return {i: (tuple(s), tuple(f)) for i, s, f in zip(ids.tolist(), scores, found, strict=True)}
+def nearest(gallery: Gallery, x: torch.Tensor, ids: torch.Tensor, k: int = K, **options: Any) -> Found:
+    found = gallery.search(x, ids, k, exact=k, **options)
+    scores, neighbours = (torch.cat(parts).tolist() for parts in zip(*found, strict=True))
+    return {i: (tuple(s), tuple(f)) for i, s, f in zip(ids.tolist(), scores, neighbours, strict=True)}
 
 
 def alone(case: str, backend: str = "torch", **options: Any) -> Found:
     x, ids = data(case)
-    return as_found(ids, Gallery(x, ids, K, backend=backend, **options).nearest(x, ids, K, exact=K))
+    return nearest(Gallery(x, ids, K, backend=backend, **options), x, ids)
 
 
 def share(total: int, layout: str, order_seed: int) -> torch.Tensor:
@@ -92,10 +93,8 @@ def search_worker(case: str, distance: str) -> list[Found]:
         queries, gallery = share(N, query_layout, 2 * seed), share(N, gallery_layout, 2 * seed + 1)
         torch.set_num_threads(threads)
         searched = Gallery(x[gallery], ids[gallery], K, distance=distance, backend=backend)
-        found = searched.search(x[queries], ids[queries], K, block=block, exact=K)
-        scores, neighbours = (torch.cat(parts) for parts in zip(*found, strict=True))
+        results.append(nearest(searched, x[queries], ids[queries], block=block))
         torch.set_num_threads(1)
-        results.append(as_found(ids[queries], knn.Neighbours(scores, neighbours)))
     return results
 
 
@@ -150,8 +149,7 @@ def test_the_distances_differ_but_for_unit_rows() -> None:
 
 def test_no_queries_and_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids = data("random")
-    found = Gallery(x, ids, K).nearest(x[:0], ids[:0], K)
-    assert found.scores_qk.shape == found.ids_qk.shape == (0, K)
+    assert not list(Gallery(x, ids, K).search(x[:0], ids[:0], K))
     monkeypatch.setattr(knn_backends, "TILE", 11)
     monkeypatch.setattr(knn, "PAIRS", 7)
     assert alone("binary") == expected("binary")
@@ -159,10 +157,10 @@ def test_no_queries_and_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_queries_outside_the_gallery_find_k_of_exactly_k() -> None:
     x, ids = data("random")
-    found = Gallery(x[-4:], ids[-4:], 4, backend="torch").nearest(x[:3], ids[:3], 4)
-    assert all(sorted(row) == sorted(ids[-4:].tolist()) for row in found.ids_qk.tolist())
-    everyone = Gallery(x, ids, N - 1).nearest(x, ids, N - 1).ids_qk
-    assert all(len(set(row)) == N - 1 for row in everyone.tolist())
+    found = nearest(Gallery(x[-4:], ids[-4:], 4, backend="torch"), x[:3], ids[:3], 4)
+    assert all(sorted(row) == sorted(ids[-4:].tolist()) for _, row in found.values())
+    everyone = nearest(Gallery(x, ids, N - 1), x, ids, N - 1)
+    assert all(len(set(row)) == N - 1 for _, row in everyone.values())
 
 
 @pytest.mark.parametrize("D", [1, 2, 7, 128])

@@ -1,4 +1,4 @@
-"""Per-query metrics against loops, and against pytorch-metric-learning's accuracy calculator."""
+"""Per-query metrics against loops."""
 
 import doctest
 
@@ -7,7 +7,6 @@ import torch
 
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import metrics
-from dist_obdsd.evaluation.knn import Gallery
 from dist_obdsd.evaluation.metrics import map_at_class_size, map_at_k, map_at_r, r_precision, recall_at_k
 from tests.evaluation import oracle
 
@@ -76,34 +75,3 @@ def test_too_few_neighbours_are_refused_with_the_number_needed() -> None:
         with pytest.raises(InputError, match="2 queries without a match"):
             metric(relevant, torch.tensor([0, 3, 0]))
         assert metric(relevant[:0], torch.zeros(0, dtype=torch.int64)).shape == (0,)
-
-
-@pytest.mark.parametrize("backend", ["faiss", "torch"])
-def test_agrees_with_pytorch_metric_learning(backend: str) -> None:
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-
-    random = torch.Generator().manual_seed(3)
-    labels = torch.randint(0, 25, (300,), generator=random)
-    labels = torch.cat([labels, torch.tensor([98, 99])])  # two classes of one image
-    rows = torch.randn(25, 16, generator=random)[labels % 25] + torch.randn(302, 16, generator=random)
-    rows, ids = torch.nn.functional.normalize(rows), torch.arange(302)
-
-    counts = (labels[:, None] == labels).sum(1) - 1
-    matched = counts > 0
-    width = int(counts.max())
-    found = Gallery(rows, ids, width, backend=backend).nearest(rows[matched], ids[matched], width)
-    relevant = labels[found.ids_qk] == labels[matched][:, None]
-
-    calculator = AccuracyCalculator(
-        include=("precision_at_1", "r_precision", "mean_average_precision_at_r"),
-        k="max_bin_count",
-        device=torch.device("cpu"),
-    )
-    theirs = calculator.get_accuracy(rows, labels)
-    assert matched.sum() == 300
-    assert recall_at_k(relevant, (1,))[1].mean().item() == pytest.approx(theirs["precision_at_1"], abs=1e-6)
-    assert r_precision(relevant, counts[matched]).mean().item() == pytest.approx(theirs["r_precision"], abs=1e-6)
-    assert map_at_r(relevant, counts[matched]).mean().item() == pytest.approx(
-        theirs["mean_average_precision_at_r"], abs=1e-6
-    )
-    assert 0.1 < theirs["mean_average_precision_at_r"] < 0.9
