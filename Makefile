@@ -5,7 +5,7 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast bench gpu-check lint chaos constraints parts format ui clean
+.PHONY: help setup demo test test-fast bench gpu-check lint chaos constraints parts format ui clean test-slurm
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,11 @@ gpu-check:  ## check a GPU and time training steps on it, without .venv: torch, 
 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos
+
+test-slurm: setup  ## launch/slurm.sbatch on a real SLURM of two nodes; installs Debian's, needs root (15 minutes)
+	command -v slurmctld >/dev/null || { printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; \
+	  apt-get update -qq; apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2; rm /usr/sbin/policy-rc.d; }
+	TEST_SLURM=1 $(BIN)/python -m pytest -s tests/launch/test_slurm.py
 
 lint: setup  ## ruff, mypy, and the reading order of the packages
 	$(BIN)/ruff check .

@@ -12,11 +12,14 @@
 # HOSTFILE  one line "HOST slots=GPUS" per node, see launch/hostfile.example
 # ZERO      DeepSpeed's settings (default launch/zero1.json; launch/zero2.json spreads the gradients, too)
 #
-# The launcher returns 1 after a signal although every process saved and exited with 0: judge by runs/NAME/status.json.
+# SIGTERM, SIGUSR1 and Ctrl-C save the run on all nodes, by the stop file in its folder; a second one kills.
+# Exits with 0 when the run is finished, 75 when it was stopped in good order and can go on, else 1 or 2.
 set -euo pipefail
 
 config=${1:?usage: launch/deepspeed.sh CONFIG [key=value ...]}
 shift
+run=("$config") # what names the run, without flags
+for word in "$@"; do [[ $word == -* ]] || run+=("$word"); done
 if [[ -z ${NPROC:-} ]]; then
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
   NPROC=$((gpus > 0 ? gpus : 2))
@@ -31,6 +34,16 @@ if [[ -n ${HOSTFILE:-} ]]; then
     echo "launch/deepspeed.sh: cannot read HOSTFILE=$HOSTFILE; see launch/hostfile.example" >&2
     exit 2
   fi
+  # DeepSpeed itself answers a mistake with a traceback.
+  mistake=$(awk '/^[[:space:]]*(#|$)/ {next}
+    NF < 2 || $2 !~ /^slots=[1-9][0-9]*$/ {print "line " NR " is \"" $0 "\", which is not HOST slots=GPUS"; exit}
+    seen[$1]++ {print "line " NR " has " $1 " again"; exit}
+    {hosts++}
+    END {if (!hosts) print "it names no host"}' "$HOSTFILE" | head -n 1)
+  if [[ -n $mistake ]]; then
+    echo "launch/deepspeed.sh: HOSTFILE=$HOSTFILE: $mistake; see launch/hostfile.example" >&2
+    exit 2
+  fi
   options=(--hostfile "$HOSTFILE")
   if [[ -n ${NODE_RANK:-} ]]; then
     : "${MASTER:?set MASTER=host:port, the same on every node}"
@@ -43,13 +56,27 @@ if [[ -n ${LAUNCHER:-} ]]; then
   options+=(--launcher "$LAUNCHER")
 fi
 
+# Over ssh DeepSpeed hands on few variables, and those of a file. Others belong into .deepspeed_env.
+DS_ENV_FILE=$(mktemp)
+export DS_ENV_FILE
+trap 'rm -f "$DS_ENV_FILE"' EXIT
+{
+  cat ~/.deepspeed_env .deepspeed_env 2>/dev/null || true
+  env | grep -E '^(OMP|TORCH|GLOO|NCCL)_' || true
+} >"$DS_ENV_FILE"
+
+started=$(date +%s)
 deepspeed "${options[@]}" --module dist_obdsd train "$config" strategy=deepspeed deepspeed.config="$ZERO" "$@" &
 launcher=$!
-# A signal ends DeepSpeed's runner at once and orphans what it started, so it goes to the process below it, which hands
-# it on to the ranks and gives them 30 seconds.
+asked=""
+# A signal would end DeepSpeed's runner at once, orphan what it started here, and kill it on the other nodes.
 # shellcheck disable=SC2317,SC2329  # the trap calls it
 forward() {
-  pkill -TERM -P "$launcher" || kill -TERM "$launcher" 2>/dev/null || true
+  if [[ -z $asked ]] && dist-obdsd stop "${run[@]}"; then
+    asked=1
+  else
+    pkill -TERM -P "$launcher" || kill -TERM "$launcher" 2>/dev/null || true
+  fi
 }
 trap forward TERM INT USR1
 status=0
@@ -57,4 +84,8 @@ while kill -0 "$launcher" 2>/dev/null; do
   status=0
   wait "$launcher" || status=$? # a trapped signal ends the wait, so ask again
 done
-exit "$status"
+case $(dist-obdsd status --since "$started" "${run[@]}" 2>/dev/null) in
+  finished) exit 0 ;;
+  preempted) exit 75 ;;
+  *) exit $((status ? status : 1)) ;;
+esac

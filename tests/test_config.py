@@ -8,6 +8,7 @@ import pytest
 
 from dist_obdsd.config import changed_settings, load_config, override_config, parse_config, ranking, registry
 from dist_obdsd.config.signature import read_source
+from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.data.packing.recipes import load_recipe
 from dist_obdsd.errors import InputError
 
@@ -21,6 +22,31 @@ def parse(*overrides: str):
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=str)
 def test_every_shipped_config_is_valid(path):
     assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize(("size", "lanes"), [(112, 8), (128, 64), (1024, 64), (96, 16), (98, 1)])
+def test_auto_lanes_are_resolved_to_a_number(size, lanes):
+    config = parse("data.lanes=auto", f"batch.global_size={size}")
+    assert config.model_dump()["data"]["lanes"] == lanes
+    assert parse().data.lanes == 8  # what a config without the setting has always had
+    with pytest.raises(InputError, match="batch.global_size"):
+        parse("data.lanes=auto", f"batch.global_size={size - 1}")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "change"),
+    [
+        (16, (), "set batch.global_size=128 data.lanes=auto from"),
+        (16, ("batch.global_size=128",), "set data.lanes=auto from"),
+        (7, (), "set data.lanes=7 from"),
+    ],
+)
+def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change):
+    with pytest.raises(InputError, match=change) as caught:
+        check_world_size(parse(*overrides), ranks)
+    assert "one of [1, 2, 4, 8] ranks" in str(caught.value)
+    settings = change.removeprefix("set ").removesuffix(" from").split()
+    check_world_size(parse(*overrides, *settings), ranks)  # the advice serves
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from dist_obdsd.cli.ranks import joined
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.class_diversity import measure_diversity
-from dist_obdsd.data.from_config import classes_from, plan_from
+from dist_obdsd.data.from_config import check_world_size, classes_from, plan_from
 from dist_obdsd.data.manifest import Shard
 from dist_obdsd.data.remote import begin, is_remote, location
-from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of
+from dist_obdsd.data.schedule import allowed_world_sizes
 from dist_obdsd.data.shard_reader import cache_of, check_files
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
@@ -148,9 +148,9 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
         from dist_obdsd.training.deepspeed import engine_options
 
         engine_options(config.deepspeed.config, config.deepspeed.stage)
-    lanes_of(here.rank, here.world_size, config.data.lanes)
+    check_world_size(config, here.world_size)
     shards = tuple(manifest.shards())
-    check_files(config.data.shards, shards)
+    check_files(config.data.shards, shards, sizes=True)
     check_evaluable(manifest, config, validation_subset(manifest, held_out, config))
     K = config.batch.samples_per_class
     too_small = [f"{plan.too_small} classes have fewer than batch.samples_per_class={K} images and are never shown"]

@@ -6,8 +6,9 @@ change.
 
 import hashlib
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -16,6 +17,11 @@ from dist_obdsd.config.base import Count, Location, Positive, Section
 from dist_obdsd.config.ranking import SECTIONS, Ranking
 from dist_obdsd.config.registry import BACKBONES, STRATEGIES
 from dist_obdsd.config.yaml_file import to_yaml
+
+
+def auto_lanes(groups: int) -> int:
+    """The largest power of two up to 64 that divides a batch's groups."""
+    return math.gcd(groups, 64)
 
 
 class Config(Section):
@@ -53,6 +59,20 @@ class Config(Section):
     evaluation: sections.EvaluationConfig = sections.EvaluationConfig()
     tracking: sections.TrackingConfig = sections.TrackingConfig()
     checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_lanes(cls, raw: Any) -> Any:
+        """Replace ``data.lanes: auto`` by a number, so that a checkpoint holds the number."""
+        data = raw.get("data") if isinstance(raw, dict) else None
+        if not isinstance(data, dict) or data.get("lanes") != "auto":
+            return raw
+        try:
+            batch = sections.BatchConfig.model_validate(raw.get("batch", {}))
+            lanes = auto_lanes(batch.global_size // batch.samples_per_class)
+        except ValueError:
+            lanes = 1  # the batch's own mistake is told below
+        return raw | {"data": data | {"lanes": lanes}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

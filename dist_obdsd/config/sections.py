@@ -44,7 +44,8 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
     lanes: Count = 8
-    """The fixed number of streams that a global batch is put together from. The number of ranks must divide it."""
+    """The fixed number of streams that a global batch is put together from, which the number of ranks must divide; or
+    `auto`: the largest power of two up to 64 that divides the batch's groups, kept with the run as that number."""
     window: Count = 8
     """Shards of one lane that are held in memory as encoded bytes at a time."""
     sampling: Literal["epoch", "class_uniform"] = "epoch"

@@ -79,8 +79,7 @@ def lanes_of(rank: int, world_size: int, lanes: int) -> range:
     """
     if lanes % world_size:
         raise InputError(
-            f"{world_size} ranks do not divide data.lanes={lanes}; start one of {allowed_world_sizes(lanes)} ranks, or "
-            f"set data.lanes to a multiple of {world_size} from the start of the run"
+            f"{world_size} ranks do not divide {lanes} lanes; take one of {allowed_world_sizes(lanes)} ranks"
         )
     share = lanes // world_size
     return range(rank * share, (rank + 1) * share)

@@ -37,17 +37,26 @@ def missing_files(root: str, shards: Iterable[Shard]) -> list[str]:
     return [] if is_remote(root) else [shard.file for shard in shards if not (Path(root) / shard.file).is_file()]
 
 
-def check_files(root: str, shards: tuple[Shard, ...]) -> None:
+def check_files(root: str, shards: tuple[Shard, ...], sizes: bool = False) -> None:
     """Refuse a local folder that lacks shards.
 
+    Args:
+        sizes: compare the files' sizes with the manifest, too.
+
     Raises:
-        InputError: a shard is missing.
+        InputError: a shard is missing or has another size.
     """
     if missing := missing_files(root, shards):
         raise InputError(
             f"{len(missing)} of {len(shards)} shards are missing in {root}, the first is {missing[0]}; copy them there "
             f"or pack the data again"
         )
+    for shard in () if is_remote(root) or not sizes else shards:
+        if (found := (Path(root) / shard.file).stat().st_size) != shard.bytes:
+            raise InputError(
+                f"the shard {Path(root) / shard.file} has {found} bytes and not {shard.bytes} as its manifest says; "
+                f"copy it there again"
+            )
 
 
 def cache_of(data: DataConfig) -> Cache | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dist_obdsd.config import load_config
 from dist_obdsd.console import NOTICE
-from dist_obdsd.data.schedule import lanes_of
+from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.distributed.launch import read_launch
 from dist_obdsd.errors import InputError
 from dist_obdsd.experiments import run_status
@@ -68,7 +68,7 @@ class Comparison:
             if ranks < 1:
                 raise InputError(f"--ranks is {ranks}; give the number of processes of a run, 1 or more")
             for spec in self.specs:
-                lanes_of(0, ranks, spec.config.data.lanes)
+                check_world_size(spec.config, ranks)
         self._shards = run_status.load_manifests(self.specs)
         run_status.check_folders(self.specs, self._shards, ranks or 1)
         self._path, self._ranks, self._flags, self._command_line = config, ranks, flags, command_line

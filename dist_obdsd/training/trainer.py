@@ -9,8 +9,8 @@ from typing import Any
 from dist_obdsd import machine
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.from_config import classes_from
-from dist_obdsd.data.schedule import lanes_of
+from dist_obdsd.data.from_config import check_world_size, classes_from
+from dist_obdsd.data.shard_reader import check_files
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
@@ -86,7 +86,11 @@ class Trainer:
             self.manifest = manifests.load(config.data.shards)
             self.train_classes, self.validation_classes = classes_from(config, self.manifest)
             check_evaluable(self.manifest, config, validation_subset(self.manifest, self.validation_classes, config))
-            lanes_of(runtime.rank, runtime.world_size, config.data.lanes)
+            check_world_size(config, runtime.world_size)
+            if runtime.launch.local_rank == 0:  # a cut test shard would else be met after the training
+                splits = ["train", *(["test"] if config.evaluation.test else [])]
+                shards = tuple(shard for name in splits for shard in self.manifest.splits.get(name, ()))
+                check_files(config.data.shards, shards, sizes=True)
         assert_equal_across_ranks(f"the manifest of {config.data.shards}", self.manifest.digest, InputError)
 
     def _build_networks(self) -> None:

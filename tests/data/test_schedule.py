@@ -148,5 +148,5 @@ def test_refusals_name_the_numbers() -> None:
 def test_lanes_of_ranks() -> None:
     assert allowed_world_sizes(8) == [1, 2, 4, 8]
     assert [list(lanes_of(rank, 4, 8)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(InputError, match=r"3 ranks do not divide data.lanes=8; start one of \[1, 2, 4, 8\]"):
+    with pytest.raises(InputError, match=r"3 ranks do not divide 8 lanes; take one of \[1, 2, 4, 8\]"):
         lanes_of(0, 3, 8)

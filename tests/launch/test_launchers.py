@@ -1,19 +1,18 @@
 """Real runs through launch/*.sh: several nodes, DeepSpeed's launcher, signals, and doctor on several ranks."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests import runs
+from tests.launch.hosts import two_hosts
 from tests.runs import ROOT
 
 SHORT = ("precision=float32", "max_steps=3", "epochs=2")
@@ -50,41 +49,17 @@ def wait_for(process: subprocess.Popen[str], event: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@contextmanager
-def two_hosts() -> Iterator[list[tuple[str, str, str]]]:
-    """Two network namespaces on one cable, as (name, address, interface); loopback alone where that is forbidden."""
-    names = [f"dobd{os.getpid()}{side}" for side in "ab"]
-
-    def ip(*words: str, check: bool = True) -> bool:
-        return subprocess.run(["ip", *words], capture_output=True, check=check).returncode == 0
-
-    if shutil.which("ip") is None or os.geteuid() != 0 or not ip("netns", "add", names[0], check=False):
-        yield [("", "127.0.0.1", "lo"), ("", "127.0.0.1", "lo")]
-        return
-    try:
-        ip("netns", "add", names[1])
-        ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "name", "vb", "netns", names[1])
-        for name, interface, address in zip(names, ("va", "vb"), ("10.77.0.1", "10.77.0.2"), strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
-            ip("-n", name, "link", "set", interface, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield [(names[0], "10.77.0.1", "va"), (names[1], "10.77.0.2", "vb")]
-    finally:
-        for name in names:
-            ip("netns", "del", name, check=False)
-
-
 @pytest.mark.parametrize("local", [1, 2])
 def test_two_hosts_train_with_a_torchrun_rendezvous(folder, local):
     with two_hosts() as hosts:
-        master = f"{hosts[0][1]}:{runs.free_port()}"
+        master = f"{hosts[0].address}:{runs.free_port()}"
         processes = [
             start(
                 "torchrun.sh", *SHORT, f"name=hosts{local}", cwd=folder,
-                env={"NNODES": "2", "MASTER": master, "NPROC": str(local), "GLOO_SOCKET_IFNAME": card},
-                inside=("ip", "netns", "exec", name) if name else (),
+                env={"NNODES": "2", "MASTER": master, "NPROC": str(local), "GLOO_SOCKET_IFNAME": host.card},
+                inside=host.inside,
             )
-            for name, _, card in hosts
+            for host in hosts
         ]  # fmt: skip
         outputs = [finished(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -124,14 +99,25 @@ def test_a_signal_saves_and_leaves_no_process(folder, script, number):
     assert "the same command goes on from there" in output
     _, alive = psutil.wait_procs(members, timeout=runs.SECONDS)
     assert not alive
-    state = runs.program("status", "tiny.yaml", "epochs=400", cwd=folder)
-    assert state.stdout == "preempted\n"
+    assert process.returncode == (75 if script == "deepspeed.sh" else 1)
 
 
-@pytest.mark.parametrize("hostfile", ["nowhere", "."])
-def test_a_hostfile_that_cannot_be_read(folder, hostfile):
-    process = start("deepspeed.sh", cwd=folder, env={"HOSTFILE": hostfile})
-    assert f"cannot read HOSTFILE={hostfile}" in finished(process)
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [
+        (None, "cannot read"),
+        ("a slots=1\nb\n", 'line 2 is "b"'),
+        ("a slots=1\na slots=2\n", "a again"),
+        ("#a\n", "no host"),
+    ],
+)
+def test_a_hostfile_that_cannot_be_used_is_refused(folder, content, fact):
+    if content is not None:
+        (folder / "hosts").write_text(content)
+    process = start("deepspeed.sh", cwd=folder, env={"HOSTFILE": "hosts"})
+    (line,) = finished(process).splitlines()
+    assert "HOSTFILE=hosts" in line
+    assert fact in line
     assert process.returncode == 2
 
 

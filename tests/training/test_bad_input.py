@@ -55,12 +55,24 @@ def test_a_run_folder_in_use(folder):
         assert "in use by a live run" in one_line(runs.train(folder, code=2).stderr)
 
 
+def test_a_cut_test_shard_is_met_before_training(folder, shards):
+    cut = folder / "cut"
+    shutil.copytree(shards, cut)
+    victim = cut / json.loads((cut / "manifest.json").read_text())["splits"]["test"][-1]["file"]
+    victim.write_bytes(victim.read_bytes()[:-512])
+    for command in ("train", "doctor"):
+        done = runs.program(command, "tiny.yaml", f"data.shards={cut}", cwd=folder)
+        assert done.returncode == 2
+        assert f"{victim} has {victim.stat().st_size} bytes" in done.stderr
+    assert not (folder / "runs" / "tiny" / "status.json").exists()
+
+
 def test_a_broken_shard_ends_every_rank_with_its_name(folder, shards):
     broken = folder / "broken"
     shutil.copytree(shards, broken)
     victim = json.loads((broken / "manifest.json").read_text())["splits"]["train"][0]["file"]
     data = (broken / victim).read_bytes()
-    (broken / victim).write_bytes(data[: len(data) // 2])
+    (broken / victim).write_bytes(data[: len(data) // 2].ljust(len(data), b"\0"))
     done = runs.program("train", "tiny.yaml", f"data.shards={broken}", ranks=2, cwd=folder)
     assert done.returncode != 0
     assert victim in done.stderr
