@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from dist_obdsd import checkpoint
 from dist_obdsd.config import Config, override_config, parse_config
-from dist_obdsd.data.transforms import decode, eval_transform, pixels
+from dist_obdsd.data.images import decode, pixels, upright
+from dist_obdsd.data.transforms import eval_transform
 from dist_obdsd.distributed.launch import Launch, choose_device
 from dist_obdsd.errors import InputError
 from dist_obdsd.models.embedder import Embedder, build_embedder
@@ -182,7 +183,7 @@ def _decode(image: Any, channels: int) -> Tensor:
         return decode(image, channels)
     if isinstance(image, Image.Image):
         try:
-            return pixels(ImageOps.exif_transpose(image), channels)
+            return pixels(upright(image), channels)
         except Exception as error:  # Pillow may read the file only now, and raises nearly anything on a broken one
             raise ValueError(str(error) or type(error).__name__) from error
     if isinstance(image, np.ndarray):

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from dist_obdsd.config import Config
-from dist_obdsd.data.transforms import decode, eval_transform, train_transform
+from dist_obdsd.data.images import decode
+from dist_obdsd.data.transforms import eval_transform, train_transform
 from dist_obdsd.errors import RunError, UserError
 from dist_obdsd.rng import rng
 from dist_obdsd.transfer import pin, unpin

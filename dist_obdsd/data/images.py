@@ -1,25 +1,37 @@
-"""Encoded images: their formats, checking one to the last pixel, and shrinking one.
+"""Encoded images: decoding one, checking one to the last pixel, and shrinking one.
 
-Pillow opens everything but HEIC, which TorchCodec decodes where libheif is installed.
+Pillow reads every header and most kinds of image. TorchCodec, where it is installed, decodes plain JPEGs to the
+same pixels in less time, and HEIC with libheif. What it refuses, Pillow looks at and says why. Of the metadata only the
+orientation counts, so no damage to the others costs an image.
 """
 
 import io
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
 
+try:
+    from torchcodec.decoders import decode_jpeg as _decode_jpeg
+except (ImportError, OSError, RuntimeError):  # not installed, or made for another torch
+    _decode_jpeg = None  # type: ignore[assignment]
+
+T = TypeVar("T")
 # What is read, and an image's suffix in a shard, by the format that its bytes have (a file name may lie). Naming the
 # formats keeps out the plugins that run other programs.
 SUFFIXES = {
     "AVIF": "avif", "BMP": "bmp", "GIF": "gif", "HEIC": "heic", "JPEG": "jpg", "MPO": "jpg",
     "PNG": "png", "PPM": "ppm", "TIFF": "tif", "WEBP": "webp",
 }  # fmt: skip
-FORMATS = tuple(
-    name for name in SUFFIXES if name not in ("MPO", "HEIC")
-)  # a kind of JPEG, which its decoder tells apart itself
+# MPO is a kind of JPEG, which its decoder tells apart itself.
+FORMATS = tuple(name for name in SUFFIXES if name not in ("MPO", "HEIC"))
 MEMBERS = tuple(sorted({*SUFFIXES.values(), "jpeg"}))  # the suffixes that an image may have in a shard
-# The endings of files that may hold such an image.
+# The endings of files that are images, whatever they hold. Others are looked into.
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff",
     ".webp",
@@ -27,7 +39,71 @@ IMAGE_SUFFIXES = (
 QUALITY = 95  # of a JPEG or WebP that is encoded again
 MOST_PIXELS = 89_478_485  # 256 MiB as RGB; where Pillow warns, too, and at twice as many refuses by itself
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
+PNG_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # of which Pillow bounds the size
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""EXIF orientation -> what undoes it."""
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such an image with a sentence
+
+
+def decode(data: bytes, channels: int) -> Tensor:
+    """Decode an image (of one of ``FORMATS``) to uint8 [channels, H, W] (1: grey, 3: RGB) of any strides.
+
+    The EXIF orientation is applied; palette, CMYK and 1-bit images are converted; alpha is composited on white; of
+    16 bits the upper eight are kept; of several frames or pages the first is taken.
+
+    Raises:
+        ValueError: the image cannot be decoded; the text says why.
+    """
+    return _explained(_decode, data, channels)
+
+
+def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
+    """Decode an image to the last pixel as training will, and shrink it where asked.
+
+    Args:
+        data: the encoded image.
+        resize: the shorter side's largest length in pixels; None leaves every image as it is.
+
+    Returns:
+        The suffix and, only where the image was too large, the new encoded image. That is a WebP where it was one, a
+        JPEG where it was a JPEG, HEIC or AVIF (quality 95), else a PNG. The EXIF orientation is applied, of 16 bits the
+        upper eight are kept, and metadata are dropped.
+
+    Raises:
+        ValueError: the image is damaged or of another kind; the message says how.
+    """
+    return _explained(_examine, data, resize)
+
+
+def pixels(image: Image.Image, channels: int) -> Tensor:
+    """Convert an image that stands upright to uint8 [channels, H, W], as ``decode`` says.
+
+    Raises:
+        ValueError and whatever else Pillow raises: the image cannot be decoded or converted.
+    """
+    tensor = torch.from_numpy(np.array(_converted(image, "L" if channels == 1 else "RGB")))
+    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; a damaged entry counts as none."""
+    image.load()
+    turn = UPRIGHT.get(_orientation(image))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.format = image.format
+    return turned
+
+
+def may_be_image(head: bytes) -> bool:
+    """Tell from its first 16 bytes whether a file may be an image that can be read."""
+    Image.init()
+    return _is_heic(head) or any(accept(head) for name in FORMATS if (accept := Image.OPEN[name][1]))
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -37,7 +113,7 @@ def open_image(data: bytes) -> Image.Image:
         ValueError: a small file says that it holds more pixels than memory should be given for.
         PIL.UnidentifiedImageError and whatever else Pillow raises: it is no such image.
     """
-    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+    if _is_heic(data):
         return _decode_heic(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -49,6 +125,96 @@ def open_image(data: bytes) -> Image.Image:
             f"file can claim any number; make the image smaller"
         )
     return image
+
+
+def _explained(function: Callable[..., T], data: bytes, *arguments: object) -> T:
+    """Call a function with an image; every failure is a ValueError that says why."""
+    try:
+        with warnings.catch_warnings():
+            # Odd but harmless metadata draw warnings that nobody could act on.
+            warnings.simplefilter("ignore")
+            return function(data, *arguments)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"its format is none of {', '.join(FORMATS)}, HEIC") from error
+    except Exception as error:  # Pillow's plugins raise nearly every built-in type on broken files
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _decode(data: bytes, channels: int) -> Tensor:
+    if channels == 3 and data.startswith(b"\xff\xd8") and _decode_jpeg is not None:
+        image = open_image(data)
+        if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in UPRIGHT:
+            with suppress(RuntimeError):  # Pillow finds out why
+                decoded = _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
+                assert isinstance(decoded, Tensor)
+                return decoded
+    return pixels(_despite_metadata(_load, data), channels)
+
+
+def _examine(data: bytes, resize: int | None) -> tuple[str, bytes | None]:
+    # verify() sees wrong checksums that load() passes over; load() sees missing data. An image serves only one.
+    _despite_metadata(_verify, data)
+    image = _despite_metadata(_load, data)
+    suffix = SUFFIXES[image.format or ""]
+    _converted(image, "RGB")
+    return (suffix, None) if resize is None or min(image.size) <= resize else _shrink(image, suffix, resize)
+
+
+def _load(data: bytes) -> Image.Image:
+    return upright(open_image(data))
+
+
+def _verify(data: bytes) -> None:
+    open_image(data).verify()
+
+
+def _despite_metadata(read: Callable[[bytes], T], data: bytes) -> T:
+    """Read an image; a PNG that fails once more without its texts and colour profile."""
+    try:
+        return read(data)
+    except Exception:
+        parts, at = [data[:8]], 8
+        while data.startswith(b"\x89PNG\r\n\x1a\n") and at < len(data):
+            end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+            if data[at + 4 : at + 8] not in PNG_METADATA:
+                parts.append(data[at:end])
+            at = end
+        if at in (8, sum(map(len, parts))):
+            raise
+        return read(b"".join(parts))
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of a damaged block
+        return None
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode and not image.has_transparency_data:
+        return image
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"its pixels are {kind}, of which nobody knows the range; convert them to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = _upper_eight(image)
+    elif image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
+    elif image.mode == "LAB":  # has no way to grey but this
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _upper_eight(image: Image.Image) -> Image.Image:
+    """Keep the upper eight of 16 bits, or of as many as a TIFF has; Pillow's own conversion may clip."""
+    bits = max(getattr(image, "tag_v2", {}).get(258, (16,)))
+    return Image.fromarray((np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8))
+
+
+def _is_heic(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
 
 
 def _decode_heic(data: bytes) -> Image.Image:
@@ -71,45 +237,9 @@ def _decode_heic(data: bytes) -> Image.Image:
     return image
 
 
-def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
-    """Decode an image to the last pixel, and shrink it where asked.
-
-    Args:
-        data: the encoded image.
-        resize: the shorter side's largest length in pixels; None leaves every image as it is.
-
-    Returns:
-        The suffix and, only where the image was too large, the new encoded image. That is a WebP where it was one, a
-        JPEG where it was a JPEG, HEIC or AVIF (quality 95), else a PNG. The EXIF orientation is applied, of 16 bits the
-        upper eight are kept, and metadata are dropped.
-
-    Raises:
-        ValueError: the image is damaged or of another kind; the message says how.
-    """
-    try:
-        # verify() sees wrong checksums that load() passes over; load() sees missing data. An image serves only one.
-        with open_image(data) as image:
-            image.verify()
-        with open_image(data) as image:
-            suffix = SUFFIXES[image.format or ""]
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, of which nobody knows the range")
-            image.load()
-            upright = ImageOps.exif_transpose(image)  # also without resizing: training will parse the EXIF data
-            if resize is None or min(image.size) <= resize:
-                return suffix, None
-            return _shrink(upright, suffix, resize)
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"its format is none of {', '.join(FORMATS)}, HEIC") from error
-    except Exception as error:
-        # The decoders raise whatever their parsers trip over; each of these is a fault of this one file.
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
 def _shrink(image: Image.Image, suffix: str, resize: int) -> tuple[str, bytes]:
     if image.mode.startswith("I"):
-        # 16 bits of grey, which the library's own conversion may clip.
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = _upper_eight(image)
     elif image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
     elif image.mode not in ("L", "RGB"):

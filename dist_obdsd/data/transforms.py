@@ -1,96 +1,32 @@
-"""From encoded bytes to the uint8 square that the network takes (which normalises it itself).
+"""From a decoded image to the uint8 square that the network takes (which normalises it itself).
 
-Pillow reads every header and most kinds of image. TorchCodec, where it is installed, decodes plain JPEGs to the
-same pixels in less time. What it refuses, Pillow looks at and says why. A colour image stays as it was decoded, with
-the channels of a pixel side by side in memory: torch resizes that layout quickest.
+A colour image stays as it was decoded, with the channels of a pixel side by side in memory: torch resizes that layout
+quickest.
 
 Every random parameter of a row comes from the generator that is handed in, and every row is transformed by itself, so
 the result does not depend on the batch that a row stands in.
 """
 
 import math
-import warnings
-from contextlib import suppress
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from dist_obdsd.config.sections import DataConfig
-from dist_obdsd.data.images import FORMATS, open_image
-
-try:
-    from torchcodec.decoders import decode_jpeg as _decode_jpeg
-except (ImportError, OSError, RuntimeError):  # not installed, or made for another torch
-    _decode_jpeg = None  # type: ignore[assignment]
 
 AFFINE_DEGREES = 10.0
 AFFINE_SHIFT = 0.1
 AFFINE_SCALE = (0.9, 1.1)
 AFFINE_SHEAR_DEGREES = 5.0
 CROP_RATIO = (3 / 4, 4 / 3)
+LONGEST = 16  # times its shorter side, of an image that is resized for evaluation
 # Shares and largest changes of MoCo v2 (Chen et al. 2020, arXiv 2003.04297, its code's `--aug-plus` without the blur).
 JITTER_SHARE = 0.8
 BRIGHTNESS = CONTRAST = SATURATION = 0.4
 HUE = 0.1
 GREY_SHARE = 0.2
-
-
-def decode(data: bytes, channels: int) -> Tensor:
-    """Decode an image (of one of ``FORMATS``) to uint8 [channels, H, W] (1: grey, 3: RGB) of any strides.
-
-    The EXIF orientation is applied; palette, CMYK and 1-bit images are converted; alpha is composited on white; of
-    16 bits the upper eight are kept; of several frames or pages the first is taken.
-
-    Raises:
-        ValueError: the image cannot be decoded; the text says why.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Odd but harmless metadata draw warnings that nobody could act on.
-            warnings.simplefilter("ignore")
-            image = open_image(data)
-            plain = channels == 3 and image.format == "JPEG" and image.mode == "RGB" and _upright(image)
-            if plain and _decode_jpeg is not None:
-                with suppress(RuntimeError):  # Pillow finds out why
-                    decoded = _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
-                    assert isinstance(decoded, Tensor)
-                    return decoded
-            ImageOps.exif_transpose(image, in_place=True)
-            return pixels(image, channels)
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"its format is none of {', '.join(FORMATS)}, HEIC") from error
-    except Exception as error:  # Pillow's plugins raise nearly every built-in type on broken files
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def pixels(image: Image.Image, channels: int) -> Tensor:
-    """An image that stands upright as uint8 [channels, H, W], converted as ``decode`` says.
-
-    Raises:
-        ValueError and whatever else Pillow raises: the image cannot be decoded or converted.
-    """
-    tensor = torch.from_numpy(np.array(_converted(image, "L" if channels == 1 else "RGB")))
-    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
-
-
-def _upright(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode and not image.has_transparency_data:
-        return image
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of which nobody knows the range")
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion may clip
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        coloured = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
-    return image.convert(mode)
 
 
 def eval_transform(image: Tensor, config: DataConfig) -> Tensor:
@@ -99,8 +35,10 @@ def eval_transform(image: Tensor, config: DataConfig) -> Tensor:
     The shorter side becomes ``config.resize`` (default image_size), and the centre square is taken.
     """
     s, shorter = config.image_size, config.resize or config.image_size
-    height, width = image.shape[1:]
-    rows, columns = (shorter * side // min(height, width) for side in (height, width))
+    short = min(image.shape[1:])
+    # Of a very long image only the part around the square, since all of it could fill the memory.
+    image = functional.center_crop(image, [min(side, LONGEST * short) for side in image.shape[1:]])
+    rows, columns = (shorter * side // short for side in image.shape[1:])
     top, left = round((rows - s) / 2), round((columns - s) / 2)
     return _resized(image, rows, columns)[:, top : top + s, left : left + s].contiguous()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_obdsd.data.cache import Cache
+from dist_obdsd.data.images import decode
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.shard_reader import read_shard
-from dist_obdsd.data.transforms import decode
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.retrieval import RankedQuery
 from dist_obdsd.files import write_atomically

@@ -17,33 +17,43 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    """One of the parts that a PNG consists of."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
     """A PNG made by hand: ``kind`` is its colour type, ``rows`` the raw big-endian rows."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     stride = len(rows) // height
     filtered = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(filtered)) + chunk(b"IEND", b"")
 
 
-def tiff16(pixels: np.ndarray) -> bytes:
-    """An uncompressed RGB TIFF of 16 bits, made by hand from uint16 [H, W, 3]."""
-    height, width, _ = pixels.shape
-    data = pixels.astype("<u2").tobytes()
-    # Width, height, bits (a pointer), no compression, RGB, strip, samples, rows, bytes.
-    entries = [(256, width), (257, height), (258, None), (259, 1), (262, 2), (273, None), (277, 3), (278, height),
-               (279, len(data))]  # fmt: skip
-    after = 8 + 2 + 12 * len(entries) + 4
-    ifd = struct.pack("<H", len(entries))
-    for tag, value in entries:
-        if tag == 258:
-            ifd += struct.pack("<HHII", tag, 3, 3, after)
+def tiff(width: int, height: int, data: bytes, tags: dict[int, int], order: str = "<", samples: int = 1) -> bytes:
+    """An uncompressed TIFF made by hand, with the samples of a pixel side by side.
+
+    Args:
+        tags: bits of a sample (258) and, unless black is 0, the kind of colours (262).
+    """
+    entries = {256: width, 257: height, 259: 1, 262: 1, 277: samples, 278: height, 279: len(data)} | tags
+    after = 8 + 2 + 12 * (len(entries) + 1) + 4  # behind the entries: the bits of each sample, then the pixels
+    ifd = struct.pack(f"{order}H", len(entries) + 1)
+    for tag, value in sorted({**entries, 273: after + 2 * samples}.items()):
+        if tag != 258:
+            ifd += struct.pack(f"{order}HHII", tag, 4, 1, value)
+        elif samples == 1:
+            ifd += struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)
         else:
-            ifd += struct.pack("<HHII", tag, 4, 1, after + 6 if value is None else value)
-    return b"II*\0" + struct.pack("<I", 8) + ifd + struct.pack("<I", 0) + struct.pack("<HHH", 16, 16, 16) + data
+            ifd += struct.pack(f"{order}HHII", tag, 3, samples, after)
+    begin = b"II*\0" if order == "<" else b"MM\0*"
+    bits = struct.pack(f"{order}{samples}H", *[tags[258]] * samples)
+    return begin + struct.pack(f"{order}I", 8) + ifd + bytes(4) + bits + data
+
+
+def tiff16(pixels: np.ndarray) -> bytes:
+    """An RGB TIFF of 16 bits, from uint16 [H, W, 3]."""
+    return tiff(*pixels.shape[1::-1], pixels.astype("<u2").tobytes(), {258: 16, 262: 2}, samples=3)
 
 
 def colours(height: int = 20, width: int = 30) -> np.ndarray:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.decoding_workers import LENT, SLOTS, DecodedJob, DecodeJob, Decoder, DecodeTask
-from dist_obdsd.data.transforms import decode, train_transform
+from dist_obdsd.data.images import decode
+from dist_obdsd.data.transforms import train_transform
 from dist_obdsd.rng import rng
 from tests.data.pictures import encoded
 

@@ -1,10 +1,21 @@
+"""Images as people have them: damaged or large metadata, odd bits, odd shapes."""
+
 import io
+import math
+import struct
+import zlib
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dist_obdsd.data.images import examine
+from dist_obdsd.data import transforms
+from dist_obdsd.data.images import FORMATS, decode, examine, pixels
+from dist_obdsd.data.transforms import eval_transform
+from tests.data.pictures import assert_close, chunk, colours, encoded, settings, tiff
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
@@ -30,3 +41,138 @@ def test_image_formats_that_nobody_reads_are_refused() -> None:
     Image.new("F", (4, 4)).save(stream, "TIFF")
     with pytest.raises(ValueError, match="floating-point"):
         examine(stream.getvalue())
+
+
+def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """An EXIF block of the orientation 6 (turned) and (tag, type, count, value or offset) entries."""
+    rows = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), *entries]
+    ifd = b"".join(struct.pack("<HHI", *row[:3]) + row[3] for row in sorted(rows))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(rows)) + ifd + bytes(4)
+
+
+FAR = struct.pack("<I", 2**31)
+DAMAGED_TAGS = {
+    "a value beyond the end": exif_of((0x010F, 2, 400, FAR)),
+    "a resolution that is a text": exif_of((0x011A, 2, 4, b"300\0"), (0x0128, 7, 4, b"\xff\xfe\0\1")),
+    "a fraction of nothing": exif_of((0x011A, 5, 1, FAR), (0x011B, 5, 0, bytes(4))),
+    "an unknown type": exif_of((0x9C9B, 99, 7, FAR)),
+    "a sub-block beyond the end": exif_of((0x8769, 4, 1, FAR), (0x8825, 3, 1, b"\xff\xff\0\0")),
+    "a sub-block that is itself": exif_of((0x8769, 4, 1, struct.pack("<I", 8))),
+    "a thumbnail beyond the end": exif_of((0x0201, 4, 1, FAR), (0x0202, 4, 1, FAR)),
+    "four billion values": exif_of((0x9286, 7, 2**32 - 1, FAR)),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("damage", DAMAGED_TAGS)
+def test_a_damaged_exif_tag_costs_nothing(kind: str, damage: str) -> None:
+    data = encoded(Image.fromarray(colours()), kind, exif=DAMAGED_TAGS[damage])
+    assert tuple(decode(data, 3).shape) == (3, 30, 20)  # the orientation counts all the same
+    assert tuple(decode(data, 1).shape) == (1, 30, 20)
+    assert examine(data)[1] is None
+    assert Image.open(io.BytesIO(examine(data, 10)[1] or b"")).size == (10, 15)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "block",
+    [b"Exif\0\0", b"Exif\0\0nonsense", exif_of()[:20], exif_of((0x0112, 2, 2, b"6\0\0\0")), exif_of()[:-10] + bytes(8)],
+)
+def test_a_damaged_exif_block_counts_as_none(kind: str, block: bytes) -> None:
+    data = encoded(Image.fromarray(colours()), kind, exif=block)
+    assert decode(data, 3).shape[0] == 3
+    assert examine(data)[1] is None
+
+
+LARGE = bytes(6 * 2**20)
+METADATA = {
+    "zTXt": b"Comment\0\0" + zlib.compress(LARGE),
+    "iTXt": b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LARGE),
+    "iCCP": b"colours\0\0" + zlib.compress(LARGE),
+    "tEXt": b"Comment\0" + b"x" * len(LARGE),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", METADATA)
+def test_large_metadata_of_a_png_cost_nothing(name: str, after: bool) -> None:
+    plain = encoded(Image.fromarray(colours()), "PNG")
+    at = len(plain) - 12 if after else 33  # before the end, or after the header
+    data = plain[:at] + 20 * chunk(name.encode(), METADATA[name]) + plain[at:]
+    assert_close(decode(data, 3), colours())
+    assert examine(data) == ("png", None)
+    broken = bytearray(data)
+    broken[data.index(b"IDAT") + 10] ^= 1
+    with pytest.raises(ValueError, match="."):  # other damage still counts
+        examine(bytes(broken))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF", "PNG"])
+def test_a_large_colour_profile_costs_nothing(kind: str) -> None:
+    data = encoded(Image.fromarray(colours()), kind, icc_profile=np.random.default_rng(0).bytes(3 * 2**20))
+    assert decode(data, 3).shape == (3, 20, 30)
+    assert examine(data)[1] is None
+
+
+WIDE = {
+    "int32": np.arange(-9, 15, dtype=np.int32).reshape(4, 6) * 2**24,
+    "small int32": np.arange(24, dtype=np.int32).reshape(4, 6) * 10,
+    "float32": np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_pixels_of_unknown_range_are_refused(name: str) -> None:
+    image = Image.fromarray(WIDE[name])
+    named = "floating-point" if name == "float32" else "32-bit integers"
+    for read in (lambda: decode(encoded(image, "TIFF"), 3), lambda: examine(encoded(image, "TIFF"))):
+        with pytest.raises(ValueError, match=named):
+            read()
+    with pytest.raises(ValueError, match=named):
+        pixels(image, 1)
+
+
+def test_other_bits_than_eight_keep_the_upper_eight() -> None:
+    ramp = np.arange(240, dtype=np.uint16).reshape(12, 20)
+    packed = bytes(
+        byte
+        for low, high in (ramp.reshape(-1, 2) * 16 + 9).tolist()
+        for byte in (low >> 4, (low & 15) << 4 | high >> 8, high & 255)
+    )
+    assert_close(decode(tiff(20, 12, packed, {258: 12}), 1), ramp)
+    for order in ("<", ">"):
+        assert_close(decode(tiff(20, 12, (ramp * 256 + 77).astype(f"{order}u2").tobytes(), {258: 16}, order), 1), ramp)
+    pgm = b"P5 20 12 65535\n" + (ramp * 257).astype(">u2").tobytes()
+    assert_close(decode(pgm, 1), ramp)
+
+
+@pytest.mark.parametrize("mode", ["LAB", "YCbCr", "CMYK", "RGBX", "I;16", "LA", "PA", "1", "I", "F"])
+def test_what_passes_the_check_can_be_decoded(mode: str) -> None:
+    tried = 0
+    for kind in FORMATS:
+        data = b""
+        with suppress(OSError, KeyError, ValueError, SystemError):  # most formats lack most modes
+            data = encoded(Image.new(mode, (8, 6)), kind)
+        if not data:
+            continue
+        tried += 1
+        if mode in ("I", "F") and kind in ("TIFF", "PPM") and (mode, kind) != ("I", "PPM"):
+            for read in (examine, partial(decode, channels=1), partial(decode, channels=3)):
+                with pytest.raises(ValueError, match="range"):
+                    read(data)
+            continue
+        assert examine(data)[1] is None
+        assert [decode(data, channels).shape for channels in (1, 3)] == [(1, 6, 8), (3, 6, 8)]
+    assert tried
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (50_000, 3), (400, 20)])
+def test_a_very_long_image_takes_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = np.linspace(0, 255, max(size)).astype(np.uint8)
+    image = np.resize(ramp, size[::-1]) if size[0] > size[1] else np.repeat(ramp[:, None], size[0], axis=1)
+    areas, whole = [], transforms._resized
+    monkeypatch.setattr(transforms, "_resized", lambda x, *size: areas.append(math.prod(size)) or whole(x, *size))
+    found = eval_transform(torch.from_numpy(image)[None].expand(3, -1, -1), settings(image_size=224))
+    assert areas[0] <= 20 * 224 * 224
+    assert found.shape == (3, 224, 224)
+    assert abs(found.float().mean().item() - 127) < 3  # its centre

@@ -127,7 +127,8 @@ def test_the_batches_are_those_of_the_plan(data: tuple[Path, Manifest], alone: l
 
 
 def test_pixels_belong_to_their_ids(data: tuple[Path, Manifest]) -> None:
-    from dist_obdsd.data.transforms import decode, eval_transform
+    from dist_obdsd.data.images import decode
+    from dist_obdsd.data.transforms import eval_transform
 
     config = config_of(data[0], epochs=2, workers=2, augment="none")
     for batch in batches(data, config)[:3]:

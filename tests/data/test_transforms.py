@@ -7,7 +7,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from dist_obdsd.data import transforms
-from dist_obdsd.data.transforms import decode, eval_transform, train_transform
+from dist_obdsd.data.images import decode
+from dist_obdsd.data.transforms import eval_transform, train_transform
 from dist_obdsd.rng import rng
 from tests.data.pictures import assert_close, colours, encoded, settings
 

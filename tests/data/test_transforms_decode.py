@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from dist_obdsd.data import images, transforms
-from dist_obdsd.data.images import examine
-from dist_obdsd.data.transforms import decode
+from dist_obdsd.data import images
+from dist_obdsd.data.images import decode, examine
 from tests.data.pictures import assert_close, colours, encoded, png, tiff16
 
 
@@ -176,7 +175,7 @@ def test_torchcodec_decodes_plain_jpegs_alone(monkeypatch: pytest.MonkeyPatch) -
         asked.append(arguments)
         raise RuntimeError("no such colours")
 
-    monkeypatch.setattr(transforms, "_decode_jpeg", refuse)
+    monkeypatch.setattr(images, "_decode_jpeg", refuse)
     plain = encoded(Image.fromarray(colours()), "JPEG", quality=100, subsampling=0)
     assert_close(decode(plain, 3), colours(), 6)
     assert len(asked) == 1
@@ -184,7 +183,7 @@ def test_torchcodec_decodes_plain_jpegs_alone(monkeypatch: pytest.MonkeyPatch) -
         decode(encoded(image, "JPEG"), 3)
     decode(encoded(Image.fromarray(colours()), "PNG"), 3)
     assert len(asked) == 1
-    monkeypatch.setattr(transforms, "_decode_jpeg", None)  # as where TorchCodec is not installed
+    monkeypatch.setattr(images, "_decode_jpeg", None)  # as where TorchCodec is not installed
     assert_close(decode(plain, 3), colours(), 6)
 
 
