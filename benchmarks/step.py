@@ -187,7 +187,7 @@ class Batches(AbstractContextManager["Batches"]):
             )
             return
         self.classes = range(B // 2)
-        shape = (B // rank.world_size, data.channels, data.image_size, data.image_size)
+        shape = (B // rank.world_size, data.channels, *data.size)
         images_b = torch.randint(0, 256, shape, dtype=torch.uint8)
         images_b = images_b.pin_memory() if cuda else images_b
         self._batch = TrainBatch(config.epochs // 2, 0, images_b, torch.arange(len(images_b)), torch.arange(B) // 2, [])

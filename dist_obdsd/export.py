@@ -98,13 +98,15 @@ def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
     """Describe the way from an image file to its embedding, as plain data."""
     data = embedder.config.data
     channels = "RGB" if data.channels == 3 else "grey"
-    side = data.image_size
+    rows, columns = data.size
+    side = rows if rows == columns else [rows, columns]
+    resize: dict[str, Any] = {"shorter_side": data.resize or min(rows, columns)} if data.fit == "crop" else {}
     with embedder.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "format": FORMAT,
         "version": __version__,
-        "input": {"name": "images", "dtype": "uint8", "shape": ["batch", data.channels, side, side]},
+        "input": {"name": "images", "dtype": "uint8", "shape": ["batch", data.channels, rows, columns]},
         "output": {"name": "embeddings", "dtype": "float32", "shape": ["batch", embedder.dim], "unit_length": True},
         "decode": {
             "channels": channels,
@@ -114,7 +116,8 @@ def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
             "frame": "the first",
             "16_bit": "the upper 8",
         },
-        "resize": {"shorter_side": data.resize or side, "interpolation": "bilinear", "antialias": True},
+        "fit": data.fit,
+        "resize": resize | {"interpolation": "bilinear", "antialias": True},
         "crop": {"size": side, "where": "centre"},
         # The network does this itself: (pixel / 255 - mean) / std.
         "normalisation": {"inside_the_network": True, "scale": 1 / 255, "mean": data.mean, "std": data.std},
@@ -195,7 +198,7 @@ _READERS = {"torch": _read_torch, "onnx": _read_onnx}
 
 README = """# An image embedder
 
-{files}: uint8 images [batch, {channels}, {side}, {side}] to float32 rows [batch, {dim}] of length 1, any batch size.
+{files}: uint8 images [batch, {channels}, {h}, {w}] to float32 rows [batch, {dim}] of length 1, any batch size.
 The network scales and normalises the pixels itself. Two images are the more alike the larger the product of their rows
 (the cosine) is. `preprocessing.json` says all of this for programs, and how closely the files agree with the checkpoint
 (`{checkpoint}`) that they were made from. From images to rows, with Pillow and NumPy (HEIC needs its own decoder):
@@ -203,8 +206,6 @@ The network scales and normalises the pixels itself. Two images are the more ali
 ```python
 import numpy as np
 from PIL import Image, ImageOps
-
-SIDE, SHORTER, MODE = {side}, {resize}, "{mode}"
 
 
 def prepare(path):
@@ -214,17 +215,15 @@ def prepare(path):
     elif image.has_transparency_data:  # on white
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = np.array(image.convert(MODE)).reshape(image.height, image.width, -1)
-    shorter = min(image.size)
-    for axis in (1, 0):
-        pixels = resize(pixels, axis, shorter)
-    return pixels.transpose(2, 0, 1)
+    pixels = np.array(image.convert("{mode}")).reshape(image.height, image.width, -1)
+    rows, columns = pixels.shape[:2]
+{fit}
+    return resize(resize(pixels, 1, columns, {w}), 0, rows, {h}).transpose(2, 0, 1)
 
 
-def resize(pixels, axis, shorter):
+def resize(pixels, axis, new, side):
     # Resize one axis with antialiasing and take its centre, in whole numbers as torch does.
     old = pixels.shape[axis]
-    new = SHORTER * old // shorter
     scale, reach = old / new, max(old / new, 1.0)
     centre = scale * (np.arange(new) + 0.5)[:, None]
     first = np.maximum(centre - reach + 0.5, 0).astype(int)
@@ -233,13 +232,13 @@ def resize(pixels, axis, shorter):
     weights = np.maximum(1 - np.abs((taps - centre + 0.5) * (1 / reach)), 0) * inside
     weights /= weights.sum(1, keepdims=True)
     bits = next(n for n in range(23) if n == 22 or int(0.5 + weights.max() * 2 ** (n + 1)) >= 2**15)
-    start = round((new - SIDE) / 2)
-    kept = slice(start, start + SIDE)
-    matrix = np.zeros((SIDE, old + taps.shape[1]))
+    start = round((new - side) / 2)
+    kept = slice(start, start + side)
+    matrix = np.zeros((side, old + taps.shape[1]))
     np.put_along_axis(matrix, taps[kept], np.floor(weights[kept] * 2**bits + 0.5), 1)
     rows = np.moveaxis(pixels, axis, 0).reshape(old, -1).astype(float)
     rows = (matrix[:, :old] @ rows + 2 ** (bits - 1)) // 2**bits
-    shape = (SIDE, *np.delete(pixels.shape, axis))
+    shape = (side, *np.delete(pixels.shape, axis))
     return np.moveaxis(rows.clip(0, 255).astype(np.uint8).reshape(shape), 0, axis)
 
 
@@ -247,6 +246,19 @@ images = np.stack([prepare(path) for path in paths])
 {uses}
 ```
 """
+
+FIT = {
+    "crop": """
+    side, of = ({covered_h}, rows) if rows * {w} <= columns * {h} else ({covered_w}, columns)
+    rows, columns = side * rows // of, side * columns // of""",
+    "squash": """
+    rows, columns = {h}, {w}""",
+    "pad": """
+    down, right = max(0, round(columns * {h} / {w}) - rows), max(0, round(rows * {w} / {h}) - columns)
+    padded = np.full((rows + down, columns + right, pixels.shape[2]), {fill}, np.uint8)
+    padded[down // 2 : down // 2 + rows, right // 2 : right // 2 + columns] = pixels
+    pixels, rows, columns = padded, {h}, {w}""",
+}
 
 USES = {
     "torch": """
@@ -262,13 +274,27 @@ rows = session.run(None, {"images": images})[0]""",
 
 
 def _readme(about: dict[str, Any], formats: Sequence[str]) -> str:
+    h, w = about["input"]["shape"][2:]
+    shorter = about["resize"].get("shorter_side", 0)
+    fit = (
+        FIT[about["fit"]]
+        .strip("\n")
+        .format(
+            h=h,
+            w=w,
+            covered_h=shorter * h // min(h, w),
+            covered_w=shorter * w // min(h, w),
+            fill=[round(255 * value) for value in about["normalisation"]["mean"]],
+        )
+    )
     return README.format(
         files=" and ".join(f"`{FILES[name]}`" for name in formats),
         channels=about["input"]["shape"][1],
-        side=about["crop"]["size"],
+        h=h,
+        w=w,
         dim=about["output"]["shape"][1],
         checkpoint=about["checkpoint"]["file"],
         mode="RGB" if about["decode"]["channels"] == "RGB" else "L",
-        resize=about["resize"]["shorter_side"],
+        fit=fit,
         uses="\n".join(USES[name] for name in formats).strip(),
     )

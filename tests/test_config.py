@@ -63,7 +63,7 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("distillation.omega=-0.1", "distillation.omega is -0.1"),
         ("distillation.temperature=0", "distillation.temperature is 0"),
         ("distillation.target=odbsd", "distillation.target is 'odbsd'"),
-        ("data.channels=1", "data.mean has 3 values but data.channels is 1"),
+        ("data.mean=[0.1,0.2]", "data.mean has 2 values but data.channels is 3"),
         ("precision=fp16", "precision is 'fp16'"),
         ("optim.schedule=step", "needs optim.milestones"),
         ("optim.milestones=[3]", "set optim.schedule=step"),

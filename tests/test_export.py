@@ -94,8 +94,12 @@ MODES = {"RGB": "jpg", "L": "png", "RGBA": "png", "LA": "webp", "P": "gif", "1":
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("mode", [*MODES, "palette with transparency", "turned", "tall", "small"])
-def test_the_readme_prepares_every_kind_of_image_to_the_bit(mode: str, channels: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "fit"),
+    [(mode, "square") for mode in [*MODES, "palette with transparency", "turned", "tall", "small"]]
+    + [(mode, fit) for mode in ("RGB", "tall") for fit in ("crop", "squash", "pad")],
+)
+def test_the_readme_prepares_every_kind_of_image_to_the_bit(mode: str, fit: str, channels: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     size = {"tall": (211, 17), "small": (5, 9)}.get(mode, (97, 131))
     if mode == "I;16":
@@ -106,10 +110,12 @@ def test_the_readme_prepares_every_kind_of_image_to_the_bit(mode: str, channels:
     path, exif = tmp_path / f"x.{MODES.get(mode, 'png')}", Image.Exif()
     exif[0x0112] = 6 if mode == "turned" else 1
     image.save(path, exif=exif)
-    data = DataConfig(shards="x", image_size=32, resize=40, channels=channels, mean=(0.5,), std=(0.5,))  # type: ignore[arg-type]
-    about: dict[str, Any] = {"input": {"shape": ["n", channels]}, "crop": {"size": 32}, "resize": {"shorter_side": 40},
+    given = {"image_size": 32, "resize": 40} if fit == "square" else {"image_size": [24, 40], "fit": fit}
+    data = DataConfig.model_validate(given | {"shards": "x", "channels": channels, "mean": (0.3,), "std": (0.5,)})
+    resize = {"shorter_side": data.resize or 24} if data.fit == "crop" else {}
+    about: dict[str, Any] = {"input": {"shape": ["n", channels, *data.size]}, "fit": data.fit, "resize": resize,
              "output": {"shape": ["n", 1]}, "decode": {"channels": "RGB" if channels == 3 else "grey"},
-             "checkpoint": {"file": "x"}}  # fmt: skip
+             "checkpoint": {"file": "x"}, "normalisation": {"mean": data.mean}}  # fmt: skip
     (tmp_path / "README.md").write_text(exporting._readme(about, ["torch"]))
     names: dict[str, Any] = {}
     exec(readme_s_program(tmp_path).partition("\nimages =")[0], names)

@@ -7,6 +7,7 @@ used. Its arguments are known before that, from its source: the positional ones 
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,15 +116,56 @@ METRICS = Registry(
     },
 )
 
-BACKBONES = Registry(
+USUAL = ("small_cnn", "resnet18", "resnet34", "resnet50", "squeezenet1_0")
+"""Backbones with the size and the normalisation that are usual for ImageNet, whatever their weights."""
+
+
+class BackboneRegistry(Registry):
+    """Kinds of backbones: a name of our own, or a pattern that many names follow."""
+
+    def pattern(self, name: str) -> str:
+        """Return the entry that a backbone's name follows."""
+        if name.startswith("timm/"):
+            return "timm/NAME"
+        return "package:function" if ":" in name else name if name in self.paths else "NAME"
+
+    def check(self, name: str) -> str:
+        return name  # only a library knows its names
+
+    def library(self, name: str) -> str | None:
+        """Return the library that has published weights of a backbone."""
+        return {"NAME": "torchvision", "timm/NAME": "timm"}.get(self.pattern(name))
+
+    def gives_map(self, name: str) -> bool:
+        """Tell if a backbone of torchvision or ours ends in a map that is pooled here."""
+        return name == "small_cnn" or bool(re.match(r"(wide_)?res(net|next)\d|squeezenet", name))
+
+    def input_defaults(self, name: str, pretrained: str) -> Mapping[str, Any]:
+        """Look up a backbone's own image_size, mean and std.
+
+        Raises:
+            InputError: there is no such backbone.
+        """
+        if ":" in name or name in USUAL:  # without importing a library, which takes seconds
+            return {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        backbones: Any = importlib.import_module("dist_obdsd.models.backbones")
+        return backbones.input_defaults(name, pretrained)
+
+    def load(self, name: str) -> Any:
+        return super().load(self.pattern(name))
+
+    def source(self, name: str) -> Source:
+        return super().source(self.pattern(name))
+
+
+BACKBONES = BackboneRegistry(
     "backbone",
     "model.backbone",
     {
         "small_cnn": "dist_obdsd.models.backbones:small_cnn",
-        "resnet18": "dist_obdsd.models.backbones:resnet18",
-        "resnet34": "dist_obdsd.models.backbones:resnet34",
-        "resnet50": "dist_obdsd.models.backbones:resnet50",
-        "squeezenet1_0": "dist_obdsd.models.backbones:squeezenet1_0",
+        "NAME": "dist_obdsd.models.backbones:torchvision_model",
+        "timm/NAME": "dist_obdsd.models.backbones:timm_model",
+        "package:function": "dist_obdsd.models.backbones:own_model",
     },
 )
 

@@ -17,6 +17,7 @@ from dist_obdsd.config.base import Count, Location, Positive, Section
 from dist_obdsd.config.ranking import SECTIONS, Ranking
 from dist_obdsd.config.registry import BACKBONES, STRATEGIES
 from dist_obdsd.config.yaml_file import to_yaml
+from dist_obdsd.errors import InputError
 
 
 def auto_lanes(groups: int) -> int:
@@ -75,6 +76,30 @@ class Config(Section):
         return raw | {"data": data | {"lanes": lanes}}
 
     @model_validator(mode="after")
+    def _fill_in(self) -> Self:
+        """Take what is left open from the backbone, so that dumps and checkpoints hold it."""
+        data, model = self.data, self.model
+        if None in (data.image_size, data.mean, data.std):
+            try:
+                own = BACKBONES.input_defaults(model.backbone, model.pretrained)
+            except InputError as error:
+                raise ValueError(str(error)) from error
+            for name, value in own.items():
+                grey = data.channels == 1 and isinstance(value, tuple) and name != "image_size"
+                if getattr(data, name) is None:
+                    vars(data)[name] = (round(sum(value) / len(value), 4),) if grey else value
+        if model.pooling is None:
+            vars(model)["pooling"] = "avg" if BACKBONES.gives_map(model.backbone) else "own"
+        if self.evaluation.untrained is None:
+            vars(self.evaluation)["untrained"] = model.pretrained != "none"
+        if data.resize is not None and data.resize < min(data.size):
+            raise ValueError(
+                f"data.resize is {data.resize} but the crop is data.image_size={data.image_size}; "
+                f"set data.resize to at least {min(data.size)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
         size, k, lanes = self.batch.global_size, self.batch.samples_per_class, self.data.lanes
         if size % k:
@@ -104,6 +129,11 @@ class Config(Section):
                 f"model.norm={self.model.norm} would take BatchNorm's statistics of a chunk, not of the batch; "
                 f"set model.norm=frozen or leave batch.chunk out"
             )
+        if self.model.checkpoint_blocks and self.model.norm != "frozen":
+            raise ValueError(
+                f"model.checkpoint_blocks=true would count BatchNorm's statistics twice, but model.norm is "
+                f"{self.model.norm}; set it to frozen"
+            )
         if self.model.compile and self.model.norm == "sync":
             raise ValueError(
                 "model.compile=true would be cut in two at every SyncBatchNorm; set model.norm=frozen or "
@@ -112,9 +142,10 @@ class Config(Section):
         takes = BACKBONES.source(self.model.backbone).arguments
         if "channels" not in takes and self.data.channels != 3:
             raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
-        if "weights" not in takes and self.model.torchvision_weights:
+        library = self.model.library
+        if library and library != BACKBONES.library(self.model.backbone):
             raise ValueError(
-                f"torchvision has no weights for {self.model.backbone}; set model.pretrained to none or to a file"
+                f"{library} has no weights for {self.model.backbone}; set model.pretrained to none or to a file"
             )
         if sections.SELECTION_METRIC not in self.evaluation.metrics and (
             self.validation.holds_out or self.evaluation.best_test
@@ -149,5 +180,5 @@ class Config(Section):
 CHANGEABLE_ON_RESUME = (
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
     "data.workers", "data.shards", "data.cache", "data.cache_gib", "data.max_bad_samples", "evaluation.backend",
-    "tracking", "checkpoint", "strategy", "deepspeed", "distillation.memory_gib",
+    "evaluation.untrained", "tracking", "checkpoint", "strategy", "deepspeed", "distillation.memory_gib",
 )  # fmt: skip

@@ -17,6 +17,20 @@ NO_ZERO_3 = (
 )
 
 
+AUGMENTATIONS = ("none", "crop", "strong", "affine")
+
+
+def check_augment(name: str) -> str:
+    """Return the name of an augmentation if it is one of ours or a plug-in's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name not in AUGMENTATIONS and ":" not in name:
+        raise ValueError(f"{name!r} is none of {', '.join(AUGMENTATIONS)} and no package:function; give one of these")
+    return name
+
+
 class DataConfig(Section):
     shards: Location
     """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote, or where they are remote a URL or a
@@ -26,19 +40,25 @@ class DataConfig(Section):
     reads them anew."""
     cache_gib: Positive | None = None
     """What the cache may hold; beyond it the shards that were not used for longest go. Unset: all of them stay."""
-    image_size: Count = 224
-    """Side in pixels of the square that the network sees."""
+    image_size: Count | tuple[Count, Count] | None = None
+    """What the network sees, in pixels: the side of a square, or [rows, columns]. Unset: the backbone's own."""
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    """How an image of other proportions is made to fit: `crop` cuts the centre out, `pad` adds borders of the mean
+    colour, `squash` changes its proportions."""
     resize: Count | None = None
-    """Shorter side in pixels before the evaluation's centre crop; unset: image_size (256 is usual for 224)."""
+    """With fit=crop: shorter side in pixels before the evaluation's centre crop; unset: that of image_size (256 is
+    usual for 224)."""
     channels: Literal[1, 3] = 3
     """1 reads grey images, 3 reads RGB."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Per channel, of pixels scaled to [0, 1]; the default is ImageNet's. One value serves every channel."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    augment: Literal["none", "crop", "strong", "affine"] = "crop"
+    mean: tuple[float, ...] | None = None
+    """Per channel, of pixels scaled to [0, 1]; one value serves every channel. Unset: the backbone's own, and for grey
+    images the average of its three."""
+    std: tuple[float, ...] | None = None
+    augment: Annotated[str, AfterValidator(check_augment)] = "crop"
     """`crop`: RandomResizedCrop and horizontal flip (the published one); `strong`: these, random changes of brightness,
     contrast, saturation and hue, and sometimes grey; `affine`: small rotation, shift, scale, shear (for characters,
-    where a mirrored one is another one); `none`: as in evaluation."""
+    where a mirrored one is another one); `none`: as in evaluation; or `package:function`, called with an image (uint8
+    [C, H, W]), its own numpy generator and the size (rows, columns) of the image that it returns."""
     crop_scale: tuple[Positive, Positive] = (0.08, 1.0)
     """Smallest and largest share of the image's area that `crop` and `strong` keep."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -65,15 +85,21 @@ class DataConfig(Section):
             raw = {name: value for name, value in raw.items() if name != "decode"}
         return raw
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the images that the network sees."""
+        assert self.image_size is not None, "a Config fills it in"
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
+            if values is not None and len(values) not in (1, self.channels):
                 raise ValueError(
                     f"data.{name} has {len(values)} values but data.channels is {self.channels}; "
                     f"give one value or one per channel"
                 )
-        if min(self.std) <= 0:
+        if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {list(self.std)}; every value must be above 0")
         if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
             raise ValueError(
@@ -81,11 +107,8 @@ class DataConfig(Section):
             )
         if self.cache_gib is not None and self.cache is None:
             raise ValueError("data.cache_gib bounds the cache, but data.cache names no folder; set data.cache, too")
-        if self.resize is not None and self.resize < self.image_size:
-            raise ValueError(
-                f"data.resize is {self.resize} but the crop is data.image_size={self.image_size}; "
-                f"set data.resize to at least {self.image_size}"
-            )
+        if self.resize is not None and self.fit != "crop":
+            raise ValueError(f"data.resize is for data.fit=crop, but that is {self.fit}; leave data.resize out")
         return self
 
 
@@ -101,12 +124,22 @@ class BatchConfig(Section):
 
 class ModelConfig(Section):
     backbone: Annotated[str, AfterValidator(BACKBONES.check)] = "resnet50"
+    """`small_cnn`, a classifier of torchvision (`resnet50`, `convnext_tiny`), `timm/NAME` or your own
+    `package:function`, which returns a module. Dropout and stochastic depth are set to 0."""
     embedding_dim: Count = 128
     """Length of the unit-norm embedding (D)."""
-    pooling: Literal["avg", "max", "avg+max"] = "avg"
+    pooling: Literal["own", "avg", "max", "avg+max", "gem", "cls"] | None = None
+    """From the last map or tokens to one row: `own` is the model's, `gem` the generalised mean, `cls` the first token.
+    Unset: avg for ResNet, SqueezeNet and small_cnn, else own."""
     pretrained: Location = "none"
-    """`none`, `torchvision` (its newest ImageNet weights, downloaded once), `torchvision:NAME` (those of that name, as
-    IMAGENET1K_V1, which published figures start from) or the path of a local state dict."""
+    """`none`; `torchvision` or `timm` (the library's default weights, downloaded once), or with `:TAG` those of that
+    name (torchvision:IMAGENET1K_V1 is what published figures start from); the path of a .pth or .safetensors file; or a
+    run's folder or checkpoint, whose last weights are taken."""
+    freeze: Literal["all"] | Annotated[int, Field(ge=0)] = 0
+    """Leave so many blocks, and the stem before them, as they are; `all` trains the embedding layer alone."""
+    checkpoint_blocks: bool = False
+    """Activation checkpointing: keep only the inputs of blocks and compute the rest again in the backward pass. Slower,
+    less memory, the same result."""
     norm: Literal["frozen", "sync", "batch"] = "frozen"
     """BatchNorm: `frozen` keeps the pretrained statistics, `sync` takes them over all ranks (GPUs only), `batch` over
     each rank alone, which makes results depend on the number of ranks. small_cnn has GroupNorm and ignores this."""
@@ -121,10 +154,10 @@ class ModelConfig(Section):
     the backward pass is over, not during it."""
 
     @property
-    def torchvision_weights(self) -> str | None:
-        """Torchvision's name of the weights to begin with; None where ``pretrained`` is `none` or a file."""
-        source, _, name = self.pretrained.partition(":")
-        return (name or "DEFAULT") if source == "torchvision" else None
+    def library(self) -> str | None:
+        """The library whose weights training begins with; None for a file, a run and `none`."""
+        source = self.pretrained.partition(":")[0]
+        return source if source in ("torchvision", "timm") else None
 
 
 class DistillationConfig(Section):
@@ -194,6 +227,9 @@ class OptimConfig(Section):
     head_scale: Positive = 1.0
     """The rate of the embedding layer, which no pretraining has, in units of `lr`: above 1 it can find its place before
     the pretrained weights have moved far."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Every layer's rate in units of that of the layer after it, from the embedding layer down; 1 is no decay, 0.65 to
+    0.9 is usual for vision transformers (BEiT, arXiv 2106.08254)."""
     weight_decay: NonNegative = 4e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD only."""
@@ -245,6 +281,8 @@ class ValidationConfig(Section):
     """Of `folds`: which part, from 0."""
     every: Count = 1
     """Epochs between validations."""
+    patience: Count | None = None
+    """Stop when so many validations in a row found no better epoch; unset: train all epochs."""
     max_images: Count | None = None
     """Validate on some of the held-out classes, whole ones, with at most so many images together; unset: on all. Which
     ones follows from the seed, so they are the same throughout the run."""
@@ -259,6 +297,10 @@ class ValidationConfig(Section):
         if len(ways) > 1:
             raise ValueError(
                 f"validation.{' and validation.'.join(ways)} both say what to hold out; set only one of them"
+            )
+        if self.patience is not None and not ways:
+            raise ValueError(
+                f"validation.patience={self.patience} needs classes to validate on; set validation.fraction, too"
             )
         if self.folds is None and self.fold:
             raise ValueError(f"validation.fold={self.fold} has no effect without validation.folds; set that, too")
@@ -290,8 +332,9 @@ class EvaluationConfig(Section):
     best_test: bool = False
     """Also measure the test set after every validation, or, without one, every `validation.every` epochs, and report
     the best as `best_test`. That chooses the epoch on the test set, as papers do, and flatters the result."""
-    untrained: bool = False
-    """Also measure the test set before the first step, as a reference that is never used for a choice."""
+    untrained: bool | None = None
+    """Also measure the network before the first step, on the test set or else on the validation classes, as a reference
+    that is never used for a choice. Unset: where it is pretrained."""
     batch_size: Count = 256
     """Images embedded at a time; part of the result's last bits, so it does not follow the number of ranks."""
     backend: Literal["auto", "faiss", "torch"] = "auto"

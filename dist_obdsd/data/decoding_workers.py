@@ -122,7 +122,7 @@ class Decoder:
             pinned: let what the processes decode lie in pinned memory, for a GPU to fetch (see ``transfer``).
         """
         self._jobs, self._config, self._group = jobs, config, group
-        self._shape = (rows, config.data.channels, config.data.image_size, config.data.image_size)
+        self._shape = (rows, config.data.channels, *config.data.size)
         # A slot may come back while the garbage collector runs in a thread that is inside of this very queue.
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._ready: queue.Queue[Any] = queue.Queue()

@@ -1,4 +1,4 @@
-"""From a decoded image to the uint8 square that the network takes (which normalises it itself).
+"""From a decoded image to the uint8 image that the network takes (which normalises it itself).
 
 A colour image stays as it was decoded, with the channels of a pixel side by side in memory: torch resizes that layout
 quickest.
@@ -7,7 +7,10 @@ Every random parameter of a row comes from the generator that is handed in, and 
 the result does not depend on the batch that a row stands in.
 """
 
+import importlib
 import math
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,13 +18,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from dist_obdsd.config.sections import DataConfig
+from dist_obdsd.errors import InputError
 
 AFFINE_DEGREES = 10.0
 AFFINE_SHIFT = 0.1
 AFFINE_SCALE = (0.9, 1.1)
 AFFINE_SHEAR_DEGREES = 5.0
 CROP_RATIO = (3 / 4, 4 / 3)
-LONGEST = 16  # times its shorter side, of an image that is resized for evaluation
+LONGEST = 16  # times its shorter side, of an image that is resized or padded as a whole
 # Shares and largest changes of MoCo v2 (Chen et al. 2020, arXiv 2003.04297, its code's `--aug-plus` without the blur).
 JITTER_SHARE = 0.8
 BRIGHTNESS = CONTRAST = SATURATION = 0.4
@@ -30,36 +34,91 @@ GREY_SHARE = 0.2
 
 
 def eval_transform(image: Tensor, config: DataConfig) -> Tensor:
-    """Resize and crop as in evaluation: uint8 [C, H, W] -> [C, s, s].
+    """Make an image fit as in evaluation: uint8 [C, H, W] -> [C, h, w], of ``config.size``.
 
-    The shorter side becomes ``config.resize`` (default image_size), and the centre square is taken.
+    With ``config.fit`` crop it is resized to cover the size (with ``config.resize`` larger by resize / min(h, w)), and
+    the centre is taken.
     """
-    s, shorter = config.image_size, config.resize or config.image_size
-    short = min(image.shape[1:])
-    # Of a very long image only the part around the square, since all of it could fill the memory.
-    image = functional.center_crop(image, [min(side, LONGEST * short) for side in image.shape[1:]])
-    rows, columns = (shorter * side // short for side in image.shape[1:])
-    top, left = round((rows - s) / 2), round((columns - s) / 2)
-    return _resized(image, rows, columns)[:, top : top + s, left : left + s].contiguous()
+    h, w = config.size
+    image = _bounded(image)
+    if config.fit != "crop":
+        return _resized(_padded(image, config) if config.fit == "pad" else image, h, w).contiguous()
+    shorter = config.resize or min(h, w)
+    covered = (shorter * h // min(h, w), shorter * w // min(h, w))
+    height, width = image.shape[1:]
+    # The side that is short for the size's proportions becomes as long as that of the size.
+    side, of = (covered[0], height) if height * w <= width * h else (covered[1], width)
+    rows, columns = side * height // of, side * width // of
+    top, left = round((rows - h) / 2), round((columns - w) / 2)
+    return _resized(image, rows, columns)[:, top : top + h, left : left + w].contiguous()
+
+
+def _bounded(image: Tensor) -> Tensor:
+    """Take the centre of a very long image, since all of it could fill the memory."""
+    return functional.center_crop(image, [min(side, LONGEST * min(image.shape[1:])) for side in image.shape[1:]])
 
 
 def train_transform(image: Tensor, config: DataConfig, generator: np.random.Generator) -> Tensor:
-    """uint8 [C, H, W] -> [C, s, s] with the augmentation that ``config.augment`` names.
+    """uint8 [C, H, W] -> [C, h, w], of ``config.size``, with the augmentation that ``config.augment`` names.
 
     Args:
         generator: this row's own; all its random parameters are drawn from it.
     """
     if config.augment == "none":
         return eval_transform(image, config)
+    if ":" in config.augment:
+        return _checked(load_augment(config.augment)(image, generator, config.size), config)
+    if config.fit == "pad":
+        image = _padded(_bounded(image), config)
+    h, w = config.size
     if config.augment == "affine":
         return _random_affine(image, config, generator)
     # RandomResizedCrop (Szegedy et al. 2015), and a horizontal flip with probability 1/2.
-    top, left, height, width = _crop_box(image.shape[1], image.shape[2], config.crop_scale, generator)
+    height, width = image.shape[1:]
+    proportion = width / height if config.fit == "squash" else w / h
+    top, left, height, width = _crop_box(height, width, config.crop_scale, generator, proportion)
     mirrored = generator.random() < 0.5
-    part = image[:, top : top + height, left : left + width]
-    image = _resized(part, config.image_size, config.image_size)
+    image = _resized(image[:, top : top + height, left : left + width], h, w)
     image = image.flip(-1) if mirrored else image
     return _random_colours(image, generator) if config.augment == "strong" else image
+
+
+@cache
+def load_augment(name: str) -> Callable[[Tensor, np.random.Generator, tuple[int, int]], Tensor]:
+    """Import the plug-in ``package:function``.
+
+    Raises:
+        InputError: it is not there.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found: Callable[..., Tensor] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"data.augment={name} cannot be imported ({error}); install {module.partition('.')[0]}, or put its folder "
+            f"on PYTHONPATH"
+        ) from error
+    return found
+
+
+def _checked(image: Tensor, config: DataConfig) -> Tensor:
+    wanted = (config.channels, *config.size)
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or tuple(image.shape) != wanted:
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise InputError(f"data.augment={config.augment} returned {found}; it must return uint8 {list(wanted)}")
+    return image
+
+
+def _padded(image: Tensor, config: DataConfig) -> Tensor:
+    """Give an image the proportions of ``config.size`` by borders of the mean colour."""
+    (h, w), (height, width) = config.size, image.shape[1:]
+    rows, columns = max(height, round(width * h / w)), max(width, round(height * w / h))
+    assert config.mean is not None, "a Config fills it in"
+    colour = (255 * torch.tensor(config.mean)).round().to(torch.uint8)
+    padded = colour[:, None, None].expand(config.channels, rows, columns).contiguous()
+    top, left = (rows - height) // 2, (columns - width) // 2
+    padded[:, top : top + height, left : left + width] = image
+    return padded
 
 
 def _resized(image: Tensor, rows: int, columns: int) -> Tensor:
@@ -88,10 +147,15 @@ def _random_colours(image: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def _crop_box(
-    height: int, width: int, scale: tuple[float, float], generator: np.random.Generator
+    height: int, width: int, scale: tuple[float, float], generator: np.random.Generator, proportion: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """Top, left, height, width: an area share uniform in ``scale``, a ratio log-uniform in CROP_RATIO; ten tries."""
-    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    """Draw top, left, height, width.
+
+    The share of the area is uniform in ``scale``, width / height log-uniform in CROP_RATIO times ``proportion``; ten
+    tries.
+    """
+    narrow, wide = (ratio * proportion for ratio in CROP_RATIO)
+    low, high = math.log(narrow), math.log(wide)
     for _ in range(10):
         area = height * width * generator.uniform(*scale)
         ratio = math.exp(generator.uniform(low, high))
@@ -99,15 +163,15 @@ def _crop_box(
         if 0 < w <= width and 0 < h <= height:
             return int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)), h, w
     # Nothing fitted (a very long image): the largest allowed part of its centre.
-    w, h = min(width, round(height * CROP_RATIO[1])), min(height, round(width / CROP_RATIO[0]))
+    w, h = min(width, round(height * wide)), min(height, round(width / narrow))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def _random_affine(image: Tensor, config: DataConfig, generator: np.random.Generator) -> Tensor:
-    """Resize to the square, then one small affine map, bilinear, the gaps filled with the image's own background."""
-    s = config.image_size
-    if tuple(image.shape[1:]) != (s, s):
-        image = functional.resize(image, [s, s], antialias=True)
+    """Squash to the size, then one small affine map, bilinear, the gaps filled with the image's own background."""
+    h, w = config.size
+    if tuple(image.shape[1:]) != (h, w):
+        image = functional.resize(image, [h, w], antialias=True)
     angle, shift_x, shift_y, zoom, shear = generator.uniform(-1, 1, 5).tolist()
     angle = math.radians(AFFINE_DEGREES) * angle
     tangent = math.tan(math.radians(AFFINE_SHEAR_DEGREES) * shear)
@@ -117,11 +181,11 @@ def _random_affine(image: Tensor, config: DataConfig, generator: np.random.Gener
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     matrix = torch.tensor(
         [
-            [cos, cos * tangent - sin, 2 * AFFINE_SHIFT * shift_x],
-            [sin, sin * tangent + cos, 2 * AFFINE_SHIFT * shift_y],
+            [cos, (cos * tangent - sin) * h / w, 2 * AFFINE_SHIFT * shift_x],
+            [sin * w / h, sin * tangent + cos, 2 * AFFINE_SHIFT * shift_y],
         ]
     )
-    grid = torch.nn.functional.affine_grid(matrix[None], [1, image.shape[0], s, s], align_corners=False)
+    grid = torch.nn.functional.affine_grid(matrix[None], [1, image.shape[0], h, w], align_corners=False)
     background = _background(image)
     # Outside, grid_sample gives 0: with the background taken off first, that is the background.
     centred = image.float() - background

@@ -29,7 +29,7 @@ def run_metadata(runs: Sequence[RunStatus], shards: Mapping[str, Manifest]) -> d
         "backbone": of_config(lambda c: f"{c.model.backbone}, {c.model.embedding_dim} dimensions, "
                                         f"{c.model.pooling} pooling"),
         "pretraining data": of_config(_pretraining),
-        "images": of_config(lambda c: f"{c.data.image_size} x {c.data.image_size}, {c.data.channels} channels, "
+        "images": of_config(lambda c: f"{c.data.size[0]} x {c.data.size[1]}, {c.data.channels} channels, "
                                       f"augmentation {c.data.augment}"),
         "batch": of_config(lambda c: f"{c.batch.global_size} images, {c.batch.samples_per_class} per class"),
         "epochs": of_config(lambda c: f"{c.epochs}" + (f", stopped after {c.max_steps} steps" if c.max_steps else "")),

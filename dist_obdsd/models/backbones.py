@@ -1,12 +1,19 @@
-"""The backbones: networks without their pooling and classifier.
+"""The backbones: networks without their classifier. The only module that knows timm.
 
-A builder returns the network and its number of features F. What it takes says what it can do: ``channels`` other than
-RGB, published ``weights`` by torchvision's name, and the ``file`` of a state dict.
+A builder returns a module from normalised images to a map of features [b, F, h, w], to tokens [b, n, F] or to features
+that the network pools itself [b, F]. Its keyword arguments say what it can do: ``channels`` other than RGB, images of a
+``size`` (rows, columns), another ``pooling``, ``weights`` by its library's name, and a ``state`` dict.
 
-Legend: b images, C channels, s pixels.
+Legend: b images, C channels, h, w rows and columns, F features.
 """
 
+import copy
+import difflib
+import importlib
+import inspect
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,11 @@ import torch
 from torch import nn
 from torchvision import models
 
+from dist_obdsd.config.registry import BACKBONES
 from dist_obdsd.errors import InputError
+from dist_obdsd.models import layers
+from dist_obdsd.models.pooling import Pool, exchange_pool
+from dist_obdsd.models.weights import State, fit, split_source
 
 
 class SmallCNN(nn.Module):
@@ -40,88 +51,288 @@ class SmallCNN(nn.Module):
         return self.layers(images_bCss)
 
 
-def small_cnn(*, channels: int, file: str | None) -> tuple[nn.Module, int]:
+def small_cnn(*, channels: int, state: State | None) -> nn.Module:
     """Four convolutions with GroupNorm, for small images of one or three channels."""
-    net = SmallCNN(channels)
-    load_weights(net, "small_cnn", file)
-    return net, SmallCNN.widths[-1]
+    return fit(SmallCNN(channels), state, "small_cnn")
 
 
-def resnet18(*, weights: str | None, file: str | None) -> tuple[nn.Module, int]:
-    """ResNet with 18 layers (He et al., CVPR 2016)."""
-    return _resnet("resnet18", weights, file)
+def torchvision_model(*, name: str, weights: str | None, state: State | None, pooling: str) -> nn.Module:
+    """A classifier of torchvision by its name, such as `resnet50` or `convnext_tiny`, without its last layer."""
+    options: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    found = library_weights(name, f"torchvision:{weights}") if weights else None
 
+    def build() -> Any:
+        with warnings.catch_warnings():
+            # SqueezeNet's constructor warns about its classifier, which is dropped.
+            warnings.simplefilter("ignore", UserWarning)
+            return models.get_model(name, weights=found and found.entry, **options)
 
-def resnet34(*, weights: str | None, file: str | None) -> tuple[nn.Module, int]:
-    """ResNet with 34 layers (He et al., CVPR 2016)."""
-    return _resnet("resnet34", weights, file)
-
-
-def resnet50(*, weights: str | None, file: str | None) -> tuple[nn.Module, int]:
-    """ResNet with 50 layers (He et al., CVPR 2016)."""
-    return _resnet("resnet50", weights, file)
-
-
-def squeezenet1_0(*, weights: str | None, file: str | None) -> tuple[nn.Module, int]:
-    """SqueezeNet 1.0 (Iandola et al., arXiv 1602.07360), which has no BatchNorm."""
-    return _torchvision("squeezenet1_0", weights, file).features, 512
-
-
-def _resnet(name: str, weights: str | None, file: str | None) -> tuple[nn.Module, int]:
-    net = _torchvision(name, weights, file)
-    return nn.Sequential(*list(net.children())[:-2]), net.fc.in_features
-
-
-def _torchvision(name: str, weights: str | None, file: str | None) -> Any:
-    with warnings.catch_warnings():
-        # SqueezeNet's constructor warns about its classifier, which is dropped.
-        warnings.simplefilter("ignore", UserWarning)
-        net = models.get_model(name, weights=published_weights(name, weights))
-    load_weights(net, name, file)
+    _check_torchvision(name)
+    net = fit(_downloaded(build, found), state, name)
+    if isinstance(net, models.ResNet):
+        return nn.Sequential(*list(net.children())[:-2])
+    if isinstance(net, models.SqueezeNet):
+        return net.features
+    classifier = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
+    net.set_submodule(classifier, nn.Identity())
+    if pooling != "own":
+        exchange_pool(net, name, pooling)
     return net
 
 
-def published_weights(backbone: str, name: str | None) -> models.WeightsEnum | None:
-    """Find torchvision's weights by name.
+def timm_model(
+    *, name: str, weights: str | None, state: State | None, channels: int, size: tuple[int, int], pooling: str
+) -> nn.Module:
+    """A model of timm, with or without a tag: `timm/convnext_tiny`, `timm/vit_small_patch14_dinov2.lvd142m`."""
+    timm = _import_timm()
+    config = _timm_config(name, weights)
+    options: dict[str, Any] = {"img_size": size} if config.fixed_input_size else {}
+    if state is not None:
+        dropped = (config.classifier,) if isinstance(config.classifier, str) else config.classifier or ()
+        state = {key: value for key, value in state.items() if key.rpartition(".")[0] not in dropped}
+        # timm converts foreign names and resamples position embeddings; without a classifier the rest must fit.
+        options |= {"pretrained_cfg_overlay": {"state_dict": state, "num_classes": 0, "label_offset": 0}}
+    elif weights is not None:
+        options |= {"pretrained_cfg": config.tag} if weights != "DEFAULT" else {}
+    given = state is not None or weights is not None
+    found = library_weights(name, f"timm:{weights}") if weights else None
+
+    def build() -> Any:
+        try:
+            return timm.create_model(
+                name.removeprefix("timm/"), pretrained=given, num_classes=0, in_chans=channels, **options
+            )
+        except (RuntimeError, KeyError) as error:
+            if state is None:
+                raise
+            raise InputError(f"model.pretrained does not fit {name}: {' '.join(str(error).split())[:200]}") from error
+        except AssertionError as error:
+            raise InputError(
+                f"{name} cannot be built for images of {size[0]} x {size[1]}: {error}; set another data.image_size"
+            ) from error
+
+    net = _downloaded(build, found)
+    if pooling != "own":
+        exchange_pool(net, name, pooling)
+    return net
+
+
+def own_model(*, name: str, state: State | None, channels: int, size: tuple[int, int]) -> nn.Module:
+    """A function of your own that returns a module; it may take `channels` and `size` (rows, columns)."""
+    module, _, attribute = name.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"model.backbone={name} cannot be imported ({error}); install {module.partition('.')[0]}, or put its "
+            f"folder on PYTHONPATH"
+        ) from error
+    offered = {"channels": channels, "size": size}
+    taken = inspect.signature(build).parameters
+    net = build(**{key: value for key, value in offered.items() if key in taken})
+    if not isinstance(net, nn.Module):
+        raise InputError(f"model.backbone={name} returned a {type(net).__name__}; it must return a torch.nn.Module")
+    return fit(net, state, name)
+
+
+def build_backbone(
+    name: str, *, pretrained: str = "none", state: State | None = None, channels: int = 3,
+    size: tuple[int, int] = (224, 224), pooling: str = "own",
+) -> tuple[nn.Module, Pool, int]:  # fmt: skip
+    """Build a network, its pooling, and count its features by embedding a blank image.
+
+    Dropout and stochastic depth are set to 0, since their masks would depend on the number of ranks.
+
+    Args:
+        name: small_cnn, a classifier of torchvision, ``timm/NAME`` or ``package:function``.
+        pretrained: ``torchvision``, ``timm``, either with ``:TAG``, else no published weights.
+        state: a state dict with the network's own names.
+        size: rows and columns of the images.
+        pooling: as ``model.pooling``.
+
+    Raises:
+        InputError: there is no such network, its weights are missing or do not fit, or it cannot take such images.
+    """
+    source, tag = split_source(pretrained)
+    net = BACKBONES.build(
+        name,
+        {"name": name} if "name" in BACKBONES.source(name).arguments else {},
+        weights=tag if source else None,
+        state=state,
+        channels=channels,
+        size=size,
+        pooling=pooling,
+    )
+    layers.turn_off_dropout(net, name)
+    pool = Pool("avg" if pooling == "own" else pooling, getattr(net, "num_prefix_tokens", 0))
+    try:
+        with torch.no_grad():
+            features_1F = pool(net.eval()(torch.zeros(1, channels, *size)))
+    except Exception as error:  # of any kind, from inside a network
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise InputError(
+            f"{name} takes no images of {channels} x {size[0]} x {size[1]}: {reason}; set another data.image_size"
+        ) from error
+    if features_1F.dim() != 2:
+        raise InputError(
+            f"{name} gives {list(features_1F.shape)} for one image; it must give features [1, F], [1, F, h, w] or "
+            f"tokens [1, n, F]"
+        )
+    net.train()
+    if ":" in name:
+        blank_2 = torch.zeros(2, channels, *size)
+        with torch.no_grad():
+            first, second = (pool(copy.deepcopy(net)(blank_2)) for _ in range(2))
+        if not torch.equal(first, second):
+            raise InputError(
+                f"{name} draws random numbers in training, which ranks would draw differently; turn it off"
+            )
+    return net, pool, features_1F.shape[1]
+
+
+# ---- what a library says of a network -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LibraryWeights:
+    """Published weights, and where their file is or would be."""
+
+    entry: Any
+    """What the library calls them."""
+    file: str
+    folder: Path
+    path: Callable[[], Path | None]
+    """Finds the file in the cache."""
+    variable: str
+    """The environment variable that moves the cache."""
+
+
+def library_weights(name: str, pretrained: str) -> LibraryWeights:
+    """Find published weights, without reading or downloading them.
 
     Raises:
         InputError: there are none of that name.
     """
-    if name is None:
-        return None
-    known = models.get_model_weights(backbone)
-    if name not in known.__members__:
-        names = ", ".join(weights.name for weights in known)
+    _, tag = split_source(pretrained)
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    if not name.startswith("timm/"):
+        _check_torchvision(name)
+        known = models.get_model_weights(name)
+        if tag not in known.__members__:
+            names = ", ".join(weights.name for weights in known) or "none"
+            raise InputError(
+                f"model.pretrained=torchvision:{tag}: torchvision has {names} for {name}; give one of these, or "
+                f"torchvision for the newest"
+            )
+        entry = known[tag]
+        return LibraryWeights(entry, entry.url.rpartition("/")[2], hub, _in(hub, entry.url), "TORCH_HOME")
+    config = _timm_config(name, tag)
+    if not config.hf_hub_id:
+        if not config.url:
+            raise InputError(f"timm has no weights for {name}; set model.pretrained to none or to a file")
+        return LibraryWeights(config, config.url.rpartition("/")[2], hub, _in(hub, config.url), "TORCH_HOME")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+
+    def cached() -> Path | None:
+        paths = [try_to_load_from_cache(config.hf_hub_id, file) for file in files]
+        return next((Path(path) for path in paths if isinstance(path, str)), None)
+
+    return LibraryWeights(config, f"{config.hf_hub_id}/{files[0]}", Path(constants.HF_HUB_CACHE), cached, "HF_HOME")
+
+
+def _in(folder: Path, url: str) -> Callable[[], Path | None]:
+    path = folder / url.rpartition("/")[2]
+    return lambda: path if path.is_file() else None
+
+
+def _downloaded(build: Callable[[], Any], found: LibraryWeights | None) -> Any:
+    """Build a network; where its weights are not in the cache, a failure is one of the download."""
+    try:
+        return build()
+    except Exception as error:
+        if found is None or found.path() is not None:
+            raise
+        reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
         raise InputError(
-            f"model.pretrained=torchvision:{name}: torchvision has {names} for {backbone}; give one of these, or "
-            f"torchvision for the newest"
-        )
-    return known[name]
+            f"the weights {found.file} are not in {found.folder} and cannot be downloaded ({reason}); fetch them "
+            f"where there is a network with dist-obdsd doctor CONFIG --download and set {found.variable}, or set "
+            f"model.pretrained to a file of weights, a run, or none"
+        ) from error
 
 
-def load_weights(net: nn.Module, backbone: str, path: str | None) -> None:
-    """Load a plain state dict with the backbone's own names, if a path is given.
-
-    The classifier's tensors may be missing, since it is dropped.
+def input_defaults(name: str, pretrained: str) -> Mapping[str, Any]:
+    """Look up a network's own image_size, mean and std.
 
     Raises:
-        InputError: there is no such file, or it does not fit.
+        InputError: there is no such network.
     """
-    if path is None:
-        return
-    if not Path(path).is_file():
-        raise InputError(f"model.pretrained={path} is no file; give a state dict's path, torchvision or none")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        unfit = net.load_state_dict(state, strict=False)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"model.pretrained={path} is not a state dict for {backbone}: {reason}") from error
-    missing = [name for name in unfit.missing_keys if not name.startswith(("fc.", "classifier."))]
-    if missing or unfit.unexpected_keys:
-        example = (missing or list(unfit.unexpected_keys))[0]
+    if name.startswith("timm/"):
+        source, tag = split_source(pretrained)
+        config = _timm_config(name, tag if source else None)
+        rows, columns = config.input_size[1:]
+        size, mean, std = rows if rows == columns else (rows, columns), config.mean, config.std
+    else:
+        _check_torchvision(name)
+        source, tag = split_source(pretrained)
+        weights = library_weights(name, pretrained).entry if source else models.get_model_weights(name)["DEFAULT"]
+        preset = weights.transforms()
+        size, mean, std = preset.crop_size[0], preset.mean, preset.std
+    return {"image_size": size, "mean": tuple(mean), "std": tuple(std)}
+
+
+def layer_depths(net: nn.Module) -> dict[str, int]:
+    """Number the layer of each parameter from the input: 0 is the stem, 1 the first block.
+
+    timm's own grouping is taken where there is one.
+    """
+    matcher: Any = getattr(net, "group_matcher", None)
+    if matcher is None:
+        return layers.depths(net)
+    from timm.models import group_parameters
+
+    depths = group_parameters(net, matcher(coarse=False), reverse=True)
+    return {name: depths[name] for name, _ in net.named_parameters()}
+
+
+def to_sync_batch_norm(net: nn.Module) -> nn.Module:
+    """Exchange every BatchNorm for SyncBatchNorm, timm's fused with activations, too."""
+    if any(type(module).__module__.startswith("timm.") for module in net.modules()):
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(net)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
+def _check_torchvision(name: str) -> None:
+    known = models.list_models(module=models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
         raise InputError(
-            f"model.pretrained={path} does not fit {backbone}: {len(missing)} tensors are missing and "
-            f"{len(unfit.unexpected_keys)} unknown, such as {example}; give the weights of a {backbone}"
+            f"model.backbone is {name!r}; set it to small_cnn, a classifier of torchvision such as "
+            f"{', '.join(near) or 'resnet50'}, timm/NAME or package:function"
         )
+
+
+def _timm_config(name: str, tag: str | None) -> Any:
+    timm, name = _import_timm(), name.removeprefix("timm/")
+    bare = name.partition(".")[0]
+    if not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, timm.list_models(), n=3, cutoff=0.3)
+        raise InputError(f"timm has no model {bare}; set model.backbone to one such as timm/{', timm/'.join(near)}")
+    if tag not in (None, "DEFAULT"):
+        name = f"{bare}.{tag}"
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        tags = ", ".join(full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")) or "none"
+        raise InputError(f"timm has no weights {name.partition('.')[2]} for {bare}; it has {tags}")
+    return config
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError("model.backbone=timm/NAME needs timm; pip install 'dist-obdsd[timm]'") from error
+    return timm

@@ -1,88 +1,176 @@
 """The student: pixels to unit-norm embeddings.
 
-Legend: b images, C channels, s pixels, F features, D embedding dimension.
+Legend: b images, C channels, h, w rows and columns, F features, D embedding dimension.
 """
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from dist_obdsd.config import Config
-from dist_obdsd.config.registry import BACKBONES
-from dist_obdsd.config.sections import DataConfig, ModelConfig
+from dist_obdsd.config.sections import ModelConfig
 from dist_obdsd.errors import InputError
+from dist_obdsd.models import layers, weights
+from dist_obdsd.models.backbones import build_backbone, layer_depths, to_sync_batch_norm
+from dist_obdsd.models.pooling import Pool
 from dist_obdsd.rng import derive
 
 logger = logging.getLogger(__name__)
 
 
 class Embedder(nn.Module):
-    """The network from uint8 images [b, C, s, s] to unit rows [b, D], normalisation of the pixels included."""
+    """The network from uint8 images [b, C, h, w] to unit rows [b, D], normalisation of the pixels included."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, config: ModelConfig, data: DataConfig) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        features: int,
+        embedding_dim: int,
+        *,
+        pool: Pool | None = None,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        freeze_statistics: bool = True,
+        channels_last: bool = True,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        """Put an embedding layer on a network.
+
+        Args:
+            trunk: from normalised images to a map [b, F, h, w], tokens [b, n, F] or features [b, F].
+            features: F.
+            embedding_dim: D.
+            pool: unset: the mean.
+            mean: of the pixels scaled to [0, 1], one value or one a channel.
+            std: likewise.
+            freeze_statistics: keep BatchNorm's statistics in training.
+            channels_last: keep images with their channels innermost.
+            checkpoint_blocks: compute the activations inside of blocks again in the backward pass.
+        """
         super().__init__()
-        weights = config.torchvision_weights
-        file = None if config.pretrained == "none" or weights else config.pretrained
-        self.trunk, features = BACKBONES.build(config.backbone, {}, channels=data.channels, weights=weights, file=file)
-        self.pooling = config.pooling
-        self.head = nn.Linear(features, config.embedding_dim)
-        self.freeze_statistics = config.norm == "frozen"
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.trunk, self.pool = trunk, pool or Pool("avg")
+        self.head = nn.Linear(features, embedding_dim)
+        self.freeze_statistics, self.checkpoint_blocks = freeze_statistics, checkpoint_blocks
+        if checkpoint_blocks:
+            layers.checkpoint_blocks(trunk)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         # Constants of the data, not state: kept out of checkpoints and of the teacher's comparison.
         shape = (1, -1, 1, 1)
-        self.register_buffer("mean", torch.tensor(data.mean).view(shape), persistent=False)
-        self.register_buffer("std", torch.tensor(data.std).view(shape), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
+        self.register_load_state_dict_post_hook(_drop_caches)
 
     def train(self, mode: bool = True) -> "Embedder":
         super().train(mode)
+        switch: Any = getattr(self.trunk, "set_grad_checkpointing", None)
+        if self.checkpoint_blocks and switch is not None:
+            switch(mode)
         if self.freeze_statistics:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()  # the statistics stay; scale and shift are still learned
         return self
 
-    def forward(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        x = images_bCss.to(self.mean.dtype, memory_format=self.layout).div(255)
-        x = self.trunk((x - self.mean) / self.std)
-        pooled_bF = {
-            "avg": lambda: x.mean((2, 3)),
-            "max": lambda: x.amax((2, 3)),
-            "avg+max": lambda: x.mean((2, 3)) + x.amax((2, 3)),
-        }[self.pooling]()
-        E_bD = self.head(pooled_bF)
+    def forward(self, images_bChw: torch.Tensor) -> torch.Tensor:
+        x = images_bChw.to(self.mean.dtype, memory_format=self.layout).div(255)
+        E_bD = self.head(self.pool(self.trunk((x - self.mean) / self.std)))
         # At least float32, also under autocast: a unit row in bf16 is off by up to 0.4 %.
         return functional.normalize(E_bD if E_bD.dtype == torch.float64 else E_bD.float(), dim=1)
 
+    def layer_depths(self) -> dict[str, int]:
+        """Number the layer of each parameter from the input; the embedding layer is the last."""
+        found = {f"trunk.{name}": depth for name, depth in layer_depths(self.trunk).items()}
+        last = max(found.values(), default=-1) + 1
+        return {name: found.get(name, last) for name, _ in self.named_parameters()}
+
+
+def _drop_caches(model: nn.Module, _: object) -> None:
+    """Make layers that keep what they made of their weights in evaluation, such as LeViT's attention, forget it."""
+    mode = model.training
+    model.train().train(mode)
+
 
 def build_embedder(config: Config, device: torch.device) -> Embedder:
-    """Build the freshly initialised network, the same on every rank.
+    """Build the network that training begins with, the same on every rank.
 
-    Its weights follow from a generator that is derived from the run's seed.
+    Its initial weights follow from a generator that is derived from the run's seed.
 
     Raises:
-        InputError: pretrained weights that do not fit, SyncBatchNorm without a GPU, or a layer with dropout, whose
-            mask would make results depend on the number of ranks.
+        InputError: there is no such backbone, its weights are missing or do not fit, or SyncBatchNorm without a GPU.
     """
+    section, data = config.model, config.data
+    assert section.pooling
+    assert data.mean
+    assert data.std
+    state, saved = weights.read(section.pretrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "initial weights"))
-        model = Embedder(config.model, config.data)
-    dropout = [name for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
-    if dropout:
-        raise InputError(f"{config.model.backbone} has dropout at {dropout[0]}, which ranks would draw differently")
-    has_batch_norm = _has_batch_norm(model)
-    if has_batch_norm and config.model.norm == "sync":
+        trunk, pool, features = build_backbone(
+            section.backbone, pretrained=section.pretrained, state=state, channels=data.channels, size=data.size,
+            pooling=section.pooling,
+        )  # fmt: skip
+        model = Embedder(
+            trunk, features, section.embedding_dim, pool=pool, mean=data.mean, std=data.std,
+            freeze_statistics=section.norm == "frozen", channels_last=section.channels_last,
+            checkpoint_blocks=section.checkpoint_blocks,
+        )  # fmt: skip
+    if saved is not None:
+        _continue_from(model, saved, config)
+    _freeze(model, section.freeze)
+    if _has_batch_norm(model) and section.norm == "sync":
         if device.type != "cuda":
             raise InputError(
                 "model.norm=sync needs GPUs, since torch has no SyncBatchNorm on CPU; set model.norm=frozen"
             )
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.trunk = to_sync_batch_norm(trunk)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
-    return model.to(device=device, dtype=dtype).to(memory_format=model.layout)
+    return model.train().to(device=device, dtype=dtype).to(memory_format=model.layout)
+
+
+def _continue_from(model: Embedder, saved: dict[str, Any], config: Config) -> None:
+    """Take over the weights of another run, and its embedding layer where that has as many dimensions.
+
+    Raises:
+        InputError: it is of another backbone, or normalises images otherwise.
+    """
+    source, theirs = config.model.pretrained, saved["config"]
+    for name in ("mean", "std"):
+        ours = list(getattr(config.data, name))
+        if (other := list(theirs["data"][name])) != ours:
+            raise InputError(f"{source} was trained with data.{name}={other} but it is {ours} here; set it to the same")
+    state = saved["student"]
+    if state["head.weight"].shape != model.head.weight.shape:
+        logger.info("%s has another model.embedding_dim, so the embedding layer begins anew", source)
+        state = {name: value for name, value in state.items() if not name.startswith("head.")} | {
+            f"head.{name}": value for name, value in model.head.state_dict().items()
+        }
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"{source} is of model.backbone={theirs['model']['backbone']}, which does not fit "
+            f"{config.model.backbone}; set model.backbone and model.pooling as there"
+        ) from error
+
+
+def _freeze(model: Embedder, freeze: int | str) -> None:
+    """Take the whole backbone, or its stem and first blocks, out of training."""
+    if freeze == 0:
+        return
+    depths = model.layer_depths()
+    last = max(depths.values()) - 1
+    if isinstance(freeze, int) and freeze > last:
+        raise InputError(f"model.freeze={freeze} but the backbone has {last} blocks; set model.freeze to at most that")
+    deepest = freeze if isinstance(freeze, int) else last
+    for name, p in model.named_parameters():
+        p.requires_grad_(depths[name] > deepest)
 
 
 def log_batch_norm(model: Embedder, config: ModelConfig, world_size: int) -> None:

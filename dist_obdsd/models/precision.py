@@ -46,7 +46,7 @@ def check_precision(config: Config, device: torch.device) -> None:
 def blank_images(config: Config, runtime: Runtime) -> torch.Tensor:
     """Make uint8 zeros [b, C, s, s] of the shape that the network sees in a step."""
     b, data = config.batch.global_size // runtime.world_size, config.data
-    shape = (min(config.batch.chunk or b, b), data.channels, data.image_size, data.image_size)
+    shape = (min(config.batch.chunk or b, b), data.channels, *data.size)
     return torch.zeros(shape, dtype=torch.uint8, device=runtime.device)
 
 

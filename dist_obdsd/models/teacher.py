@@ -94,6 +94,7 @@ class ProgressiveTeacher(nn.Module):
             )
         for name, tensor in ours.items():
             tensor.copy_(theirs[name])
+        self.network.train().eval()  # layers that keep what they made of their weights, such as LeViT's, forget it
         self.updates += 1
         if verify:
             check_identical("the teacher", self.network, self.group)

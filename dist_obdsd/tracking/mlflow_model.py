@@ -92,7 +92,7 @@ def write_model(state: dict[str, Any], folder: Path, model: Any = None) -> None:
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"checkpoint": str(weights), "package": str(package)},
             signature=signature,
-            input_example=pd.DataFrame({"image": [_example(config.data.image_size)]}),
+            input_example=pd.DataFrame({"image": [_example(*config.data.size)]}),
             # Given, since MLflow would load the model in a process of its own to find them out.
             pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in NEEDS],
             mlflow_model=model,
@@ -113,8 +113,8 @@ def _write_package(path: Path) -> None:
             archive.write(file, Path(root.name) / file.relative_to(root))
 
 
-def _example(side: int) -> bytes:
+def _example(rows: int, columns: int) -> bytes:
     """A PNG that shows what may be sent: a ramp."""
     stream = io.BytesIO()
-    Image.fromarray(np.tile(np.linspace(0, 255, side).astype(np.uint8), (side, 1))).save(stream, "PNG")
+    Image.fromarray(np.tile(np.linspace(0, 255, columns).astype(np.uint8), (rows, 1))).save(stream, "PNG")
     return stream.getvalue()

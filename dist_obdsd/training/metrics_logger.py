@@ -22,6 +22,10 @@ from dist_obdsd.training.run_dir import RunDir
 logger = logging.getLogger(__name__)
 
 
+FLAT = 0.01
+"""Nats from uniform below which a target has next to nothing to distil."""
+
+
 class MetricsLogger:
     """Logs what a run measures. A rank that does not log has no run folder, a null tracker and a null display."""
 
@@ -34,6 +38,8 @@ class MetricsLogger:
         self._tracked = config.tracking.kind != "none"
         self._system = SystemMetrics() if self._tracked and runtime.launch.local_rank == 0 else None
         self._masked_in_a_row = self._defective = 0
+        self._from_uniform: list[float] | None = [] if config.distillation.needs_teacher else None
+        """How far each step's target of the epoch was from uniform, in nats; None where a line need not be written."""
 
     @contextmanager
     def tracking(self, manifest: Manifest) -> Iterator[None]:
@@ -94,6 +100,8 @@ class MetricsLogger:
             logger.log(console.NOTICE, "step %d: %s", step, complaint)
         if self.run_dir is not None:
             self.run_dir.log("step", step, values)
+        if self._from_uniform is not None and "target_kl_to_uniform" in values:
+            self._from_uniform.append(values["target_kl_to_uniform"])
         self.tracker.metrics(values, step)
         self.display.step(step, values)
         if complaint is not None and self.config.debug:
@@ -125,6 +133,20 @@ class MetricsLogger:
         rate, share = steps * self.config.batch.global_size / seconds, waited / seconds
         self.log("epoch", {"seconds": seconds, "images_per_s": rate, "data_wait_share": share}, epoch, global_step)
         logger.info("%s: %.1f s, %.0f images/s, %.1f%% waiting for data", title, seconds, rate, 100 * share)
+        self._warn_of_flat_target()
+
+    def _warn_of_flat_target(self) -> None:
+        """Say once that there is nothing in the targets to distil."""
+        if self._from_uniform and (nats := sum(self._from_uniform) / len(self._from_uniform)) < FLAT:
+            section = self.config.distillation
+            logger.log(
+                console.NOTICE,
+                f"the targets are {nats:.4f} nats from uniform, so they act much like distillation.target=uniform; "
+                f"lower distillation.temperature ({section.temperature:g}), to 0.1 or so",
+            )
+            self._from_uniform = None
+        elif self._from_uniform:
+            self._from_uniform = []
 
     def log_evaluation(self, what: str, result: EvaluationResult, epoch: int, global_step: int) -> None:
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())

@@ -1,5 +1,6 @@
 """Model selection: when a run is evaluated, on what, and which of its epochs was the best."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,11 +9,14 @@ from torch import nn
 
 from dist_obdsd.config import Config
 from dist_obdsd.config.sections import SELECTION_METRIC
+from dist_obdsd.console import NOTICE
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.training.evaluation import evaluate_split, validation_subset
 from dist_obdsd.training.preemption import PreemptionHandler
+
+logger = logging.getLogger(__name__)
 
 NOTES = {"best_test": "as in the papers: the epoch was chosen on the test set"}
 """Note that stands beside a protocol's numbers."""
@@ -21,9 +25,9 @@ Choice = dict[str, Any]
 """{"value": of the selection metric, "epoch": after so many epochs}; of the test set with all "metrics", too."""
 
 
-def selection_value(metrics: dict[str, float]) -> float:
-    """The number that epochs are compared by: the mean over the galleries, where they have names."""
-    values = [value for name, value in metrics.items() if name.rpartition("/")[2] == SELECTION_METRIC]
+def selection_value(metrics: Mapping[str, float], metric: str = SELECTION_METRIC) -> float:
+    """Return the number that epochs are compared by: the mean over the galleries, where they have names."""
+    values = [value for name, value in metrics.items() if name.rpartition("/")[2] == metric]
     return math.fsum(values) / len(values)
 
 
@@ -69,9 +73,17 @@ class ModelSelector:
         return self.config.evaluation.test and "test" in self.manifest.splits
 
     def before_training(self) -> None:
-        """Evaluate the untrained network, if asked for."""
-        if self.config.evaluation.untrained and self.uses_test:
-            self.untrained = self._evaluate("untrained", "test", None, 0)
+        """Evaluate the untrained network, if asked for, on the test set or else on the validation classes."""
+        if self.config.evaluation.untrained and (self.uses_test or self.classes):
+            split, classes = ("test", None) if self.uses_test else ("train", self.classes)
+            self.untrained = self._evaluate("untrained", split, classes, 0)
+
+    def out_of_patience(self, epoch: int) -> bool:
+        """Tell if the last ``validation.patience`` validations found no better epoch. Not collective."""
+        section, best = self.config.validation, self.best_validation
+        if section.patience is None or best is None:
+            return False
+        return epoch - best["epoch"] >= section.patience * section.every
 
     def after_epoch(self, epoch: int) -> bool:
         """Validate, and evaluate the test set if asked for, when it is time after ``epoch`` epochs.
@@ -105,7 +117,7 @@ class ModelSelector:
             The summary's rows.
         """
         results: list[tuple[str, int, dict[str, float]]] = []
-        if self.untrained is not None:
+        if self.untrained is not None and self.uses_test:
             results.append(("untrained", 0, self.untrained))
         if self.uses_test:
             if not whole or self._last_test is None or self._last_test[0] != epoch:
@@ -118,14 +130,35 @@ class ModelSelector:
                     load_best()
                     metrics = self._evaluate("test of best_validation", "test", None, best)
                 results.append(("best_validation", best, metrics))
+        elif self.best_validation and (note := self._made_worse({SELECTION_METRIC: self.best_validation["value"]})):
+            logger.log(NOTICE, "validation: %s", note)
         if self.best_test is not None:
             results.append(("best_test", self.best_test["epoch"], self.best_test["metrics"]))
+        notes = {protocol: self._made_worse(metrics) for protocol, _, metrics in results} | NOTES
         return [
             {"protocol": protocol, "split": "test", "epoch": after, "metric": name, "value": value}
-            | ({"note": NOTES[protocol]} if protocol in NOTES else {})
+            | ({"note": note} if (note := notes[protocol]) else {})
             for protocol, after, metrics in results
             for name, value in metrics.items()
         ]
+
+    def _made_worse(self, metrics: Mapping[str, float]) -> str | None:
+        """Say in a sentence that training made the network worse; None if it did not, or nobody measured it before."""
+        known = [name.rpartition("/")[2] for name in metrics]
+        metric = SELECTION_METRIC if SELECTION_METRIC in known else next((n for n in known if "recall@" in n), None)
+        if self.untrained is None or metric is None:
+            return None
+        after, before, optim = (
+            selection_value(metrics, metric),
+            selection_value(self.untrained, metric),
+            self.config.optim,
+        )
+        if after >= before:
+            return None
+        return (
+            f"training made it worse: {metric} {after:.4f}, but {before:.4f} before the first step; lower optim.lr "
+            f"({optim.lr:g}), raise optim.head_scale ({optim.head_scale:g}), or keep layers as they are (model.freeze)"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("best_validation", "best_test", "untrained")}

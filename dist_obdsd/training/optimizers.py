@@ -3,8 +3,9 @@
 The rate is a pure function of the position, so a resumed run has no scheduler state to restore.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from dist_obdsd.config import Config
 from dist_obdsd.config.ranking import LearnableConfig
 from dist_obdsd.config.sections import OptimConfig
+
+logger = logging.getLogger(__name__)
 
 OBJECTIVE_RATE = 100
 """Learning rate of the ranking loss's own parameters, in units of the student's, where the config leaves it open."""
@@ -22,15 +25,25 @@ HEAD = "head."
 Named = tuple[str, torch.nn.Parameter]
 
 
-def build_optimizer(config: OptimConfig, parameters: Iterable[Named]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimConfig, parameters: Iterable[Named], depths: Mapping[str, int] | None = None
+) -> torch.optim.Optimizer:
     """Build the optimizer of every trainable parameter, with a group for each ``scale`` of the learning rate.
 
     It is fused, since only the fused step can be masked on the device.
+
+    Args:
+        depths: number of each parameter's layer, for ``layer_decay``; the embedding layer's is the largest.
     """
     by_scale: dict[float, list[torch.nn.Parameter]] = {}
     for name, p in parameters:
         if p.requires_grad:
-            by_scale.setdefault(config.head_scale if name.startswith(HEAD) else 1.0, []).append(p)
+            by_scale.setdefault(rate_scale(config, name, depths), []).append(p)
+    if depths and config.layer_decay < 1:
+        scales = ", ".join(f"{scale:.3g}" for scale in by_scale)
+        logger.info(
+            f"optim.layer_decay={config.layer_decay}: rates from the first layer to the last: {scales} x optim.lr"
+        )
     groups = [{"params": members, "scale": scale} for scale, members in by_scale.items()]
     if config.name == "sgd":
         optimizer = torch.optim.SGD(
@@ -44,6 +57,13 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Named]) -> torch.o
         return optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     return kind(groups, config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def rate_scale(config: OptimConfig, name: str, depths: Mapping[str, int] | None) -> float:
+    """Compute a parameter's learning rate in units of ``config.lr``."""
+    if name.startswith(HEAD):
+        return config.head_scale
+    return config.layer_decay ** (max(depths.values()) - depths[name]) if depths else 1.0
 
 
 def build_objective_optimizer(config: Config, parameters: Sequence[Named]) -> torch.optim.Optimizer | None:

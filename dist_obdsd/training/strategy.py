@@ -15,6 +15,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.config.registry import STRATEGIES
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
+from dist_obdsd.models.embedder import Embedder
 from dist_obdsd.models.precision import autocast
 from dist_obdsd.training.grad_cache import GradCache
 from dist_obdsd.training.optimizers import (
@@ -43,7 +44,8 @@ class Strategy(ABC):
         """Wrap the student. Collective."""
         self.student, self.config, self.device = student, config, runtime.device
         self.parameters = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(config.optim, self.parameters)
+        depths = student.layer_depths() if isinstance(student, Embedder) else None
+        self.optimizer = build_optimizer(config.optim, self.parameters, depths)
         self.objective_parameters = list(objective_parameters)
         self.objective_optimizer = build_objective_optimizer(config, self.objective_parameters)
         self._grad_cache: GradCache | None = None

@@ -12,6 +12,7 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.from_config import check_world_size, classes_from
 from dist_obdsd.data.shard_reader import check_files
 from dist_obdsd.data.stream import TrainStream
+from dist_obdsd.data.transforms import load_augment
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import assert_same_config, raise_on_all_ranks
@@ -91,6 +92,8 @@ class Trainer:
                 splits = ["train", *(["test"] if config.evaluation.test else [])]
                 shards = tuple(shard for name in splits for shard in self.manifest.splits.get(name, ()))
                 check_files(config.data.shards, shards, sizes=True)
+            if ":" in config.data.augment:
+                load_augment(config.data.augment)
         assert_equal_across_ranks(f"the manifest of {config.data.shards}", self.manifest.digest, InputError)
 
     def _build_networks(self) -> None:
@@ -304,7 +307,10 @@ class Trainer:
         return limit is not None and self.progress.global_step >= limit
 
     def _is_complete(self) -> bool:
-        return self.progress.epoch == self.config.epochs or self._reached_max_steps()
+        progress = self.progress
+        stops = progress.step == 0 and not progress.pending_validation
+        stops = stops and self.model_selector.out_of_patience(progress.epoch)
+        return stops or progress.epoch == self.config.epochs or self._reached_max_steps()
 
     def _finished_before(self) -> dict[str, Any] | None:
         """The summary of a run that is already complete."""

@@ -1,22 +1,82 @@
-"""Whole runs with the networks of real use: kernels of 1 x 1, frozen BatchNorm, colours; under DDP and DeepSpeed."""
+"""Architectures of timm and torchvision, small and untrained, through what a run does with a network."""
 
-from pathlib import Path
+import copy
 
 import pytest
+import torch
 
-from tests import runs
+from dist_obdsd.config import Config, override_config, parse_config
+from dist_obdsd.distributed import collectives
+from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
+from dist_obdsd.losses.obdsd import OBDSDLoss
+from dist_obdsd.models.embedder import build_embedder
+from dist_obdsd.models.teacher import ProgressiveTeacher
+from dist_obdsd.training.optimizers import build_optimizer
+from tests import harness
 
-COLOURS = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "data.image_size=32", "epochs=2",
-           "data.augment=crop", "precision=float32", "max_steps=10", "data.workers=0")  # fmt: skip
+CPU = torch.device("cpu")
+ARCHITECTURES = {
+    "timm/test_resnet": 32, "timm/resnet10t": 32, "timm/resnext50_32x4d": 32, "timm/tf_efficientnet_lite0": 32,
+    "timm/mobilenetv3_small_050": 32, "timm/mobilenetv4_conv_small_035": 32, "timm/convnext_atto": 32,
+    "timm/convnextv2_atto": 32, "timm/regnetx_002": 32, "timm/test_nfnet": 32, "timm/vit_tiny_patch16_224": 32,
+    "timm/deit_tiny_patch16_224": 32, "timm/deit_tiny_distilled_patch16_224": 32,
+    "timm/vit_small_patch14_dinov2": 28, "timm/vit_small_patch16_dinov3": 32, "timm/test_vit3": 32,
+    "timm/eva02_tiny_patch14_224": 28, "timm/vit_base_patch32_siglip_256": 32, "timm/xcit_nano_12_p16_224": 32,
+    "timm/levit_128s": 64, "timm/swin_tiny_patch4_window7_224": 56, "timm/maxvit_pico_rw_256": 64,
+    "timm/coatnet_pico_rw_224": 64, "timm/fastvit_t8": 64, "timm/mobilevit_xxs": 64, "resnet18": 32,
+    "efficientnet_b0": 32, "mobilenet_v3_small": 32, "convnext_tiny": 32, "regnet_y_400mf": 32, "swin_t": 32,
+    "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32,
+}  # fmt: skip
+"""Backbone -> side of its images."""
+FEW = ["timm/tf_efficientnet_lite0", "timm/test_vit3", "timm/convnext_atto"]
 
 
-@pytest.mark.parametrize(
-    ("backbone", "strategy"),
-    [("resnet18", ()), ("squeezenet1_0", ()), ("resnet18", ("strategy=deepspeed", "deepspeed.stage=1"))],
-)
-def test_a_run_learns_from_its_teacher(folder: Path, backbone: str, strategy: tuple[str, ...]) -> None:
-    runs.train(folder, *COLOURS, *strategy, f"model.backbone={backbone}", ranks=2)
-    rows = runs.metrics(folder / "runs" / "tiny", "step")
-    assert len(rows) == 10
-    assert all(row["distillation"] > 0 for row in rows[6:])  # the second epoch's
-    assert runs.status(folder / "runs" / "tiny")["state"] == "finished"
+def settings(backbone: str, side: int, *overrides: str) -> Config:
+    raw = {
+        "name": "x", "epochs": 2, "data": {"shards": "x", "image_size": side, "lanes": 1},
+        "batch": {"global_size": 4}, "model": {"backbone": backbone, "embedding_dim": 8},
+        "distillation": {"temperature": 0.1, "transition_temperature": 0.05}, "optim": {"lr": 1e-3},
+    }  # fmt: skip
+    return parse_config(override_config(raw, overrides), "x")
+
+
+def pictures(config: Config) -> torch.Tensor:
+    """uint8 [4, 3, h, w]: noise."""
+    shape = (4, 3, *config.data.size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def step(config: Config) -> tuple[float, list[torch.Tensor]]:
+    """On each rank: the global loss of one step, and its gradient over all ranks."""
+    student, objective = build_embedder(config, CPU), OBDSDLoss(MultiSimilarityLoss())
+    teacher, images, labels = ProgressiveTeacher(student), pictures(config), torch.tensor([0, 0, 1, 1])
+    b = 4 // collectives.world_size()
+    own = slice(collectives.rank() * b, collectives.rank() * b + b)
+    out = objective(student(images[own]), labels[own], teacher(images[own]))
+    out.loss.backward()
+    parameters = [p for p in student.parameters() if p.grad is not None]
+    gradients = [collectives.sum_across(p.grad) / collectives.world_size() for p in parameters]
+    before = copy.deepcopy(student.state_dict())
+    build_optimizer(config.optim, student.named_parameters(), student.layer_depths()).step()
+    assert any(not torch.equal(p, before[name]) for name, p in student.trunk.named_parameters(prefix="trunk"))
+    teacher.update(student, verify=False)  # of other ranks, as no wrapper averaged the gradients
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), student.eval()(images))
+    return out.metrics["ranking"].item() + out.metrics["distillation"].item(), gradients
+
+
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+def test_an_architecture_steps_and_its_teacher_follows(backbone: str) -> None:
+    ((loss, gradients),) = harness.run(1, step, settings(backbone, ARCHITECTURES[backbone]))
+    assert loss > 0
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("backbone", [*FEW, "timm/resnet10t"])
+def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
+    config = settings(backbone, ARCHITECTURES[backbone], "precision=float64")
+    ((loss, gradients),) = harness.run(1, step, config)
+    for other, theirs in harness.run(2, step, config):
+        assert other == pytest.approx(loss, abs=1e-10)
+        for a, b in zip(gradients, theirs, strict=True):
+            assert torch.allclose(a, b, atol=1e-9 * max(1, a.abs().max()))

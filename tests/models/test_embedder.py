@@ -4,7 +4,7 @@ from torchvision import models
 
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.errors import InputError
-from dist_obdsd.models.backbones import published_weights
+from dist_obdsd.models.backbones import library_weights
 from dist_obdsd.models.embedder import build_embedder, log_batch_norm
 
 CPU = torch.device("cpu")
@@ -19,8 +19,8 @@ def build(*overrides: str):
     return build_embedder(settings(*overrides), CPU)
 
 
-@pytest.mark.parametrize("pooling", ["avg", "max", "avg+max"])
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "squeezenet1_0"])
+@pytest.mark.parametrize("pooling", ["avg", "max", "avg+max", "gem"])
+@pytest.mark.parametrize("backbone", ["resnet18", "squeezenet1_0"])
 def test_backbones_give_unit_rows_in_float32(backbone, pooling):
     net = build(f"model.backbone={backbone}", f"model.pooling={pooling}").eval()
     with torch.autocast("cpu", torch.bfloat16):
@@ -81,7 +81,7 @@ def test_local_weights_are_loaded_and_foreign_ones_refused(tmp_path):
     torch.save(without_classifier, path)
     net = build("model.backbone=resnet18", f"model.pretrained={path}")
     assert torch.equal(net.trunk[0].weight, source.conv1.weight)
-    with pytest.raises(InputError, match="not a state dict for resnet50|does not fit resnet50"):
+    with pytest.raises(InputError, match="does not fit resnet50"):
         build("model.backbone=resnet50", f"model.pretrained={path}")
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="does not fit resnet18"):
@@ -89,7 +89,7 @@ def test_local_weights_are_loaded_and_foreign_ones_refused(tmp_path):
     path.write_bytes(b"no weights")
     with pytest.raises(InputError, match="not a state dict"):
         build("model.backbone=resnet18", f"model.pretrained={path}")
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is no file and no run"):
         build("model.backbone=resnet18", f"model.pretrained={tmp_path / 'no'}")
 
 
@@ -110,11 +110,10 @@ def test_real_squeezenet_weights(real_data):
 
 def test_published_weights_are_chosen_by_name():
     def named(pretrained: str):
-        return published_weights("resnet50", settings(f"model.pretrained={pretrained}").model.torchvision_weights)
+        return library_weights("resnet50", pretrained).entry
 
     assert named("torchvision") is models.ResNet50_Weights.IMAGENET1K_V2
     assert named("torchvision:IMAGENET1K_V1") is models.ResNet50_Weights.IMAGENET1K_V1
-    assert named("none") is None
     with pytest.raises(InputError, match="torchvision-resnet50.pth is no file"):  # a file's name, like any other
         build("model.pretrained=torchvision-resnet50.pth")
     with pytest.raises(InputError, match="has IMAGENET1K_V1, IMAGENET1K_V2 for resnet50; give one of these"):

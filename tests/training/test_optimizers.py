@@ -3,7 +3,9 @@ import copy
 import pytest
 import torch
 
+from dist_obdsd.config import parse_config
 from dist_obdsd.config.sections import OptimConfig
+from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.training.optimizers import build_optimizer, learning_rate, load_state_by_name, state_by_name
 
 
@@ -75,3 +77,27 @@ def test_state_takes_the_layout_of_the_weights(name):
     steps(innermost, after, 3)
     assert innermost.weight.stride() != flat.weight.stride()
     assert torch.allclose(innermost.weight, flat.weight, atol=1e-13)
+
+
+def test_layer_decay_lowers_the_rates_towards_the_input(caplog):
+    raw = {
+        "name": "x", "epochs": 2, "data": {"shards": "x", "image_size": 32},
+        "model": {"backbone": "timm/vit_tiny_patch16_224"}, "optim": {"lr": 1e-3, "layer_decay": 0.5, "head_scale": 10},
+    }  # fmt: skip
+    config = parse_config(raw, "x")
+    student = build_embedder(config, torch.device("cpu"))
+    caplog.set_level("INFO")
+    depths, parameters = student.layer_depths(), dict(student.named_parameters())
+    optimizer = build_optimizer(config.optim, parameters.items(), depths)
+    scales = {p: group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    for name, wanted in {
+        "trunk.cls_token": 0.5**13, "trunk.pos_embed": 0.5**13, "trunk.patch_embed.proj.weight": 0.5**13,
+        "trunk.blocks.0.attn.qkv.weight": 0.5**12, "trunk.blocks.11.mlp.fc2.bias": 0.5, "trunk.norm.weight": 0.5,
+        "head.weight": 10, "head.bias": 10,
+    }.items():  # fmt: skip
+        assert scales[parameters[name]] == wanted, name
+    assert len(optimizer.param_groups) == 14  # the stem, 12 blocks, the embedding layer
+    assert "0.000122, 0.000244" in caplog.text
+    # The control: without decay there are two rates.
+    plain = build_optimizer(config.optim.model_copy(update={"layer_decay": 1.0}), parameters.items(), depths)
+    assert {group["scale"] for group in plain.param_groups} == {1.0, 10.0}
