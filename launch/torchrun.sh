@@ -35,9 +35,17 @@ else
   # torchrun guesses from host names which node is the MASTER and how the others reach this one, which fails where names
   # do not resolve. The address that this node has on the way to the MASTER answers both.
   read -r own master < <(python3 -c '
-import socket, sys
+import socket, sys, time
 host, port = sys.argv[1].rsplit(":", 1)
-family, kind, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+for attempt in range(120):  # a pod has its name some time after its start
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+        break
+    except socket.gaierror as error:
+        why = error.strerror
+        time.sleep(1)
+else:
+    sys.exit(f"launch/torchrun.sh: MASTER={sys.argv[1]} has no address: {why}")
 with socket.socket(family, kind) as probe:
     probe.connect(address)  # of a datagram socket: sends nothing
     print(probe.getsockname()[0], address[0])

@@ -1,17 +1,23 @@
 """The launch files: shell without known traps, YAML that Kubernetes takes, settings that DeepSpeed and we take."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
 from dist_obdsd.cli.parser import parse
+from dist_obdsd.config import load_config
+from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.errors import InputError
 from dist_obdsd.training.deepspeed import engine_options
+from tests.conftest import REAL_DATA
 from tests.runs import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -35,29 +41,114 @@ def test_scripts_say_how_they_are_used(script):
     assert script.name in done.stderr
 
 
-def test_the_kubernetes_job_is_what_the_operator_takes():
-    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    assert job["spec"].keys() == {"nprocPerNode", "elasticPolicy", "pytorchReplicaSpecs"}
-    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
-    policy = job["spec"]["elasticPolicy"]
-    assert policy["minReplicas"] <= worker["replicas"] <= policy["maxReplicas"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": worker["template"]["spec"]}
-    kubernetes_validate.validate(pod, "1.29", strict=True)
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate({**pod, "spec": {**pod["spec"], "volume": []}}, "1.29", strict=True)
+def load_kind(file: str, kind: str) -> dict[str, Any]:
+    (found,) = [part for part in yaml.safe_load_all((LAUNCH / file).read_text()) if part["kind"] == kind]
+    return found
 
-    (container,) = pod["spec"]["containers"]
-    assert container["name"] == "pytorch"
-    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
-    assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
-    command = container["command"]
-    grace = next(int(part.partition("=")[2]) for part in command if part.startswith("--shutdown-timeout"))
-    assert 30 <= grace < pod["spec"]["terminationGracePeriodSeconds"]
-    assert any("SIGUSR1" in part and "SIGTERM" in part for part in command)
-    options = parse(command[command.index("dist_obdsd") + 1 :])
-    assert options.command == "train"
-    assert (ROOT / options.config).is_file()
+
+def closed(schema: Any) -> Any:
+    """A custom resource's schema that refuses unknown fields, as the API server does with strict validation."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    schema = {key: closed(part) for key, part in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    return schema
+
+
+@pytest.mark.parametrize("kind", ["Job", "Service"])
+def test_kubernetes_takes_the_job_without_an_operator(kind):
+    found = load_kind("kubernetes.yaml", kind)
+    kubernetes_validate.validate(found, "1.29", strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(found | {"spec": found["spec"] | {"volume": []}}, "1.29", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "crd"), [("pytorchjob", "PyTorchJob", "pytorchjob-1.9"), ("trainjob", "TrainJob", "trainjob-2.3")]
+)
+def test_the_operators_take_their_jobs(file, kind, crd):
+    path = REAL_DATA.parent / "cluster" / "crds" / f"{crd}.yaml"
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    job = load_kind(f"{file}.yaml", kind)
+    (version,) = yaml.safe_load(path.read_text())["spec"]["versions"]
+    assert job["apiVersion"].endswith(version["name"])
+    schema = version["schema"]["openAPIV3Schema"]
+    check = jsonschema.Draft7Validator(schema | {"properties": closed(schema["properties"])})
+    assert list(check.iter_errors(job)) == []
+    assert list(check.iter_errors(job | {"spec": job["spec"] | {"volume": []}}))  # the control
+
+
+def pods_and_ranks(file: str) -> tuple[dict[str, Any] | None, int, int, list[str]]:
+    """A job's pod, its pods, the ranks of each, and what follows ``train``."""
+    if file == "kubernetes.yaml":
+        spec = load_kind(file, "Job")["spec"]
+        assert spec["completions"] == spec["parallelism"]
+        (container,) = spec["template"]["spec"]["containers"]
+        env = {one["name"]: one["value"] for one in container["env"]}
+        assert env["MASTER"] == f"dist-obdsd-0.{load_kind(file, 'Service')['metadata']['name']}:29500"
+        assert int(env["NNODES"]) == spec["completions"]
+        assert int(env["GRACE"]) < spec["template"]["spec"]["terminationGracePeriodSeconds"]
+        return spec["template"]["spec"], spec["completions"], int(env["NPROC"]), container["args"]
+    if file == "trainjob.yaml":
+        trainer = load_kind(file, "TrainJob")["spec"]["trainer"]
+        return None, trainer["numNodes"], trainer["numProcPerNode"], trainer["args"]
+    spec = load_kind(file, "PyTorchJob")["spec"]
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
+    assert spec["elasticPolicy"]["minReplicas"] <= worker["replicas"] <= spec["elasticPolicy"]["maxReplicas"]
+    pod = worker["template"]["spec"]
+    command = pod["containers"][0]["command"]
+    return pod, worker["replicas"], int(spec["nprocPerNode"]), command[command.index("train") + 1 :]
+
+
+@pytest.mark.parametrize("file", ["kubernetes.yaml", "trainjob.yaml", "pytorchjob.yaml"])
+def test_a_kubernetes_job_fits_the_config_that_it_names(file):
+    pod, pods, ranks, arguments = pods_and_ranks(file)
+    fits(pods * ranks, arguments)
+    if pod is not None:
+        (container,) = pod["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == ranks
+        assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+        assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def fits(ranks: int, arguments: list[str]) -> None:
+    """Check that a config, as given to ``train``, can run on so many ranks."""
+    options = parse(["train", *arguments])
+    check_world_size(load_config(ROOT / options.config, options.overrides), ranks)
+
+
+def test_the_other_launch_files_fit_the_configs_that_they_name():
+    sbatch = (LAUNCH / "slurm.sbatch").read_text()
+    nodes, gpus = (int(re.findall(rf"#SBATCH --{name}=(\d+)", sbatch)[0]) for name in ("nodes", "gpus-per-node"))
+    fits(nodes * gpus, re.findall(r"sbatch launch/slurm.sbatch (\S+)", sbatch)[:1])
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    each = int(task["resources"]["accelerators"].partition(":")[2])
+    fits(task["num_nodes"] * each, re.findall(r"torchrun.sh (.*)", task["run"])[0].split())
+    slots = sum(map(int, re.findall(r"slots=(\d+)", (LAUNCH / "hostfile.example").read_text())))
+    named = re.findall(r"HOSTFILE=launch/hostfile launch/deepspeed.sh (\S+)", (LAUNCH / "deepspeed.sh").read_text())
+    fits(slots, named[:1])
+    with pytest.raises(InputError):  # the control
+        fits(nodes * gpus, ["configs/cub200.yaml"])
+
+
+def test_the_image_runs_what_the_jobs_run_and_not_as_root():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    words = [line.split() for line in lines]
+    copied = {path for line in words if line[:1] == ["COPY"] for path in line[1:-1]}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == allowed
+    assert all((ROOT / path).exists() for path in copied)
+    assert {"configs", "launch"} <= copied
+    (user,) = [line[1] for line in words if line[:1] == ["USER"]]
+    assert ["useradd", "--uid", user] in [line[1:4] for line in words]
+    for file, kind in (("kubernetes.yaml", "Job"), ("pytorchjob.yaml", "PyTorchJob"), ("trainjob.yaml", "TrainJob")):
+        assert f"'runAsUser': {user}," in str(load_kind(file, kind))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
