@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     stop.add_argument("config", type=Path, help="the run's YAML file, with the overrides it was started with")
     stop.add_argument("overrides", nargs="*", metavar="key=value")
 
-    figures = commands.add_parser("figures", help="draw the figures of a run folder anew")
+    figures = commands.add_parser("figures", help="draw the figures of a run folder and write its report anew")
     figures.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder; of a running one, what there is yet")
     figures.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as data.shards=DIR")
 
