@@ -91,7 +91,6 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--shards", help="embed a split of these shards")
     embed.add_argument("--split", default="test")
     embed.add_argument("--images", type=Path, metavar="DIR", help="or embed all images in and below this folder")
-    embed.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read, and list them")
     embed.add_argument("--out", type=Path, metavar="FILE", help="the .npz or .parquet file to write")
     embed.add_argument("--index", type=Path, metavar="FILE", help="write a faiss index, and its keys beside it")
     embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
@@ -114,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     stop.add_argument("config", type=Path, help="the run's YAML file, with the overrides it was started with")
     stop.add_argument("overrides", nargs="*", metavar="key=value")
 
-    figures = commands.add_parser("figures", help="draw the figures of a run folder anew")
+    figures = commands.add_parser("figures", help="draw the figures of a run folder and write its report anew")
     figures.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder; of a running one, what there is yet")
     figures.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as data.shards=DIR")
 

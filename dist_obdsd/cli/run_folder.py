@@ -9,15 +9,15 @@ logger = logging.getLogger(__name__)
 
 
 def figures(options: argparse.Namespace) -> int:
-    """Draw a run's figures anew."""
+    """Draw a run's figures and write its report anew."""
     from dist_obdsd.figures.run_figures import draw
 
-    failed: list[str] = []
-    for path in draw(options.run_dir, failed.append, options.overrides):
+    paths, failures = draw(options.run_dir, options.overrides)
+    for path in paths:
         show(str(path))
-    for reason in failed:
-        logger.warning(reason)
-    return 1 if failed else 0
+    for failure in failures:
+        logger.warning(failure)
+    return 1 if failures else 0
 
 
 def replay(options: argparse.Namespace) -> int:

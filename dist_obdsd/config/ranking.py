@@ -36,8 +36,9 @@ class LearnableConfig(RankingConfig):
 def _section(name: str) -> type[RankingConfig]:
     """Make the section of one registered loss from its constructor's arguments."""
     part = LOSSES.source(name)
-    base = LearnableConfig if part.bases & {"LearnableLoss", "GatheredLoss"} else RankingConfig
-    # A family of losses, such as pml, takes the rest of its name as an argument.
+    learnable = part.bases & {"LearnableLoss", "GatheredLoss"} or name == "package:Class"
+    base = LearnableConfig if learnable else RankingConfig
+    # A family of losses, such as pml, takes its name as an argument.
     fields: dict[str, Any] = {"name": (Literal[name], name)}
     fields |= {setting.name: (setting.annotation, setting.default) for setting in part.settings}
     return create_model(name, __base__=base, __doc__=part.summary, **fields)
@@ -47,8 +48,13 @@ SECTIONS = {name: _section(name) for name in LOSSES.names}
 """Registered name -> its section; ``pml`` stands for every ``pml.NAME``."""
 
 
+def family(name: str) -> str:
+    """Return the registered name that a loss's name belongs to: ``pml`` of ``pml.ArcFaceLoss``."""
+    return "package:Class" if ":" in name else name.partition(".")[0]
+
+
 def _restore(settings: dict[str, Any]) -> RankingConfig:
-    return SECTIONS[settings["name"].partition(".")[0]](**settings)
+    return SECTIONS[family(settings["name"])](**settings)
 
 
 def _registered(value: Any) -> str | None:
@@ -57,7 +63,7 @@ def _registered(value: Any) -> str | None:
         if isinstance(value, dict)
         else getattr(value, "name", None)
     )
-    name = str(name).partition(".")[0]
+    name = family(str(name))
     return name if name in SECTIONS else None
 
 
@@ -70,7 +76,8 @@ else:
             _registered,
             custom_error_type="ranking_name",
             custom_error_message="ranking.name must be "
-            f"{', '.join(n for n in SECTIONS if n != 'pml')} or, for a loss of pytorch-metric-learning, pml.NAME",
+            f"{', '.join(n for n in SECTIONS if n not in ('pml', 'package:Class'))} or, for a loss of "
+            "pytorch-metric-learning, pml.NAME or, for one of your own, package.module:Class",
         ),
     ]
 """What ``Config.ranking`` holds: one of the sections."""

@@ -75,6 +75,22 @@ class Registry:
         return [(name, self.source(name).summary, self.source(name).settings) for name in self.paths]
 
 
+def import_object(path: str, setting: str) -> Any:
+    """Import ``package.module:name``, which a setting names.
+
+    Raises:
+        InputError: there is no such module, or nothing of that name in it.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"{setting}={path} cannot be imported ({error}); install the package that has it, or put its folder on "
+            f"PYTHONPATH"
+        ) from error
+
+
 LOSSES = Registry(
     "ranking loss",
     "ranking.name",
@@ -85,10 +101,31 @@ LOSSES = Registry(
         "margin": "dist_obdsd.losses.margin:MarginLoss",
         "proxy_anchor": "dist_obdsd.losses.proxy_anchor:ProxyAnchorLoss",
         "pml": "dist_obdsd.losses.pml:PMLLoss",
+        "package:Class": "dist_obdsd.losses.plugin:own_loss",
     },
 )
 
-TARGETS = Registry(
+
+class _OwnTarget:
+    """A target that is a function (T_BD, rows, diffusion) -> [b, B] of somebody else's package."""
+
+    needs_teacher, graph = True, None
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+
+class TargetRegistry(Registry):
+    """Targets by name or, as ``package.module:function``, by import path."""
+
+    def check(self, name: str) -> str:
+        return name if ":" in name else super().check(name)
+
+    def load(self, name: str) -> Any:
+        return _OwnTarget(import_object(name, self.setting)) if ":" in name else super().load(name)
+
+
+TARGETS = TargetRegistry(
     "target",
     "distillation.target",
     {

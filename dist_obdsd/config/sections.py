@@ -357,7 +357,7 @@ class TrackingConfig(Section):
     log_model: bool = True
     """At the end log the best epoch, or the last where there is no validation, as a model that MLflow can serve."""
     figures: bool = True
-    """Draw figures at the end of a run, into runs/NAME/figures/ and the tracked run. Takes some seconds."""
+    """Draw figures at the end of a run and write its report, runs/NAME/report.html; both are tracked. Takes seconds."""
 
 
 class CheckpointConfig(Section):

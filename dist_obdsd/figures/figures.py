@@ -1,7 +1,7 @@
 """The figures of a run: data in, a matplotlib figure out. Nothing here reads or writes a file or knows a run folder.
 
-Colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind people can tell apart; where there
-are more things than colours, the marker changes, too. Figures are made without pyplot, so that nothing is global.
+Colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind people can tell apart. Where there
+are more classes than colours, the marker changes, too. pyplot is not used, so that nothing is global.
 
 Shapes: m images of a sample, B images of a batch, t of them shown, D embedding dimension.
 """
@@ -17,7 +17,6 @@ import torch
 
 from dist_obdsd.config.registry import TARGETS
 from dist_obdsd.evaluation.geometry import rho
-from dist_obdsd.figures.retrieval_grid import shortened
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.graph import softmax
 from dist_obdsd.manifold.similarity import similarity
@@ -30,29 +29,30 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "^", "s", "P", "X")
 SHOWN_IMAGES = 64
-"""Images of a batch in the heat maps: of more, a class of two could not be seen."""
+"""Images of a batch in the heat maps: in larger ones a class of two could not be seen."""
 DECADES = 3
-"""Powers of ten that a logarithmic colour scale spans."""
+"""Powers of ten of a logarithmic colour scale."""
 HEADROOM = 1.4
-"""Of an axis, so that its legend lies above the curves."""
+"""Factor on the height of an axis, so that its legend lies above the curves."""
 MOST_EPOCHS = 60
-"""Beyond so many epochs their borders would only blacken the loss curves."""
+"""Number of epochs from which on their borders would only blacken the loss curves."""
 
 
 def embedding_map(
     rows_mD: torch.Tensor, labels_m: torch.Tensor, names: Mapping[int, str], title: str, seed: int = 0
 ) -> "Figure":
-    """Where the embeddings of a few classes lie, by t-SNE (van der Maaten and Hinton, JMLR 2008) in two dimensions.
+    """Map the embeddings of a few classes to the plane by t-SNE (van der Maaten and Hinton, JMLR 2008).
 
     Args:
-        rows_mD: m of at least 2, finite.
+        rows_mD: finite, m at least 2.
         labels_m: their classes.
         names: label -> class name; a label without one is shown as a number.
     """
-    xy_m2 = _projected(rows_mD.double().numpy(), seed)
-    figure = _figure(8.6, 6, title)
-    axes = figure.subplots()
+    xy_m2 = _project(rows_mD.double().numpy(), seed)
     classes = labels_m.unique().tolist()
+    legend = [_plain(names.get(label, str(label))) for label in classes]
+    figure = _figure(7.2 + 0.075 * max(map(len, legend)), 6, title)
+    axes = figure.subplots()
     for number, label in enumerate(classes):
         of_class = (labels_m == label).numpy()
         axes.scatter(
@@ -61,7 +61,6 @@ def embedding_map(
         )  # fmt: skip
     axes.set(xticks=[], yticks=[], xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
     axes.set_aspect("equal", adjustable="datalim")
-    legend = [_plain(shortened(names.get(label, str(label)))) for label in classes]
     figure.legend(
         axes.collections, legend, loc="outside right upper",
         title=f"{len(classes)} classes, {len(rows_mD)} images", fontsize=8, title_fontsize=9, markerscale=1.2,
@@ -70,11 +69,11 @@ def embedding_map(
 
 
 def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffusion, title: str) -> "Figure":
-    """One batch as the objective sees it, ordered by class: similarities, where the diffusion goes, and the target
-    before and after it. A target without a diffusion has two panels; without a teacher there are similarities alone.
+    """Draw a batch as the objective sees it: similarities, transition matrix, target before and after the diffusion.
 
-    All is computed over the whole batch (without the manifold's memory); of a large one the first whole classes of
-    up to ``SHOWN_IMAGES`` images are shown. A class's images are framed.
+    Images are ordered by class, and a class is framed. A target without a diffusion has two panels; without a teacher
+    there are similarities alone. All is computed over the whole batch (without the manifold's memory). In a large one
+    the first whole classes of up to ``SHOWN_IMAGES`` images are shown.
 
     Args:
         T_BD: unit rows, of the teacher where there is one.
@@ -126,60 +125,72 @@ def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffus
 
 
 def recall_curves(lines: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
-    """Recall@k over k, one line per protocol.
+    """Draw Recall@k over k, with a line per protocol.
 
     Args:
         lines: at least one, protocol -> {k: recall}.
     """
-    figure = _figure(6.4, 4.6, title)
-    axes = figure.subplots()
-    for number, (name, line) in enumerate(lines.items()):
-        ks = sorted(line)
-        axes.plot(
-            ks, [100 * line[k] for k in ks], label=_plain(name), linewidth=1.8, markersize=6,
-            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
-        )  # fmt: skip
-        for k in (ks[0], ks[-1])[: len(ks)]:
-            axes.annotate(
-                f"{100 * line[k]:.1f}", (k, 100 * line[k]), textcoords="offset points", xytext=(0, 7), ha="center",
-                fontsize=8, color=COLOURS[number % len(COLOURS)],
-            )  # fmt: skip
-    ks = sorted({k for line in lines.values() for k in line})
+    percent = {name: {k: 100 * line[k] for k in sorted(line)} for name, line in lines.items()}
+    numbers = {
+        name: f"{name}: {', '.join(f'{value:.1f}' for value in line.values())}" for name, line in percent.items()
+    }
+    figure = _line_chart({numbers[name]: line for name, line in percent.items()}, title)
+    (axes,) = figure.axes
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.set_xticks(ks := sorted({k for line in lines.values() for k in line}), [str(k) for k in ks])
     axes.minorticks_off()
-    axes.margins(x=0.08, y=0.12)
-    axes.set(xlabel="k (neighbours looked at)", ylabel="Recall@k (% of the queries)")
-    axes.grid(visible=True, alpha=0.25)
-    axes.legend(fontsize=9)
+    axes.set(xlabel="k (nearest neighbours)", ylabel="Recall@k (% of the queries)")
+    return figure
+
+
+def validation_curves(lines: Mapping[str, Mapping[int, float]], best: int | None, title: str) -> "Figure":
+    """Draw validation metrics over the epochs.
+
+    Args:
+        lines: at least one, metric -> {epochs trained: value}.
+        best: the epoch that was chosen.
+    """
+    figure = _line_chart(lines, title)
+    (axes,) = figure.axes
+    if best is not None:
+        axes.axvline(best, color="grey", linestyle="dashed", zorder=0)
+    axes.locator_params("x", integer=True)
+    axes.set(
+        xlabel="epochs trained" + f" (dashed: the best, {best})" * (best is not None), ylabel="share (1 is perfect)"
+    )
     return figure
 
 
 def spectrum(singular: Sequence[float], title: str) -> "Figure":
-    """The singular values of all embeddings, sorted, beside those of an embedding that uses all directions alike."""
+    """Draw the singular values of all embeddings beside those of an embedding that uses all directions equally."""
     values = np.maximum(np.array(singular) / (math.fsum(singular) or 1.0), 1e-12)
     places = np.arange(1, len(values) + 1)
     figure = _figure(6.4, 4.6, title)
     axes = figure.subplots()
-    axes.plot(
-        places, values, color=COLOURS[0], linewidth=1.8, marker=".", label=f"embeddings, rho = {rho(singular):.3f}"
-    )
-    axes.axhline(1 / len(values), color=COLOURS[1], linestyle="dashed", label="all directions alike, rho = 0")
+    axes.plot(places, values, color=COLOURS[0], marker=".", label=f"these embeddings, rho = {rho(singular):.3f}")
+    axes.axhline(1 / len(values), color=COLOURS[1], linestyle="dashed", label="all directions equally, rho = 0")
     axes.set_yscale("log")
-    axes.set(xlabel="singular value, the largest first", ylabel="share of the sum of all singular values")
+    axes.set(ylabel="share of the sum of all singular values")
+    axes.set_xlabel(
+        "singular value, the largest first\n\nFlatter is better: a small rho means that many directions are used,\n"
+        "which goes with better retrieval of unseen classes (Roth et al., ICML 2020)."
+    )
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(fontsize=9)
     return figure
 
 
-def loss_curves(steps: Sequence[Mapping[str, float]], title: str, batch: int | None = None) -> "Figure":
-    """The losses over the optimizer steps, raw and smoothed, with the ramp, the learning rate and the target's kind.
+def loss_curves(
+    steps: Sequence[Mapping[str, float]], title: str, batch: int | None = None, head_scale: float = 1.0
+) -> "Figure":
+    """Draw losses, ramp, learning rates and the target's entropy over the optimizer steps, raw and smoothed.
 
     Args:
         steps: at least one, ascending; each with ``step``, ``epoch`` and what was measured of ``ranking``,
-            ``distillation``, ``ramp``, ``lr``, ``target_entropy``, ``target_kl_to_uniform``. What is missing (a step
-            with an infinite loss, an epoch without distillation) leaves a gap.
-        batch: images in a batch, of whose number the logarithm bounds the entropy.
+            ``distillation``, ``ramp``, ``lr``, ``target_entropy``. What is missing (a step with an infinite loss, an
+            epoch without distillation) leaves a gap.
+        batch: images in a batch; the logarithm of their number bounds the entropy.
+        head_scale: learning rate of the embedding layer, as a multiple of the backbone's.
     """
     distils = any("distillation" in step for step in steps)
     figure = _figure(11, 7.2 if distils else 3.9, title)
@@ -188,9 +199,13 @@ def loss_curves(steps: Sequence[Mapping[str, float]], title: str, batch: int | N
     of, rate = axes[0], axes[1]
     _curve(of, place, _column(steps, "ranking"), "ranking loss", COLOURS[0])
     of.set(title="Ranking loss", ylabel="loss (no unit)")
-    rate.plot(place, _column(steps, "lr"), color=COLOURS[2])
+    rates = _column(steps, "lr")
+    rate.plot(place, rates, color=COLOURS[2], label="all parameters" if head_scale == 1 else "backbone")
+    if head_scale != 1:
+        rate.plot(place, rates * head_scale, color=COLOURS[4], label=f"embedding layer ({head_scale:g} times as high)")
     rate.set(title="Learning rate", ylabel="learning rate")
-    rate.set_ylim(bottom=0)
+    rate.set_ylim(0, rate.get_ylim()[1] * HEADROOM)
+    rate.legend(fontsize=8, loc="upper left")
     if distils:
         of, target = axes[2], axes[3]
         _curve(of, place, _column(steps, "distillation"), "KL(target || student)", COLOURS[1])
@@ -201,25 +216,39 @@ def loss_curves(steps: Sequence[Mapping[str, float]], title: str, batch: int | N
         ramp.set(ylabel="ramp (share of the full weight)", ylim=(0, HEADROOM), yticks=np.linspace(0, 1, 6))
         of.legend(*_together(of, ramp), fontsize=8, loc="upper left")
         _curve(target, place, _column(steps, "target_entropy"), "entropy", COLOURS[3])
-        _curve(target, place, _column(steps, "target_kl_to_uniform"), "KL to uniform", COLOURS[5])
         if batch is not None:
-            target.axhline(math.log(batch), color="grey", linestyle="dotted", label=f"log {batch}, the most possible")
-        target.set(title="What the target is like", ylabel="nats")
+            target.axhline(math.log(batch), color="grey", linestyle="dotted", label=f"log {batch}, a uniform target's")
+        target.set(title="Entropy of the target", ylabel="nats")
         target.set_ylim(0, target.get_ylim()[1] * HEADROOM)
-        target.legend(fontsize=8, loc="upper left", ncols=2)
+        target.legend(fontsize=8, loc="upper left")
     borders = [step["step"] for before, step in pairwise(steps) if before["epoch"] != step["epoch"]]
     for of in axes:
         of.grid(visible=True, alpha=0.25)
         for border in borders if len(borders) < MOST_EPOCHS else []:
             of.axvline(border - 0.5, color="grey", linewidth=0.6, alpha=0.6, zorder=0)
-    axes[0].xaxis.get_major_locator().set_params(integer=True)  # of all, since they share it
+    axes[0].locator_params("x", integer=True)  # of all, since they share it
     for of in axes[-2:]:
         of.set_xlabel("optimizer step" + (" (grey lines: a new epoch)" if 0 < len(borders) < MOST_EPOCHS else ""))
     axes[0].legend(fontsize=8)
     return figure
 
 
-# ---- what they share ------------------------------------------------------------------------------------------------
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _line_chart(lines: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
+    """Draw lines of few points, so that those that coincide can be told apart."""
+    figure = _figure(6.4, 5, title)
+    axes = figure.subplots()
+    for number, (name, line) in enumerate(lines.items()):
+        axes.plot(
+            list(line), list(line.values()), label=_plain(name), linewidth=1.8, markersize=8, fillstyle="none",
+            linestyle=(0, (4, number % 4)), color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
+        )  # fmt: skip
+    axes.margins(x=0.06, y=0.08)
+    axes.grid(visible=True, alpha=0.25)
+    figure.legend(loc="outside lower center", fontsize=9, ncols=3 if max(map(len, lines)) < 20 else 1)
+    return figure
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
@@ -231,15 +260,15 @@ def _figure(width: float, height: float, title: str) -> "Figure":
 
 
 def _plain(name: str) -> str:
-    """A name as a legend shows it: a dollar is no formula, and what begins with "_" is shown, too."""
+    """Return a name as a legend takes it: a dollar is no formula, and a leading "_" does not hide it."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _projected(rows_mD: np.ndarray, seed: int) -> np.ndarray:
-    """t-SNE, [m, 2]. Rows that are all the same, as of a collapsed network, have no principal components to start from,
-    and scikit-learn would divide by zero and crash the process."""
+def _project(rows_mD: np.ndarray, seed: int) -> np.ndarray:
+    """Compute the t-SNE map [m, 2]."""
     from sklearn.manifold import TSNE
 
+    # Equal rows, as of a collapsed network, have no principal components, and scikit-learn would divide by zero.
     # The map depends on the ratios of distances alone; near rows keep their digits this way.
     centred_mD = rows_mD - rows_mD.mean(axis=0)
     spread = float(np.abs(centred_mD).max())
@@ -253,7 +282,7 @@ def _projected(rows_mD: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _log_norm(*matrices: torch.Tensor) -> Any:
-    """A logarithmic colour scale for all of them; without its lowest part where a sharp softmax is next to nothing."""
+    """Return a logarithmic colour scale for all of them, without the lowest part, where a sharp softmax is near 0."""
     from matplotlib.colors import LogNorm
 
     largest = max(float(matrix.max()) for matrix in matrices) or 1.0
@@ -268,7 +297,7 @@ def _colours() -> Any:
 
 
 def _shares(matrix_tB: torch.Tensor, labels_B: torch.Tensor) -> str:
-    """Where a row's mass lies, on average over the rows shown."""
+    """Describe where a row's mass lies, on average over the rows shown."""
     same_tB = labels_B[: len(matrix_tB), None] == labels_B
     mass = matrix_tB.double().sum() or 1.0
     own = float(matrix_tB.diagonal().double().sum() / mass)
@@ -277,7 +306,7 @@ def _shares(matrix_tB: torch.Tensor, labels_B: torch.Tensor) -> str:
 
 
 def _whole_classes(labels_B: torch.Tensor) -> int:
-    """How many of the sorted images to show."""
+    """Count the sorted images to show: whole classes."""
     ends = labels_B.unique_consecutive(return_counts=True)[1].cumsum(0)
     return max(int(ends[ends <= SHOWN_IMAGES].max()) if ends[0] <= SHOWN_IMAGES else SHOWN_IMAGES, 1)
 
@@ -297,16 +326,16 @@ def _column(steps: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
 
 
 def _curve(axes: "Axes", place: Sequence[int], values: np.ndarray, name: str, colour: str) -> None:
-    """A value per step, pale, and its mean over the steps round it, where there are enough for one."""
+    """Draw a value per step, pale, and its mean over the steps round it, where there are enough for one."""
     width = max(len(values) // 25, 1)
-    pale: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if width > 1 else {}
-    axes.plot(place, values, color=colour, **pale, label=f"{name}, every step")
     if width > 1:
-        axes.plot(place, smoothed(values, width), color=colour, linewidth=1.8, label=f"{name}, mean of {width} steps")
+        axes.plot(place, values, color=colour, alpha=0.3, linewidth=0.8)
+        name, values = f"{name}, mean of {width} steps", smoothed(values, width)
+    axes.plot(place, values, color=colour, linewidth=1.8, label=name)
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean over ``width`` values round each, of those that there are; NaN where the place itself has none."""
+    """Average ``width`` values round each, of those that are finite; NaN where the value itself is not."""
     there = np.isfinite(values)
     window = np.ones(width)
     start = (width - 1) // 2

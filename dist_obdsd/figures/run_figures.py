@@ -1,14 +1,15 @@
-"""The figures of a run folder: what is kept for them while the run goes on, and drawing them from it.
+"""The figures and the report of a run folder: keeping what they need while the run goes on, and making them from it.
 
-``runs/NAME/figures/`` holds the PNG files and what they are drawn from, beside ``config.yaml``, ``metrics.jsonl`` and
-``summary.json``: ``evaluation.npz`` (a sample of the last measurement and some of its answers) and ``batch.npz``
-(the embeddings of the last batch of the latest epoch). So a figure can be drawn anew without the network.
+``runs/NAME/figures/`` holds the PNG files and what they are drawn from: ``evaluation.npz`` (a sample of the last
+evaluation and some of its queries) and ``batch.npz`` (embeddings of the latest epoch's last batch). So a figure can be
+drawn anew without the network.
 """
 
 import io
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +24,8 @@ from dist_obdsd.data.shard_reader import cache_of
 from dist_obdsd.errors import InputError, format_error
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.evaluation.retrieval import RankedQuery
-from dist_obdsd.figures import figures
-from dist_obdsd.figures import retrieval_grid as pictures
+from dist_obdsd.figures import figures, retrieval_grid
+from dist_obdsd.figures.run_report import FIGURES, run_report
 from dist_obdsd.files import write_atomically
 from dist_obdsd.manifold.diffusion import Diffusion
 
@@ -34,128 +35,138 @@ if TYPE_CHECKING:
 ROWS = 5
 """Queries in either half of the retrieval grid."""
 MOST_IMAGES = 4096
-"""In a batch whose manifold is drawn: its diffusion is solved by the one process that draws."""
+"""Images of the largest batch whose manifold is drawn: one process solves its diffusion."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Seen:
+class BatchSample:
     """A global batch as the objective saw it."""
 
     rows_BD: torch.Tensor
     labels_B: torch.Tensor
-    whose: str
-    """Who made the rows: teacher or student."""
+    network: str
+    """The network that made the rows: teacher or student."""
 
 
-class Album:
-    """Keeps what the figures need and draws them. Whatever fails is told, and never ends a run."""
+class RunFigures:
+    """Keeps what the figures of a run need, and draws them. A failure is logged, and never ends a run."""
 
-    def __init__(self, run: Path | None, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Path | None) -> None:
         """
         Args:
             run: the run folder; None where this rank draws nothing.
         """
-        self.run, self.say = run, say
+        self.run = run
 
-    def keep_batch(self, seen: Seen | None, epoch: int) -> None:
-        """Keep the latest batch.
-
-        Args:
-            epoch: that it belongs to, from 0.
-        """
-        if self.run is not None and seen is not None and len(seen.rows_BD) <= MOST_IMAGES:
-            about = {"whose": seen.whose, "epoch": epoch + 1}
-            rows_BD, labels_B = seen.rows_BD.detach().float().cpu(), seen.labels_B.cpu()
+    def keep_batch(self, batch: BatchSample | None, epoch: int) -> None:
+        """Keep the latest batch, of an epoch that counts from 0."""
+        if batch is not None and len(batch.rows_BD) <= MOST_IMAGES:
+            rows_BD, labels_B = batch.rows_BD.detach().float().cpu(), batch.labels_B.cpu()
+            about = {"whose": batch.network, "epoch": epoch + 1}
             self._keep("batch", about, rows=rows_BD.numpy(), labels=labels_B.numpy())
 
     def keep_evaluation(self, what: str, result: EvaluationResult, epoch: int, classes: tuple[str, ...]) -> None:
-        """Keep a measurement, if a sample was taken.
-
-        Args:
-            classes: names, by label.
-        """
-        if self.run is None or result.sample is None:
-            return
+        """Keep an evaluation, if it took a sample. ``classes`` are names, by label."""
         sample = result.sample
-        answers = {"best": result.successes[:ROWS], "worst": pictures.wrong_at_first(result.failures)[:ROWS]}
-        shown = {label for of in answers.values() for a in of for label in (a.query_label, *a.neighbour_labels)}
+        if sample is None:
+            return
+        queries = {"best": result.successes[:ROWS], "worst": retrieval_grid.wrong_at_first(result.failures)[:ROWS]}
+        shown = {label for of in queries.values() for q in of for label in (q.query_label, *q.neighbour_labels)}
         about = {
             "what": what,
             "epoch": epoch,
             "queries": result.queries,
             "singular": sample.singular,
-            "answers": {name: [asdict(answer) for answer in of] for name, of in answers.items()},
+            "answers": {name: [asdict(query) for query in of] for name, of in queries.items()},
             "names": {label: classes[label] for label in sorted(shown | set(sample.labels_m.tolist()))},
         }
         self._keep("evaluation", about, rows=sample.rows_mD.float().numpy(), labels=sample.labels_m.numpy())
 
     def _keep(self, name: str, about: Mapping[str, Any], **arrays: np.ndarray) -> None:
-        assert self.run is not None
+        if self.run is None:
+            return
         buffer = io.BytesIO()
         np.savez(buffer, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
         try:
             (self.run / "figures").mkdir(exist_ok=True)
             write_atomically(self.run / "figures" / f"{name}.npz", buffer.getvalue())
         except Exception as error:
-            self.say(f"nothing is kept for the figures ({format_error(error)}); the run goes on")
+            logger.info("nothing is kept for the figures (%s); the run goes on", format_error(error))
 
     def draw(self) -> list[Path]:
-        """Draw all figures that there is something for.
-
-        Returns:
-            The files written.
-        """
+        """Draw all figures that the run has data for, and write its report; return the files."""
         if self.run is None:
             return []
         started = time.perf_counter()
-        paths = list(draw(self.run, self.say))
-        self.say(f"{len(paths)} figures in {self.run / 'figures'} ({time.perf_counter() - started:.1f} s)")
+        paths, failures = draw(self.run)
+        for failure in failures:
+            logger.info(failure)
+        logger.info(
+            "%d figures and report.html in %s (%.1f s)", len(paths) - 1, self.run, time.perf_counter() - started
+        )
         return paths
 
 
-def draw(run: Path, say: Callable[[str], None], overrides: Sequence[str] = ()) -> Iterator[Path]:
-    """Draw the figures of a run folder and give the files as they are written.
+def draw(run: Path, overrides: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
+    """Draw the figures of a run folder and write its report.
 
     Args:
-        say: is told why a figure is left out.
         overrides: settings that replace the run's, such as where the shards are now.
 
+    Returns:
+        The files written, and a sentence for each file that failed.
+
     Raises:
-        InputError: the folder is that of no run, once the first figure is asked for.
+        InputError: the folder is that of no run.
     """
     if not (run / "metrics.jsonl").is_file():
         raise InputError(f"{run} has no metrics.jsonl; give the folder of a run, such as runs/NAME")
-    pages = _Pages(run, load_config(run / "config.yaml", overrides))
-    for name in ("loss_curves", "recall_curves", "retrieval_grid", "embedding_map", "spectrum", "batch_manifold"):
+    folder = RunFolder(run, load_config(run / "config.yaml", overrides))
+    paths, failures = [], []
+    for name in (*FIGURES, "report"):
+        path = run / f"{name}.html" if name == "report" else run / "figures" / f"{name}.png"
         try:
-            (run / "figures").mkdir(exist_ok=True)
-            path = run / "figures" / f"{name}.png"
-            figure = getattr(pages, name)()
-            if figure is not None:
-                pictures.write(path, figure)
-                yield path
+            if name == "report":
+                write_atomically(path, run_report(run, folder.config, folder.metrics, folder.summary).encode())
+            elif (figure := getattr(folder, name)()) is not None:
+                path.parent.mkdir(exist_ok=True)
+                retrieval_grid.write(path, figure)
+            else:
+                continue
+            paths.append(path)
         except Exception as error:
-            say(f"{run / 'figures'}: no {name}.png ({format_error(error)}); `dist-obdsd figures {run}` draws it again")
+            failures.append(f"{path} is missing ({format_error(error)}); `dist-obdsd figures {run}` makes it again")
+    return paths, failures
 
 
-class _Pages:
-    """One method per figure; None where the run has nothing to show."""
+class RunFolder:
+    """Reads a run folder and draws its figures, a method for each; None where there is nothing to draw."""
 
-    def __init__(self, run: Path, config: Config) -> None:
-        self.run, self.config = run, config
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path, self.config = path, config
+
+    def validation_curves(self) -> "Figure | None":
+        rows = [row for row in self.metrics if row["kind"] == "validation"]
+        lines: dict[str, dict[int, float]] = {}
+        for row in rows:
+            for name, value in row.items():
+                if name not in ("kind", "step", "epoch") and 0 <= value <= 1:
+                    lines.setdefault(name, {})[row["epoch"]] = value
+        best = (self.summary.get("meta", {}).get("best_validation") or {}).get("epoch")
+        title = f"{self.config.name}: validation on classes that are not trained on"
+        return figures.validation_curves(lines, best, title) if lines else None
 
     def loss_curves(self) -> "Figure | None":
-        steps = [row for row in self._metrics if row["kind"] == "step"]
-        config = self.config
-        title = f"{config.name}: {config.ranking.name} and {config.distillation.target}, batches of "
-        title += f"{config.batch.global_size} images"
-        return figures.loss_curves(steps, title, config.batch.global_size) if steps else None
+        steps = [row for row in self.metrics if row["kind"] == "step"]
+        config, size = self.config, self.config.batch.global_size
+        title = f"{config.name}: {config.ranking.name} and {config.distillation.target}, batches of {size} images"
+        return figures.loss_curves(steps, title, size, config.optim.head_scale) if steps else None
 
     def recall_curves(self) -> "Figure | None":
         lines: dict[str, dict[int, float]] = {}
-        summary = self.run / "summary.json"
-        rows = json.loads(summary.read_text())["rows"] if summary.is_file() else []
-        for row in rows:
+        for row in self.summary["rows"]:
             gallery, _, metric = row["metric"].rpartition("/")
             name, _, k = metric.partition("@")
             if name == "recall":
@@ -168,17 +179,17 @@ class _Pages:
         if self._evaluation is None:
             return None
         _, about = self._evaluation
-        answers = {name: [_answer(entry) for entry in of] for name, of in about["answers"].items()}
+        queries = {name: [_query(entry) for entry in of] for name, of in about["answers"].items()}
         shards = self.config.data.shards
-        ids = pictures.shown(answer for of in answers.values() for answer in of)
+        ids = retrieval_grid.shown(query for of in queries.values() for query in of)
         if not ids:
             return None
-        images = pictures.read_images(shards, manifests.load(shards), ids, cache_of(self.config.data))
+        images = retrieval_grid.read_images(shards, manifests.load(shards), ids, cache_of(self.config.data))
         sections = {
-            "Best: all or most of the nearest are of the query's class": answers["best"],
-            "Worst: its class comes latest": answers["worst"],
+            "Best: all or most neighbours are of the query's class": queries["best"],
+            "Worst: the first neighbour of the query's class comes latest": queries["worst"],
         }
-        return pictures.retrieval_grid(sections, images, _names(about), self._title("nearest neighbours"))
+        return retrieval_grid.retrieval_grid(sections, images, _names(about), self._title("nearest neighbours"))
 
     def embedding_map(self) -> "Figure | None":
         if self._evaluation is None:
@@ -193,7 +204,7 @@ class _Pages:
         return figures.spectrum(self._evaluation[1]["singular"], self._title("rho-spectrum of all embeddings"))
 
     def batch_manifold(self) -> "Figure | None":
-        batch = _load(self.run / "figures" / "batch.npz")
+        batch = _load(self.path / "figures" / "batch.npz")
         if batch is None:
             return None
         arrays, about = batch
@@ -202,30 +213,32 @@ class _Pages:
         title += f"the last batch of epoch {about['epoch']} as the {about['whose']} embedded it"
         return figures.batch_manifold(arrays["rows"], arrays["labels"], Diffusion.of(target), title)
 
-    def _title(self, what: str) -> str:
+    def _title(self, subject: str) -> str:
         assert self._evaluation is not None
         about = self._evaluation[1]
-        measured = f"{about['what']}, {about['queries']} queries, after epoch {about['epoch']}"
-        return f"{self.config.name}: {what}\n{measured}"
+        return (
+            f"{self.config.name}: {subject}\n{about['what']}, {about['queries']} queries, after epoch {about['epoch']}"
+        )
 
     @cached_property
-    def _metrics(self) -> list[dict[str, Any]]:
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        rows = []
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # a line that is being written
-                continue
-        return rows
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``, without one that is being written."""
+        whole, _, _ = (self.path / "metrics.jsonl").read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``; without rows while the run goes on."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
     @cached_property
     def _evaluation(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        return _load(self.run / "figures" / "evaluation.npz")
+        return _load(self.path / "figures" / "evaluation.npz")
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """What ``Album._keep`` wrote, if it did: (arrays, the rest)."""
+    """Read (arrays, the rest) of what ``RunFigures._keep`` wrote, if it did."""
     if not path.is_file():
         return None
     with np.load(path) as archive:
@@ -233,7 +246,7 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         return arrays, json.loads(str(archive["about"]))
 
 
-def _answer(entry: Mapping[str, Any]) -> RankedQuery:
+def _query(entry: Mapping[str, Any]) -> RankedQuery:
     fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in entry.items()}
     return RankedQuery(**fields)
 

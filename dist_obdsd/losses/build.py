@@ -6,7 +6,7 @@ from dataclasses import fields
 import torch
 
 from dist_obdsd.config import Config
-from dist_obdsd.config.ranking import RankingConfig
+from dist_obdsd.config.ranking import RankingConfig, family
 from dist_obdsd.config.registry import LOSSES
 from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.losses.base import RankingLoss
@@ -27,12 +27,12 @@ def build_ranking(config: RankingConfig, classes: int, embedding_dim: int, seed:
     Raises:
         InputError: a loss of pytorch-metric-learning cannot be had as asked for.
     """
-    family = config.name.partition(".")[0]
-    takes = {setting.name for setting in LOSSES.source(family).settings}
+    part = family(config.name)
+    takes = {setting.name for setting in LOSSES.source(part).settings}
     settings = {name: value for name, value in config if name in takes}
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(derive(seed, "ranking parameters"))
-        loss: RankingLoss = LOSSES.build(family, settings, classes=classes, embedding_dim=embedding_dim)
+        loss: RankingLoss = LOSSES.build(part, settings, classes=classes, embedding_dim=embedding_dim)
     return loss
 
 

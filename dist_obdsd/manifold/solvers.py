@@ -248,12 +248,12 @@ class ConjugateGradients:
         while iterations < (CG_ITERATIONS if self._fixed is None else self._fixed):
             if self._fixed is None and self._reached(R_bn, rr_b, enough_b, size_b):
                 break
-            Q_bn = D_bn.add(self._times_N(D_bn), alpha=-omega)
+            Q_bn = self._times_M(D_bn)
             step_b = rr_b / (D_bn * Q_bn).sum(1).clamp_min(tiny)
             X_bn.addcmul_(step_b[:, None], D_bn)
             R_bn = self._without_u(R_bn.addcmul_(step_b[:, None], Q_bn, value=-1))
             before_b, rr_b = rr_b, R_bn.square().sum(1)
-            D_bn.mul_((rr_b / before_b.clamp_min(tiny))[:, None]).add_(R_bn)
+            D_bn = torch.addcmul(R_bn, D_bn, (rr_b / before_b.clamp_min(tiny))[:, None])
             iterations += 1
         return X_bn.mul_(size_b[:, None]), iterations
 
@@ -262,10 +262,11 @@ class ConjugateGradients:
         error_b = size_b * self._graph.error(R_bn if self._to_walk_bn is None else R_bn * self._to_walk_bn)
         return bool(((error_b <= self._tolerance) | ~(rr_b > enough_b)).all())
 
-    def _times_N(self, X_bn: torch.Tensor) -> torch.Tensor:
+    def _times_M(self, X_bn: torch.Tensor) -> torch.Tensor:
+        """X (I - omega N)."""
         if self._N_nn is not None:
-            return X_bn @ self._N_nn
-        return self._graph.times_symmetric(X_bn)
+            return torch.addmm(X_bn, X_bn, self._N_nn, alpha=-self._graph.diffusion.omega)
+        return X_bn.add(self._graph.times_symmetric(X_bn), alpha=-self._graph.diffusion.omega)
 
     def _without_u(self, X_bn: torch.Tensor) -> torch.Tensor:
         return X_bn.addr_(X_bn @ self._graph.top_eigenvector_n, self._graph.top_eigenvector_n, alpha=-1)

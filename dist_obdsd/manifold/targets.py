@@ -33,6 +33,8 @@ LEAST_MASS = 1e-3
 """Share of a row's mass that must be left in the batch's columns for the row to be used."""
 ASYNC_SIZE = 2**33
 """Largest b n^2 at which more products are queued than a host that looks would take."""
+GPU_CHOLESKY = 2048
+"""Nodes up to which a GPU factors the whole matrix: an estimate, 1 ms or so, beside 15 kernels an iteration."""
 CPU = torch.device("cpu")
 PART_ENTRIES = 2**26
 """Entries of one part of the own rows: the solver's state is some ten matrices of this size, 256 MiB each."""
@@ -195,6 +197,7 @@ def start_async(
             for _ in range(plan.corrections):
                 solve.correct()
             inverse, worst = solve.inverse(), solve.error_b.max()[None]
+            del solve  # and N with it
         result = DiffusionTarget(graph.target(inverse.Y_bn, rows), inverse.error_b, inverse.iterations)
         return replace(pending, goal=goal, most=most, result=result, worst=AsyncHostCopy(worst))
 
@@ -254,8 +257,9 @@ def choose_solver(
 ) -> str:
     """Choose cholesky or cg: what the settings say or, for ``auto``, what is faster and fits.
 
-    Cholesky costs n^3 / 3 + 2 b n^2 operations, conjugate gradients some 3 iterations of 2 b n^2. Where one overtakes
-    the other was measured on a CPU. Neumann's series, which ``auto`` tries first, needs neither.
+    Cholesky costs n^3 / 3 + 2 b n^2 operations, conjugate gradients some 3 to 10 iterations of 2 b n^2. Where one
+    overtakes the other was measured on a CPU. A GPU factors a small matrix in less time than it takes to start the
+    iterations' kernels. Neumann's series, which ``auto`` tries first, needs neither.
 
     Raises:
         InputError: cholesky is asked for and does not fit ``memory_gib``.
@@ -268,7 +272,8 @@ def choose_solver(
         )
     if diffusion.solver != "auto":
         return diffusion.solver
-    return "cholesky" if fit and nodes <= 6 * own_rows else "cg"
+    enough = max(6 * own_rows, 0 if device.type == "cpu" else GPU_CHOLESKY)
+    return "cholesky" if fit and nodes <= enough else "cg"
 
 
 def _nodes(T_BD: torch.Tensor, memory_MD: torch.Tensor | None) -> torch.Tensor:

@@ -144,7 +144,10 @@ def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: 
         path.rename(aside)
         if UploadState.path(path).exists():
             UploadState.path(path).rename(UploadState.path(aside))
-        logger.log(NOTICE, f"tracking: {path} is not of this run ({changes}), so it is kept as {aside.name}")
+        logger.log(
+            NOTICE,
+            f"tracking: {path} is not of this run ({changes}), so it is kept as {aside.name} and a new one begins",
+        )
     local = run_id if run_id is not None and run_id.startswith(event_log.LOCAL) else None
     header = event_log.new_header(uri, dumped, manifest, local)
     state = UploadState(header["run"], uri, None if local else run_id)

@@ -14,7 +14,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import RunError
-from dist_obdsd.figures.run_figures import Seen
+from dist_obdsd.figures.run_figures import BatchSample
 from dist_obdsd.losses.obdsd import OBDSDLoss, class_indices, is_ranking
 from dist_obdsd.models.precision import autocast
 from dist_obdsd.models.teacher import ProgressiveTeacher
@@ -88,7 +88,7 @@ class TrainStep:
         self.upload = DeviceUploader(runtime.device)
         self.early_diffusion: bool | None = None
         """As of ``OBDSDLoss.start_teacher``."""
-        self.latest: Seen | None = None
+        self.latest: BatchSample | None = None
         """The batch of the latest step, the same on every rank."""
 
     def __call__(
@@ -123,7 +123,7 @@ class TrainStep:
             self.strategy.embed(images_b), labels_B, teacher, ramp=ramp, seed=seed, also_sum=(stop, save)
         )
         rows_BD = out.student_BD if out.teacher_BD is None else out.teacher_BD
-        self.latest = Seen(rows_BD, batch.labels_B, "student" if out.teacher_BD is None else "teacher")
+        self.latest = BatchSample(rows_BD, batch.labels_B, "student" if out.teacher_BD is None else "teacher")
 
         optim = self.config.optim
         rate = learning_rate(optim, progress.epoch, self.config.epochs, epoch_share, progress.global_step)

@@ -19,7 +19,7 @@ from dist_obdsd.distributed.failures import assert_same_config, raise_on_all_ran
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, StoppedError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
-from dist_obdsd.figures.run_figures import Album
+from dist_obdsd.figures.run_figures import RunFigures
 from dist_obdsd.losses.build import build_objective, describe_objective
 from dist_obdsd.models.embedder import build_embedder, log_batch_norm
 from dist_obdsd.models.precision import check_precision, compile_networks
@@ -70,7 +70,7 @@ class Trainer:
         self.attempt = Attempt(config.run_dir, collectives.broadcast_object(Attempt(config.run_dir).id))
         self.metrics = MetricsLogger(config, self.run_dir, display, runtime)
         self.delayed = DelayedMetrics(lag=0 if config.debug else 1 if runtime.device.type == "cpu" else 8)
-        self.figures = Album(self.run_dir.path if self.run_dir and config.tracking.figures else None, logger.info)
+        self.figures = RunFigures(self.run_dir.path if self.run_dir and config.tracking.figures else None)
         self.model_selector = ModelSelector(
             config, self.manifest, self.validation_classes, self.student, runtime, self._log_evaluation, preemption
         )

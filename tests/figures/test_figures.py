@@ -24,9 +24,9 @@ def is_picture(path: Path, figure: Figure) -> None:
     pictures.write(path, figure)
     with Image.open(path) as picture:
         assert np.asarray(picture.convert("L")).std() > 5
-        assert picture.size == tuple(np.round(figure.get_size_inches() * pictures.DPI))
+        np.testing.assert_allclose(picture.size, figure.get_size_inches() * pictures.DPI, atol=1)
     figure.draw_without_rendering()
-    titles = [figure._suptitle, *(axes.title for axes in figure.axes if axes.get_title())]
+    titles = [figure._suptitle, *(axes.title for axes in figure.axes if axes.get_title()), *figure.legends]
     boxes = [title.get_window_extent() for title in titles]
     for number, box in enumerate(boxes):
         assert box.x0 >= 0
@@ -110,7 +110,7 @@ def test_the_map_keeps_classes_apart_and_names_them(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     labels_m = torch.arange(20).repeat_interleave(12)
     rows_mD = torch.eye(20)[labels_m] + 0.05 * torch.randn(240, 20, generator=random)
-    names = {0: "_hidden", 1: "$x", 2: "a$b$"}
+    names = {0: "_hidden", 1: "$x", 2: "a$b$", 3: "Alphabet_of_the_Magi/character07 and its whole name"}
     figure = figures.embedding_map(rows_mD, labels_m, names, "run: embeddings")
     is_picture(tmp_path / "a.png", figure)
     groups = figure.axes[0].collections
@@ -122,7 +122,7 @@ def test_the_map_keeps_classes_apart_and_names_them(tmp_path: Path) -> None:
     looks = {(tuple(g.get_facecolor()[0]), tuple(g.get_paths()[0].vertices.ravel().round(3))) for g in groups}
     assert len(looks) == 20
     (legend,) = figure.legends
-    assert [text.get_text().strip() for text in legend.get_texts()][:4] == ["_hidden", r"\$x", r"a\$b\$", "3"]
+    assert [text.get_text().strip() for text in legend.get_texts()][:4] == ["_hidden", r"\$x", r"a\$b\$", names[3]]
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (5, 1), (4, 2)])
@@ -134,13 +134,23 @@ def test_few_and_collapsed_embeddings_have_a_map(shape: tuple[int, int]) -> None
 
 
 def test_recall_has_a_line_per_protocol(tmp_path: Path) -> None:
-    lines = {"last": {1: 0.5, 10: 0.75, 2: 0.6}, "untrained": {1: 0.1}}
-    figure = figures.recall_curves(lines, "run: Recall@k")
+    figure = figures.recall_curves({"last": {1: 0.5, 10: 0.75, 2: 0.6}, "untrained": {1: 0.1}}, "run: Recall@k")
     is_picture(tmp_path / "a.png", figure)
     (axes,) = figure.axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert drawn == {"last": [[1, 50], [2, 60], [10, 75]], "untrained": [[1, 10]]}
+    assert drawn == {"last: 50.0, 60.0, 75.0": [[1, 50], [2, 60], [10, 75]], "untrained: 10.0": [[1, 10]]}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "10"]
+
+
+def test_validation_is_drawn_over_epochs_with_the_best(tmp_path: Path) -> None:
+    line = {1: 0.4, 2: 0.6, 3: 0.5}
+    figure = figures.validation_curves({"recall@1": line, "map@r": line}, 2, "run")  # one hides no other
+    is_picture(tmp_path / "a.png", figure)
+    (axes,) = figure.axes
+    *curves, best = axes.lines
+    assert [dict(curve.get_xydata().tolist()) for curve in curves] == [line, line]
+    assert {curve.get_linestyle() for curve in curves} == {"--"}
+    assert list(best.get_xdata()) == [2, 2]
 
 
 def test_the_spectrum_is_shares_beside_an_even_one(tmp_path: Path) -> None:
@@ -150,6 +160,7 @@ def test_the_spectrum_is_shares_beside_an_even_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.8, 0.2, 1e-12])
     assert list(axes.lines[1].get_ydata()) == [1 / 3, 1 / 3]
     assert axes.get_yscale() == "log"
+    assert "better" in axes.get_xlabel()
     even = figures.spectrum([2.0, 2.0], "even").axes[0]
     assert even.get_legend().get_texts()[0].get_text().endswith("rho = 0.000")
 
@@ -161,13 +172,13 @@ def steps() -> list[dict[str, float]]:
         if step != 30:
             row["ranking"] = 2 + (-1) ** step
         if step >= 20:
-            row |= {"distillation": 0.5, "target_entropy": 1.0, "target_kl_to_uniform": 2.0}
+            row |= {"distillation": 0.5, "target_entropy": 1.0}
         rows.append(row)
     return rows
 
 
 def test_losses_are_drawn_raw_and_smooth_with_the_ramp(tmp_path: Path) -> None:
-    figure = figures.loss_curves(steps(), "run: losses", 16)
+    figure = figures.loss_curves(steps(), "run: losses", 16, head_scale=10)
     is_picture(tmp_path / "a.png", figure)
     ranking, rate, distillation, target, ramp = figure.axes
     raw, smooth = ranking.lines[:2]
@@ -178,9 +189,10 @@ def test_losses_are_drawn_raw_and_smooth_with_the_ramp(tmp_path: Path) -> None:
     assert np.nanstd(smooth.get_ydata()) < np.nanstd(values) / 2
     assert list(ramp.lines[0].get_ydata()) == [step // 20 / 3 for step in range(60)]
     assert np.isnan(distillation.lines[0].get_ydata()[:20]).all()
-    assert math.log(16) in target.lines[4].get_ydata()
-    borders = [line.get_xdata()[0] for line in rate.lines[1:]]
-    assert borders == [19.5, 39.5]
+    assert math.log(16) in target.lines[2].get_ydata()
+    backbone, head, *borders = rate.lines
+    np.testing.assert_allclose([backbone.get_ydata()[0], head.get_ydata()[0]], [0.1, 1.0])
+    assert [line.get_xdata()[0] for line in borders] == [19.5, 39.5]
     bare = figures.loss_curves([{"step": 0, "epoch": 0, "lr": 0.1, "ranking": 1.0}], "run")
     assert [axes.get_title() for axes in bare.axes] == ["Ranking loss", "Learning rate"]
     is_picture(tmp_path / "b.png", bare)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dist_obdsd.cli import main as cli
 from dist_obdsd.config import load_config
-from dist_obdsd.figures import run_figures as album
+from dist_obdsd.figures.run_figures import BatchSample, RunFigures, RunFolder
 from tests import runs
 
 NAMES = {"loss_curves", "recall_curves", "retrieval_grid", "embedding_map", "spectrum", "batch_manifold"}
@@ -39,11 +39,11 @@ def test_a_resumed_run_draws_every_figure_and_no_step_twice(
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "step", "step": 5, "epoch": 0, "ranking": 9.0, "lr": 0.001, "ramp": 0}) + "\n")
     done = runs.train(folder, *more, "tracking.figures=true", ranks=2)
-    assert "6 figures in runs/tiny/figures" in done.stdout
+    assert "6 figures and report.html in runs/tiny" in done.stdout
     assert pngs(run) == NAMES
 
     monkeypatch.chdir(folder)
-    pages = album._Pages(run, load_config(run / "config.yaml"))
+    pages = RunFolder(run, load_config(run / "config.yaml"))
     losses = pages.loss_curves()
     assert losses is not None
     steps = runs.metrics(run, "step")
@@ -54,7 +54,7 @@ def test_a_resumed_run_draws_every_figure_and_no_step_twice(
     assert recall is not None
     rows = json.loads((run / "summary.json").read_text())["rows"]
     last = {int(r["metric"][7:]): r["value"] for r in rows if r["protocol"] == "last" and r["metric"] != "map@r"}
-    drawn = {line.get_label(): dict(line.get_xydata().tolist()) for line in recall.axes[0].lines}
+    drawn = {line.get_label().partition(":")[0]: dict(line.get_xydata().tolist()) for line in recall.axes[0].lines}
     assert drawn["last (after epoch 2)"] == pytest.approx({k: 100 * value for k, value in last.items()})
     assert drawn.keys() == {"untrained", "last (after epoch 2)"}
     manifold = pages.batch_manifold()
@@ -69,7 +69,7 @@ def test_a_resumed_run_draws_every_figure_and_no_step_twice(
     assert cli.main(["figures", "runs/tiny", "data.shards=nowhere"]) == 1
     assert pngs(run) == NAMES - {"retrieval_grid"}
     told = capsys.readouterr().err
-    assert "no retrieval_grid.png" in told
+    assert "retrieval_grid.png" in told
     assert "nowhere" in told
 
 
@@ -90,17 +90,15 @@ def test_a_folder_without_a_run_is_refused_and_a_young_run_has_few_figures(
     assert pngs(young) == {"loss_curves"}
 
 
-def test_what_cannot_be_kept_or_drawn_is_told_and_nothing_ends(tmp_path: Path, small_disk: Path) -> None:
-    said: list[str] = []
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "figures").write_text("a file where the folder should be")
-    seen = album.Seen(torch.eye(4), torch.arange(4), "teacher")
-    album.Album(run, said.append).keep_batch(seen, 0)
-    assert "the run goes on" in said.pop()
-    album.Album(None, said.append).keep_batch(seen, 0)
-    assert album.Album(None, said.append).draw() == []
+def test_what_cannot_be_kept_never_ends_a_run(
+    tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "dist_obdsd")
+    (tmp_path / "figures").write_text("a file where the folder should be")
     (small_disk / "fill").write_bytes(bytes(1 << 20))
-    album.Album(small_disk, said.append).keep_batch(seen, 0)
-    assert "the run goes on" in said.pop()
-    assert not said
+    batch = BatchSample(torch.eye(4), torch.arange(4), "teacher")
+    for run in (tmp_path, small_disk, None):
+        RunFigures(run).keep_batch(batch, 0)
+    assert RunFigures(None).draw() == []
+    assert len(caplog.messages) == 2
+    assert all("the run goes on" in message for message in caplog.messages)

@@ -1,0 +1,118 @@
+"""Balanced batches of any map-style dataset, from the schedule that the shards' stream follows, too."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from dist_obdsd.data.manifest import Manifest, Shard
+from dist_obdsd.data.schedule import EpochPlan, Sampling, plan_epoch
+from dist_obdsd.distributed import collectives
+from dist_obdsd.errors import InputError
+
+
+class BalancedBatchSampler(Sampler[list[int]]):
+    """Batches of K images of each class, the same global batches on any number of ranks::
+
+        sampler = BalancedBatchSampler(dataset.targets, global_batch_size=128, samples_per_class=4)
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=8)
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            for images, labels in loader: ...       # this rank's rows of the global batch
+
+    No image stands in a batch twice and, while there are enough, no class. An epoch shows each image at most once.
+    Every epoch is another one, and depends on the seed alone.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[Any] | np.ndarray,
+        global_batch_size: int,
+        samples_per_class: int = 2,
+        *,
+        seed: int = 0,
+        sampling: Sampling = "epoch",
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        """
+        Args:
+            labels: the class of each image of the dataset [N], integers or names.
+            global_batch_size: B, images in one step over all ranks; a multiple of the ranks and of K.
+            samples_per_class: K, images of one class in a group.
+            seed: the same on every rank.
+            sampling: ``epoch``, each image at most once an epoch; or ``class_uniform``, classes equally often.
+            rank: this process's; None: the default process group's.
+            world_size: likewise.
+
+        Raises:
+            InputError: the sizes do not divide, or the data is too small for one batch.
+        """
+        self.rank = collectives.rank() if rank is None else rank
+        self.world_size = collectives.world_size() if world_size is None else world_size
+        if global_batch_size % self.world_size or not 0 <= self.rank < self.world_size:
+            raise InputError(
+                f"global_batch_size={global_batch_size} on rank {self.rank} of {self.world_size}; give a multiple of "
+                f"the number of ranks, and a rank below it"
+            )
+        names, self.labels_N = np.unique(np.asarray(labels), return_inverse=True)
+        if self.labels_N.ndim != 1 or not len(self.labels_N):
+            raise InputError(f"the labels have shape {np.shape(labels)}; give one label for each image, (N,)")
+        self.classes = names.tolist()
+        """The labels' values; index of a class -> its label."""
+        self._settings = {"seed": seed, "global_size": global_batch_size, "samples_per_class": samples_per_class}
+        self._sampling: Sampling = sampling
+        numbers = tuple(range(len(self.labels_N)))
+        shard = Shard("", 0, "", numbers, tuple(self.labels_N.tolist()), ("train",) * len(numbers))
+        self._manifest = Manifest({}, seed, samples_per_class, tuple(map(str, self.classes)), {"train": (shard,)})
+        self._plan: EpochPlan | None = None
+        self.epoch = self.step = 0
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, step: int = 0) -> None:
+        """Choose the epoch of the next iteration, and how many of its steps are done already."""
+        self.epoch, self.step = epoch, step
+        if self._plan is None or self._plan.epoch != epoch:
+            self._plan = plan_epoch(
+                self._manifest, list(range(len(self.classes))), epoch=epoch, lanes=1, window=1,
+                sampling=self._sampling, **self._settings,
+            )  # fmt: skip
+
+    @property
+    def plan(self) -> EpochPlan:
+        """The epoch's global batches, with its coverage."""
+        assert self._plan is not None
+        return self._plan
+
+    def __len__(self) -> int:
+        """Steps of the epoch that are left, the same on every rank."""
+        return self.plan.steps - self.step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this rank's indices [b] of each step. The next epoch must be chosen by ``set_epoch``."""
+        b = self.plan.ids_SB.shape[1] // self.world_size
+        for ids_B in self.plan.ids_SB[self.step :]:
+            yield ids_B[self.rank * b : (self.rank + 1) * b].tolist()
+
+    def state_dict(self, steps_done: int = 0) -> dict[str, int]:
+        """Return the position after so many steps of the loop; a DataLoader's workers take batches ahead of it."""
+        return {"epoch": self.epoch, "step": self.step + steps_done, "data": self._digest()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a position, also with another number of ranks.
+
+        Raises:
+            InputError: it is of other labels, sizes or seed, whose batches are others.
+        """
+        if state["data"] != self._digest():
+            raise InputError(
+                "the sampler's state is of other labels, another batch size or seed; make the sampler as it was made "
+                "before, or begin a new epoch with set_epoch"
+            )
+        self.set_epoch(state["epoch"], state["step"])
+
+    def _digest(self) -> int:
+        text = f"{self._settings} {self._sampling} ".encode() + self.labels_N.astype(np.int64).tobytes()
+        return zlib.crc32(text)

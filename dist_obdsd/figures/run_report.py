@@ -1,0 +1,168 @@
+"""The report of a run: one self-contained HTML page with results, advice, figures and settings."""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_obdsd.config import Config
+from dist_obdsd.config.sections import SELECTION_METRIC
+
+FIGURES = {
+    "loss_curves": "Losses, learning rate and target, step by step",
+    "validation_curves": "Validation over the epochs",
+    "recall_curves": "Recall@k on the test set",
+    "retrieval_grid": "The best and the worst queries, each with its nearest neighbours",
+    "embedding_map": "Map of the embeddings (t-SNE): a class should be one cluster, away from the others",
+    "spectrum": "Singular values of the embeddings",
+    "batch_manifold": "One batch: similarities, and the distillation target before and after the diffusion",
+}
+"""The figures of a run in the report's order, with their captions."""
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd } .facts { color: #666; margin-top: 0 }
+table { border-collapse: collapse } th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left; padding-left: 0 } td { font-variant-numeric: tabular-nums }
+figure { margin: 1.5rem 0 } figcaption { font-weight: 600; margin-bottom: .4rem } img { max-width: 100% }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px } .wide { overflow-x: auto }
+"""
+FLAT, SHARP, WAITING = 0.05, 0.9, 0.2
+"""Shares that lead to advice: entropy that the target lacks to a uniform one, its mass on the image itself, and
+time that training waits for data."""
+
+Row = Mapping[str, Any]
+
+
+def run_report(run: Path, config: Config, metrics: Sequence[Row], summary: Row) -> str:
+    """Write the report of a run as HTML.
+
+    Args:
+        run: the run folder, with ``figures/``.
+        metrics: rows of its ``metrics.jsonl``.
+        summary: content of its ``summary.json``, or ``{"rows": []}`` while it runs.
+    """
+    parts = [
+        f"<h1>{escape(config.name)}</h1>",
+        f'<p class="facts">{escape(", ".join(_facts(run, config, summary)))}</p>',
+    ]
+    if summary["rows"]:
+        parts += ["<h2>Results on the test set</h2>", _table(_by_protocol(summary["rows"]))]
+    if advice := list(what_to_try(config, metrics, summary)):
+        parts += ["<h2>What to try next</h2><ul>", *(f"<li>{escape(text)}</li>" for text in advice), "</ul>"]
+    validations = {f"after epoch {row['epoch']}": row for row in metrics if row["kind"] == "validation"}
+    parts += ["<h2>Figures</h2>", *_figures(run)]
+    if validations:
+        parts += ["<h2>Validation</h2>", _table(validations)]
+    changed = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    parts += [f"<h2>Settings</h2><p>Those that are not the default:</p><pre>{escape(changed)}</pre>"]
+    parts += [f"<details><summary>All settings</summary><pre>{escape(config.to_yaml())}</pre></details>"]
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(config.name)}</title>'
+    )
+    return (
+        f"<!DOCTYPE html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def what_to_try(config: Config, metrics: Sequence[Row], summary: Row) -> Iterator[str]:
+    """Advise on the next run, from the numbers of this one."""
+    steps = [row for row in metrics if row["kind"] == "step"]
+    scores = {row["protocol"]: row["value"] for row in summary["rows"] if _selects(row["metric"])}
+    before, after = scores.get("untrained"), max((v for k, v in scores.items() if k != "untrained"), default=None)
+    if after is not None and before is None:
+        yield "Set evaluation.untrained=true to see how much training improves on the network that it starts from."
+    elif after is not None and before is not None and after <= before:
+        yield (
+            f"Training made retrieval worse: {SELECTION_METRIC} was {before:.3f} before and is {after:.3f}. "
+            f"Lower optim.lr (now {config.optim.lr:g}), and check the labels and the crops."
+        )
+    yield from _on_epochs(config, metrics)
+    if masked := sum(row.get("masked", 0) > 0 for row in steps):
+        yield f"{masked} of {len(steps)} steps were left out, as their loss was not finite. Lower optim.lr."
+    last = [row for row in steps if row["epoch"] == steps[-1]["epoch"]]
+    yield from _on_target(config, last)
+    waits = [row["data_wait_share"] for row in metrics if row["kind"] == "epoch"]
+    if waits and waits[-1] > WAITING:
+        yield (
+            f"Training waited for data in {waits[-1]:.0%} of the last epoch's time. Raise data.workers "
+            f"(now {config.data.workers}), or pack smaller images."
+        )
+
+
+def _on_epochs(config: Config, metrics: Sequence[Row]) -> Iterator[str]:
+    scores: dict[int, list[float]] = {}
+    for row in metrics:
+        if row["kind"] == "validation":
+            scores[row["epoch"]] = [value for name, value in row.items() if _selects(name)]
+    if not scores:
+        yield "Set validation.fraction=0.2 to hold out classes, so that the best epoch is known without the test set."
+    elif len(scores) > 1:
+        best, last = max(scores, key=lambda epoch: math.fsum(scores[epoch])), max(scores)
+        if best != last:
+            yield (
+                f"Validation was best after epoch {best} of {last}; later epochs did not help. Take the weights "
+                f"best_validation, and try fewer epochs or a lower optim.lr."
+            )
+        else:
+            yield f"Validation was best after the last epoch, {last}. More epochs may improve it further."
+
+
+def _on_target(config: Config, steps: Sequence[Row]) -> Iterator[str]:
+    if config.distillation.target in ("none", "uniform"):
+        return
+    missing = [row["target_kl_to_uniform"] for row in steps if "target_kl_to_uniform" in row]
+    itself = [row["target_self_mass"] for row in steps if "target_self_mass" in row]
+    now = f"distillation.temperature (now {config.distillation.temperature:g})"
+    if missing and math.fsum(missing) / len(missing) < FLAT * math.log(config.batch.global_size):
+        yield f"The distillation target is nearly uniform, so it tells the student almost nothing. Lower {now}."
+    if itself and math.fsum(itself) / len(itself) > SHARP:
+        yield f"The distillation target is almost only the image itself, so it adds nothing to learn. Raise {now}."
+
+
+def _facts(run: Path, config: Config, summary: Row) -> list[str]:
+    path, meta = run / "provenance.json", summary.get("meta", {})
+    made: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    facts = [config.data.shards, f"{meta['epochs']} epochs, {meta['steps']} steps" if meta else "not finished yet"]
+    if "hardware" in made:
+        facts.append(f"{made['world_size']} x {made['hardware']}")
+    if made.get("git_commit", "unknown") != "unknown":
+        facts.append(f"commit {made['git_commit'][:10]}")
+    return facts
+
+
+def _by_protocol(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name = row["protocol"] + (f", after epoch {row['epoch']}" if row["epoch"] else "")
+        found.setdefault(name, {})[row["metric"]] = row["value"]
+    return found
+
+
+def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    names = list(dict.fromkeys(name for row in rows.values() for name in row if name not in ("kind", "step", "epoch")))
+    cells = [["weights", *names]]
+    cells += [[title, *(f"{row[name]:.4f}" if name in row else "" for name in names)] for title, row in rows.items()]
+    html = ""
+    for tag, line in zip(["th", *["td"] * len(rows)], cells, strict=True):
+        html += "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line) + "</tr>"
+    return f'<div class="wide"><table>{html}</table></div>'
+
+
+def _selects(metric: str) -> bool:
+    """Tell whether epochs are compared by a metric; it may be of one of several galleries."""
+    return metric.rpartition("/")[2] == SELECTION_METRIC
+
+
+def _figures(run: Path) -> Iterator[str]:
+    for name, caption in FIGURES.items():
+        path = run / "figures" / f"{name}.png"
+        if path.is_file():
+            data = path.read_bytes()
+            width = int.from_bytes(data[16:20]) * 2 // 3  # a PNG's width stands there; sharp on good screens
+            image = f'<img alt="{name}" width="{width}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+            yield f"<figure><figcaption>{caption}</figcaption>{image}</figure>"

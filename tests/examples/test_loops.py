@@ -1,0 +1,72 @@
+"""The examples' loops give the losses and the weights of ``dist-obdsd train`` on the same batches, on 1 and 2 ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_obdsd import checkpoint
+from tests import runs
+
+OVERRIDES = (
+    "precision=float32",
+    "epochs=4",
+    "distillation.weight=10",
+    "optim.weight_decay=0",
+    "optim.lr=1e-4",
+    "evaluation.test=false",
+)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: int, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(shards)))
+    runs.train(folder, *OVERRIDES, ranks=ranks)
+    return folder
+
+
+@pytest.mark.parametrize("example", ["ddp", "accelerate_loop", "lightning_module"])
+def test_a_loop_of_one_s_own_trains_the_same(example: str, ranks: int, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    config = reference / "runs" / "tiny" / "config.yaml"
+    done = runs.program(
+        example, config, out, ranks=ranks, cwd=tmp_path,
+        code="import runpy; runpy.run_module('tests.examples.compare', run_name='__main__')",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = torch.load(out)
+    steps = runs.metrics(reference / "runs" / "tiny", "step")
+    expected = [
+        row["ranking"] + (row["ramp"] * 10 * 0.1**2 * row["distillation"] if "distillation" in row else 0)
+        for row in steps
+    ]
+    assert len(expected) > 20
+    assert found["losses"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    student = checkpoint.load(reference / "runs" / "tiny")["student"]
+    for name, tensor in found["student"].items():
+        assert (tensor - student[name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("loss", ["SupConLoss", "MeanDistance"])
+def test_a_run_takes_a_loss_by_its_import_path(loss: str, folder: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(runs.ROOT / 'examples')!r})\n"
+    code += "from dist_obdsd.cli.main import program; program()"
+    settings = ("train", "tiny.yaml", "epochs=2", "evaluation.test=false", f"ranking.name=custom_loss:{loss}")
+    for name, ranks in (("one", 0), ("two", 2)):
+        done = runs.program(*settings, f"name={name}", ranks=ranks, cwd=folder, code=code)
+        assert done.returncode == 0, done.stderr
+    one, two = (runs.metrics(folder / "runs" / run, "step") for run in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["ranking"] == pytest.approx(b["ranking"], rel=1e-10)
+    assert one[-1]["ranking"] != one[0]["ranking"]
+    assert f"custom_loss:{loss}" in (folder / "runs" / "one" / "config.yaml").read_text()
+    done = runs.program(*settings, "name=three", cwd=folder)  # where nobody finds the module
+    assert done.returncode == 2
+    assert "custom_loss" in done.stderr
+    assert "PYTHONPATH" in done.stderr

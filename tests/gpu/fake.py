@@ -1,0 +1,154 @@
+"""Steps on a device that is not there: shapes and devices as they would be, no numbers, any number of ranks.
+
+``python -m tests.gpu.fake`` reads jobs as JSON from standard input and answers with a line each. It is a program, since
+it registers a stand-in for a device: torch's own fake ``cuda`` tensors have no backward where a build with CUDA finds
+no GPU. An operation fails that reads a number on the host or mixes devices. One that is no view counts as a launch.
+
+Legend: b rows of a rank, B of the global batch, D embedding dimension, W ranks.
+"""
+
+import json
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from dist_obdsd.data.stream import TrainBatch
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.launch import Launch, Runtime
+from dist_obdsd.losses.across_ranks import local_loss
+from dist_obdsd.losses.batch_view import BatchView
+from dist_obdsd.losses.build import build_objective
+from dist_obdsd.losses.obdsd import is_ranking
+from dist_obdsd.manifold.targets import QueuePlan
+from dist_obdsd.models.embedder import build_embedder
+from dist_obdsd.models.teacher import ProgressiveTeacher
+from dist_obdsd.training import train_step
+from dist_obdsd.training.strategy import build_strategy
+from dist_obdsd.training.train_step import TrainProgress, TrainStep
+from dist_obdsd.transfer import AsyncHostCopy
+from tests.gpu.rig import CPU, settings
+
+DEVICE = "standin"
+CLASSES = range(16)
+FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches, and the most bytes that were held at a time of what was made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_iter(result) if isinstance(x, torch.Tensor) and x.device.type == DEVICE]
+        name = func._schema.name.removeprefix("aten::")
+        self.count += bool(made) and not func.is_view and name not in FREE
+        for x in made:
+            storage = x.untyped_storage()
+            if not func.is_view and storage._cdata not in self._known:
+                self._hold(storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._hold, storage._cdata, -storage.nbytes())
+        return result
+
+    def _hold(self, storage: int, nbytes: int) -> None:
+        self._known ^= {storage}
+        self.held += nbytes
+        self.peak = max(self.peak, self.held)
+
+
+@contextmanager
+def ranks(W: int) -> Iterator[None]:
+    """Open fake tensors in a group of W ranks, of which none but this one is there."""
+    dist.init_process_group(f"cpu:fake,{DEVICE}:fake", store=FakeStore(), rank=0, world_size=W)
+    try:
+        # Python runs the backward in this thread, since there is no device for which the engine could have another.
+        with torch.autograd.set_multithreading_enabled(False), FakeTensorMode():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def put(module: nn.Module) -> None:
+    """Move a module to the device."""
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=DEVICE), p.requires_grad)
+        for name, x in part.named_buffers(recurse=False):
+            part._buffers[name] = torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
+
+
+def objective(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dict[str, int]:
+    """Count the launches of the objective, forward and backward, up to the gradient at the embeddings."""
+    config = settings("small_cnn", f"batch.global_size={W * b}", *overrides)
+    loss = build_objective(config, CLASSES, CPU)
+    loss._plan = QueuePlan(**plan)
+    with ranks(W):
+        put(loss)
+        E_bD, E_BD = (torch.empty(n, 32, device=DEVICE, requires_grad=True) for n in (b, W * b))
+        labels_B = torch.empty(W * b, dtype=torch.int64, device=DEVICE)
+        T_bD = torch.empty(b, 32, device=DEVICE) if loss.needs_teacher() else None
+        with Launches() as launches:
+            teacher = None if T_bD is None else loss.start_teacher(T_bD, early=True)
+            rows = () if teacher is None else (teacher.gathering.wait(), teacher.pending)
+            terms = loss.terms(BatchView(E_bD, E_BD, labels_B, 0), *rows)
+            factors = {name: 1.0 for name in terms if is_ranking(name) or name == "distillation"}
+            local_loss(terms, {name: term.count for name, term in terms.items()}, factors, W).backward()
+    return {"launches": launches.count, "peak_mib": launches.peak >> 20}
+
+
+def step(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dict[str, int]:
+    """Take two whole training steps of a small network."""
+    config = settings("small_cnn", f"batch.global_size={W * b}", *overrides)
+    runtime = Runtime(Launch("fake"), torch.device(DEVICE))
+    student, loss = build_embedder(config, CPU), build_objective(config, CLASSES, CPU)
+    teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
+    loss._plan = QueuePlan(**plan)
+    with ranks(W):
+        for module in (student, loss, *[teacher] * (teacher is not None)):
+            put(module)
+        strategy = build_strategy(student, config, runtime, list(loss.ranking.named_parameters()))
+        taken = TrainStep(config, runtime, strategy, teacher, loss, CLASSES)
+        taken.early_diffusion = True
+        for t in range(2):
+            images_b = torch.empty(b, 1, 32, 32, dtype=torch.uint8)
+            batch = TrainBatch(1, t, images_b, torch.arange(b), torch.arange(W * b), [])
+            with Launches() as launches:
+                taken(batch, TrainProgress(1, t, t), 0.0)
+    return {"launches": launches.count, "peak_mib": launches.peak >> 20}
+
+
+JOBS: dict[str, Callable[..., dict[str, int]]] = {"objective": objective, "step": step}
+
+
+def main() -> None:
+    """Answer each job: ``kind``, ``W``, ``b``, ``overrides`` and ``plan``, the fields of a ``QueuePlan``."""
+    _setup_privateuseone_for_python_backend(DEVICE)
+    torch.get_device_module(DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16]
+    # What other ranks would say, what the host looks up in its own memory, and an error that is small enough.
+    collectives.gather_json = lambda value: [value] * collectives.world_size()
+    train_step.class_indices = lambda labels_B, classes_C: labels_B
+    AsyncHostCopy.read = lambda self: [0.0] * len(self._numbers_n)
+    for job in json.load(sys.stdin):
+        try:
+            answer: dict[str, Any] = JOBS[job.pop("kind")](**job)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
