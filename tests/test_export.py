@@ -19,7 +19,8 @@ from dist_obdsd import export as exporting
 from dist_obdsd.cli.main import main
 from dist_obdsd.config import parse_config
 from dist_obdsd.config.sections import DataConfig
-from dist_obdsd.data.transforms import decode, eval_transform
+from dist_obdsd.data.images import decode
+from dist_obdsd.data.transforms import eval_transform
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.models.embedder import build_embedder
 

@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import io
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from dist_obdsd import checkpoint
 from dist_obdsd.cli.output import check_writable, show, table, write_json
 from dist_obdsd.cli.ranks import on_every_rank
 from dist_obdsd.config import Config, override_config, parse_config
+from dist_obdsd.console import NOTICE
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.image_folder import find_images, folder_batches
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.stream import evaluation_batches
 from dist_obdsd.distributed import launch
-from dist_obdsd.distributed.collectives import assert_equal_across_ranks
+from dist_obdsd.distributed.collectives import assert_equal_across_ranks, gather_json, met_by_all
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
@@ -32,6 +34,8 @@ from dist_obdsd.files import write_atomically
 from dist_obdsd.inference import build_network, inference_config
 from dist_obdsd.models.embedder import Embedder
 from dist_obdsd.training.evaluation import evaluate_split, settings_from
+
+logger = logging.getLogger(__name__)
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
@@ -138,10 +142,13 @@ def embed(options: argparse.Namespace) -> int:
     with on_every_rank():
         if (options.shards is None) == (options.images is None):
             raise InputError("embed takes its images from --shards DIR or --images DIR; give one of the two")
+        if options.skip_broken and options.images is None:
+            raise InputError("--skip-broken is for --images; shards hold no broken image, since pack leaves them out")
         _check_embed_outputs(options)
     state, config = _load_checkpoint(options, options.shards or str(options.images))
     with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
         batches: Callable[[], Iterable[Any]]
+        broken: dict[int, str] | None = {} if options.skip_broken else None
         if options.shards is not None:
             manifest = load_split(options.shards, options.split)
             columns = _columns_of_split(manifest, options.split)
@@ -153,10 +160,12 @@ def embed(options: argparse.Namespace) -> int:
                 "the folder of images", hashlib.sha256("\0".join(folder.paths).encode()).hexdigest(), InputError
             )
             columns = _columns_of_paths(folder.paths, folder.classes)
-            batches = partial(folder_batches, folder, config, rank.rank, rank.world_size)
+            batches = partial(folder_batches, folder, config, rank.rank, rank.world_size, broken)
         network = _build_network(state, config, rank, options)
         with raise_on_all_ranks("embedding the images"), torch.inference_mode():
             rows_nD, ids_n, _, _ = embed_all(network, batches(), rank.device)
+        if broken is not None:
+            columns = _without_broken(columns, broken)
         if options.out is not None:
             embedding_files.write(options.out, rows_nD, ids_n, columns, options.dtype)
         if options.index is not None:
@@ -164,6 +173,17 @@ def embed(options: argparse.Namespace) -> int:
         for path in filter(None, (options.out, options.index)):
             show(f"{path}: {len(columns.ids)} embeddings of {config.model.embedding_dim} numbers")
     return 0
+
+
+def _without_broken(columns: embedding_files.Table, broken: dict[int, str]) -> embedding_files.Table:
+    """List the images that any rank left out, and take them from the table. Collective."""
+    reasons = {int(image_id): reason for found in gather_json(broken) for image_id, reason in found.items()}
+    for image_id in sorted(reasons):
+        logger.log(NOTICE, "left out %s: it cannot be %s", columns.columns["keys"][image_id], reasons[image_id])
+    if len(reasons) == len(columns.ids):
+        raise met_by_all(InputError(f"none of the {len(reasons)} images can be read; the reasons stand above"))
+    keep = ~np.isin(columns.ids, list(reasons))
+    return embedding_files.Table(columns.ids[keep], {name: column[keep] for name, column in columns.columns.items()})
 
 
 def _check_embed_outputs(options: argparse.Namespace) -> None:

@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--shards", help="embed a split of these shards")
     embed.add_argument("--split", default="test")
     embed.add_argument("--images", type=Path, metavar="DIR", help="or embed all images in and below this folder")
+    embed.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read, and list them")
     embed.add_argument("--out", type=Path, metavar="FILE", help="the .npz or .parquet file to write")
     embed.add_argument("--index", type=Path, metavar="FILE", help="write a faiss index, and its keys beside it")
     embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")

@@ -3,7 +3,6 @@
 An image's id is its place in the sorted list of paths, its class the folder that it lies in. Legend as in ``stream``.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 
 from dist_obdsd.config import Config
 from dist_obdsd.data.decoding_workers import DecodeJob, Decoder, DecodeTask
-from dist_obdsd.data.images import IMAGE_SUFFIXES
+from dist_obdsd.data.packing.readers.base import images_among
+from dist_obdsd.data.packing.sources import File, walk
 from dist_obdsd.data.stream import EvalBatch, near_equal
 from dist_obdsd.errors import InputError, RunError
 
@@ -20,8 +20,13 @@ from dist_obdsd.errors import InputError, RunError
 @dataclass(frozen=True)
 class ImageFolder:
     root: Path
-    paths: list[str]
-    """Relative, with forward slashes, sorted; an image's id is its place here."""
+    files: list[File]
+    """Sorted by name; an image's id is its place here."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Names relative to the root, with forward slashes."""
+        return [file.name for file in self.files]
 
     @property
     def classes(self) -> list[str]:
@@ -31,45 +36,53 @@ class ImageFolder:
 
 
 def find_images(root: Path) -> ImageFolder:
-    """All images below a folder, hidden files and folders left out.
+    """List all images below a folder, as ``pack`` does: hidden files left out, links followed.
 
     Raises:
-        InputError: there is no such folder, or no image in it.
+        InputError: there is no such folder, no image in it, or a folder in it cannot be read.
     """
+    root = root.expanduser()
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; give the folder that holds the images")
-    paths = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        here = Path(folder).relative_to(root)
-        paths += [
-            (here / name).as_posix()
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
-    if not paths:
-        raise InputError(f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)}); give the folder that holds the images")
-    return ImageFolder(root, sorted(paths))
+    files = images_among(walk(root))
+    if not files:
+        raise InputError(f"{root} holds no image of a kind that is read; give the folder that holds the images")
+    return ImageFolder(root, sorted(files, key=lambda file: file.name))
 
 
-def folder_batches(folder: ImageFolder, config: Config, rank: int, world_size: int) -> Iterator[EvalBatch]:
-    """This rank's share, in near-equal batches that do not depend on the number of ranks.
+def folder_batches(
+    folder: ImageFolder, config: Config, rank: int, world_size: int, broken: dict[int, str] | None = None
+) -> Iterator[EvalBatch]:
+    """Yield this rank's share, in near-equal batches that do not depend on the number of ranks.
+
+    Args:
+        broken: is filled with id and reason of each image that cannot be read or decoded, which is then left out;
+            None: such an image is an error.
 
     Raises:
-        RunError: an image cannot be read or decoded. Nothing is left out silently.
+        RunError: an image cannot be read or decoded.
     """
-    size = near_equal(len(folder.paths), config.evaluation.batch_size)
-    starts = range(0, len(folder.paths), size)[rank::world_size]
+    size = near_equal(len(folder.files), config.evaluation.batch_size)
+    starts = range(0, len(folder.files), size)[rank::world_size]
+
+    def leave_out(image_id: int, reason: str) -> None:
+        if broken is None:
+            raise RunError(
+                f"the image {folder.files[image_id].where} cannot be {reason}; mend it or move it out of the folder, "
+                f"or leave such images out with --skip-broken"
+            )
+        broken[image_id] = reason
 
     def jobs() -> Iterator[DecodeJob]:
         for start in starts:
             tasks = []
-            for image_id, path in enumerate(folder.paths[start : start + size], start):
+            for image_id, file in enumerate(folder.files[start : start + size], start):
                 try:
-                    tasks.append(DecodeTask(image_id, (folder.root / path).read_bytes(), None))
+                    tasks.append(DecodeTask(image_id, file.read(), None))
                 except OSError as error:
-                    raise RunError(f"cannot read the image {folder.root / path}: {error.strerror}") from error
-            yield DecodeJob([task.id for task in tasks], tasks)
+                    leave_out(image_id, f"read: {error.strerror}")
+            if tasks:
+                yield DecodeJob([task.id for task in tasks], tasks)
 
     if not starts:
         return
@@ -77,11 +90,14 @@ def folder_batches(folder: ImageFolder, config: Config, rank: int, world_size: i
     try:
         for decoded in decoder:
             for failure in decoded.failures:
-                raise RunError(
-                    f"the image {folder.root / folder.paths[failure.id]} cannot be decoded: {failure.reason}; "
-                    f"mend it or move it out of the folder"
-                )
-            ids = torch.tensor(decoded.meta)
-            yield EvalBatch(decoded.images, ids, torch.zeros_like(ids), ("both",) * len(ids))
+                leave_out(failure.id, f"decoded: {failure.reason}")
+            failed = {failure.row for failure in decoded.failures}
+            rows = [row for row in range(len(decoded.meta)) if row not in failed]
+            images = decoded.images
+            if failed:  # the others move up
+                images = torch.zeros_like(images)
+                images[: len(rows)] = decoded.images[rows]
+            ids = torch.tensor(decoded.meta, dtype=torch.int64)[rows]
+            yield EvalBatch(images, ids, torch.zeros_like(ids), ("both",) * len(ids))
     finally:
         decoder.close()

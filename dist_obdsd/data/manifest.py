@@ -31,6 +31,7 @@ import numpy as np
 
 from dist_obdsd.data.remote import fetch, is_remote, location, shown
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.files import readable_name
 from dist_obdsd.rng import rng
 
 FORMAT = "dist-obdsd shards 1"
@@ -129,7 +130,7 @@ def from_json(text: str, origin: str = "manifest") -> Manifest:
             recipe=raw["recipe"],
             seed=int(raw["seed"]),
             samples_per_class=int(raw["samples_per_class"]),
-            classes=tuple(raw["classes"]),
+            classes=tuple(readable_name(name) for name in raw["classes"]),
             splits={name: tuple(_shard(shard) for shard in shards) for name, shards in raw["splits"].items()},
             digest=hashlib.sha256(text.encode()).hexdigest(),
         )

@@ -124,6 +124,24 @@ def test_a_broken_image_is_named(run: Path, tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert "some/9.png cannot be decoded" in failed.stderr
     assert not list(tmp_path.glob("*.npz"))
+    for ranks, out in ((0, "a.npz"), (2, "b.parquet")):
+        output = runs.program(
+            "embed", run / "runs" / "tiny", "--images", "some", "--out", out, "--skip-broken", cwd=tmp_path, ranks=ranks
+        )
+        assert output.returncode == 0
+        assert "9.png" in output.stdout + output.stderr
+        assert "8 embeddings" in output.stdout
+    with np.load(tmp_path / "a.npz") as archive:
+        assert archive["keys"].tolist() == [f"{n}.png" for n in range(8)]
+        assert archive["ids"].tolist() == list(range(8))
+    for path in (tmp_path / "some").iterdir():
+        path.write_bytes(b"no image")
+    none = runs.program(
+        "embed", run / "runs" / "tiny", "--images", "some", "--out", "c.npz", "--skip-broken", cwd=tmp_path, ranks=2
+    )
+    assert none.returncode != 0
+    assert "none of the 9 images can be read" in none.stderr
+    assert "Traceback" not in none.stderr
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ def pack(
             # The processes first, so that they do not inherit the folder's lock, which ends with this process alone.
             with processes(workers) as pool, new_folder(out) as folder:
                 images, left_out = _examine_all(samples, resize, pool, workers, folder / "spool")
-                images, too_small = _drop_small_classes(images, samples_per_class)
+                images, too_small = _drop_small_classes(
+                    images, samples_per_class, any(s.split == "train" for s in samples)
+                )
                 if left_out or too_small:
                     record["left_out"] = left_out + too_small
                 splits, classes = write_shards(images, samples_per_class, seed, folder, pool, workers)
@@ -236,9 +238,13 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
 
 
 def _drop_small_classes(
-    images: list[UsableImage], samples_per_class: int
+    images: list[UsableImage], samples_per_class: int, trains: bool
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
-    """Leave out training classes that cannot fill one group, and name test classes with nothing to retrieve."""
+    """Leave out training classes that cannot fill one group, and name test classes with nothing to retrieve.
+
+    Args:
+        trains: whether the source has training images, usable or not; without any, test images alone will do.
+    """
     test_sizes = Counter(image.sample.class_name for image in images if image.sample.split == "test")
     if lonely := sorted(name for name, size in test_sizes.items() if size == 1):
         logger.warning(
@@ -256,7 +262,7 @@ def _drop_small_classes(
             logger.warning("left out the training class %s: %s", name, reason)
     if len(left_out) > MAX_WARNINGS:
         logger.warning("left out %d training classes in all; the manifest lists them", len(left_out))
-    if len(sizes) - len(small) < 2:
+    if (trains or not test_sizes) and len(sizes) - len(small) < 2:
         raise InputError(
             f"the source has {len(sizes) - len(small)} training classes with {samples_per_class} usable images or "
             f"more; training needs at least 2"

@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.files import read_file, readable_name
 
 DECOMPRESSORS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, without
@@ -33,7 +34,8 @@ class File:
     """Within the tree, with forward slashes."""
     where: str
     """Its path on the disk, or the archive's path and the name in it; for messages."""
-    read: partial[bytes]
+    read: Callable[..., bytes]
+    """Returns the content, or its first bytes where it is called with a number of them."""
 
 
 class Tree:
@@ -72,7 +74,7 @@ class Tree:
     def _subfolders(self) -> list[str]:
         if self.folder is None:
             return []
-        return [f"{entry.name}/" for entry in _entries(self.folder) if entry.is_dir() and entry.name[0] != "."]
+        return [f"{entry.name}/" for entry in _entries(self.folder) if _is_folder(entry) and entry.name[0] != "."]
 
     @property
     def bases(self) -> list[str]:
@@ -88,13 +90,13 @@ class Tree:
             return packed
         if self.folder is None or not (path := self.folder / name).is_file():
             return None
-        return File(name, str(path), partial(path.read_bytes))
+        return File(name, str(path), partial(read_file, path))
 
     def files(self) -> list[File]:
         """List all files, without hidden ones and the folders that macOS adds to archives."""
         found = list(self._packed.values())
         if self.folder is not None:
-            found += _walk(self.folder, "", ())
+            found += walk(self.folder)
         return [file for file in found if not any(part.startswith((".", "__MACOSX")) for part in file.name.split("/"))]
 
 
@@ -125,20 +127,30 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise InputError(f"cannot read the folder {folder}: {error.strerror}; check its permissions") from error
 
 
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
-    """List the files below a folder. Links to folders are followed, but not round in circles."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # A link that leads nowhere is a file that cannot be read, with its reason.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[File]:
+    """List the files below a folder, hidden ones left out. Links to folders are followed, but not round in circles.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    entries = _entries(folder)
     here = folder.stat()
     place = (here.st_dev, here.st_ino)
     if place in above:
         return
-    for entry in _entries(folder):
+    for entry in entries:
         if entry.name.startswith("."):
             continue
-        path, name = folder / entry.name, prefix + entry.name
-        if entry.is_dir():
-            yield from _walk(path, f"{name}/", (*above, place))
+        path, name = folder / entry.name, prefix + readable_name(entry.name)
+        if _is_folder(entry):
+            yield from walk(path, f"{name}/", (*above, place))
         else:
-            yield File(name, str(path), partial(path.read_bytes))
+            yield File(name, readable_name(str(path)), partial(read_file, path))
 
 
 def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> dict[str, File]:
@@ -158,6 +170,7 @@ def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> d
             if inner is None:
                 raise InputError(f"{path} holds {name!r}, a path that points outside of it; download the archive again")
             if read is not None:
+                inner = readable_name(inner)
                 file = File(posixpath.join(prefix, inner), f"{path}/{inner}", read)
                 found[file.name] = file
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
@@ -174,7 +187,7 @@ def _zip_members(path: Path, stack: ExitStack) -> Members:
     for info in archive.infolist():
         if stat.S_ISLNK(info.external_attr >> 16):
             raise _no_file(path, info.filename)
-        yield info.filename, None if info.is_dir() else partial(archive.read, info)
+        yield info.filename, None if info.is_dir() else partial(_read_member, archive, info)
 
 
 def _tar_members(path: Path, file: IO[bytes]) -> Members:
@@ -225,8 +238,14 @@ def _no_file(path: Path, name: str) -> InputError:
     )
 
 
-def _read_at(file: IO[bytes], start: int, size: int) -> bytes:
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int = -1) -> bytes:
+    with archive.open(info) as file:
+        return file.read(size)
+
+
+def _read_at(file: IO[bytes], start: int, size: int, most: int | None = None) -> bytes:
     """Read at a place of an open file without its position, so that threads do not disturb one another."""
+    size = size if most is None else min(size, most)
     data = os.pread(file.fileno(), size, start)
     if len(data) != size:
         raise OSError(f"{size} bytes are expected at {start} but {len(data)} are there")

@@ -1,15 +1,20 @@
 """The parts that readers share: samples, options, and the split of the classes where the source names none."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from dist_obdsd.data.images import IMAGE_SUFFIXES
-from dist_obdsd.data.packing.sources import Tree
+from dist_obdsd.data.images import IMAGE_SUFFIXES, may_be_image, open_image
+from dist_obdsd.data.packing.sources import File, Tree
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
+
+logger = logging.getLogger(__name__)
 
 OnMissing = Callable[[str], None]
 """Called with a clause that says what the source lacks. It raises an error, or returns so that the reader goes on.
@@ -56,7 +61,7 @@ class FileReader(Reader):
     archives: Names = ()
     """Archives (zip; tar, also compressed) that are read as if extracted where they lie: in the source, one folder
     below it, or in a subfolder given here. An archive whose extracted folder lies beside it is not read."""
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    test_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the classes that goes to the test split where nothing else says which."""
     split_seed: Annotated[int, Field(ge=0)] = 0
     """Seed of that choice."""
@@ -82,5 +87,25 @@ def default_role(split: str) -> str:
     return "train" if split == "train" else "both"
 
 
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def images_among(files: Iterable[File]) -> list[File]:
+    """Choose the images: by their suffix or, where that tells nothing, by their content. The others are logged."""
+    images, others = [], Counter[str]()
+    for file in files:
+        if file.name.lower().endswith(IMAGE_SUFFIXES) or _holds_image(file):
+            images.append(file)
+        else:
+            others[PurePosixPath(file.name).suffix or "without a suffix"] += 1
+    if others:
+        named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
+        logger.info("left out %d files that hold no image: %s", others.total(), named)
+    return images
+
+
+def _holds_image(file: File) -> bool:
+    try:
+        if not may_be_image(file.read(16)):
+            return False
+        open_image(file.read())
+    except Exception:  # Pillow and archives raise errors of their own
+        return False
+    return True

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_obdsd.data.packing.readers.base import FileReader, OnMissing, Sample, default_role, is_image
+from dist_obdsd.data.packing.readers.base import FileReader, OnMissing, Sample, default_role, images_among
 from dist_obdsd.data.packing.sources import File, Tree
 from dist_obdsd.errors import InputError
 
@@ -20,7 +20,7 @@ class FolderReader(FileReader):
     def read(self, tree: Tree, on_missing: OnMissing) -> list[Sample]:
         if tree.given is not None:
             raise InputError(f"the source {tree.source} is neither a folder nor an archive; give one of these")
-        images = [file for file in tree.files() if is_image(file.name)]
+        images = images_among(tree.files())
         if self.splits:
             return self._read_splits(tree, images, on_missing)
         # An archive mostly holds one folder of its own name, which is no class.

@@ -1,0 +1,181 @@
+"""Folders as people have them, for ``embed`` and, where it reads them alike, for ``pack``."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.image_folder import find_images, folder_batches
+from dist_obdsd.data.packing.pack import pack
+from dist_obdsd.data.packing.recipes import load_recipe
+from dist_obdsd.data.packing.verify import verify
+from dist_obdsd.data.shard_reader import image_names
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.files import readable_name
+from tests.data.packing.sources import FOLDER, encoded, write
+from tests.data.test_stream import config_of
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four classes of four images."""
+    for n in range(16):
+        write(tmp_path / "photos" / "abcd"[n // 4] / f"{n}.png", encoded(n))
+    return tmp_path / "photos"
+
+
+def packed_names(source: Path, out: Path, *overrides: str, **options: object) -> list[str]:
+    packed = pack(load_recipe("folder", overrides), source, out, **options)
+    assert verify(out).problems == []
+    return sorted(image_names(str(out), packed.shards()).values())
+
+
+def test_links_are_followed_but_not_in_circles(photos: Path, tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "20.png", encoded(20))
+    write(tmp_path / "elsewhere" / "21.png", encoded(21))
+    (photos / "e").symlink_to(tmp_path / "elsewhere")
+    (photos / "a" / "link.png").symlink_to(tmp_path / "elsewhere" / "20.png")
+    (photos / "b" / "again").symlink_to(photos)
+    (photos / "c" / "gone.jpg").symlink_to(tmp_path / "nothing")
+    (photos / "c" / "round").symlink_to(photos / "c" / "round")
+    found = find_images(photos)
+    assert {"e/20.png", "e/21.png", "a/link.png", "a/0.png", "c/gone.jpg"} < set(found.paths)
+    assert len(found.paths) == 16 + 4  # one of them again below b/again would be another 20
+    with pytest.raises(RunError, match=r"c/gone.jpg cannot be read: No such file"):
+        list(folder_batches(found, config_of(photos), 0, 1))
+    (photos / "b" / "again").unlink()
+    assert packed_names(photos, tmp_path / "out") == sorted(set(found.paths) - {"c/gone.jpg"})
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.scandir
+
+    def refuse(path: object, *args: object, **kwargs: object) -> object:
+        if str(path).endswith("photos/c"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for read in (lambda: find_images(photos), lambda: pack(FOLDER, photos, tmp_path / "out")):
+        with pytest.raises(InputError, match=r"photos/c: Permission denied"):
+            read()
+
+
+def test_the_content_says_what_is_an_image(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, kind in (
+        ("x.jfif", "JPEG"),
+        ("x.jpe", "JPEG"),
+        ("IMG_7", "PNG"),
+        ("scan.dat", "TIFF"),
+        ("y.WebP_", "WEBP"),
+    ):
+        write(photos / "a" / name, encoded(7, kind=kind))
+    write(photos / "z" / "only.jpe", encoded(8, kind="JPEG"))  # a class that would vanish
+    write(photos / "z" / "another.jpe", encoded(9, kind="JPEG"))
+    for name in ("a.txt", "b.txt", "Thumbs.db", "LICENSE", "BMW.csv", "P5.md", "empty"):
+        write(photos / "b" / name, {"BMW.csv": b"BMW,1\n", "P5.md": b"P5 is\n", "empty": b""}.get(name, b"text"))
+    with caplog.at_level(logging.INFO):
+        found = find_images(photos)
+    assert len(found.paths) == 16 + 7
+    assert "left out 7 files that hold no image: 2 without a suffix, 2 .txt, 1 .csv" in caplog.text
+    assert packed_names(photos, tmp_path / "out") == found.paths
+
+
+def test_pipes_and_sockets_are_no_images(photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(photos / "a" / "pipe.png")
+    os.mkfifo(photos / "b" / "pipe")
+    (photos / "c" / "device.jpg").symlink_to("/dev/zero")
+    broken: dict[int, str] = {}
+    found = find_images(photos)
+    ids = torch.cat([batch.ids for batch in folder_batches(found, config_of(photos), 0, 1, broken)])
+    assert sorted(found.paths[i] for i in broken) == ["a/pipe.png", "c/device.jpg"]
+    assert all("no plain file" in reason for reason in broken.values())
+    assert len(ids) == 16
+    packed = pack(FOLDER, photos, tmp_path / "out")
+    assert {entry["name"] for entry in packed.recipe["left_out"]} == {"a/pipe.png", "c/device.jpg"}
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"\xff\xfe", "Größe €".encode(), b"new\nline", b"a\\b"])
+def test_names_of_any_bytes(photos: Path, tmp_path: Path, name: bytes) -> None:
+    for n, path in enumerate((b"%s/1.png" % name, b"%s/2.png" % name, b"a/%s.png" % name)):
+        write(Path(os.fsdecode(os.path.join(os.fsencode(photos), path))), encoded(30 + n))
+    found = find_images(photos)
+    assert len(found.paths) == 19
+    "\0".join(found.paths).encode()  # can be written anywhere
+    assert sum(len(batch.ids) for batch in folder_batches(found, config_of(photos), 0, 1)) == 19
+    assert packed_names(photos, tmp_path / "out") == found.paths
+    classes = manifests.load(tmp_path / "out").classes
+    assert readable_name(os.fsdecode(name)) in classes
+    # Manifests of earlier versions hold such names as they came from the system.
+    old = manifests.to_json(manifests.load(tmp_path / "out")).replace('"a"', r'"caf\udce9"', 1)
+    assert all(name.encode() for name in manifests.from_json(old).classes)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_left_out_where_that_is_asked(photos: Path, world: int, workers: int) -> None:
+    whole = {i: image for batch in every_batch(photos, 1, workers) for i, image in rows(batch)}
+    write(photos / "a" / "0.png", b"no image")
+    write(photos / "a" / "1.png", encoded(1)[:90])
+    for n in range(4, 10):
+        (photos / "bbcc"[n // 4] / f"{n}.png").unlink(missing_ok=True)
+        os.mkfifo(photos / "abcd"[n // 4] / f"{n}.png")  # one batch has none that can be read
+    with pytest.raises(RunError, match=r"a/0.png cannot be decoded: .* --skip-broken"):
+        every_batch(photos, 1, workers)
+    broken: dict[int, str] = {}
+    batches = every_batch(photos, world, workers, broken)
+    names = find_images(photos).paths
+    assert {names[i] for i in broken} == {"a/0.png", "a/1.png", *(f"{'abcd'[n // 4]}/{n}.png" for n in range(4, 10))}
+    found = dict(row for batch in batches for row in rows(batch))
+    assert found.keys() | broken.keys() == whole.keys()
+    assert all(np.array_equal(found[i], whole[i]) for i in found)
+    assert all((batch.images[len(batch.ids) :] == 0).all() for batch in batches)
+
+
+def every_batch(photos: Path, world: int, workers: int, broken: dict[int, str] | None = None) -> list:
+    found, config = find_images(photos), config_of(photos, workers=workers, batch_size=4)
+    return [batch for rank in range(world) for batch in folder_batches(found, config, rank, world, broken)]
+
+
+def rows(batch: object) -> list[tuple[int, np.ndarray]]:
+    return [(i, batch.images[n].numpy().copy()) for n, i in enumerate(batch.ids.tolist())]
+
+
+@pytest.mark.parametrize("layout", ["test folder", "option", "list", "roles"])
+def test_a_source_may_have_test_images_only(photos: Path, tmp_path: Path, layout: str) -> None:
+    if layout in ("test folder", "option"):
+        source = photos
+        if layout == "test folder":
+            photos.rename(tmp_path / "test")
+            source = tmp_path / "all"
+            source.mkdir()
+            (tmp_path / "test").rename(source / "test")
+        recipe = load_recipe("folder", ["options.test_fraction=1"] if layout == "option" else [])
+    else:
+        source, role = photos / "list.csv", ",query" if layout == "roles" else ","
+        lines = [f"{'abcd'[n // 4]}/{n}.png,{'abcd'[n // 4]},test{role}" for n in range(16)]
+        source.write_text("path,class,split,role\n" + "\n".join(lines))
+        recipe = load_recipe("csv")
+    packed = pack(recipe, source, tmp_path / "out")
+    assert {split: packed.images(split) for split in packed.splits} == {"test": 16}
+    assert verify(tmp_path / "out").problems == []
+    with pytest.raises(InputError, match="needs a train split"):
+        manifests.split_classes(packed, 0)
+
+
+def test_a_source_whose_training_classes_are_too_small_is_still_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="0 training classes with 5 usable images"):
+        pack(FOLDER, photos, tmp_path / "out", samples_per_class=5)
+    for n in range(8):
+        write(photos / "train" / "xy"[n // 4] / f"{n}.png", b"broken")
+        (photos / "test").mkdir(exist_ok=True)
+    for name in "abcd":
+        (photos / name).rename(photos / "test" / name)
+    with pytest.raises(InputError, match="0 training classes with 2 usable images"):
+        pack(FOLDER, photos, tmp_path / "out")
