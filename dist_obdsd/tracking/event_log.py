@@ -18,16 +18,15 @@ it is cut back when a run resumes, but what the server was told cannot be taken 
 """
 
 import fcntl
+import itertools
 import json
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_obdsd.config import changed_settings
 from dist_obdsd.errors import InputError
 from dist_obdsd.files import write_atomically
 
@@ -36,8 +35,8 @@ FORMATS = ("dist-obdsd event log 1", "dist-obdsd spool 1")
 NAME = "tracking.jsonl"
 LOCAL = "local-"
 """The begin of a run id that no server has given."""
-BATCH = 1000
-"""Numbers that are sent together: MLflow's largest ``log_batch``."""
+BATCH = 100
+"""Events of metrics that are sent together at most."""
 
 Event = dict[str, Any]
 
@@ -144,12 +143,6 @@ class EventLog:
         self._file.close()
 
 
-def new_header(uri: str, config: dict[str, Any], manifest: str, run: str | None = None) -> dict[str, Any]:
-    """Make the first line of a log. ``run`` is the local id that the run had in a log that is lost."""
-    run = run or LOCAL + uuid.uuid4().hex
-    return {"format": FORMATS[0], "run": run, "uri": uri, "config": config, "manifest": manifest}
-
-
 def read_header(path: Path) -> dict[str, Any]:
     """Read the first line of a log.
 
@@ -167,14 +160,6 @@ def read_header(path: Path) -> dict[str, Any]:
     if found not in FORMATS:
         raise InputError(f"{path} has format {found!r} but this program reads {FORMATS[0]!r}")
     return header
-
-
-def differences(header: Mapping[str, Any], config: dict[str, Any], manifest: str) -> str:
-    """Describe how a log's run differs from one with these settings and this data; empty for the same run."""
-    changes = changed_settings(header["config"], config)
-    if header["manifest"] != manifest:
-        changes.append(f"manifest: {header['manifest'][:12]} -> {manifest[:12]}")
-    return "; ".join(changes)
 
 
 def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
@@ -201,18 +186,15 @@ def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
 
 
 def read_batches(path: Path, start: int) -> Iterator[tuple[list[Event], int]]:
-    """Iterate as ``read_events``, with neighbouring ``metrics`` together, up to ``BATCH`` numbers."""
-    waiting: list[Event] = []
-    numbers, end = 0, start
-    for event, after in read_events(path, start):
-        size = len(event["values"]) if event["kind"] == "metrics" else BATCH
-        if waiting and numbers + size > BATCH:
-            yield waiting, end
-            waiting, numbers = [], 0
-        waiting.append(event)
-        numbers, end = numbers + size, after
-    if waiting:
-        yield waiting, end
+    """Iterate over the events to send together, with the end of the last: neighbouring ``metrics``, others alone."""
+
+    def batch(entry: tuple[Event, int]) -> tuple[str, int]:
+        event, _ = entry
+        return event["kind"], event["n"] // BATCH if event["kind"] == "metrics" else event["n"]
+
+    for _, entries in itertools.groupby(read_events(path, start), batch):
+        events, ends = zip(*entries, strict=True)
+        yield list(events), ends[-1]
 
 
 @contextmanager

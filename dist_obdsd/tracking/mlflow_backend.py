@@ -17,11 +17,11 @@ from typing import Any
 
 from dist_obdsd.console import NOTICE
 from dist_obdsd.errors import RunError
-from dist_obdsd.tracking.event_log import BATCH, LOCAL, Event, UploadState
+from dist_obdsd.tracking.event_log import LOCAL, Event, UploadState
 
 LOCAL_ID = "dist_obdsd.local_id"
 LOGGED_MODEL = "dist_obdsd.models"  # the checkpoint that was logged as a model
-SMALL_BATCH = 100  # parameters or tags that MLflow takes in one call
+NUMBERS, TEXTS = 1000, 100  # metrics and parameters or tags that MLflow takes in one call
 KEY, PARAM, TAG, DIGEST = 250, 6000, 8000, 36  # MLflow's limits, in characters
 CHARTS = (
     (r"(ranking\w*|distillation)", r"curves/loss_\1"),
@@ -241,14 +241,14 @@ class MLflowBackend:
         from mlflow.entities import RunTag
 
         tags = [RunTag(name[:KEY], value[:TAG]) for name, value in events[0]["values"].items()]
-        for part in _parts(tags, SMALL_BATCH):
+        for part in _parts(tags, TEXTS):
             self._client.log_batch(run_id, tags=part)
 
     def _params(self, run_id: str, events: list[Event]) -> None:
         from mlflow.entities import Param
 
         params = [Param(_key(name), value[:PARAM]) for name, value in events[0]["values"].items()]
-        for part in _parts(params, SMALL_BATCH):
+        for part in _parts(params, TEXTS):
             self._client.log_batch(run_id, params=part)
 
     def _metrics(self, run_id: str, events: list[Event]) -> None:
@@ -259,7 +259,7 @@ class MLflowBackend:
             for event in events
             for name, value in event["values"].items()
         ]
-        for part in _parts(metrics, BATCH):
+        for part in _parts(metrics, NUMBERS):
             self._client.log_batch(run_id, metrics=part)
 
     def _dataset(self, run_id: str, events: list[Event]) -> None:

@@ -1,7 +1,7 @@
-"""A checkpoint as an MLflow model, which ``mlflow.pyfunc.load_model`` and ``mlflow models predict`` or ``serve`` take.
+"""A checkpoint as an MLflow model, for ``mlflow.pyfunc.load_model`` and ``mlflow models predict`` or ``serve``.
 
-It holds no pickle: MLflow runs the file ``pyfunc_model.py``, and the weights are read as those of any checkpoint, of
-which the model carries what embedding needs. It carries this package's code, too.
+The model holds no pickle: MLflow runs the file ``pyfunc_model.py``, which loads the weights as those of any checkpoint.
+It carries this package's code and the part of the checkpoint that embedding needs.
 """
 
 import io
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NAME = "model"
 NEEDS = ("mlflow", "torch", "torchvision", "numpy", "pillow", "pydantic", "pyyaml")
-"""The packages that loading the model imports."""
+"""Packages that loading the model imports."""
 
 
 def log_model(client: "MlflowClient", run_id: str, path: Path) -> str:
@@ -100,13 +100,13 @@ def write_model(state: dict[str, Any], folder: Path, model: Any = None) -> None:
 
 
 def _for_embedding(state: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint without what only training needs; its entries stay, so that it is read as any other."""
+    """Empty the entries of a checkpoint that only training needs; they stay, so that it is read as any other."""
     kept = ("format", "config", "manifest", "student", "position", "best_validation")
     return {name: state[name] if name in kept else None for name in checkpoint.ENTRIES}
 
 
 def _write_package(path: Path) -> None:
-    """This package's code, to import from. One file, since a store may take a while for each."""
+    """Write this package's code to a zip file to import from. One file, since each may take a server a while."""
     root = Path(dist_obdsd.__file__).parent
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(root.rglob("*.py")):
@@ -114,7 +114,7 @@ def _write_package(path: Path) -> None:
 
 
 def _example(rows: int, columns: int) -> bytes:
-    """A PNG that shows what may be sent: a ramp."""
+    """Return a PNG of a ramp, to show what a request looks like."""
     stream = io.BytesIO()
     Image.fromarray(np.tile(np.linspace(0, 255, columns).astype(np.uint8), (rows, 1))).save(stream, "PNG")
     return stream.getvalue()

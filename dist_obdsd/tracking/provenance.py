@@ -1,4 +1,4 @@
-"""What a run was made from, for the record."""
+"""Provenance of a run: code, versions, hardware and data."""
 
 import contextlib
 import platform
@@ -16,7 +16,7 @@ from dist_obdsd.machine import usable_cores
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names."""
+    """Flatten nested settings to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -24,7 +24,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    import torchvision  # takes more than a second, which who only asks for the hardware does without
+    import torchvision  # takes more than a second
 
     return {
         "version.dist_obdsd": dist_obdsd.__version__,
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    """What a rank computes on, such as ``NVIDIA H100 80GB HBM3`` or a processor with its usable cores."""
+    """Name a rank's device, such as ``NVIDIA H100 80GB HBM3``, or a processor with its usable cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {usable_cores()} cores"
@@ -51,15 +51,10 @@ def processor() -> str:
 
 
 def git() -> dict[str, str]:
-    """The commit that the working folder is at, and whether it has uncommitted changes; ``unknown`` without git."""
+    """Return the working folder's commit, and whether it has uncommitted changes; ``unknown`` without git."""
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        ).stdout.strip()
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         answer = ""
     if not answer:
@@ -68,14 +63,10 @@ def git() -> dict[str, str]:
 
 
 def dataset(manifest: Manifest, shards: str) -> dict[str, Any]:
-    """What ``Tracker.dataset`` is told of the data."""
+    """Return the arguments of ``Tracker.dataset``."""
     splits = {
         name: {"images": manifest.images(name), "classes": len(manifest.class_ids(name))} for name in manifest.splits
     }
     source = shown(shards) if is_remote(shards) else str(Path(shards).absolute())
-    return {
-        "name": str(manifest.recipe.get("name", "shards")),
-        "digest": manifest.digest,
-        "source": source,
-        "profile": {"splits": splits},
-    }
+    name = str(manifest.recipe.get("name", "shards"))
+    return {"name": name, "digest": manifest.digest, "source": source, "profile": {"splits": splits}}

@@ -1,7 +1,4 @@
-"""The file that MLflow runs to load a logged model: images in, embeddings out. ``model`` logs it.
-
-It is copied away from this package, which a machine that serves the model need not have: the model carries its code.
-"""
+"""The file that MLflow runs to load a logged model. ``mlflow_model`` copies it there, with the package's code."""
 
 import base64
 import binascii
@@ -13,7 +10,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class EmbeddingModel(PythonModel):
-    """A column ``image`` becomes float32 rows [n, D] of unit length."""
+    """Embeds a column ``image`` as float32 rows [n, D] of unit length."""
 
     def load_context(self, context: PythonModelContext) -> None:
         sys.path.append(context.artifacts["package"])  # last: one that is installed comes first

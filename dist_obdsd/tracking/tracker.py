@@ -2,11 +2,12 @@
 
 import itertools
 import logging
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_obdsd.config import Config
+from dist_obdsd.config import Config, changed_settings
 from dist_obdsd.console import NOTICE
 from dist_obdsd.errors import InputError, UserError
 from dist_obdsd.tracking import event_log
@@ -108,20 +109,22 @@ def build_tracker(
     """
     if config.tracking.kind == "none" or not is_main:
         return Tracker()
-    uri = absolute(config.tracking.uri)
+    uri, missing = config.tracking.uri, None
+    try:
+        load_libraries(uri)
+        uri = absolute(uri)
+    except ImportError as error:
+        missing = error
     try:
         log, state = _open(config, folder, manifest, run_id, uri)
-        run_id = state.run_id or state.run
         log.append("start", tags=dict(tags))
     except (OSError, UserError) as error:
         _log_failure(error)
         return Tracker(run_id=run_id)
-    try:
-        load_libraries(uri)
-    except ImportError as error:
-        logger.log(NOTICE, f"tracking: {error}; pip install mlflow, and `dist-obdsd replay {folder}` sends this run")
-        return Tracker(log, run_id=run_id)
-    return Tracker(log, Uploader(log.path, state, uri), run_id, config.tracking.wait_seconds)
+    uploader = Uploader(log.path, state, uri) if missing is None else None
+    if missing is not None:
+        logger.log(NOTICE, f"tracking: {missing}; pip install mlflow, and `dist-obdsd replay {folder}` sends this run")
+    return Tracker(log, uploader, state.run_id or state.run, config.tracking.wait_seconds)
 
 
 def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: str) -> tuple[EventLog, UploadState]:
@@ -135,22 +138,25 @@ def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: 
     if path.exists() and path.stat().st_size:
         try:
             header = event_log.read_header(path)
-            changes = event_log.differences(header, dumped, manifest)
+            changes = changed_settings(header["config"], dumped)
+            changes += ["other shards"] * (header["manifest"] != manifest)
             if not changes:
                 return EventLog(path, header), UploadState.load(path, header)
+            other = "; ".join(changes)
         except InputError as error:
-            changes = str(error)
+            other = str(error)
         aside = next(to for n in itertools.count(1) if not (to := path.with_name(f"tracking-{n}.jsonl")).exists())
         path.rename(aside)
         if UploadState.path(path).exists():
             UploadState.path(path).rename(UploadState.path(aside))
         logger.log(
             NOTICE,
-            f"tracking: {path} is not of this run ({changes}), so it is kept as {aside.name} and a new one begins",
+            f"tracking: {path} is not of this run ({other}), so it is kept as {aside.name} and a new one begins",
         )
     local = run_id if run_id is not None and run_id.startswith(event_log.LOCAL) else None
-    header = event_log.new_header(uri, dumped, manifest, local)
-    state = UploadState(header["run"], uri, None if local else run_id)
+    run = local or event_log.LOCAL + uuid.uuid4().hex
+    header = {"format": event_log.FORMATS[0], "run": run, "uri": uri, "config": dumped, "manifest": manifest}
+    state = UploadState(run, uri, None if local else run_id)
     state.save(path)
     return EventLog(path, header), state
 

@@ -127,11 +127,11 @@ def replay(path: Path, uri: str | None = None, new_run: bool = False) -> None:
     header = event_log.read_header(path)
     with event_log.upload_lock(path):
         state = UploadState.load(path, header)
-        uri = absolute(uri) if uri else state.uri
-        if new_run or uri != state.uri:
-            state.restart(uri)
         try:
-            load_libraries(state.uri)
+            load_libraries(uri or state.uri)
+            uri = absolute(uri or state.uri)
+            if new_run or uri != state.uri:
+                state.restart(uri)
             backend = MLflowBackend(state, header, path.parent)
             sent = upload(path, state, backend)
             killed = event_log.time_of_kill(path)

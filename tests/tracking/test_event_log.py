@@ -11,8 +11,8 @@ from dist_obdsd.tracking import event_log
 from dist_obdsd.tracking.event_log import EventLog, UploadState
 
 
-def header():
-    return event_log.new_header("http://127.0.0.1:1", {"name": "x"}, "m" * 64)
+def header(run="local-1"):
+    return {"format": event_log.FORMATS[0], "run": run, "uri": "http://127.0.0.1:1", "config": {}, "manifest": "m"}
 
 
 def events(path):
@@ -58,15 +58,16 @@ def test_parameters_are_written_once(path):
     assert [event["values"] for event in events(path)] == [{"lr": "0.1", "epochs": "3"}, {"new": "1"}]
 
 
-def test_batches_hold_neighbouring_metrics(path):
+def test_batches_hold_neighbouring_metrics(path, monkeypatch):
+    monkeypatch.setattr(event_log, "BATCH", 10)
     log = EventLog(path, header())
     log.append("start", tags={})
     for step in range(25):
-        log.append("metrics", step=step, values={f"m{i}": i for i in range(90)})
+        log.append("metrics", step=step, values={"loss": step})
     log.append("tags", values={"a": "b"})
-    log.append("metrics", step=25, values={"last": 1})
+    log.append("tags", values={"a": "c"})
     batches = list(event_log.read_batches(path, 0))
-    assert [len(batch) for batch, _ in batches] == [1, 11, 11, 3, 1, 1]
+    assert [len(batch) for batch, _ in batches] == [1, 8, 10, 7, 1, 1]
     for i, (batch, end) in enumerate(batches):
         assert len({event["kind"] for event in batch}) == 1
         assert list(event_log.read_batches(path, end)) == batches[i + 1 :]
@@ -110,7 +111,7 @@ def test_a_state_of_another_log_is_refused(path):
     cut = UploadState.load(path, first)  # of a log whose end was lost
     assert (cut.sent, cut.run_id) == (path.stat().st_size, "abc")
     with pytest.raises(InputError, match="is of run"):
-        UploadState.load(path, header())
+        UploadState.load(path, header("local-2"))
     UploadState.path(path).write_text("{")
     with pytest.raises(InputError, match="not readable"):
         UploadState.load(path, first)

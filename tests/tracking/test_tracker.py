@@ -132,7 +132,8 @@ def test_a_signal_is_a_kill_and_an_error_a_failure(folder, server):
 
 
 def test_without_mlflow_the_run_goes_on_and_is_sent_later(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    for name in ("mlflow.tracking", "sqlalchemy.engine"):
+        monkeypatch.setitem(sys.modules, name, None)
     caplog.set_level("INFO", "dist_obdsd")
     settings = parse_config({"name": "x", "output": str(tmp_path), "epochs": 2, "data": {"shards": "s"}}, "test")
     settings.run_dir.mkdir()
