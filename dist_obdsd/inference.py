@@ -19,6 +19,7 @@ from dist_obdsd.data.images import decode, pixels, upright
 from dist_obdsd.data.transforms import eval_transform
 from dist_obdsd.distributed.launch import Launch, choose_device
 from dist_obdsd.errors import InputError
+from dist_obdsd.files import read_file
 from dist_obdsd.models.embedder import Embedder, build_embedder
 
 WANTED = "give a path, encoded bytes, a Pillow image, a tensor [C, H, W], an array [H, W, C], or a list of them"
@@ -178,7 +179,7 @@ def _as_list(images: Any) -> Iterable[Any]:
 def _decode(image: Any, channels: int) -> Tensor:
     """Return uint8 [channels, H, W]."""
     if isinstance(image, str | Path):
-        image = Path(image).read_bytes()
+        image = read_file(image)
     if isinstance(image, bytes):
         return decode(image, channels)
     if isinstance(image, Image.Image):

@@ -25,10 +25,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from dist_obdsd.config.yaml_file import mistake
 from dist_obdsd.data.remote import fetch, is_remote, location, shown
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.files import readable_name
@@ -57,15 +59,19 @@ def key(sample_id: int) -> str:
     return f"{sample_id:08d}"
 
 
+_Whole = Annotated[int, Field(ge=0, lt=2**63)]
+_Name = Annotated[str, BeforeValidator(lambda name: readable_name(name) if isinstance(name, str) else name)]
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tar. The three lists run along its samples, in order."""
 
     file: str
-    bytes: int
+    bytes: _Whole
     sha256: str
-    ids: tuple[int, ...]
-    classes: tuple[int, ...]
+    ids: tuple[_Whole, ...]
+    classes: tuple[_Whole, ...]
     roles: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -76,8 +82,8 @@ class Shard:
 class Manifest:
     recipe: dict[str, Any]
     seed: int
-    samples_per_class: int
-    classes: tuple[str, ...]
+    samples_per_class: _Whole
+    classes: tuple[_Name, ...]
     splits: dict[str, tuple[Shard, ...]]
     digest: str = field(default="", compare=False)
     """SHA-256 of the canonical JSON, by which checkpoints and tracked runs know this data."""
@@ -92,6 +98,9 @@ class Manifest:
     def shards(self) -> Iterator[Shard]:
         for shards in self.splits.values():
             yield from shards
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def to_json(manifest: Manifest) -> str:
@@ -120,35 +129,19 @@ def from_json(text: str, origin: str = "manifest") -> Manifest:
     """
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{origin} is not valid JSON ({error}); pack the data again") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
         raise InputError(f"{origin} has format {found!r} but this program reads {FORMAT!r}; pack the data again")
     try:
-        manifest = Manifest(
-            recipe=raw["recipe"],
-            seed=int(raw["seed"]),
-            samples_per_class=int(raw["samples_per_class"]),
-            classes=tuple(readable_name(name) for name in raw["classes"]),
-            splits={name: tuple(_shard(shard) for shard in shards) for name, shards in raw["splits"].items()},
-            digest=hashlib.sha256(text.encode()).hexdigest(),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{origin} lacks or misuses the entry {error}; pack the data again") from error
+        manifest = _MANIFEST.validate_python(raw | {"digest": hashlib.sha256(text.encode()).hexdigest()})
+    except ValidationError as error:
+        item = error.errors()[0]
+        where = ".".join(str(part) for part in item["loc"])
+        raise InputError(f"{origin}: {mistake(where, item)}; pack the data again") from error
     check(manifest, origin)
     return manifest
-
-
-def _shard(raw: dict[str, Any]) -> Shard:
-    return Shard(
-        file=str(raw["file"]),
-        bytes=int(raw["bytes"]),
-        sha256=str(raw["sha256"]),
-        ids=tuple(int(i) for i in raw["ids"]),
-        classes=tuple(int(c) for c in raw["classes"]),
-        roles=tuple(str(r) for r in raw["roles"]),
-    )
 
 
 def check(manifest: Manifest, origin: str = "manifest") -> None:

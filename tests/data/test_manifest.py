@@ -52,7 +52,9 @@ def change(path: list[str | int], value: object) -> str:
     ("path", "value", "message"),
     [
         (["format"], "dist-obdsd shards 2", "has format 'dist-obdsd shards 2' but this program reads"),
-        (["seed"], "many", "lacks or misuses"),
+        (["seed"], "many", "seed is 'many'"),
+        (["splits", "test", 0, "ids", 0], 2**63, r"splits.test.0.ids.0 is"),
+        (["classes", 0], 7, r"classes.0 is 7"),
         (["splits", "test", 0, "ids"], [1000, 1001, 1002], "lists 3 ids, 4 classes and 4 roles"),
         (["splits", "test", 0, "ids"], [1000, 1001, 1002, 0], "every id must be unique"),
         (["splits", "test", 0, "classes"], [6, 6, 7, 8], "has class ids 6 to 8 but 8 classes are named"),
