@@ -40,10 +40,10 @@ gpu-check:  ## check a GPU and time training steps on it, without .venv: torch, 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos
 
-test-slurm: setup  ## launch/slurm.sbatch on a real SLURM of two nodes; installs Debian's, needs root (15 minutes)
+test-slurm: setup  ## launch/* on a real SLURM, over ssh and between two hosts; installs Debian's packages, needs root (25 minutes)
 	command -v slurmctld >/dev/null || { printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; \
-	  apt-get update -qq; apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2; rm /usr/sbin/policy-rc.d; }
-	TEST_SLURM=1 $(BIN)/python -m pytest -s tests/launch/test_slurm.py
+	  apt-get update -qq; apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2 openssh-server pdsh; rm /usr/sbin/policy-rc.d; }
+	TEST_SLURM=1 $(BIN)/python -m pytest -s tests/launch/test_slurm.py tests/launch/test_hosts.py
 
 lint: setup  ## ruff, mypy, and the reading order of the packages
 	$(BIN)/ruff check .
