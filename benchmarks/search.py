@@ -1,100 +1,158 @@
-"""Exact self-retrieval over real ranks, by time, memory and share of the matrix-multiply peak.
+"""Retrieval metrics beside plain faiss and pytorch-metric-learning, and the search over real ranks, by time and memory.
 
-Where n x n comparisons would not fit the budget, fewer queries are asked of the whole gallery; the column ``queries``
-says how many.
+First Recall@1,2,4,8 and MAP@R on one thread, at the sizes of four test sets: ``dist_obdsd.evaluate``, fifteen lines of
+faiss and NumPy, and pytorch-metric-learning's calculator (its P@1, R-precision and MAP@R). Then ``evaluate`` on one and
+two ranks, larger galleries with Recall@1 alone.
 
-Shapes: n images of this rank, D embedding dimension.
+Times are CPU seconds of a process, so that whoever shares the machine does not count; of several ranks the slowest's.
+A rank that waits for messages uses little of them. Memory is a rank's whole process.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
+import dist_obdsd
 from benchmarks import common
-from benchmarks.common import Row, matmul_flops, peak_mib, run_case
+from benchmarks.common import Row, peak_mib, run_case
 from dist_obdsd.distributed import collectives, launch
-from dist_obdsd.distributed.collectives import assert_equal_across_ranks
-from dist_obdsd.evaluation.knn import Gallery
 from dist_obdsd.rng import derive
 
-SIZES = (10_000, 50_000, 200_000, 1_000_000)
-WORLDS = (1, 2)
-BACKENDS = ("torch", "faiss")
-NEIGHBOURS = 20
-PER_CLASS = 10
-DRAWN = 10_000  # images drawn at a time from a seed of their own, so that a rank draws only its share
-EXPECTED_SHARE = 0.25  # of the peak, which the number of queries is planned with
+SIZES = {
+    "omniglot": (13180, 128, 20), "cub": (5900, 128, 59), "cars": (8134, 512, 83), "sop": (56580, 128, 5),
+    "200k": (200_000, 128, 10), "1m": (1_000_000, 64, 10),
+}  # fmt: skip
+"""Images, dimensions, images of a class."""
+BESIDE = 100_000
+"""Images from which on nothing else is measured beside."""
+ROUNDS = 5
+"""Each counts by its quickest round; the implementations take turns."""
+DRAWN = 100  # classes drawn at a time from a seed of their own, so that a rank draws only its share
+
+
+def embeddings(ids_n: torch.Tensor, size: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit rows [n, D] and labels of some images; the same for any number of ranks."""
+    n, dim, per_class = size
+    parts, labels_n = [], ids_n // per_class
+    for first in range(0, -(-n // per_class), DRAWN):
+        random = torch.Generator().manual_seed(derive(first, "bench search"))
+        centres = torch.randn(DRAWN, dim, generator=random).repeat_interleave(per_class, dim=0)
+        rows = 0.4 * centres + torch.randn(DRAWN * per_class, dim, generator=random)
+        inside_n = (labels_n >= first) & (labels_n < first + DRAWN)
+        parts.append(torch.nn.functional.normalize(rows[ids_n[inside_n] - first * per_class]))
+    return torch.cat(parts), labels_n
+
+
+def here(rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    return dist_obdsd.evaluate(rows, labels, backend="faiss")
+
+
+def faiss_and_numpy(rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    import faiss
+
+    x, label_n, ids_n = rows.numpy(), labels.numpy(), np.arange(len(rows))
+    index = faiss.IndexFlatIP(x.shape[1])
+    index.add(x)
+    r_n = np.bincount(label_n)[label_n] - 1
+    k = max(8, r_n.max())
+    _, found = index.search(x, int(k) + 1)
+    itself = found == ids_n[:, None]
+    itself[~itself.any(1), -1] = True
+    right = label_n[found[~itself].reshape(-1, k)] == label_n[:, None]
+    values = {f"recall@{at}": right[:, :at].any(1).mean() for at in (1, 2, 4, 8)}
+    right &= np.arange(k) < r_n[:, None]
+    values["map@r"] = ((right.cumsum(1) / np.arange(1, k + 1) * right).sum(1) / r_n).mean()
+    return values
+
+
+def metric_learning(rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    found = AccuracyCalculator(names, k="max_bin_count", device=torch.device("cpu")).get_accuracy(rows, labels)
+    return {"recall@1": found["precision_at_1"], "map@r": found["mean_average_precision_at_r"]}
+
+
+IMPLEMENTATIONS: tuple[Callable[[torch.Tensor, torch.Tensor], dict[str, float]], ...] = (
+    here,
+    faiss_and_numpy,
+    metric_learning,
+)
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """One row per size, world size and backend.
-
-    ``seconds`` are those of the slowest rank, ``peak_mib_per_rank`` is the largest rank's whole process, and ``share``
-    is the part of ``peak_gflops`` that the search's multiplications and additions alone reach; the peak is what the
-    same ranks together do in plain float32 matrix products, measured just before.
-    """
+    """One row per size and implementation, and one per size and number of ranks."""
     rows: list[Row] = []
-    for n in options.sizes or SIZES:
-        for world in options.worlds or WORLDS:
-            for backend in BACKENDS:
-                what = {"n": n, "dim": options.dim, "ranks": world, "backend": backend}
-                case = what | {"threads": options.threads, "budget": options.budget}
-                rows.append(what | run_case("benchmarks.search", world, case))
-                print(f"{what}: {rows[-1].get('skipped') or 'done'}", file=sys.stderr, flush=True)
+    for name in options.sizes:
+        size = SIZES[name]
+        case = {"threads": options.threads, "budget": options.budget, "rounds": options.rounds, "size": size}
+        cases = [(world, {"beside": False}) for world in options.worlds]
+        for world, more in [(1, {"beside": True})] * (size[0] < BESIDE) + cases:
+            found = run_case("benchmarks.search", world, case | more)
+            found = found if isinstance(found, list) else [{"ranks": world} | found]
+            rows += [{"size": name, **row} for row in found]
+            print(f"{name}, {world} ranks: {rows[-1].get('skipped') or 'done'}", file=sys.stderr, flush=True)
     return rows
 
 
-def run_rank(rank: launch.Runtime, case: Row) -> Row:
-    """This rank's part of a case."""
-    n, dim, backend, budget = case["n"], case["dim"], case["backend"], case["budget"]
-    world, device = rank.world_size, rank.device
-    ids_n = torch.arange(n)[rank.rank :: world]
-    rows_nD = _embeddings(ids_n, n, dim).to(device)
-    ids_n = ids_n.to(device)
-    peak = sum(collectives.gather_json(matmul_flops(device)))
-    affordable = budget * EXPECTED_SHARE * peak / (2 * n * dim)
-    queries = n if affordable >= n else max(world, 10 ** math.floor(math.log10(max(affordable, 1))))
-    is_query_n = ids_n < queries
-    assert_equal_across_ranks("the size of the search", str(queries))  # and all start together
-    started = time.perf_counter()
-    k = min(NEIGHBOURS, n - 1)
-    for _ in Gallery(rows_nD, ids_n, k, backend=backend).search(rows_nD[is_query_n], ids_n[is_query_n], k):
-        pass
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    told = collectives.gather_json([time.perf_counter() - started, peak_mib()])
-    seconds = max(time for time, _ in told)
-    return {
-        "queries": queries,
-        "seconds": seconds,
-        "ms_per_query": 1000 * seconds / queries,
-        "peak_mib_per_rank": max(mib for _, mib in told),
-        "peak_gflops": peak / 1e9,
-        "share": 2 * n * queries * dim / seconds / peak,
+def findings(rows: list[Row]) -> dict[str, float]:
+    """Ratios of CPU time: to the other implementations, and of two ranks to one."""
+    seconds = {
+        (row["size"], row["ranks"], row.get("implementation")): row["cpu_seconds"]
+        for row in rows
+        if "cpu_seconds" in row
     }
+    found = {}
+    for size in SIZES:
+        for other in ("faiss_and_numpy", "metric_learning"):
+            if (size, 1, other) in seconds:
+                found[f"{size}: time of {other}"] = seconds[size, 1, "here"] / seconds[size, 1, other]
+        if (size, 1, None) in seconds and (size, 2, None) in seconds:
+            found[f"{size}: two ranks to one"] = seconds[size, 2, None] / seconds[size, 1, None]
+    return found
 
 
-def _embeddings(ids_n: torch.Tensor, n: int, dim: int) -> torch.Tensor:
-    """Unit rows [n, D] of classes of ``PER_CLASS`` images, the same for any number of ranks."""
-    parts = []
-    for start in range(0, n, DRAWN):
-        random = torch.Generator().manual_seed(derive(start, "bench search"))
-        centres = torch.randn(DRAWN // PER_CLASS, dim, generator=random).repeat_interleave(PER_CLASS, dim=0)
-        rows = centres + torch.randn(DRAWN, dim, generator=random)
-        own = ids_n[(ids_n >= start) & (ids_n < start + DRAWN)] - start
-        parts.append(torch.nn.functional.normalize(rows[own]))
-    return torch.cat(parts)
+def run_rank(rank: launch.Runtime, case: Row) -> Row | list[Row]:
+    """This rank's part of a case."""
+    n, dim, per_class = case["size"]
+    ids_n = torch.arange(n)[rank.rank :: rank.world_size]
+    rows_nD, labels_n = embeddings(ids_n, (n, dim, per_class))
+    about: Row = {"n": n, "dim": dim, "ranks": rank.world_size}
+    if case["beside"]:
+        rows: dict[str, Row] = {}
+        for _ in range(case["rounds"]):
+            for implementation in IMPLEMENTATIONS:
+                started = time.process_time()
+                values = implementation(rows_nD, labels_n)
+                row = rows.setdefault(implementation.__name__, {"cpu_seconds": math.inf})
+                row |= {"cpu_seconds": min(row["cpu_seconds"], time.process_time() - started)}
+                row |= {name: float(values[name]) for name in ("recall@1", "map@r")}
+        return [about | {"implementation": name} | row for name, row in rows.items()]
+    large = n >= BESIDE
+    settings: Row = {"metrics": ["recall"], "recall_at": [1]} if large else {}
+    dist_obdsd.evaluate(rows_nD[:100], labels_n[:100] * 0, recall_at=[1])  # imports and first calls
+    most = [math.inf, math.inf]
+    for _ in range(1 if large else case["rounds"]):
+        started, wall = time.process_time(), time.perf_counter()
+        found = dist_obdsd.evaluate(rows_nD, labels_n, ids=ids_n, **settings)
+        told = collectives.gather_json([time.process_time() - started, time.perf_counter() - wall])
+        most = min(most, [max(of) for of in zip(*told, strict=True)])
+    figures = dict(zip(("cpu_seconds", "seconds"), most, strict=True))
+    figures["peak_mib_per_rank"] = max(collectives.gather_json(peak_mib()))
+    return about | figures | {name: found[name] for name in ("recall@1", "map@r") if name in found}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--sizes", type=common.numbers, metavar="N,N,...", help=f"images (default: {SIZES})")
-    parser.add_argument("--worlds", type=common.numbers, metavar="W,W,...", help=f"ranks (default: {WORLDS})")
-    return common.main(parser.parse_args(arguments), run)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES][:4], help="test sets (default: four)")
+    parser.add_argument("--worlds", type=common.numbers, default=[1, 2], metavar="W,W,...", help="ranks (default: 1,2)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds, of which the best counts ({ROUNDS})")
+    return common.main(parser.parse_args(arguments), run, findings)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,16 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.knn_backends import TILE, build_backend
+from dist_obdsd.evaluation.knn_backends import build_backend
 
 ROUNDING = 2e-6
 """Scores of unit rows closer than this may be in another order than their float64 scores."""
-MARGIN = 8
+MARGIN = 6
 """Candidates beyond the k + 1 that are needed, so that close scores rarely cost a second search."""
 MORE = 8
 """Times as many candidates for the queries that have to ask again."""
+ROWS = 1024
+"""Rows brought to float64 at a time."""
 PAIRS = 1 << 16
 """Pairs scored at a time in float64."""
 SMALLEST = torch.finfo(torch.float64).tiny
@@ -56,7 +58,7 @@ class Gallery:
         """
         self.rows_nD, self.ids_n, self.k = rows_nD.detach().contiguous(), ids_n, k
         self.distance, self.backend = distance, backend
-        norms = [float(part.double().norm(dim=1).max()) for part in self.rows_nD.split(TILE) if len(part)]
+        norms = [float(part.double().norm(dim=1).max()) for part in self.rows_nD.split(ROWS) if len(part)]
         self.largest_norm = max(norms, default=0.0)
         self.sorted_n, self.order_n = ids_n.sort()
         self.find = build_backend(_as_products(self.rows_nD, distance, query=False), backend, k)
@@ -228,10 +230,12 @@ def fixed_sum(x_pD: torch.Tensor) -> torch.Tensor:
 def unit_rows(rows_nD: torch.Tensor) -> torch.Tensor:
     """Scale rows to length 1, [n, D] of the same type; a zero row stays zero, and no length overflows."""
     unit_nD = torch.empty_like(rows_nD)
-    for rows_mD, unit_mD in zip(rows_nD.split(TILE), unit_nD.split(TILE), strict=True):
-        scaled_mD = rows_mD.double() / rows_mD.double().abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST)
+    for rows_mD, unit_mD in zip(rows_nD.split(ROWS), unit_nD.split(ROWS), strict=True):
+        scaled_mD = rows_mD.to(torch.float64, copy=True)
+        if rows_nD.dtype == torch.float64:  # whose squares may be too large or too small
+            scaled_mD /= scaled_mD.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST)
         norm_m = fixed_sum(scaled_mD.square()).sqrt()
-        unit_mD.copy_(scaled_mD / norm_m.masked_fill(norm_m == 0, 1)[:, None])
+        unit_mD.copy_(scaled_mD.div_(norm_m.masked_fill(norm_m == 0, 1)[:, None]))
     return unit_nD
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of search on sizes that take a second: real ranks, true figures, and a budget that is kept."""
+"""The benchmark of retrieval metrics on sizes that take a second: real ranks, and implementations that agree."""
 
 import json
 from pathlib import Path
@@ -9,32 +9,37 @@ import torch
 from benchmarks import search
 
 
-def test_rows_are_measured_on_real_ranks(tmp_path: Path) -> None:
-    path = tmp_path / "search.json"
-    assert search.main(["--sizes", "600", "--worlds", "2", "--dim", "16", "--budget", "20", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["ranks"], row["backend"]) for row in rows] == [(2, "torch"), (2, "faiss")]
-    for row in rows:
-        assert (row["n"], row["dim"], row["queries"]) == (600, 16, 600)
-        assert row["ms_per_query"] == pytest.approx(1000 * row["seconds"] / 600)
-        assert 0 < row["share"] < 1
-        assert row["share"] == pytest.approx(2 * 600 * 600 * 16 / row["seconds"] / (1e9 * row["peak_gflops"]))
-        assert 100 < row["peak_mib_per_rank"] < 4000
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "SIZES", {"small": (600, 16, 20)})
 
 
-def test_a_small_budget_asks_fewer_queries_of_the_whole_gallery(tmp_path: Path) -> None:
+def test_implementations_and_ranks_are_measured_and_agree(tmp_path: Path) -> None:
     path = tmp_path / "search.json"
-    assert search.main(["--sizes", "30000", "--worlds", "1", "--budget", "0.2", "--json", str(path)]) == 0
+    assert search.main(["--sizes", "small", "--rounds", "1", "--budget", "60", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["ranks"], row["backend"]) for row in rows] == [(1, "torch"), (1, "faiss")]
+    assert [(row["ranks"], row.get("implementation")) for row in rows] == [
+        (1, "here"), (1, "faiss_and_numpy"), (1, "metric_learning"), (1, None), (2, None),
+    ]  # fmt: skip
     for row in rows:
-        assert row["queries"] in (100, 1000, 10000)
+        assert (row["n"], row["dim"]) == (600, 16)
+        assert row["cpu_seconds"] > 0
+        assert {name: row[name] for name in ("recall@1", "map@r")} == pytest.approx(
+            {name: rows[0][name] for name in ("recall@1", "map@r")}, abs=1e-6
+        )
+        assert 0.01 < row["map@r"] < 0.95
+    assert all(100 < row["peak_mib_per_rank"] < 4000 for row in rows[3:])
+    found = json.loads(path.read_text())["meta"]
+    assert found["small: two ranks to one"] == rows[4]["cpu_seconds"] / rows[3]["cpu_seconds"]
 
 
 def test_images_do_not_depend_on_the_ranks() -> None:
-    n, everything = 25_000, torch.arange(25_000)
-    alone = search._embeddings(everything, n, 8)
+    size = (2500, 8, 3)
+    everything = torch.arange(size[0])
+    alone, labels = search.embeddings(everything, size)
     for world in (2, 3):
         for rank in range(world):
-            assert torch.equal(search._embeddings(everything[rank::world], n, 8), alone[rank::world])
-    assert alone.unique(dim=0).shape[0] == n
+            rows, of = search.embeddings(everything[rank::world], size)
+            assert torch.equal(rows, alone[rank::world])
+            assert torch.equal(of, labels[rank::world])
+    assert alone.unique(dim=0).shape[0] == size[0]
