@@ -184,6 +184,8 @@ def read(path: Path) -> Embeddings:
                 raise InputError(
                     f"{path} has {total} embeddings but {name} of shape {column.shape}; it needs {total} entries"
                 )
+            if name in ("roles", "classes") and column.dtype.kind not in ("U" if name == "roles" else "Uiu"):
+                raise InputError(f"{path} has {name} of type {column.dtype}; they must be texts")
         ids = _integers(path, "ids", columns.get("ids", np.arange(total)))
         distinct, counts = np.unique(ids, return_counts=True)
         if len(distinct) < total:

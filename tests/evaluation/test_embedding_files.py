@@ -164,6 +164,11 @@ def test_bad_files_are_refused_in_one_sentence_on_every_rank(suffix, fault, tmp_
         ("no rows.parquet", "no embeddings"),
         ("bytes.npz", "labels of type |S"),
         ("bytes.parquet", "labels of type object"),
+        ("roles bytes.npz", "roles of type |S"),
+        ("roles bytes.parquet", "roles of type object"),
+        ("roles numbers.npz", "roles of type int64"),
+        ("classes bytes.npz", "classes of type |S"),
+        ("classes floats.parquet", "classes of type float64"),
         ("flat.npz", "shape (300,)"),
         ("uneven.parquet", "not a sound .parquet file"),
         ("empty entries.parquet", "1 empty entries"),
@@ -180,6 +185,10 @@ def test_what_is_no_file_of_embeddings(name, words, tmp_path):
         save(path, {"embeddings": rows[:0], "labels": columns["labels"][:0]})
     if name.startswith("bytes"):
         save(path, {"embeddings": rows, "labels": [b"a"] * N if name.endswith("t") else np.array([b"a"] * N)})
+    if name.startswith(("roles", "classes")):
+        odd = {"bytes": [b"both"] * N, "numbers": [1] * N, "floats": [1.0] * N}[path.stem.split()[1]]
+        odd = odd if name.endswith("parquet") else np.array(odd)
+        save(path, {"embeddings": rows, "labels": columns["labels"], path.stem.split()[0]: odd})
     if name == "length.npz":
         np.savez(path, embeddings=rows, labels=columns["labels"][1:])
     if name == "objects.npz":
