@@ -281,3 +281,35 @@ def test_a_loss_is_added_by_its_file_and_its_line(tmp_path, monkeypatch):
 def test_a_config_survives_being_sent_to_another_process():
     config = parse("ranking.name=pml.ArcFaceLoss", "ranking.kwargs={scale: 30}")
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_the_backbone_fills_in_what_is_left_open():
+    plain = parse()
+    assert (plain.data.image_size, plain.data.mean[0], plain.model.pooling) == (224, 0.485, "avg")
+    own = parse("model.backbone=timm/test_vit", "model.pretrained=timm")
+    assert (own.data.image_size, own.data.mean, own.model.pooling) == (160, (0.5, 0.5, 0.5), "own")
+    assert own.evaluation.untrained
+    assert not parse().evaluation.untrained  # each has sections of its own
+    assert parse("model.backbone=efficientnet_b1").data.image_size == 240
+    grey = parse("model.backbone=timm/test_vit", "data.channels=1", "data.image_size=[32, 64]", "data.std=[0.2]")
+    assert (grey.data.size, grey.data.mean, grey.data.std) == ((32, 64), (0.5,), (0.2,))
+    assert parse_config(own.model_dump(mode="json"), "again") == own
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fact"),
+    [
+        (["model.backbone=resnet99"], "set it to small_cnn, a classifier of torchvision such as resnet"),
+        (["model.backbone=timm/resnot"], "timm has no model resnot"),
+        (["model.backbone=timm/test_vit", "model.pretrained=timm:v9"], "timm has no weights v9"),
+        (["model.backbone=timm/test_vit", "model.pretrained=torchvision"], "torchvision has no weights for"),
+        (["data.augment=blur"], "'blur' is none of none, crop, strong, affine"),
+        (["data.fit=pad", "data.resize=256"], "data.resize is for data.fit=crop"),
+        (["validation.patience=3"], "set validation.fraction, too"),
+        (["model.checkpoint_blocks=true", "model.norm=batch"], "set it to frozen"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_a_backbone_is_refused(overrides, fact):
+    with pytest.raises(InputError) as caught:
+        parse(*overrides)
+    assert fact in str(caught.value)

@@ -30,6 +30,8 @@ from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
 from dist_obdsd.machine import usable_cores
+from dist_obdsd.models.backbones import library_weights
+from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.training.evaluation import check_evaluable, validation_subset
 
 PARTS = {
@@ -61,7 +63,7 @@ def doctor(options: argparse.Namespace) -> int:
             _show_rows(job(rank, config))
         if config is not None:
             with raise_on_all_ranks("the config"):
-                lines = where_it_runs(rank, config)
+                lines = where_it_runs(rank, config, options.download)
             show("\n" + "\n".join(lines))
     return 0
 
@@ -129,8 +131,11 @@ def job(here: Runtime, config: Config | None) -> dict[str, str]:
     return rows
 
 
-def where_it_runs(here: Runtime, config: Config) -> list[str]:
-    """Describe where a config can run: allowed world sizes, its shards, and its run folder and tracking here.
+def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list[str]:
+    """Describe where a config can run: allowed world sizes, its shards, and its weights, run folder and tracking here.
+
+    Args:
+        download: fetch pretrained weights that are missing.
 
     Raises:
         InputError: its device, shards, schedule, run folder or packages do not fit.
@@ -166,9 +171,26 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
         *_remote(config, shards),
         str(measure_diversity(plan, K)),
         *(too_small if plan.too_small else []),
+        _weights(config, download and here.launch.local_rank == 0),
         _run_folder(config),
         *([_tracking(config)] if here.is_main else []),
     ]
+
+
+def _weights(config: Config, download: bool) -> str:
+    """Tell whether the weights that training begins with are there, by building the network with them.
+
+    Raises:
+        InputError: a file or run is missing, the weights do not fit, or they cannot be downloaded.
+    """
+    section = config.model
+    found = library_weights(section.backbone, section.pretrained) if section.library else None
+    if found is not None and found.path() is None and not download:
+        return f"weights: {found.file} is not in {found.folder}; --download fetches it"
+    network = build_embedder(config, torch.device("cpu"))
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    where = section.pretrained if found is None else found.path()
+    return f"network: {section.backbone} with {millions:.1f} million weights, from {where}"
 
 
 def _run_folder(config: Config) -> str:

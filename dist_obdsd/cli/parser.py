@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
     doctor.add_argument("config", type=Path, nargs="?")
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.add_argument("--download", action="store_true", help="fetch the config's pretrained weights")
     return top
 
 

@@ -7,8 +7,9 @@ change.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -18,6 +19,8 @@ from dist_obdsd.config.ranking import SECTIONS, Ranking
 from dist_obdsd.config.registry import BACKBONES, STRATEGIES
 from dist_obdsd.config.yaml_file import to_yaml
 from dist_obdsd.errors import InputError
+
+S = TypeVar("S", bound=Section)
 
 
 def auto_lanes(groups: int) -> int:
@@ -79,19 +82,19 @@ class Config(Section):
     def _fill_in(self) -> Self:
         """Take what is left open from the backbone, so that dumps and checkpoints hold it."""
         data, model = self.data, self.model
+        found: dict[str, Any] = {}
         if None in (data.image_size, data.mean, data.std):
             try:
-                own = BACKBONES.input_defaults(model.backbone, model.pretrained)
+                found = dict(BACKBONES.input_defaults(model.backbone, model.pretrained))
             except InputError as error:
                 raise ValueError(str(error)) from error
-            for name, value in own.items():
-                grey = data.channels == 1 and isinstance(value, tuple) and name != "image_size"
-                if getattr(data, name) is None:
-                    vars(data)[name] = (round(sum(value) / len(value), 4),) if grey else value
-        if model.pooling is None:
-            vars(model)["pooling"] = "avg" if BACKBONES.gives_map(model.backbone) else "own"
-        if self.evaluation.untrained is None:
-            vars(self.evaluation)["untrained"] = model.pretrained != "none"
+            if data.channels == 1:
+                found |= {name: (round(sum(found[name]) / len(found[name]), 4),) for name in ("mean", "std")}
+        pooling = "avg" if BACKBONES.gives_map(model.backbone) else "own"
+        # Copies, since configs share the sections that none of them sets.
+        vars(self)["data"] = data = _filled(data, found)
+        vars(self)["model"] = _filled(model, {"pooling": pooling})
+        vars(self)["evaluation"] = _filled(self.evaluation, {"untrained": model.pretrained != "none"})
         if data.resize is not None and data.resize < min(data.size):
             raise ValueError(
                 f"data.resize is {data.resize} but the crop is data.image_size={data.image_size}; "
@@ -174,6 +177,11 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return to_yaml(self.model_dump(mode="json"))
+
+
+def _filled(section: S, values: Mapping[str, Any]) -> S:
+    """Copy a section with values for the settings that it leaves open."""
+    return section.model_copy(update={name: v for name, v in values.items() if getattr(section, name) is None})
 
 
 # Settings that may differ between a run and its continuation: none of them can change a result.

@@ -7,7 +7,6 @@ Every random parameter of a row comes from the generator that is handed in, and 
 the result does not depend on the batch that a row stands in.
 """
 
-import importlib
 import math
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from dist_obdsd.config.registry import import_object
 from dist_obdsd.config.sections import DataConfig
 from dist_obdsd.errors import InputError
 
@@ -90,14 +90,7 @@ def load_augment(name: str) -> Callable[[Tensor, np.random.Generator, tuple[int,
     Raises:
         InputError: it is not there.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        found: Callable[..., Tensor] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"data.augment={name} cannot be imported ({error}); install {module.partition('.')[0]}, or put its folder "
-            f"on PYTHONPATH"
-        ) from error
+    found: Callable[..., Tensor] = import_object(name, "data.augment")
     return found
 
 

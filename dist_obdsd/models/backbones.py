@@ -7,10 +7,12 @@ that the network pools itself [b, F]. Its keyword arguments say what it can do: 
 Legend: b images, C channels, h, w rows and columns, F features.
 """
 
+import contextlib
 import copy
 import difflib
-import importlib
 import inspect
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from dist_obdsd.config.registry import BACKBONES
+from dist_obdsd.config.registry import BACKBONES, import_object
 from dist_obdsd.errors import InputError
 from dist_obdsd.models import layers
 from dist_obdsd.models.pooling import Pool, exchange_pool
@@ -119,14 +121,7 @@ def timm_model(
 
 def own_model(*, name: str, state: State | None, channels: int, size: tuple[int, int]) -> nn.Module:
     """A function of your own that returns a module; it may take `channels` and `size` (rows, columns)."""
-    module, _, attribute = name.partition(":")
-    try:
-        build = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"model.backbone={name} cannot be imported ({error}); install {module.partition('.')[0]}, or put its "
-            f"folder on PYTHONPATH"
-        ) from error
+    build = import_object(name, "model.backbone")
     offered = {"channels": channels, "size": size}
     taken = inspect.signature(build).parameters
     net = build(**{key: value for key, value in offered.items() if key in taken})
@@ -205,6 +200,8 @@ class LibraryWeights:
     """Finds the file in the cache."""
     variable: str
     """The environment variable that moves the cache."""
+    server: str
+    """The address that they are downloaded from."""
 
 
 def library_weights(name: str, pretrained: str) -> LibraryWeights:
@@ -214,7 +211,6 @@ def library_weights(name: str, pretrained: str) -> LibraryWeights:
         InputError: there are none of that name.
     """
     _, tag = split_source(pretrained)
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
     if not name.startswith("timm/"):
         _check_torchvision(name)
         known = models.get_model_weights(name)
@@ -225,12 +221,12 @@ def library_weights(name: str, pretrained: str) -> LibraryWeights:
                 f"torchvision for the newest"
             )
         entry = known[tag]
-        return LibraryWeights(entry, entry.url.rpartition("/")[2], hub, _in(hub, entry.url), "TORCH_HOME")
+        return _by_url(entry, entry.url)
     config = _timm_config(name, tag)
     if not config.hf_hub_id:
         if not config.url:
             raise InputError(f"timm has no weights for {name}; set model.pretrained to none or to a file")
-        return LibraryWeights(config, config.url.rpartition("/")[2], hub, _in(hub, config.url), "TORCH_HOME")
+        return _by_url(config, config.url)
     from huggingface_hub import constants, try_to_load_from_cache
 
     files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
@@ -239,17 +235,21 @@ def library_weights(name: str, pretrained: str) -> LibraryWeights:
         paths = [try_to_load_from_cache(config.hf_hub_id, file) for file in files]
         return next((Path(path) for path in paths if isinstance(path, str)), None)
 
-    return LibraryWeights(config, f"{config.hf_hub_id}/{files[0]}", Path(constants.HF_HUB_CACHE), cached, "HF_HOME")
+    folder = Path(constants.HF_HUB_CACHE)
+    return LibraryWeights(config, f"{config.hf_hub_id}/{files[0]}", folder, cached, "HF_HOME", constants.ENDPOINT)
 
 
-def _in(folder: Path, url: str) -> Callable[[], Path | None]:
-    path = folder / url.rpartition("/")[2]
-    return lambda: path if path.is_file() else None
+def _by_url(entry: Any, url: str) -> LibraryWeights:
+    folder, file = Path(torch.hub.get_dir()) / "checkpoints", url.rpartition("/")[2]
+    path = folder / file
+    return LibraryWeights(entry, file, folder, lambda: path if path.is_file() else None, "TORCH_HOME", url)
 
 
 def _downloaded(build: Callable[[], Any], found: LibraryWeights | None) -> Any:
     """Build a network; where its weights are not in the cache, a failure is one of the download."""
     try:
+        if found is not None and found.path() is None:
+            _reach(found.server)
         return build()
     except Exception as error:
         if found is None or found.path() is not None:
@@ -260,6 +260,12 @@ def _downloaded(build: Callable[[], Any], found: LibraryWeights | None) -> Any:
             f"where there is a network with dist-obdsd doctor CONFIG --download and set {found.variable}, or set "
             f"model.pretrained to a file of weights, a run, or none"
         ) from error
+
+
+def _reach(server: str) -> None:
+    """Raise at once where there is no network; the library's own attempts take a minute."""
+    with contextlib.suppress(urllib.error.HTTPError):  # it answers
+        urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=20).close()
 
 
 def input_defaults(name: str, pretrained: str) -> Mapping[str, Any]:
@@ -323,7 +329,10 @@ def _timm_config(name: str, tag: str | None) -> Any:
         raise InputError(f"timm has no model {bare}; set model.backbone to one such as timm/{', timm/'.join(near)}")
     if tag not in (None, "DEFAULT"):
         name = f"{bare}.{tag}"
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        config = None
     if config is None:
         tags = ", ".join(full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")) or "none"
         raise InputError(f"timm has no weights {name.partition('.')[2]} for {bare}; it has {tags}")

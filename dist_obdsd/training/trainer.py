@@ -251,6 +251,12 @@ class Trainer:
         best = self.model_selector.after_epoch(self.progress.epoch)
         self.progress.pending_validation = False
         self._save(best)
+        if self.model_selector.out_of_patience(self.progress.epoch):
+            logger.info(
+                "training ends after epoch %d, since %d validations in a row found no better one",
+                self.progress.epoch,
+                self.config.validation.patience,
+            )
 
     def _save(self, best: bool = False) -> None:
         self.save_requested = False
