@@ -77,7 +77,7 @@ class DecodedJob:
 
 
 def decode_tasks(tasks: list[DecodeTask], out: Tensor, config: Config, group: int) -> list[DecodeFailure]:
-    """Decode and transform every task into its row of ``out`` [at least len(tasks), C, s, s].
+    """Decode and transform every task into its row of ``out`` [len(tasks) or more, C, s, s].
 
     Args:
         group: a broken image is replaced by the next good one of its ``group`` consecutive rows (1: never).
@@ -217,7 +217,7 @@ class Decoder:
         return self
 
     def __next__(self) -> DecodedJob:
-        """The next job's images.
+        """Wait for the next job's images.
 
         Raises:
             StopIteration: all jobs are done.
@@ -242,7 +242,7 @@ class Decoder:
         return DecodedJob(job.meta, images, failures)
 
     def _deliver(self, slot: int, n: int) -> Tensor:
-        """The images in a slot, whose first n rows were decoded. The slot is free again when nobody holds them."""
+        """Lend the images in a slot, of which n rows were decoded, until nobody holds them."""
         array = self._slots[slot]
         array[n:] = 0  # padding, which must not hold what another batch left there
         if len(self._lent) == LENT:
@@ -255,7 +255,7 @@ class Decoder:
         return torch.from_numpy(array)
 
     def close(self) -> None:
-        """Stop the thread and the processes. The owner of ``jobs`` sees to it that its iterator does not block."""
+        """Stop the thread and the processes; the iterator of jobs must not block."""
         while True:
             try:
                 self._free.get_nowait()

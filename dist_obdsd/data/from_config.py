@@ -10,7 +10,7 @@ from dist_obdsd.errors import InputError
 
 
 def classes_from(config: Config, manifest: Manifest) -> tuple[list[int], list[int]]:
-    """Split the training classes as the section ``validation`` says: (to train on, to validate on)."""
+    """Split the training classes by the section ``validation``: (train, validate)."""
     how = config.validation.model_dump(include={"fraction", "classes", "folds", "fold"})
     return split_classes(manifest, config.seed, **how)
 
@@ -51,7 +51,7 @@ def plan_from(config: Config, manifest: Manifest, classes: list[int], epoch: int
 
 
 def describe_diversity(manifest: Manifest) -> str:
-    """Describe the class diversity with the default lanes and window and about the default batch, for the packed K."""
+    """Describe the class diversity with the default batch settings and the packed K."""
     if not manifest.splits.get("train"):
         return "class diversity: there are no training images"
     batch, data = BatchConfig.model_fields, DataConfig.model_fields

@@ -30,7 +30,7 @@ class ImageFolder:
 
     @property
     def classes(self) -> list[str]:
-        """Each image's folder, relative to the root; empty if all images lie in one folder, so there are no classes."""
+        """Each image's folder, relative to the root; empty if all lie in one folder."""
         folders = [path.rpartition("/")[0] for path in self.paths]
         return folders if len(set(folders)) > 1 else []
 
@@ -53,7 +53,7 @@ def find_images(root: Path) -> ImageFolder:
 def folder_batches(
     folder: ImageFolder, config: Config, rank: int, world_size: int, broken: dict[int, str] | None = None
 ) -> Iterator[EvalBatch]:
-    """Yield this rank's share, in near-equal batches that do not depend on the number of ranks.
+    """Yield this rank's share, in batches that do not depend on the number of ranks.
 
     Args:
         broken: is filled with id and reason of each image that cannot be read or decoded, which is then left out;

@@ -50,7 +50,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image re
 
 
 def decode(data: bytes, channels: int) -> Tensor:
-    """Decode an image (of one of ``FORMATS``) to uint8 [channels, H, W] (1: grey, 3: RGB) of any strides.
+    """Decode an image to uint8 [channels, H, W] (1: grey, 3: RGB) of any strides.
 
     The EXIF orientation is applied; palette, CMYK and 1-bit images are converted; alpha is composited on white; of
     16 bits the upper eight are kept; of several frames or pages the first is taken.
@@ -107,7 +107,7 @@ def may_be_image(head: bytes) -> bool:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Parse the header of an image of one of ``FORMATS``; its pixels are decoded when they are asked for.
+    """Parse the header of an image; its pixels are decoded when they are asked for.
 
     Raises:
         ValueError: a small file says that it holds more pixels than memory should be given for.
@@ -208,7 +208,8 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _upper_eight(image: Image.Image) -> Image.Image:
-    """Keep the upper eight of 16 bits, or of as many as a TIFF has; Pillow's own conversion may clip."""
+    """Keep the upper eight of 16 bits, or of as many as a TIFF has."""
+    # Pillow's own conversion may clip.
     bits = max(getattr(image, "tag_v2", {}).get(258, (16,)))
     return Image.fromarray((np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8))
 

@@ -42,12 +42,12 @@ _NAMED_GALLERY = re.compile(r"gallery:([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
 def asks(role: str) -> bool:
-    """Tell whether an image of this role is a query; training images are, where their classes are held out."""
+    """Tell whether an image of this role is a query, as held-out training images are."""
     return role in ("train", "both", "query")
 
 
 def gallery_of(role: str) -> str | None:
-    """Return the gallery that an image of this role stands in: "" for the one without a name, None for none."""
+    """Return the gallery of a role: "" for the one without a name, None for none."""
     if role in ("train", "both", "gallery"):
         return ""
     named = _NAMED_GALLERY.fullmatch(role)
@@ -104,7 +104,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def to_json(manifest: Manifest) -> str:
-    """Write a manifest as text, one line per shard. The same manifest gives the same bytes."""
+    """Write a manifest as text, one line a shard, always the same for the same data."""
     head = {
         "format": FORMAT,
         "recipe": manifest.recipe,
@@ -226,7 +226,7 @@ def split_classes(
     folds: int | None = None,
     fold: int = 0,
 ) -> tuple[list[int], list[int]]:
-    """Cut the training classes into those to train on and those to validate on; the two share no class.
+    """Cut the training classes into those to train on and those to validate on.
 
     Held out are the named ``classes``, or one ``fold`` of near-equal ``folds``, or a ``fraction``; the seed chooses.
 

@@ -69,7 +69,7 @@ def shown(url: str) -> str:
 
 
 def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None = None) -> None:
-    """Download ``url`` into ``file``, which can be read, too. A transfer that breaks off goes on where it was.
+    """Download ``url`` into a file that is readable, too; resume what breaks off.
 
     Args:
         size, sha256: expected bytes and hexadecimal digest; None where nobody knows.
@@ -142,7 +142,7 @@ def _cause(error: BaseException) -> tuple[str, bool]:
 
 @contextmanager
 def _opened(url: str, start: int) -> Iterator[tuple[int, Callable[[], bytes]]]:
-    """Open a source: the place of the first byte that comes, and a function that reads on and checks the end."""
+    """Open a source: the place of the first byte, and a function that reads on."""
     if url.startswith("pipe:"):
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         with subprocess.Popen(url[5:], shell=True, stdin=nothing, stdout=pipe, bufsize=0) as process:

@@ -29,7 +29,7 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bz
 
 
 class ShardError(Exception):
-    """A shard is not what the manifest says; the message is one clause, such as ``ends before sample 00000003``."""
+    """A difference from the manifest, as a clause: ``ends before sample 00000003``."""
 
 
 def missing_files(root: str, shards: Iterable[Shard]) -> list[str]:
@@ -60,7 +60,7 @@ def check_files(root: str, shards: tuple[Shard, ...], sizes: bool = False) -> No
 
 
 def cache_of(data: DataConfig) -> Cache | None:
-    """The cache that a configuration asks for.
+    """Open the cache that a configuration asks for.
 
     Raises:
         InputError: its folder cannot be used.
@@ -72,7 +72,7 @@ def cache_of(data: DataConfig) -> Cache | None:
 
 @contextmanager
 def open_shard(root: str, shard: Shard, cache: Cache | None = None) -> Iterator[IO[bytes]]:
-    """A shard's tar as a file. One that is not here is downloaded whole and checked before anything is read from it.
+    """Open a shard's tar; a remote one is downloaded and checked first.
 
     Raises:
         OSError: a local file cannot be opened.
@@ -93,7 +93,7 @@ def open_shard(root: str, shard: Shard, cache: Cache | None = None) -> Iterator[
 
 
 def samples_of(file: IO[bytes], shard: Shard) -> Iterator[dict[str, Any]]:
-    """Read a plain tar's samples as webdataset groups them: ``__key__``, and suffix -> bytes.
+    """Read a tar's samples as webdataset groups them: ``__key__``, and suffix -> bytes.
 
     Raises:
         ShardError: the tar is broken, or its keys are not the manifest's, in their order.
@@ -143,7 +143,7 @@ def short_reason(error: BaseException) -> str:
 def read_shard(
     root: str, shard: Shard, wanted: Container[int], cache: Cache | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """Read one tar from begin to end and give the (id, encoded image) of the wanted samples.
+    """Read a tar from begin to end: (id, encoded image) of the wanted samples.
 
     Raises:
         RunError: the tar is not what the manifest says, naming the shard and the sample.
@@ -166,7 +166,7 @@ def read_shard(
 def image_names(
     root: str, shards: Iterable[Shard], ids: Container[int] | None = None, cache: Cache | None = None
 ) -> dict[int, str]:
-    """Look up the path that each image had in the source that was packed: id -> path with forward slashes.
+    """Look up the original paths of packed images: id -> path with forward slashes.
 
     Of a local shard only the headers and the small .json members are read; a remote one is downloaded.
 
@@ -207,7 +207,7 @@ class ClosedError(Exception):
 
 @dataclass(frozen=True)
 class Window:
-    """Shards of one lane to read before step ``opens``, and to forget after step ``closes``."""
+    """Shards of a lane to read before step ``opens`` and forget after step ``closes``."""
 
     epoch: int
     opens: int
@@ -219,7 +219,7 @@ class Window:
 
 
 class WindowReader:
-    """Reads windows in the order of their need, ahead while a lane holds fewer than HELD_WINDOWS."""
+    """A reader of windows in the order of need, HELD_WINDOWS a lane ahead."""
 
     def __init__(self, root: str, windows: Iterator[Window], cache: Cache | None = None) -> None:
         self._root, self._windows, self._cache = root, windows, cache
@@ -232,7 +232,7 @@ class WindowReader:
         threading.Thread(target=self._run, name="reading", daemon=True).start()
 
     def take(self, epoch: int, step: int, ids: list[int]) -> list[bytes]:
-        """Wait for the encoded images of a step, and let go of them and of the windows that end with it."""
+        """Wait for a step's encoded images; let go of them and of windows that end."""
         with self._changed:
             self._needed = (epoch, step)
             self._changed.notify_all()

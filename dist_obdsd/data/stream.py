@@ -59,7 +59,7 @@ class EvalBatch:
 
 
 class TrainStream:
-    """This rank's batches from a position on, over all epochs, so that reading runs ahead over an epoch's end."""
+    """This rank's batches from a position on; reading runs ahead over epochs' ends."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class TrainStream:
         self._decoder = Decoder(self._jobs(), b, config, config.batch.samples_per_class, pinned)
 
     def plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch. The latest ones are kept."""
+        """Plan an epoch; the latest plans are kept."""
         with self._planning:
             plan = self._plans.get(epoch)
             if plan is None:
@@ -118,7 +118,7 @@ class TrainStream:
         return self
 
     def __next__(self) -> TrainBatch:
-        """The next step's rows.
+        """Wait for the next step's rows.
 
         Raises:
             StopIteration: all epochs are done.
@@ -165,7 +165,7 @@ class TrainStream:
         return failure.replacement
 
     def _steps(self) -> Iterator[tuple[EpochPlan, int]]:
-        """The plans from the position on, each with its first step."""
+        """Yield the plans from the position on, each with its first step."""
         start_epoch, start_step = self._start
         for epoch in range(start_epoch, self._config.epochs):
             yield self.plan(epoch), start_step if epoch == start_epoch else 0
@@ -211,7 +211,7 @@ def evaluation_batches(
     world_size: int,
     classes: list[int] | None = None,
 ) -> Iterator[EvalBatch]:
-    """This rank's share of a split, in batches whose composition does not depend on the number of ranks.
+    """Yield this rank's share of a split, in batches that do not depend on the ranks.
 
     The shards that hold images of ``classes`` (default: all), in the order of their ids, are put together in chunks of
     up to one batch; a larger shard is a chunk of several batches. The ranks take the chunks in turn; a rank may get
@@ -231,7 +231,7 @@ def evaluation_batches(
 
 
 def _eval_chunks(shards: list[Shard], chosen: set[int], batch_size: int) -> tuple[list[list[Shard]], int]:
-    """What is read and embedded together, and the rows that every batch is padded to: the largest batch's."""
+    """Choose the shards read together, and the rows that batches are padded to."""
     chunks: list[list[Shard]] = []
     largest = filled = 0
     for shard in sorted(shards, key=lambda shard: min(shard.ids)):
@@ -247,7 +247,7 @@ def _eval_chunks(shards: list[Shard], chosen: set[int], batch_size: int) -> tupl
 
 
 def near_equal(n: int, most: int) -> int:
-    """The size of n cut into the fewest parts of at most ``most``, as equal as can be."""
+    """Return the size of near-equal parts of n, the fewest of at most ``most``."""
     return -(-n // -(-n // most))
 
 
@@ -275,7 +275,7 @@ def _evaluate(
 def _evaluation_jobs(
     chunks: list[list[Shard]], chosen: set[int], config: Config, cache: Cache | None
 ) -> Iterator[DecodeJob]:
-    """One job a batch; ``meta`` has each row's (id, class, role)."""
+    """Yield a job a batch; ``meta`` has each row's (id, class, role)."""
     for chunk in chunks:
         meta = {
             sample_id: (sample_id, label, role)

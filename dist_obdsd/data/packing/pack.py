@@ -44,7 +44,7 @@ def pack(
     overwrite: bool = False,
     workers: int = 1,
 ) -> Manifest:
-    """Write the shards and the manifest of a data set. What is left out is logged as a warning.
+    """Write the shards and the manifest of a data set; log what is left out.
 
     Args:
         recipe: says how the source is read.
@@ -167,7 +167,7 @@ def _count_differences(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
 def _examine_all(
     samples: Sequence[Sample], resize: int | None, pool: Executor | None, workers: int, spool: Path
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
-    """Decode every image. The spool file holds those made smaller until their shard is written.
+    """Decode every image; the spool file holds those that were made smaller.
 
     Returns:
         The usable images, and name and reason of each other one.
@@ -201,7 +201,7 @@ def _examine_all(
 
 
 def _read_and_examine(samples: Sequence[Sample], resize: int | None, pool: Executor | None) -> list[_Examined | str]:
-    """Read some images here, since an archive is open in this process alone, and decode them in another one."""
+    """Read some images here, where the archive is open, and decode them elsewhere."""
     data = [_read(sample) for sample in samples]
     return pool.submit(_examine, data, resize).result() if pool else _examine(data, resize)
 
@@ -240,7 +240,7 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
 def _drop_small_classes(
     images: list[UsableImage], samples_per_class: int, trains: bool
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
-    """Leave out training classes that cannot fill one group, and name test classes with nothing to retrieve.
+    """Leave out training classes too small for a group; name lonely test classes.
 
     Args:
         trains: whether the source has training images, usable or not; without any, test images alone will do.

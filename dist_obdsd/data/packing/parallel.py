@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @contextmanager
 def processes(workers: int) -> Iterator[Executor | None]:
-    """Start processes that end with this one whatever becomes of it; None where one would do.
+    """Start processes that end with this one; None where one would do.
 
     Raises:
         RunError: one of them was killed.
@@ -66,7 +66,7 @@ def threads(workers: int) -> Iterator[Executor | None]:
 
 
 def in_order(pool: Executor | None, function: Callable[[T], R], tasks: Iterable[T], ahead: int) -> Iterator[R]:
-    """Map in order, with at most ``ahead`` tasks begun whose results were not taken yet, which bounds the memory."""
+    """Map in order, with at most ``ahead`` results that were not taken yet."""
     if pool is None:
         yield from map(function, tasks)
         return

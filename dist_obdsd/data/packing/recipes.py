@@ -59,7 +59,7 @@ class Recipe(BaseModel):
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by its name, or from any YAML file by its path, and apply ``options.NAME=value`` overrides.
+    """Read a recipe by name or path, and apply ``options.NAME=value`` overrides.
 
     Raises:
         InputError: there is no such recipe, or it holds a mistake.
@@ -93,7 +93,7 @@ def _typed(reader: Any) -> type[Recipe]:
 
 
 def recipe_folder() -> Path:
-    """Return ``shards/`` of the checkout that the package is used from, else the installed copy."""
+    """Return ``shards/`` of the checkout in use, else the installed copy."""
     package = Path(__file__).resolve().parents[2]
     checkout = package.parent / "shards"
     # The project file tells a checkout from a site-packages folder, in which any other package may have put shards/.

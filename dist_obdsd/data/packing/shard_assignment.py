@@ -17,7 +17,7 @@ FEWEST_IMAGES = 16  # per test shard
 
 
 def cut_blocks(images: int, k: int) -> list[int]:
-    """Sizes of a class's blocks: near-equal, each at least K, multiples of K but for the remainder (9 -> 5 + 4).
+    """Size a class's blocks: near-equal, from K, multiples of K but for the rest.
 
     The sum of ``size // k`` over the blocks is ``images // k``: cutting loses no group.
 
@@ -34,7 +34,7 @@ def cut_blocks(images: int, k: int) -> list[int]:
 
 
 def shard_count(units: int, total_bytes: int, fewest: int) -> int:
-    """A multiple of 64 where every shard gets the fewest units, else the largest power of two that does, or 1.
+    """Choose a multiple of 64 shards, or a power of two, that gives each enough units.
 
     Args:
         units: groups or images in all.
@@ -80,7 +80,7 @@ def assign_training(members: Mapping[int, Sequence[int]], k: int, shards: int, s
 
 
 def _level(shards: list[list[list[int]]], k: int) -> None:
-    """Move single groups from the fullest shard to the emptiest until their group counts differ by at most one."""
+    """Move groups from the fullest shard to the emptiest until they differ by one."""
     counts = [sum(len(block) // k for block in shard) for shard in shards]
     while max(counts) - min(counts) > 1:
         fullest, emptiest = counts.index(max(counts)), counts.index(min(counts))

@@ -78,7 +78,7 @@ class Tree:
 
     @property
     def bases(self) -> list[str]:
-        """List the places where a download may begin: the top (""), and every folder there ("NAME/")."""
+        """List where a download may begin: the top ("") and every folder there ("NAME/")."""
         if self.given is not None:
             return [""]
         packed = {name.split("/")[0] + "/" for name in self._packed if "/" in name}
@@ -133,7 +133,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[File]:
-    """List the files below a folder, hidden ones left out. Links to folders are followed, but not round in circles.
+    """List the files below a folder but hidden ones; links are followed, not in circles.
 
     Raises:
         InputError: a folder cannot be read.
@@ -154,7 +154,7 @@ def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
 
 
 def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> dict[str, File]:
-    """List the files of an archive, below a folder ``prefix`` of the tree. A later member replaces an earlier one."""
+    """List an archive's files below ``prefix``; a later member replaces an earlier one."""
     start = _start(path)
     found = {}
     try:
@@ -223,7 +223,7 @@ def _decompressed(path: Path, opener: Any, scratch: Path | None, stack: ExitStac
 
 
 def _has_bytes(path: Path, member: tarfile.TarInfo) -> bool:
-    """Tell whether a tar's member is a plain file and not a folder; anything else is refused."""
+    """Tell a plain file in a tar from a folder; anything else is refused."""
     if member.isdir():
         return False
     if not member.isreg() or member.issparse():
@@ -244,7 +244,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int = -1
 
 
 def _read_at(file: IO[bytes], start: int, size: int, most: int | None = None) -> bytes:
-    """Read at a place of an open file without its position, so that threads do not disturb one another."""
+    """Read at a place of an open file that threads share."""
     size = size if most is None else min(size, most)
     data = os.pread(file.fileno(), size, start)
     if len(data) != size:

@@ -42,7 +42,7 @@ class UsableImage:
 def write_shards(
     images: Sequence[UsableImage], samples_per_class: int, seed: int, folder: Path, pool: Executor | None, workers: int
 ) -> tuple[dict[str, tuple[Shard, ...]], tuple[str, ...]]:
-    """Number the images and classes in their order, assign the images to shards and write these."""
+    """Number images and classes in their order, and write the shards."""
     classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
     numbers = {name: number for number, name in enumerate(classes)}
     members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -94,7 +94,7 @@ def _write_shard(
 
 
 def _write_tar(path: Path, rows: list[tuple[int, int, str, str, bytes]]) -> tuple[int, str]:
-    """Write (id, class, name, suffix, image) in their order; return the size in bytes and the SHA-256."""
+    """Write (id, class, name, suffix, image) rows; return size in bytes and SHA-256."""
     # Nothing of the time, the user or the machine goes into the tar.
     with TarWriter(str(path), user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
         for i, class_id, name, suffix, data in rows:

@@ -384,4 +384,5 @@ def test_the_real_omniglot_packs_whole(real_data, tmp_path) -> None:
     assert [len(shards) for shards in packed.splits.values()] == [64, 64]
     assert (packed.images("train"), packed.images("test")) == (19280, 13180)
     assert (len(packed.class_ids("train")), len(packed.class_ids("test"))) == (964, 659)
+    assert set(Counter(c for shard in packed.shards() for c in shard.classes).values()) == {20}
     assert not {"left_out", "partial"} & packed.recipe.keys()

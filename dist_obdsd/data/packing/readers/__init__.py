@@ -26,7 +26,7 @@ __all__ = ["Reader", "Sample", "open_samples", "raise_missing"]
 def open_samples(
     reader: Reader, source: Path | None, on_missing: OnMissing = raise_missing, scratch: Path | None = None
 ) -> Iterator[list[Sample]]:
-    """List the samples of a source, training first, each split by class and name. Archives stay open meanwhile.
+    """List the samples of a source, training first; archives stay open meanwhile.
 
     Args:
         source: the download: its folder or an archive; None for a reader that draws its images.

@@ -42,7 +42,7 @@ class Sample:
 
 
 class Reader(BaseModel):
-    """One layout of data sets; its fields are the options that a recipe sets, and unknown ones are refused."""
+    """One layout of data sets; its fields are the options that a recipe sets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -88,7 +88,7 @@ def default_role(split: str) -> str:
 
 
 def images_among(files: Iterable[File]) -> list[File]:
-    """Choose the images: by their suffix or, where that tells nothing, by their content. The others are logged."""
+    """Choose the images, by suffix or else by content; log how many others there are."""
     images, others = [], Counter[str]()
     for file in files:
         if file.name.lower().endswith(IMAGE_SUFFIXES) or _holds_image(file):

@@ -112,7 +112,7 @@ def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:
 
 
 def draw_letters(count: int) -> list[bytes]:
-    """PNG bytes of so many different letters of the first face, the plain images of ``draw_glyphs``."""
+    """Draw the first letters of the first face as plain images: PNG bytes."""
     return [_png(_place(ink, 0, 0)) for ink in list(_draw_face(FACES[0]).values())[:count]]
 
 
@@ -138,7 +138,7 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _ink(font: ImageFont.FreeTypeFont, letter: str) -> Ink | None:
-    """The drawn letter, or None where it has no ink or does not fit into an image."""
+    """Draw a letter; None where it has no ink or does not fit into an image."""
     canvas = Image.new("L", (4 * SIDE, 4 * SIDE))
     ImageDraw.Draw(canvas).text((SIDE, 2 * SIDE), letter, font=font, fill=255, anchor="ls")
     box = canvas.getbbox()
@@ -148,7 +148,7 @@ def _ink(font: ImageFont.FreeTypeFont, letter: str) -> Ink | None:
 
 
 def _draw_face(face: str) -> dict[str, Ink]:
-    """The letters that a face has, in code point order. Asks its character map: a font draws a box for the rest."""
+    """Draw the letters of a face's character map, in code point order."""
     from matplotlib.ft2font import FT2Font
 
     font = _font(face, POINTS)
@@ -164,7 +164,7 @@ def _draw_face(face: str) -> dict[str, Ink]:
 
 
 def _classes(plain: dict[str, dict[str, Ink]]) -> list[list[str]]:
-    """Letters joined wherever two look the same in one face (union-find); those with enough faces, in order."""
+    """Join letters that look the same in one face (union-find); keep those of enough faces."""
     parent = {letter: letter for drawn in plain.values() for letter in drawn}
 
     def root(letter: str) -> str:
@@ -188,7 +188,7 @@ def _classes(plain: dict[str, dict[str, Ink]]) -> list[list[str]]:
 
 
 def _twins(images: list[Image.Image]) -> list[tuple[int, int]]:
-    """Pairs of images that look the same, see SAME."""
+    """Find pairs of images that look the same, see SAME."""
     pixels = np.zeros((len(images), SIDE, SIDE))
     for row, image in zip(pixels, images, strict=True):
         row[: image.height, : image.width] = np.asarray(image)
@@ -202,7 +202,7 @@ def _twins(images: list[Image.Image]) -> list[tuple[int, int]]:
 
 
 def _place(ink: Ink, dx: int, dy: int) -> Image.Image:
-    """Centred left to right, on a common baseline, then moved by (dx, dy) as far as the ink stays inside."""
+    """Centre on a common baseline, then move by (dx, dy) as far as the ink stays inside."""
     letter, top = ink
     x = (SIDE - letter.width) // 2 + dx
     y = BASELINE + top + dy

@@ -124,7 +124,7 @@ def _records(file: File, variable: str, records: Any) -> Iterator[Row]:
 
 
 def _text(value: Any) -> str:
-    """Return a field's text or whole number; "" for anything else, which then counts as missing."""
+    """Return a field's text or whole number; "", which counts as missing, for others."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, int | float | np.number) and float(value).is_integer():

@@ -229,7 +229,7 @@ def _number(row: Row, class_name: str) -> int:
 
 
 def _merged(old: _Image, new: _Image, path: str) -> _Image:
-    """Join two entries of an image: a query that is in the gallery, too. No other image is listed twice."""
+    """Join two entries of an image: only a query may be in the gallery, too."""
     if old.class_name == new.class_name and {old.role, new.role} == {"query", "gallery"}:
         return _Image(old.where, old.class_name, old.split, "both", old.file)
     raise InputError(f"{new.where}: lists {path} again, after {old.where}; an image has one class and one split")

@@ -142,14 +142,6 @@ def test_no_room_for_a_compressed_tar_is_one_sentence(tmp_path) -> None:
         contents(path, scratch=tmp_path / "nowhere")
 
 
-def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path) -> None:
-    write_files(tmp_path / "data", {"a/1.png": b"1"})
-    write_files(tmp_path / "elsewhere", {"2.png": b"2"})
-    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "data/a/up").symlink_to(tmp_path / "data")
-    assert contents(tmp_path / "data") == {"a/1.png": b"1", "b/2.png": b"2"}
-
-
 def test_an_image_that_an_archive_lost_costs_this_image_only(tmp_path) -> None:
     path = write_archive(tmp_path / "x.tar", {"1.png": b"1" * 600, "2.png": b"2" * 600})
     with ExitStack() as stack:
