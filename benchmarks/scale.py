@@ -1,8 +1,8 @@
 """The messages, bytes and memory of a training step on many GPUs, counted on rank 0 without them.
 
 Torch's fake process group answers every collective, and fake tensors have sizes but no numbers, so the step's own code
-runs and nothing is computed. The host's looks at an error find 0: solvers stop at their first check. The gradients'
-all-reduce is counted from the parameters, in DDP's buckets of 25 MiB.
+runs and nothing is computed. Where the host looks at an error it finds 0, so solvers stop at their first check. The
+gradients' all-reduce is counted from the parameters, in DDP's buckets of 25 MiB.
 
     MiB sent     what rank 0 puts on the network in a step: rings, so (W - 1) / W of a gather or reduce-scatter, twice
                  that of an all-reduce
@@ -34,6 +34,7 @@ from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.losses.build import build_objective
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher
+from dist_obdsd.training import train_step
 from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import TrainProgress, TrainStep
 
@@ -55,12 +56,15 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.world, self.messages, self.sent = world, Counter[str](), Counter[str]()
         self.live = self.peak = 0
+        self._all: torch.Tensor | None = None  # the latest answer to "do all ...?", which is yes
         self._storages = weakref.WeakSet[Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype.is_floating_point and 0.0
+            return 0.0 if args[0].dtype.is_floating_point else args[0] is self._all
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.all:
+            self._all = out
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
             largest = max(t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
@@ -111,8 +115,10 @@ def measure(backbone: str, world: int, options: argparse.Namespace) -> Row:
                 setattr(module, name, fake.from_tensor(buffer))
         for tensor in (*student.parameters(), *student.buffers()):
             meter.hold(tensor)
-        # Sizes are compared in the run's first step only, and as text, which fake tensors do not carry.
-        with patch.object(collectives, "gather_json", lambda value: [value] * world), fake, meter:
+        # What looks into numbers: sizes are compared as text in a run's first step, labels are looked up in every one.
+        sizes = patch.object(collectives, "gather_json", lambda value: [value] * world)
+        labels = patch.object(train_step, "class_indices", lambda labels, classes: labels)
+        with sizes, labels, fake, meter:
             step = TrainStep(
                 config, runtime, build_strategy(student, config, runtime, []), ProgressiveTeacher(student),
                 build_objective(config, range(B // 2), runtime.device), range(B // 2),

@@ -266,6 +266,7 @@ def main() -> int:
     for i in range(chosen.stops):
         row = terminated(folder, f"stopped-{i}", 2, i % 2 == 1, random.Random(f"{chosen.seed} stop {i}"))
         good = row["state"] == "preempted" and row["saved"] is not None and not row["left"]
+        good &= set(row["codes"]) == {1 if row["to"] == "torchrun" else os.EX_TEMPFAIL}
         failures += not good
         print(f"SIGTERM to {row['to']:8} {row['moment']:10} exit {row['codes']} state {row['state']} saved step "
               f"{row['saved']} left {row['left']}  {row['seconds']:5.1f} s", flush=True)  # fmt: skip
