@@ -200,7 +200,7 @@ def loss_curves(
     _curve(of, place, _column(steps, "ranking"), "ranking loss", COLOURS[0])
     of.set(title="Ranking loss", ylabel="loss (no unit)")
     rates = _column(steps, "lr")
-    rate.plot(place, rates, color=COLOURS[2], label="all parameters" if head_scale == 1 else "backbone")
+    rate.plot(place, rates, color=COLOURS[2], label="network" if head_scale == 1 else "backbone")
     if head_scale != 1:
         rate.plot(place, rates * head_scale, color=COLOURS[4], label=f"embedding layer ({head_scale:g} times as high)")
     rate.set(title="Learning rate", ylabel="learning rate")

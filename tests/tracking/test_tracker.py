@@ -57,6 +57,25 @@ def test_a_run_is_in_mlflow_with_settings_losses_and_metrics(folder):
     assert "system/node-1/system_memory_usage_percentage" not in run.data.metrics
 
 
+def test_a_comparison_has_its_runs_below_it_with_figures_and_models(folder, server):
+    done = runs.program(
+        "compare", "tiny.yaml", "--variants", "psd", "--seeds", "1", "epochs=2", "max_steps=8", "data.workers=0",
+        "tracking.kind=mlflow", f"tracking.uri={server.uri}", "tracking.experiment=compared", "tracking.figures=true",
+        cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    client, parent = the_run(server.uri, "tiny-comparison", "compared")
+    run = the_run(server.uri, "tiny-psd-seed0", "compared")[1]
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id  # the UI folds the children under it
+    assert {run.info.status, parent.info.status} == {"FINISHED"}
+    assert "report.png" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    drawn = {f"figures/{path.name}" for path in (folder / "runs/tiny-psd-seed0/figures").glob("*.png")}
+    assert {file.path for file in client.list_artifacts(run.info.run_id, "figures")} == drawn
+    assert {"figures/retrieval_grid.png", "figures/loss_curves.png"} <= drawn
+    assert "report.html" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert len(run.outputs.model_outputs) == 1
+
+
 # Between two checkpoints, at 18 and 24 steps, and when the server has some of the steps that will be done again.
 KILLS_ITSELF = """
 path = __import__("pathlib").Path("runs/tiny/tracking.state.json")
