@@ -46,70 +46,56 @@ def run_report(run: Path, config: Config, metrics: Sequence[Row], summary: Row) 
         metrics: rows of its ``metrics.jsonl``.
         summary: content of its ``summary.json``, or ``{"rows": []}`` while it runs.
     """
-    parts = [
-        f"<h1>{escape(config.name)}</h1>",
-        f'<p class="facts">{escape(", ".join(_facts(run, config, summary)))}</p>',
-    ]
-    if summary["rows"]:
-        parts += ["<h2>Results on the test set</h2>", _table(_by_protocol(summary["rows"]))]
+    name, rows = escape(config.name), summary["rows"]
+    parts = [f'<h1>{name}</h1><p class="facts">{escape(", ".join(_facts(run, config, summary)))}</p>']
+    if rows:
+        notes = dict.fromkeys(f"{row['protocol']}: {row['note']}" for row in rows if "note" in row)
+        parts += ["<h2>Results on the test set</h2>", _table(_by_protocol(rows))]
+        parts += [f"<p>{escape(note)}</p>" for note in notes]
     if advice := list(what_to_try(config, metrics, summary)):
         parts += ["<h2>What to try next</h2><ul>", *(f"<li>{escape(text)}</li>" for text in advice), "</ul>"]
-    validations = {f"after epoch {row['epoch']}": row for row in metrics if row["kind"] == "validation"}
     parts += ["<h2>Figures</h2>", *_figures(run)]
-    if validations:
+    if validations := {f"after epoch {row['epoch']}": row for row in metrics if row["kind"] == "validation"}:
         parts += ["<h2>Validation</h2>", _table(validations)]
     changed = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     parts += [f"<h2>Settings</h2><p>Those that are not the default:</p><pre>{escape(changed)}</pre>"]
     parts += [f"<details><summary>All settings</summary><pre>{escape(config.to_yaml())}</pre></details>"]
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(config.name)}</title>'
-    )
-    return (
-        f"<!DOCTYPE html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    head = f'<head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>'
+    return f"<!DOCTYPE html><html lang=en>{head}<body>{''.join(parts)}</body></html>\n"
 
 
 def what_to_try(config: Config, metrics: Sequence[Row], summary: Row) -> Iterator[str]:
     """Advise on the next run, from the numbers of this one."""
     steps = [row for row in metrics if row["kind"] == "step"]
-    scores = {row["protocol"]: row["value"] for row in summary["rows"] if _selects(row["metric"])}
-    before, after = scores.get("untrained"), max((v for k, v in scores.items() if k != "untrained"), default=None)
+    scores = {protocol: _score(values) for protocol, values in _by_protocol(summary["rows"], epochs=False).items()}
+    before, after = scores.pop("untrained", None), max(scores.values(), default=None)
     if after is not None and before is None:
         yield "Set evaluation.untrained=true to see how much training improves on the network that it starts from."
     elif after is not None and before is not None and after <= before:
         yield (
-            f"Training made retrieval worse: {SELECTION_METRIC} was {before:.3f} before and is {after:.3f}. "
-            f"Lower optim.lr (now {config.optim.lr:g}), and check the labels and the crops."
+            f"Training made retrieval worse: {before:.3f} before, {after:.3f} after. Lower optim.lr "
+            f"(now {config.optim.lr:g}), raise optim.head_scale or freeze layers (model.freeze), and check the labels."
         )
-    yield from _on_epochs(config, metrics)
+    epochs = {row["epoch"]: _score(row) for row in metrics if row["kind"] == "validation"}
+    best, last = max(epochs, key=lambda epoch: epochs[epoch], default=0), max(epochs, default=0)
+    if not epochs:
+        yield "Set validation.fraction=0.2 to hold out classes, so that the best epoch is known without the test set."
+    elif best != last:
+        yield (
+            f"Validation was best after epoch {best} of {last}; later epochs did not help. Take the weights "
+            f"best_validation, and try fewer epochs or a lower optim.lr."
+        )
+    elif len(epochs) > 1:
+        yield f"Validation was best after the last epoch, {last}. More epochs may improve it further."
     if masked := sum(row.get("masked", 0) > 0 for row in steps):
         yield f"{masked} of {len(steps)} steps were left out, as their loss was not finite. Lower optim.lr."
-    last = [row for row in steps if row["epoch"] == steps[-1]["epoch"]]
-    yield from _on_target(config, last)
+    yield from _on_target(config, [row for row in steps if row["epoch"] == steps[-1]["epoch"]])
     waits = [row["data_wait_share"] for row in metrics if row["kind"] == "epoch"]
     if waits and waits[-1] > WAITING:
         yield (
             f"Training waited for data in {waits[-1]:.0%} of the last epoch's time. Raise data.workers "
             f"(now {config.data.workers}), or pack smaller images."
         )
-
-
-def _on_epochs(config: Config, metrics: Sequence[Row]) -> Iterator[str]:
-    scores: dict[int, list[float]] = {}
-    for row in metrics:
-        if row["kind"] == "validation":
-            scores[row["epoch"]] = [value for name, value in row.items() if _selects(name)]
-    if not scores:
-        yield "Set validation.fraction=0.2 to hold out classes, so that the best epoch is known without the test set."
-    elif len(scores) > 1:
-        best, last = max(scores, key=lambda epoch: math.fsum(scores[epoch])), max(scores)
-        if best != last:
-            yield (
-                f"Validation was best after epoch {best} of {last}; later epochs did not help. Take the weights "
-                f"best_validation, and try fewer epochs or a lower optim.lr."
-            )
-        else:
-            yield f"Validation was best after the last epoch, {last}. More epochs may improve it further."
 
 
 def _on_target(config: Config, steps: Sequence[Row]) -> Iterator[str]:
@@ -135,12 +121,22 @@ def _facts(run: Path, config: Config, summary: Row) -> list[str]:
     return facts
 
 
-def _by_protocol(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+def _by_protocol(rows: Sequence[Row], epochs: bool = True) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for row in rows:
-        name = row["protocol"] + (f", after epoch {row['epoch']}" if row["epoch"] else "")
+        name = row["protocol"] + (f", after epoch {row['epoch']}" if epochs and row["epoch"] else "")
         found.setdefault(name, {})[row["metric"]] = row["value"]
     return found
+
+
+def _score(values: Row) -> float:
+    """Return the number that weights are compared by: the mean over the galleries, where there are several."""
+    by_metric: dict[str, list[float]] = {}
+    for name, value in values.items():
+        by_metric.setdefault(name.rpartition("/")[2], []).append(value)
+    recalls = next((found for name, found in by_metric.items() if name.startswith("recall@")), [0.0])
+    found = by_metric.get(SELECTION_METRIC, recalls)
+    return math.fsum(found) / len(found)
 
 
 def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -151,11 +147,6 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
     for tag, line in zip(["th", *["td"] * len(rows)], cells, strict=True):
         html += "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line) + "</tr>"
     return f'<div class="wide"><table>{html}</table></div>'
-
-
-def _selects(metric: str) -> bool:
-    """Tell whether epochs are compared by a metric; it may be of one of several galleries."""
-    return metric.rpartition("/")[2] == SELECTION_METRIC
 
 
 def _figures(run: Path) -> Iterator[str]:

@@ -98,7 +98,7 @@ TRIED = {"untrained": 0.1, "last": 0.4}
         ([validation(1, 0.5), *FINE[1:]], TRIED, "after epoch 1 of 2"),
         ([step()], TRIED, "validation.fraction"),
         (FINE, {"last": 0.4}, "evaluation.untrained"),
-        (FINE, {"untrained": 0.5, "last": 0.2, "best_validation": 0.4}, "was 0.500 before and is 0.400"),
+        (FINE, {"untrained": 0.5, "last": 0.2, "best_validation": 0.4}, "0.500 before, 0.400 after"),
         ([*FINE[:2], step(target_kl_to_uniform=0.1)], TRIED, "nearly uniform"),
         ([*FINE[:2], step(target_self_mass=0.97)], TRIED, "only the image itself"),
         ([*FINE, step(masked=1.0)], TRIED, "1 of 2 steps"),
