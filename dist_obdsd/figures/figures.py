@@ -1,4 +1,4 @@
-"""The figures of a run: data in, a matplotlib figure out. Nothing here reads or writes a file or knows a run folder.
+"""The figures of a run: data in, a matplotlib figure out.
 
 Colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind people can tell apart. Where there
 are more classes than colours, the marker changes, too. pyplot is not used, so that nothing is global.
@@ -41,7 +41,9 @@ MOST_EPOCHS = 60
 def embedding_map(
     rows_mD: torch.Tensor, labels_m: torch.Tensor, names: Mapping[int, str], title: str, seed: int = 0
 ) -> "Figure":
-    """Map the embeddings of a few classes to the plane by t-SNE (van der Maaten and Hinton, JMLR 2008).
+    """Map the embeddings of a few classes to the plane by t-SNE.
+
+    Source: van der Maaten and Hinton, JMLR 2008.
 
     Args:
         rows_mD: finite, m at least 2.
@@ -69,11 +71,12 @@ def embedding_map(
 
 
 def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffusion, title: str) -> "Figure":
-    """Draw a batch as the objective sees it: similarities, transition matrix, target before and after the diffusion.
+    """Draw a batch as the objective sees it.
 
-    Images are ordered by class, and a class is framed. A target without a diffusion has two panels; without a teacher
-    there are similarities alone. All is computed over the whole batch (without the manifold's memory). In a large one
-    the first whole classes of up to ``SHOWN_IMAGES`` images are shown.
+    Its panels are similarities, transition matrix, and target before and after the diffusion. Images are ordered by
+    class, and a class is framed. A target without a diffusion has two panels; without a teacher there are similarities
+    alone. All is computed over the whole batch (without the manifold's memory). In a large one the first whole classes
+    of up to ``SHOWN_IMAGES`` images are shown.
 
     Args:
         T_BD: unit rows, of the teacher where there is one.
@@ -162,7 +165,7 @@ def validation_curves(lines: Mapping[str, Mapping[int, float]], best: int | None
 
 
 def spectrum(singular: Sequence[float], title: str) -> "Figure":
-    """Draw the singular values of all embeddings beside those of an embedding that uses all directions equally."""
+    """Draw the embeddings' singular values beside those of evenly used directions."""
     values = np.maximum(np.array(singular) / (math.fsum(singular) or 1.0), 1e-12)
     places = np.arange(1, len(values) + 1)
     figure = _figure(6.4, 4.6, title)
@@ -183,7 +186,7 @@ def spectrum(singular: Sequence[float], title: str) -> "Figure":
 def loss_curves(
     steps: Sequence[Mapping[str, float]], title: str, batch: int | None = None, head_scale: float = 1.0
 ) -> "Figure":
-    """Draw losses, ramp, learning rates and the target's entropy over the optimizer steps, raw and smoothed.
+    """Draw losses, ramp, learning rates and target entropy over the optimizer steps.
 
     Args:
         steps: at least one, ascending; each with ``step``, ``epoch`` and what was measured of ``ranking``,
@@ -260,7 +263,7 @@ def _figure(width: float, height: float, title: str) -> "Figure":
 
 
 def _plain(name: str) -> str:
-    """Return a name as a legend takes it: a dollar is no formula, and a leading "_" does not hide it."""
+    """Return a name for a legend, in which "$" makes no formula and "_" hides nothing."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -282,7 +285,7 @@ def _project(rows_mD: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _log_norm(*matrices: torch.Tensor) -> Any:
-    """Return a logarithmic colour scale for all of them, without the lowest part, where a sharp softmax is near 0."""
+    """Return a log colour scale for all, cut where a sharp softmax is near 0."""
     from matplotlib.colors import LogNorm
 
     largest = max(float(matrix.max()) for matrix in matrices) or 1.0
@@ -326,7 +329,7 @@ def _column(steps: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
 
 
 def _curve(axes: "Axes", place: Sequence[int], values: np.ndarray, name: str, colour: str) -> None:
-    """Draw a value per step, pale, and its mean over the steps round it, where there are enough for one."""
+    """Draw a value per step, pale, and its mean over some steps round it."""
     width = max(len(values) // 25, 1)
     if width > 1:
         axes.plot(place, values, color=colour, alpha=0.3, linewidth=0.8)
@@ -335,7 +338,7 @@ def _curve(axes: "Axes", place: Sequence[int], values: np.ndarray, name: str, co
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """Average ``width`` values round each, of those that are finite; NaN where the value itself is not."""
+    """Average the finite of ``width`` values round each; NaN where it is not finite."""
     there = np.isfinite(values)
     window = np.ones(width)
     start = (width - 1) // 2

@@ -1,4 +1,4 @@
-"""The figures and the report of a run folder: keeping what they need while the run goes on, and making them from it.
+"""The figures and the report of a run: their data, and how they are made.
 
 ``runs/NAME/figures/`` holds the PNG files and what they are drawn from: ``evaluation.npz`` (a sample of the last
 evaluation and some of its queries) and ``batch.npz`` (embeddings of the latest epoch's last batch). So a figure can be
@@ -51,7 +51,7 @@ class BatchSample:
 
 
 class RunFigures:
-    """Keeps what the figures of a run need, and draws them. A failure is logged, and never ends a run."""
+    """Keeps what a run's figures need, and draws them. Failures are only logged."""
 
     def __init__(self, run: Path | None) -> None:
         """
@@ -96,7 +96,7 @@ class RunFigures:
             logger.info("nothing is kept for the figures (%s); the run goes on", format_error(error))
 
     def draw(self) -> list[Path]:
-        """Draw all figures that the run has data for, and write its report; return the files."""
+        """Draw the run's figures and write its report; return the files."""
         if self.run is None:
             return []
         started = time.perf_counter()
@@ -142,7 +142,7 @@ def draw(run: Path, overrides: Sequence[str] = ()) -> tuple[list[Path], list[str
 
 
 class RunFolder:
-    """Reads a run folder and draws its figures, a method for each; None where there is nothing to draw."""
+    """Reads a run folder and draws its figures; None where it has no data."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path, self.config = path, config

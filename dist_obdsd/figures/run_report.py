@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page with results, advice, figures and settings."""
+"""The report of a run: one HTML page with results, advice, figures, settings."""
 
 import base64
 import json
@@ -130,7 +130,7 @@ def _by_protocol(rows: Sequence[Row], epochs: bool = True) -> dict[str, dict[str
 
 
 def _score(values: Row) -> float:
-    """Return the number that weights are compared by: the mean over the galleries, where there are several."""
+    """Return the number that weights are compared by, averaged over the galleries."""
     by_metric: dict[str, list[float]] = {}
     for name, value in values.items():
         by_metric.setdefault(name.rpartition("/")[2], []).append(value)

@@ -1,7 +1,7 @@
-"""The event log: what a run tells its tracking server, on disk before it is sent. Format version 1.
+"""The event log: what a run tells its server, on disk before it is sent.
 
-``runs/NAME/tracking.jsonl`` has one JSON object a line. The first is the header. Every other line is an event, with a
-running number and its time in milliseconds since 1970::
+Format version 1. ``runs/NAME/tracking.jsonl`` has one JSON object a line. The first is the header. Every other line is
+an event, with a running number and its time in milliseconds since 1970::
 
     {"format": "dist-obdsd event log 1", "run": local id, "uri": the server, "config": {...}, "manifest": sha256}
     {"n": 1, "time": ms, "kind": "start", "tags": {...}}                       # again whenever the run is resumed
@@ -127,7 +127,7 @@ class EventLog:
             self._write(event)
 
     def _unwritten(self, event: Event) -> dict[str, Any]:
-        """Return the event's parameters or metrics that the log lacks, and take note of them."""
+        """Return and remember the event's parameters or metrics that the log lacks."""
         kind, step = event["kind"], event.get("step", 0)
         values = event["values"] if kind in ("params", "metrics") else {}
         new = {name: value for name, value in values.items() if self._last.get((kind, name), -1) < step}
@@ -163,7 +163,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
-    """Iterate over the whole events from byte ``start`` on, each with the byte at which it ends.
+    """Iterate over whole events from byte ``start`` on, each with its end in bytes.
 
     Raises:
         InputError: a line is no event.
@@ -186,7 +186,7 @@ def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
 
 
 def read_batches(path: Path, start: int) -> Iterator[tuple[list[Event], int]]:
-    """Iterate over the events to send together, with the end of the last: neighbouring ``metrics``, others alone."""
+    """Iterate over events to send together (only ``metrics`` are), with their end."""
 
     def batch(entry: tuple[Event, int]) -> tuple[str, int]:
         event, _ = entry
@@ -213,7 +213,7 @@ def upload_lock(path: Path) -> Iterator[None]:
 
 
 def time_of_kill(path: Path) -> int | None:
-    """Return the time of the last event of a run that never logged its end; None if it did."""
+    """Return the last event's time of a run that never logged its end, else None."""
     last, ended = 0, True
     for event, _ in read_events(path):
         last, ended = event["time"], (ended or event["kind"] == "end") and event["kind"] != "start"

@@ -1,7 +1,8 @@
-"""MLflow: the one module that imports it. ``MLflowBackend`` puts the events of one log into one MLflow run.
+"""MLflow: the one module that imports it.
 
-Nothing is there twice, however often an event is sent. MLflow keeps a metric with the same name, step, time and value
-once, parameters and tags by name, and data sets by name and digest. The run itself is found by its local id.
+``MLflowBackend`` puts the events of one log into one MLflow run. Events that are sent again change nothing.
+MLflow keeps a metric with the same name, step, time and value once, parameters and tags by name, and data sets by name
+and digest. The run itself is found by its local id.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ class GoneError(RunError):
 
 
 def load_libraries(uri: str) -> None:
-    """Import what MLflow needs for a server or database: seconds of work, and not in a thread while others fork.
+    """Import MLflow, which takes seconds and must not happen while others fork.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -82,7 +83,7 @@ def absolute(uri: str) -> str:
 
 
 def check(uri: str) -> None:
-    """Ask a server or database for an answer; raises whatever MLflow raises where there is none."""
+    """Ask a server or database for an answer; raise MLflow's error if none comes."""
     load_libraries(uri)
     connect(uri)
 
@@ -126,7 +127,7 @@ def metric_name(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """Return a name that MLflow takes: without "@", which the field's metrics have, and little else but letters."""
+    """Return a name that MLflow takes, which allows neither "@" nor "("."""
     return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))[:KEY]
 
 
@@ -174,7 +175,7 @@ class MLflowBackend:
             self._client.set_terminated(self._state.run_id, status=status, end_time=time)
 
     def _leave_out(self, what: str, error: Exception) -> None:
-        """Go on without something that MLflow refused, unless it did because the run is gone or the server away."""
+        """Go on without what MLflow refused, unless the run is gone or the server away."""
         self._check_run()
         if what not in self._warned:
             self._warned.add(what)

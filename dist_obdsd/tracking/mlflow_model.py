@@ -1,4 +1,4 @@
-"""A checkpoint as an MLflow model, for ``mlflow.pyfunc.load_model`` and ``mlflow models predict`` or ``serve``.
+"""A checkpoint as an MLflow model, which MLflow loads and serves.
 
 The model holds no pickle: MLflow runs the file ``pyfunc_model.py``, which loads the weights as those of any checkpoint.
 It carries this package's code and the part of the checkpoint that embedding needs.
@@ -100,13 +100,13 @@ def write_model(state: dict[str, Any], folder: Path, model: Any = None) -> None:
 
 
 def _for_embedding(state: dict[str, Any]) -> dict[str, Any]:
-    """Empty the entries of a checkpoint that only training needs; they stay, so that it is read as any other."""
+    """Empty a checkpoint's entries that only training needs; it still loads."""
     kept = ("format", "config", "manifest", "student", "position", "best_validation")
     return {name: state[name] if name in kept else None for name in checkpoint.ENTRIES}
 
 
 def _write_package(path: Path) -> None:
-    """Write this package's code to a zip file to import from. One file, since each may take a server a while."""
+    """Write this package's code as one zip file, to import from."""
     root = Path(dist_obdsd.__file__).parent
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(root.rglob("*.py")):

@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    """Name a rank's device, such as ``NVIDIA H100 80GB HBM3``, or a processor with its usable cores."""
+    """Name a rank's GPU, or its processor with the number of usable cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {usable_cores()} cores"
@@ -51,7 +51,7 @@ def processor() -> str:
 
 
 def git() -> dict[str, str]:
-    """Return the working folder's commit, and whether it has uncommitted changes; ``unknown`` without git."""
+    """Return the working folder's commit and whether it is dirty, or ``unknown``."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()

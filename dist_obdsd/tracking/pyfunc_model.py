@@ -1,4 +1,4 @@
-"""The file that MLflow runs to load a logged model. ``mlflow_model`` copies it there, with the package's code."""
+"""The file that MLflow runs to load a logged model, which holds a copy of it."""
 
 import base64
 import binascii

@@ -1,4 +1,4 @@
-"""The load of a node's CPU, memory and GPUs, under the names that MLflow's UI shows as system metrics."""
+"""The load of a node's CPU, memory and GPUs, named as MLflow's UI expects."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ MEGA = 1e6
 
 
 class SystemMetrics:
-    """Reads the load of this process's node by psutil and pynvml. What is not installed is not reported."""
+    """Reads its node's load by psutil and pynvml, as far as they are installed."""
 
     def __init__(self) -> None:
         self._psutil, self._pynvml = _module("psutil"), _module("pynvml")
@@ -20,7 +20,7 @@ class SystemMetrics:
             self._gpus = []
 
     def read(self) -> dict[str, float]:
-        """Return percentages, megabytes (10^6 bytes) and watts, now or since the last reading."""
+        """Return percentages, megabytes (10^6 bytes) and watts since the last reading."""
         numbers: dict[str, float] = {}
         if self._psutil is not None:
             memory = self._psutil.virtual_memory()
@@ -48,7 +48,7 @@ class SystemMetrics:
 
 
 def by_node(readings: list[dict[str, float] | None]) -> dict[str, float]:
-    """Name the readings of all ranks by their nodes; one rank of each node has read something, the others None."""
+    """Name all ranks' readings by node; all but one rank of a node read None."""
     nodes = [reading for reading in readings if reading is not None]
     return {f"system/node-{n}/{name}": value for n, node in enumerate(nodes) for name, value in node.items()}
 

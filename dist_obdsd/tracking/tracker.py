@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Logs a run to MLflow. A call writes an event; a thread sends it, and no call waits.
+    """Logs a run to MLflow: a call writes an event, and a thread sends it.
 
     Without arguments it does nothing, as on all ranks but rank 0.
     """
@@ -35,11 +35,11 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run, or a local one (``local-...``) until the server was reached."""
+        """MLflow's id, or a local one (``local-...``) until the server was reached."""
         return self.uploader.state.run_id or self._id if self.uploader else self._id
 
     def await_run_id(self) -> str | None:
-        """Return ``run_id`` after waiting, for at most ``wait_seconds``, for the server to give one."""
+        """Return ``run_id`` after at most ``wait_seconds`` for the server to give it."""
         if self.uploader and not self.uploader.state.run_id:
             self.uploader.answered.wait(self._wait)
         return self.run_id
@@ -49,7 +49,7 @@ class Tracker:
         self._append("params", values={name: str(value) for name, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at an optimizer step. A metric's number at a step that is done again stays as it is."""
+        """Log numbers at a step; those of a step that is done again stay as they are."""
         self._append("metrics", step=step, values={name: float(value) for name, value in values.items()})
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -61,7 +61,7 @@ class Tracker:
         self._append("dataset", name=name, digest=digest, source=source, profile=dict(profile))
 
     def artifact(self, path: Path) -> None:
-        """Log a file, or a folder under its name. It is read when it is sent, and must stay until then."""
+        """Log a file or folder. It is read when it is sent, and must stay until then."""
         self._append("artifact", path=path)
 
     def model(self, checkpoint: Path) -> None:
@@ -69,7 +69,7 @@ class Tracker:
         self._append("model", path=checkpoint)
 
     def close(self, status: str) -> None:
-        """End the run as FINISHED, FAILED or KILLED. What is not sent yet is, for at most ``wait_seconds``."""
+        """End the run as FINISHED, FAILED or KILLED; wait ``wait_seconds`` at most."""
         self._append("end", status=status)
         if self.uploader is not None:
             self.uploader.close(self._wait)
@@ -100,7 +100,7 @@ class Tracker:
 def build_tracker(
     config: Config, folder: Path, manifest: str, run_id: str | None, tags: Mapping[str, str], is_main: bool
 ) -> Tracker:
-    """Start tracking a run with MLflow, or continue the one in the run folder; the null tracker if it is not wanted.
+    """Start or continue tracking a run; the null tracker where it is not wanted.
 
     Args:
         folder: the run folder, for the event log.
@@ -128,7 +128,7 @@ def build_tracker(
 
 
 def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: str) -> tuple[EventLog, UploadState]:
-    """Open the run's event log. One that is not of this run is kept under another name.
+    """Open the run's event log; one of another run is kept under another name.
 
     Raises:
         OSError, UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Sending of an event log to its server: by the thread of a live run, or by ``replay`` afterwards."""
+"""Upload of an event log: by a live run's thread, or by ``replay`` afterwards."""
 
 import logging
 import threading
@@ -41,10 +41,10 @@ def upload(path: Path, state: UploadState, backend: MLflowBackend, stop: Callabl
 
 
 class Uploader:
-    """A thread that sends the event log of a live run. The file is the queue, so nothing waits in memory."""
+    """A thread that sends a live run's event log. The file itself is the queue."""
 
     def __init__(self, path: Path, state: UploadState, uri: str) -> None:
-        """Start the thread. From now on it alone changes ``state``, which is as it is on the disk."""
+        """Start the thread, which alone changes ``state`` from now on."""
         self.state, self.trouble = state, ""
         self.answered = threading.Event()
         """Set once the server has taken events, or an attempt has failed."""
@@ -112,7 +112,9 @@ class Uploader:
 
 
 def replay(path: Path, uri: str | None = None, new_run: bool = False) -> None:
-    """Send what a run's server has missed, nothing twice. A run that was killed and not resumed ends as KILLED.
+    """Send what a run's server has missed, nothing twice.
+
+    A run that was killed and not resumed ends as KILLED.
 
     Args:
         path: a run folder, or its event log.
