@@ -92,7 +92,7 @@ def main() -> None:
     # The whole folder becomes the gallery: an index with an id for every image, and beside it what the ids stand for.
     # Gallery and queries must go through the same network, here that of the best epoch.
     best = out / "search" / "checkpoints" / "best"
-    do("embed", best, "--images", images, "--index", out / "gallery.faiss")
+    do("embed", best, "--images", images, "--index", out / "gallery.faiss", "--skip-broken")
     index = faiss.read_index(str(out / "gallery.faiss"))
     gallery = parquet.read_table(out / "gallery.faiss.keys.parquet").to_pandas().set_index("ids")
 

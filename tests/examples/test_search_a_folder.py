@@ -26,6 +26,8 @@ def test_it_trains_and_finds_images_of_the_query_s_class(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["search_a_folder.py", "--out", str(tmp_path), "--epochs", "3"])
+    (tmp_path / "images" / "badge_07").mkdir(parents=True)
+    (tmp_path / "images" / "badge_07" / "broken.png").write_bytes(b"no image")  # which must cost nothing but itself
     example.main()
     said = capsys.readouterr().out
     blocks = said.split(" is most like\n")[1:]
