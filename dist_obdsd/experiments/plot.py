@@ -1,4 +1,4 @@
-"""A comparison as a figure: a dot per seed, the mean and its interval, and the same for differences to the baseline."""
+"""Figure of a comparison: seeds, mean and interval, and differences to the baseline."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class Panel:
 
 
 def draw(name: str, protocol: str, panels: Sequence[Panel], baselines: Mapping[str, str]) -> bytes:
-    """Draw a PNG: the metrics side by side; below them, where there is a baseline, the differences to it.
+    """Draw a PNG: metrics side by side, and below them the differences to the baseline.
 
     Args:
         baselines: variant -> the variant that it is compared with.
@@ -66,10 +66,8 @@ def _draw_variant(
         axes.scatter(value, row - 0.16, marker=marks[seed], s=34, color=DOT, edgecolor="white", linewidth=0.5, zorder=2)
     style = {"fmt": "|", "markersize": 11, "markeredgewidth": 2, "capsize": 4, "color": MEAN, "zorder": 3}
     axes.errorbar(of.mean, row + 0.16, xerr=of.half, **style)
-    style = {"ha": "center", "va": "center", "fontsize": 8, "color": MEAN}
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-    place = {"xytext": (0, -9), "textcoords": "offset points"}
-    axes.annotate(f"{of.mean:{sign}.4f}", (of.mean, row + 0.2), **place, **style, bbox=box)
+    style = {"ha": "center", "va": "top", "fontsize": 8, "color": MEAN}
+    axes.text(of.mean, row + 0.3, f"{of.mean:{sign}.4f}", **style)
 
 
 def _finish(axes: Any, labels: Sequence[str], title: str, shown: bool) -> None:

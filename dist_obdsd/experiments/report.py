@@ -1,4 +1,4 @@
-"""The report of a comparison: the same numbers as Markdown, CSV, JSON and a figure."""
+"""Report of a comparison: its numbers as Markdown, CSV, JSON and a figure."""
 
 import csv
 import io
@@ -26,7 +26,6 @@ PROTOCOLS = {
 }
 HEADLINES = ("recall@1", SELECTION_METRIC)
 """The metrics on the terminal and in the figure, where they were measured."""
-FEW_SEEDS = f"A variant with fewer than {FEWEST} finished seeds has no interval and no p-value."
 
 Row = dict[str, Any]
 
@@ -64,7 +63,7 @@ class Report:
         return _unique(row["metric"] for row in self.rows if row["protocol"] == protocol)
 
     def headline_metrics(self, protocol: str) -> list[str]:
-        """Return Recall@1 and MAP@R, of the first gallery where there are several; else the first two metrics."""
+        """Return Recall@1 and MAP@R of the first gallery, else the first two metrics."""
         metrics = self.metrics(protocol)
         found = [next((m for m in metrics if m.rpartition("/")[2] == name), None) for name in HEADLINES]
         return [name for name in found if name is not None] or metrics[:2]
@@ -88,7 +87,7 @@ class Report:
         return rows
 
     def means(self) -> dict[str, float]:
-        """Return what a tracker shows of a comparison: mean and standard deviation per variant and metric."""
+        """Return mean and standard deviation per variant and metric, for a tracker."""
         found: dict[str, float] = {}
         for row in self.statistics:
             name = f"{row['variant'].replace('=', '_')}/{row['protocol']}/{row['metric']}"
@@ -98,23 +97,15 @@ class Report:
     def meta(self) -> dict[str, Any]:
         """Return what stands beside the rows in a JSON file."""
         return {
-            "name": self.name,
-            "command": self.commands[0],
-            "baseline": self.baseline,
-            "runs": len(self.specs),
-            "finished": len(self.finished),
+            "name": self.name, "command": self.commands[0], "baseline": self.baseline,
+            "runs": len(self.specs), "finished": len(self.finished),
             "missing": [{"run": r.spec.config.name, "state": r.state, "message": r.message} for r in self.missing],
-            "run_metadata": self.run_metadata(),
+            "run_metadata": run_metadata(self.finished, self.shards),
             "statistics": self.statistics,
-        }
-
-    def run_metadata(self) -> dict[str, str]:
-        return run_metadata(self.finished, self.shards)
-
-    # ---- files ------------------------------------------------------------------------------------------------------
+        }  # fmt: skip
 
     def write(self, folder: Path) -> list[Path]:
-        """Write report.md, report.png, values.csv and statistics.csv into a folder, which is made.
+        """Write report.md, report.png, values.csv and statistics.csv into a new folder.
 
         Raises:
             RunError: it cannot be written.
@@ -137,8 +128,7 @@ class Report:
         """Format the first protocol's most telling metrics as a table."""
         if not self.protocols:
             return "the runs measured nothing; set evaluation.test=true or hold out validation classes"
-        table = self._table(self.protocols[0], self.headline_metrics(self.protocols[0]))
-        return f"{table}\n\n{FEW_SEEDS}" if self._has_few_seeds() else table
+        return self._table(self.protocols[0], self.headline_metrics(self.protocols[0]))
 
     def markdown(self, drawn: bool) -> str:
         parts = [
@@ -158,7 +148,9 @@ class Report:
         parts.append(self._legend())
         if choice := self._choice():
             parts.append(f"## Choice of the grid's point\n\n{choice}")
-        conditions = [[name, value.replace("|", "\\|")] for name, value in self.run_metadata().items()]
+        conditions = [
+            [name, value.replace("|", "\\|")] for name, value in run_metadata(self.finished, self.shards).items()
+        ]
         settings = {spec.label: " ".join(f"`{override}`" for override in spec.changes) for spec in self.specs}
         parts += [
             f"## Conditions\n\n{aligned(['', ''], conditions, left=2)}",
@@ -174,19 +166,20 @@ class Report:
         for row in self.statistics:
             if row["protocol"] != protocol or row["metric"] not in metrics:
                 continue
-            cells = [row["metric"], row["variant"], str(row["n"]), f"{row['mean']:.4f}", _number(row["std"])]
+            cells = [row["metric"], row["variant"], str(row["n"]), f"{row['mean']:.4f}"]
+            cells.append("-" if row["std"] is None else f"{row['std']:.4f}")
             cells.append(_interval(row["mean"], row["half"], ".4f"))
             mean, half = row["difference_mean"], row["difference_half"]
             if mean is None:
                 cells += ["baseline" if row["baseline"] is None else "-", "", "", ""]
             else:
                 cells += [f"{mean:+.4f}", _interval(mean, half, "+.4f"), str(row["difference_n"])]
-                cells.append(_p(row["difference_p"]))
+                p = row["difference_p"]
+                cells.append("-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}")
             lines.append(cells)
-        return aligned(header, lines, left=2)
-
-    def _has_few_seeds(self) -> bool:
-        return any(row["n"] < FEWEST for row in self.statistics)
+        few = any(int(cells[2]) < FEWEST for cells in lines)
+        note = f"\n\nA variant with fewer than {FEWEST} finished seeds has no interval and no p-value." if few else ""
+        return aligned(header, lines, left=2) + note
 
     def _legend(self) -> str:
         text = (
@@ -200,7 +193,7 @@ class Report:
                 f" The tables hold {tests} tests, uncorrected: of so many, about {max(1, round(0.05 * tests))} would "
                 f"be below 0.05 by chance alone."
             )
-        return f"{text} {FEW_SEEDS}" if self._has_few_seeds() else text
+        return text
 
     def _choice(self) -> str:
         """Name the grid's point that is best on the validation classes, for each variant."""
@@ -218,8 +211,9 @@ class Report:
             if found:
                 best = max(found, key=lambda row: row["mean"])
                 lines.append([variant, f"`{points[best['variant']]}`", f"{best['mean']:.4f}", str(best["n"])])
-        header = ["variant", "best on the validation classes", f"mean {SELECTION_METRIC} there", "n"]
-        return aligned(header, lines, left=2)
+        return aligned(
+            ["variant", "best on the validation classes", f"mean {SELECTION_METRIC} there", "n"], lines, left=2
+        )
 
     def _reproduce(self) -> str:
         recipes = [
@@ -255,18 +249,8 @@ def _rows_of(run: RunStatus) -> list[Row]:
     ]  # fmt: skip
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _interval(mean: float, half: float | None, form: str) -> str:
     return "-" if half is None else f"{mean - half:{form}} to {mean + half:{form}}"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _unique(names: Iterable[str]) -> list[str]:
@@ -274,7 +258,7 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Format a Markdown table that can be read as it stands; its first ``left`` columns are texts."""
+    """Format an aligned Markdown table, whose first ``left`` columns are texts."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
 
     def cells(line: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The conditions that a comparison's runs were made under: what a reader needs to judge their numbers."""
+"""Conditions of a comparison's runs, which a reader needs to judge their numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from dist_obdsd.experiments.run_status import RunStatus
 
 
 def run_metadata(runs: Sequence[RunStatus], shards: Mapping[str, Manifest]) -> dict[str, str]:
-    """Describe data, settings, machines and versions; where variants differ, each value names its variants."""
+    """Describe data, settings, machines and versions, by variant where these differ."""
 
     def of_run(describe: Callable[[RunStatus], Any]) -> str:
         return _by_variant([(run.spec.label, str(describe(run))) for run in runs])

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_obdsd.config import Config, changed_settings, load_config
-from dist_obdsd.data import manifest as manifests
+from dist_obdsd.config import changed_settings, load_config
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.errors import InputError
 from dist_obdsd.experiments.variants import RunSpec
@@ -29,13 +28,8 @@ class RunStatus:
     provenance: dict[str, Any]
 
 
-def load_manifests(specs: Sequence[RunSpec]) -> dict[str, Manifest]:
-    """Read the manifests by ``data.shards``; variants may train on different data."""
-    return {root: manifests.load(root) for root in dict.fromkeys(spec.config.data.shards for spec in specs)}
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a run folder; empty where it is not there or was not written whole."""
+    """Read a file of a run folder; empty where it is missing or not whole."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -63,7 +57,7 @@ def status_of(spec: RunSpec) -> RunStatus:
 
 
 def check_folders(specs: Sequence[RunSpec], shards: dict[str, Manifest], ranks: int) -> None:
-    """Refuse existing runs with other settings than their variant's: their numbers would be put down to it.
+    """Refuse existing runs that have other settings than their variant.
 
     Raises:
         InputError: the first such run, with what differs.
@@ -80,14 +74,11 @@ def check_folders(specs: Sequence[RunSpec], shards: dict[str, Manifest], ranks: 
         digest = shards[wanted.data.shards].digest
         if provenance.get("manifest", digest) != digest:
             changes.append(f"manifest of the shards: {provenance['manifest'][:12]} -> {digest[:12]}")
-        if _depends_on_ranks(wanted) and int(provenance.get("world_size", ranks)) != ranks:
+        by_rank = wanted.distillation.scope == "rank" or wanted.model.norm == "batch"
+        if by_rank and int(provenance.get("world_size", ranks)) != ranks:
             changes.append(f"ranks, on which these settings depend: {provenance['world_size']} -> {ranks}")
         if changes:
             raise InputError(
                 f"{spec.run_dir} was trained with other settings than the variant {spec.label} with seed {spec.seed} "
                 f"({'; '.join(changes)}); use those, set another name, or remove the folder"
             )
-
-
-def _depends_on_ranks(config: Config) -> bool:
-    return config.distillation.scope == "rank" or config.model.norm == "batch"

@@ -1,4 +1,4 @@
-"""A comparison: train variants x seeds as runs of their own, and report how far they differ.
+"""A comparison: variants x seeds as runs of their own, and a report.
 
 A comparison keeps no state but its runs: one that was left half-way goes on from what their folders say.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dist_obdsd.config import load_config
 from dist_obdsd.console import NOTICE
+from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.distributed.launch import read_launch
 from dist_obdsd.errors import InputError
@@ -35,18 +36,9 @@ class Comparison:
     """The runs of a comparison, and the folder of its report."""
 
     def __init__(
-        self,
-        config: Path,
-        overrides: Sequence[str],
-        variants: str,
-        seeds: str,
-        grid: Sequence[str] = (),
-        *,
-        ranks: int | None = None,
-        out: Path | None = None,
-        flags: Sequence[str] = (),
-        command_line: str = "",
-    ) -> None:
+        self, config: Path, overrides: Sequence[str], variants: str, seeds: str, grid: Sequence[str] = (), *,
+        ranks: int | None = None, out: Path | None = None, flags: Sequence[str] = (), command_line: str = "",
+    ) -> None:  # fmt: skip
         """
         Args:
             config: the YAML file of all runs.
@@ -69,7 +61,8 @@ class Comparison:
                 raise InputError(f"--ranks is {ranks}; give the number of processes of a run, 1 or more")
             for spec in self.specs:
                 check_world_size(spec.config, ranks)
-        self._shards = run_status.load_manifests(self.specs)
+        roots = dict.fromkeys(spec.config.data.shards for spec in self.specs)  # variants may train on different data
+        self._shards = {root: manifests.load(root) for root in roots}
         run_status.check_folders(self.specs, self._shards, ranks or 1)
         self._path, self._ranks, self._flags, self._command_line = config, ranks, flags, command_line
         self._baseline = planning.baseline_of(chosen)
@@ -85,7 +78,7 @@ class Comparison:
         return [shlex.join(self._command(spec, printed=True)) for spec in self.specs]
 
     def jobs(self) -> list[str]:
-        """Return the command line of each run for a scheduler, with its parent in the tracking."""
+        """Return each run's command line for a scheduler, with its tracked parent."""
         parent = self._parent()
         parent_settings = _parent_settings(parent)
         return [shlex.join([*self._command(spec, printed=True), *parent_settings]) for spec in self.specs]
@@ -96,7 +89,7 @@ class Comparison:
         return self._write_report(Tracker())
 
     def train(self, stop: PreemptionHandler) -> Report | None:
-        """Train the runs that are not finished, and report. A failed run does not keep the others from training."""
+        """Train the runs that are not finished, and report; one that fails stops no other."""
         # A process that was started as one of several would hand its rank on to every run.
         if read_launch(os.environ).world_size > 1:
             raise InputError("compare starts the ranks of its runs itself; start it without a launcher, with --ranks N")
@@ -127,7 +120,7 @@ class Comparison:
         return report
 
     def _parent(self) -> Tracker:
-        """Return the tracked run that the runs are children of; the same one when the comparison goes on."""
+        """Return the tracked run above the runs, the same when the comparison goes on."""
         make_folder(self.folder)  # before hours of training end in a report that has no place
         memory = self.folder / "tracked.json"
         config = self._config.model_copy(update={"name": f"{self._config.name}-comparison"})
@@ -138,7 +131,7 @@ class Comparison:
         return tracker
 
     def _command(self, spec: RunSpec, printed: bool) -> list[str]:
-        """Return what trains a run: with this very Python, or in the words that a person would use."""
+        """Return what trains a run: with this Python, or as a person would type it."""
         arguments = ["dist_obdsd", "train", str(self._path), *spec.overrides, *self._flags]
         if self._ranks:
             launcher = ["torchrun"] if printed else [sys.executable, "-m", "torch.distributed.run"]
@@ -167,7 +160,7 @@ class Comparison:
 
 
 def train_run(command: Sequence[str], spec: RunSpec, stop: PreemptionHandler) -> RunStatus:
-    """Train one run to its end in a process of its own, to which a signal is passed on."""
+    """Train one run in a process of its own, which gets this one's signals."""
     before = read_status(spec.run_dir)
     process = subprocess.Popen(command)
     passed_on = False

@@ -10,7 +10,7 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of n values and its uncertainty. Figures that n is too small for are None."""
+    """Mean of n values and its uncertainty; None where n is too small."""
 
     n: int
     mean: float

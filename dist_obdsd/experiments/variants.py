@@ -1,4 +1,4 @@
-"""The runs of a comparison: variants, times the points of a grid, times seeds. Reads the config, runs nothing."""
+"""Runs of a comparison: variants x points of a grid x seeds. Runs nothing."""
 
 import itertools
 import re
@@ -51,11 +51,8 @@ class RunSpec:
         return self.config.run_dir
 
 
-# ---- reading the command line ---------------------------------------------------------------------------------------
-
-
 def split(text: str) -> list[str]:
-    """Cut at the commas that stand in no bracket: ``a,[1,2],b`` -> ``a``, ``[1,2]``, ``b``."""
+    """Cut at commas outside brackets: ``a,[1,2],b`` -> ``a``, ``[1,2]``, ``b``."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[{") - (letter in "]}")
@@ -67,7 +64,7 @@ def split(text: str) -> list[str]:
 
 
 def read_variants(text: str) -> list[Variant]:
-    """Parse ``none,psd,hot:distillation.target=psd,distillation.temperature=2`` into three variants.
+    """Parse ``none,psd,hot:distillation.target=psd,optim.lr=2`` into three variants.
 
     A variant that is called like a target has that target; any other has the overrides after its colon.
 
@@ -125,7 +122,7 @@ def read_seeds(text: str) -> list[int]:
 
 
 def read_grid(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """Parse ``["optim.lr=1e-3,1e-4", "epochs=2,4"]`` into four points, each a row of ``key=value``.
+    """Parse ``["optim.lr=1e-3,1e-4", "epochs=2,4"]`` into four rows of ``key=value``.
 
     Raises:
         InputError: an entry without values, or a key or a value twice.
@@ -148,17 +145,11 @@ def _check_unique(names: Sequence[str], what: str) -> None:
             raise InputError(f"{what} {name} twice; leave one of them out")
 
 
-# ---- planning -------------------------------------------------------------------------------------------------------
-
-
 def plan(
-    config: Path,
-    overrides: Sequence[str],
-    variants: Sequence[Variant],
-    seeds: Sequence[int],
+    config: Path, overrides: Sequence[str], variants: Sequence[Variant], seeds: Sequence[int],
     grid: Sequence[tuple[str, ...]],
-) -> list[RunSpec]:
-    """List all runs, seed by seed within a point of the grid within a variant. Every run's config is checked.
+) -> list[RunSpec]:  # fmt: skip
+    """List all runs by variant, point of the grid and seed, with checked configs.
 
     Raises:
         InputError: a setting is at fault or is made by two sides, or two variants are the same.
@@ -193,20 +184,13 @@ def _slug(override: str) -> str:
 
 
 def _check_different(specs: Sequence[RunSpec]) -> None:
-    names: dict[str, RunSpec] = {}
-    digests: dict[str, RunSpec] = {}
+    seen: dict[str, RunSpec] = {}
     for spec in specs:
-        other = names.setdefault(spec.config.name, spec)
-        if other is not spec:
-            raise InputError(
-                f"the variants {other.label} and {spec.label} would share the run folder {spec.run_dir}; "
-                f"give one of them as a variant with another name"
-            )
-        other = digests.setdefault(spec.config.model_copy(update={"name": ""}).digest(), spec)
-        if other is not spec:
-            raise InputError(
-                f"the variants {other.label} and {spec.label} have the same settings; leave one of them out"
-            )
+        shared = f"would share the run folder {spec.run_dir}; give one of them as a variant with another name"
+        digest = spec.config.model_copy(update={"name": ""}).digest()
+        for key, fault in ((spec.config.name, shared), (digest, "have the same settings; leave one of them out")):
+            if (other := seen.setdefault(key, spec)) is not spec:
+                raise InputError(f"the variants {other.label} and {spec.label} {fault}")
 
 
 def baseline_of(variants: Sequence[Variant]) -> str:

@@ -80,7 +80,7 @@ def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:
 
 def test_conditions_name_what_differs(folder: Path) -> None:
     found = report(folder, VALUES)
-    conditions = found.run_metadata()
+    conditions = found.meta()["run_metadata"]
     assert conditions["git commit"] == "none, psd: c0ffee; obdsd: deed"
     assert conditions["ranks"] == "2"
     assert conditions["dataset"] == "folder: train 96 images of 12 classes, test 96 images of 12 classes"
