@@ -11,15 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import faiss
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw
-from pyarrow import parquet
 
-import dist_obdsd
 from dist_obdsd.cli.main import main as program
-from dist_obdsd.errors import InputError
 
 CLASSES, PER_CLASS, SIDE = 48, 12, 48
 
@@ -60,7 +56,7 @@ def draw(folder: Path) -> Path:
     return folder
 
 
-def do(*arguments: str | Path) -> None:
+def do(*arguments: object) -> None:
     """One command of dist-obdsd; an error ends the script with the command's own sentence and exit code."""
     print(f"\n$ dist-obdsd {' '.join(map(str, arguments))}", flush=True)
     if code := program([str(argument) for argument in arguments]):
@@ -89,27 +85,10 @@ def main() -> None:
     (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     do("train", out / "config.yaml")
 
-    # The whole folder becomes the gallery: an index with an id for every image, and beside it what the ids stand for.
-    # Gallery and queries must go through the same network, here that of the best epoch.
-    best = out / "search" / "checkpoints" / "best"
-    do("embed", best, "--images", images, "--index", out / "gallery.faiss", "--skip-broken")
-    index = faiss.read_index(str(out / "gallery.faiss"))
-    gallery = parquet.read_table(out / "gallery.faiss.keys.parquet").to_pandas().set_index("ids")
-
-    embedder = dist_obdsd.load(best)
-    queries = asked.query or [images / gallery["keys"].iloc[at] for at in (0, len(gallery) // 2)]
-    try:
-        rows = embedder(queries)
-    except InputError as error:
-        sys.exit(f"search_a_folder: {error}")
-    # One more than asked for, since a query that lies in the folder finds itself first.
-    cosines, ids = index.search(rows.numpy(), asked.neighbours + 1)
-    for query, cosine, near in zip(queries, cosines, ids, strict=True):
-        print(f"\n{query} is most like")
-        found = [(value, gallery["keys"][at]) for value, at in zip(cosine, near, strict=True) if at >= 0]
-        others = [(value, key) for value, key in found if (images / key).resolve() != query.resolve()]
-        for value, key in others[: asked.neighbours]:
-            print(f"  {value:.3f}  {key}")
+    # The whole folder is the gallery, embedded by the network of the best epoch.
+    found = sorted(path for path in images.rglob("*") if path.is_file())
+    queries = asked.query or [found[0], found[len(found) // 2]]
+    do("search", out / "search" / "checkpoints" / "best", "--gallery", images, "--top", asked.neighbours, *queries)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,164 @@
+"""A searchable folder of images: embeddings on disk, refreshed when files change.
+
+Legend: n images, D embedding dimension.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dist_obdsd import console
+from dist_obdsd.data.image_folder import find_images
+from dist_obdsd.errors import InputError
+from dist_obdsd.files import replacing
+from dist_obdsd.inference import ImageEmbedder
+from dist_obdsd.machine import usable_cores
+
+logger = logging.getLogger(__name__)
+
+
+class Match(NamedTuple):
+    """An image of the gallery and how like the query it is."""
+
+    path: str
+    """Relative to the gallery, with forward slashes."""
+    cosine: float
+
+
+class SearchIndex:
+    """The gallery and its embeddings. Several threads may use it."""
+
+    def __init__(self, embedder: ImageEmbedder, gallery: Path, file: Path | None = None) -> None:
+        """Embed what ``file`` does not hold yet.
+
+        Args:
+            gallery: a folder; images in its subfolders belong to the class of that name.
+            file: an ``.npz`` that keeps the embeddings; by default in ``search/`` in the run folder.
+
+        Raises:
+            InputError: there is no readable image in the gallery, or the file cannot be written.
+        """
+        stat = embedder.path.stat()
+        self._network = f"{embedder.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        digest = hashlib.sha256(os.fsencode(gallery.absolute())).hexdigest()
+        name = f"{gallery.absolute().name}-{digest[:8]}.npz"
+        run = next(
+            (above.parent for above in embedder.path.parents if above.name == "checkpoints"), embedder.path.parent
+        )
+        self.embedder, self.gallery, self.file = embedder, gallery, file or run / "search" / name
+        self.paths: list[str] = []
+        self._stamps: list[tuple[int, int]] = []
+        self._rows_nD = np.empty((0, embedder.dim), np.float32)  # NaN where an image is broken
+        self._lock = threading.Lock()
+        self._read()
+        self.refresh()
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the subfolders that hold images; empty if all lie in one folder."""
+        names = sorted({_class_of(path) for path in self.paths})
+        return names if len(names) > 1 else []
+
+    def refresh(self) -> None:
+        """Embed files that are new or have changed, and forget those that are gone.
+
+        Raises:
+            InputError: as in ``__init__``.
+        """
+        stamps = {}
+        for path in find_images(self.gallery).paths:
+            try:
+                stat = (self.gallery / path).stat()
+            except OSError:  # it has just gone
+                continue
+            stamps[path] = stat.st_mtime_ns, stat.st_size
+        with self._lock:
+            known = {entry: row for row, entry in enumerate(zip(self.paths, self._stamps, strict=True))}
+            if list(stamps.items()) != list(known):
+                rows_nD = np.full((len(stamps), self.embedder.dim), np.nan, np.float32)
+                old = [(to, known[entry]) for to, entry in enumerate(stamps.items()) if entry in known]
+                rows_nD[[to for to, _ in old]] = self._rows_nD[[row for _, row in old]]
+                new = sorted(set(range(len(stamps))) - {to for to, _ in old})
+                rows_nD[new] = self._embed([list(stamps)[to] for to in new])
+                self.paths, self._stamps, self._rows_nD = list(stamps), list(stamps.values()), rows_nD
+                self._write()
+            if np.isnan(self._rows_nD[:, 0]).all():
+                raise InputError(f"no image in {self.gallery} can be read; give a folder of images")
+
+    def search(self, image: Any, top: int, class_name: str | None = None) -> list[Match]:
+        """Find the images that are most like one, best first.
+
+        Args:
+            image: as ``ImageEmbedder.prepare`` takes it.
+            class_name: search images of this class only.
+
+        Raises:
+            InputError: the image cannot be read.
+        """
+        with self._lock:
+            paths, rows_nD = self.paths, self._rows_nD
+            query_D = self.embedder.embed_prepared(self.embedder.prepare(image)[None])[0].numpy()
+        cosines = rows_nD @ query_D
+        usable = ~np.isnan(cosines)
+        if class_name is not None:
+            usable &= np.array([_class_of(path) == class_name for path in paths])
+        found = np.flatnonzero(usable)
+        best = found[np.argsort(-cosines[found], kind="stable")[:top]]
+        return [Match(paths[i], float(cosines[i])) for i in best]
+
+    def _embed(self, paths: list[str]) -> np.ndarray:
+        rows_nD = np.full((len(paths), self.embedder.dim), np.nan, np.float32)
+        size = self.embedder.batch_size
+        with ThreadPoolExecutor(usable_cores()) as pool, console.bar(len(paths), "images", "embedding") as bar:
+            for start in range(0, len(paths), size):
+                images = list(pool.map(self._prepare, paths[start : start + size]))
+                if good := [row for row, image in enumerate(images) if image is not None]:
+                    batch = torch.stack([image for image in images if image is not None])
+                    rows_nD[[start + row for row in good]] = self.embedder.embed_prepared(batch).numpy()
+                bar.update(len(images))
+        return rows_nD
+
+    def _prepare(self, path: str) -> torch.Tensor | None:
+        try:
+            return self.embedder.prepare(self.gallery / path)
+        except InputError as error:
+            logger.warning(f"{error}; it is left out")
+            return None
+
+    def _read(self) -> None:
+        try:
+            with np.load(self.file) as stored:
+                paths, stamps, rows_nD = (stored[name] for name in ("paths", "stamps", "rows"))
+                fits = rows_nD.shape == (len(paths), self.embedder.dim) and stamps.shape == (len(paths), 2)
+                if fits and str(stored["network"]) == self._network:
+                    self.paths, self._stamps = paths.tolist(), [tuple(stamp) for stamp in stamps.tolist()]
+                    self._rows_nD = rows_nD
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            zipfile.BadZipFile,
+        ):  # none, or of another program: it is made anew
+            return
+
+    def _write(self) -> None:
+        stamps = np.array(self._stamps, dtype=np.int64).reshape(-1, 2)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.file) as file:
+                np.savez(file, network=self._network, paths=np.array(self.paths), stamps=stamps, rows=self._rows_nD)
+        except OSError as error:
+            raise InputError(f"cannot write {self.file}: {error.strerror}; name another file with --index") from error
+
+
+def _class_of(path: str) -> str:
+    return path.rpartition("/")[0]

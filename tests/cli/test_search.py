@@ -1,0 +1,200 @@
+"""``search`` on the terminal and as a page; ``serve`` as a real server that is asked over HTTP."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dist_obdsd
+from dist_obdsd.cli.main import main
+from dist_obdsd.inference import ImageEmbedder
+from dist_obdsd.search_index import SearchIndex
+from tests import runs
+
+
+@pytest.fixture
+def gallery(trained: Path, tmp_path: Path) -> Path:
+    """Four classes of the trained run's images, in a folder whose name is no good as HTML or as a URL."""
+    folder = tmp_path / "my <b>photos</b> #1"
+    for name in ("class_00", "class_01", "class_02", "class_03"):
+        shutil.copytree(trained / "images" / name, folder / name)
+    return folder
+
+
+def blocks(out: str) -> dict[str, list[tuple[float, str]]]:
+    """Each query's cosines and images."""
+    found = re.findall(r"^(\S.*)\n +cosine  image\n((?:  .*\n?)+)", out, re.MULTILINE)
+    lines = {query: [line.split(None, 1) for line in rows.splitlines()] for query, rows in found}
+    return {query: [(float(cosine), path) for cosine, path in rows] for query, rows in lines.items()}
+
+
+def test_search_prints_the_nearest_and_writes_a_page(
+    trained: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside, outside = gallery / "class_01" / "0.png", trained / "images" / "class_02" / "5.png"
+    (gallery / "class_02" / "5.png").unlink()
+    page = tmp_path / "out.html"
+    asked = ["search", f"{trained}/runs/tiny", "--gallery", str(gallery), "--index", str(tmp_path / "i.npz")]
+    assert main([*asked, "--top", "5", str(inside), str(outside), "--html", str(page)]) == 0
+    found = blocks(capsys.readouterr().out)
+    embedder = dist_obdsd.load(trained / "runs" / "tiny")
+    for query in (inside, outside):
+        others = [path for path in sorted(gallery.glob("*/*.png")) if path != query]
+        values = (embedder(others) @ embedder(query)[0]).tolist()
+        cosines = dict(zip((str(path.relative_to(gallery)) for path in others), values, strict=True))
+        wanted = sorted(cosines.items(), key=lambda item: -item[1])[:5]
+        assert [name for _, name in found[str(query)]] == [name for name, _ in wanted]
+        np.testing.assert_allclose([value for value, _ in found[str(query)]], [value for _, value in wanted], atol=1e-4)
+    text = page.read_text()
+    assert len(re.findall(r'"data:image/jpeg;base64,', text)) == 2 * (1 + 5)
+    assert not re.search(r'(src|href)="|http:', text)  # self-contained
+    assert "<b>photos" not in text
+
+
+def test_the_index_follows_the_gallery(
+    trained: Path, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    embedded: list[str] = []
+    prepare = ImageEmbedder.prepare
+
+    def spied(self: ImageEmbedder, image: Path) -> Any:
+        embedded.append(image.name)
+        return prepare(self, image)
+
+    monkeypatch.setattr(ImageEmbedder, "prepare", spied)
+    embedder, file = dist_obdsd.load(trained / "runs" / "tiny"), tmp_path / "cache" / "i.npz"
+    first = SearchIndex(embedder, gallery, file)
+    assert len(embedded) == len(first.paths) == 32
+    embedded.clear()
+    index = SearchIndex(embedder, gallery, file)
+    assert (embedded, index.paths, index.classes) == ([], first.paths, ["class_00", "class_01", "class_02", "class_03"])
+    query = gallery / "class_03" / "3.png"
+    assert index.search(query, 3) == first.search(query, 3)
+    embedded.clear()
+    (gallery / "class_00" / "0.png").unlink()
+    shutil.copy(query, gallery / "class_01" / "new.png")
+    (gallery / "class_02" / "broken.png").write_bytes(b"no image")
+    os.utime(gallery / "class_02" / "1.png", (0, 0))
+    index.refresh()
+    assert sorted(embedded) == ["1.png", "broken.png", "new.png"]
+    assert "broken.png cannot be embedded" in caplog.text
+    assert [match.path for match in index.search(query, 2)] == ["class_01/new.png", "class_03/3.png"]
+    assert {match.path for match in index.search(query, 99)} == set(index.paths) - {"class_02/broken.png"}
+    ninth = {f"class_01/{name}.png" for name in [*range(8), "new"]}
+    assert {match.path for match in index.search(query, 99, "class_01")} == ninth
+    embedded.clear()
+    SearchIndex(embedder, gallery, file)
+    assert embedded == []  # the broken one is remembered
+    for damage in (b"", file.read_bytes()[:500], b"x" * 99):
+        file.write_bytes(damage)
+        embedded.clear()
+        SearchIndex(embedder, gallery, file)
+        assert len(embedded) == 33
+    embedded.clear()
+    SearchIndex(dist_obdsd.load(shutil.copy(embedder.path, tmp_path / "other.pt")), gallery, file)
+    assert len(embedded) == 33
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--gallery", "empty"], "holds no image"),
+        (["--gallery", "broken"], "no image in broken can be read"),
+        (["--gallery", "nowhere"], "nowhere is not a folder"),
+        (["--top", "0"], "--top is 0"),
+        (["--index", "/proc/none/i.npz"], "name another file with --index"),
+        (["--port", "99999"], "choose another --port"),
+    ],
+)
+@pytest.mark.parametrize("command", ["search", "serve"])
+def test_bad_requests_are_one_sentence(
+    command: str, change: list[str], words: str, trained: Path, gallery: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if command == "search" and "--port" in change:
+        change, words = [str(tmp_path / "none.png")], "none.png cannot be embedded: No such file"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"x")
+    asked = [command, f"{trained}/runs/tiny", "--gallery", str(gallery), "--index", "i.npz"]
+    query = [str(gallery / "class_00" / "0.png")] if command == "search" else []
+    assert main([*asked, *change, *query]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in last
+
+
+class Served:
+    def __init__(self, url: str, process: "subprocess.Popen[str]") -> None:
+        self.url, self.process = url, process
+
+    def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, body), timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def find(self, body: bytes, class_name: str = "") -> list[dict[str, Any]]:
+        code, answer = self.ask(f"/search?class_name={class_name}", body)
+        assert code == 200, answer
+        matches: list[dict[str, Any]] = json.loads(answer)["matches"]
+        return matches
+
+
+@pytest.fixture
+def served(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[Served]:
+    where = ("--gallery", gallery, "--port", "0", "--index", tmp_path / "i.npz")
+    line = runs.command("serve", trained / "runs" / "tiny", *where)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=runs.environment())
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield Served(process.stdout.readline().split()[1], process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_serve_answers_a_browser(served: Served, gallery: Path) -> None:
+    code, page = served.ask("/")
+    assert code == 200
+    assert b"Drop a photo here" in page
+    assert b'"classes": ["class_00", "class_01", "class_02", "class_03"]' in page
+    query = (gallery / "class_01" / "3.png").read_bytes()
+    found = served.find(query)
+    assert (found[0]["path"], round(found[0]["cosine"], 4), len(found)) == ("class_01/3.png", 1.0, 24)
+    code, thumbnail = served.ask("/" + found[1]["image"])
+    assert code == 200
+    assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
+    assert {match["path"].split("/")[0] for match in served.find(query, "class_02")} == {"class_02"}
+    # A file that is no image, none at all, one that is not in the gallery, and a way out of it.
+    for path, body in [("search", b"GIF89a"), ("search", b""), ("image/Li4vaS5ucHo=", None), ("image/%C3%BC", None)]:
+        code, answer = served.ask(f"/{path}", body)
+        assert code == 400
+        assert "\n" not in json.loads(answer)["error"]
+    # What is new in the gallery is found at once.
+    (gallery / "class_00" / "added.png").write_bytes(query)
+    assert {match["path"] for match in served.find(query)[:2]} == {"class_01/3.png", "class_00/added.png"}
+    shutil.rmtree(gallery)
+    code, answer = served.ask("/search", query)
+    assert code == 400
+    assert "is not a folder" in json.loads(answer)["error"]
+    with socket.create_server(("127.0.0.2", int(served.url.rpartition(":")[2]))):  # it listens at 127.0.0.1 alone
+        pass
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == 0
+    assert "Traceback" not in served.process.communicate()[1]
