@@ -1,6 +1,8 @@
-"""Logging on the terminal, progress bars and colours. Bars and colours are left out where the output is a file or pipe.
+"""Logging on the terminal, progress bars and colours.
 
-The package logs at three levels. INFO: news that every rank knows; rank 0 shows it. NOTICE: results and the like, which
+Bars and colours are left out where the output is a file or pipe.
+The package logs at four levels. DEBUG: details, which rank 0 shows with ``--verbose``. INFO: news that every rank
+knows; rank 0 shows it. NOTICE: results and the like, which
 nobody may miss; rank 0 shows them, also with ``--quiet``. WARNING: what this rank alone met; every rank shows it, on
 standard error.
 """
@@ -17,7 +19,7 @@ COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 
 
 class TerminalHandler(logging.Handler):
-    """Prints log records above the progress bars: plain on standard output, from WARNING on on standard error."""
+    """Handler that prints above the progress bars, warnings on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -32,16 +34,18 @@ class TerminalHandler(logging.Handler):
 
 
 @contextmanager
-def log_to_terminal(is_main: bool = True, quiet: bool = False) -> Iterator[None]:
-    """Show the package's log records on the terminal while the block runs. Library code never calls this.
+def log_to_terminal(is_main: bool = True, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Show the package's log records while the block runs; for programs.
 
     Args:
         is_main: whether this is rank 0; the other ranks show warnings only.
         quiet: leave out INFO.
+        verbose: show DEBUG, too.
     """
     logger, handler = logging.getLogger("dist_obdsd"), TerminalHandler()
     before = logger.level, logger.propagate
-    logger.setLevel(logging.WARNING if not is_main else NOTICE if quiet else logging.INFO)
+    level = NOTICE if quiet else logging.DEBUG if verbose else logging.INFO
+    logger.setLevel(level if is_main else logging.WARNING)
     logger.propagate = False  # a handler that MLflow or DeepSpeed put on the root logger would print it again
     logger.addHandler(handler)
     try:
@@ -53,7 +57,7 @@ def log_to_terminal(is_main: bool = True, quiet: bool = False) -> Iterator[None]
 
 
 def bar(total: int, unit: str, doing: str, **options: Any) -> Any:
-    """Return a context with ``update(n)``: a bar on a terminal, else nothing visible. ``options`` are tqdm's."""
+    """Return a context with ``update(n)``: a bar on a terminal, else nothing visible."""
     tqdm = _tqdm()
     if tqdm is None:
         return _NoBar()
@@ -71,7 +75,7 @@ def print_line(text: str, file: TextIO) -> None:
 
 
 def has_bars() -> bool:
-    """Tell whether bars can be shown: standard error is a terminal, and tqdm is installed."""
+    """Tell whether standard error is a terminal, and tqdm is installed."""
     return sys.stderr.isatty() and _tqdm() is not None
 
 
@@ -90,7 +94,7 @@ class _NoBar(AbstractContextManager[Any]):
 
 
 def coloured(file: TextIO) -> bool:
-    """Tell whether a file shows colours: a terminal that has them, whose user did not set NO_COLOR."""
+    """Tell whether a file is a terminal with colours; the user may set NO_COLOR."""
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

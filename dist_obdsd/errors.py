@@ -22,7 +22,7 @@ class RunError(UserError):
 
 
 class StoppedError(UserError):
-    """A request to stop, met in the middle of work; its caller saves and ends in good order."""
+    """A request to stop, met during work; its caller saves and ends in good order."""
 
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "timeout caused pair closure", "Broken pipe")

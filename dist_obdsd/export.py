@@ -1,4 +1,4 @@
-"""A checkpoint's network as files that run without this program: ``torch.export`` and ONNX.
+"""A checkpoint's network as files for other programs: ``torch.export`` and ONNX.
 
 The exported network is in float32, takes uint8 images in batches of any size and normalises them itself. A folder of
 exports holds ``model.pt2``, ``model.onnx``, ``preprocessing.json`` (the steps before the network, and what was
@@ -58,7 +58,7 @@ def check_request(formats: Sequence[str], out: Path) -> None:
 
 
 def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any], source: str) -> dict[str, float]:
-    """Write a folder of exports, whole or not at all; an earlier one in its place is replaced.
+    """Write a folder of exports, whole or not at all, in place of an earlier one.
 
     Args:
         path: a run folder or a checkpoint file.
@@ -126,7 +126,7 @@ def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
 
 
 def verify(name: str, run: Callable[[Tensor], Tensor], images_nCss: Tensor, expected_nD: Tensor) -> float:
-    """Return the largest difference between ``run`` and the checkpoint, over batches of many sizes.
+    """Return the largest difference between ``run`` and the checkpoint.
 
     Raises:
         RunError: it is above ``TOLERANCE``, or is not a number.

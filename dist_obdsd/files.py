@@ -15,7 +15,7 @@ from dist_obdsd.errors import InputError, RunError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces ``path`` when the block ends, whole and on the disk; not at all if the block fails."""
+    """Open a file that replaces ``path``, on disk, when the block ends without error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # several ranks may report a failure at once
     try:
         with temporary.open("wb") as file:
@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder that appears at ``path`` when the block ends, whole and on the disk; not at all if it fails.
+    """Fill a folder that appears at ``path`` when the block ends without error.
 
     The block writes into ``PATH.writing``, which a lock holds. What was at ``path`` before is removed at the very end.
 
@@ -65,7 +65,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def read_file(path: str | Path, size: int = -1) -> bytes:
-    """Read a plain file, or its first ``size`` bytes; a named pipe, which could wait for ever, is an OSError."""
+    """Read a plain file, or its first ``size`` bytes; a named pipe is an OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -74,7 +74,7 @@ def read_file(path: str | Path, size: int = -1) -> bytes:
 
 
 def readable_name(name: str) -> str:
-    r"""Return a file's name as text that can be written anywhere: bytes that are no UTF-8 as ``\xe9``."""
+    r"""Return a file's name as printable text: bytes that are no UTF-8 as ``\xe9``."""
     try:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
@@ -82,7 +82,7 @@ def readable_name(name: str) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, also after a crash."""
+    """Write a file: a reader sees the old content or the new, also after a crash."""
     try:
         with replacing(path) as file:
             file.write(data)

@@ -50,6 +50,21 @@ with socket.socket(family, kind) as probe:
     probe.connect(address)  # of a datagram socket: sends nothing
     print(probe.getsockname()[0], address[0])
 ' "$MASTER")
+  # A port that is taken is another agent of this machine, which answers, or another program.
+  if [[ $own == "$master" ]] && ! timeout 20 python3 -c '
+import socket, sys
+address = sys.argv[1], int(sys.argv[2])
+try:
+    socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET).close()
+except OSError:
+    from datetime import timedelta
+    from torch.distributed import TCPStore
+    TCPStore(*address, timeout=timedelta(seconds=5))
+' "$master" "${MASTER##*:}" 2>/dev/null; then
+    echo "launch/torchrun.sh: another program listens at MASTER=$MASTER; choose another port on every node" >&2
+    exit 1
+  fi
+  echo "waiting for $NNODES nodes at $MASTER, of which this is one" >&2
   rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER"
     --rdzv-id "${RUN_ID:-$(basename "$config" .yaml)}" --local-addr "$own"
     --rdzv-conf "is_host=$([[ $own == "$master" ]] && echo 1 || echo 0)")

@@ -1,12 +1,15 @@
 import inspect
+import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from dist_obdsd.config import changed_settings, load_config, override_config, parse_config, ranking, registry
+from dist_obdsd.config.load import setting_names
 from dist_obdsd.config.signature import read_source
 from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.data.packing.recipes import load_recipe
@@ -72,8 +75,8 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("data.std=[0, 1, 1]", "every value must be above 0"),
         ("name=../up", "name is '../up'"),
         ("optim.lr=.nan", "optim.lr is nan"),
-        ("evaluation.recall_at=[]", "evaluation.recall_at is []"),
-        ("evaluation.metrics=[]", "evaluation.metrics is []"),
+        ("evaluation.recall_at=[]", "evaluation.recall_at is empty; give at least 1"),
+        ("evaluation.metrics=[]", "evaluation.metrics is empty; give at least 1"),
         ("data.mean=[]", "data.mean has 0 values"),
         ("output=", "output is ''"),
         ("seed=1:30", "seed is '1:30'"),
@@ -313,3 +316,33 @@ def test_what_does_not_fit_a_backbone_is_refused(overrides, fact):
     with pytest.raises(InputError) as caught:
         parse(*overrides)
     assert fact in str(caught.value)
+
+
+HOSTILE = ["null", ".nan", "1e999", "9" * 5000, "[" * 500, "{a: [1", "&a [*a]", "*b", "!!python/name:os x",
+           "!!int x", "!!set {a}", "? [1]: 2", "<<: 1", "\0", "\ud800", "- 1", ": ", "#", "a: 1, a: 2"]  # fmt: skip
+
+
+def refusal(read, *arguments):
+    try:
+        read(*arguments)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_mutated_settings_are_read_or_refused_in_one_sentence(seed, tmp_path):
+    """``FUZZ`` says how many mutations each of the 50 cases tries."""
+    random, path = Random(seed), tmp_path / "x.yaml"
+    files = [*Path("configs").glob("*.yaml"), *Path("shards").glob("*.yaml")]
+    for _ in range(int(os.environ.get("FUZZ", "2"))):
+        text = random.choice(files).read_text()
+        for _ in range(random.choice((1, 2, 10))):
+            at, gone = random.randrange(len(text)), random.choice((0, 0, 1, 30))
+            text = text[:at] + random.choice([*HOSTILE, "\n", text[at:][:40]]) + text[at + gone :]
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        key = random.choice([*setting_names(), "options.x", "ranking.kwargs.a", "a..b"])
+        override = f"{key}={random.choice(HOSTILE)}"
+        texts = [refusal(load_config, path), refusal(load_recipe, path), refusal(parse, override),
+                 refusal(load_recipe, "folder", [override])]  # fmt: skip
+        assert all(len(text) < 10_000 and "\n" not in text for text in texts)

@@ -11,7 +11,7 @@ from dist_obdsd.training.preemption import PreemptionHandler
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Train variants x seeds, as far as they are not finished, and report how far they differ.
+    """Train the runs that are not finished, and report how far the variants differ.
 
     Raises:
         RunError: runs are not finished; the others are reported.

@@ -1,4 +1,6 @@
-"""The command line: dispatch, errors and exit codes. Commands are imported when used, so ``--help`` answers at once.
+"""The command line: dispatch, errors and exit codes.
+
+Commands are imported when used, so ``--help`` answers at once.
 
 Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input, 75 stopped in good order and ready
 to go on (EX_TEMPFAIL of sysexits.h).
@@ -7,10 +9,14 @@ to go on (EX_TEMPFAIL of sysexits.h).
 import argparse
 import atexit
 import importlib
+import json
 import os
 import sys
 import threading
+import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
 from dist_obdsd import console
 from dist_obdsd.cli.parser import parse
@@ -26,14 +32,16 @@ COMMANDS = {
     "compare": "compare:compare",
     "evaluate": "evaluate:evaluate",
     "embed": "evaluate:embed",
+    "search": "search:search",
+    "serve": "search:serve",
     "export": "export:export",
     "figures": "run_folder:figures",
     "replay": "run_folder:replay",
     "doctor": "doctor:doctor",
 }
 """Command -> the module of this package and the function in it that takes the parsed options."""
-EXTRA_MODULES = ("matplotlib", "mlflow", "pyarrow", "scipy", "sklearn")
-"""Only some commands need these; the extra ``train`` installs them."""
+EXTRAS = {"train": ("matplotlib", "mlflow", "pyarrow", "scipy", "sklearn"), "serve": ("fastapi", "uvicorn")}
+"""Extra -> packages that only some commands need."""
 
 
 def program() -> None:
@@ -62,7 +70,8 @@ def main(arguments: list[str]) -> int:
     """
     options = parse(arguments)
     try:
-        with console.log_to_terminal(env_rank() == "0", getattr(options, "quiet", False)):
+        loudness = getattr(options, "quiet", False), getattr(options, "verbose", False)
+        with console.log_to_terminal(env_rank() == "0", *loudness):
             code = _run(options)
         sys.stdout.flush()  # here, where a reader that has gone is not an error
         return code
@@ -96,18 +105,18 @@ def _run(options: argparse.Namespace) -> int:
         return getattr(importlib.import_module(f"dist_obdsd.cli.{module}"), function)(options)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRA_MODULES:
+        extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
         raise InputError(
-            f"{options.command} needs {package}, which is not installed; pip install 'dist-obdsd[train]'"
+            f"{options.command} needs {package}, which is not installed; pip install 'dist-obdsd[{extra}]'"
         ) from error
 
 
 def _record_for_launcher(error: Exception) -> None:
-    """Give torchrun the error for its summary."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        handler = get_error_handler()
-        handler.initialize()
-        handler.record_exception(error)
+    """Give torchrun the error for its summary, which ends with our sentence."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        text = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        entry = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(entry))

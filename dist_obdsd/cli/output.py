@@ -1,4 +1,4 @@
-"""The results of commands: lines and tables on the terminal, and the one form of every ``--json`` file."""
+"""Results of commands on the terminal, and the one form of every ``--json`` file."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Typed, strict configuration: a YAML file and dotted overrides become one frozen ``Config``.
+"""Typed configuration: YAML and dotted overrides become one frozen ``Config``.
 
 The names are imported when first used, so that ``--help`` and the registry do without pydantic.
 """

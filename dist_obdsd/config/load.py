@@ -1,4 +1,4 @@
-"""A YAML file and dotted overrides become one checked ``Config``; unknown names are refused."""
+"""Loading of a checked ``Config`` from a YAML file and dotted overrides."""
 
 import contextlib
 import copy
@@ -88,7 +88,7 @@ def _annotation(section: type[BaseModel], parts: Sequence[str]) -> Any:
 
 
 def _is_text(annotation: Any) -> bool:
-    """Tell whether a setting of this type holds text, perhaps one of several choices, or else null."""
+    """Tell whether a setting holds text, perhaps one of several choices, or null."""
     if annotation is str or isinstance(annotation, str):
         return True
     if get_origin(annotation) not in (Annotated, Literal, Union, UnionType):
@@ -135,7 +135,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """List what differs between two dumped configs and must not, as ``name: old -> new``.
+    """List what must not differ between two dumped configs, as ``name: old -> new``.
 
     CHANGEABLE_ON_RESUME holds what may differ. A setting that the old version did not know has its default there.
     """

@@ -1,4 +1,4 @@
-"""The section of the ranking loss: its settings are the arguments of the loss's constructor.
+"""Section of the ranking loss, whose settings are its constructor's arguments.
 
 Formulas, sources and defaults stand beside the code in ``losses/``.
 """

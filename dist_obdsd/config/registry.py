@@ -1,4 +1,4 @@
-"""The named parts that a config chooses between, and the file that each is written in.
+"""Named parts that a config chooses between, and the file of each.
 
 To add a ranking loss, a target, a metric, a backbone, a reader or a strategy: write one file, and add its line here.
 Validation, ``--help``, the builders and the tables in the docs read these lists. A part is imported when it is first
@@ -35,7 +35,7 @@ class Registry:
 
     @property
     def choices(self) -> list[str]:
-        """The values that the setting takes."""
+        """Return the values that the setting takes."""
         return ["none", *self.paths] if self.optional else self.names
 
     def check(self, name: str) -> str:
@@ -61,7 +61,7 @@ class Registry:
         return getattr(importlib.import_module(module), attribute)
 
     def build(self, name: str, settings: Mapping[str, Any], **arguments: Any) -> Any:
-        """Make the part called ``name`` from its settings and those of the program's arguments that it takes."""
+        """Make the part called ``name`` from its settings, and ``arguments`` that it takes."""
         make = self.load(name)
         taken = inspect.signature(make).parameters
         return make(**settings, **{name: value for name, value in arguments.items() if name in taken})

@@ -62,7 +62,7 @@ def read_source(path: str) -> Source:
 
 @cache
 def _names() -> dict[str, Any]:
-    """The names that a setting's annotation may use."""
+    """Return the names that a setting's annotation may use."""
     import typing
 
     import pydantic

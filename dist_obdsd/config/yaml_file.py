@@ -1,4 +1,4 @@
-"""YAML that people write: read with one sentence per mistake. Configs, recipes and overrides share it.
+"""YAML that people write: configs, recipes and overrides, with one sentence a mistake.
 
 A plain word is text, but for null, true, false and decimal numbers. So a class called 007, a name such as 2024-01-01
 and a ``no`` stay what was written. A bare ``1e-3`` is a number.
@@ -74,7 +74,9 @@ def to_yaml(value: Any) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Read one value of a command line: null, a boolean, a number, a [list] or a {mapping}, else the text as typed.
+    """Read one value of a command line.
+
+    That is null, a boolean, a number, a [list] or a {mapping}, else the text as typed.
 
     Raises:
         ValueError: a list or mapping is not valid YAML.
@@ -112,6 +114,8 @@ def mistake(where: str, item: Any) -> str:
         return f"{where} is missing; add it"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
+    if item["type"] == "too_short":
+        return f"{where} is empty; give at least {item['ctx']['min_length']}"
     hint = ""
     if item["type"] == "string_type" and isinstance(item["input"], int | float):
         hint = f', so write it in quotes: "{item["input"]}"'

@@ -4,9 +4,11 @@ Four launchers are understood: torchrun, DeepSpeed's, SLURM's srun, and none, fo
 """
 
 import gc
+import logging
 import os
 import platform
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,11 @@ import torch
 import torch.distributed as dist
 
 from dist_obdsd.errors import InputError, RunError
+
+PATIENCE = 5.0
+"""Seconds without the other ranks after which a node logs whom it waits for."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,14 @@ def choose_device(wanted: str, launch: Launch, gpus: int) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
+def _waiting_for(launch: Launch, address: str) -> str:
+    nodes, node = launch.world_size // launch.local_world_size, launch.rank // launch.local_world_size
+    if nodes == 1:
+        return f"rank {launch.rank} waits at {address} for the other ranks of {launch.world_size}"
+    others = ", ".join(str(other + 1) for other in range(nodes) if other != node)
+    return f"node {node + 1} of {nodes} waits at {address} for node {others}"
+
+
 @contextmanager
 def start(
     device: str = "auto", threads: int = 1, timeout_seconds: float = 600.0, group_of_one: bool = False
@@ -160,6 +175,10 @@ def start(
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("MASTER_ADDR", launch.master[0] if launch.master else "")
         os.environ.setdefault("MASTER_PORT", str(launch.master[1]) if launch.master else "")
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        waiting = threading.Timer(PATIENCE, logger.warning, [_waiting_for(launch, address)])
+        if launch.local_rank == 0:
+            waiting.start()
         try:
             dist.init_process_group(
                 # Small bookkeeping messages stay on the CPU; only tensors that live on the GPU travel over NCCL.
@@ -169,12 +188,17 @@ def start(
                 timeout=timedelta(seconds=timeout_seconds),
             )
         except (dist.DistError, RuntimeError) as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            if "EADDRINUSE" in str(error):
+                raise RunError(
+                    f"another program listens at {address}; set another MASTER_PORT on every rank"
+                ) from error
             raise RunError(
                 f"rank {launch.rank} of {launch.world_size} on {platform.node()} did not meet the others at {address} "
                 f"({str(error).splitlines()[0][:160]}); check that all ranks were launched and that every node can "
                 f"reach this address"
             ) from error
+        finally:
+            waiting.cancel()
     elif group_of_one:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Runtime(launch, chosen)

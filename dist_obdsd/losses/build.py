@@ -1,5 +1,6 @@
 """The objective of a run, from its config."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -14,6 +15,8 @@ from dist_obdsd.losses.obdsd import OBDSDLoss
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.targets import choose_solver
 from dist_obdsd.rng import derive
+
+logger = logging.getLogger(__name__)
 
 
 def build_ranking(config: RankingConfig, classes: int, embedding_dim: int, seed: int) -> RankingLoss:
@@ -59,18 +62,17 @@ def distilled(ranking: RankingLoss, section: DistillationConfig) -> OBDSDLoss:
     )
 
 
-def describe_objective(config: Config, world_size: int) -> list[str]:
-    """Say in sentences what depends on the sizes of a run, before anything runs.
+def log_objective(config: Config, world_size: int) -> None:
+    """Log what depends on the sizes of a run, before anything runs.
 
     Raises:
         InputError: as ``choose_solver``.
     """
-    B, section, lines = config.batch.global_size, config.distillation, []
+    B, section = config.batch.global_size, config.distillation
     own = B // world_size
     if section.scope == "rank" and world_size > 1:
-        lines.append(f"distillation.scope=rank: {world_size} manifolds of {own} images, so results depend on the ranks")
+        logger.info(f"distillation.scope=rank: {world_size} manifolds of {own} images, so results depend on the ranks")
     if section.diffuses:
         nodes = (own if section.scope == "rank" else B) + section.memory
         solver = choose_solver(nodes, own, Diffusion.of(section), 8 if config.precision == "float64" else 4)
-        lines.append(f"diffusion over {nodes} images for {own} rows a rank: {solver}")
-    return lines
+        logger.debug(f"diffusion over {nodes} images for {own} rows a rank: {solver}")

@@ -1,7 +1,8 @@
-"""The numbers of a run, on their way to ``metrics.jsonl``, the tracker and the terminal."""
+"""Numbers of a run, for ``metrics.jsonl``, the tracker and the terminal."""
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.tracking import provenance
 from dist_obdsd.tracking.system_metrics import SystemMetrics, by_node
 from dist_obdsd.tracking.tracker import Tracker, build_tracker
-from dist_obdsd.training.progress_display import ProgressDisplay
+from dist_obdsd.training.progress_display import LOSSES, ProgressDisplay, format_losses
 from dist_obdsd.training.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ FLAT = 0.01
 
 
 class MetricsLogger:
-    """Logs what a run measures. A rank that does not log has no run folder, a null tracker and a null display."""
+    """Logger of a run; other ranks have no run folder, null tracker and display."""
 
     def __init__(self, config: Config, run_dir: RunDir | None, display: ProgressDisplay, runtime: Runtime) -> None:
         self.config, self.run_dir, self.display, self.runtime = config, run_dir, display, runtime
@@ -38,12 +39,13 @@ class MetricsLogger:
         self._tracked = config.tracking.kind != "none"
         self._system = SystemMetrics() if self._tracked and runtime.launch.local_rank == 0 else None
         self._masked_in_a_row = self._defective = 0
+        self._losses: dict[str, list[float]] = {}
         self._from_uniform: list[float] | None = [] if config.distillation.needs_teacher else None
         """How far each step's target of the epoch was from uniform, in nats; None where a line need not be written."""
 
     @contextmanager
     def tracking(self, manifest: Manifest) -> Iterator[None]:
-        """Write what the run is made from, and track the run while the block lasts, with a truthful status."""
+        """Write what the run is made from, and track it while the block lasts."""
         config, run_dir = self.config, self.run_dir
         tags = {
             "launcher": self.runtime.launch.launcher,
@@ -74,7 +76,7 @@ class MetricsLogger:
 
     @property
     def run_id(self) -> str | None:
-        """The tracked run's id; what a checkpoint said stays until the tracker has learnt it."""
+        """Return the tracked run's id; a checkpoint's counts until the tracker has one."""
         return self.tracker.run_id or self._run_id
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,6 +106,9 @@ class MetricsLogger:
             self._from_uniform.append(values["target_kl_to_uniform"])
         self.tracker.metrics(values, step)
         self.display.step(step, values)
+        for name in LOSSES:
+            if name in values:
+                self._losses.setdefault(name, []).append(values[name])
         if complaint is not None and self.config.debug:
             raise RunError(f"step {step}: {complaint}; debug=true stops here, debug=false goes on")
         if self._masked_in_a_row >= self.config.max_nonfinite_steps:
@@ -123,16 +128,18 @@ class MetricsLogger:
         return None
 
     def log_system_metrics(self, steps: int, last: bool) -> None:
-        """Track how busy every node is, every ``tracking.every_steps`` steps and after an epoch's last. Collective."""
+        """Track how busy every node is, every ``every_steps`` steps. Collective."""
         if self._tracked and (last or steps % self.config.tracking.every_steps == 0):
             readings = collectives.gather_json(self._system.read() if self._system else None)
             self.tracker.metrics(by_node(readings), steps)
 
     def log_epoch(self, title: str, epoch: int, global_step: int, steps: int, seconds: float, waited: float) -> None:
-        """Log how fast the part of an epoch was that this process trained."""
+        """Log mean losses and speed of the part of an epoch that this process trained."""
         rate, share = steps * self.config.batch.global_size / seconds, waited / seconds
         self.log("epoch", {"seconds": seconds, "images_per_s": rate, "data_wait_share": share}, epoch, global_step)
-        logger.info("%s: %.1f s, %.0f images/s, %.1f%% waiting for data", title, seconds, rate, 100 * share)
+        losses = format_losses({name: math.fsum(values) / len(values) for name, values in self._losses.items()})
+        self._losses.clear()
+        logger.info("%s: %s, %.1f s, %.0f images/s, %.1f%% data wait", title, losses, seconds, rate, 100 * share)
         self._warn_of_flat_target()
 
     def _warn_of_flat_target(self) -> None:
@@ -148,14 +155,18 @@ class MetricsLogger:
         elif self._from_uniform:
             self._from_uniform = []
 
-    def log_evaluation(self, what: str, result: EvaluationResult, epoch: int, global_step: int) -> None:
+    def log_evaluation(
+        self, what: str, result: EvaluationResult, epoch: int, global_step: int, best: bool = False
+    ) -> None:
+        """Log an evaluation; ``best`` marks the best epoch so far."""
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         excluded = f", {result.excluded} without a match left out" if result.excluded else ""
-        logger.info("%s: %s  (%d queries%s, %.1f s)", what, numbers, result.queries, excluded, result.seconds)
+        mark = console.paint("  best epoch so far", "green", sys.stdout) if best else ""
+        logger.info("%s: %s  (%d queries%s, %.1f s)%s", what, numbers, result.queries, excluded, result.seconds, mark)
         self.log(what, result.metrics, epoch, global_step)
 
     def log(self, kind: str, values: Mapping[str, float], epoch: int, global_step: int) -> None:
-        """Log numbers of one kind, such as ``validation``, after ``global_step`` optimizer steps."""
+        """Log numbers of a kind, such as ``validation``, after ``global_step`` steps."""
         if self.run_dir is not None:
             self.run_dir.log(kind, global_step, {"epoch": epoch, **values})
         self.tracker.metrics({f"{kind}/{name}": value for name, value in values.items()}, global_step)

@@ -31,7 +31,7 @@ def selection_value(metrics: Mapping[str, float], metric: str = SELECTION_METRIC
     return math.fsum(values) / len(values)
 
 
-def _is_better(metrics: dict[str, float], best: Choice | None) -> bool:
+def is_better(metrics: dict[str, float], best: Choice | None) -> bool:
     return best is None or selection_value(metrics) > best["value"]
 
 
@@ -98,9 +98,9 @@ class ModelSelector:
         tested = self._evaluate("test", "test", None, epoch) if tests else None
         if tested is not None:
             self._last_test = epoch, tested
-            if _is_better(tested, self.best_test):
+            if is_better(tested, self.best_test):
                 self.best_test = {"value": selection_value(tested), "epoch": epoch, "metrics": tested}
-        if validated is None or not _is_better(validated, self.best_validation):
+        if validated is None or not is_better(validated, self.best_validation):
             return False
         self.best_validation = {"value": selection_value(validated), "epoch": epoch}
         return True

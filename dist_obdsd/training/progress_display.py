@@ -1,4 +1,4 @@
-"""The steps of a run on the terminal: a bar, a line every so many steps, both, or nothing."""
+"""Steps of a run on the terminal: a bar, lines, both, or nothing."""
 
 import datetime
 import logging
@@ -13,6 +13,13 @@ logger = logging.getLogger(__name__)
 LOSSES = ("ranking", "distillation")
 RECENT = 20
 """Steps that rates are a mean over."""
+ROOM = " |###| 1234/1234, "
+"""Of a line of the bar, the part that no words can leave."""
+
+
+def format_losses(losses: Mapping[str, float]) -> str:
+    """Format the terms of the loss for a line of text."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
 
 
 class ProgressDisplay:
@@ -35,25 +42,28 @@ class ProgressDisplay:
         self.end()
 
     def begin(self, title: str, done: int, steps: int, left: int) -> None:
-        """Begin an epoch of ``steps``, of which ``done`` were taken before; ``left`` are left in the whole run."""
+        """Begin an epoch of ``steps``, ``done`` of them taken, ``left`` in the whole run."""
         self._left = left
         if self.bar_size:
-            form = "{desc} {percentage:3.0f}% |{bar:16}| {n_fmt}/{total_fmt} steps, {elapsed}<{remaining}{postfix}"
+            form = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
             colour = "green" if console.coloured(sys.stderr) else None
             self._bar = console.bar(steps, "steps", title, initial=done, bar_format=form, colour=colour)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Show a step, whose numbers have arrived: its losses, "seconds" and "data_wait" among them."""
-        losses = "  ".join(f"{name} {values[name]:.4f}" for name in LOSSES if name in values)
+        """Show a step by its numbers: losses, "seconds" and "data_wait" among them."""
+        losses = {name: values[name] for name in LOSSES if name in values}
         if self.every and step % self.every == 0:
-            logger.info("  step %d: %s", step, losses)
+            logger.info("  step %d: %s", step, format_losses(losses))
         if self._bar is not None:
             self._left -= 1
             self._recent.append((values["seconds"], values["data_wait"]))
             seconds, waited = (sum(column) for column in zip(*self._recent, strict=True))
             speed = self.bar_size * len(self._recent) / seconds
             left = datetime.timedelta(seconds=round(self._left * seconds / len(self._recent)))
-            text = f"{speed:,.0f} images/s, {waited / seconds:.0%} data wait, run {left} left, {losses}"
+            text = f"{speed:,.0f} images/s, {waited / seconds:.0%} data wait, {left} left, {format_losses(losses)}"
+            if len(text) + len(self._bar.desc) + len(ROOM) > (self._bar.format_dict["ncols"] or len(text)):
+                numbers = " + ".join(f"{value:.4g}" for value in losses.values())
+                text = f"{speed:,.0f}/s, wait {waited / seconds:.0%}, {left} left, {numbers}"
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
 

@@ -20,7 +20,7 @@ from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, StoppedError
 from dist_obdsd.evaluation.evaluator import EvaluationResult
 from dist_obdsd.figures.run_figures import RunFigures
-from dist_obdsd.losses.build import build_objective, describe_objective
+from dist_obdsd.losses.build import build_objective, log_objective
 from dist_obdsd.models.embedder import build_embedder, log_batch_norm
 from dist_obdsd.models.precision import check_precision, compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher, check_identical
@@ -29,7 +29,7 @@ from dist_obdsd.training.checkpoint_manager import CheckpointManager, TrainState
 from dist_obdsd.training.evaluation import check_evaluable, validation_subset
 from dist_obdsd.training.failures import report_failure
 from dist_obdsd.training.metrics_logger import MetricsLogger
-from dist_obdsd.training.model_selection import ModelSelector
+from dist_obdsd.training.model_selection import ModelSelector, is_better
 from dist_obdsd.training.preemption import PreemptionHandler
 from dist_obdsd.training.progress_display import ProgressDisplay
 from dist_obdsd.training.run_dir import Attempt, RunDir, read_status
@@ -104,8 +104,7 @@ class Trainer:
             self.student = build_embedder(config, runtime.device)
             log_batch_norm(self.student, config.model, runtime.world_size)
             self.objective = build_objective(config, self.train_classes, runtime.device)
-            for line in describe_objective(config, runtime.world_size):
-                logger.info(line)
+            log_objective(config, runtime.world_size)
         self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
         compile_networks(config, runtime, self.student, self.teacher)
         own = list(self.objective.ranking.named_parameters())
@@ -187,7 +186,7 @@ class Trainer:
         plan, epoch = stream.plan(progress.epoch), progress.epoch
         title = f"epoch {epoch + 1}/{config.epochs}"
         repeated = f", {plan.repeated} class repetitions" if plan.repeated else ""
-        logger.info("%s: %d steps, %.1f%% of the reachable images%s", title, plan.steps, 100 * plan.coverage, repeated)
+        logger.debug("%s: %d steps, %.1f%% of the reachable images%s", title, plan.steps, 100 * plan.coverage, repeated)
         left = (config.epochs - epoch) * plan.steps - progress.step
         if config.max_steps is not None:
             left = min(left, config.max_steps - progress.global_step)
@@ -233,7 +232,8 @@ class Trainer:
             self.metrics.log_step(host, numbers)
 
     def _log_evaluation(self, what: str, result: EvaluationResult, epoch: int) -> None:
-        self.metrics.log_evaluation(what, result, epoch, self.progress.global_step)
+        best = what == "validation" and is_better(result.metrics, self.model_selector.best_validation)
+        self.metrics.log_evaluation(what, result, epoch, self.progress.global_step, best)
         self.figures.keep_evaluation(what, result, epoch, self.manifest.classes)
 
     def _promote_teacher(self) -> None:

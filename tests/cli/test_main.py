@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dist_obdsd.cli.main import COMMANDS
+from dist_obdsd.cli.parser import parse
 from dist_obdsd.config import registry
 from tests import runs
 
@@ -49,6 +50,17 @@ def test_the_help_of_train_lists_the_registered_names() -> None:
         assert part.setting in text
         assert all(name in text for name in part.names)
     assert "reader" not in text  # a recipe's
+
+
+def test_benchmarks_are_named_where_they_went(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(["bench", "step"])
+    assert "python -m benchmarks.NAME" in capsys.readouterr().err
+
+
+def test_a_tilde_in_an_option_is_the_home_folder() -> None:
+    options = parse(["pack", "glyphs", "--out=~/x", "--source=a~"])
+    assert (options.out, options.source) == (Path.home() / "x", Path("a~"))
 
 
 ENDING = """
@@ -92,6 +104,14 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
 )
 def test_bad_usage_exits_with_2(arguments: list[str], folder: Path) -> None:
     assert runs.program(*arguments, cwd=folder).returncode == 2
+
+
+def test_a_sentence_is_what_torchrun_ends_with(folder: Path) -> None:
+    done = runs.program("train", "tiny.yaml", "data.shards=nowhere", ranks=2, cwd=folder, anew=True)
+    lines = [line for line in done.stderr.splitlines() if line.strip(" =")]
+    assert "there is no shard folder nowhere" in lines[0]
+    assert lines[-1].endswith(lines[0].removeprefix("dist-obdsd: "))
+    assert "dist_obdsd/data" not in done.stderr  # no traceback of ours
 
 
 def test_evaluate_gives_the_run_s_own_numbers(folder: Path, shards: Path) -> None:

@@ -1,7 +1,13 @@
+import logging
+import os
+import socket
+
 import pytest
 
+from dist_obdsd.distributed import launch
 from dist_obdsd.distributed.launch import Launch, choose_device, read_launch, restart_trap
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, RunError
+from tests.runs import free_port
 
 VARIABLES = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
@@ -73,3 +79,29 @@ def test_every_rank_of_a_node_gets_the_same_kind_of_device():
         choose_device("cuda", one, gpus=0)
     with pytest.raises(InputError, match="1 GPUs for 2 ranks"):
         choose_device("cuda", second_of_two, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_world", "words"),
+    [(0, 1, "node 1 of 2 waits at 127.0.0.1:{} for node 2"), (0, 2, "rank 0 waits at 127.0.0.1:{} for the other")],
+)
+def test_a_node_says_whom_it_waits_for(rank, local_world, words, monkeypatch, caplog):
+    env = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(local_world)}
+    monkeypatch.setattr(os, "environ", os.environ | env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    monkeypatch.setattr(launch, "PATIENCE", 0.1)
+    caplog.set_level(logging.WARNING, "dist_obdsd")
+    with pytest.raises(RunError, match="did not meet the others"), launch.start("cpu", timeout_seconds=2):
+        raise AssertionError("nobody came")
+    assert words.format(os.environ["MASTER_PORT"]) in caplog.text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_taken_port_is_a_sentence(host, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind((host, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        monkeypatch.setattr(os, "environ", os.environ | env)
+        with pytest.raises(RunError, match=f"listens at {host}:{port}; set another MASTER_PORT"), launch.start("cpu"):
+            raise AssertionError("the port was taken")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.errors import InputError
 from dist_obdsd.training.deepspeed import engine_options
 from tests.conftest import REAL_DATA
-from tests.runs import ROOT
+from tests.runs import ROOT, environment
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -39,6 +40,23 @@ def test_scripts_say_how_they_are_used(script):
     assert done.returncode != 0
     assert "usage: " in done.stderr
     assert script.name in done.stderr
+
+
+def test_a_taken_port_is_a_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        master = f"127.0.0.1:{taken.getsockname()[1]}"
+        taken.settimeout(60)
+        script = subprocess.Popen(
+            ["bash", LAUNCH / "torchrun.sh", "x.yaml"], env=environment({"NNODES": "2", "MASTER": master}),
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        taken.accept()[0].close()  # of the question whether this is another agent
+        _, said = script.communicate()
+    assert script.returncode == 1
+    assert f"another program listens at MASTER={master}" in said
+    assert len(said.splitlines()) == 1
 
 
 def load_kind(file: str, kind: str) -> dict[str, Any]:

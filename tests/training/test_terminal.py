@@ -1,6 +1,7 @@
 """The output of a run: a bar on a terminal and lines elsewhere, through the real program."""
 
 import fcntl
+import functools
 import io
 import logging
 import os
@@ -18,13 +19,17 @@ from dist_obdsd.training.progress_display import ProgressDisplay, build_display
 from tests import runs
 from tests.nursery import Program
 
-SHOWN = r"epoch 2/2 +\d+% \|.*\| \d/6 steps, .*images/s, \d+% data wait, run \d:\d\d:\d\d left, ranking .*distillation"
+COLOUR = re.compile("\x1b\\[\\d*m")
+SHOWN = {
+    80: r"epoch 2/2 \|.+\| \d/4, [\d,]+/s, wait \d+%, \d:\d\d:\d\d left, [\d.]+ \+ [\d.]+",
+    110: r"epoch 2/2 \|.+\| \d/4, [\d,]+ images/s, \d+% data wait, [\d:]+ left, ranking [\d.]+, distillation [\d.]+",
+}
 
 
-def on_a_terminal(*arguments: str, cwd: Path, **env: str) -> str:
-    """Run the program with a pseudo-terminal of 200 columns as its output."""
+def on_a_terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> str:
+    """Run the program with a pseudo-terminal as its output."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {k: v for k, v in runs.environment({"TERM": "xterm"}).items() if k != "NO_COLOR"} | env
     with os.fdopen(theirs, "wb") as screen:
         process = Program(arguments, cwd=cwd, env=environment, stdout=screen, stderr=screen)
@@ -42,14 +47,37 @@ def on_a_terminal(*arguments: str, cwd: Path, **env: str) -> str:
     return shown.decode()
 
 
-def test_a_bar_on_a_terminal_and_lines_above_it(folder: Path) -> None:
-    shown = on_a_terminal("train", "tiny.yaml", "epochs=2", "tracking.every_steps=1", "data.workers=0", cwd=folder)
+@pytest.mark.parametrize("columns", SHOWN)
+def test_a_bar_on_a_terminal_and_lines_above_it(folder: Path, columns: int) -> None:
+    settings = ("epochs=2", "tracking.every_steps=1", "data.workers=0", "validation.fraction=0.25")
+    shown = on_a_terminal(columns, "train", "tiny.yaml", *settings, cwd=folder)
     lines = re.split(r"[\r\n]+", shown)
-    assert any(re.match(SHOWN, line) for line in lines), shown
+    assert any(re.fullmatch(SHOWN[columns], COLOUR.sub("", line)) for line in lines), shown
     assert "\x1b[32mfinished\x1b[0m: runs/tiny" in lines
     assert not any("step 1:" in line for line in lines)  # the bar says it
     # Lines stand alone: the bar was taken away before them.
-    assert any(re.fullmatch(r"epoch 1/2: [\d.]+ s, \d+ images/s, [\d.]+% waiting for data", line) for line in lines)
+    ended = [line for line in lines if re.fullmatch(r"epoch [12]/2: .* s, \d+ images/s, [\d.]+% data wait", line)]
+    assert [re.findall(r"(\w+) 0?\d?\.\d{4}", line) for line in ended] == [["ranking"], ["ranking", "distillation"]]
+    best = [line for line in lines if "best epoch so far" in line]
+    assert best
+    assert all(line.startswith("validation: ") for line in best)
+
+
+@pytest.mark.parametrize("columns", [80, 110])
+def test_the_bar_shortens_and_never_the_numbers(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Screen())
+    monkeypatch.setattr(console, "bar", functools.partial(console.bar, file=sys.stderr))
+    display = ProgressDisplay(0, 1024)
+    display.begin("epoch 12/30", 0, 4567, 80_000)
+    display._bar.dynamic_ncols, display._bar.ncols = None, columns
+    for step in range(1234):
+        display.step(step, {"seconds": 0.09, "data_wait": 0.03, "ranking": 1.23456, "distillation": 0.0123})
+    display._bar.refresh()
+    last = COLOUR.sub("", sys.stderr.getvalue().split("\r")[-1])
+    display.end()
+    assert len(last) <= columns
+    numbers = ["12/30", "1234/4567", "11,378", "33%", "1:58:09", "1.23", "0.0123"]
+    assert [number for number in numbers if number not in last] == []
 
 
 def test_no_bar_and_no_colour_in_a_pipe(train) -> None:
@@ -57,13 +85,17 @@ def test_no_bar_and_no_colour_in_a_pipe(train) -> None:
     assert code == 0
     assert [line.split(":")[0] for line in out.splitlines() if line.startswith("  step")] == ["  step 0", "  step 5",
                                                                                               "  step 10"]  # fmt: skip
-    assert not re.search("[\r\x1b]|data wait", out + err)
+    assert not re.search("[\r\x1b]| left,", out + err)
 
 
 def test_quiet_and_verbose(train) -> None:
     code, out, _ = train("--verbose", "epochs=2", "name=verbose")
     assert code == 0
+    details = ("diffusion over 16 images", "of the reachable images")
+    assert all(words in out for words in details)
     assert len([line for line in out.splitlines() if line.startswith("  step ")]) == 12
+    code, out, _ = train("epochs=2", "name=neither")
+    assert not any(words in out for words in details)
     code, out, _ = train("--quiet", "epochs=2", "name=quiet", "optim.lr=1e300", "optim.name=sgd")
     assert code == 1
     assert "is not finite, so the step was left out" in out
