@@ -87,7 +87,8 @@ def main() -> None:
 
     # The whole folder is the gallery, embedded by the network of the best epoch.
     found = sorted(path for path in images.rglob("*") if path.is_file())
-    queries = asked.query or [found[0], found[len(found) // 2]]
+    classes = sorted({path.parent for path in found})
+    queries = asked.query or [next(p for p in found if p.parent == classes[at]) for at in (0, len(classes) // 2)]
     do("search", out / "search" / "checkpoints" / "best", "--gallery", images, "--top", asked.neighbours, *queries)
 
 
