@@ -9,6 +9,7 @@ import os
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,8 @@ class SearchIndex:
         )
         self.embedder, self.gallery, self.file = embedder, gallery, file or run / "search" / name
         self.paths: list[str] = []
+        self.files: dict[str, Path] = {}
+        """Where the images of ``paths`` lie; a name that is no UTF-8 has another path."""
         self._stamps: list[tuple[int, int]] = []
         self._rows_nD = np.empty((0, embedder.dim), np.float32)  # NaN where an image is broken
         self._lock = threading.Lock()
@@ -73,14 +76,14 @@ class SearchIndex:
         Raises:
             InputError: as in ``__init__``.
         """
-        stamps = {}
-        for path in find_images(self.gallery).paths:
-            try:
-                stat = (self.gallery / path).stat()
-            except OSError:  # it has just gone
-                continue
-            stamps[path] = stat.st_mtime_ns, stat.st_size
+        stamps, files = {}, {}
+        for file in find_images(self.gallery).files:
+            assert file.path is not None
+            with suppress(OSError):  # it has just gone
+                stat = file.path.stat()
+                stamps[file.name], files[file.name] = (stat.st_mtime_ns, stat.st_size), file.path
         with self._lock:
+            self.files = files
             known = {entry: row for row, entry in enumerate(zip(self.paths, self._stamps, strict=True))}
             if list(stamps.items()) != list(known):
                 rows_nD = np.full((len(stamps), self.embedder.dim), np.nan, np.float32)
@@ -128,7 +131,7 @@ class SearchIndex:
 
     def _prepare(self, path: str) -> torch.Tensor | None:
         try:
-            return self.embedder.prepare(self.gallery / path)
+            return self.embedder.prepare(self.files[path])
         except InputError as error:
             logger.warning(f"{error}; it is left out")
             return None

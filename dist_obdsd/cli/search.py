@@ -4,7 +4,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -33,13 +32,13 @@ def search(options: argparse.Namespace) -> int:
     for query in options.query:
         # One more, since a query that lies in the gallery finds itself.
         matches = index.search(query, options.top + 1)
-        matches = [match for match in matches if not (index.gallery / match.path).samefile(query)][: options.top]
+        matches = [match for match in matches if not index.files[match.path].samefile(query)][: options.top]
         lines = [f"  {match.cosine:7.4f}  {match.path}" for match in matches]
         show("\n".join([str(query), "   cosine  image", *lines]))
         if options.html is not None:
             results.append(
                 {"query": str(query), "image": _inline(query),
-                 "matches": [match._asdict() | {"image": _inline(index.gallery / match.path)} for match in matches]}
+                 "matches": [match._asdict() | {"image": _inline(index.files[match.path])} for match in matches]}
             )  # fmt: skip
     if options.html is not None:
         write_atomically(options.html, _page(index, results, live=False).encode())
@@ -102,12 +101,10 @@ def build_app(index: SearchIndex, top: int) -> Any:
     @app.get("/image/{token}")
     def image(token: str) -> Response:
         try:
-            path = os.fsdecode(base64.urlsafe_b64decode(token))
-        except ValueError:
-            path = ""
-        if path not in set(index.paths):
-            raise InputError("there is no such image in the gallery")
-        return Response(_thumbnail(index.gallery / path), media_type="image/jpeg")
+            file = index.files[base64.urlsafe_b64decode(token).decode()]
+        except (ValueError, KeyError) as error:
+            raise InputError("there is no such image in the gallery") from error
+        return Response(_thumbnail(file), media_type="image/jpeg")
 
     return app
 
@@ -128,7 +125,7 @@ def _page(index: SearchIndex, results: list[dict[str, Any]], live: bool) -> str:
 
 
 def _token(path: str) -> str:
-    return base64.urlsafe_b64encode(os.fsencode(path)).decode()
+    return base64.urlsafe_b64encode(path.encode()).decode()
 
 
 def _inline(path: Path) -> str:

@@ -31,6 +31,8 @@ def gallery(trained: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "my <b>photos</b> #1"
     for name in ("class_00", "class_01", "class_02", "class_03"):
         shutil.copytree(trained / "images" / name, folder / name)
+    latin = folder / "class_03" / os.fsdecode(b"\xfc.png")
+    (folder / "class_03" / "7.png").rename(latin)
     return folder
 
 
@@ -78,6 +80,8 @@ def test_the_index_follows_the_gallery(
     embedder, file = dist_obdsd.load(trained / "runs" / "tiny"), tmp_path / "cache" / "i.npz"
     first = SearchIndex(embedder, gallery, file)
     assert len(embedded) == len(first.paths) == 32
+    latin = "class_03/\\xfc.png"  # a name that is no UTF-8
+    assert first.search(first.files[latin], 1)[0].path == latin
     embedded.clear()
     index = SearchIndex(embedder, gallery, file)
     assert (embedded, index.paths, index.classes) == ([], first.paths, ["class_00", "class_01", "class_02", "class_03"])

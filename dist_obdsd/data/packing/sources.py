@@ -36,6 +36,8 @@ class File:
     """Its path on the disk, or the archive's path and the name in it; for messages."""
     read: Callable[..., bytes]
     """Returns the content, or its first bytes where it is called with a number of them."""
+    path: Path | None = None
+    """Its path on the disk; None in an archive."""
 
 
 class Tree:
@@ -150,7 +152,7 @@ def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
         if _is_folder(entry):
             yield from walk(path, f"{name}/", (*above, place))
         else:
-            yield File(name, readable_name(str(path)), partial(read_file, path))
+            yield File(name, readable_name(str(path)), partial(read_file, path), path)
 
 
 def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> dict[str, File]:
