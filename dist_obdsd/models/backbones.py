@@ -162,16 +162,16 @@ def build_backbone(
     pool = Pool("avg" if pooling == "own" else pooling, getattr(net, "num_prefix_tokens", 0))
     try:
         with torch.no_grad():
-            features_1F = pool(net.eval()(torch.zeros(1, channels, *size)))
+            x = net.eval()(torch.zeros(1, channels, *size))
     except Exception as error:  # of any kind, from inside a network
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise InputError(
             f"{name} takes no images of {channels} x {size[0]} x {size[1]}: {reason}; set another data.image_size"
         ) from error
-    if features_1F.dim() != 2:
+    if not isinstance(x, torch.Tensor) or x.dim() not in (2, 3, 4):
+        found = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise InputError(
-            f"{name} gives {list(features_1F.shape)} for one image; it must give features [1, F], [1, F, h, w] or "
-            f"tokens [1, n, F]"
+            f"{name} gives {found} for one image; it must give features [1, F], [1, F, h, w] or tokens [1, n, F]"
         )
     net.train()
     if ":" in name:
@@ -182,7 +182,7 @@ def build_backbone(
             raise InputError(
                 f"{name} draws random numbers in training, which ranks would draw differently; turn it off"
             )
-    return net, pool, features_1F.shape[1]
+    return net, pool, pool(x).shape[1]
 
 
 # ---- what a library says of a network -------------------------------------------------------------------------------

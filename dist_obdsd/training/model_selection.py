@@ -157,7 +157,7 @@ class ModelSelector:
             return None
         return (
             f"training made it worse: {metric} {after:.4f}, but {before:.4f} before the first step; lower optim.lr "
-            f"({optim.lr:g}), raise optim.head_scale ({optim.head_scale:g}), or keep layers as they are (model.freeze)"
+            f"({optim.lr:g}), or keep layers as they are (model.freeze)"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional
 from dist_obdsd.data import transforms
 from dist_obdsd.data.images import decode
 from dist_obdsd.data.transforms import eval_transform, train_transform
+from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 from tests.data.pictures import assert_close, colours, encoded, settings
 
@@ -194,3 +195,64 @@ def test_affine_is_the_identity_for_a_middling_draw() -> None:
     image = torch.from_numpy(colours(32, 32)).permute(2, 0, 1)
     found = train_transform(image, settings(augment="affine", image_size=32), Middle())  # type: ignore[arg-type]
     assert (found.int() - image.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("height_width", [(40, 80), (80, 40), (30, 30)])
+def test_rectangles_are_cropped_padded_and_squashed(height_width: tuple[int, int]) -> None:
+    image = torch.from_numpy(colours(*height_width)).permute(2, 0, 1)
+    height, width = height_width
+    crop, squash, pad = (
+        eval_transform(image, settings(image_size=[16, 32], fit=fit, mean=(0.2, 0.4, 1.0)))
+        for fit in ("crop", "squash", "pad")
+    )
+    assert crop.shape == squash.shape == pad.shape == (3, 16, 32)
+    if (height, width) == (40, 80):  # of the size's own proportions
+        assert torch.equal(crop, squash)
+        assert torch.equal(crop, pad)
+        return
+    # Red grows to the right over the whole width, green downwards over the whole height.
+    assert (squash[0, 0, 0], squash[1, 0, 0]) < (20, 20)
+    assert min(squash[0, -1, -1], squash[1, -1, -1]) > 235
+    assert crop[0, 0, 0] < 20
+    assert crop[0, 0, -1] > 235
+    assert crop[1, 0, 0] > 50  # above it, something was cut off
+    side = (32 - round(16 * width / height)) // 2
+    assert pad[:, 0, 0].tolist() == pad[:, -1, -1].tolist() == [51, 102, 255]
+    assert (pad[2, :, side + 1 : 31 - side] == 40).all()  # blue is the image's own
+    assert pad[1, 0, 16] < 20
+
+
+def test_a_crop_of_a_rectangle_keeps_its_proportions() -> None:
+    y, x = np.mgrid[:100, :200]
+    image = torch.from_numpy(np.stack([x, y, x * 0]).astype(np.uint8))
+    for fit, wanted in (("crop", 2.0), ("squash", 2.0)):
+        ratios = []
+        for i in range(100):
+            found = train_transform(
+                image, settings(image_size=[16, 32], fit=fit, crop_scale=(0.2, 0.4)), rng(i)
+            ).float()
+            ratios.append(float((found[0].max() - found[0].min()) / (found[1].max() - found[1].min())))
+        assert 0.7 * wanted < min(ratios) < 0.9 * wanted
+        assert 1.1 * wanted < max(ratios) < 1.45 * wanted
+
+
+def test_a_plug_in_transforms_images(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_augment.py").write_text(
+        "from torchvision.transforms.v2 import functional\n"
+        "def dark(image, generator, size):\n"
+        "    return (functional.resize(image, list(size)) * generator.uniform(0, 0.5)).byte()\n"
+        "def wrong(image, generator, size):\n"
+        "    return image.float()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    image = torch.full((3, 20, 30), 200, dtype=torch.uint8)
+    config = settings(augment="my_augment:dark", image_size=[8, 16])
+    found = train_transform(image, config, rng(0, 1))
+    assert found.shape == (3, 8, 16)
+    assert found.max() <= 100
+    assert torch.equal(found, train_transform(image, config, rng(0, 1)))
+    assert not torch.equal(found, train_transform(image, config, rng(0, 2)))
+    with pytest.raises(InputError, match=r"returned torch.float32 \[3, 20, 30\]; it must return uint8 \[3, 16, 16\]"):
+        train_transform(image, settings(augment="my_augment:wrong"), rng(0))
+    with pytest.raises(InputError, match="data.augment=no_such:thing cannot be imported"):
+        train_transform(image, settings(augment="no_such:thing"), rng(0))

@@ -1,18 +1,22 @@
 """Architectures of timm and torchvision, small and untrained, through what a run does with a network."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
+from dist_obdsd import checkpoint
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.distributed import collectives
+from dist_obdsd.errors import InputError
+from dist_obdsd.export import export
 from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 from dist_obdsd.losses.obdsd import OBDSDLoss
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher
 from dist_obdsd.training.optimizers import build_optimizer
-from tests import harness
+from tests import harness, runs
 
 CPU = torch.device("cpu")
 ARCHITECTURES = {
@@ -80,3 +84,73 @@ def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
         assert other == pytest.approx(loss, abs=1e-10)
         for a, b in zip(gradients, theirs, strict=True):
             assert torch.allclose(a, b, atol=1e-9 * max(1, a.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "pooling"),
+    [(b, p) for b in ("timm/test_vit", "timm/test_convnext") for p in ("avg", "max", "avg+max", "gem", "cls")]
+    + [("timm/swin_tiny_patch4_window7_224", "gem")],
+)
+def test_pooling_is_exchanged_or_refused(backbone: str, pooling: str) -> None:
+    own, config = (settings(backbone, 64, f"model.pooling={kind}") for kind in ("own", pooling))
+    if (pooling == "cls") != (backbone == "timm/test_vit") and pooling in ("cls", "gem"):
+        with pytest.raises(InputError, match="set model.pooling=own"):
+            build_embedder(config, CPU)
+        return
+    same, other = (build_embedder(c, CPU).eval()(pictures(c)) for c in (own, config))
+    usual = "cls" if backbone == "timm/test_vit" else "avg"
+    assert torch.allclose(same, other, atol=1e-6) == (pooling == usual)
+
+
+PLUG_IN = """
+import torch
+from torch import nn
+from torch.nn import functional
+def small(channels, size):
+    return nn.Sequential(nn.Conv2d(channels, 6, 3, padding=1), nn.Dropout(0.5), nn.BatchNorm2d(6))
+class Random(nn.Module):
+    def forward(self, x):
+        return functional.dropout(x.mean((2, 3)) + 1, 0.5, self.training)
+class Flat(nn.Module):
+    def forward(self, x):
+        return x.mean()
+def nothing():
+    return None
+"""
+
+
+def test_a_function_of_another_package_builds_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_networks.py").write_text(PLUG_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = settings("my_networks:small", 8)
+    assert "my_networks:small" in config.to_yaml()
+    model = build_embedder(config, CPU).train()
+    assert torch.equal(model(pictures(config)), model(pictures(config)))
+    for name, fact in {
+        "my_networks:Random": "draws random numbers in training",
+        "my_networks:Flat": r"gives \[\] for one image",
+        "my_networks:nothing": "it must return a torch.nn.Module",
+        "my_other_networks:small": "model.backbone=my_other_networks:small cannot be imported",
+    }.items():
+        with pytest.raises(InputError, match=fact):
+            build_embedder(settings(name, 8), CPU)
+
+
+RUN = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "data.image_size=32", "epochs=2",
+       "data.augment=crop", "precision=float32", "data.workers=0")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backbone", "strategy"),
+    [("timm/test_vit3", ()), ("timm/test_efficientnet", ()), ("resnet18", ("strategy=deepspeed", "deepspeed.stage=1"))],
+)
+def test_a_run_learns_resumes_and_is_exported(folder: Path, backbone: str, strategy: tuple[str, ...]) -> None:
+    more = (*RUN, *strategy, f"model.backbone={backbone}", "optim.layer_decay=0.7", "optim.warmup_steps=2")
+    runs.train(folder, "name=whole", *more, ranks=2)
+    runs.train(folder, "name=cut", *more, "max_steps=4", ranks=2)
+    runs.train(folder, "name=cut", *more, ranks=2)
+    assert all(row["distillation"] > 0 for row in runs.metrics(folder / "runs" / "whole", "step")[6:])
+    whole, cut = (checkpoint.load(folder / "runs" / name) for name in ("whole", "cut"))
+    assert all(torch.equal(whole["student"][name], value) for name, value in cut["student"].items())
+    found = export(folder / "runs" / "cut", folder / "ex", ["torch"], [pictures(settings(backbone, 32))[0]], "noise")
+    assert found["torch"] <= 1e-5

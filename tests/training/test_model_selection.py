@@ -90,3 +90,28 @@ def test_contradicting_settings_are_refused(train, overrides, fact):
 
 def test_recall_alone_may_be_measured(train):
     assert train("evaluation.metrics=[recall]", "max_steps=1")[0] == 0
+
+
+def test_a_run_goes_on_from_another_until_it_gets_worse(folder):
+    """Untrained it is the other run's network; a rate far too large spoils it, and patience ends that."""
+    begun = runs.train(folder, "name=first", "epochs=2", "validation.fraction=0.25", "evaluation.untrained=true")
+    assert "made it worse" not in begun.stdout  # the control
+    more = ("model.pretrained=runs/first", "validation.fraction=0.25", "validation.patience=2", "epochs=9")
+    done = runs.train(folder, "name=second", *more, "optim.lr=3", "distillation.temperature=30")
+    found = protocols(folder / "runs" / "second")
+    first = protocols(folder / "runs" / "first")["last"]
+    assert {m: v for m, v in found["untrained"].items() if m not in ("epoch", "note")} == {
+        m: v for m, v in first.items() if m not in ("epoch", "note")
+    }
+    assert found["last"]["map@r"] < found["untrained"]["map@r"]
+    assert "made it worse" in found["last"]["note"]
+    assert "lower optim.lr (3)" in done.stdout
+    validated = runs.metrics(folder / "runs" / "second", "validation")
+    best = max(validated, key=lambda row: row["map@r"])["epoch"]
+    assert len(validated) == found["last"]["epoch"] == best + 2 < 9
+    assert "2 validations in a row found no better one" in done.stdout
+    assert "nats from uniform" in done.stdout  # at this temperature the targets are flat
+    assert (
+        "finished already"
+        in runs.train(folder, "name=second", *more, "optim.lr=3", "distillation.temperature=30").stdout
+    )

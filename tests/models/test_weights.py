@@ -1,0 +1,117 @@
+"""Weights that training begins with, and what fine-tuning leaves as it is."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dist_obdsd import checkpoint
+from dist_obdsd.errors import InputError
+from dist_obdsd.models.embedder import Embedder, build_embedder
+from tests.models.test_backbones import CPU, pictures, settings
+
+
+def build(backbone: str, *overrides: str) -> Embedder:
+    return build_embedder(settings(backbone, 32, *overrides), CPU)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with one checkpoint."""
+    config = settings("timm/test_vit", 32, "seed=7")
+    state = dict.fromkeys(checkpoint.ENTRIES - {"format"}) | {
+        "config": config.model_dump(mode="json"), "student": build_embedder(config, CPU).state_dict(),
+        "position": {"epoch": 1, "step": 0, "global_step": 1},
+    }  # fmt: skip
+    checkpoint.save(tmp_path / "run" / "checkpoints", state, best=False, keep=1)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("backbone", ["timm/test_vit", "timm/test_resnet", "mobilenet_v3_small"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_s_weights_are_those_of_the_network(backbone: str, suffix: str, tmp_path: Path) -> None:
+    source, path = build(backbone, "seed=7"), tmp_path / f"weights.{suffix}"
+    state = {name: value.contiguous() for name, value in source.trunk.state_dict().items()}
+    save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
+    found = build(backbone, f"model.pretrained={path}").trunk.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert not torch.equal(next(iter(build(backbone).trunk.parameters())), next(iter(source.trunk.parameters())))
+    state.pop(list(state)[3])
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(InputError, match="does not fit"):
+        build(backbone, f"model.pretrained={tmp_path / 'part.pth'}")
+
+
+def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
+    source = build("timm/test_vit").trunk
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    wide = build("timm/test_vit", f"model.pretrained={tmp_path / 'vit.pth'}", "data.image_size=[32, 64]").trunk
+    assert wide.pos_embed.shape[1] - 1 == 2 * (source.pos_embed.shape[1] - 1)
+    assert torch.equal(wide.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+
+
+def test_a_run_goes_on_from_another_run(run: Path) -> None:
+    theirs = checkpoint.load(run)["student"]
+    for path in (run, run / "checkpoints" / "epoch-0001.pt"):
+        found = build("timm/test_vit", f"model.pretrained={path}").state_dict()
+        assert all(torch.equal(found[name], value) for name, value in theirs.items())
+    longer = build("timm/test_vit", f"model.pretrained={run}", "model.embedding_dim=16")
+    assert torch.equal(longer.trunk.cls_token, theirs["trunk.cls_token"])
+    assert longer.head.weight.shape[0] == 16
+    with pytest.raises(InputError, match="is of model.backbone=timm/test_vit, which does not fit timm/test_resnet"):
+        build("timm/test_resnet", f"model.pretrained={run}", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
+    with pytest.raises(InputError, match=r"was trained with data.mean=\[0.5, 0.5, 0.5\]"):
+        build("timm/test_vit", f"model.pretrained={run}", "data.mean=[0.1,0.1,0.1]")
+
+
+@pytest.mark.parametrize(("backbone", "file"), [("timm/resnet18", "a1_in1k/model.safetensors"), ("resnet18", ".pth")])
+def test_missing_weights_are_told_with_their_place(
+    backbone: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(InputError) as caught:
+        build(backbone, f"model.pretrained={'timm' if '/' in backbone else 'torchvision'}")
+    for fact in (file, str(tmp_path), "--download", "model.pretrained"):
+        assert fact in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backbone", ["timm/test_vit", "timm/test_convnext", "mobilenet_v3_small"])
+def test_freezing_stops_at_a_block(backbone: str) -> None:
+    model = build(backbone, "model.freeze=2")
+    depths = model.layer_depths()
+    assert {depths[name] for name, p in model.named_parameters() if not p.requires_grad} == {0, 1, 2}
+    assert min(depths[name] for name, p in model.named_parameters() if p.requires_grad) == 3
+    everything = build(backbone, "model.freeze=all")
+    assert [name for name, p in everything.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    with pytest.raises(InputError, match="set model.freeze to at most that"):
+        build(backbone, "model.freeze=99")
+
+
+@pytest.mark.parametrize("backbone", ["timm/test_vit", "timm/test_convnext", "mobilenet_v3_small", "squeezenet1_0"])
+def test_activation_checkpointing_changes_no_gradient(backbone: str) -> None:
+    saved, gradients = [], []
+    for choice in ("false", "true"):
+        model = build(backbone, f"model.checkpoint_blocks={choice}", "precision=float64")
+        bytes_kept = 0
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            nonlocal bytes_kept
+            bytes_kept += x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            E_bD = model(pictures(settings(backbone, 32)))
+        saved.append(bytes_kept)
+        (E_bD * torch.arange(8)).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        clone = copy.deepcopy(model).eval()
+        assert not clone(pictures(settings(backbone, 32))).isnan().any()
+    assert saved[1] < 0.8 * saved[0]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(gradients[1][name], g, atol=1e-10) for name, g in gradients[0].items())
