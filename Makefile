@@ -35,7 +35,7 @@ bench: setup  ## time the objective and the training step, and compare the ratio
 	$(BIN)/python -m benchmarks.step --worlds 1,2 --json bench-step.json --baseline docs/bench/step.json
 
 gpu-check:  ## check a GPU and time training steps on it, without .venv: torch, torchvision, webdataset, pydantic, pyyaml
-	$(PYTHON) -m tests.gpu $(OPTIONS)
+	$(PYTHON) -m tests.gpu smoke exact runs speed --report $(OPTIONS)
 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, reference
+from benchmarks import common
 from benchmarks.common import Row, exponent, peak_mib, run_case
-from benchmarks.objective import embeddings
+from benchmarks.objective import embeddings, naive_target
 from dist_obdsd.distributed import launch
 from dist_obdsd.manifold import targets as manifold
 from dist_obdsd.manifold.diffusion import Diffusion
@@ -94,14 +94,14 @@ def run_rank(rank: launch.Runtime, case: Row) -> Row:
     assert found is not None
     row: Row = {"seconds": best, "iterations": found.iterations, "peak_mib": peak_mib()}
     if B <= COMPARABLE:
-        exact = reference.target(T_BD.double(), SETTINGS)[rows]
+        exact = naive_target(T_BD.double(), SETTINGS)[rows]
         row["error"] = float((found.target_bB - exact).abs().sum(1).max())
     return row
 
 
 def solve(T_BD: torch.Tensor, rows: slice, solver: str) -> manifold.DiffusionTarget:
     if solver == "inverse":
-        target_bB = reference.target(T_BD, SETTINGS)[rows]
+        target_bB = naive_target(T_BD, SETTINGS)[rows]
         return manifold.DiffusionTarget(target_bB, target_bB.new_zeros(len(target_bB)))
     # Cholesky wants whole matrices; conjugate gradients get the default memory and go tile by tile beyond it.
     more: dict[str, Any] = {"memory_gib": 1e3} if solver == "cholesky" else {}

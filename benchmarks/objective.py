@@ -26,13 +26,15 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks import common, reference
+from benchmarks import common
 from benchmarks.common import Row, run_case
 from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.build import distilled
 from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
+from dist_obdsd.manifold.diffusion import Diffusion
+from tests import oracle
 
 SIZES = (112, 448, 1024, 4096)
 VARIANTS = ("none", "psd", "obdsd")
@@ -40,6 +42,7 @@ ROUNDS = 50
 BLOCK_CALLS, BLOCK_SECONDS = 20, 0.1
 """A block ends after so many calls, or with the call that passes so many seconds."""
 RANKING = MultiSimilarityLoss()
+NAIVE = {name: getattr(RANKING, name) for name in ("alpha", "beta", "threshold", "margin")}
 OURS, LIBRARY = "dist-obdsd", "pytorch-metric-learning"
 EFFICIENT = f"{LIBRARY}, efficient"
 """Each rank has only its own rows as anchors: quicker, and another gradient, W times as long if pairs share a rank."""
@@ -109,12 +112,30 @@ def implementations(variant: str, T_BD: torch.Tensor, labels_B: torch.Tensor) ->
 
     ways = {
         OURS: ours,
-        "loop and inverse": lambda E_BD: reference.objective(E_BD, T_BD, labels_B, RANKING, config),
+        "loop and inverse": lambda E_BD: naive(E_BD, T_BD, labels_B, config),
     }
     if variant == "none" and has_library():
         loss, miner = library_loss()
         ways[LIBRARY] = lambda E_BD: loss(E_BD, labels_B, miner(E_BD, labels_B))
     return ways
+
+
+def naive(E_BD: torch.Tensor, T_BD: torch.Tensor, labels_B: torch.Tensor, config: DistillationConfig) -> torch.Tensor:
+    """The objective as a single-process script would write it."""
+    total, count = oracle.multi_similarity(E_BD, labels_B, **NAIVE)
+    loss = total / max(count, 1)
+    if config.target == "none":
+        return loss
+    with torch.no_grad():
+        target_BB = naive_target(T_BD, config)
+    return loss + config.weight * config.temperature**2 * oracle.kl(E_BD, target_BB, config.temperature) / len(E_BD)
+
+
+def naive_target(T_BD: torch.Tensor, settings: DistillationConfig | Diffusion) -> torch.Tensor:
+    """All rows of psd or obdsd, by a dense inverse."""
+    names = ("target", "temperature", "transition_temperature", "omega", "mask_self")
+    target_BB: torch.Tensor = oracle.target(T_BD, **{name: getattr(settings, name) for name in names})
+    return target_BB
 
 
 def has_library() -> bool:

@@ -1,13 +1,15 @@
 """A whole training step by variant of the objective, and where its time goes.
 
 The variants take turns in one process per rank, a block of steps each, so that a machine whose speed drifts slows all
-of them down alike. A step's time is a block's divided by its steps, the median over the blocks; its parts are medians
-over all steps. Without ``--shards`` one batch of images is made up and taken again and again, so nobody waits for data;
-with it, batches come as in a run, with ``--workers`` decoding processes per rank.
+of them down alike. The quickest block counts: on one rank of a CPU by the process's own time, which other processes on
+the machine do not lengthen, else by the clock. One batch of images is made up and taken again and again, so nobody
+waits for data. The student's embeddings are spread out as a trained network's are, with images of one class together:
+those of fresh weights are all but the same, and no diffusion would be sharp on them.
 
     overhead   step time / that of the variant ``none``
     floor      the same if only the teacher's forward pass came on top
     excess     (step - step of ``none``) / teacher's forward pass: 1 if the objective cost nothing
+    added      the same from the objective's own parts, which other work on the machine disturbs less
 
 Weak scaling: every rank has ``--batch`` images, whatever the number of ranks.
 
@@ -15,26 +17,22 @@ Legend: b rows of a rank, B rows of the global batch, D embedding dimension, W r
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
-from benchmarks.common import Row, matmul_flops, run_case
+from benchmarks.common import Row, run_case
 from dist_obdsd import machine
 from dist_obdsd.config import Config, parse_config
-from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.from_config import classes_from
-from dist_obdsd.data.stream import TrainBatch, TrainStream
+from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.build import build_objective
@@ -45,33 +43,27 @@ from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import TrainProgress, TrainStep
 
 CASE = ("backbone", "image_size", "batch", "dim", "precision", "compile", "teacher_precision", "threads", "budget",
-        "shards", "workers")  # fmt: skip
+        "temperatures")  # fmt: skip
 """The options that say what is measured."""
-VARIANTS = ("none", "psd", "obdsd")
-WAIT = "data wait"
 PARTS = ("student forward", "teacher", "communication", "objective", "student backward", "optimizer")
-WARM_UP, BLOCKS = 3, 5
+WARM_UP, BLOCKS = 3, 7
 BLOCK_SECONDS = 1.0
-MADE_UP = "made up"
-"""In place of shards."""
-EPOCHS = 100_000
-"""Of a stream, which begins in the middle, at half the ramp, and never comes to its end."""
+
+
+def variants(temperatures: Sequence[float]) -> list[str]:
+    """Names of what is compared: targets, ``obdsd`` once at every transition temperature."""
+    return ["none", "psd", *(f"obdsd {temperature:g}" for temperature in temperatures)]
 
 
 def run(options: argparse.Namespace) -> list[Row]:
     """A row per number of ranks and variant."""
     rows: list[Row] = []
-    if options.shards:
-        manifests.load(options.shards)  # complains here, once
-    for world in options.worlds or (1, 2):
+    for world in options.worlds:
         case = {name: getattr(options, name) for name in CASE}
         case["trace"] = str(options.trace) if options.trace and not rows else None
-        config(case, "none", world)  # likewise
+        config(case, "none", world)  # complains here, once
         answer = run_case("benchmarks.step", world, case)
-        if isinstance(answer, dict):
-            rows.append({"W": world} | answer)
-        else:
-            rows += answer
+        rows += [{"W": world} | answer] if isinstance(answer, dict) else answer
     return rows
 
 
@@ -80,27 +72,26 @@ def findings(rows: list[Row]) -> dict[str, float]:
     return {
         f"{what} of {row['variant']} on {row['W']} ranks": row[what]
         for row in rows
-        for what in ("overhead", "excess")
-        if row.get("variant") in VARIANTS[1:] and what in row
+        for what in ("overhead", "excess", "added")
+        if what in row and row["variant"] != "none"
     }
 
 
 def config(case: dict[str, Any], variant: str, world: int) -> Config:
-    """The config of a variant, with the published weights of CUB200 and sharper temperatures.
+    """The config of a variant, with SOP's omega.
 
     Raises:
         InputError: a backbone, precision or size that does not fit.
     """
     if case["batch"] % 2:
         raise InputError(f"--batch is {case['batch']}; give an even number, since a batch is made of pairs")
-    small = case["backbone"] == "small_cnn"
+    small, (target, _, temperature) = case["backbone"] == "small_cnn", variant.partition(" ")
     raw = {
         "name": "bench",
-        "epochs": EPOCHS,
+        "epochs": 2,
         "precision": case["precision"],
         "data": {
-            "shards": str(case["shards"] or MADE_UP),
-            "workers": case["workers"],
+            "shards": "made up",
             "image_size": case["image_size"] or (32 if small else 224),
             "lanes": world,
             **({"channels": 1, "mean": [0.5], "std": [0.5]} if small else {}),
@@ -108,10 +99,10 @@ def config(case: dict[str, Any], variant: str, world: int) -> Config:
         "batch": {"global_size": case["batch"] * world, "samples_per_class": 2},
         "model": {"backbone": case["backbone"], "embedding_dim": case["dim"], "compile": case["compile"]},
         "distillation": {
-            "target": variant,
+            "target": target,
             "weight": 3,
             "temperature": 0.1,
-            "transition_temperature": 0.05,
+            "transition_temperature": float(temperature or 1),
             "omega": 0.5,
             "teacher_precision": case["teacher_precision"],
         },
@@ -120,32 +111,71 @@ def config(case: dict[str, Any], variant: str, world: int) -> Config:
     return parse_config(raw, "benchmarks.step")
 
 
+def made_up_images(config: Config, seed: int = 0) -> torch.Tensor:
+    """uint8 [B, C, s, s]: a pattern for each pair of one class, and noise."""
+    draw, data, B = torch.Generator().manual_seed(seed), config.data, config.batch.global_size
+    patterns = torch.rand(B // 2, data.channels, 4, 4, generator=draw)
+    shift = torch.rand(B // 2, data.channels, 1, 1, generator=draw)
+    patterns = (0.5 * patterns + 0.5 * shift).repeat_interleave(2, 0)
+    images = nn.functional.interpolate(patterns, size=(data.image_size,) * 2)
+    return (255 * (images + 0.1 * torch.randn(images.shape, generator=draw)).clamp(0, 1)).byte()
+
+
+@torch.no_grad()
+def spread(network: nn.Module, images_B: torch.Tensor) -> torch.Tensor:
+    """Let a fresh network's embeddings of a batch point in all directions, as a trained one's do; return them.
+
+    BatchNorm gets its statistics, and the last bias its value, from this batch.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().momentum = None  # takes over the statistics of the one batch
+    inputs: list[torch.Tensor] = []
+    hook = network.head.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    network(images_B)
+    for norm in norms:
+        norm.eval()
+    network(images_B)
+    hook.remove()
+    network.head.bias.copy_(-network.head.weight @ inputs[-1].mean(0))
+    return network(images_B)
+
+
+def likeness(E_BD: torch.Tensor) -> tuple[float, float]:
+    """Mean cosine of two embeddings of one pair, and of two others."""
+    S_BB = (E_BD @ E_BD.T).double()
+    B, pairs = len(S_BB), float(S_BB.diagonal(1)[::2].mean())
+    return pairs, (float(S_BB.sum()) - B - pairs * B) / (B * (B - 2))
+
+
 # ---- on a rank ------------------------------------------------------------------------------------------------------
 
 
 class StepTimer:
     """Where a step's time goes: marks between its parts, on the host's clock or, for a GPU, in its stream."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.cuda, self.clock = device.type == "cuda", clock
         self._marks: list[tuple[str, Any]] = []
+        self._within = ["other"]
 
     def mark(self, ended: str) -> None:
-        """Note that the part ``ended`` ends here."""
-        moment: Any = time.perf_counter()
+        """Note that a piece of the part ``ended`` ends here."""
+        moment: Any = self.clock()
         if self.cuda:
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()
         self._marks.append((ended, moment))
 
     def time_calls(self, owner: Any, name: str, part: str, then: Callable[[Any], None] = lambda result: None) -> None:
-        """Let the calls of a function or method count as ``part``."""
+        """Let the calls of a function or method count as ``part``, but for timed calls inside."""
         inner = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self.mark("other")
+            self.mark(self._within[-1])
+            self._within.append(part)
             result = inner(*args, **kwargs)
-            self.mark(part)
+            self.mark(self._within.pop())
             then(result)
             return result
 
@@ -162,123 +192,74 @@ class StepTimer:
         return parts
 
 
-class Batches(AbstractContextManager["Batches"]):
-    """Batches from the middle of a run; all variants of a rank share one."""
-
-    classes: Sequence[int]
-    """The sorted classes of all labels."""
-
-    def __init__(self, config: Config, rank: launch.Runtime) -> None:
-        """Make a batch up, in pinned memory for a GPU, or start to read. Collective.
-
-        Args:
-            config: its ``data.shards`` says where images are to be made up.
-
-        Raises:
-            InputError: the shards cannot be read or do not fit the batch.
-        """
-        self._stream: TrainStream | None = None
-        B, data, cuda = config.batch.global_size, config.data, rank.device.type == "cuda"
-        if data.shards != MADE_UP:
-            manifest = manifests.load(data.shards)
-            self.classes, _ = classes_from(config, manifest)
-            self._stream = TrainStream(
-                manifest, self.classes, config, rank.rank, rank.world_size, config.epochs // 2, 0, pinned=cuda
-            )
-            return
-        self.classes = range(B // 2)
-        shape = (B // rank.world_size, data.channels, *data.size)
-        images_b = torch.randint(0, 256, shape, dtype=torch.uint8)
-        images_b = images_b.pin_memory() if cuda else images_b
-        self._batch = TrainBatch(config.epochs // 2, 0, images_b, torch.arange(len(images_b)), torch.arange(B) // 2, [])
-
-    def next(self) -> TrainBatch:
-        return self._batch if self._stream is None else next(self._stream)
-
-    def __exit__(self, *error: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-
 class Variant:
     """A network, its teacher and everything else that a step needs, and the steps that it takes."""
 
-    def __init__(self, config: Config, rank: launch.Runtime, timer: StepTimer, batches: Batches) -> None:
-        self.config, self.rank, self.timer, self.batches = config, rank, timer, batches
+    def __init__(self, name: str, config: Config, rank: launch.Runtime, timer: StepTimer) -> None:
+        self.name, self.config, self.rank, self.timer = name, config, rank, timer
+        B = config.batch.global_size
+        b, first, classes = B // rank.world_size, rank.rank * B // rank.world_size, range(B // 2)
+        images_B = made_up_images(config)
+        images_b = images_B[first : first + b]
+        images_b = images_b.pin_memory() if timer.cuda else images_b
         student = build_embedder(config, rank.device)
+        self.likeness = likeness(spread(student, images_B[: min(B, 448)].to(rank.device)))
         teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
-        objective = build_objective(config, batches.classes, rank.device)
+        objective = build_objective(config, classes, rank.device)
         compile_networks(config, rank, student, teacher)
         self.compiled = student._compiled_call_impl is not None
         strategy = build_strategy(student, config, rank, [])
         strategy.network.train()
-        self.parameters = sum(p.numel() for p in student.parameters())
-        self.step = TrainStep(config, rank, strategy, teacher, objective, batches.classes)
-        self._divide(strategy, objective)
-        self.times: list[float] = []
-        self.parts: dict[str, list[float]] = defaultdict(list)
-        self.flops = self.peak_mib = 0.0
-
-    def _divide(self, strategy: Any, objective: Any) -> None:
-        timer = self.timer
+        self.step = TrainStep(config, rank, strategy, teacher, objective, classes)
+        self.batch = TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(B) // 2, [])
+        self.times, self.parts, self.peak_mib = list[float](), list[dict[str, float]](), 0.0
         # The gradient reaches the embeddings where the objective's backward ends and the network's begins.
         timer.time_calls(
             strategy, "embed", "student forward", lambda E_bD: E_bD.register_hook(lambda g: timer.mark("objective"))
         )
-        if self.step.teacher is not None:
-            timer.time_calls(self.step, "teacher", "teacher")
-        timer.time_calls(objective, "start_teacher", "objective")
-        timer.time_calls(objective, "forward", "objective")
-        timer.time_calls(strategy, "_backward", "student backward")
-        timer.time_calls(strategy, "_clipped_norm", "optimizer")
-        timer.time_calls(strategy, "_take_step", "optimizer")
+        if teacher is not None:
+            timer.time_calls(teacher, "forward", "teacher")
+        for owner, method, part in (
+            (objective, "start_teacher", "objective"), (objective, "forward", "objective"),
+            (strategy, "_backward", "student backward"), (strategy, "_clipped_norm", "optimizer"),
+            (strategy, "_take_step", "optimizer"),
+        ):  # fmt: skip
+            timer.time_calls(owner, method, part)
 
     def take(self) -> None:
-        batch = self.batches.next()
-        self.timer.mark(WAIT)
-        self.step(batch, TrainProgress(batch.epoch, batch.step, 1), 0.0)  # not the run's first step, which checks more
-
-    def warm_up(self) -> None:
-        # The counter sees operations of torch, not what a compiler made of them.
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            self.take()
-        self.flops = counter.get_total_flops()
-        for _ in range(WARM_UP):
-            self.take()
-        self.timer.seconds()
+        self.step(self.batch, TrainProgress(1, 0, 1), 0.0)  # not the run's first step, which checks more
 
     def block(self, steps: int) -> None:
-        cuda = self.rank.device.type == "cuda"
-        if cuda:
+        if self.timer.cuda:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
-        started = time.perf_counter()
+        self.timer.seconds()
+        started = self.timer.clock()
         for _ in range(steps):
-            self.timer.mark("between")
+            self.timer.mark("other")
             self.take()
             self.timer.mark("other")
         parts = self.timer.seconds()
-        self.times.append((time.perf_counter() - started) / steps)
-        for part in (*[WAIT] * (self.config.data.shards != MADE_UP), *PARTS, "other"):
-            self.parts[part].append(parts.get(part, 0.0) / steps)
-        if cuda:
+        self.times.append((self.timer.clock() - started) / steps)
+        self.parts.append({part: parts.get(part, 0.0) / steps for part in (*PARTS, "other")})
+        if self.timer.cuda:
             self.peak_mib = torch.cuda.max_memory_allocated() / 2**20
 
-    def row(self, none: "Variant | None", peak: float) -> Row:
-        seconds = statistics.median(self.times)
-        B = self.config.batch.global_size
-        row: Row = {"W": self.rank.world_size, "B": B, "variant": self.config.distillation.target}
+    def row(self, none: "Variant") -> Row:
+        seconds, B = min(self.times), self.config.batch.global_size
+        row: Row = {"W": self.rank.world_size, "B": B, "variant": self.name}
         # What came of a wish: a machine that cannot do it goes on without.
         if self.config.model.compile:
             row["compiled"] = self.compiled
         row |= {"images_per_s": B / seconds, "ms": 1000 * seconds}
-        row |= {part: 1000 * statistics.median(values) for part, values in self.parts.items()}
-        if none is not None:
-            base, teacher = 1000 * statistics.median(none.times), row["teacher"]
-            row["overhead"] = row["ms"] / base
-            if teacher:
-                row |= {"floor": 1 + teacher / base, "excess": (row["ms"] - base) / teacher}
-        row["mfu"] = self.flops / seconds / peak
+        row |= {part: 1000 * value for part, value in self.parts[self.times.index(seconds)].items()}
+        base, teacher = 1000 * min(none.times), row["teacher"]
+        row["overhead"] = row["ms"] / base
+        if teacher:
+            own, without = (min(part["objective"] + part["communication"] for part in v.parts) for v in (self, none))
+            added = 1 + (own - without) / min(part["teacher"] for part in self.parts)
+            row |= {"floor": 1 + teacher / base, "excess": (row["ms"] - base) / teacher, "added": added}
+        row |= dict(zip(("cosine of pairs", "of others"), self.likeness, strict=True))
         return row | ({"peak_mib": self.peak_mib} if self.peak_mib else {})
 
 
@@ -286,33 +267,33 @@ def run_rank(rank: launch.Runtime, case: dict[str, Any]) -> list[Row]:
     """This rank's part of a case. Collective."""
     if rank.device.type == "cpu":
         machine.tune_malloc()
-    timer = StepTimer(rank.device)
+    alone = rank.device.type == "cpu" and rank.world_size == case["threads"] == 1
+    timer = StepTimer(rank.device, time.process_time if alone else time.perf_counter)
     for owner, name in (
         (collectives, "gather_rows"),
         (collectives, "sum_across"),
         (collectives.AsyncAllGather, "wait"),
     ):
         timer.time_calls(owner, name, "communication")
-    configs = [config(case, target, rank.world_size) for target in VARIANTS]
-    with Batches(configs[0], rank) as batches:
-        variants = [Variant(config, rank, timer, batches) for config in configs]
-        for variant in variants:
-            variant.warm_up()
-        started = time.perf_counter()
-        variants[0].block(1)
-        # Every rank takes the same number of steps, and all blocks together half the budget at most.
-        taken = max(collectives.gather_json(time.perf_counter() - started))
-        steps = max(1, int(min(BLOCK_SECONDS, case["budget"] / (2 * BLOCKS * len(VARIANTS))) / taken))
-        variants[0].times.clear()
-        variants[0].parts.clear()
-        for _ in range(BLOCKS):
-            for variant in variants:
-                variant.block(steps)
-        peak = matmul_flops(rank.device, torch.bfloat16 if case["precision"] == "bf16" else torch.float32)
-        rows = [variant.row(variants[0], peak) for variant in variants]
-        if case["trace"]:
-            _trace(variants[-1], Path(case["trace"]), rank.is_main)
-    return rows
+    names = variants(case["temperatures"])
+    every = [Variant(name, config(case, name, rank.world_size), rank, timer) for name in names]
+    for variant in every:
+        for _ in range(WARM_UP):
+            variant.take()
+    started = time.perf_counter()
+    every[0].block(1)
+    # Every rank takes the same number of steps, and all blocks together half the budget at most.
+    taken = max(collectives.gather_json(time.perf_counter() - started))
+    steps = max(1, int(min(BLOCK_SECONDS, case["budget"] / (2 * BLOCKS * len(every))) / taken))
+    every[0].times.clear()
+    every[0].parts.clear()
+    # The process's own time needs no long blocks, and short ones are more often undisturbed.
+    for _ in range(BLOCKS * steps if alone else BLOCKS):
+        for variant in every:
+            variant.block(1 if alone else steps)
+    if case["trace"]:
+        _trace(every[-1], Path(case["trace"]), rank.is_main)
+    return [variant.row(every[0]) for variant in every]
 
 
 def _trace(variant: Variant, path: Path, writes: bool) -> None:
@@ -334,10 +315,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=112, help="images of a rank (default: 112)")
     parser.add_argument("--precision", default="float32", help="float32 or bf16 (default: float32)")
     parser.add_argument("--teacher-precision", default="same", help="same or bf16 (default: same)")
+    parser.add_argument("--temperatures", type=lambda text: [float(x) for x in text.split(",")],
+                        default=[1.0, 0.05, 0.005], metavar="T,T,...",
+                        help="transition temperatures of obdsd (default: 1,0.05,0.005)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--shards", metavar="DIR", help="shards to read (default: made-up images)")
-    parser.add_argument("--workers", type=int, default=2, help="decoding processes per rank (default: 2)")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write three steps of obdsd here, for Perfetto")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write three steps of the last variant for Perfetto")
     return parser
 
 

@@ -1,37 +1,47 @@
-"""Naive float64 references: one pair at a time, straight from the formulas, with no thought for speed or memory.
+"""The naive objective, straight from the formulas: a loop over anchors or pairs, and dense matrices with an inverse.
 
-Losses are built from scalars of torch, so that autograd differentiates them by another road than the vectorised code;
-targets are numpy with an explicit inverse.
+The tests compare with it in float64, the benchmarks and the GPU checks in the precision of what they give. Losses are
+made of few torch operations, so that autograd differentiates them by another road than the vectorised code.
 
 Legend: B rows of the whole batch, C classes, D embedding dimension.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 
 def multi_similarity(
-    E_BD: torch.Tensor, labels: list[int], *, alpha: float, beta: float, threshold: float, margin: float
-) -> tuple[torch.Tensor, int]:
+    E_BD: torch.Tensor, labels: Sequence[int] | torch.Tensor, *, alpha: float, beta: float, threshold: float,
+    margin: float,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
     """Sum over the anchors that keep a positive and a negative, and their number."""
-    E_BD = E_BD.double()
-    B = len(labels)
-    total, count = (E_BD * 0).sum(), 0
-    for i in range(B):
-        S = [(E_BD[i] * E_BD[j]).sum() for j in range(B)]
-        positives = [S[j] for j in range(B) if labels[j] == labels[i] and j != i]
-        negatives = [S[j] for j in range(B) if labels[j] != labels[i]]
-        kept_positives = [s for s in positives if negatives and s.item() < max(n.item() for n in negatives) + margin]
-        kept_negatives = [s for s in negatives if positives and s.item() > min(p.item() for p in positives) - margin]
-        if not kept_positives or not kept_negatives:
+    E_BD = _widened(E_BD)
+    labels_B, S_BB = torch.as_tensor(labels, device=E_BD.device), E_BD @ E_BD.T
+    total, count = _zero(E_BD), 0
+    for i in range(len(labels_B)):
+        same_B = labels_B == labels_B[i]
+        negatives = S_BB[i][~same_B]
+        same_B[i] = False
+        positives = S_BB[i][same_B]
+        if not len(positives) or not len(negatives):
+            continue
+        kept_positives, kept_negatives = (
+            positives[positives < negatives.max() + margin], negatives[negatives > positives.min() - margin]
+        )  # fmt: skip
+        if not len(kept_positives) or not len(kept_negatives):
             continue
         count += 1
-        above = sum((torch.exp(-alpha * (s - threshold)) for s in kept_positives), torch.zeros((), dtype=torch.double))
-        below = sum((torch.exp(beta * (s - threshold)) for s in kept_negatives), torch.zeros((), dtype=torch.double))
-        total = total + torch.log(1 + above) / alpha + torch.log(1 + below) / beta
+        total = total + torch.log(1 + torch.exp(-alpha * (kept_positives - threshold)).sum()) / alpha
+        total = total + torch.log(1 + torch.exp(beta * (kept_negatives - threshold)).sum()) / beta
     return total, count
+
+
+def _widened(E_BD: torch.Tensor) -> torch.Tensor:
+    return E_BD.double() if E_BD.dtype.itemsize < 4 else E_BD
 
 
 def _zero(E_BD: torch.Tensor) -> torch.Tensor:
@@ -149,81 +159,61 @@ def proxy_anchor(
     return {"ranking_positive": (positive, present), "ranking_negative": (negative, len(proxies_CD))}
 
 
-def kl(E_BD: torch.Tensor, target_BB: np.ndarray, temperature: float) -> torch.Tensor:
+def kl(E_BD: torch.Tensor, target_BB: np.ndarray | torch.Tensor, temperature: float) -> torch.Tensor:
     """Sum over the B rows of KL(target || softmax(E E^T / temperature))."""
-    E_BD = E_BD.double()
-    B = len(target_BB)
-    total = torch.zeros((), dtype=torch.double)
-    for i in range(B):
-        logits = [(E_BD[i] * E_BD[j]).sum() / temperature for j in range(B)]
-        top = max(x.item() for x in logits)
-        log_sum = top + torch.log(sum(((x - top).exp() for x in logits), torch.zeros((), dtype=torch.double)))
-        for j in range(B):
-            q = float(target_BB[i][j])
-            if q > 0:
-                total = total + q * (math.log(q) - (logits[j] - log_sum))
-    return total
-
-
-def softmax_row(logits: list[float]) -> list[float]:
-    top = max(logits)
-    exps = [math.exp(x - top) for x in logits]
-    return [x / math.fsum(exps) for x in exps]
+    E_BD = _widened(E_BD)
+    target_BB = torch.as_tensor(target_BB, dtype=E_BD.dtype)
+    log_p_BB = (E_BD @ E_BD.T / temperature).log_softmax(1)
+    return (torch.xlogy(target_BB, target_BB) - target_BB * log_p_BB).sum()
 
 
 def target(
-    T_BD: np.ndarray,
+    T_BD: Any,
     *,
     target: str,
     temperature: float,
     transition_temperature: float,
     omega: float,
-    mask_self: bool,
+    mask_self: bool = False,
     neighbours: int | None = None,
     mutual: bool = False,
     clip: bool = False,
     power: float = 1.0,
-) -> np.ndarray:
-    """All B rows of a target, [B, B]."""
-    T_BD = np.asarray(T_BD, dtype=np.float64)
-    B = len(T_BD)
+) -> Any:
+    """All B rows of a target, [B, B]: an array where an array is given, which is taken in float64, else a tensor."""
+    if isinstance(T_BD, np.ndarray):
+        options = {"target": target, "temperature": temperature, "transition_temperature": transition_temperature,
+                   "omega": omega, "mask_self": mask_self, "neighbours": neighbours, "mutual": mutual, "clip": clip,
+                   "power": power}  # fmt: skip
+        return globals()["target"](torch.from_numpy(T_BD).double(), **options).numpy()
+    B, S_BB = len(T_BD), T_BD @ T_BD.T
+    eye_BB = torch.eye(B, dtype=T_BD.dtype, device=T_BD.device)
+    self_BB = eye_BB.bool()
+
+    def softmax(S: torch.Tensor, left_out: torch.Tensor, t: float) -> torch.Tensor:
+        return (S / t).masked_fill(left_out, -math.inf).softmax(1).nan_to_num(0)
+
     if target == "uniform":
-        return np.full((B, B), 1 / B)
-    S = [[math.fsum(T_BD[i] * T_BD[j]) for j in range(B)] for i in range(B)]
-
-    def distribution(scores: list[float], i: int) -> list[float]:
-        return softmax_row([-math.inf if mask_self and j == i else scores[j] / temperature for j in range(B)])
-
-    def near(i: int, j: int) -> bool:
-        """Is j among the nearest of i? Those that tie with the last one are."""
-        if neighbours is None:
-            return True
-        others = sorted((S[i][x] for x in range(B) if x != i), reverse=True)
-        return S[i][j] >= others[min(neighbours, B - 1) - 1] - 1e-12
-
-    def edge(i: int, j: int) -> bool:
-        return i != j and (near(i, j) and near(j, i) if mutual else near(i, j) or near(j, i))
-
-    def sharpened(i: int, j: int) -> float:
-        s = max(S[i][j], 0.0) if clip or target == "obdsd_symmetric" else S[i][j]
-        return s**power if power != 1 else s
-
-    P = np.array([distribution(S[i], i) for i in range(B)])
+        return torch.full_like(S_BB, 1 / B)
+    hidden_BB = self_BB & mask_self
+    P_BB = softmax(S_BB, hidden_BB, temperature)
     if target == "psd":
-        return P
-    isolated = [not any(edge(i, j) for j in range(B)) for i in range(B)]
+        return P_BB
+    edge_BB = ~self_BB
+    if neighbours is not None:  # those that tie with the last one are near, too
+        others_BB = S_BB.masked_fill(self_BB, -math.inf).sort(1, descending=True).values
+        near_BB = others_BB[:, min(neighbours, B - 1) - 1, None] - 1e-12 <= S_BB
+        edge_BB &= near_BB & near_BB.T if mutual else near_BB | near_BB.T
+    sharp_BB = S_BB.clamp_min(0) if clip or target == "obdsd_symmetric" else S_BB
+    sharp_BB = sharp_BB**power if power != 1 else sharp_BB
     if target == "obdsd":
-        A = [
-            softmax_row([sharpened(i, j) / transition_temperature if edge(i, j) else -math.inf for j in range(B)])
-            if not isolated[i]
-            else [0.0] * B
-            for i in range(B)
-        ]
-        Q = (1 - omega) * np.linalg.inv(np.eye(B) - omega * np.array(A)) @ P
-        return np.array([P[i] if isolated[i] else Q[i] for i in range(B)])
+        A_BB = softmax(sharp_BB, ~edge_BB, transition_temperature)
+        isolated_B = ~edge_BB.any(1)
+        F_BB = (1 - omega) * torch.linalg.inv(eye_BB - omega * A_BB) @ P_BB
+        return torch.where(isolated_B[:, None], P_BB, F_BB)
     assert target == "obdsd_symmetric"
-    S0 = [[sharpened(i, j) if edge(i, j) else 0.0 for j in range(B)] for i in range(B)]
-    degree = [math.fsum(row) for row in S0]
-    A = [[S0[i][j] / math.sqrt(degree[i] * degree[j]) if S0[i][j] > 0 else 0.0 for j in range(B)] for i in range(B)]
-    F = (1 - omega) * np.linalg.inv(np.eye(B) - omega * np.array(A)) @ np.array(S)
-    return np.array([P[i] if degree[i] == 0 else distribution(list(F[i]), i) for i in range(B)])
+    S0_BB = torch.where(edge_BB, sharp_BB, 0)
+    degree_B = S0_BB.sum(1)
+    A_BB = (S0_BB / (degree_B[:, None] * degree_B).sqrt()).nan_to_num(0)
+    F_BB = (1 - omega) * torch.linalg.inv(eye_BB - omega * A_BB) @ S_BB
+    return torch.where(degree_B[:, None] == 0, P_BB, softmax(F_BB, hidden_BB, temperature))

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from dist_obdsd import machine
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
@@ -106,6 +108,8 @@ class Trainer:
             self.objective = build_objective(config, self.train_classes, runtime.device)
             log_objective(config, runtime.world_size)
         self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
+        # A run's images have one shape, so cuDNN looks once for its quickest kernels; they may not repeat their bits.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         compile_networks(config, runtime, self.student, self.teacher)
         own = list(self.objective.ranking.named_parameters())
         self.strategy = build_strategy(self.student, config, runtime, own)

@@ -1,42 +1,32 @@
-"""The checks by name, cheap ones first. Each takes a device, and whether to be quick, and says what it found."""
+"""The checks by part and name, and what they run on. Each check returns what it found, as a text or as rows."""
 
-import time
-import traceback
+import datetime
+import importlib
+import importlib.metadata
+import platform
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dist_obdsd.errors import format_error
-from tests.gpu import feeding, ranks, solving, steps, whole
-from tests.gpu.rig import CheckError, Skipped
+from dist_obdsd.tracking import provenance
 
-Check = Callable[[torch.device, bool], str]
-CHECKS: dict[str, Check] = {
-    "solvers": solving.solvers_agree,
-    "masked": steps.masked_step_changes_nothing,
-    "waiting": steps.step_does_not_wait,
-    "group": ranks.group_of_one,
-    "uploads": feeding.uploads_arrive,
-    "layout": steps.layout_and_chunks_change_nothing,
-    "exact": steps.step_is_exact,
-    "evaluation": whole.evaluation_is_the_same,
-    "resumed": whole.resumed_run_is_the_same,
-    "ranks": ranks.ranks_are_one_batch,
-    "compiled": steps.compiled_step_is_the_same,
-}
+Check = Callable[[torch.device, bool], str | list[dict[str, Any]]]
 
 
-def run(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
-    """One check: ``check``, ``verdict`` (ok, skipped or failed), ``seconds`` and ``found``, a text."""
-    started = time.perf_counter()
-    try:
-        verdict, found = "ok", CHECKS[name](device, quick)
-    except Skipped as reason:
-        verdict, found = "skipped", str(reason)
-    except CheckError as error:
-        verdict, found = "failed", str(error)
-    except Exception as error:  # a defect, or a device that lacks something; the other checks go on
-        traceback.print_exc()
-        verdict, found = "failed", format_error(error)
-    return {"check": name, "verdict": verdict, "seconds": time.perf_counter() - started, "found": found}
+def checks(part: str) -> dict[str, Check]:
+    """The checks of a part by name, cheap ones first."""
+    found: dict[str, Check] = importlib.import_module(f"tests.gpu.{part}").CHECKS
+    return found
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Describe the device and the software."""
+    described: dict[str, Any] = {"date": datetime.date.today().isoformat(), "device": provenance.hardware(device)}
+    described |= {"commit": provenance.git()["git_commit"][:12], "python": platform.python_version()}
+    described |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        described |= {"gpus": torch.cuda.device_count(), "memory_gib": round(properties.total_memory / 2**30, 1)}
+    return described

@@ -5,12 +5,14 @@ Legend: b rows of this rank, B rows of the global batch.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 import yaml
 
+from benchmarks.step import made_up_images, spread
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import launch
@@ -67,39 +69,16 @@ def settings(backbone: str, *overrides: str) -> Config:
     return parse_config(override_config(raw, overrides), "the check")
 
 
-def made_up_images(config: Config, seed: int) -> torch.Tensor:
-    """uint8 [B, C, s, s]: a pattern for each pair of one class, and noise."""
-    draw = torch.Generator().manual_seed(seed)
-    data = config.data
-    patterns = torch.rand(B // 2, data.channels, 4, 4, generator=draw)
-    shift = torch.rand(B // 2, data.channels, 1, 1, generator=draw)
-    patterns = (0.5 * patterns + 0.5 * shift).repeat_interleave(2, 0)
-    images = torch.nn.functional.interpolate(patterns, size=(data.image_size,) * 2)
-    return (255 * (images + 0.1 * torch.randn(images.shape, generator=draw)).clamp(0, 1)).byte()
-
-
 @cache
 def _spread_weights(settings: str) -> dict[str, torch.Tensor]:
     config = parse_config(yaml.safe_load(settings), "the check")
     network = build_embedder(config, CPU)
-    images_B = made_up_images(config, 0)
-    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.train().momentum = None  # takes over the statistics of the one batch
-    seen: list[torch.Tensor] = []
-    network.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        network(images_B)
-        for norm in norms:
-            norm.eval()
-        network(images_B)
-        network.head.bias.copy_(-network.head.weight @ seen[-1].mean(0))
+    spread(network, made_up_images(config))
     return network.state_dict()
 
 
 def spread_weights(config: Config) -> dict[str, torch.Tensor]:
-    """Initial weights in float64 with BatchNorm's statistics and the last bias from a batch, so that its embeddings
-    point in all directions, as a trained network's do: those of fresh weights are all but the same."""
+    """Initial weights in float64 whose embeddings of a batch point in all directions."""
     plain = {"name": "spread", "epochs": 2, "precision": "float64", "device": "cpu"}
     parts = config.model_dump(mode="json", include={"data", "model"})
     return _spread_weights(yaml.safe_dump(plain | {"batch": {"global_size": B}} | parts))
@@ -155,7 +134,7 @@ class Rig:
 
     def take(self, batch: TrainBatch | None = None) -> tuple[list[str], torch.Tensor]:
         """One step of the second epoch, at half the ramp: names and the numbers that they name, on the device."""
-        batch = batch or self.batch()
+        batch = replace(batch or self.batch(), step=self.taken)
         answer = self.step(batch, TrainProgress(1, self.taken, self.taken), 0.0)
         self.taken += 1
         return answer
@@ -186,10 +165,10 @@ def same_bits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tens
 
 
 @contextmanager
-def convolutions_in_float32() -> Iterator[None]:
+def convolutions_in_float32(wanted: bool = True) -> Iterator[None]:
     """torch lets cuDNN round the factors of float32 convolutions to TF32 unless it is told not to."""
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = not wanted
     try:
         yield
     finally:

@@ -1,19 +1,23 @@
-"""Whole runs and evaluations through the command line, on shards that are made here."""
+"""Whole runs and evaluations through the command line, on shards that are made here, and their wait for data."""
 
 import contextlib
 import importlib.util
 import io
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
+from benchmarks.common import Row
 from dist_obdsd import checkpoint
 from dist_obdsd.cli import main as cli
 from dist_obdsd.evaluation.evaluator import measure
@@ -92,6 +96,48 @@ def evaluation_is_the_same(device: torch.device, quick: bool) -> str:
     return f"the same bits in {len(results['cosine'])} metrics of {n} embeddings; {said}"
 
 
+def make_jpegs(folder: Path, classes: int, per_class: int, size: tuple[int, int]) -> None:
+    """A folder per class of photos without edges: a blurred pattern of the class, and one of the image."""
+    rng = np.random.default_rng(0)
+    for c in range(classes):
+        pattern = rng.uniform(0, 255, (5, 6, 3))
+        (folder / f"class_{c:03d}").mkdir(parents=True)
+        for i in range(per_class):
+            mixed = np.clip(pattern + rng.normal(0, 40, pattern.shape), 0, 255).astype(np.uint8)
+            photo = Image.fromarray(mixed).resize(size, Image.Resampling.BICUBIC)
+            photo.save(folder / f"class_{c:03d}" / f"{i}.jpg", quality=90)
+
+
+def data_wait(device: torch.device, quick: bool) -> list[Row]:
+    """A row for each variant: the share of a training run's steps in which the host asked for images.
+
+    Photos of 400 x 320 pixels, eight decoding processes, ResNet-50 at 224 pixels; ``none``, whose steps are the
+    shortest, and ``obdsd``. Without the first epoch, in which everything warms up.
+    """
+    size, classes, backbone = ((40, 32), 24, "small_cnn") if quick else ((400, 320), 280, "resnet50")
+    more = {
+        "model.backbone": backbone, "data.image_size": "16" if quick else "224",
+        "batch.global_size": "16" if quick else "112", "data.workers": "2" if quick else "8", "data.channels": "3",
+        "data.lanes": "8", "data.augment": "crop", "device": device.type, "precision": "bf16", "optim.lr": "1e-5",
+        "epochs": "3", "evaluation.test": "false",
+    }  # fmt: skip
+    rows = []
+    with shards(lambda images: make_jpegs(images, classes, 8, size)) as folder:
+        for variant in ("none",) if quick else ("none", "obdsd"):
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+            overrides = more | {"distillation.target": variant}
+            command("train", "tiny.yaml", *(f"{name}={value}" for name, value in overrides.items()))
+            lines = map(json.loads, (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines())
+            epochs = [line for line in lines if line["kind"] == "epoch" and line["epoch"] > 0]
+            seconds = sum(line["seconds"] for line in epochs)
+            shares = {
+                name: sum(line[key] * line["seconds"] for line in epochs) / seconds
+                for name, key in (("images_per_s", "images_per_s"), ("data wait", "data_wait_share"))
+            }
+            rows.append({"backbone": backbone, "variant": variant} | shares)
+    return rows
+
+
 @contextmanager
 def shards(make: Callable[[Path], object]) -> Iterator[Path]:
     """A working folder with a config and packed shards, of whose classes half are to train on.
@@ -132,3 +178,6 @@ def _deterministic(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+CHECKS = {"evaluation": evaluation_is_the_same, "resumed": resumed_run_is_the_same, "data": data_wait}
