@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dist_obdsd import __version__
 from dist_obdsd.data.images import FORMATS
+from dist_obdsd.data.transforms import LONGEST
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.files import new_folder
 from dist_obdsd.inference import ImageEmbedder, load
@@ -216,7 +217,10 @@ def prepare(path):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     pixels = np.array(image.convert("{mode}")).reshape(image.height, image.width, -1)
-    rows, columns = pixels.shape[:2]
+    # Of a very long image the centre counts.
+    rows, columns = (min(side, {longest} * min(image.size)) for side in pixels.shape[:2])
+    top, left = round((image.height - rows) / 2), round((image.width - columns) / 2)
+    pixels = pixels[top : top + rows, left : left + columns]
 {fit}
     return resize(resize(pixels, 1, columns, {w}), 0, rows, {h}).transpose(2, 0, 1)
 
@@ -296,5 +300,6 @@ def _readme(about: dict[str, Any], formats: Sequence[str]) -> str:
         checkpoint=about["checkpoint"]["file"],
         mode="RGB" if about["decode"]["channels"] == "RGB" else "L",
         fit=fit,
+        longest=LONGEST,
         uses="\n".join(USES[name] for name in formats).strip(),
     )

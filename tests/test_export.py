@@ -102,7 +102,7 @@ MODES = {"RGB": "jpg", "L": "png", "RGBA": "png", "LA": "webp", "P": "gif", "1":
 )
 def test_the_readme_prepares_every_kind_of_image_to_the_bit(mode: str, fit: str, channels: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    size = {"tall": (211, 17), "small": (5, 9)}.get(mode, (97, 131))
+    size = {"tall": (411, 17), "small": (5, 9)}.get(mode, (97, 131))
     if mode == "I;16":
         image = Image.fromarray(rng.integers(0, 1 << 16, size).astype(np.uint16))
     else:
