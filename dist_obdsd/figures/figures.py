@@ -43,8 +43,6 @@ def embedding_map(
 ) -> "Figure":
     """Map the embeddings of a few classes to the plane by t-SNE.
 
-    Source: van der Maaten and Hinton, JMLR 2008.
-
     Args:
         rows_mD: finite, m at least 2.
         labels_m: their classes.
@@ -167,13 +165,13 @@ def validation_curves(lines: Mapping[str, Mapping[int, float]], best: int | None
 def spectrum(singular: Sequence[float], title: str) -> "Figure":
     """Draw the embeddings' singular values beside those of evenly used directions."""
     values = np.maximum(np.array(singular) / (math.fsum(singular) or 1.0), 1e-12)
-    places = np.arange(1, len(values) + 1)
     figure = _figure(6.4, 4.6, title)
     axes = figure.subplots()
-    axes.plot(places, values, color=COLOURS[0], marker=".", label=f"these embeddings, rho = {rho(singular):.3f}")
+    label = f"these embeddings, rho = {rho(singular):.3f}"
+    axes.plot(range(1, len(values) + 1), values, color=COLOURS[0], marker=".", label=label)
     axes.axhline(1 / len(values), color=COLOURS[1], linestyle="dashed", label="all directions equally, rho = 0")
     axes.set_yscale("log")
-    axes.set(ylabel="share of the sum of all singular values")
+    axes.set_ylabel("share of the sum of all singular values")
     axes.set_xlabel(
         "singular value, the largest first\n\nFlatter is better: a small rho means that many directions are used,\n"
         "which goes with better retrieval of unseen classes (Roth et al., ICML 2020)."
@@ -269,7 +267,7 @@ def _plain(name: str) -> str:
 
 def _project(rows_mD: np.ndarray, seed: int) -> np.ndarray:
     """Compute the t-SNE map [m, 2]."""
-    from sklearn.manifold import TSNE
+    from sklearn.manifold import TSNE  # van der Maaten and Hinton, JMLR 2008
 
     # Equal rows, as of a collapsed network, have no principal components, and scikit-learn would divide by zero.
     # The map depends on the ratios of distances alone; near rows keep their digits this way.
