@@ -21,6 +21,7 @@ from dist_obdsd.console import NOTICE
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.image_folder import find_images, folder_batches
 from dist_obdsd.data.manifest import Manifest
+from dist_obdsd.data.shard_reader import cache_of, image_names
 from dist_obdsd.data.stream import evaluation_batches
 from dist_obdsd.distributed import launch
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks, gather_json, met_by_all
@@ -28,12 +29,12 @@ from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import embedding_files, faiss_index
-from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, measure
+from dist_obdsd.evaluation.evaluator import EvaluationResult, measure
 from dist_obdsd.figures import retrieval_grid
 from dist_obdsd.files import write_atomically
 from dist_obdsd.inference import build_network, inference_config
 from dist_obdsd.models.embedder import Embedder
-from dist_obdsd.training.evaluation import evaluate_split, settings_from
+from dist_obdsd.training.evaluation import embed_all, evaluate_split, settings_from
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,8 @@ def embed(options: argparse.Namespace) -> int:
         broken: dict[int, str] | None = {} if options.skip_broken else None
         if options.shards is not None:
             manifest = load_split(options.shards, options.split)
-            columns = _columns_of_split(manifest, options.split)
+            with raise_on_all_ranks("looking up the images' names"):
+                columns = _columns_of_split(manifest, options, config, rank.is_main)
             batches = partial(evaluation_batches, manifest, options.split, config, rank.rank, rank.world_size)
         else:
             with raise_on_all_ranks("looking for images"):
@@ -200,18 +202,23 @@ def _check_embed_outputs(options: argparse.Namespace) -> None:
     check_writable(options.out, options.index)
 
 
-def _columns_of_split(manifest: Manifest, split: str) -> embedding_files.Table:
+def _columns_of_split(
+    manifest: Manifest, options: argparse.Namespace, config: Config, is_main: bool
+) -> embedding_files.Table:
+    shards = manifest.splits[options.split]
     images = sorted(
         (image_id, label, role)
-        for shard in manifest.splits[split]
+        for shard in shards
         for image_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
     )
     ids, labels, roles = zip(*images, strict=True)
+    # The main rank writes.
+    names = image_names(options.shards, shards, cache=cache_of(config.data)) if is_main else {}
     columns = {
         "labels": np.array(labels, dtype=np.int64),
         "classes": np.array([manifest.classes[label] for label in labels]),
         "roles": np.array(roles),
-        "keys": np.array([manifests.key(image_id) for image_id in ids]),
+        "keys": np.array([names.get(image_id, manifests.key(image_id)) for image_id in ids]),
     }
     return embedding_files.Table(np.array(ids, dtype=np.int64), columns)
 

@@ -36,5 +36,5 @@ def _images_to_verify(options: argparse.Namespace) -> tuple[list[Any], str]:
         manifest = load_split(options.shards, options.split)
         ids = [image_id for shard in manifest.splits[options.split] for image_id in shard.ids][:count]
         found = read_images(options.shards, manifest, ids)
-        return [found[image_id] for image_id in ids], options.shards
+        return [found[image_id][0] for image_id in ids], options.shards
     return draw_letters(count), "drawn letters"

@@ -8,24 +8,22 @@ Shapes: n images of this rank, N of all ranks, D embedding dimension.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from dist_obdsd.data.stream import EvalBatch
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import raise_on_all_ranks
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.embedding_sample import EmbeddingSample, sample_embeddings
 from dist_obdsd.evaluation.eval_index import build_eval_index, check_counts
 from dist_obdsd.evaluation.knn import unit_rows
-from dist_obdsd.evaluation.metric_parts import EmbeddingMetric, EmbeddingSet, QueryMetric, Settings
-from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, RankedQuery, retrieve
-from dist_obdsd.transfer import DeviceUploader
+from dist_obdsd.evaluation.metric_parts import EmbeddingSet, QueryMetric, Settings
+from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, RankedQuery, retrieve, taken
 
 LARGEST, SMALLEST = 1e15, 1e-15
 """Entries of embeddings whose squared distances float32 holds."""
@@ -174,46 +172,8 @@ def number_labels(what: str, values: Any, names: bool = True) -> tuple[torch.Ten
     return torch.from_numpy(array.astype(np.int64)), dict(enumerate(known))
 
 
-def embed_all(
-    embed: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[EvalBatch], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-    """Embed this rank's batches, without gradient.
-
-    Args:
-        embed: uint8 images [rows, C, s, s] on ``device`` -> unit rows [rows, D].
-        batches: this rank's share; may be empty.
-        device: where ``embed`` runs.
-
-    Returns:
-        (embeddings [n, D] float32, ids [n], labels [n], roles n), on the CPU; D is 0 where there is no batch.
-
-    Raises:
-        RunError: ``embed`` returned another number of rows than it was given, or rows that are not finite.
-    """
-    embeddings = []
-    ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    roles: list[str] = []
-    upload = DeviceUploader(device)
-    with torch.no_grad():
-        for batch in batches:
-            rows = embed(upload(batch.images))
-            if rows.ndim != 2 or rows.shape[0] != batch.images.shape[0]:
-                raise RunError(
-                    f"the network returned shape {tuple(rows.shape)} for {batch.images.shape[0]} images; "
-                    f"it must return one row per image"
-                )
-            # They stay where they are until the end: a copy here would let a GPU wait for the next batch's decoding.
-            embeddings.append(rows[: batch.ids.numel()].float())
-            ids.append(batch.ids.cpu())
-            labels.append(batch.labels.cpu())
-            roles.extend(batch.roles)
-    rows_nD, ids_n = torch.cat([rows.cpu() for rows in embeddings] or [torch.empty(0, 0)]), torch.cat(ids)
-    if found := _not_finite(rows_nD, ids_n):
-        raise RunError(f"{found}; the network has diverged, so lower the learning rate or go back to a checkpoint")
-    return rows_nD, ids_n, torch.cat(labels), roles
-
-
-def _not_finite(rows_nD: torch.Tensor, ids_n: torch.Tensor) -> str:
+def not_finite(rows_nD: torch.Tensor, ids_n: torch.Tensor) -> str:
+    """Say how many rows are not finite, and the first one's id; nothing if all are."""
     bad_n = ~rows_nD.isfinite().all(dim=1).cpu()
     if not bad_n.any():
         return ""
@@ -262,7 +222,7 @@ def measure(
     rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles, settings.distance, normalize)
     index = build_eval_index(ids_n, labels_n, roles)
     check_counts(index, expected_count, expected_classes)
-    rows_nD, place_n = rows_nD[index.kept_n.to(rows_nD.device)].to(device or "cpu"), index.place_n[index.kept_n]
+    rows_nD, place_n = taken(rows_nD, index.kept_n).to(device or "cpu"), index.place_n[index.kept_n]
     of_queries = [metric for metric in metrics if isinstance(metric, QueryMetric)]
     found = {name: retrieve(name, rows_nD, place_n, index, of_queries, settings) for name in index.galleries or ("",)}
     values = {
@@ -272,7 +232,7 @@ def measure(
     }
     images = EmbeddingSet(rows_nD, place_n, index.classes[1])
     for metric in metrics:
-        values |= metric.values(images) if isinstance(metric, EmbeddingMetric) else {}
+        values |= {} if isinstance(metric, QueryMetric) else metric(images)
     return EvaluationResult(
         metrics=values,
         queries=sum(of.counts.queries for of in found.values()),
@@ -313,7 +273,7 @@ def _checked_rows(
             raise InputError(
                 "there are {} embeddings, {} ids, {} labels and {} roles; they must be equally many".format(*sizes)
             )
-        if found := _not_finite(rows_nD, ids_n):
+        if found := not_finite(rows_nD, ids_n):
             raise InputError(f"{found}; leave such images out or embed them again")
         if distance == "cosine" and normalize:
             zero_n = ~rows_nD.any(dim=1).cpu()

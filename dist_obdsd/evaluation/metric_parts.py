@@ -150,31 +150,25 @@ class EmbeddingSet:
         return self._clusters[k, seed]
 
 
-@dataclass(frozen=True)
-class EmbeddingMetric:
-    """A metric of all images together, queries and galleries."""
-
-    values: Callable[[EmbeddingSet], dict[str, float]]
-    """Collective; printed name -> value, the same on every rank."""
+EmbeddingMetric = Callable[[EmbeddingSet], dict[str, float]]
+"""A metric of all images together, queries and galleries: printed name -> value. Collective."""
 
 
 def nmi(*, released: bool, seed: int, train_classes: int | None) -> EmbeddingMetric:
     """Normalised mutual information of the classes and k-means clusters (Manning et al., section 16.3)."""
-    return EmbeddingMetric(lambda of: {"nmi": clustering.nmi(of.class_N, of.clusters(released, seed, train_classes))})
+    return lambda of: {"nmi": clustering.nmi(of.class_N, of.clusters(released, seed, train_classes))}
 
 
 def f1(*, released: bool, seed: int, train_classes: int | None) -> EmbeddingMetric:
     """F1 over pairs of images that share a k-means cluster (Song et al., CVPR 2016)."""
-    return EmbeddingMetric(
-        lambda of: {"f1": clustering.pairwise_f1(of.class_N, of.clusters(released, seed, train_classes))}
-    )
+    return lambda of: {"f1": clustering.pairwise_f1(of.class_N, of.clusters(released, seed, train_classes))}
 
 
 def distances(*, released: bool) -> EmbeddingMetric:
     """Mean distances within and between classes, and their ratio (Roth et al., ICML 2020, section 5)."""
-    return EmbeddingMetric(lambda of: geometry.class_distances(of.rows_nD, of.place_n, of.class_N, cosine=released))
+    return lambda of: geometry.class_distances(of.rows_nD, of.place_n, of.class_N, cosine=released)
 
 
 def rho_spectrum(*, released: bool) -> EmbeddingMetric:
     """How unevenly the embedding uses its directions; 0 if evenly (Roth et al., ICML 2020, section 5.3)."""
-    return EmbeddingMetric(lambda of: {"rho_spectrum": geometry.rho_spectrum(of.blocks, leave_out=int(released))})
+    return lambda of: {"rho_spectrum": geometry.rho_spectrum(of.blocks, leave_out=int(released))}

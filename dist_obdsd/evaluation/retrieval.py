@@ -121,11 +121,11 @@ def retrieve(
     must = max((metric.neighbours(*largest) for metric in metrics if metric.refuses_less), default=1)
     k = min(width, max(must, offered - bool((counted_N & offered_N).any())))
     asking_n, offering_n = counted_N[place_n], offered_N[place_n]
-    place_q, query_qD = place_n[asking_n], rows_nD[asking_n]
+    place_q, query_qD = place_n[asking_n], taken(rows_nD, asking_n)
     with raise_on_all_ranks("the search backend"):
         # A place stands for an id, and leads to the class at once.
         searched = Gallery(
-            rows_nD[offering_n], place_n[offering_n].to(rows_nD.device), k,
+            taken(rows_nD, offering_n), place_n[offering_n].to(rows_nD.device), k,
             distance=settings.distance, backend=settings.backend,
         )  # fmt: skip
     relevant, first_scores = [torch.empty(0, k, dtype=torch.bool)], [torch.empty(0, dtype=torch.float64)]
@@ -167,6 +167,11 @@ def retrieve(
         failures=tuple(answers[place] for place in place_Q[worst].tolist()),
         successes=tuple(answers[place] for place in place_Q[best].tolist()),
     )
+
+
+def taken(rows_nD: torch.Tensor, wanted_n: torch.Tensor) -> torch.Tensor:
+    """Return the rows that are wanted, without a copy if those are all."""
+    return rows_nD if wanted_n.all() else rows_nD[wanted_n.to(rows_nD.device)]
 
 
 def _widened(relevant_qk: torch.Tensor, count_q: torch.Tensor, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.images import decode
 from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.data.shard_reader import read_shard
+from dist_obdsd.data.shard_reader import image_names, read_shard
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.retrieval import RankedQuery
 from dist_obdsd.files import write_atomically
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RIGHT, WRONG, QUERY = "#1a7f37", "#c62828", "#1f4e8c"
-NAME_LENGTH = 18  # characters of a class name above an image
+NAME_LENGTH = 18  # characters of a class or file name above an image
 SIDE = 160  # pixels of an image in the picture
 DPI = 150
 # Inches:
-TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAME_STRIP, HEADING = 0.62, 0.2, 1.3, 0.14, 0.22, 0.42, 0.3
+TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAME_STRIP, HEADING = 0.62, 0.2, 1.3, 0.14, 0.22, 0.56, 0.3
 
 
-def read_images(root: str, manifest: Manifest, ids: Collection[int], cache: Cache | None = None) -> dict[int, bytes]:
-    """The encoded images of the given ids, from the shards that hold them.
+def read_images(
+    root: str, manifest: Manifest, ids: Collection[int], cache: Cache | None = None
+) -> dict[int, tuple[bytes, str]]:
+    """Read images from the shards that hold them: id -> (encoded image, the name of the file that was packed).
+
+    Shards that do not tell the file have the image's id in its place.
 
     Raises:
         InputError: the shards have no image of that id.
@@ -42,7 +46,8 @@ def read_images(root: str, manifest: Manifest, ids: Collection[int], cache: Cach
         raise InputError(
             f"{root} has no image with id {min(wanted - found.keys())}; give the shards that the embeddings are of"
         )
-    return found
+    files = image_names(root, manifest.shards(), wanted, cache)
+    return {i: (data, files.get(i, f"id {i}")) for i, data in found.items()}
 
 
 def wrong_at_first(failures: Iterable[RankedQuery]) -> list[RankedQuery]:
@@ -56,17 +61,20 @@ def shown(answers: Iterable[RankedQuery]) -> set[int]:
 
 
 def retrieval_grid(
-    sections: Mapping[str, Sequence[RankedQuery]], images: Mapping[int, bytes], names: Mapping[int, str], title: str
+    sections: Mapping[str, Sequence[RankedQuery]],
+    images: Mapping[int, tuple[bytes, str]],
+    names: Mapping[int, str],
+    title: str,
 ) -> "Figure":
     """Draw queries with what they found, one row each.
 
     Left the query, in a blue frame; then its neighbours, the nearest first. Those of the query's class have a solid
     green frame and a check mark, the others a dashed red frame and a cross; the number is the cosine similarity (or
-    what else the search ranks by).
+    what else the search ranks by). Below stand the names of the class and of the file.
 
     Args:
         sections: heading -> answers, at least one in all; a heading of "" is left out.
-        images: id -> encoded image, of all ids in the answers.
+        images: id -> (encoded image, its file), of all ids in the answers.
         names: label -> class name; a label without one is shown as a number.
 
     Raises:
@@ -97,11 +105,12 @@ def retrieval_grid(
                 axes = figure.add_axes(
                     (left / width, 1 - (top + side) / height, side / width, side / height), xticks=[], yticks=[]
                 )
-                _show(axes, image_id, images[image_id])
-                name = shortened(names.get(label, str(label)))
+                data, file = images[image_id]
+                _show(axes, image_id, data)
+                name = f"{shortened(names.get(label, str(label)))}\n{shortened(file.rpartition('/')[2])}"
                 style: Any = "solid"
                 if score is None:
-                    colour, line, text = QUERY, 4.5, f"query {image_id}\n{name}"
+                    colour, line, text = QUERY, 4.5, f"query\n{name}"
                 elif label == answer.query_label:
                     colour, line, text = RIGHT, 2.2, f"✓ {score:.3f}\n{name}"
                 else:
@@ -159,5 +168,6 @@ def _thumbnail(data: bytes) -> Any:
 
 
 def shortened(name: str) -> str:
-    """The end of a long name says more than its begin: Alphabet_of_the_Magi/character07."""
-    return name if len(name) <= NAME_LENGTH else "…" + name[-(NAME_LENGTH - 1) :]
+    """Cut a long name in its middle, since names of a kind differ at either end: ``Alphabet…racter07``."""
+    kept = NAME_LENGTH - 1
+    return name if len(name) <= NAME_LENGTH else f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}"

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,16 +16,56 @@ from dist_obdsd.data.stream import EvalBatch, evaluation_batches
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
-from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation.evaluator import EvaluationResult, embed_all, measure
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.evaluation.evaluator import EvaluationResult, measure, not_finite
 from dist_obdsd.evaluation.metric_parts import Settings
 from dist_obdsd.rng import rng
+from dist_obdsd.transfer import DeviceUploader
 
 
 def settings_from(config: Config, train_classes: int | None = None) -> Settings:
     """Take an evaluation's settings from a config."""
     section = config.evaluation.model_dump(include={"metrics", "recall_at", "conventions", "distance", "backend"})
     return Settings(**section, seed=config.seed, train_classes=train_classes)
+
+
+def embed_all(
+    embed: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[EvalBatch], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    """Embed this rank's batches, without gradient.
+
+    Args:
+        embed: uint8 images [rows, C, s, s] on ``device`` -> unit rows [rows, D].
+        batches: this rank's share; may be empty.
+        device: where ``embed`` runs.
+
+    Returns:
+        (embeddings [n, D] float32, ids [n], labels [n], roles n), on the CPU; D is 0 where there is no batch.
+
+    Raises:
+        RunError: ``embed`` returned another number of rows than it was given, or rows that are not finite.
+    """
+    embeddings = []
+    ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    roles: list[str] = []
+    upload = DeviceUploader(device)
+    with torch.no_grad():
+        for batch in batches:
+            rows = embed(upload(batch.images))
+            if rows.ndim != 2 or rows.shape[0] != batch.images.shape[0]:
+                raise RunError(
+                    f"the network returned shape {tuple(rows.shape)} for {batch.images.shape[0]} images; "
+                    f"it must return one row per image"
+                )
+            # They stay where they are until the end: a copy here would let a GPU wait for the next batch's decoding.
+            embeddings.append(rows[: batch.ids.numel()].float())
+            ids.append(batch.ids.cpu())
+            labels.append(batch.labels.cpu())
+            roles.extend(batch.roles)
+    rows_nD, ids_n = torch.cat([rows.cpu() for rows in embeddings] or [torch.empty(0, 0)]), torch.cat(ids)
+    if found := not_finite(rows_nD, ids_n):
+        raise RunError(f"{found}; the network has diverged, so lower the learning rate or go back to a checkpoint")
+    return rows_nD, ids_n, torch.cat(labels), roles
 
 
 def evaluate_split(

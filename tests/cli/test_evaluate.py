@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_obdsd.cli.main import main
 from tests import runs
 
 
@@ -48,7 +49,9 @@ def test_a_file_of_embeddings_has_a_row_per_image(embedded: Path) -> None:
     with np.load(embedded / "0.npz") as archive:
         assert archive["embeddings"].shape == (96, 16)
         np.testing.assert_allclose(np.linalg.norm(archive["embeddings"], axis=1), 1, atol=1e-6)
-        assert archive["keys"].tolist() == [f"{i:08d}" for i in archive["ids"]]
+        assert len(set(archive["keys"].tolist())) == 96
+        for key, name in zip(archive["keys"], archive["classes"], strict=True):  # the files that were packed
+            assert key.rpartition("/")[0] == name
         assert len(set(archive["classes"].tolist())) == 12
 
 
@@ -154,7 +157,6 @@ def test_a_broken_image_is_named(run: Path, tmp_path: Path) -> None:
         ("evaluate --embeddings x.npz --failures x.png", "with --shards"),
         ("evaluate --embeddings x.npz --json nowhere/x.json", "nowhere/x.json"),
         ("evaluate --embeddings small.npz evaluation.recall_at=[9]", "k=9"),
-        ("evaluate --embeddings small.npz evaluation.metrics=[recall]", "k=8"),
         ("evaluate --embeddings zero.npz", "length 0, the first of id 2"),
         ("embed runs/tiny --out x.npz", "--shards DIR or --images DIR"),
         ("embed runs/tiny --images images --out x.csv", "'.csv'"),
@@ -163,11 +165,14 @@ def test_a_broken_image_is_named(run: Path, tmp_path: Path) -> None:
         ("embed nowhere --images images --out x.npz", "there is no checkpoint"),
     ],
 )
-def test_bad_input_ends_with_2_and_one_sentence(run: Path, arguments: str, words: str) -> None:
+def test_bad_input_ends_with_2_and_one_sentence(
+    run: Path, arguments: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = np.eye(4, 3, dtype=np.float32)
     np.savez(run / "zero.npz", embeddings=np.roll(rows, -1, axis=0), labels=[0, 0, 1, 1])
     np.savez(run / "small.npz", embeddings=rows + 1, labels=[0, 0, 1, 1])
-    process = runs.program(*arguments.split(), cwd=run)
-    assert process.returncode == 2, process.stderr
-    assert words in process.stderr
-    assert len(process.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(run)
+    assert main(arguments.split()) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert len(message.strip().splitlines()) == 1

@@ -9,10 +9,8 @@ import torch
 import torch.distributed as dist
 
 import dist_obdsd
-from dist_obdsd.data.stream import EvalBatch
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.evaluator import embed_all
 from tests import harness
 
 N, D = 302, 16
@@ -184,39 +182,3 @@ def test_bad_input_is_refused_alike_on_every_rank(fault: str) -> None:
         else:
             assert answers[0].startswith("RunError" if fault == "nothing" else "InputError")
             assert all(word in answers[0] for word in FAULTS[fault]), answers[0]
-
-
-# ---- embedding ----
-
-WEIGHT = torch.ones(D, requires_grad=True)
-
-
-def batches() -> list[EvalBatch]:
-    """13 images in two batches, of which the second is padded."""
-    pixels = torch.arange(16 * D, dtype=torch.uint8).reshape(16, 1, 1, D)
-    numbers = torch.arange(13)
-    pixels[13:] = 0
-    return [
-        EvalBatch(pixels[at : at + 8], ids, ids // 2, ("both",) * len(ids))
-        for at, ids in ((0, numbers[:8]), (8, numbers[8:]))
-    ]
-
-
-def test_padding_rows_are_never_images_and_no_graph_is_kept() -> None:
-    rows, ids, labels, roles = embed_all(lambda pixels: pixels.flatten(1) * WEIGHT, batches(), torch.device("cpu"))
-    assert torch.equal(rows, torch.arange(13 * D, dtype=torch.uint8).reshape(13, D).float())
-    assert not rows.requires_grad
-    assert ids.tolist() == list(range(13))
-    assert len(labels) == len(roles) == 13
-
-
-@pytest.mark.parametrize(
-    ("embed", "words"),
-    [
-        (lambda pixels: pixels.flatten(1)[:-1], r"\(7, 16\) for 8 images"),
-        (lambda x: x.flatten(1) / 0.0, "NaN .* diverged"),
-    ],
-)
-def test_a_network_that_fails_is_told_so(embed: Any, words: str) -> None:
-    with pytest.raises(RunError, match=words):
-        embed_all(embed, batches(), torch.device("cpu"))

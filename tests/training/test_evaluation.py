@@ -1,13 +1,16 @@
 """Which images are measured, decided from the manifest alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.manifest import Manifest, Shard
-from dist_obdsd.errors import InputError
-from dist_obdsd.training.evaluation import _train_classes, check_evaluable, validation_subset
+from dist_obdsd.data.stream import EvalBatch
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.training.evaluation import _train_classes, check_evaluable, embed_all, validation_subset
 
 
 def settings(max_images: int | None = None, seed: int = 0, **evaluation: object) -> Config:
@@ -116,3 +119,40 @@ def test_the_number_of_trained_classes_is_asked_for_only_where_it_counts():
     assert _train_classes(replace(manifest, splits={"test": ()}), parse_config(raw, "x")) is None
     del raw["validation"]
     assert _train_classes(manifest, parse_config(raw, "x")) == 1
+
+
+# ---- embedding ----
+
+D = 16
+WEIGHT = torch.ones(D, requires_grad=True)
+
+
+def batches() -> list[EvalBatch]:
+    """13 images in two batches, of which the second is padded."""
+    pixels = torch.arange(16 * D, dtype=torch.uint8).reshape(16, 1, 1, D)
+    numbers = torch.arange(13)
+    pixels[13:] = 0
+    return [
+        EvalBatch(pixels[at : at + 8], ids, ids // 2, ("both",) * len(ids))
+        for at, ids in ((0, numbers[:8]), (8, numbers[8:]))
+    ]
+
+
+def test_padding_rows_are_never_images_and_no_graph_is_kept() -> None:
+    rows, ids, labels, roles = embed_all(lambda pixels: pixels.flatten(1) * WEIGHT, batches(), torch.device("cpu"))
+    assert torch.equal(rows, torch.arange(13 * D, dtype=torch.uint8).reshape(13, D).float())
+    assert not rows.requires_grad
+    assert ids.tolist() == list(range(13))
+    assert len(labels) == len(roles) == 13
+
+
+@pytest.mark.parametrize(
+    ("embed", "words"),
+    [
+        (lambda pixels: pixels.flatten(1)[:-1], r"\(7, 16\) for 8 images"),
+        (lambda x: x.flatten(1) / 0.0, "NaN .* diverged"),
+    ],
+)
+def test_a_network_that_fails_is_told_so(embed: Any, words: str) -> None:
+    with pytest.raises(RunError, match=words):
+        embed_all(embed, batches(), torch.device("cpu"))
