@@ -198,12 +198,14 @@ class Gallery:
         blank = torch.zeros(height, ids_mc.shape[1], dtype=torch.float64, device=ids_mc.device)
         _, _, exact_mc = collectives.ring_rotate(rows_mD, height, [asked, blank], visit)
         scores_mc = torch.where(wanted_mc, exact_mc[: len(rows_mD)], scores_mc)
-        mixed_m = near_mc.any(dim=1)
-        if mixed_m.any():
-            by_id = ids_mc[mixed_m].argsort(dim=1)
-            scores, ids = scores_mc[mixed_m].gather(1, by_id), ids_mc[mixed_m].gather(1, by_id)
-            scores, order = scores.sort(dim=1, descending=True, stable=True)
-            scores_mc[mixed_m], ids_mc[mixed_m] = scores, ids.gather(1, order)
+        scores_mc, order_mc = scores_mc.sort(dim=1, descending=True, stable=True)
+        ids_mc = ids_mc.gather(1, order_mc)
+        tied_m = (scores_mc[:, :-1] == scores_mc[:, 1:]).logical_and_(scores_mc[:, 1:] > -torch.inf).any(dim=1)
+        if tied_m.any():
+            by_id = ids_mc[tied_m].argsort(dim=1)
+            scores, ids = scores_mc[tied_m].gather(1, by_id), ids_mc[tied_m].gather(1, by_id)
+            scores_mc[tied_m], order = scores.sort(dim=1, descending=True, stable=True)
+            ids_mc[tied_m] = ids.gather(1, order)
         return scores_mc, ids_mc
 
 

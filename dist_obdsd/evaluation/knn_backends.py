@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_obdsd.errors import InputError
@@ -18,6 +19,8 @@ MANY = 256
 """Neighbours from which on matrix products are quicker than faiss on a CPU."""
 TILE = 16384
 """Rows scored at a time by torch."""
+SLICE = 256
+"""Rows of scores partitioned at a time."""
 RESERVOIR = 20
 """Candidates from which on faiss keeps a reservoir, which is quicker; its own default is 100."""
 
@@ -53,8 +56,7 @@ def _torch_backend(rows_nD: torch.Tensor) -> Backend:
         scores_mc, places_mc = query_mD.new_empty(len(query_mD), 0), torch.empty(len(query_mD), 0, dtype=torch.int64)
         places_mc = places_mc.to(rows_nD.device)
         for start in range(0, len(rows_nD), TILE):
-            scores = query_mD @ rows_nD[start : start + TILE].T
-            scores, places = scores.topk(min(c, scores.shape[1]), dim=1)
+            scores, places = _largest(query_mD @ rows_nD[start : start + TILE].T, c)
             scores_mc, places_mc = torch.cat([scores_mc, scores], 1), torch.cat([places_mc, places + start], 1)
             if start:
                 scores_mc, order = scores_mc.topk(min(c, scores_mc.shape[1]), dim=1)
@@ -62,6 +64,20 @@ def _torch_backend(rows_nD: torch.Tensor) -> Backend:
         return scores_mc, places_mc
 
     return find
+
+
+def _largest(scores_mn: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The c largest of each row, descending, and their places. On a CPU NumPy is several times quicker than topk."""
+    c = min(c, scores_mn.shape[1])
+    if scores_mn.is_cuda:
+        return scores_mn.topk(c, dim=1)
+    places_mc = torch.empty(len(scores_mn), c, dtype=torch.int64)
+    for scores, places in zip(scores_mn.split(SLICE), places_mc.split(SLICE), strict=True):
+        negated = -scores.numpy()
+        found = np.argpartition(negated, c - 1, axis=1)[:, :c]
+        order = np.argsort(np.take_along_axis(negated, found, axis=1), axis=1)
+        places.copy_(torch.from_numpy(np.take_along_axis(found, order, axis=1)))
+    return scores_mn.gather(1, places_mc), places_mc
 
 
 def _faiss_backend(rows_nD: torch.Tensor, faiss: Any) -> Backend:
