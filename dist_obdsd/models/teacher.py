@@ -112,12 +112,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def fingerprints(network: nn.Module) -> dict[str, str]:
-    """Digest each tensor's bytes."""
+    """Digest each tensor's bytes. Sharded ones are left out: every rank holds another part of them."""
     return {
         name: hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
         if tensor.dim()
         else repr(tensor.item())
         for name, tensor in network.state_dict().items()
+        if not hasattr(tensor, "to_local")
     }
 
 

@@ -1,8 +1,12 @@
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_obdsd.config import override_config, parse_config
-from dist_obdsd.errors import RunError
+from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher, fingerprints
 from tests import harness
@@ -30,6 +34,72 @@ def test_the_teacher_is_last_epochs_student_and_stays_in_eval():
     again = ProgressiveTeacher(student(1))
     again.load_state_dict(teacher.state_dict())
     assert torch.equal(again(x), teacher(x))
+
+
+class Parent(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = student()
+        self.teacher = ProgressiveTeacher(self.student)
+
+
+def test_as_a_submodule_it_is_saved_and_neither_trained_nor_moved_by_an_optimizer():
+    parent = Parent()
+    before = fingerprints(parent.teacher)
+    parent.train()
+    parent.requires_grad_()
+    assert not parent.teacher.network.training
+    optimizer = torch.optim.AdamW(parent.parameters(), 0.1, weight_decay=0.5)
+    for _ in range(2):
+        x = torch.randn(5, 4)
+        loss = (parent.student(x) - parent.teacher(x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert fingerprints(parent.teacher) == before
+    parent.teacher.update(parent.student)
+    again = Parent()
+    again.load_state_dict(parent.state_dict())
+    assert again.teacher.epoch == 1
+    assert fingerprints(again.teacher) == fingerprints(parent.teacher)
+    assert parent.to(torch.float64).teacher.network[0].weight.dtype == torch.float64
+
+
+def update_when_wrapped(how: str) -> list[str]:
+    """The tensors of the teacher that differ from the student's after an update through a wrapper."""
+    net = student()
+    teacher = ProgressiveTeacher(net)
+    if how == "ddp":
+        wrapped = DistributedDataParallel(net)
+    elif how == "compiled":
+        wrapped = torch.compile(net)
+    else:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        fully_shard(net, mesh=mesh)
+        fully_shard(teacher.network, mesh=mesh)
+        wrapped = net
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(1)
+        net[1].running_mean.add_(2)
+    teacher.update(wrapped)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(teacher(x), net.eval()(x))
+    theirs, ours = net.state_dict(), teacher.network.state_dict()
+    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in (*theirs.values(), *ours.values())]
+    half = len(whole) // 2
+    return [name for name, a, b in zip(theirs, whole[:half], whole[half:], strict=True) if not torch.equal(a, b)]
+
+
+@pytest.mark.parametrize("how", ["ddp", "compiled", "fsdp"])
+def test_it_follows_a_wrapped_student(how):
+    assert harness.run(2, update_when_wrapped, how) == [[], []]
+
+
+def test_another_network_is_refused_by_the_names_that_differ():
+    teacher = ProgressiveTeacher(student())
+    with pytest.raises(InputError, match=r"2\.weight"):
+        teacher.update(torch.nn.Sequential(*student(), torch.nn.Linear(3, 3)))
 
 
 def promote_on_ranks(differ: bool) -> str:
