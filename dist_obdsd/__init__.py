@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dist_obdsd.manifold.diffusion_targets import diffusion_targets
     from dist_obdsd.models.teacher import ProgressiveTeacher
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "BalancedBatchSampler": "data.sampler",

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -205,6 +207,24 @@ def test_accumulated_gradients_without_sync_are_exact() -> None:
     assert relative_error(apart["end"], one["end"]) > 1e-3
     for answer in harness.run(2, train_worker, exact, "obdsd", True):
         assert relative_error(answer["end"], one["end"]) < 1e-10
+
+
+def sharded_worker(target: str) -> list[np.ndarray]:
+    """The same ten steps under FSDP2."""
+    objective, student = made(target), Embedder(0)
+    fully_shard(student, mesh=init_device_mesh("cpu", (collectives.world_size(),)))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
+    for step in range(10):
+        optimizer.zero_grad()
+        exact(objective, student, list(LABELS.values())[step % 3], step).backward()
+        optimizer.step()
+    return [parameter.full_tensor().detach().numpy() for parameter in student.parameters()]
+
+
+def test_weights_under_fsdp_are_those_of_one_process() -> None:
+    (one,) = harness.run(1, train_worker, exact, "obdsd")
+    for end in harness.run(2, sharded_worker, "obdsd"):
+        assert relative_error(end, one["end"]) < 1e-10
 
 
 def subgroup_worker(target: str) -> dict[str, Any] | None:
