@@ -5,7 +5,7 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast bench gpu-check lint chaos constraints parts format ui clean test-slurm
+.PHONY: help docs setup demo test test-fast bench gpu-check lint chaos constraints parts format ui clean test-slurm
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,10 @@ constraints:  ## pin what a fresh install takes today, in constraints.txt
 
 parts: setup  ## write the tables of docs/parts.md anew
 	$(BIN)/python docs/make_parts.py
+
+docs: setup  ## the pages of docs/ as a site, in site/
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: setup  ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
