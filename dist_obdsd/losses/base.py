@@ -27,6 +27,7 @@ class RankingLoss(nn.Module):
     calls = 0
     """How often ``forward`` was called: the seed of what a loss draws."""
     _checks: InputChecks | None = None
+    _alike = False
 
     def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         """Compute this rank's share of each part.
@@ -48,9 +49,16 @@ class RankingLoss(nn.Module):
             self._checks = InputChecks()
         self.calls += 1
         with collectives.within(group):
+            self.make_alike()
             view = view_batch(embeddings_bD, labels_b, self._checks, num_classes=self.num_classes, seed=self.calls)
             terms = self.partial_means(view)
             return combine(view, terms, dict.fromkeys(terms, 1.0), self._checks).loss
+
+    def make_alike(self) -> None:
+        """Take rank 0's parameters at the first call, as DDP does where it wraps. Collective."""
+        if not self._alike:
+            collectives.broadcast_([*self.parameters(), *self.buffers()])
+            self._alike = True
 
 
 class LearnableLoss(RankingLoss):

@@ -191,6 +191,7 @@ class OBDSDLoss(nn.Module):
             teacher_bD = self.start_teacher(teacher_bD, early=False)
         self.calls += 1
         with collectives.within(self.group):
+            self.ranking.make_alike()
             view = view_batch(
                 embeddings_bD, labels_b, self._checks, num_classes=self.ranking.num_classes,
                 normalize=self.normalize, seed=self.calls if seed is None else seed,

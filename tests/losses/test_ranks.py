@@ -16,6 +16,7 @@ from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.distributed import collectives
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView
+from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
 from tests import harness
 from tests.losses.data import loss_of, ranking
 from tests.manifold.data import B, unit_rows
@@ -171,3 +172,18 @@ def test_ranks_that_draw_by_themselves_are_measurably_wrong(name: str) -> None:
     expected = worker(exact, name)["uneven"]
     answer = harness.run(3, worker, a_seed_of_its_own, name)[0]["uneven"]
     assert error(answer, expected, "embedder") > 1e-2
+
+
+def apart_worker() -> list[float]:
+    torch.manual_seed(torch.distributed.get_rank())
+    loss = ProxyAnchorLoss(classes=3, embedding_dim=D).double()
+    rows = slice(2 * torch.distributed.get_rank(), 2 * torch.distributed.get_rank() + 2)
+    return [loss(unit_rows(0, 4, D)[rows], torch.tensor([0, 0, 1, 2])[rows]).item(), loss.proxies.sum().item()]
+
+
+def test_ranks_that_began_with_other_proxies_take_those_of_rank_0() -> None:
+    one, two = harness.run(2, apart_worker)
+    torch.manual_seed(0)
+    loss = ProxyAnchorLoss(classes=3, embedding_dim=D).double()
+    expected = loss(unit_rows(0, 4, D), torch.tensor([0, 0, 1, 2])).item()
+    assert one == two == [pytest.approx(expected, rel=1e-12), loss.proxies.sum().item()]

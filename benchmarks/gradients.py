@@ -1,0 +1,156 @@
+"""The gradient across ranks beside one process's: ours, and that of losses that people use today.
+
+    pip install lightly sentence-transformers open_clip_torch      # what is not installed is left out
+    python -m benchmarks.gradients --worlds 2,4 --json gradients.json
+
+Each loss sees the same unit rows. A rank's backward gives a gradient at its own rows, of which DDP's mean takes the
+share 1 / W; that is compared with the gradient of the same loss in one process with the whole batch:
+
+    error     |g - g*| / |g*|, 0 for an exact one
+    factor    g.g* / |g*|^2: 1 for an exact one, 1/W where the gather lets no gradient through
+    loss      mean of the ranks' losses / the loss of one process
+"""
+
+import importlib.metadata
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks import common
+from benchmarks.common import Row
+from dist_obdsd import MarginLoss, MultiSimilarityLoss, OBDSDLoss, ProxyAnchorLoss
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import Group
+from dist_obdsd.distributed.launch import Runtime
+
+B, CLASSES, DIM = 48, 24, 16
+Way = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""(rows, their labels, whether they are one rank's of several) -> loss."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = common.parser(__doc__)
+    parser.add_argument("--worlds", type=common.numbers, default=[2, 4], help="numbers of ranks (default: 2,4)")
+    return common.main(parser.parse_args(arguments), measure)
+
+
+def measure(options: Namespace) -> list[Row]:
+    case = {"threads": options.threads, "budget": options.budget}
+    return [row for world in options.worlds for row in common.run_case("benchmarks.gradients", world, case)]
+
+
+def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(CLASSES, DIM, generator=generator, dtype=torch.float64).repeat_interleave(B // CLASSES, 0)
+    noise = torch.randn(B, DIM, generator=generator, dtype=torch.float64)
+    E_BD, labels_B = nn.functional.normalize(centres + noise, dim=1), torch.arange(B) // (B // CLASSES)
+    b = B // rank.world_size
+    own = slice(rank.rank * b, (rank.rank + 1) * b)
+    alone = [dist.new_group([r]) for r in range(rank.world_size)][rank.rank]
+    rows = []
+    for library, name, way in ways(alone):
+        whole_BD, part_bD = E_BD.clone().requires_grad_(), E_BD[own].clone().requires_grad_()
+        expected = way(whole_BD, labels_B, False)
+        expected.backward()
+        loss = way(part_bD, labels_B[own], True)
+        loss.backward()
+        assert whole_BD.grad is not None
+        assert part_bD.grad is not None
+        found_BD = collectives.gather_rows(part_bD.grad / rank.world_size)
+        factor = (found_BD * whole_BD.grad).sum() / whole_BD.grad.square().sum()
+        rows.append(
+            {
+                "ranks": rank.world_size, "library": library, "loss": name,
+                "error": float((found_BD - whole_BD.grad).norm() / whole_BD.grad.norm()), "factor": float(factor),
+                "loss ratio": float(collectives.sum_across(loss) / rank.world_size / expected.detach()),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def ways(alone: Group) -> Iterator[tuple[str, str, Way]]:
+    """The losses of the libraries that are installed.
+
+    Args:
+        alone: a process group of this rank alone.
+    """
+    torch.manual_seed(0)  # proxies
+    teacher_BD = nn.functional.normalize(
+        torch.randn(B, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=1
+    )
+    ours: dict[str, nn.Module] = {
+        "MultiSimilarityLoss": MultiSimilarityLoss(),
+        "MarginLoss": MarginLoss(classes=CLASSES).double(),
+        "ProxyAnchorLoss": ProxyAnchorLoss(classes=CLASSES, embedding_dim=DIM).double(),
+        "OBDSDLoss (obdsd)": OBDSDLoss(MultiSimilarityLoss(), weight=30.0),
+    }
+    for name, loss in ours.items():
+        yield "dist-obdsd", name, _ours(loss, teacher_BD, alone)
+    if find_spec("pytorch_metric_learning"):
+        from pytorch_metric_learning import losses
+        from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+        for kind, efficient in (("wrapper", False), ("wrapper, efficient", True)):
+            for name in ("MultiSimilarityLoss", "ContrastiveLoss"):
+                plain = getattr(losses, name)()
+                wrapped = DistributedLossWrapper(getattr(losses, name)(), efficient=efficient)
+                yield _named("pytorch-metric-learning"), f"{name} ({kind})", _switch(plain, wrapped)
+    if find_spec("lightly"):
+        from lightly.loss import NTXentLoss
+
+        yield _named("lightly"), "NTXentLoss", _pairs(NTXentLoss(0.1), NTXentLoss(0.1, gather_distributed=True))
+    if find_spec("sentence_transformers"):
+        from sentence_transformers.losses import MultipleNegativesRankingLoss as Ranking
+
+        plain, gathered = (Ranking(nn.Identity(), gather_across_devices=gather) for gather in (False, True))
+        both = (lambda a, p, loss=loss: loss.compute_loss_from_embeddings([a, p], None) for loss in (plain, gathered))
+        yield _named("sentence-transformers"), "MultipleNegativesRankingLoss", _pairs(*both)
+    if find_spec("open_clip"):
+        from open_clip.loss import ClipLoss
+
+        for local_loss, with_grad in ((False, False), (False, True), (True, False), (True, True)):
+            more = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+            several = ClipLoss(local_loss=local_loss, gather_with_grad=with_grad, **more)
+            kind = f"ClipLoss (local_loss={local_loss}, gather_with_grad={with_grad})"
+            both = (lambda a, p, loss=loss: loss(a, p, 10.0) for loss in (ClipLoss(), several))
+            yield _named("open_clip_torch"), kind, _pairs(*both)
+
+
+def _named(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _ours(loss: nn.Module, teacher_BD: torch.Tensor, alone: Group) -> Way:
+    def way(E_nD: torch.Tensor, labels_n: torch.Tensor, several: bool) -> torch.Tensor:
+        group = None if several else alone
+        value: torch.Tensor
+        if isinstance(loss, OBDSDLoss):
+            loss.group = group
+            n = len(E_nD)
+            first = dist.get_rank() * n if several else 0
+            value = loss(E_nD, labels_n, teacher_BD[first : first + n]).loss
+        else:
+            loss.calls = 0  # of the draws
+            value = loss(E_nD, labels_n, group=group)
+        return value
+
+    return way
+
+
+def _switch(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Tensor]) -> Way:
+    return lambda E_nD, labels_n, across: (several if across else plain)(E_nD, labels_n)
+
+
+def _pairs(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Tensor]) -> Way:
+    """A loss of two views: the first and the second image of each class."""
+    return lambda E_nD, labels_n, across: (several if across else plain)(E_nD[0::2], E_nD[1::2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
