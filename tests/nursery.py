@@ -166,6 +166,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever uses this process decides when it ends
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     import sklearn.manifold  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
 
     import dist_obdsd.cli.evaluate
     import dist_obdsd.data.packing.pack

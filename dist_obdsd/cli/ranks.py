@@ -56,7 +56,7 @@ def joined(options: argparse.Namespace) -> "Iterator[tuple[Config | None, Runtim
 
     group: tuple[Any, ...] = ()
     if config is not None:
-        group = (config.device, config.threads, config.timeout_seconds, config.strategy == "deepspeed")
+        group = (config.device, config.threads, config.timeout_seconds, config.strategy in ("deepspeed", "fsdp"))
     with launch.start(*group) as rank:
         with raise_on_all_ranks("reading the config"):
             if failure is not None:

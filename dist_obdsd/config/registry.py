@@ -212,6 +212,7 @@ STRATEGIES = Registry(
     {
         "ddp": "dist_obdsd.training.ddp:DDPStrategy",
         "deepspeed": "dist_obdsd.training.deepspeed:DeepSpeedStrategy",
+        "fsdp": "dist_obdsd.training.fsdp:FSDPStrategy",
     },
 )
 

@@ -51,8 +51,10 @@ class Config(Section):
     debug: bool = False
     """Wait for every step's numbers and stop at the first NaN, infinity or target that is no distribution."""
     strategy: Annotated[str, AfterValidator(STRATEGIES.check)] = "ddp"
-    """Who sums up the gradients: torch's DistributedDataParallel or DeepSpeed's engine. The result is the same."""
+    """Who sums up the gradients: torch's DistributedDataParallel, DeepSpeed's engine, or torch's FSDP2, which keeps a
+    shard of the weights on each rank, for networks that do not fit a GPU. The result is the same."""
     deepspeed: sections.DeepSpeedConfig = sections.DeepSpeedConfig()
+    fsdp: sections.FSDPConfig = sections.FSDPConfig()
     data: sections.DataConfig
     batch: sections.BatchConfig = sections.BatchConfig()
     model: sections.ModelConfig = sections.ModelConfig()
@@ -159,6 +161,8 @@ class Config(Section):
             )
         if self.evaluation.best_test and not self.evaluation.test:
             raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")
+        if self.model.compile and self.strategy == "fsdp":
+            raise ValueError("model.compile=true does not work with strategy=fsdp; set model.compile=false, or another")
         if self.precision == "float64" and self.strategy == "deepspeed":
             raise ValueError("DeepSpeed has no float64; set precision=float32 or strategy=ddp")
         if self.precision == "float64" and self.distillation.teacher_precision == "bf16":
@@ -188,5 +192,5 @@ def _filled(section: S, values: Mapping[str, Any]) -> S:
 CHANGEABLE_ON_RESUME = (
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
     "data.workers", "data.shards", "data.cache", "data.cache_gib", "data.max_bad_samples", "evaluation.backend",
-    "evaluation.untrained", "tracking", "checkpoint", "strategy", "deepspeed", "distillation.memory_gib",
+    "evaluation.untrained", "tracking", "checkpoint", "strategy", "deepspeed", "fsdp", "distillation.memory_gib",
 )  # fmt: skip

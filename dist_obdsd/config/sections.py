@@ -12,8 +12,8 @@ SELECTION_METRIC = "map@r"
 
 
 NO_ZERO_3 = (
-    "ZeRO stage 3 would cut the weights themselves into pieces, of which the progressive teacher is a copy; an "
-    "embedding network fits one GPU, so set stage 0, 1 or 2"
+    "ZeRO stage 3 would cut up the weights, of which the progressive teacher is a copy; set stage 0, 1 or 2, or "
+    "strategy=fsdp, which cuts up both networks"
 )
 
 
@@ -263,6 +263,12 @@ class DeepSpeedConfig(Section):
         if self.stage == 3:
             raise ValueError(NO_ZERO_3)
         return self
+
+
+class FSDPConfig(Section):
+    replicate: Count = 1
+    """Keep so many whole copies of the networks, each sharded over its part of the ranks: the number of nodes, for
+    instance, so that weights travel within a node and only gradients between them."""
 
 
 class ValidationConfig(Section):

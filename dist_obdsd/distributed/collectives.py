@@ -1,4 +1,4 @@
-"""All messages between ranks. No other module calls a torch.distributed collective.
+"""All messages between ranks. Besides ``shards``, no other module calls a torch.distributed collective.
 
 They concern the ranks of the default process group, or of the one that ``within`` names. Without a process group, each
 function works as in a world of one. Shapes: b rows here, B = W * b rows on all ranks.

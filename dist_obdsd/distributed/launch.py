@@ -160,7 +160,7 @@ def start(
         device: auto, cpu or cuda.
         threads: CPU threads of this rank.
         timeout_seconds: how long a collective waits for the other ranks.
-        group_of_one: make a process group for a single process, too, as DeepSpeed needs it.
+        group_of_one: make a process group for a single process, too, as DeepSpeed and FSDP need it.
     """
     launch = read_launch(os.environ)
     chosen = choose_device(device, launch, torch.cuda.device_count())

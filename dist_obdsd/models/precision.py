@@ -24,8 +24,12 @@ logger = logging.getLogger(__name__)
 
 def autocast(config: Config, device: torch.device, teacher: bool = False) -> AbstractContextManager[object]:
     """Open the precision of the student's forward pass, or of the teacher's."""
-    low = config.precision == "bf16" or (teacher and config.distillation.teacher_precision == "bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(config, teacher))
+
+
+def in_bf16(config: Config, teacher: bool = False) -> bool:
+    """Tell whether the student, or the teacher, runs in bf16."""
+    return config.precision == "bf16" or (teacher and config.distillation.teacher_precision == "bf16")
 
 
 def check_precision(config: Config, device: torch.device) -> None:

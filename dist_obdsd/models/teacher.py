@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed import collectives, shards
 from dist_obdsd.distributed.collectives import Group
 from dist_obdsd.errors import InputError, RunError
 
@@ -112,14 +112,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def fingerprints(network: nn.Module) -> dict[str, str]:
-    """Digest each tensor's bytes. Sharded ones are left out: every rank holds another part of them."""
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-        if tensor.dim()
-        else repr(tensor.item())
-        for name, tensor in network.state_dict().items()
-        if not hasattr(tensor, "to_local")
-    }
+    """Digest each tensor's bytes: of those that are sharded, this rank's, under a name that has the shard's number."""
+    prints = {}
+    for name, tensor in network.state_dict().items():
+        number, x = shards.shard_number(tensor), shards.local(tensor.detach())
+        digest = (
+            hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16] if x.dim() else ""
+        )
+        prints[f"{name}, shard {number}" if number else name] = digest or repr(x.item())
+    return prints
 
 
 def check_identical(what: str, network: nn.Module, group: Group = None) -> None:
@@ -130,7 +131,10 @@ def check_identical(what: str, network: nn.Module, group: Group = None) -> None:
     """
     with collectives.within(group):
         all_prints = collectives.gather_json(fingerprints(network))
-    differing = sorted({name for prints in all_prints for name in prints if prints[name] != all_prints[0][name]})
+    values: dict[str, set[str]] = {}
+    for name, digest in (item for prints in all_prints for item in prints.items()):
+        values.setdefault(name, set()).add(digest)
+    differing = sorted(name for name, found in values.items() if len(found) > 1)
     if differing:
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
         raise RunError(
@@ -146,6 +150,6 @@ def teacher_state(teacher: ProgressiveTeacher) -> dict[str, Any]:
 
 def load_teacher_state(teacher: ProgressiveTeacher, state: Mapping[str, Any]) -> None:
     """Restore what ``teacher_state`` gave. Collective."""
-    teacher.network.load_state_dict(state["network"])
+    teacher.network.load_state_dict(shards.shard_state(state["network"], teacher.network))
     teacher.updates.fill_(state["epoch"])
     check_identical("the teacher", teacher.network)

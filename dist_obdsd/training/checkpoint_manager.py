@@ -17,6 +17,7 @@ from dist_obdsd import checkpoint
 from dist_obdsd.config import Config, changed_settings
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
+from dist_obdsd.distributed.shards import broadcast_state, whole_on_main
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.obdsd import OBDSDLoss
 from dist_obdsd.models.teacher import ProgressiveTeacher, load_teacher_state, teacher_state
@@ -88,9 +89,9 @@ class CheckpointManager:
                 self._write(state, best)
 
     def _state_dict(self) -> dict[str, Any]:
-        """The entries of a checkpoint; complete on rank 0."""
+        """The entries of a checkpoint; complete on rank 0. Collective."""
         parts = self.state
-        return {
+        state = {
             "config": self.config.model_dump(mode="json"),
             "manifest": parts.manifest,
             "validation_classes": parts.validation_classes,
@@ -103,6 +104,7 @@ class CheckpointManager:
             **parts.model_selector.state_dict(),
             **parts.metrics.state_dict(),
         }
+        return whole_on_main(state)
 
     def _write(self, state: dict[str, Any], best: bool) -> None:
         started = self._saved_at = time.monotonic()
@@ -194,12 +196,11 @@ class CheckpointManager:
 
     def load_best(self) -> None:
         """Put the weights of the best epoch by validation into the student."""
-        student = self.state.strategy.student
+        saved = None
         with raise_on_all_ranks("reading the best checkpoint"):
             if self.is_main:
-                student.load_state_dict(checkpoint.load(self.folder / "best")["student"])
-        # Other nodes may not see rank 0's folder.
-        collectives.broadcast_(list(student.state_dict().values()))
+                saved = checkpoint.load(self.folder / "best")["student"]
+        broadcast_state(saved, self.state.strategy.student)  # other nodes may not see rank 0's folder
 
     def best_path(self) -> Path | None:
         """The best checkpoint by validation, else the last. Not collective."""

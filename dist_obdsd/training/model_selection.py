@@ -43,7 +43,7 @@ class ModelSelector:
         config: Config,
         manifest: Manifest,
         validation_classes: list[int],
-        student: nn.Module,
+        student: Callable[[], nn.Module],
         runtime: Runtime,
         on_result: Callable[[str, EvaluationResult, int], None],
         preemption: PreemptionHandler,
@@ -52,6 +52,7 @@ class ModelSelector:
 
         Args:
             validation_classes: all that are held out; ``validation.max_images`` may leave room for some of them only.
+            student: returns the network to evaluate, which each rank can call alone. Collective.
             on_result: called after every evaluation with its name, its result and the number of epochs before it.
             preemption: when any rank was asked to stop, an evaluation ends with ``StoppedError`` on every rank, and
                 nothing is remembered of it.
@@ -171,7 +172,7 @@ class ModelSelector:
         # Figures show the test set or, where it must not be used, the validation classes.
         sample = self.config.tracking.figures and what == ("test" if self.uses_test else "validation")
         result = evaluate_split(
-            self.student, self.manifest, split, self.config, self.runtime, classes, self.preemption.between, sample
+            self.student(), self.manifest, split, self.config, self.runtime, classes, self.preemption.between, sample
         )
         self.on_result(what, result, epoch)
         return result.metrics

@@ -15,6 +15,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.config.registry import STRATEGIES
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
+from dist_obdsd.distributed.shards import shard_state
 from dist_obdsd.models.embedder import Embedder
 from dist_obdsd.models.precision import autocast
 from dist_obdsd.training.grad_cache import GradCache
@@ -43,9 +44,11 @@ class Strategy(ABC):
     ) -> None:
         """Wrap the student. Collective."""
         self.student, self.config, self.device = student, config, runtime.device
+        self.shard(student)
         self.parameters = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         depths = student.layer_depths() if isinstance(student, Embedder) else None
-        self.optimizer = build_optimizer(config.optim, self.parameters, depths)
+        self.optimized = self._optimized()
+        self.optimizer = build_optimizer(config.optim, self.optimized, depths)
         self.objective_parameters = list(objective_parameters)
         self.objective_optimizer = build_objective_optimizer(config, self.objective_parameters)
         self._grad_cache: GradCache | None = None
@@ -53,9 +56,21 @@ class Strategy(ABC):
         self.buffers_differ = config.model.norm == "batch"
         self.network = self._wrap(runtime)
 
+    def shard(self, network: nn.Module, teacher: bool = False) -> None:
+        """Cut a network's weights up over the ranks, where the strategy does so. Collective.
+
+        Args:
+            teacher: whether it is the teacher's network, in the teacher's precision, and never trained.
+        """
+        return
+
     @abstractmethod
     def _wrap(self, runtime: Runtime) -> nn.Module:
         """The student with what sums its gradients over the ranks. Collective."""
+
+    def _optimized(self) -> list[Named]:
+        """What the optimizer changes, by the parameters' names."""
+        return self.parameters
 
     def embed(self, images_bCss: torch.Tensor) -> torch.Tensor:
         """E_bD with gradient, which ``step`` hands on to the parameters."""
@@ -123,6 +138,10 @@ class Strategy(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # the student's gradients are views of DDP's buckets
 
+    def whole_student(self) -> nn.Module:
+        """Return the student with all its weights on this rank, for calls that ranks make on their own. Collective."""
+        return self.student
+
     def sync_buffers(self) -> None:
         """Make the student the same on every rank, also where each had its own batch statistics. Collective."""
         if self.buffers_differ:
@@ -138,15 +157,15 @@ class Strategy(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a checkpoint's weights and optimizer states, whatever strategy wrote them."""
-        self.student.load_state_dict(state["student"])
+        self.student.load_state_dict(shard_state(state["student"], self.student))
         self._load_optimizer(state["optimizer"])
         load_state_by_name(self.objective_optimizer, self.objective_parameters, state["objective_optimizer"])
 
     def _optimizer_state(self) -> States:
-        return state_by_name(self.optimizer, self.parameters)
+        return state_by_name(self.optimizer, self.optimized)
 
     def _load_optimizer(self, states: States) -> None:
-        load_state_by_name(self.optimizer, self.parameters, states)
+        load_state_by_name(self.optimizer, self.optimized, states)
 
 
 def _prepare(optimizer: torch.optim.Optimizer, masked: torch.Tensor, rate: float) -> None:

@@ -74,8 +74,9 @@ class Trainer:
         self.delayed = DelayedMetrics(lag=0 if config.debug else 1 if runtime.device.type == "cpu" else 8)
         self.figures = RunFigures(self.run_dir.path if self.run_dir and config.tracking.figures else None)
         self.model_selector = ModelSelector(
-            config, self.manifest, self.validation_classes, self.student, runtime, self._log_evaluation, preemption
-        )
+            config, self.manifest, self.validation_classes, self.strategy.whole_student, runtime, self._log_evaluation,
+            preemption,
+        )  # fmt: skip
         state = TrainState(
             self.manifest.digest, self.validation_classes, self.strategy, self.teacher, self.objective, self.progress,
             self.model_selector, self.metrics,
@@ -113,6 +114,8 @@ class Trainer:
         compile_networks(config, runtime, self.student, self.teacher)
         own = list(self.objective.ranking.named_parameters())
         self.strategy = build_strategy(self.student, config, runtime, own)
+        if self.teacher is not None:
+            self.strategy.shard(self.teacher.network, teacher=True)
         self.step = TrainStep(config, runtime, self.strategy, self.teacher, self.objective, self.train_classes)
 
     # ---- the run ----------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def test_a_run_moves_between_strategies_and_world_sizes(folder):
         "optim.clip_norm=1",
     )
     runs.train(folder, "name=whole", *common)
-    runs.train(folder, *common, "strategy=deepspeed", "deepspeed.stage=1", "max_steps=7", ranks=2)
+    runs.train(folder, *common, "strategy=deepspeed", "deepspeed.stage=1", "max_steps=5", ranks=2)
+    runs.train(folder, *common, "strategy=fsdp", "max_steps=9", ranks=2)
     runs.train(folder, *common, "strategy=deepspeed", "deepspeed.stage=2", "max_steps=14")
     runs.train(folder, *common, ranks=2)
     whole, moved = (checkpoint.load(folder / "runs" / name) for name in ("whole", "tiny"))

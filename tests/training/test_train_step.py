@@ -1,5 +1,6 @@
 """The real training step on 2 and 3 processes against one: losses, gradient norms and weights after 10 steps."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed.launch import Launch, Runtime
+from dist_obdsd.distributed.shards import whole
 from dist_obdsd.losses.build import build_objective
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher
@@ -49,8 +51,10 @@ def take_steps(
     runtime = Runtime(Launch("test", rank, world, rank, world), CPU)
     student = build_embedder(config, CPU)
     objective = build_objective(config, range(9), CPU)
-    strategy = build_strategy(student, config, runtime, list(objective.ranking.named_parameters()))
     teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
+    strategy = build_strategy(student, config, runtime, list(objective.ranking.named_parameters()))
+    if teacher is not None:
+        strategy.shard(teacher.network, teacher=True)
     step = TrainStep(config, runtime, strategy, teacher, objective, range(9))
     step.early_diffusion = later or None
     reader, read = DelayedMetrics(lag=1), []
@@ -65,7 +69,7 @@ def take_steps(
             if rank == world - 1:
                 student.head.bias.data.fill_(torch.nan)
         batch = TrainBatch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels, [])
-        with Shadow(tensors_of(step)) as shadow:
+        with Shadow(tensors_of(step)) if later else nullcontext() as shadow:
             names, numbers = step(batch, TrainProgress(1, t, t), t / STEPS, stop=t == 7 and rank == world - 1)
         # The first step compares sizes between the ranks; another finds out how the diffusion is to be queued.
         assert not (later and t > 1 and shadow.found), shadow.found
@@ -74,7 +78,7 @@ def take_steps(
         read += [values for _, values in reader.push({}, names, numbers)]
     read += [values for _, values in reader.drain()]
     own = {f"ranking.{name}": p for name, p in objective.ranking.named_parameters()}
-    return read, {name: p.detach().numpy().copy() for name, p in [*student.named_parameters(), *own.items()]}
+    return read, {name: whole(p.detach()).numpy().copy() for name, p in [*student.named_parameters(), *own.items()]}
 
 
 def override(config: Config, **optim: float) -> Config:

@@ -1,0 +1,117 @@
+"""FSDP2 against DDP: steps, the teacher, checkpoints and evaluation. Between strategies: test_survival."""
+
+import pytest
+import torch
+from torch import nn
+
+from dist_obdsd import checkpoint
+from dist_obdsd.distributed import collectives, shards
+from dist_obdsd.distributed.launch import Launch, Runtime
+from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.models.teacher import ProgressiveTeacher, load_teacher_state
+from dist_obdsd.training.strategy import build_strategy
+from tests import harness, runs
+from tests.chaos import difference, result
+from tests.training.test_train_step import CPU, WHOLE, check_masked, distance, results, settings, take_steps
+
+FSDP = "strategy=fsdp"
+WAYS = {
+    "obdsd": ((1, 2, 3), []),
+    "chunks, clipped, proxies": (
+        (3,),
+        ["batch.chunk=5", "ranking.name=proxy_anchor", "ranking.lr=0.1", "optim.clip_norm=0.1"],
+    ),
+    "recomputed, a frozen stem": ((2,), ["model.freeze=1", "model.checkpoint_blocks=true", "distillation.target=psd"]),
+    "two replicas, adam": ((4,), ["fsdp.replicate=2", "optim.name=adam", "optim.lr=1e-4"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ten_steps_are_those_of_ddp(way):
+    world_sizes, more = WAYS[way]
+    ((losses, weights),) = harness.run(1, take_steps, settings(*WHOLE, *more))
+    for world_size in world_sizes:
+        for other_losses, other_weights in harness.run(world_size, take_steps, settings(*WHOLE, *more, FSDP)):
+            assert distance(weights, other_weights) < 1e-10
+            for mine, other in zip(losses, other_losses, strict=True):
+                assert results(other) == pytest.approx(results(mine), rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize(("spoil", "more"), [(0, ["optim.name=sgd"]), (4, ["ranking.name=proxy_anchor"])])
+def test_a_nan_on_one_rank_masks_the_step_on_all(spoil, more):
+    check_masked(harness.run(2, take_steps, settings(*more, FSDP), spoil), spoil)
+
+
+def test_bf16_is_near_float32_and_keeps_float32_weights():
+    exact, low = (
+        harness.run(2, take_steps, settings("optim.lr=1e-5", FSDP, f"precision={p}"))[0] for p in ("float32", "bf16")
+    )
+    assert low[0][0]["ranking"] == pytest.approx(exact[0][0]["ranking"], rel=0.05)
+    assert low[0][0]["ranking"] != exact[0][0]["ranking"]
+    assert {w.dtype.name for w in low[1].values()} == {"float32"}
+    assert 0 < distance(exact[1], low[1]) < 1e-3
+
+
+def promote(replicate: int) -> str:
+    """Promote a sharded student; the message of the error when one rank's teacher is spoilt."""
+    rank, W = collectives.rank(), collectives.world_size()
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    teacher = ProgressiveTeacher(student)
+    strategy = build_strategy(
+        student, settings(FSDP, f"fsdp.replicate={replicate}"), Runtime(Launch("test", rank, W, rank, W), CPU), []
+    )
+    strategy.shard(teacher.network, teacher=True)
+    with torch.no_grad():
+        student[0].weight.mul_(2)
+        student[1].running_mean.add_(1)
+    x = torch.ones(1, 4)
+    # The control: parameters alone do not make the teacher the student.
+    with torch.no_grad():
+        for theirs, ours in zip(student.parameters(), teacher.network.parameters(), strict=True):
+            ours.copy_(theirs)
+    expected = strategy.whole_student().eval()(x)
+    assert not torch.allclose(teacher(x), expected)
+    teacher.update(student)
+    assert torch.equal(teacher(x), expected)
+    assert torch.equal(student.eval()(x), expected)
+    whole = {"network": {n: shards.whole(t) for n, t in student.state_dict().items()}, "epoch": 3}
+    whole["network"]["2.bias"] = torch.tensor([5.0, 7.0])
+    load_teacher_state(teacher, whole)
+    assert shards.whole(teacher.network[2].bias).tolist() == [5.0, 7.0]
+    assert teacher.epoch == 3
+    if rank == W - 1:
+        shards.local(student[2].bias.detach()).add_(1)
+    try:
+        teacher.update(student)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def test_the_sharded_teacher_is_the_sharded_student():
+    assert harness.run(2, promote, 1) == ["", ""]  # each rank has values of its own
+    for message in harness.run(2, promote, 2):
+        assert "1 tensors (2.bias, shard 0)" in message
+    with pytest.raises(AssertionError, match=f"{InputError.__name__}: fsdp.replicate=2 does not divide the 3 ranks"):
+        harness.run(3, promote, 2)
+
+
+def test_a_killed_run_ends_with_the_same_bits_and_ddp_s_numbers(folder):
+    more = ("validation.fraction=0.25", "optim.lr=0.01", "checkpoint.every_steps=2", "ranking.name=proxy_anchor")
+    runs.train(folder, "name=ddp", *more)
+    runs.train(folder, "name=whole", *more, FSDP, ranks=2)
+    killed = runs.at_step("os.kill(os.getpid(), signal.SIGKILL)", 7, rank=1)
+    done = runs.program("train", "tiny.yaml", *more, FSDP, "timeout_seconds=20", ranks=2, cwd=folder, code=killed)
+    assert done.returncode != 0
+    assert checkpoint.load(folder / "runs" / "tiny")["position"]["global_step"] == 6
+    runs.train(folder, *more, FSDP, ranks=2)
+    ddp, whole, resumed = (result(folder / "runs" / name) for name in ("ddp", "whole", "tiny"))
+    assert difference(whole, resumed) is None
+    assert whole["summary"] == ddp["summary"]
+    assert any(row["protocol"] == "best_validation" for row in ddp["summary"])
+    for name, value in ddp["student"].items():
+        assert (whole["student"][name] - value).abs().max() < 1e-9
+        assert value.stride() == whole["student"][name].stride() or value.dim() == 4
+    # Back to DDP: the finished run's checkpoint is one like any other.
+    assert "is finished already" in runs.train(folder, *more).stdout
