@@ -24,16 +24,17 @@ class Student(nn.Module):
         return nn.functional.normalize(self.network(images.float() / 255), dim=1)
 
 
-def train(student: nn.Module, stream: BalancedStream, epochs: int, lr: float, weight: float = 10.0) -> list[float]:
+def train(
+    student: nn.Module, stream: BalancedStream, epochs: int, lr: float, weight: float = 10.0,
+    group: dist.ProcessGroup | None = None,
+) -> list[float]:  # fmt: skip
     device = next(student.parameters()).device
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    network = DistributedDataParallel(student) if several else student
-    teacher = ProgressiveTeacher(student)
-    loss = OBDSDLoss(MultiSimilarityLoss(), weight=weight).to(device)
+    network = DistributedDataParallel(student, process_group=group) if dist.is_initialized() else student
+    teacher = ProgressiveTeacher(student, group=group)
+    loss = OBDSDLoss(MultiSimilarityLoss(), weight=weight, group=group).to(device)
     optimizer = torch.optim.Adam([*student.parameters(), *loss.parameters()], lr, fused=True)
     history = []
-    for epoch in range(epochs):
-        ramp = epoch / epochs
+    for ramp in (epoch / epochs for epoch in range(epochs)):
         for batch in stream:
             images, labels = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
             targets = teacher(images) if loss.needs_teacher(ramp) else None

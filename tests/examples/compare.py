@@ -19,8 +19,13 @@ def main(name: str, path: str, out: str) -> None:
 
     torch.set_num_threads(1)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    more = {}
     if ranks > 1 and name == "ddp":  # the frameworks open a process group by themselves
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    if ranks == 3:  # the first two share a batch, the third takes no part
+        more, ranks = {"group": dist.new_group([0, 1])}, 2
+        if rank == 2:
+            return
     config = load_config(path, [])
     student = build_embedder(config, torch.device("cpu"))
     data = {key: getattr(config.data, key) for key in ("image_size", "channels", "lanes")}
@@ -29,7 +34,7 @@ def main(name: str, path: str, out: str) -> None:
         transform=config.data.augment, num_workers=1, **data,
     )  # fmt: skip
     train = importlib.import_module(name).train
-    losses = train(student, stream, config.epochs, config.optim.lr, config.distillation.weight)
+    losses = train(student, stream, config.epochs, config.optim.lr, config.distillation.weight, **more)
     stream.close()
     if rank == 0:
         torch.save({"losses": losses, "student": student.state_dict()}, out)

@@ -22,6 +22,7 @@ from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
 from tests import harness, oracle
 from tests.manifold.data import B, unit_rows
+from tests.shadow import Shadow
 
 OBDSDLoss = objectives.OBDSDLoss
 worlds = pytest.mark.parametrize("world", harness.WORLD_SIZES)
@@ -444,3 +445,15 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         objective.terms(BatchView(E_BD[:4], E_BD, labels_B, 0), E_BD[:4])
     with pytest.raises(InputError, match="first_row is 10"):
         objective.terms(BatchView(E_BD[:4], E_BD, labels_B, 10), E_BD)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("target", ["none", "uniform", "psd"])
+def test_the_checks_wait_for_no_device(target: str, normalize: bool) -> None:
+    objective = made(target, normalize=normalize)
+    E_BD, T_BD, labels_B = unit_rows(0).float().requires_grad_(), unit_rows(1).float(), torch.tensor(LABELS["uneven"])
+    with Shadow([E_BD, T_BD, labels_B]) as shadow:
+        for _ in range(2):
+            objective(E_BD, labels_B, T_BD).loss.backward()
+    assert not shadow.found
+    assert shadow.looks == 2  # at what the step before had to say, once a step
