@@ -162,7 +162,7 @@ class Config(Section):
         if self.evaluation.best_test and not self.evaluation.test:
             raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")
         if self.model.compile and self.strategy == "fsdp":
-            raise ValueError("model.compile=true does not work with strategy=fsdp; set model.compile=false, or another")
+            raise ValueError("strategy=fsdp cannot run compiled networks; set model.compile=false or strategy=ddp")
         if self.precision == "float64" and self.strategy == "deepspeed":
             raise ValueError("DeepSpeed has no float64; set precision=float32 or strategy=ddp")
         if self.precision == "float64" and self.distillation.teacher_precision == "bf16":
