@@ -133,7 +133,7 @@ class InputChecks:
         self._messages, self._counts = [], []
         return messages, torch.stack(counts) if counts else torch.zeros(0, dtype=torch.float64, device=device)
 
-    def judge(self, messages: list[str], counts: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    def settle(self, messages: list[str], counts: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Raise now, on a CPU, or at the next call; return the loss, or 0 for a batch that is refused."""
         if not messages:
             return loss
@@ -214,7 +214,7 @@ def combine(
     if collectives.world_size() > 1:
         value = torch.stack([mean * factors[name] for name, mean in zip(terms, means, strict=True) if name in factors])
         loss = _WithValue.apply(loss, value.sum())
-    loss = checks.judge(messages, found, loss)
+    loss = checks.settle(messages, found, loss)
     return LossOutput(loss, tuple(terms), means, counts, nonfinite[0], summed, view.E_BD.detach(), teacher_BD)
 
 
