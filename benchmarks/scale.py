@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from benchmarks.common import Row
-from benchmarks.step import MADE_UP
 from dist_obdsd.config import parse_config
 from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import collectives
@@ -97,7 +96,7 @@ def measure(backbone: str, world: int, options: argparse.Namespace) -> Row:
     raw = {
         "name": "scale",
         "epochs": 2,
-        "data": {"shards": MADE_UP, "image_size": 224, "lanes": world},
+        "data": {"shards": "made up", "image_size": 224, "lanes": world},
         "batch": {"global_size": B, "samples_per_class": 2},
         "model": {"backbone": backbone, "embedding_dim": options.dim},
         "distillation": {"memory_gib": options.memory_gib},
