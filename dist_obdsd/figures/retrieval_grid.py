@@ -116,7 +116,7 @@ def retrieval_grid(
                 else:
                     colour, style, line, text = WRONG, (0, (4, 2)), 2.2, f"✗ {score:.3f}\n{name}"
                 weight = "bold" if score is None else "normal"
-                axes.set_title(text, fontsize=8.5, pad=5 + line / 2, color=colour, fontweight=weight, parse_math=False)
+                axes.set_title(text, fontsize=7, pad=5 + line / 2, color=colour, fontweight=weight, parse_math=False)
                 for spine in axes.spines.values():
                     spine.set_position(("outward", line / 2))
                     spine.set(color=colour, linewidth=line, linestyle=style, capstyle="projecting")
