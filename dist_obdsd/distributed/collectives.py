@@ -185,7 +185,11 @@ def broadcast_(tensors: Sequence[torch.Tensor], source: int = 0) -> None:
     """Overwrite the tensors, in place, with those of rank ``source``."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), group=_GROUP.get(), group_src=source)
+            # A message is memory in order, and ranks may have other strides, such as those of channels_last.
+            message = tensor.detach().contiguous()
+            dist.broadcast(message, group=_GROUP.get(), group_src=source)
+            if not tensor.is_contiguous():
+                tensor.detach().copy_(message)
 
 
 def ring_pass(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -255,19 +259,21 @@ def broadcast_object(value: Any) -> Any:
     return gather_json(value if rank() == 0 else None)[0]
 
 
-def assert_equal_across_ranks(what: str, value: str, kind: type[UserError] = RunError) -> None:
+def assert_equal_across_ranks(
+    what: str, value: str, kind: type[UserError] = RunError, advice: str = "launch every rank with the same settings"
+) -> None:
     """Check that every rank holds the same value.
 
     Args:
         kind: InputError where the value is what a user gave.
+        advice: what to do where they differ.
 
     Raises:
         RunError, InputError: on every rank, with the values and the ranks that have them.
     """
     values = gather_json(value)
     if len(set(values)) > 1:
-        message = f"{what} differs: {values_by_rank(values)}; launch every rank with the same settings"
-        raise met_by_all(kind(message))
+        raise met_by_all(kind(f"{what} differs: {values_by_rank(values)}; {advice}"))
 
 
 def values_by_rank(values: Sequence[str]) -> str:

@@ -98,8 +98,7 @@ def broadcast_state(state: Mapping[str, torch.Tensor] | None, network: nn.Module
         if state is None:
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         else:
-            # A message is memory in order, whatever the strides; a checkpoint keeps those of channels_last.
-            value = state[name].to(tensor.device).contiguous()
+            value = state[name].to(tensor.device)
         broadcast_([value])
         tensor.copy_(shard_like(value, tensor))
 

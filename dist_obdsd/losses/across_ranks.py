@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from dist_obdsd.distributed import collectives
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.errors import InputError
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.transfer import AsyncHostCopy
 
@@ -91,14 +91,11 @@ class InputChecks:
         if collectives.world_size() > 1 and (
             what not in self._compared or (self.values and not collectives.needs_cuda())
         ):
-            everyone = collectives.gather_json(", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in tensors))
-            if len(set(everyone)) > 1:
-                raise collectives.met_by_all(
-                    RunError(
-                        f"the ranks' {what} differ: {collectives.values_by_rank(everyone)}; give every rank as many "
-                        f"rows (drop_last=True of a DataLoader drops a shorter last batch)"
-                    )
-                )
+            collectives.assert_equal_across_ranks(
+                f"the shape of the {what}",
+                ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in tensors),
+                advice="give every rank as many rows (drop_last=True of a DataLoader drops a shorter last batch)",
+            )
             self._compared.add(what)
 
     def rows(self, what: str, rows_bD: torch.Tensor) -> None:

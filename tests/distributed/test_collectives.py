@@ -227,3 +227,19 @@ def test_without_a_process_group_a_world_of_one() -> None:
     assert_equal_across_ranks("x", "y")
     with pytest.raises(RunError, match="ValueError: odd"), raise_on_all_ranks("reading"):
         raise ValueError("odd")
+
+
+def broadcast_across_strides() -> list[list[float]]:
+    rank = collectives.rank()
+    layouts = (torch.channels_last, torch.contiguous_format)
+    found = []
+    for layout in (layouts[rank], layouts[1 - rank]):
+        x = torch.arange(24.0).view(1, 2, 3, 4).add(100 * rank).contiguous(memory_format=layout)
+        collectives.broadcast_([x])
+        found.append(x.flatten().tolist())
+    return found
+
+
+def test_a_broadcast_does_not_depend_on_the_ranks_strides() -> None:
+    expected = torch.arange(24.0).tolist()
+    assert harness.run(2, broadcast_across_strides) == [[expected, expected]] * 2
