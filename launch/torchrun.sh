@@ -51,7 +51,7 @@ with socket.socket(family, kind) as probe:
     print(probe.getsockname()[0], address[0])
 ' "$MASTER")
   # A port that is taken is another agent of this machine, which answers, or another program.
-  if [[ $own == "$master" ]] && ! timeout 20 python3 -c '
+  if [[ $own == "$master" ]] && ! timeout 120 python3 -c '
 import socket, sys
 address = sys.argv[1], int(sys.argv[2])
 try:

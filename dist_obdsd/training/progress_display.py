@@ -68,8 +68,9 @@ class ProgressDisplay:
             self._bar.update()
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Draw the bar's last step, however quick it was, and take the bar away."""
         if self._bar is not None:
+            self._bar.refresh()
             self._bar.close()
             self._bar = None
 

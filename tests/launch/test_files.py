@@ -47,7 +47,7 @@ def test_a_taken_port_is_a_sentence():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         master = f"127.0.0.1:{taken.getsockname()[1]}"
-        taken.settimeout(60)
+        taken.settimeout(180)  # torch may be slow to import
         script = subprocess.Popen(
             ["bash", LAUNCH / "torchrun.sh", "x.yaml"], env=environment({"NNODES": "2", "MASTER": master}),
             stderr=subprocess.PIPE, text=True,
