@@ -51,15 +51,17 @@ with socket.socket(family, kind) as probe:
     print(probe.getsockname()[0], address[0])
 ' "$MASTER")
   # A port that is taken is another agent of this machine, which answers, or another program.
-  if [[ $own == "$master" ]] && ! timeout 120 python3 -c '
-import socket, sys
+  if [[ $own == "$master" ]] && ! python3 -c '
+import os, socket, sys, threading
 address = sys.argv[1], int(sys.argv[2])
 try:
     socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET).close()
 except OSError:
     from datetime import timedelta
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # whose timeout does not bound an answer that never comes
+    threading.Timer(20, os._exit, [1]).start()
     TCPStore(*address, timeout=timedelta(seconds=5))
+    os._exit(0)
 ' "$master" "${MASTER##*:}" 2>/dev/null; then
     echo "launch/torchrun.sh: another program listens at MASTER=$MASTER; choose another port on every node" >&2
     exit 1
