@@ -1,7 +1,11 @@
 """The margin loss with distance-weighted sampling.
 
-Legend: b anchors of this rank, B rows of the global batch, C classes, D embedding dimension; d distances.
+Legend: b anchors of this rank, B rows of the global batch, C classes, D embedding dimension; d distances;
+P draws of an anchor.
 """
+
+import math
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,8 +25,10 @@ class MarginLoss(LearnableLoss):
         max(0, alpha + d_ap - beta_a) + max(0, alpha + beta_a - d_an) + nu beta_a
 
     where beta_a is learned, for the anchor's class or for all. The sum is divided by the number of hinges above 0, as
-    the authors' code does. An anchor whose negatives all lie beyond ``nonzero_cutoff`` draws none: it keeps its
-    positives' cost alone.
+    the paper's code does. An anchor whose negatives all lie beyond ``nonzero_cutoff`` draws none: it keeps its
+    positives' cost alone. By the ``released`` conventions of OBD-SD's code an anchor draws one positive and one
+    negative at any distance, the sum is divided by the number of such triplets with a hinge above 0, and the penalty on
+    beta is not divided; an anchor without a positive is its own.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class MarginLoss(LearnableLoss):
         nu: NonNegative = 0.0,
         cutoff: Positive = 0.5,
         nonzero_cutoff: Positive = 1.4,
+        conventions: Literal["correct", "released"] = "correct",
         *,
         classes: int,
     ) -> None:
@@ -44,45 +51,57 @@ class MarginLoss(LearnableLoss):
             nu: weight of the penalty on beta.
             cutoff: distance below which a negative is drawn as if it were this far away.
             nonzero_cutoff: distance above which a negative is never drawn.
+            conventions: released: triplets and divisor of OBD-SD's code, without nonzero_cutoff; an unset lr is 0.0005.
         """
         super().__init__()
         self.num_classes = classes if per_class else None
-        self.alpha, self.per_class, self.nu = alpha, per_class, nu
-        self.cutoff, self.nonzero_cutoff = cutoff, nonzero_cutoff
+        self.alpha, self.per_class, self.nu, self.released = alpha, per_class, nu, conventions == "released"
+        self.cutoff, self.nonzero_cutoff = cutoff, math.inf if self.released else nonzero_cutoff
         self.beta = nn.Parameter(torch.full((classes if per_class else 1,), beta))
 
     def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
-        alpha, nu = self.alpha, self.nu
         d_bB = distances(view)
         positive_bB, negative_bB = view.positives_negatives()
-        drawn_bB, drew_b = self.draw(d_bB.detach(), negative_bB, view)
+        weight_bB, drew_b1 = self.weights(d_bB.detach(), negative_bB, view.E_BD.shape[1])
+        uniform_bB = uniforms(view.seed, view.rows, view.B, d_bB.device)
+        if self.released:
+            positive_bB.diagonal(offset=view.first_row).logical_or_(~positive_bB.any(1))
+            near_bP = d_bB.gather(1, draw(uniform_bB[:, :1], positive_bB))
+            far_bP, pairs_bP = d_bB.gather(1, draw(uniform_bB[:, 1:2], weight_bB)), drew_b1
+        else:
+            near_bP, far_bP, pairs_bP = d_bB, d_bB.gather(1, draw(uniform_bB, weight_bB)), positive_bB
         beta = view.shared(self.beta)
         beta_b1 = (beta[view.labels_b] if self.per_class else beta.expand(view.b))[:, None]
-        near_bB = functional.relu(alpha + d_bB - beta_b1).masked_fill(~positive_bB, 0)
-        far_bB = functional.relu(alpha + beta_b1 - d_bB.gather(1, drawn_bB))
-        far_bB = far_bB.masked_fill(~(positive_bB & drew_b[:, None]), 0)
-        penalty = nu * (beta_b1[:, 0] * positive_bB.sum(1)).sum()
-        count = (near_bB > 0).sum() + (far_bB > 0).sum()
-        total = near_bB.sum() + far_bB.sum() + penalty + graph_zero(view)
-        return {"ranking": PartialMean(total, count.to(total.dtype))}
+        near_bP = functional.relu(self.alpha + near_bP - beta_b1).masked_fill(~pairs_bP, 0)
+        far_bP = functional.relu(self.alpha + beta_b1 - far_bP).masked_fill(~(pairs_bP & drew_b1), 0)
+        penalty = self.nu * (beta_b1[:, 0] * pairs_bP.sum(1)).sum()
+        total = near_bP.sum() + far_bP.sum() + graph_zero(view)
+        if not self.released:
+            count = (near_bP > 0).sum() + (far_bP > 0).sum()
+            return {"ranking": PartialMean(total + penalty, count.to(total.dtype))}
+        count = ((near_bP > 0) | (far_bP > 0)).sum().to(total.dtype)
+        once = torch.full_like(count, 1 / view.world_size)
+        return {"ranking": PartialMean(total, count), "ranking_penalty": PartialMean(penalty, once)}
 
     @torch.no_grad()
-    def draw(self, d_bB: torch.Tensor, negative_bB: torch.Tensor, view: BatchView) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw a negative's row for each of the anchor's columns [b, B], and tell whether it has any [b].
+    def weights(self, d_bB: torch.Tensor, negative_bB: torch.Tensor, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weigh the negatives that an anchor draws from [b, B], and tell whether it has any [b, 1].
 
         The probability is proportional to 1 / q(max(d, cutoff)), where q is the density of distances between random
         points of the unit sphere (equation 2): ``log q = (D - 2) log d + (D - 3)/2 log(1 - d^2 / 4)``. Close negatives
         would be drawn with gradients of high variance, hence the cutoff; those from ``nonzero_cutoff`` on are left out.
         """
-        D = view.E_BD.shape[1]
         clipped_bB = d_bB.clamp(min=self.cutoff)
         open_bB = (1 - clipped_bB.square() / 4).clamp(min=torch.finfo(d_bB.dtype).tiny)  # d may round to above 2
         log_weight_bB = -(D - 2) * clipped_bB.log() - (D - 3) / 2 * open_bB.log()
         log_weight_bB.masked_fill_(~negative_bB | (d_bB >= self.nonzero_cutoff), -torch.inf)
         top_b1 = log_weight_bB.amax(1, keepdim=True)
-        drew_b = top_b1[:, 0] > -torch.inf
-        weight_bB = (log_weight_bB - top_b1.masked_fill(~drew_b[:, None], 0)).exp()
-        # The inverse of the cumulative weights, at uniform numbers; a weight of 0 has no width and is not hit.
-        cumulative_bB = weight_bB.double().cumsum(1)
-        at_bB = uniforms(view.seed, view.rows, view.B, d_bB.device) * cumulative_bB[:, -1:]
-        return torch.searchsorted(cumulative_bB, at_bB, right=True).clamp_(max=view.B - 1), drew_b
+        drew_b1 = top_b1 > -torch.inf
+        return (log_weight_bB - top_b1.masked_fill(~drew_b1, 0)).exp(), drew_b1
+
+
+def draw(uniform_bP: torch.Tensor, weight_bB: torch.Tensor) -> torch.Tensor:
+    """Draw columns [b, P], where the cumulative weights pass uniform numbers; a weight of 0 has no width."""
+    cumulative_bB = weight_bB.double().cumsum(1)
+    at_bP = (uniform_bP * cumulative_bB[:, -1:]).contiguous()
+    return torch.searchsorted(cumulative_bB, at_bP, right=True).clamp_(max=weight_bB.shape[1] - 1)

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 OBJECTIVE_RATE = 100
 """Learning rate of the ranking loss's own parameters, in units of the student's, where the config leaves it open."""
+RELEASED_RATE = 5e-4
+"""That of the released code's margin loss, for ``ranking.conventions=released``."""
 
 HEAD = "head."
 """Prefix of the names of the embedding layer's parameters."""
@@ -72,7 +74,9 @@ def build_objective_optimizer(config: Config, parameters: Sequence[Named]) -> to
         return None
     ranking, optim = config.ranking, config.optim
     assert isinstance(ranking, LearnableConfig), "a loss with parameters has settings for them"
-    own = {"lr": ranking.lr or OBJECTIVE_RATE * optim.lr, "weight_decay": ranking.weight_decay}
+    released = getattr(ranking, "conventions", "correct") == "released"
+    rate = ranking.lr or (RELEASED_RATE if released else OBJECTIVE_RATE * optim.lr)
+    own = {"lr": rate, "weight_decay": ranking.weight_decay}
     optimizer = build_optimizer(optim.model_copy(update=own), parameters)
     for group in optimizer.param_groups:  # whatever the parameters are called
         group["scale"] = own["lr"] / optim.lr

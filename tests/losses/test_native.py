@@ -285,16 +285,15 @@ def test_a_negative_at_either_end_of_the_margin_is_not_semi_hard() -> None:
 
 def test_drawn_negatives_follow_the_weights() -> None:
     labels, draws = [0, 0, 0, *range(1, 10)], 4000
-    loss = loss_of(ranking("margin"), D)
-    E_BD = unit_rows(3, spread=0.4)
+    loss, E_BD = loss_of(ranking("margin"), D), unit_rows(3, spread=0.4)
     d_BB, (_, negative_BB) = (
-        torch.cdist(E_BD, E_BD),
-        BatchView(E_BD, E_BD, torch.tensor(labels), 0).positives_negatives(),
-    )
+        torch.cdist(E_BD, E_BD), BatchView(E_BD, E_BD, torch.tensor(labels), 0).positives_negatives()
+    )  # fmt: skip
+    weight_BB, _ = loss.weights(d_BB, negative_BB, D)
     counts = torch.zeros(B)
     for seed in range(draws):
-        drawn_BB, _ = loss.draw(d_BB, negative_BB, BatchView(E_BD, E_BD, torch.tensor(labels), 0, seed))
-        counts += torch.bincount(drawn_BB[0, 1:3], minlength=B)
+        uniform_BB = uniforms(seed, slice(0, B), B, E_BD.device)
+        counts += torch.bincount(margin.draw(uniform_BB, weight_BB)[0, 1:3], minlength=B)
     weights = oracle.sampling_weights(d_BB[0, 3:].tolist(), D, cutoff=0.5, nonzero_cutoff=1.4)
     expected = torch.tensor([0.0, 0.0, 0.0, *weights]) / sum(weights)
     assert counts[:3].sum() == 0
@@ -303,16 +302,11 @@ def test_drawn_negatives_follow_the_weights() -> None:
     assert expected[3:].max() > 3 * expected[3:][expected[3:] > 0].min()  # uniform draws would not pass
 
 
-@pytest.mark.parametrize(("uniform", "drawn"), [(0.0, 3), (1 - 2**-32, 8)])
-def test_the_ends_of_the_draw_are_negatives_too(uniform: float, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = [0, 0, 0, *range(1, 7), 0, 0, 0]  # an anchor's own class lies at both ends of its cumulative weights
-    monkeypatch.setattr(margin, "uniforms", lambda *_: torch.full((B, B), uniform, dtype=torch.float64))
-    E_BD = unit_rows(3, spread=0.4)
-    view = BatchView(E_BD, E_BD, torch.tensor(labels), 0)
-    drawn_BB, _ = loss_of(ranking("margin", nonzero_cutoff=1.99), D).draw(
-        torch.cdist(E_BD, E_BD), view.positives_negatives()[1], view
-    )
-    assert (drawn_BB[:3] == drawn).all()
+def test_the_ends_of_the_draw_have_weight_too() -> None:
+    # An anchor's own class, without weight, lies at both ends.
+    weight_1B = torch.tensor([[0.0, 0, 1, 2, 3, 0, 0]])
+    ends_12 = torch.tensor([[0.0, 1 - 2**-32]], dtype=torch.float64)
+    assert margin.draw(ends_12, weight_1B).tolist() == [[2, 4]]
 
 
 def test_an_anchor_without_a_negative_in_reach_keeps_its_positives() -> None:

@@ -29,6 +29,7 @@ SETTINGS: dict[str, RankingConfig] = {
     "contrastive": ranking("contrastive", negative_margin=1.4),
     "triplet": ranking("triplet", margin=0.7),
     "margin": ranking("margin", nu=0.1),
+    "margin, released": ranking("margin", nu=0.1, alpha=0.6, conventions="released"),
     "proxy anchor": ranking("proxy_anchor", alpha=8.0),
     "ProxyNCA": ranking("pml.ProxyNCALoss", kwargs={"softmax_scale": 3}),
     "ArcFace": ranking("pml.ArcFaceLoss", kwargs={"scale": 8}),
@@ -40,7 +41,7 @@ SETTINGS: dict[str, RankingConfig] = {
     "MarginLoss, mined": ranking("pml.MarginLoss", kwargs={"learn_beta": True}, miner="pml.DistanceWeightedMiner"),
 }
 SHARDED = ("multi-similarity", "contrastive", "triplet", "margin")
-RANDOM = ("margin", "MarginLoss, mined")
+RANDOM = ("margin", "margin, released", "MarginLoss, mined")
 every = pytest.mark.parametrize("name", SETTINGS)
 LABELS = {
     "uneven": [0, 0, 0, 1, 2, 1, 3, 4, 5, 6, 3, 2],
