@@ -19,9 +19,10 @@ def page() -> str:
 
 def _section(table: registry.Registry) -> str:
     lines = [f"\n## `{table.setting}`: {table.kind}\n", "| name | what it is | settings |", "|---|---|---|"]
-    for name, summary, settings in table.table():
-        listed = "<br>".join(f"`{s.name}` ({_default(s.default)}){s.meaning and ': ' + s.meaning}" for s in settings)
-        lines.append(f"| `{name}` | {summary} | {listed} |")
+    for name in table.names:
+        part = table.source(name)
+        listed = [f"`{s.name}` ({_default(s.default)}){s.meaning and ': ' + s.meaning}" for s in part.settings]
+        lines.append(f"| `{name}` | {part.summary} | {'<br>'.join(listed)} |")
     return "\n".join(lines) + "\n"
 
 

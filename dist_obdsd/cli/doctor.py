@@ -1,4 +1,4 @@
-"""``dist-obdsd doctor``: the machines of a job, and whether a config can run on them."""
+"""``dist-obdsd doctor``: the machines of a job, and where a config can run."""
 
 import argparse
 import importlib.metadata
@@ -10,6 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ PARTS = {
     "mlflow": "tracking",
     "deepspeed": "strategy=deepspeed",
 }
-DISTRIBUTIONS = {"faiss": ("faiss-gpu", "faiss-cpu", "faiss")}
+"""Package -> what needs it."""
 MIN_OPEN_FILES = 4096  # for many workers, shards and sockets
 MIN_SHARED_GIB = 1.0  # of /dev/shm, where NCCL keeps its buffers
 MAX_SKEW = 2.0  # seconds between hosts' clocks, beyond which their logs cannot be put in order
@@ -57,20 +58,15 @@ def doctor(options: argparse.Namespace) -> int:
         InputError: on every rank: the config cannot run here, with the reason.
     """
     with joined(options) as (config, rank):
-        _show_rows(machine(rank))
+        rows = machine(rank)
         if rank.world_size > 1:
-            show("")
-            _show_rows(job(rank, config))
+            rows |= {"": ""} | job(rank, config)
+        show("\n".join(f"{name:14} {text}".rstrip() for name, text in rows.items()))
         if config is not None:
             with raise_on_all_ranks("the config"):
                 lines = where_it_runs(rank, config, options.download)
             show("\n" + "\n".join(lines))
     return 0
-
-
-def _show_rows(rows: dict[str, str]) -> None:
-    for name, text in rows.items():
-        show(f"{name:14} {text}")
 
 
 def machine(here: Runtime) -> dict[str, str]:
@@ -99,40 +95,38 @@ def machine(here: Runtime) -> dict[str, str]:
 
 def job(here: Runtime, config: Config | None) -> dict[str, str]:
     """Describe what the ranks of a job measure together. Collective."""
-    facts = collectives.gather_json(
-        {
-            "host": platform.node(),
-            "device": str(here.device),
-            "threads": torch.get_num_threads(),
-            "cores": usable_cores(),
-            "versions": {module: version(module) for module in PARTS},
-        }
-    )
+    own = {"host": platform.node(), "device": here.device.type, "threads": torch.get_num_threads(),
+           "cores": usable_cores(), "versions": {module: version(module) for module in PARTS}}  # fmt: skip
+    facts = collectives.gather_json(own)
     hosts: dict[str, list[int]] = {}
     for rank, fact in enumerate(facts):
         hosts.setdefault(fact["host"], []).append(rank)
-    rows = {"hosts": "; ".join(f"{host}: ranks {', '.join(map(str, ranks))}" for host, ranks in hosts.items())}
-    kinds = sorted({fact["device"].partition(":")[0] for fact in facts})
-    rows["devices"] = ", ".join(kinds) + _advice(len(kinds) > 1, "ranks must be on one kind of device")
+    kinds = sorted({fact["device"] for fact in facts})
     busiest = max(sum(facts[rank]["threads"] for rank in ranks) / facts[ranks[0]]["cores"] for ranks in hosts.values())
-    rows["threads"] = f"{busiest:.1f} of torch per core on the busiest host" + _advice(busiest > 1, "lower threads")
-    differing = [module for module in PARTS if len({str(fact["versions"][module]) for fact in facts}) > 1]
-    rows["versions"] = "alike" if not differing else f"{', '.join(differing)} differ between the ranks"
-    skew, error = _clock_skew()
-    rows["clocks"] = f"apart by {skew:.3f} s (+- {error:.3f} s)" + _advice(skew > MAX_SKEW, "run an NTP client")
+    differing = [module for module in PARTS if len({fact["versions"][module] for fact in facts}) > 1]
+    collectives.gather_json(None)  # all have arrived
+    before = time.time()
+    times = collectives.gather_json(before)
+    skew, error = max(times) - min(times), time.time() - before
     x = torch.ones(PROBE_MIB * 2**18, device=here.device)
-    seconds = _timed(lambda: collectives.sum_across(x), here)
-    rows["all-reduce"] = f"{PROBE_MIB} MiB in {1e3 * seconds:.1f} ms, {PROBE_MIB / 2**10 / seconds:.2f} GiB/s"
-    b = config.batch.global_size // here.world_size if config else 112
+    reducing = _timed(lambda: collectives.sum_across(x), here)
+    b = max(config.batch.global_size // here.world_size, 1) if config else 112
     D = config.model.embedding_dim if config else 128
-    E_bD = torch.ones(max(b, 1), D, device=here.device)
-    seconds = _timed(lambda: collectives.gather_rows(E_bD, check_sizes=False), here)
-    rows["gather"] = f"embeddings of {E_bD.shape[0]} x {here.world_size} images, {D} dimensions: {1e3 * seconds:.2f} ms"
-    return rows
+    E_bD = torch.ones(b, D, device=here.device)
+    gathering = _timed(lambda: collectives.gather_rows(E_bD, check_sizes=False), here)
+    return {
+        "hosts": "; ".join(f"{host}: ranks {', '.join(map(str, ranks))}" for host, ranks in hosts.items()),
+        "devices": ", ".join(kinds) + _advice(len(kinds) > 1, "ranks must be on one kind of device"),
+        "threads": f"{busiest:.1f} of torch per core on the busiest host" + _advice(busiest > 1, "lower threads"),
+        "versions": f"{', '.join(differing)} differ between the ranks" if differing else "alike",
+        "clocks": f"apart by {skew:.3f} s (+- {error:.3f} s)" + _advice(skew > MAX_SKEW, "run an NTP client"),
+        "all-reduce": f"{PROBE_MIB} MiB in {1e3 * reducing:.1f} ms, {PROBE_MIB / 2**10 / reducing:.2f} GiB/s",
+        "gather": f"embeddings of {b} x {here.world_size} images, {D} dimensions: {1e3 * gathering:.2f} ms",
+    }
 
 
 def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list[str]:
-    """Describe where a config can run: allowed world sizes, its shards, and its weights, run folder and tracking here.
+    """List the world sizes that a config allows, and what it finds here.
 
     Args:
         download: fetch pretrained weights that are missing.
@@ -161,8 +155,7 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
     too_small = [f"{plan.too_small} classes have fewer than batch.samples_per_class={K} images and are never shown"]
     sizes = allowed_world_sizes(config.data.lanes)
     local = ", ".join(f"{config.batch.global_size // size} on {size}" for size in sizes)
-    gpus = torch.cuda.device_count()
-    node = f"; one rank per GPU, and this node has {gpus}" if here.device.type == "cuda" else ""
+    node = f"; one rank per GPU, and this node has {torch.cuda.device_count()}" if here.device.type == "cuda" else ""
     return [
         f"{config.name}: runs on {here.device.type} with {', '.join(map(str, sizes))} ranks "
         f"(images per rank: {local}){node}",
@@ -177,16 +170,28 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
     ]
 
 
-def _weights(config: Config, download: bool) -> str:
-    """Tell whether the weights that training begins with are there, by building the network with them.
+def _remote(config: Config, shards: Sequence[Shard]) -> list[str]:
+    """Try to read a remote shard, and count those in the cache."""
+    root = config.data.shards
+    if not is_remote(root):
+        return []
+    begin(location(root, shards[0].file))
+    size = sum(shard.bytes for shard in shards) / 2**30
+    line = f"{len(shards)} remote shards of {size:.3g} GiB, the first of which can be read"
+    cache = cache_of(config.data)
+    if cache is None:
+        return [f"{line}; data.cache is unset, so every epoch reads them anew"]
+    present = sum(cache.path(shard).exists() for shard in shards)
+    return [f"{line}; {present} are in {cache.folder}, which has {_free_gib(cache.folder):.1f} GiB free"]
 
-    Raises:
-        InputError: a file or run is missing, the weights do not fit, or they cannot be downloaded.
-    """
+
+def _weights(config: Config, download: bool) -> str:
+    """Build the network to see whether its weights are there and fit."""
     section = config.model
     found = library_weights(section.backbone, section.pretrained) if section.library else None
     if found is not None and found.path() is None and not download:
-        return f"weights: {found.file} is not in {found.folder}; --download fetches it"
+        without = f"; without it {section.fallback} is trained (model.fallback)" if section.fallback else ""
+        return f"weights: {found.file} is not in {found.folder}; --download fetches it{without}"
     network = build_embedder(config, torch.device("cpu"))
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     where = section.pretrained if found is None else found.path()
@@ -194,11 +199,6 @@ def _weights(config: Config, download: bool) -> str:
 
 
 def _run_folder(config: Config) -> str:
-    """Describe the run folder.
-
-    Raises:
-        InputError: it cannot be written.
-    """
     from dist_obdsd.training.run_dir import read_status
 
     folder = config.run_dir
@@ -212,7 +212,7 @@ def _run_folder(config: Config) -> str:
 
 
 def _tracking(config: Config) -> str:
-    """Ask the tracking store for an answer. There may be none: a run goes on without it."""
+    """Ask the tracking store for an answer; a run goes on without it."""
     if config.tracking.kind == "none":
         return "tracking: none"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -228,14 +228,6 @@ def _tracking(config: Config) -> str:
     except Exception as error:
         return f"tracking: {uri} does not answer ({' '.join(str(error).split())[:120]}); a run would go on without it"
     return f"tracking: {uri} answers after {time.perf_counter() - started:.1f} s"
-
-
-def _clock_skew() -> tuple[float, float]:
-    """Measure the seconds that the ranks' clocks are apart, and the uncertainty of that."""
-    collectives.gather_json(None)  # all have arrived
-    before = time.time()
-    times = collectives.gather_json(before)
-    return max(times) - min(times), time.time() - before
 
 
 def _timed(call: Callable[[], Any], here: Runtime) -> float:
@@ -259,27 +251,10 @@ def _free_gib(folder: str | Path) -> float:
 
 
 def version(module: str) -> str | None:
-    """Return the installed version, or None where the module cannot be imported."""
+    """Return the installed version, or None where the module is missing."""
     if importlib.util.find_spec(module) is None:
         return None
-    for name in DISTRIBUTIONS.get(module, (module,)):
-        try:
+    for name in (module, f"{module}-gpu", f"{module}-cpu"):  # faiss has several
+        with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return "of unknown version"
-
-
-def _remote(config: Config, shards: Sequence[Shard]) -> list[str]:
-    """Describe remote shards: try to read one, and count those in the cache."""
-    root = config.data.shards
-    if not is_remote(root):
-        return []
-    begin(location(root, shards[0].file))
-    size = sum(shard.bytes for shard in shards) / 2**30
-    line = f"{len(shards)} remote shards of {size:.3g} GiB, the first of which can be read"
-    cache = cache_of(config.data)
-    if cache is None:
-        return [f"{line}; data.cache is unset, so every epoch reads them anew"]
-    present = sum(cache.path(shard).exists() for shard in shards)
-    return [f"{line}; {present} are in {cache.folder}, which has {_free_gib(cache.folder):.1f} GiB free"]

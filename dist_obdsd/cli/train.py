@@ -31,12 +31,14 @@ def train(options: argparse.Namespace) -> int:
 def _train(rank: "Runtime", config: "Config", stop: PreemptionHandler, options: argparse.Namespace) -> int:
     from dist_obdsd.distributed.collectives import broadcast_object
     from dist_obdsd.distributed.launch import restart_trap
+    from dist_obdsd.models.embedder import with_fallback
     from dist_obdsd.training.progress_display import build_display
     from dist_obdsd.training.run_dir import free_name
     from dist_obdsd.training.trainer import Trainer
 
     if (trap := restart_trap(os.environ)) is not None:
         show(trap)
+    config = with_fallback(config)
     fresh = free_name(Path(config.output), config.name) if options.fresh else None
     if (name := broadcast_object(fresh)) is not None:
         config = config.model_copy(update={"name": name})

@@ -20,11 +20,7 @@ class Section(BaseModel):
 
 
 def read_names(value: Any) -> Any:
-    """Read names from a list, or from the path of a text file with one name per line.
-
-    Raises:
-        ValueError: the file cannot be read, or holds no name.
-    """
+    """Read names from a list, or from the path of a text file with one name per line."""
     if not isinstance(value, str):
         # A class called 12 is a number to YAML.
         listed = isinstance(value, list | tuple)

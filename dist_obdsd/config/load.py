@@ -18,11 +18,7 @@ from dist_obdsd.errors import InputError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply ``a.b=c`` overrides and check everything.
-
-    Raises:
-        InputError: with one sentence per mistake.
-    """
+    """Read a YAML file and put overrides in; InputError has a sentence per mistake."""
     example = "a mapping of settings; see configs/ for examples"
     raw = read_mapping(Path(path), "config", "give the path of a YAML file", example)
     return parse_config(override_config(raw, overrides), str(path))
@@ -31,18 +27,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def override_config(raw: dict[str, Any], overrides: Sequence[str], section: type[BaseModel] = Config) -> dict[str, Any]:
     """Copy nested settings and put ``a.b=c`` overrides in.
 
-    A setting that holds text takes the value as typed. Others take null, true, false, a number, a [list] or a
-    {mapping}, else text.
-
-    Args:
-        section: describes the settings.
+    A setting of ``section`` that holds text takes the value as typed. Others take null, true, false, a number, a
+    [list] or a {mapping}, else text.
 
     Raises:
         InputError: an override is malformed.
     """
     raw = copy.deepcopy(raw)
     for override in overrides:
-        _apply(raw, override, section)
+        key, equals, text = override.partition("=")
+        *parents, leaf = key.split(".")
+        if not equals or not all([*parents, leaf]):
+            raise InputError(f"override {override!r} is not of the form key=value, such as optim.lr=0.001")
+        node = raw
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"override {override!r}: {parent} is a single value, not a section")
+        annotation = _annotation(section, [*parents, leaf])
+        optional = NoneType in get_args(annotation)
+        if _is_text(annotation) and not (optional and re.fullmatch(PLAIN["null"], text)):
+            node[leaf] = text
+            continue
+        try:
+            node[leaf] = parse_value(text)
+        except ValueError as error:
+            raise InputError(f"override {override!r} is not valid YAML: {error}") from error
     return raw
 
 
@@ -52,28 +62,6 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise InputError(f"{origin}: " + "; ".join(_sentences(error))) from error
-
-
-def _apply(raw: dict[str, Any], override: str, section: type[BaseModel]) -> None:
-    key, equals, text = override.partition("=")
-    *parents, leaf = key.split(".")
-    if not equals or not all([*parents, leaf]):
-        raise InputError(f"override {override!r} is not of the form key=value, such as optim.lr=0.001")
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise InputError(f"override {override!r}: {parent} is a single value, not a section")
-        node = child
-    annotation = _annotation(section, [*parents, leaf])
-    optional = NoneType in get_args(annotation)
-    if _is_text(annotation) and not (optional and re.fullmatch(PLAIN["null"], text)):
-        node[leaf] = text
-        return
-    try:
-        node[leaf] = parse_value(text)
-    except ValueError as error:
-        raise InputError(f"override {override!r} is not valid YAML: {error}") from error
 
 
 def _annotation(section: type[BaseModel], parts: Sequence[str]) -> Any:
@@ -88,7 +76,7 @@ def _annotation(section: type[BaseModel], parts: Sequence[str]) -> Any:
 
 
 def _is_text(annotation: Any) -> bool:
-    """Tell whether a setting holds text, perhaps one of several choices, or null."""
+    """Tell if a setting holds text, perhaps one of several choices, or null."""
     if annotation is str or isinstance(annotation, str):
         return True
     if get_origin(annotation) not in (Annotated, Literal, Union, UnionType):
@@ -127,7 +115,6 @@ def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[s
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Find the sections that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
@@ -137,7 +124,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """List what must not differ between two dumped configs, as ``name: old -> new``.
 
-    CHANGEABLE_ON_RESUME holds what may differ. A setting that the old version did not know has its default there.
+    A setting that the old version did not know has its default there.
     """
     changes = []
     if not prefix:

@@ -34,7 +34,6 @@ class LearnableConfig(RankingConfig):
 
 
 def _section(name: str) -> type[RankingConfig]:
-    """Make the section of one registered loss from its constructor's arguments."""
     part = LOSSES.source(name)
     learnable = part.bases & {"LearnableLoss", "GatheredLoss"} or name == "package:Class"
     base = LearnableConfig if learnable else RankingConfig
@@ -49,7 +48,7 @@ SECTIONS = {name: _section(name) for name in LOSSES.names}
 
 
 def family(name: str) -> str:
-    """Return the registered name that a loss's name belongs to: ``pml`` of ``pml.ArcFaceLoss``."""
+    """Return the registered name of a loss: ``pml`` of ``pml.ArcFaceLoss``."""
     return "package:Class" if ":" in name else name.partition(".")[0]
 
 
@@ -58,13 +57,9 @@ def _restore(settings: dict[str, Any]) -> RankingConfig:
 
 
 def _registered(value: Any) -> str | None:
-    name = (
-        value.get("name", RankingConfig.model_fields["name"].default)
-        if isinstance(value, dict)
-        else getattr(value, "name", None)
-    )
-    name = family(str(name))
-    return name if name in SECTIONS else None
+    default = RankingConfig.model_fields["name"].default
+    name = value.get("name", default) if isinstance(value, dict) else getattr(value, "name", None)
+    return name if (name := family(str(name))) in SECTIONS else None
 
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Named parts that a config chooses between, and the file of each.
 
 To add a ranking loss, a target, a metric, a backbone, a reader or a strategy: write one file, and add its line here.
-Validation, ``--help``, the builders and the tables in the docs read these lists. A part is imported when it is first
-used. Its arguments are known before that, from its source: the positional ones are a user's settings.
+Validation, ``--help``, the builders and the tables in the docs read these lists. A part is imported when first used.
+Its arguments are known before that, from its source: the positional ones are a user's settings.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_obdsd.config.signature import Setting, Source, read_source
+from dist_obdsd.config.signature import Source, read_source
 from dist_obdsd.errors import InputError
 
 
@@ -35,52 +35,36 @@ class Registry:
 
     @property
     def choices(self) -> list[str]:
-        """Return the values that the setting takes."""
+        """The values that the setting takes."""
         return ["none", *self.paths] if self.optional else self.names
 
     def check(self, name: str) -> str:
-        """Return ``name`` if it is registered; for pydantic's validators.
-
-        Raises:
-            ValueError: it is not; the message lists the names that are.
-        """
+        """Return ``name``, or raise ValueError with the names that are registered."""
         if name not in self.choices:
             raise ValueError(f"{self.setting} is {name!r}; set it to one of {', '.join(self.choices)}")
         return name
 
     def load(self, name: str) -> Any:
-        """Import the part called ``name``.
-
-        Raises:
-            InputError: there is none of that name.
-        """
+        """Import the part called ``name``, or raise InputError."""
         try:
             module, _, attribute = self.paths[self.check(name)].partition(":")
         except ValueError as error:
             raise InputError(str(error)) from error
         return getattr(importlib.import_module(module), attribute)
 
-    def build(self, name: str, settings: Mapping[str, Any], **arguments: Any) -> Any:
-        """Make the part called ``name`` from its settings, and ``arguments`` that it takes."""
+    def build(self, name: str, settings: Mapping[str, Any], /, **arguments: Any) -> Any:
+        """Make the part called ``name`` of its settings and the arguments it takes."""
         make = self.load(name)
         taken = inspect.signature(make).parameters
         return make(**settings, **{name: value for name, value in arguments.items() if name in taken})
 
     def source(self, name: str) -> Source:
-        """Read the arguments and the docstring of a part, without importing it."""
+        """Read a part's arguments and docstring without importing it."""
         return read_source(self.paths[name])
-
-    def table(self) -> list[tuple[str, str, tuple[Setting, ...]]]:
-        """List every part for the docs: its name, first docstring line and settings."""
-        return [(name, self.source(name).summary, self.source(name).settings) for name in self.paths]
 
 
 def import_object(path: str, setting: str) -> Any:
-    """Import ``package.module:name``, which a setting names.
-
-    Raises:
-        InputError: there is no such module, or nothing of that name in it.
-    """
+    """Import ``package.module:name``, which a setting names, or raise InputError."""
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -107,7 +91,7 @@ LOSSES = Registry(
 
 
 class _OwnTarget:
-    """A target that is a function (T_BD, rows, diffusion) -> [b, B] of somebody else's package."""
+    """A function (T_BD, rows, diffusion) -> [b, B] of somebody else's package."""
 
     needs_teacher, graph = True, None
 
@@ -178,11 +162,7 @@ class BackboneRegistry(Registry):
         return name == "small_cnn" or bool(re.match(r"(wide_)?res(net|next)\d|squeezenet", name))
 
     def input_defaults(self, name: str, pretrained: str) -> Mapping[str, Any]:
-        """Look up a backbone's own image_size, mean and std.
-
-        Raises:
-            InputError: there is no such backbone.
-        """
+        """Look up a backbone's own image_size, mean and std, or raise InputError."""
         if ":" in name or name in USUAL:  # without importing a library, which takes seconds
             return {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
         backbones: Any = importlib.import_module("dist_obdsd.models.backbones")

@@ -1,7 +1,6 @@
 """The whole configuration.
 
-Anything impossible is refused here, before a process group or a GPU is touched, with a sentence that says what to
-change.
+Anything impossible is refused here, before a process group or a GPU is touched.
 """
 
 import hashlib
@@ -40,7 +39,7 @@ class Config(Section):
     precision: Literal["float64", "float32", "bf16"] = "float32"
     """bf16 is autocast in the network; similarities and the diffusion stay in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads per rank for torch."""
     timeout_seconds: Positive = 600.0
     """How long a rank waits for the others in a collective before the run fails."""
@@ -129,16 +128,15 @@ class Config(Section):
                 "epochs=1 with distillation has no effect, since the ramp epoch/epochs is 0 throughout; "
                 "set epochs to 2 or more, or distillation.target=none"
             )
-        if self.batch.chunk is not None and self.model.norm != "frozen":
-            raise ValueError(
-                f"model.norm={self.model.norm} would take BatchNorm's statistics of a chunk, not of the batch; "
-                f"set model.norm=frozen or leave batch.chunk out"
-            )
-        if self.model.checkpoint_blocks and self.model.norm != "frozen":
-            raise ValueError(
-                f"model.checkpoint_blocks=true would count BatchNorm's statistics twice, but model.norm is "
-                f"{self.model.norm}; set it to frozen"
-            )
+        for given, setting in (
+            (self.batch.chunk is not None, "batch.chunk"),
+            (self.model.checkpoint_blocks, "model.checkpoint_blocks"),
+        ):
+            if given and self.model.norm != "frozen":
+                raise ValueError(
+                    f"with {setting} BatchNorm would not see each image once, as model.norm={self.model.norm} needs; "
+                    f"set model.norm=frozen, or leave {setting} out"
+                )
         if self.model.compile and self.model.norm == "sync":
             raise ValueError(
                 "model.compile=true would be cut in two at every SyncBatchNorm; set model.norm=frozen or "
@@ -193,4 +191,5 @@ CHANGEABLE_ON_RESUME = (
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
     "data.workers", "data.shards", "data.cache", "data.cache_gib", "data.max_bad_samples", "evaluation.backend",
     "evaluation.untrained", "tracking", "checkpoint", "strategy", "deepspeed", "fsdp", "distillation.memory_gib",
+    "model.fallback",
 )  # fmt: skip

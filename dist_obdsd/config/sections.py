@@ -7,25 +7,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from dist_obdsd.config.base import Count, Location, NonNegative, Positive, Section, read_names
 from dist_obdsd.config.registry import BACKBONES, METRICS, TARGETS
 
-SELECTION_METRIC = "map@r"
-"""What `best_validation` and `best_test` are the best of."""
-
-
+SELECTION_METRIC = "map@r"  # that best_validation and best_test are the best of
+AUGMENTATIONS = ("none", "crop", "strong", "affine")
 NO_ZERO_3 = (
     "ZeRO stage 3 would cut up the weights, of which the progressive teacher is a copy; set stage 0, 1 or 2, or "
     "strategy=fsdp, which cuts up both networks"
 )
 
 
-AUGMENTATIONS = ("none", "crop", "strong", "affine")
-
-
-def check_augment(name: str) -> str:
-    """Return the name of an augmentation if it is one of ours or a plug-in's.
-
-    Raises:
-        ValueError: it is neither.
-    """
+def _check_augment(name: str) -> str:
     if name not in AUGMENTATIONS and ":" not in name:
         raise ValueError(f"{name!r} is none of {', '.join(AUGMENTATIONS)} and no package:function; give one of these")
     return name
@@ -36,25 +26,22 @@ class DataConfig(Section):
     """Folder with `manifest.json` and the tars that `dist-obdsd pack` wrote, or where they are remote a URL or a
     `pipe:` command, in which `{file}` stands for a file's name (shards/README.md)."""
     cache: Location | None = None
-    """Folder in which remote shards are kept once they were read; ranks and nodes may share it. Unset: every epoch
-    reads them anew."""
+    """Folder that keeps remote shards; ranks and nodes may share it. Unset: every epoch reads them anew."""
     cache_gib: Positive | None = None
-    """What the cache may hold; beyond it the shards that were not used for longest go. Unset: all of them stay."""
+    """Size of the cache; beyond it the shards that were not used for longest go. Unset: all of them stay."""
     image_size: Count | tuple[Count, Count] | None = None
     """What the network sees, in pixels: the side of a square, or [rows, columns]. Unset: the backbone's own."""
     fit: Literal["crop", "pad", "squash"] = "crop"
-    """How an image of other proportions is made to fit: `crop` cuts the centre out, `pad` adds borders of the mean
-    colour, `squash` changes its proportions."""
+    """For other proportions: `crop` cuts the centre out, `pad` adds borders of the mean colour, `squash` distorts."""
     resize: Count | None = None
-    """With fit=crop: shorter side in pixels before the evaluation's centre crop; unset: that of image_size (256 is
-    usual for 224)."""
+    """With fit=crop: shorter side before the evaluation's centre crop (256 is usual for 224); unset: image_size's."""
     channels: Literal[1, 3] = 3
     """1 reads grey images, 3 reads RGB."""
     mean: tuple[float, ...] | None = None
     """Per channel, of pixels scaled to [0, 1]; one value serves every channel. Unset: the backbone's own, and for grey
     images the average of its three."""
-    std: tuple[float, ...] | None = None
-    augment: Annotated[str, AfterValidator(check_augment)] = "crop"
+    std: tuple[Positive, ...] | None = None
+    augment: Annotated[str, AfterValidator(_check_augment)] = "crop"
     """`crop`: RandomResizedCrop and horizontal flip (the published one); `strong`: these, random changes of brightness,
     contrast, saturation and hue, and sometimes grey; `affine`: small rotation, shift, scale, shear (for characters,
     where a mirrored one is another one); `none`: as in evaluation; or `package:function`, called with an image (uint8
@@ -64,26 +51,25 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
     lanes: Count = 8
-    """The fixed number of streams that a global batch is put together from, which the number of ranks must divide; or
-    `auto`: the largest power of two up to 64 that divides the batch's groups, kept with the run as that number."""
+    """Streams that a global batch is put together from, which the number of ranks must divide; or `auto`: the largest
+    power of two up to 64 that divides the batch's groups, kept with the run as that number."""
     window: Count = 8
     """Shards of one lane that are held in memory as encoded bytes at a time."""
     sampling: Literal["epoch", "class_uniform"] = "epoch"
     """`epoch`: each image at most once an epoch, so a class stands in batches as often as it has images;
-    `class_uniform`: in as many steps, every class about equally often (as published; data/class_uniform.py says how
-    equally)."""
+    `class_uniform`: in as many steps, every class about equally often (as published)."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
     """How many undecodable images each rank replaces, with a warning that names each, before the run stops."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_decode(cls, raw: Any) -> Any:
-        """Take a setting of earlier versions out, which their checkpoints and configs hold."""
-        if isinstance(raw, dict) and "decode" in raw:
-            if raw["decode"] != "cpu":
-                raise ValueError("data.decode has gone, since the CPU decodes all images; take it out")
-            raw = {name: value for name, value in raw.items() if name != "decode"}
-        return raw
+        """Drop a setting that checkpoints and configs of earlier versions hold."""
+        if not isinstance(raw, dict) or "decode" not in raw:
+            return raw
+        if raw["decode"] != "cpu":
+            raise ValueError("data.decode has gone, since the CPU decodes all images; take it out")
+        return {name: value for name, value in raw.items() if name != "decode"}
 
     @property
     def size(self) -> tuple[int, int]:
@@ -99,12 +85,8 @@ class DataConfig(Section):
                     f"data.{name} has {len(values)} values but data.channels is {self.channels}; "
                     f"give one value or one per channel"
                 )
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"data.std is {list(self.std)}; every value must be above 0")
         if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
-            raise ValueError(
-                f"data.crop_scale is {list(self.crop_scale)}; give [smallest, largest] with both in (0, 1]"
-            )
+            raise ValueError(f"data.crop_scale is {list(self.crop_scale)}; give [smallest, largest], both in (0, 1]")
         if self.cache_gib is not None and self.cache is None:
             raise ValueError("data.cache_gib bounds the cache, but data.cache names no folder; set data.cache, too")
         if self.resize is not None and self.fit != "crop":
@@ -118,8 +100,7 @@ class BatchConfig(Section):
     samples_per_class: Annotated[int, Field(ge=2)] = 2
     """Images of one class in a group (K)."""
     chunk: Count | None = None
-    """Images per rank that the network holds in memory with their gradient at a time; each is then embedded twice, and
-    the result is that of the whole batch. Unset: all at once."""
+    """Images per rank that are embedded with gradient at a time (GradCache), in two passes. Unset: all at once."""
 
 
 class ModelConfig(Section):
@@ -135,27 +116,26 @@ class ModelConfig(Section):
     """`none`; `torchvision` or `timm` (the library's default weights, downloaded once), or with `:TAG` those of that
     name (torchvision:IMAGENET1K_V1 is what published figures start from); the path of a .pth or .safetensors file; or a
     run's folder or checkpoint, whose last weights are taken."""
+    fallback: str | None = None
+    """Backbone to train from random weights, all at the embedding layer's rate, where a library's weights are not here
+    and cannot be downloaded; unset: that ends the run."""
     freeze: Literal["all"] | Annotated[int, Field(ge=0)] = 0
     """Leave so many blocks, and the stem before them, as they are; `all` trains the embedding layer alone."""
     checkpoint_blocks: bool = False
-    """Activation checkpointing: keep only the inputs of blocks and compute the rest again in the backward pass. Slower,
-    less memory, the same result."""
+    """Activation checkpointing: keep only the inputs of blocks and compute the rest again. Slower, less memory."""
     norm: Literal["frozen", "sync", "batch"] = "frozen"
     """BatchNorm: `frozen` keeps the pretrained statistics, `sync` takes them over all ranks (GPUs only), `batch` over
     each rank alone, which makes results depend on the number of ranks. small_cnn has GroupNorm and ignores this."""
     channels_last: bool = True
-    """Keep images and convolutions with the channels innermost, as the fast kernels of GPUs and CPUs want them. It
-    changes no result beyond rounding."""
+    """Keep images and convolutions with the channels innermost, as fast kernels want them; the same up to rounding."""
     compile: bool = False
     """Let torch.compile make the kernels of training steps, for student and teacher. That takes a minute or more at the
-    start; `python -m benchmarks.step --compile` tells whether it pays.
-    It changes no result beyond rounding; evaluation does without.
-    Where it does not work, one line says why and the run goes on without it. With several ranks gradients are sent when
-    the backward pass is over, not during it."""
+    start; `python -m benchmarks.step --compile` tells whether it pays. It changes no result beyond rounding.
+    Where it does not work, one line says why and the run goes on without it."""
 
     @property
     def library(self) -> str | None:
-        """The library whose weights training begins with; None for a file, a run and `none`."""
+        """The library whose weights training begins with, if any."""
         source = self.pretrained.partition(":")[0]
         return source if source in ("torchvision", "timm") else None
 
@@ -174,7 +154,7 @@ class DistillationConfig(Section):
     mask_self: bool = False
     """Take each image's similarity to itself out of the target's start distribution P."""
     neighbours: Count | None = None
-    """Let the diffusion run only along edges to the k nearest neighbours; unset: to all."""
+    """The diffusion runs along edges to so many nearest neighbours; unset: to all."""
     mutual: bool = False
     """With `neighbours`: an edge needs both images to be among each other's nearest; else one of them is enough."""
     clip: bool = False
@@ -182,7 +162,7 @@ class DistillationConfig(Section):
     power: Positive = 1.0
     """Raise the similarities in the transition matrix to this power; needs `clip`."""
     scope: Literal["global", "rank"] = "global"
-    """Which images the target and the student's softmax run over: the global batch, or each rank's own part of it, as
+    """Images that the target and the student's softmax run over: the global batch, or each rank's own part of it, as
     in a published run per GPU. `rank` is the one objective that depends on the number of ranks."""
     memory: Annotated[int, Field(ge=0)] = 0
     """Teacher embeddings of earlier batches of the epoch that the diffusion also runs over (images)."""
@@ -211,13 +191,11 @@ class DistillationConfig(Section):
             )
         if self.mutual and self.neighbours is None:
             raise ValueError("distillation.mutual has no effect without distillation.neighbours; set that, too")
-        if self.memory and not self.diffuses:
+        if self.memory and not (self.diffuses and self.scope == "global"):
             raise ValueError(
-                f"distillation.memory={self.memory} has no effect on target {self.target}, which does not diffuse; "
-                f"set distillation.memory=0 or target obdsd"
+                f"distillation.memory={self.memory} serves a target that diffuses over the global batch, but target is "
+                f"{self.target} and scope {self.scope}; set memory=0, or target=obdsd and scope=global"
             )
-        if self.memory and self.scope == "rank":
-            raise ValueError("distillation.memory holds the global batch's images; set distillation.scope=global")
         return self
 
 
@@ -225,8 +203,7 @@ class OptimConfig(Section):
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Positive = 1e-5
     head_scale: Positive = 1.0
-    """The rate of the embedding layer, which no pretraining has, in units of `lr`: above 1 it can find its place before
-    the pretrained weights have moved far."""
+    """The rate of the embedding layer, which begins at random, in units of `lr`; above 1 for pretrained backbones."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Every layer's rate in units of that of the layer after it, from the embedding layer down; 1 is no decay, 0.65 to
     0.9 is usual for vision transformers (BEiT, arXiv 2106.08254)."""
@@ -244,10 +221,11 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.schedule == "step" and not self.milestones:
-            raise ValueError("optim.schedule=step needs optim.milestones, the epochs at which the rate drops")
-        if self.schedule != "step" and self.milestones:
-            raise ValueError(f"optim.milestones is set but optim.schedule is {self.schedule}; set optim.schedule=step")
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"optim.schedule is {self.schedule} and optim.milestones {list(self.milestones)}; optim.schedule=step "
+                f"needs the epochs at which the rate drops, and no other has any"
+            )
         return self
 
 
@@ -267,22 +245,23 @@ class DeepSpeedConfig(Section):
 
 class FSDPConfig(Section):
     replicate: Count = 1
-    """Keep so many whole copies of the networks, each sharded over its part of the ranks: the number of nodes, for
-    instance, so that weights travel within a node and only gradients between them."""
+    """Whole copies of the networks, each sharded over its part of the ranks: with one a node, weights travel within a
+    node and only gradients between them."""
 
 
 class ValidationConfig(Section):
-    """Which training classes are taken out of training for model selection: a `fraction`, the ones in `classes`, or one
-    of several `folds`. By default none, so the run trains on all and reports only `last`."""
+    """Classes held out for model selection: a fraction, named ones, or a fold.
+
+    By default none, so the run trains on all and reports only `last`.
+    """
 
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training classes that is held out; 0 holds out none. Which ones follows from the seed."""
     classes: Annotated[tuple[str, ...], BeforeValidator(read_names)] = ()
-    """Names of the classes to hold out, or the path of a text file with one name per line. The file is read once: a
-    run's own config holds the names."""
+    """Names of the classes to hold out, or the path of a text file with one name per line."""
     folds: Annotated[int, Field(ge=2)] | None = None
     """Cross-validation: cut the training classes into so many parts, near-equal and by the seed, of which this run
-    holds out the one that `fold` says. Every class is held out in exactly one fold."""
+    holds out the one that `fold` says."""
     fold: Annotated[int, Field(ge=0)] = 0
     """Of `folds`: which part, from 0."""
     every: Count = 1
@@ -290,8 +269,7 @@ class ValidationConfig(Section):
     patience: Count | None = None
     """Stop when so many validations in a row found no better epoch; unset: train all epochs."""
     max_images: Count | None = None
-    """Validate on some of the held-out classes, whole ones, with at most so many images together; unset: on all. Which
-    ones follows from the seed, so they are the same throughout the run."""
+    """Validate on some of the held-out classes, whole ones and by the seed, with at most so many images together."""
 
     @property
     def holds_out(self) -> bool:
@@ -308,24 +286,22 @@ class ValidationConfig(Section):
             raise ValueError(
                 f"validation.patience={self.patience} needs classes to validate on; set validation.fraction, too"
             )
-        if self.folds is None and self.fold:
-            raise ValueError(f"validation.fold={self.fold} has no effect without validation.folds; set that, too")
-        if self.folds is not None and self.fold >= self.folds:
+        if self.fold >= (self.folds or 1):
             raise ValueError(
-                f"validation.fold={self.fold} but validation.folds={self.folds}; "
-                f"set validation.fold to a number from 0 to {self.folds - 1}"
+                f"validation.fold={self.fold} but validation.folds is {self.folds or 'unset'}; "
+                f"set validation.fold to a number from 0 to folds - 1"
             )
         return self
 
 
+Metric = Annotated[str, AfterValidator(METRICS.check)]
+
+
 class EvaluationConfig(Section):
-    metrics: Annotated[tuple[Annotated[str, AfterValidator(METRICS.check)], ...], Field(min_length=1)] = (
-        "recall",
-        "map@r",
-    )
-    """What to measure. `recall` and `map@r` need a few neighbours and cost next to nothing, `r_precision` and `map@c`
-    the same, `map@1000` a search for 1,000 neighbours, `nmi` and `f1` a k-means into as many clusters as classes,
-    `distances` (within and between classes, and their ratio) all pairs of each class, `rho_spectrum` little."""
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("recall", "map@r")
+    """`recall`, `map@r`, `r_precision` and `map@c` need a few neighbours, `map@1000` a search for 1,000, `nmi` and `f1`
+    a k-means into as many clusters as classes, `distances` (within and between classes, and their ratio) all pairs of
+    each class, `rho_spectrum` little."""
     conventions: Literal["correct", "released"] = "correct"
     """`released` repeats what the authors' code does where it differs, so that published tables can be compared: class
     sizes include the query (`map@1000`, `map@c`), queries with nothing to find count as failures, k-means makes as many
@@ -336,11 +312,11 @@ class EvaluationConfig(Section):
     test: bool = True
     """Measure the test set at the end; false leaves it alone while settings are still being chosen."""
     best_test: bool = False
-    """Also measure the test set after every validation, or, without one, every `validation.every` epochs, and report
-    the best as `best_test`. That chooses the epoch on the test set, as papers do, and flatters the result."""
+    """Also measure the test set every `validation.every` epochs and report the best as `best_test`. That chooses the
+    epoch on the test set, as papers do, and flatters the result."""
     untrained: bool | None = None
-    """Also measure the network before the first step, on the test set or else on the validation classes, as a reference
-    that is never used for a choice. Unset: where it is pretrained."""
+    """Also measure the network before the first step, on the test set or else on the validation classes, for
+    comparison. Unset: where it is pretrained."""
     batch_size: Count = 256
     """Images embedded at a time; part of the result's last bits, so it does not follow the number of ranks."""
     backend: Literal["auto", "faiss", "torch"] = "auto"
@@ -363,7 +339,7 @@ class TrackingConfig(Section):
     log_model: bool = True
     """At the end log the best epoch, or the last where there is no validation, as a model that MLflow can serve."""
     figures: bool = True
-    """Draw figures at the end of a run and write its report, runs/NAME/report.html; both are tracked. Takes seconds."""
+    """Draw figures at the end of a run and write its report, runs/NAME/report.html; both are tracked."""
 
 
 class CheckpointConfig(Section):

@@ -1,11 +1,12 @@
 """The arguments of a registered class or function, read from its source file.
 
-Importing the part would import torch, which takes seconds; a config with a mistake should be refused at once.
+Importing the part would import torch, which takes seconds; a mistake in a config should be refused at once.
 """
 
 import ast
 import importlib.util
 import re
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -47,39 +48,30 @@ def read_source(path: str) -> Source:
     tree = ast.parse(spec.loader.get_source(module))  # type: ignore[union-attr]
     found = next(node for node in tree.body if getattr(node, "name", None) == attribute)
     assert isinstance(found, ast.ClassDef | ast.FunctionDef)
-    inside = [found] if isinstance(found, ast.FunctionDef) else found.body
-    function = next((node for node in inside if getattr(node, "name", None) in ("__init__", attribute)), None)
-    assert function is None or isinstance(function, ast.FunctionDef)
+    inside = [found] if isinstance(found, ast.FunctionDef) else [*found.body, *ast.parse("def __init__(): ...").body]
+    function = next(node for node in inside if getattr(node, "name", None) in ("__init__", attribute))
+    assert isinstance(function, ast.FunctionDef)
     return Source(
         (ast.get_docstring(found) or "").partition("\n")[0],
         frozenset(ast.unparse(node) for node in getattr(found, "bases", [])),
-        tuple(_settings(function)) if isinstance(function, ast.FunctionDef) else (),
-        frozenset(arg.arg for arg in function.args.kwonlyargs)
-        if isinstance(function, ast.FunctionDef)
-        else frozenset(),
+        tuple(_settings(function)),
+        frozenset(arg.arg for arg in function.args.kwonlyargs),
     )
 
 
-@cache
-def _names() -> dict[str, Any]:
-    """Return the names that a setting's annotation may use."""
-    import typing
-
-    import pydantic
+def _settings(function: ast.FunctionDef) -> Iterator[Setting]:
+    import pydantic  # here, since --help needs the registry alone
 
     from dist_obdsd.config import base
 
-    return {**vars(base), **vars(typing), "Field": pydantic.Field}
-
-
-def _settings(function: ast.FunctionDef) -> Iterator[Setting]:
+    names = {**vars(base), **vars(typing), "Field": pydantic.Field}
     arguments = [argument for argument in function.args.args if argument.arg != "self"]
     given = [ast.literal_eval(default) for default in function.args.defaults]
     defaults = [...] * (len(arguments) - len(given)) + given
     meanings = _meanings(ast.get_docstring(function) or "")
     for argument, default in zip(arguments, defaults, strict=True):
         assert argument.annotation is not None, f"{argument.arg} has no type"
-        annotation = eval(ast.unparse(argument.annotation), dict(_names()))
+        annotation = eval(ast.unparse(argument.annotation), names)
         yield Setting(argument.arg, annotation, default, meanings.get(argument.arg, ""))
 
 

@@ -1,4 +1,4 @@
-"""YAML that people write: configs, recipes and overrides, with one sentence a mistake.
+"""YAML that people write, in configs, recipes and overrides.
 
 A plain word is text, but for null, true, false and decimal numbers. So a class called 007, a name such as 2024-01-01
 and a ``no`` stay what was written. A bare ``1e-3`` is a number.
@@ -20,8 +20,6 @@ PLAIN = {
     "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|nan)",
 }
 """The words that are no text, as patterns, by YAML's name of their type."""
-
-
 _short = reprlib.Repr()
 _short.maxstring = 160
 
@@ -74,9 +72,7 @@ def to_yaml(value: Any) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Read one value of a command line.
-
-    That is null, a boolean, a number, a [list] or a {mapping}, else the text as typed.
+    """Read null, a boolean, number, [list] or {mapping}, else the text as typed.
 
     Raises:
         ValueError: a list or mapping is not valid YAML.
@@ -90,7 +86,7 @@ def read_mapping(path: Path, what: str, advice: str, example: str) -> dict[str, 
     """Read a YAML mapping.
 
     Args:
-        what: what the file is to the user, such as ``config``.
+        what: the user's word for the file, such as ``config``.
         advice: what to give instead of a file that cannot be read.
         example: what the file should hold, and where one can be seen.
 
@@ -104,7 +100,8 @@ def read_mapping(path: Path, what: str, advice: str, example: str) -> dict[str, 
     except ValueError as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise InputError(f"{path} holds {type(raw).__name__}, not {example}")
+        found = "nothing" if raw is None else f"a {type(raw).__name__}"
+        raise InputError(f"{path} holds {found}, not {example}")
     return raw
 
 

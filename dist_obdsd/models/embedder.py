@@ -13,9 +13,11 @@ from torch.nn import functional
 
 from dist_obdsd.config import Config
 from dist_obdsd.config.sections import ModelConfig
+from dist_obdsd.console import NOTICE
+from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
 from dist_obdsd.models import layers, weights
-from dist_obdsd.models.backbones import build_backbone, layer_depths, to_sync_batch_norm
+from dist_obdsd.models.backbones import build_backbone, layer_depths, library_weights, to_sync_batch_norm
 from dist_obdsd.models.pooling import Pool
 from dist_obdsd.rng import derive
 
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Embedder(nn.Module):
-    """The network from uint8 images [b, C, h, w] to unit rows [b, D], normalisation of the pixels included."""
+    """The network from uint8 images [b, C, h, w] to unit rows [b, D]."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -48,8 +50,7 @@ class Embedder(nn.Module):
             features: F.
             embedding_dim: D.
             pool: unset: the mean.
-            mean: of the pixels scaled to [0, 1], one value or one a channel.
-            std: likewise.
+            mean, std: of the pixels scaled to [0, 1], one value or one a channel.
             freeze_statistics: keep BatchNorm's statistics in training.
             channels_last: keep images with their channels innermost.
             checkpoint_blocks: compute the activations inside of blocks again in the backward pass.
@@ -85,22 +86,20 @@ class Embedder(nn.Module):
         return functional.normalize(E_bD if E_bD.dtype == torch.float64 else E_bD.float(), dim=1)
 
     def layer_depths(self) -> dict[str, int]:
-        """Number the layer of each parameter from the input; the embedding layer is the last."""
+        """Number the layer of each parameter; the embedding layer is the last."""
         found = {f"trunk.{name}": depth for name, depth in layer_depths(self.trunk).items()}
         last = max(found.values(), default=-1) + 1
         return {name: found.get(name, last) for name, _ in self.named_parameters()}
 
 
 def _drop_caches(model: nn.Module, _: object) -> None:
-    """Make layers that keep what they made of their weights in evaluation, such as LeViT's attention, forget it."""
+    """Clear what layers such as LeViT's attention made of their weights in evaluation."""
     mode = model.training
     model.train().train(mode)
 
 
 def build_embedder(config: Config, device: torch.device) -> Embedder:
-    """Build the network that training begins with, the same on every rank.
-
-    Its initial weights follow from a generator that is derived from the run's seed.
+    """Build the network that training begins with, by the run's seed alone.
 
     Raises:
         InputError: there is no such backbone, its weights are missing or do not fit, or SyncBatchNorm without a GPU.
@@ -134,12 +133,31 @@ def build_embedder(config: Config, device: torch.device) -> Embedder:
     return model.train().to(device=device, dtype=dtype).to(memory_format=model.layout)
 
 
-def _continue_from(model: Embedder, saved: dict[str, Any], config: Config) -> None:
-    """Take over the weights of another run, and its embedding layer where that has as many dimensions.
+def with_fallback(config: Config) -> Config:
+    """Take ``model.fallback`` where a backbone's weights cannot be had. Collective."""
+    section, optim, failure = config.model, config.optim, None
+    if section.fallback is not None and section.library is not None:
+        found = library_weights(section.backbone, section.pretrained)
+        try:
+            if found.path() is None:
+                build_backbone(section.backbone, pretrained=section.pretrained)
+        except InputError as error:
+            failure = str(error)
+    failure = next(filter(None, collectives.gather_json(failure)), None)
+    if failure is None:
+        return config
+    # Nothing is pretrained now, so all layers take the rate of the one that never was.
+    rate = {"lr": optim.lr * optim.head_scale, "head_scale": 1.0}
+    logger.log(
+        NOTICE, "%s; until then %s is trained from random weights (model.fallback), with optim.lr=%g", failure,
+        section.fallback, rate["lr"],
+    )  # fmt: skip
+    model = section.model_copy(update={"backbone": section.fallback, "pretrained": "none"})
+    return config.model_copy(update={"model": model, "optim": optim.model_copy(update=rate)})
 
-    Raises:
-        InputError: it is of another backbone, or normalises images otherwise.
-    """
+
+def _continue_from(model: Embedder, saved: dict[str, Any], config: Config) -> None:
+    """Take over another run's weights, and its embedding layer if that is as long."""
     source, theirs = config.model.pretrained, saved["config"]
     for name in ("mean", "std"):
         ours = list(getattr(config.data, name))
@@ -148,9 +166,7 @@ def _continue_from(model: Embedder, saved: dict[str, Any], config: Config) -> No
     state = saved["student"]
     if state["head.weight"].shape != model.head.weight.shape:
         logger.info("%s has another model.embedding_dim, so the embedding layer begins anew", source)
-        state = {name: value for name, value in state.items() if not name.startswith("head.")} | {
-            f"head.{name}": value for name, value in model.head.state_dict().items()
-        }
+        state = state | {f"head.{name}": value for name, value in model.head.state_dict().items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -144,21 +144,21 @@ class ModelSelector:
         ]
 
     def _made_worse(self, metrics: Mapping[str, float]) -> str | None:
-        """Say in a sentence that training made the network worse; None if it did not, or nobody measured it before."""
+        """Say which of MAP@R and Recall@1 training lowered, if it was measured before."""
+        if self.untrained is None:
+            return None
         known = [name.rpartition("/")[2] for name in metrics]
-        metric = SELECTION_METRIC if SELECTION_METRIC in known else next((n for n in known if "recall@" in n), None)
-        if self.untrained is None or metric is None:
+        fell: list[str] = []
+        rose: list[str] = []
+        for metric in {SELECTION_METRIC, next((n for n in known if "recall@" in n), "")} & {*known}:
+            before, after = selection_value(self.untrained, metric), selection_value(metrics, metric)
+            (fell if after < before else rose).append(f"{metric} from {before:.4f} to {after:.4f}")
+        if not fell:
             return None
-        after, before, optim = (
-            selection_value(metrics, metric),
-            selection_value(self.untrained, metric),
-            self.config.optim,
-        )
-        if after >= before:
-            return None
+        though = f", though it raised {rose[0]}" if rose else ""
         return (
-            f"training made it worse: {metric} {after:.4f}, but {before:.4f} before the first step; lower optim.lr "
-            f"({optim.lr:g}), or keep layers as they are (model.freeze)"
+            f"training made it worse: it lowered {' and '.join(sorted(fell))}{though}; lower optim.lr "
+            f"({self.config.optim.lr:g}), or keep layers as they are (model.freeze)"
         )
 
     def state_dict(self) -> dict[str, Any]:
