@@ -7,7 +7,6 @@ import io
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,11 @@ from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import embedding_files, faiss_index
+from dist_obdsd.evaluation.embedding_files import Table
 from dist_obdsd.evaluation.evaluator import EvaluationResult, measure
 from dist_obdsd.figures import retrieval_grid
 from dist_obdsd.files import write_atomically
 from dist_obdsd.inference import build_network, inference_config
-from dist_obdsd.models.embedder import Embedder
 from dist_obdsd.training.evaluation import embed_all, evaluate_split, settings_from
 
 logger = logging.getLogger(__name__)
@@ -60,10 +59,12 @@ def _evaluate_checkpoint(options: argparse.Namespace) -> int:
     state, config = _load_checkpoint(options, options.shards)
     with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
         manifest = load_split(options.shards, options.split)
-        network = _build_network(state, config, rank, options)
+        with raise_on_all_ranks("reading the checkpoint"):
+            network = build_network(state, config, rank.device, options.checkpoint, options.overrides)
         result = evaluate_split(network, manifest, options.split, config, rank)
-        meta = {"checkpoint": str(options.checkpoint), "manifest": manifest.digest, "queries": result.queries}
-        _report(options, result, rank, {"protocol": "checkpoint", "split": options.split}, meta, manifest, {})
+        row = {"protocol": "checkpoint", "split": options.split}
+        meta = {"checkpoint": str(options.checkpoint), "manifest": manifest.digest}
+        _report(options, result, rank, row, meta, manifest, {})
     return 0
 
 
@@ -79,30 +80,19 @@ def _evaluate_embeddings(options: argparse.Namespace) -> int:
                 manifest = manifests.load(options.shards)
         found = embedding_files.read(options.embeddings)
         result = measure(
-            found.rows_nD,
-            found.ids_n,
-            found.labels_n,
-            found.roles,
-            settings_from(config),
-            normalize=True,
-            expected_count=found.count,
-            device=rank.device,
-        )
-        meta = {"embeddings": str(options.embeddings), "queries": result.queries}
+            found.rows_nD, found.ids_n, found.labels_n, found.roles, settings_from(config), normalize=True,
+            expected_count=found.count, device=rank.device,
+        )  # fmt: skip
+        meta = {"embeddings": str(options.embeddings)}
         _report(options, result, rank, {"protocol": "embeddings"}, meta, manifest, found.class_names)
     return 0
 
 
 def _report(
-    options: argparse.Namespace,
-    result: EvaluationResult,
-    rank: Runtime,
-    row: dict[str, Any],
-    meta: dict[str, Any],
-    manifest: Manifest | None,
-    class_names: Mapping[int, str],
-) -> None:
-    """Print the metrics and write the files asked for. Collective, since a file that fails ends all ranks."""
+    options: argparse.Namespace, result: EvaluationResult, rank: Runtime, row: dict[str, Any], meta: dict[str, Any],
+    manifest: Manifest | None, class_names: Mapping[int, str],
+) -> None:  # fmt: skip
+    """Print the metrics and write the files asked for. Collective."""
     rows = [{**row, "metric": name, "value": value} for name, value in result.metrics.items()]
     show(table(rows))
     show(f"{result.queries} queries, gallery of {result.gallery}, {result.excluded} without a match left out")
@@ -112,9 +102,14 @@ def _report(
         if not rank.is_main:
             return
         if options.json is not None:
-            write_json(options.json, meta, rows)
+            write_json(options.json, meta | {"queries": result.queries}, rows)
         if options.per_class is not None:
-            _write_per_class(options.per_class, result, class_names)
+            text = io.StringIO()
+            lines = csv.writer(text, lineterminator="\n")
+            lines.writerow(["gallery", "label", "class", "queries", "recall@1"])
+            for one in result.per_class:
+                lines.writerow([one.gallery, one.label, class_names.get(one.label, ""), one.queries, one.recall])
+            write_atomically(options.per_class, text.getvalue().encode())
         if options.failures is not None and manifest is not None:
             failures = retrieval_grid.wrong_at_first(result.failures)
             if not failures:
@@ -124,15 +119,6 @@ def _report(
             title = f"The {len(failures)} worst of {result.queries} queries and their nearest neighbours"
             grid = retrieval_grid.retrieval_grid({"": failures}, images, class_names, title)
             retrieval_grid.write(options.failures, grid)
-
-
-def _write_per_class(path: Path, result: EvaluationResult, class_names: Mapping[int, str]) -> None:
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["gallery", "label", "class", "queries", "recall@1"])
-    for one in result.per_class:
-        lines.writerow([one.gallery, one.label, class_names.get(one.label, ""), one.queries, one.recall])
-    write_atomically(path, text.getvalue().encode())
 
 
 # ---- embed ----------------------------------------------------------------------------------------------------------
@@ -158,12 +144,12 @@ def embed(options: argparse.Namespace) -> int:
         else:
             with raise_on_all_ranks("looking for images"):
                 folder = find_images(options.images)
-            assert_equal_across_ranks(
-                "the folder of images", hashlib.sha256("\0".join(folder.paths).encode()).hexdigest(), InputError
-            )
+            digest = hashlib.sha256("\0".join(folder.paths).encode()).hexdigest()
+            assert_equal_across_ranks("the folder of images", digest, InputError)
             columns = _columns_of_paths(folder.paths, folder.classes)
             batches = partial(folder_batches, folder, config, rank.rank, rank.world_size, broken)
-        network = _build_network(state, config, rank, options)
+        with raise_on_all_ranks("reading the checkpoint"):
+            network = build_network(state, config, rank.device, options.checkpoint, options.overrides)
         with raise_on_all_ranks("embedding the images"), torch.inference_mode():
             rows_nD, ids_n, _, _ = embed_all(network, batches(), rank.device)
         if broken is not None:
@@ -177,17 +163,6 @@ def embed(options: argparse.Namespace) -> int:
     return 0
 
 
-def _without_broken(columns: embedding_files.Table, broken: dict[int, str]) -> embedding_files.Table:
-    """List the images that any rank left out, and take them from the table. Collective."""
-    reasons = {int(image_id): reason for found in gather_json(broken) for image_id, reason in found.items()}
-    for image_id in sorted(reasons):
-        logger.log(NOTICE, "left out %s: it cannot be %s", columns.columns["keys"][image_id], reasons[image_id])
-    if len(reasons) == len(columns.ids):
-        raise met_by_all(InputError(f"none of the {len(reasons)} images can be read; the reasons stand above"))
-    keep = ~np.isin(columns.ids, list(reasons))
-    return embedding_files.Table(columns.ids[keep], {name: column[keep] for name, column in columns.columns.items()})
-
-
 def _check_embed_outputs(options: argparse.Namespace) -> None:
     if options.out is None and options.index is None:
         raise InputError("embed writes --out FILE, --index FILE or both; give one of them")
@@ -195,22 +170,26 @@ def _check_embed_outputs(options: argparse.Namespace) -> None:
         embedding_files.check_suffix(options.out)
     if options.index is not None:
         faiss_index.check_faiss()
-        if options.out is not None and options.out.absolute() in map(
-            Path.absolute, (options.index, faiss_index.keys_path(options.index))
-        ):
+        written = [path.absolute() for path in (options.index, faiss_index.keys_path(options.index))]
+        if options.out is not None and options.out.absolute() in written:
             raise InputError(f"--out and --index both write {options.out}; give them different names")
     check_writable(options.out, options.index)
 
 
-def _columns_of_split(
-    manifest: Manifest, options: argparse.Namespace, config: Config, is_main: bool
-) -> embedding_files.Table:
+def _without_broken(columns: Table, broken: dict[int, str]) -> Table:
+    """Name the images that any rank left out, and drop them. Collective."""
+    reasons = {int(image_id): reason for found in gather_json(broken) for image_id, reason in found.items()}
+    for image_id in sorted(reasons):
+        logger.log(NOTICE, "left out %s: it cannot be %s", columns.columns["keys"][image_id], reasons[image_id])
+    if len(reasons) == len(columns.ids):
+        raise met_by_all(InputError(f"none of the {len(reasons)} images can be read; the reasons stand above"))
+    keep = ~np.isin(columns.ids, list(reasons))
+    return Table(columns.ids[keep], {name: column[keep] for name, column in columns.columns.items()})
+
+
+def _columns_of_split(manifest: Manifest, options: argparse.Namespace, config: Config, is_main: bool) -> Table:
     shards = manifest.splits[options.split]
-    images = sorted(
-        (image_id, label, role)
-        for shard in shards
-        for image_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
-    )
+    images = sorted(image for shard in shards for image in zip(shard.ids, shard.classes, shard.roles, strict=True))
     ids, labels, roles = zip(*images, strict=True)
     # The main rank writes.
     names = image_names(options.shards, shards, cache=cache_of(config.data)) if is_main else {}
@@ -220,15 +199,15 @@ def _columns_of_split(
         "roles": np.array(roles),
         "keys": np.array([names.get(image_id, manifests.key(image_id)) for image_id in ids]),
     }
-    return embedding_files.Table(np.array(ids, dtype=np.int64), columns)
+    return Table(np.array(ids, dtype=np.int64), columns)
 
 
-def _columns_of_paths(paths: list[str], classes: list[str]) -> embedding_files.Table:
+def _columns_of_paths(paths: list[str], classes: list[str]) -> Table:
     columns = {"keys": np.array(paths)}
     if classes:
         columns["labels"] = np.unique(classes, return_inverse=True)[1].astype(np.int64)
         columns["classes"] = np.array(classes)
-    return embedding_files.Table(np.arange(len(paths), dtype=np.int64), columns)
+    return Table(np.arange(len(paths), dtype=np.int64), columns)
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------
@@ -247,9 +226,3 @@ def load_split(shards: str, split: str) -> Manifest:
         if split not in manifest.splits:
             raise InputError(f"{shards} has no split {split}; it has {', '.join(manifest.splits)}")
     return manifest
-
-
-def _build_network(state: dict[str, Any], config: Config, rank: Runtime, options: argparse.Namespace) -> Embedder:
-    with raise_on_all_ranks("reading the checkpoint"):
-        return build_network(state, config, rank.device, options.checkpoint, options.overrides)
-    raise AssertionError("raise_on_all_ranks raises what the block raised")

@@ -1,7 +1,5 @@
 """The command line: dispatch, errors and exit codes.
 
-Commands are imported when used, so ``--help`` answers at once.
-
 Exit codes: 0 done, 1 failed while running, 2 bad usage, configuration or input, 75 stopped in good order and ready
 to go on (EX_TEMPFAIL of sysexits.h).
 """
@@ -39,17 +37,16 @@ COMMANDS = {
     "replay": "run_folder:replay",
     "doctor": "doctor:doctor",
 }
-"""Command -> the module of this package and the function in it that takes the parsed options."""
+"""Command -> module:function of this package, imported when used."""
 EXTRAS = {"train": ("matplotlib", "mlflow", "pyarrow", "scipy", "sklearn"), "serve": ("fastapi", "uvicorn")}
 """Extra -> packages that only some commands need."""
 
 
 def program() -> None:
-    """Entry point: run, then exit with the code that says how it went.
+    """Run, then exit with the code that says how it went.
 
-    The interpreter's own end would take torch's modules apart, which costs more than a second of each rank, and now and
-    then aborts a process when it comes to the native threads of process groups. So all that is registered for the end
-    is done, threads included, and the rest is left to the kernel.
+    The interpreter's own end would take torch's modules apart, which costs a second of each rank and now and then
+    aborts in a process group's threads. So what is registered for the end is done, and the rest left to the kernel.
     """
     code = main(sys.argv[1:])
     threading._shutdown()  # type: ignore[attr-defined]
@@ -63,10 +60,9 @@ def program() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command.
+    """Run one command and return its exit code.
 
-    Returns:
-        0, 1, 2 or 75. Errors are one line on standard error; a defect of ours comes with its traceback.
+    Errors are one line on standard error; a defect of ours comes with its traceback.
     """
     options = parse(arguments)
     try:

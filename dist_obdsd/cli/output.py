@@ -1,4 +1,4 @@
-"""Results of commands on the terminal, and the one form of every ``--json`` file."""
+"""Results on the terminal and in ``--json`` files."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def show(text: str) -> None:
-    """Print a result that every rank knows, once: on rank 0, also with ``--quiet``."""
+    """Print a result that every rank knows, on rank 0, also with ``--quiet``."""
     logger.log(NOTICE, text)
 
 
@@ -21,19 +21,17 @@ def check_writable(*paths: Path | None) -> None:
     """Check before the work that its results have a place to go.
 
     Raises:
-        InputError: a file's folder does not exist.
+        InputError: a file's folder does not exist, or a folder has its name.
     """
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"cannot write {path}: its folder does not exist; make it or choose another")
+        if path is not None and path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; choose a file")
 
 
 def write_json(path: Path, meta: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Write ``{"meta": {...}, "rows": [...]}``.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write ``{"meta": {...}, "rows": [...]}``, also to a pipe, or raise InputError."""
     try:
         path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
     except OSError as error:
@@ -42,14 +40,12 @@ def write_json(path: Path, meta: dict[str, Any], rows: Sequence[dict[str, Any]])
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Format measurements: a line per protocol, a column per metric, notes below."""
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    value = {(row["protocol"], row["metric"]): row["value"] for row in rows}
-    width = max(len(name) for name in [*protocols, "protocol"])
-    columns = [max(12, len(name) + 2) for name in metrics]
-    lines = ["protocol".ljust(width) + "".join(name.rjust(w) for name, w in zip(metrics, columns, strict=True))]
+    value = {(row["protocol"], row["metric"]): f"{row['value']:.4f}" for row in rows}
+    protocols, metrics = (list(dict.fromkeys(row[name] for row in rows)) for name in ("protocol", "metric"))
+    width = max(map(len, [*protocols, "protocol"]))
+    lines = ["protocol".ljust(width) + "".join(name.rjust(max(12, len(name) + 2)) for name in metrics)]
     for protocol in protocols:
-        cells = ["" if (v := value.get((protocol, name))) is None else f"{v:.4f}" for name in metrics]
-        lines.append(protocol.ljust(width) + "".join(cell.rjust(w) for cell, w in zip(cells, columns, strict=True)))
+        cells = (value.get((protocol, name), "").rjust(max(12, len(name) + 2)) for name in metrics)
+        lines.append(protocol.ljust(width) + "".join(cells))
     notes = {row["protocol"]: row["note"] for row in rows if "note" in row}
     return "\n".join(lines + [f"{protocol}: {note}" for protocol, note in notes.items()])

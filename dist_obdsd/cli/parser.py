@@ -1,4 +1,4 @@
-"""Arguments of the command line. Imports nothing heavy: ``--help`` answers at once."""
+"""Arguments of the command line. Imports nothing heavy, for a quick ``--help``."""
 
 import argparse
 import shlex
@@ -12,8 +12,6 @@ from dist_obdsd.machine import usable_cores
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse, with overrides anywhere: argparse itself wants positionals in one row."""
     top = parser()
-    if arguments[:1] == ["bench"]:
-        top.error("bench has gone; from a checkout, run python -m benchmarks.NAME")
     options, rest = top.parse_known_args(arguments)
     strays = [text for text in rest if text.startswith("-") or "=" not in text]
     if strays or (rest and not hasattr(options, "overrides")):
@@ -42,15 +40,14 @@ def parser() -> argparse.ArgumentParser:
 
     pack = commands.add_parser("pack", help="turn a benchmark's download or your own images into shards")
     pack.add_argument("recipe", help="a recipe's name (see shards/) or the path of a recipe YAML")
-    pack.add_argument("overrides", nargs="*", metavar="options.name=value", help="settings that replace the recipe's")
+    _overrides(pack, "settings that replace the recipe's", "options.name=value")
     pack.add_argument("--source", type=_path, help="the download or your images: a folder, an archive or a list")
     pack.add_argument("--out", type=_path, required=True, help="the folder to make")
     pack.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: all cores)")
     pack.add_argument("--seed", type=int, default=0, help="of the order inside the shards")
     pack.add_argument("--samples-per-class", type=int, default=2, help="images of a class that should stay together")
-    pack.add_argument(
-        "--resize", type=int, help="shrink images to this shorter side in pixels; default: copy the bytes"
-    )
+    smaller = "shrink images to this shorter side in pixels; default: copy the bytes"
+    pack.add_argument("--resize", type=int, help=smaller)
     pack.add_argument("--allow-partial", action="store_true", help="pack what is there of an incomplete source")
     pack.add_argument("--overwrite", action="store_true", help="replace shards that are already there")
 
@@ -61,20 +58,18 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train and evaluate what a config describes", formatter_class=_NamesHelp, epilog=NAMES
     )
-    train.add_argument("config", type=_path, help="a YAML file, see configs/")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    _config(train, "a YAML file, see configs/", "settings that replace the file's")
     train.add_argument("--fresh", action="store_true", help="do not resume: train under the next free name")
     _loudness(train)
 
     compare = commands.add_parser("compare", help="train variants x seeds and report how far they differ")
-    compare.add_argument("config", type=_path, help="a YAML file, see configs/")
-    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    _config(compare, "a YAML file, see configs/", "settings of every run")
     variants = "distillation targets, or NAME:key=value,key=value"
     compare.add_argument("--variants", "--arms", required=True, metavar="VARIANT,...", help=variants)
-    compare.add_argument("--seeds", default="3", metavar="N", help="how many (default: 3), or which, such as 0,4,7")
-    compare.add_argument(
-        "--grid", action="append", default=[], metavar="key=v,v", help="every variant with every value"
-    )
+    seeds = "how many (default: 3), or which: 0,4,7, or 0, (with a comma) for that one alone"
+    compare.add_argument("--seeds", default="3", metavar="N", help=seeds)
+    every = "every variant with every value"
+    compare.add_argument("--grid", action="append", default=[], metavar="key=v,v", help=every)
     compare.add_argument("--ranks", type=int, metavar="N", help="processes of a run, by torchrun (default: one, plain)")
     compare.add_argument("--out", type=_path, metavar="DIR", help="of the report (default: runs/NAME-comparison)")
     compare.add_argument("--json", type=_path, help="write the numbers to this file")
@@ -84,25 +79,23 @@ def parser() -> argparse.ArgumentParser:
     _loudness(compare)
 
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on shards, or a file of embeddings")
-    evaluate.add_argument("checkpoint", type=_path, nargs="?", help="a .pt file or a run folder")
-    evaluate.add_argument("--shards", help="the images to embed; with --embeddings, the images for --failures")
-    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("checkpoint", type=_path, nargs="?", help=CHECKPOINT)
+    _split(evaluate, "the images to embed; with --embeddings, the images for --failures")
     evaluate.add_argument("--embeddings", type=_path, metavar="FILE", help="measure these, an .npz or .parquet file")
     evaluate.add_argument("--json", type=_path, help="write the numbers to this file")
     evaluate.add_argument("--per-class", type=_path, metavar="CSV", help="write Recall@1 of every class to this file")
     evaluate.add_argument("--failures", type=_path, metavar="PNG", help="draw the worst queries into this file")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.backend=torch")
+    _overrides(evaluate, "settings such as evaluation.backend=torch")
 
     embed = commands.add_parser("embed", help="write the embeddings of images to a file")
-    embed.add_argument("checkpoint", type=_path, help="a .pt file or a run folder")
-    embed.add_argument("--shards", help="embed a split of these shards")
-    embed.add_argument("--split", default="test")
+    embed.add_argument("checkpoint", type=_path, help=CHECKPOINT)
+    _split(embed, "embed a split of these shards")
     embed.add_argument("--images", type=_path, metavar="DIR", help="or embed all images in and below this folder")
     embed.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read, and list them")
     embed.add_argument("--out", type=_path, metavar="FILE", help="the .npz or .parquet file to write")
     embed.add_argument("--index", type=_path, metavar="FILE", help="write a faiss index, and its keys beside it")
     embed.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    embed.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as evaluation.batch_size=64")
+    _overrides(embed, "settings such as evaluation.batch_size=64")
 
     search = commands.add_parser("search", help="find the images of a folder that are most like a query")
     _gallery(search, 10)
@@ -115,25 +108,22 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8080)
 
     export = commands.add_parser("export", help="write a checkpoint's network for torch.export and ONNX")
-    export.add_argument("checkpoint", type=_path, help="a .pt file or a run folder")
+    export.add_argument("checkpoint", type=_path, help=CHECKPOINT)
     export.add_argument("--out", type=_path, required=True, metavar="DIR", help="the folder to make")
     export.add_argument("--format", default="torch,onnx", help="torch, onnx or both (default: torch,onnx)")
     export.add_argument("--images", type=_path, metavar="DIR", help="verify on these images (default: drawn letters)")
-    export.add_argument("--shards", metavar="DIR", help="or on images of these shards")
-    export.add_argument("--split", default="test")
+    _split(export, "or on images of these shards")
 
+    run = "the run's YAML file, with the overrides it was started with"
     status = commands.add_parser("status", help="print a run's state: none, running, finished, preempted or failed")
-    status.add_argument("config", type=_path, help="the run's YAML file, with the overrides it was started with")
-    status.add_argument("overrides", nargs="*", metavar="key=value")
+    _config(status, run)
     status.add_argument("--since", type=float, metavar="SECONDS", help="print none where it is older (date +%%s)")
 
-    stop = commands.add_parser("stop", help="let a run save and end, from any machine that sees its folder")
-    stop.add_argument("config", type=_path, help="the run's YAML file, with the overrides it was started with")
-    stop.add_argument("overrides", nargs="*", metavar="key=value")
+    _config(commands.add_parser("stop", help="let a run save and end, from any machine that sees its folder"), run)
 
     figures = commands.add_parser("figures", help="draw the figures of a run folder and write its report anew")
     figures.add_argument("run_dir", type=_path, metavar="RUN", help="a run folder; of a running one, what there is yet")
-    figures.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as data.shards=DIR")
+    _overrides(figures, "settings such as data.shards=DIR")
 
     replay = commands.add_parser("replay", help="send to the tracking server what it missed of a run")
     replay.add_argument("run_dir", type=_path, metavar="RUN", help="a run folder, or its tracking.jsonl")
@@ -142,9 +132,41 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what this machine has, and where a config can run")
     doctor.add_argument("config", type=_path, nargs="?")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    _overrides(doctor, "settings that replace the file's")
     doctor.add_argument("--download", action="store_true", help="fetch the config's pretrained weights")
     return top
+
+
+CHECKPOINT = "a run folder or a .pt file"
+
+
+def _config(command: argparse.ArgumentParser, what: str, overrides: str | None = None) -> None:
+    command.add_argument("config", type=_path, help=what)
+    _overrides(command, overrides)
+
+
+def _overrides(command: argparse.ArgumentParser, what: str | None, metavar: str = "key=value") -> None:
+    # Without a default, argparse lists them among the arguments that are required.
+    command.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=what)
+
+
+def _split(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--shards", metavar="DIR", help=what)
+    command.add_argument("--split", default="test", help="of the shards (default: test)")
+
+
+def _gallery(command: argparse.ArgumentParser, top: int) -> None:
+    command.add_argument("checkpoint", type=_path, metavar="RUN", help=CHECKPOINT)
+    command.add_argument("--gallery", type=_path, required=True, metavar="DIR", help="the folder of images")
+    command.add_argument("--top", type=int, default=top, metavar="N", help=f"how many images to find (default: {top})")
+    where = "a file that keeps the embeddings (default: in RUN/search/)"
+    command.add_argument("--index", type=_path, metavar="NPZ", help=where)
+
+
+def _loudness(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="print warnings and the final table only")
+    group.add_argument("--verbose", action="store_true", help="print every step, and details of every epoch")
 
 
 NAMES = "the names that settings choose between"
@@ -160,26 +182,10 @@ class _NamesHelp(argparse.RawDescriptionHelpFormatter):
 def _registered_names() -> str:
     from dist_obdsd.config import registry
 
-    # A reader is chosen by a recipe, which pack reads.
-    parts = [part for part in vars(registry).values() if isinstance(part, registry.Registry)]
-    found = [part for part in parts if part is not registry.READERS]
-    width = max((len(part.setting) for part in found), default=0)
+    parts = (registry.LOSSES, registry.TARGETS, registry.METRICS, registry.BACKBONES, registry.STRATEGIES)
+    width = max(len(part.setting) for part in parts)
     lines = [
         textwrap.fill(f"  {part.setting:{width}}  {', '.join(part.choices)}", 110, subsequent_indent=" " * (width + 4))
-        for part in found
+        for part in parts
     ]
     return "\n".join([f"{NAMES}:", *lines])
-
-
-def _gallery(command: argparse.ArgumentParser, top: int) -> None:
-    command.add_argument("checkpoint", type=_path, metavar="RUN", help="a run folder or a .pt file")
-    command.add_argument("--gallery", type=_path, required=True, metavar="DIR", help="the folder of images")
-    command.add_argument("--top", type=int, default=top, metavar="N", help=f"how many images to find (default: {top})")
-    where = "a file that keeps the embeddings (default: in RUN/search/)"
-    command.add_argument("--index", type=_path, metavar="NPZ", help=where)
-
-
-def _loudness(command: argparse.ArgumentParser) -> None:
-    group = command.add_mutually_exclusive_group()
-    group.add_argument("--quiet", action="store_true", help="print warnings and the final table only")
-    group.add_argument("--verbose", action="store_true", help="print every step, and details of every epoch")

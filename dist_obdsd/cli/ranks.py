@@ -1,4 +1,4 @@
-"""The ranks of a command: which of them this process is, errors that all of them meet alike, the group that they form.
+"""The ranks of a command, and errors that all of them meet alike.
 
 Imports nothing heavy.
 """
@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 
 
 def env_rank() -> str:
-    """This process's rank, as the launcher's environment says, before there is a process group."""
+    """Return this process's rank by the launcher's environment."""
     return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
 @contextmanager
 def on_every_rank() -> Iterator[None]:
-    """Mark an error of the block as one that every rank meets alike: rank 0 alone prints it.
-
-    For what is checked or read before the process group exists.
-    """
+    """Mark an error before there is a group as one of all ranks: rank 0 prints it."""
     try:
         yield
     except UserError as error:

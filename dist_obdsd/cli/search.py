@@ -1,4 +1,4 @@
-"""``dist-obdsd search`` and ``serve``: images of a folder that are like a query."""
+"""``dist-obdsd search`` and ``serve``: images of a folder that are like one."""
 
 import argparse
 import base64
@@ -8,6 +8,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -18,10 +19,8 @@ from dist_obdsd.errors import InputError
 from dist_obdsd.files import write_atomically
 from dist_obdsd.search_index import SearchIndex
 
-THUMBNAIL = 256
-"""Longer side in pixels."""
-LARGEST = 64 * 2**20
-"""Bytes of an uploaded file."""
+THUMBNAIL = 256  # longer side in pixels
+LARGEST = 64 * 2**20  # bytes of an uploaded file
 
 
 def search(options: argparse.Namespace) -> int:
@@ -36,10 +35,8 @@ def search(options: argparse.Namespace) -> int:
         lines = [f"  {match.cosine:7.4f}  {match.path}" for match in matches]
         show("\n".join([str(query), "   cosine  image", *lines]))
         if options.html is not None:
-            results.append(
-                {"query": str(query), "image": _inline(query),
-                 "matches": [match._asdict() | {"image": _inline(index.files[match.path])} for match in matches]}
-            )  # fmt: skip
+            found = [match._asdict() | {"image": _inlined(index.files[match.path])} for match in matches]
+            results.append({"query": str(query), "image": _inlined(query), "matches": found})
     if options.html is not None:
         write_atomically(options.html, _page(index, results, live=False).encode())
         show(f"page: {options.html}")
@@ -57,9 +54,9 @@ def serve(options: argparse.Namespace) -> int:
             listening.bind((options.host, options.port))
             listening.listen()
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = str(getattr(error, "strerror", None) or error).rstrip(".")
             raise InputError(
-                f"cannot listen at {options.host}:{options.port}: {reason}; choose another --port"
+                f"cannot listen at {options.host}:{options.port}: {reason}; choose another --host or --port"
             ) from error
         host, port = listening.getsockname()
         show(f"open http://{host}:{port} in a browser; Ctrl-C ends")
@@ -96,15 +93,13 @@ def build_app(index: SearchIndex, top: int) -> Any:
     def answer(data: bytes, class_name: str) -> list[dict[str, Any]]:
         index.refresh()
         matches = index.search(data, top, class_name or None)
-        return [match._asdict() | {"image": f"image/{_token(match.path)}"} for match in matches]
+        return [match._asdict() | {"image": f"image/{quote(match.path)}"} for match in matches]
 
-    @app.get("/image/{token}")
-    def image(token: str) -> Response:
-        try:
-            file = index.files[base64.urlsafe_b64decode(token).decode()]
-        except (ValueError, KeyError) as error:
-            raise InputError("there is no such image in the gallery") from error
-        return Response(_thumbnail(file), media_type="image/jpeg")
+    @app.get("/image/{path:path}")
+    def image(path: str) -> Response:
+        if path not in index.files:
+            raise InputError("there is no such image in the gallery")
+        return Response(_thumbnail(index.files[path]), media_type="image/jpeg")
 
     return app
 
@@ -124,11 +119,7 @@ def _page(index: SearchIndex, results: list[dict[str, Any]], live: bool) -> str:
     return template.replace("/*DATA*/null", data.replace("<", "\\u003c"))
 
 
-def _token(path: str) -> str:
-    return base64.urlsafe_b64encode(path.encode()).decode()
-
-
-def _inline(path: Path) -> str:
+def _inlined(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(_thumbnail(path)).decode()}"
 
 

@@ -116,7 +116,9 @@ def read_seeds(text: str) -> list[int]:
         raise InputError(f"--seeds is {text!r}; give how many, such as 3, or which, such as 0,1,5") from error
     seeds = numbers if "," in text else list(range(numbers[0] if numbers else 0))
     if not seeds or min(seeds) < 0:
-        raise InputError(f"--seeds={text} names no seeds; give 1 or more")
+        raise InputError(
+            f"--seeds={text} names no seeds; give how many, 1 or more, or which, such as 0,1,5 (0, is seed 0 alone)"
+        )
     _check_unique([str(seed) for seed in seeds], "--seeds has")
     return seeds
 

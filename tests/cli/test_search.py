@@ -11,6 +11,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,11 @@ def test_the_index_follows_the_gallery(
     embedded.clear()
     SearchIndex(embedder, gallery, file)
     assert embedded == []  # the broken one is remembered
-    for damage in (b"", file.read_bytes()[:500], b"x" * 99):
-        file.write_bytes(damage)
-        embedded.clear()
-        SearchIndex(embedder, gallery, file)
-        assert len(embedded) == 33
-    embedded.clear()
-    SearchIndex(dist_obdsd.load(shutil.copy(embedder.path, tmp_path / "other.pt")), gallery, file)
+    file.write_bytes(file.read_bytes()[:500])
+    SearchIndex(embedder, gallery, file)
     assert len(embedded) == 33
+    SearchIndex(dist_obdsd.load(shutil.copy(embedder.path, tmp_path / "other.pt")), gallery, file)
+    assert len(embedded) == 66
 
 
 @pytest.mark.parametrize(
@@ -120,30 +118,29 @@ def test_the_index_follows_the_gallery(
         (["--gallery", "nowhere"], "nowhere is not a folder"),
         (["--top", "0"], "--top is 0"),
         (["--index", "/proc/none/i.npz"], "name another file with --index"),
-        (["--port", "99999"], "choose another --port"),
+        (["--port", "99999"], "choose another --host or --port"),
+        (["none.png"], "none.png cannot be embedded: No such file"),
     ],
 )
-@pytest.mark.parametrize("command", ["search", "serve"])
 def test_bad_requests_are_one_sentence(
-    command: str, change: list[str], words: str, trained: Path, gallery: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    change: list[str], words: str, trained: Path, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    if command == "search" and "--port" in change:
-        change, words = [str(tmp_path / "none.png")], "none.png cannot be embedded: No such file"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"x")
-    asked = [command, f"{trained}/runs/tiny", "--gallery", str(gallery), "--index", "i.npz"]
+    command = "serve" if "--port" in change else "search"
     query = [str(gallery / "class_00" / "0.png")] if command == "search" else []
-    assert main([*asked, *change, *query]) == 2
+    assert main([command, f"{trained}/runs/tiny", "--gallery", str(gallery), "--index", "i.npz", *change, *query]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in last
 
 
+@dataclass
 class Served:
-    def __init__(self, url: str, process: "subprocess.Popen[str]") -> None:
-        self.url, self.process = url, process
+    url: str
+    process: "subprocess.Popen[str]"
 
     def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         try:
@@ -186,7 +183,7 @@ def test_serve_answers_a_browser(served: Served, gallery: Path) -> None:
     assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
     assert {match["path"].split("/")[0] for match in served.find(query, "class_02")} == {"class_02"}
     # A file that is no image, none at all, one that is not in the gallery, and a way out of it.
-    for path, body in [("search", b"GIF89a"), ("search", b""), ("image/Li4vaS5ucHo=", None), ("image/%C3%BC", None)]:
+    for path, body in [("search", b"GIF89a"), ("search", b""), ("image/%C3%BC", None), ("image/..%2Fi.npz", None)]:
         code, answer = served.ask(f"/{path}", body)
         assert code == 400
         assert "\n" not in json.loads(answer)["error"]
