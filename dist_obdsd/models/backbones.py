@@ -1,10 +1,8 @@
-"""The backbones: networks without their classifier. The only module that knows timm.
+"""Backbones: networks without their classifier. The only module that knows timm.
 
 A builder returns a module from normalised images to a map of features [b, F, h, w], to tokens [b, n, F] or to features
 that the network pools itself [b, F]. Its keyword arguments say what it can do: ``channels`` other than RGB, images of a
 ``size`` (rows, columns), another ``pooling``, ``weights`` by its library's name, and a ``state`` dict.
-
-Legend: b images, C channels, h, w rows and columns, F features.
 """
 
 import contextlib
@@ -31,7 +29,7 @@ from dist_obdsd.models.weights import State, fit, split_source
 
 
 class SmallCNN(nn.Module):
-    """Four 3 x 3 convolutions for small images, with GroupNorm, which ties no rows to ranks."""
+    """Four 3 x 3 convolutions with GroupNorm, for small images."""
 
     widths = (48, 64, 96, 128)
 
@@ -59,18 +57,15 @@ def small_cnn(*, channels: int, state: State | None) -> nn.Module:
 
 
 def torchvision_model(*, name: str, weights: str | None, state: State | None, pooling: str) -> nn.Module:
-    """A classifier of torchvision by its name, such as `resnet50` or `convnext_tiny`, without its last layer."""
+    """A classifier of torchvision without its last layer: `resnet50`, `convnext_tiny`."""
+    _check_torchvision(name)
     options: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     found = library_weights(name, f"torchvision:{weights}") if weights else None
-
-    def build() -> Any:
-        with warnings.catch_warnings():
-            # SqueezeNet's constructor warns about its classifier, which is dropped.
-            warnings.simplefilter("ignore", UserWarning)
-            return models.get_model(name, weights=found and found.entry, **options)
-
-    _check_torchvision(name)
-    net = fit(_downloaded(build, found), state, name)
+    with warnings.catch_warnings():
+        # SqueezeNet's constructor warns about its classifier, which is dropped.
+        warnings.simplefilter("ignore", UserWarning)
+        net = _downloaded(lambda: models.get_model(name, weights=found and found.entry, **options), found)
+    net = fit(net, state, name)
     if isinstance(net, models.ResNet):
         return nn.Sequential(*list(net.children())[:-2])
     if isinstance(net, models.SqueezeNet):
@@ -85,7 +80,7 @@ def torchvision_model(*, name: str, weights: str | None, state: State | None, po
 def timm_model(
     *, name: str, weights: str | None, state: State | None, channels: int, size: tuple[int, int], pooling: str
 ) -> nn.Module:
-    """A model of timm, with or without a tag: `timm/convnext_tiny`, `timm/vit_small_patch14_dinov2.lvd142m`."""
+    """A model of timm, with or without a tag: `timm/vit_small_patch14_dinov2.lvd142m`."""
     timm = _import_timm()
     config = _timm_config(name, weights)
     options: dict[str, Any] = {"img_size": size} if config.fixed_input_size else {}
@@ -120,7 +115,7 @@ def timm_model(
 
 
 def own_model(*, name: str, state: State | None, channels: int, size: tuple[int, int]) -> nn.Module:
-    """A function of your own that returns a module; it may take `channels` and `size` (rows, columns)."""
+    """A function of yours that returns a module; it may take `channels` and `size`."""
     build = import_object(name, "model.backbone")
     offered = {"channels": channels, "size": size}
     taken = inspect.signature(build).parameters
@@ -134,12 +129,10 @@ def build_backbone(
     name: str, *, pretrained: str = "none", state: State | None = None, channels: int = 3,
     size: tuple[int, int] = (224, 224), pooling: str = "own",
 ) -> tuple[nn.Module, Pool, int]:  # fmt: skip
-    """Build a network, its pooling, and count its features by embedding a blank image.
-
-    Dropout and stochastic depth are set to 0, since their masks would depend on the number of ranks.
+    """Build a network and its pooling, and count its features.
 
     Args:
-        name: small_cnn, a classifier of torchvision, ``timm/NAME`` or ``package:function``.
+        name: as ``model.backbone``.
         pretrained: ``torchvision``, ``timm``, either with ``:TAG``, else no published weights.
         state: a state dict with the network's own names.
         size: rows and columns of the images.
@@ -150,14 +143,9 @@ def build_backbone(
     """
     source, tag = split_source(pretrained)
     net = BACKBONES.build(
-        name,
-        {"name": name} if "name" in BACKBONES.source(name).arguments else {},
-        weights=tag if source else None,
-        state=state,
-        channels=channels,
-        size=size,
+        name, {}, name=name, weights=tag if source else None, state=state, channels=channels, size=size,
         pooling=pooling,
-    )
+    )  # fmt: skip
     layers.turn_off_dropout(net, name)
     pool = Pool("avg" if pooling == "own" else pooling, getattr(net, "num_prefix_tokens", 0))
     try:
@@ -193,23 +181,18 @@ class LibraryWeights:
     """Published weights, and where their file is or would be."""
 
     entry: Any
-    """What the library calls them."""
+    """The library's own description."""
     file: str
     folder: Path
     path: Callable[[], Path | None]
     """Finds the file in the cache."""
     variable: str
-    """The environment variable that moves the cache."""
+    """Moves the cache, as an environment variable."""
     server: str
-    """The address that they are downloaded from."""
 
 
 def library_weights(name: str, pretrained: str) -> LibraryWeights:
-    """Find published weights, without reading or downloading them.
-
-    Raises:
-        InputError: there are none of that name.
-    """
+    """Find published weights without downloading them, or raise InputError."""
     _, tag = split_source(pretrained)
     if not name.startswith("timm/"):
         _check_torchvision(name)
@@ -246,7 +229,7 @@ def _by_url(entry: Any, url: str) -> LibraryWeights:
 
 
 def _downloaded(build: Callable[[], Any], found: LibraryWeights | None) -> Any:
-    """Build a network; where its weights are not in the cache, a failure is one of the download."""
+    """Build a network; where its weights are not cached, a failure is the download's."""
     try:
         if found is not None and found.path() is None:
             _reach(found.server)
@@ -263,25 +246,20 @@ def _downloaded(build: Callable[[], Any], found: LibraryWeights | None) -> Any:
 
 
 def _reach(server: str) -> None:
-    """Raise at once where there is no network; the library's own attempts take a minute."""
+    """Raise at once where there is no network; a library's attempts take a minute."""
     with contextlib.suppress(urllib.error.HTTPError):  # it answers
         urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=20).close()
 
 
 def input_defaults(name: str, pretrained: str) -> Mapping[str, Any]:
-    """Look up a network's own image_size, mean and std.
-
-    Raises:
-        InputError: there is no such network.
-    """
+    """Look up a network's own image_size, mean and std, or raise InputError."""
+    source, tag = split_source(pretrained)
     if name.startswith("timm/"):
-        source, tag = split_source(pretrained)
         config = _timm_config(name, tag if source else None)
         rows, columns = config.input_size[1:]
         size, mean, std = rows if rows == columns else (rows, columns), config.mean, config.std
     else:
         _check_torchvision(name)
-        source, tag = split_source(pretrained)
         weights = library_weights(name, pretrained).entry if source else models.get_model_weights(name)["DEFAULT"]
         preset = weights.transforms()
         size, mean, std = preset.crop_size[0], preset.mean, preset.std
@@ -289,10 +267,7 @@ def input_defaults(name: str, pretrained: str) -> Mapping[str, Any]:
 
 
 def layer_depths(net: nn.Module) -> dict[str, int]:
-    """Number the layer of each parameter from the input: 0 is the stem, 1 the first block.
-
-    timm's own grouping is taken where there is one.
-    """
+    """Number the layer of each parameter: 0 is the stem, 1 the first block."""
     matcher: Any = getattr(net, "group_matcher", None)
     if matcher is None:
         return layers.depths(net)
@@ -303,7 +278,7 @@ def layer_depths(net: nn.Module) -> dict[str, int]:
 
 
 def to_sync_batch_norm(net: nn.Module) -> nn.Module:
-    """Exchange every BatchNorm for SyncBatchNorm, timm's fused with activations, too."""
+    """Exchange every BatchNorm, timm's fused with activations, too."""
     if any(type(module).__module__.startswith("timm.") for module in net.modules()):
         from timm.layers import convert_sync_batchnorm
 

@@ -1,4 +1,4 @@
-"""The layers of a network: their depth, activation checkpointing, and dropout, which is turned off."""
+"""Layers of a network: their depth, activation checkpointing and dropout."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def blocks(net: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List the blocks that a network is a row of: elements of its containers that have parts of their own."""
+    """List a network's blocks: elements of its containers that have parts."""
     found = list(_elements(net, ""))
     return [(name, module) for name, module in found if any(True for _ in module.children())] or [
         (name, module) for name, module in found if any(True for _ in module.parameters())
@@ -31,7 +31,7 @@ def _elements(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
 
 
 def depths(net: nn.Module) -> dict[str, int]:
-    """Number the layer of each parameter: 0 before the first block, i in the i-th block or after it."""
+    """Number each parameter's layer: 0 before the first block, i in or after the i-th."""
     names, found, depth = [name for name, _ in blocks(net)], {}, 0
     for name, _ in net.named_parameters():
         depth = next((i + 1 for i, block in enumerate(names) if name.startswith(f"{block}.")), depth)
@@ -40,7 +40,7 @@ def depths(net: nn.Module) -> dict[str, int]:
 
 
 class _Checkpointed(nn.Module):
-    """A mixin that keeps a block's input in training, and computes the rest again in the backward pass."""
+    """A mixin that keeps only a block's input for the backward pass."""
 
     def forward(self, *args: Any) -> Any:
         if self.training and torch.is_grad_enabled():
@@ -49,12 +49,9 @@ class _Checkpointed(nn.Module):
 
 
 def checkpoint_blocks(net: nn.Module) -> None:
-    """Keep no activations inside the blocks of a network; its names and numbers stay the same.
+    """Keep no activations inside the blocks of a network, or raise InputError.
 
     timm's networks do that themselves when they are told to, which an embedder does in training.
-
-    Raises:
-        InputError: the network has no blocks.
     """
     switch: Any = getattr(net, "set_grad_checkpointing", None)
     row = [block for _, block in blocks(net)]
@@ -71,7 +68,7 @@ def checkpoint_blocks(net: nn.Module) -> None:
 
 
 def turn_off_dropout(net: nn.Module, name: str) -> None:
-    """Set dropout and stochastic depth to 0, since their masks would depend on the number of ranks."""
+    """Set dropout and stochastic depth to 0: their masks would depend on the ranks."""
     found = 0
     for module in net.modules():
         for attribute in _rates(module):

@@ -1,7 +1,4 @@
-"""Pooling: from a map or from tokens to one row of features an image.
-
-Legend: b images, F features, h, w rows and columns, n tokens.
-"""
+"""Pooling: from a map or from tokens to one row of features an image."""
 
 import torch
 from torch import nn
@@ -10,7 +7,7 @@ from dist_obdsd.errors import InputError
 
 
 class Pool(nn.Module):
-    """A map [b, F, h, w] or tokens [b, n, F] to features [b, F]; what is pooled already stays.
+    """A map [b, F, h, w], tokens [b, n, F] or features [b, F] to features [b, F].
 
     ``gem`` is the generalised mean with a learnt exponent (Radenovic et al., TPAMI 2018), of positive features.
     """
@@ -44,7 +41,7 @@ class Pool(nn.Module):
 
 
 def exchange_pool(net: nn.Module, name: str, kind: str) -> None:
-    """Put another pooling in the place of a classifier's own; what follows it, such as a LayerNorm, stays.
+    """Exchange a classifier's own pooling; what follows, such as a LayerNorm, stays.
 
     Raises:
         InputError: the network has no pooling of its own that could be exchanged for this one.
@@ -67,7 +64,7 @@ def exchange_pool(net: nn.Module, name: str, kind: str) -> None:
 
 
 def _pools_all(module: nn.Module) -> bool:
-    """Tell if a module is the pooling of a whole map: torch's with output size 1, or timm's."""
+    """Tell if a module pools a whole map: torch's with output size 1, or timm's."""
     if type(module).__name__ == "SelectAdaptivePool2d":
         return True
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))

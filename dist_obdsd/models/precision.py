@@ -2,8 +2,6 @@
 
 Only training calls are compiled: an evaluation's numbers must not depend on what a compiler makes of the network, so it
 calls ``forward`` itself.
-
-Legend: b images at a time, C channels, s pixels.
 """
 
 import logging
@@ -33,11 +31,7 @@ def in_bf16(config: Config, teacher: bool = False) -> bool:
 
 
 def check_precision(config: Config, device: torch.device) -> None:
-    """Refuse what the device lacks, before a step fails with it.
-
-    Raises:
-        InputError: bf16 on a GPU that has none.
-    """
+    """Raise InputError for bf16 on a GPU that has none."""
     teacher = config.distillation.needs_teacher and config.distillation.teacher_precision == "bf16"
     wish = "precision" if config.precision == "bf16" else "distillation.teacher_precision" if teacher else None
     if wish and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -70,13 +64,13 @@ def compile_networks(
 
 
 def compile_in_place(networks: Mapping[nn.Module, AbstractContextManager[object]], images_bCss: torch.Tensor) -> None:
-    """Let the networks' calls run what torch.compile makes of them, on every rank or on none. Collective.
+    """Compile the networks' calls, on every rank or on none. Collective.
 
-    Each is compiled for images of this shape and tried, forward and, where gradients flow, backward, since compilers
-    fail when they are first used: a machine may have no C++ compiler, or a GPU that its own does not know.
+    Each is tried, forward and, where gradients flow, backward, since compilers fail when they are first used: a machine
+    may have no C++ compiler, or a GPU that its own does not know.
 
     Args:
-        networks: and the precision that each runs in. Those with weights to train are tried with a backward pass.
+        networks: and the precision that each runs in.
         images_bCss: uint8, on the networks' device; the shape of a training step's.
     """
     failure = None

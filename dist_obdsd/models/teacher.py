@@ -1,4 +1,4 @@
-"""The progressive teacher: the student as it was at the end of the previous epoch (arXiv 2211.07566, PSD)."""
+"""Progressive teacher: the student after the previous epoch (arXiv 2211.07566)."""
 
 import copy
 import hashlib
@@ -52,7 +52,7 @@ class ProgressiveTeacher(nn.Module):
 
     @property
     def epoch(self) -> int:
-        """How many epochs the weights were trained for: 0 is the initial student."""
+        """Epochs that the weights were trained for: 0 is the initial student."""
         return int(self.updates)
 
     def train(self, mode: bool = True) -> Self:
@@ -65,7 +65,7 @@ class ProgressiveTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **more: Any) -> torch.Tensor:
-        """Embed images as unit rows [b, D], without gradient. Takes what the student takes."""
+        """Embed what the student takes as unit rows [b, D], without gradient."""
         rows_bD: torch.Tensor = self.network(*inputs, **more)
         return rows_bD
 
@@ -101,7 +101,7 @@ class ProgressiveTeacher(nn.Module):
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the network inside DDP, DataParallel, torch.compile or a DeepSpeed engine."""
+    """Return the network inside DDP, DataParallel, torch.compile or DeepSpeed."""
     while True:
         wrapped = isinstance(module, DistributedDataParallel | DataParallel)
         name = "module" if wrapped or type(module).__name__ == "DeepSpeedEngine" else "_orig_mod"
@@ -112,19 +112,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def fingerprints(network: nn.Module) -> dict[str, str]:
-    """Digest each tensor's bytes: of those that are sharded, this rank's, under a name that has the shard's number."""
+    """Digest each tensor's bytes, of a sharded one those of this rank's numbered shard."""
     prints = {}
     for name, tensor in network.state_dict().items():
         number, x = shards.shard_number(tensor), shards.local(tensor.detach())
-        digest = (
-            hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16] if x.dim() else ""
-        )
-        prints[f"{name}, shard {number}" if number else name] = digest or repr(x.item())
+        data = x.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        prints[f"{name}, shard {number}" if number else name] = hashlib.sha256(data).hexdigest()[:16]
     return prints
 
 
 def check_identical(what: str, network: nn.Module, group: Group = None) -> None:
-    """Compare a network's bytes across the ranks; ``what`` it is goes into the error. Collective.
+    """Compare a network's bytes across the ranks; ``what`` names it. Collective.
 
     Raises:
         RunError: on every rank, with the names of the tensors that differ.

@@ -18,7 +18,7 @@ CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "AuxLogits.", "aux")
 
 
 def split_source(pretrained: str) -> tuple[str | None, str]:
-    """Split ``model.pretrained`` into a library and the tag of its weights; None where it names no library."""
+    """Split ``model.pretrained`` into a library, None if it names none, and a tag."""
     source, _, tag = pretrained.partition(":")
     return (source, tag or "DEFAULT") if source in LIBRARIES else (None, "")
 
@@ -27,7 +27,7 @@ def read(pretrained: str) -> tuple[State | None, dict[str, Any] | None]:
     """Read what ``model.pretrained`` names.
 
     Returns:
-        The state dict of a file, or a checkpoint's content; two None where it names no file.
+        The state dict of a file, or a checkpoint's content; two None where it names neither.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
@@ -66,13 +66,9 @@ def read(pretrained: str) -> tuple[State | None, dict[str, Any] | None]:
 
 
 def fit(net: nn.Module, state: State | None, backbone: str) -> Any:
-    """Load a state dict with the network's own names, if one is given; the classifier may be missing or left over.
+    """Load a state dict, if one is given, into a network and return that.
 
-    Returns:
-        The network.
-
-    Raises:
-        InputError: it does not fit.
+    The classifier may be missing or left over; anything else that does not fit is an InputError.
     """
     if state is None:
         return net

@@ -32,7 +32,6 @@ ARCHITECTURES = {
     "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32,
 }  # fmt: skip
 """Backbone -> side of its images."""
-FEW = ["timm/tf_efficientnet_lite0", "timm/test_vit3", "timm/convnext_atto"]
 
 
 def settings(backbone: str, side: int, *overrides: str) -> Config:
@@ -76,7 +75,7 @@ def test_an_architecture_steps_and_its_teacher_follows(backbone: str) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backbone", [*FEW, "timm/resnet10t"])
+@pytest.mark.parametrize("backbone", ["timm/tf_efficientnet_lite0", "timm/test_vit3", "timm/convnext_atto"])
 def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
     config = settings(backbone, ARCHITECTURES[backbone], "precision=float64")
     ((loss, gradients),) = harness.run(1, step, config)
@@ -88,8 +87,7 @@ def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
 
 @pytest.mark.parametrize(
     ("backbone", "pooling"),
-    [(b, p) for b in ("timm/test_vit", "timm/test_convnext") for p in ("avg", "max", "avg+max", "gem", "cls")]
-    + [("timm/swin_tiny_patch4_window7_224", "gem")],
+    [(b, p) for b in ("timm/test_vit", "timm/test_convnext") for p in ("avg", "max", "avg+max", "gem", "cls")],
 )
 def test_pooling_is_exchanged_or_refused(backbone: str, pooling: str) -> None:
     own, config = (settings(backbone, 64, f"model.pooling={kind}") for kind in ("own", pooling))
@@ -140,12 +138,9 @@ RUN = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "
        "data.augment=crop", "precision=float32", "data.workers=0")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("backbone", "strategy"),
-    [("timm/test_vit3", ()), ("timm/test_efficientnet", ()), ("resnet18", ("strategy=deepspeed", "deepspeed.stage=1"))],
-)
-def test_a_run_learns_resumes_and_is_exported(folder: Path, backbone: str, strategy: tuple[str, ...]) -> None:
-    more = (*RUN, *strategy, f"model.backbone={backbone}", "optim.layer_decay=0.7", "optim.warmup_steps=2")
+@pytest.mark.parametrize("backbone", ["timm/test_vit3", "timm/test_efficientnet"])
+def test_a_run_learns_resumes_and_is_exported(folder: Path, backbone: str) -> None:
+    more = (*RUN, f"model.backbone={backbone}", "optim.layer_decay=0.7", "optim.warmup_steps=2")
     runs.train(folder, "name=whole", *more, ranks=2)
     runs.train(folder, "name=cut", *more, "max_steps=4", ranks=2)
     runs.train(folder, "name=cut", *more, ranks=2)

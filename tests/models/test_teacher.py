@@ -122,12 +122,11 @@ def test_a_teacher_that_differs_on_one_rank_stops_all_with_its_name(world_size):
         assert "1 tensors (1.bias)" in message
 
 
-@pytest.mark.parametrize("backbone", ["small_cnn", "resnet18", "squeezenet1_0"])
-def test_fingerprints_are_of_values_whatever_the_layout(backbone):
+def test_fingerprints_are_of_values_whatever_the_layout():
     """Kernels of 1 x 1 are contiguous by name in either layout, and have other strides."""
     prints = []
     for layout in ("true", "false"):
-        raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "model": {"backbone": backbone}}
+        raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "model": {"backbone": "squeezenet1_0"}}
         config = parse_config(override_config(raw, [f"model.channels_last={layout}"]), "x")
         net = build_embedder(config, torch.device("cpu"))
         ProgressiveTeacher(net).update(net)
