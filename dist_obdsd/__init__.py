@@ -1,4 +1,4 @@
-"""dist-obdsd: distributed deep metric learning with self-distillation and online diffusion on batch manifolds."""
+"""Distributed deep metric learning with self-distillation and online diffusion."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,17 +1,16 @@
-"""Logging on the terminal, progress bars and colours.
+"""Logging, progress bars and colours on the terminal.
 
-Bars and colours are left out where the output is a file or pipe.
 The package logs at four levels. DEBUG: details, which rank 0 shows with ``--verbose``. INFO: news that every rank
-knows; rank 0 shows it. NOTICE: results and the like, which
-nobody may miss; rank 0 shows them, also with ``--quiet``. WARNING: what this rank alone met; every rank shows it, on
-standard error.
+knows; rank 0 shows it. NOTICE: results and the like, which nobody may miss; rank 0 shows them, also with ``--quiet``.
+WARNING: what this rank alone met; every rank shows it, on standard error.
 """
 
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 NOTICE = 25
@@ -37,10 +36,7 @@ class TerminalHandler(logging.Handler):
 def log_to_terminal(is_main: bool = True, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
     """Show the package's log records while the block runs; for programs.
 
-    Args:
-        is_main: whether this is rank 0; the other ranks show warnings only.
-        quiet: leave out INFO.
-        verbose: show DEBUG, too.
+    Ranks that are not ``is_main`` show warnings only.
     """
     logger, handler = logging.getLogger("dist_obdsd"), TerminalHandler()
     before = logger.level, logger.propagate
@@ -60,7 +56,7 @@ def bar(total: int, unit: str, doing: str, **options: Any) -> Any:
     """Return a context with ``update(n)``: a bar on a terminal, else nothing visible."""
     tqdm = _tqdm()
     if tqdm is None:
-        return _NoBar()
+        return nullcontext(SimpleNamespace(update=lambda n: None))
     return tqdm(total=total, unit=f" {unit}", desc=doing, disable=None, leave=False, dynamic_ncols=True, **options)
 
 
@@ -75,7 +71,7 @@ def print_line(text: str, file: TextIO) -> None:
 
 
 def has_bars() -> bool:
-    """Tell whether standard error is a terminal, and tqdm is installed."""
+    """Tell if standard error is a terminal, and tqdm is installed."""
     return sys.stderr.isatty() and _tqdm() is not None
 
 
@@ -87,14 +83,8 @@ def _tqdm() -> Any:
     return tqdm
 
 
-class _NoBar(AbstractContextManager[Any]):
-    def __exit__(self, *error: object) -> None: ...
-
-    def update(self, n: int) -> None: ...
-
-
 def coloured(file: TextIO) -> bool:
-    """Tell whether a file is a terminal with colours; the user may set NO_COLOR."""
+    """Tell if a file is a terminal with colours; the user may set NO_COLOR."""
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

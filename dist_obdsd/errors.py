@@ -1,7 +1,4 @@
-"""The failures that a user meets.
-
-Every message is one sentence: the value found, the value needed, what to do.
-"""
+"""Failures that a user meets, each one sentence: found, needed, what to do."""
 
 
 class UserError(Exception):

@@ -38,11 +38,7 @@ IMAGES = sum(BATCHES)
 
 
 def check_request(formats: Sequence[str], out: Path) -> None:
-    """Check before the work that it can be done.
-
-    Raises:
-        InputError: an unknown format, a package that it needs is missing, or ``out`` holds something else.
-    """
+    """Raise InputError if a format, a package or ``out`` does not serve."""
     unknown = [name for name in formats if name not in FILES]
     if unknown or not formats:
         raise InputError(f"--format {','.join(formats)} is unknown; give {' or '.join(FILES)}, or both with a comma")
@@ -64,7 +60,7 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
     Args:
         path: a run folder or a checkpoint file.
         formats: of ``FILES``.
-        images: to verify with, as ``ImageEmbedder`` takes them; fewer than ``IMAGES`` are used several times.
+        images: to verify with, as ``ImageEmbedder`` takes them; few are used several times.
         source: where the images are from, for ``preprocessing.json``.
 
     Returns:
@@ -109,29 +105,19 @@ def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
         "version": __version__,
         "input": {"name": "images", "dtype": "uint8", "shape": ["batch", data.channels, rows, columns]},
         "output": {"name": "embeddings", "dtype": "float32", "shape": ["batch", embedder.dim], "unit_length": True},
-        "decode": {
-            "channels": channels,
-            "formats": FORMATS,
-            "orientation": "as EXIF says",
-            "alpha": "on white",
-            "frame": "the first",
-            "16_bit": "the upper 8",
-        },
+        "decode": {"channels": channels, "formats": FORMATS, "orientation": "as EXIF says", "alpha": "on white",
+                   "frame": "the first", "16_bit": "the upper 8"},
         "fit": data.fit,
         "resize": resize | {"interpolation": "bilinear", "antialias": True},
         "crop": {"size": side, "where": "centre"},
         # The network does this itself: (pixel / 255 - mean) / std.
         "normalisation": {"inside_the_network": True, "scale": 1 / 255, "mean": data.mean, "std": data.std},
         "checkpoint": {"file": embedder.path.name, "sha256": digest},
-    }
+    }  # fmt: skip
 
 
 def verify(name: str, run: Callable[[Tensor], Tensor], images_nCss: Tensor, expected_nD: Tensor) -> float:
-    """Return the largest difference between ``run`` and the checkpoint.
-
-    Raises:
-        RunError: it is above ``TOLERANCE``, or is not a number.
-    """
+    """Return the largest difference to the checkpoint, a RunError above TOLERANCE."""
     largest = 0.0
     for batch_bCss, wanted_bD in zip(images_nCss.split(BATCHES), expected_nD.split(BATCHES), strict=True):
         rows_bD = run(batch_bCss)
@@ -172,13 +158,9 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: str) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own making; nobody could act on them
         made = torch.onnx.export(
-            program,
-            dynamo=True,
-            input_names=["images"],
-            output_names=["embeddings"],
-            dynamic_shapes=({0: "batch"},),
-            verbose=False,
-        )
+            program, dynamo=True, input_names=["images"], output_names=["embeddings"],
+            dynamic_shapes=({0: "batch"},), verbose=False,
+        )  # fmt: skip
     assert made is not None
     made.model.metadata_props["preprocessing"] = about
     made.save(path, external_data=False)
@@ -195,61 +177,7 @@ _WRITERS = {"torch": _write_torch, "onnx": _write_onnx}
 _READERS = {"torch": _read_torch, "onnx": _read_onnx}
 
 
-# ---- the folder's README ----
-
-README = """# An image embedder
-
-{files}: uint8 images [batch, {channels}, {h}, {w}] to float32 rows [batch, {dim}] of length 1, any batch size.
-The network scales and normalises the pixels itself. Two images are the more alike the larger the product of their rows
-(the cosine) is. `preprocessing.json` says all of this for programs, and how closely the files agree with the checkpoint
-(`{checkpoint}`) that they were made from. From images to rows, with Pillow and NumPy (HEIC needs its own decoder):
-
-```python
-import numpy as np
-from PIL import Image, ImageOps
-
-
-def prepare(path):
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith("I"):  # 16 bits of grey: the upper 8
-        image = Image.fromarray((np.asarray(image).astype(int) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:  # on white
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = np.array(image.convert("{mode}")).reshape(image.height, image.width, -1)
-    # Of a very long image the centre counts.
-    rows, columns = (min(side, {longest} * min(image.size)) for side in pixels.shape[:2])
-    top, left = round((image.height - rows) / 2), round((image.width - columns) / 2)
-    pixels = pixels[top : top + rows, left : left + columns]
-{fit}
-    return resize(resize(pixels, 1, columns, {w}), 0, rows, {h}).transpose(2, 0, 1)
-
-
-def resize(pixels, axis, new, side):
-    # Resize one axis with antialiasing and take its centre, in whole numbers as torch does.
-    old = pixels.shape[axis]
-    scale, reach = old / new, max(old / new, 1.0)
-    centre = scale * (np.arange(new) + 0.5)[:, None]
-    first = np.maximum(centre - reach + 0.5, 0).astype(int)
-    taps = first + np.arange(int(2 * reach) + 2)
-    inside = taps < np.minimum(centre + reach + 0.5, old).astype(int)
-    weights = np.maximum(1 - np.abs((taps - centre + 0.5) * (1 / reach)), 0) * inside
-    weights /= weights.sum(1, keepdims=True)
-    bits = next(n for n in range(23) if n == 22 or int(0.5 + weights.max() * 2 ** (n + 1)) >= 2**15)
-    start = round((new - side) / 2)
-    kept = slice(start, start + side)
-    matrix = np.zeros((side, old + taps.shape[1]))
-    np.put_along_axis(matrix, taps[kept], np.floor(weights[kept] * 2**bits + 0.5), 1)
-    rows = np.moveaxis(pixels, axis, 0).reshape(old, -1).astype(float)
-    rows = (matrix[:, :old] @ rows + 2 ** (bits - 1)) // 2**bits
-    shape = (side, *np.delete(pixels.shape, axis))
-    return np.moveaxis(rows.clip(0, 255).astype(np.uint8).reshape(shape), 0, axis)
-
-
-images = np.stack([prepare(path) for path in paths])
-{uses}
-```
-"""
+# ---- the folder's README, of which export_readme.md is the template ----
 
 FIT = {
     "crop": """
@@ -278,28 +206,15 @@ rows = session.run(None, {"images": images})[0]""",
 
 
 def _readme(about: dict[str, Any], formats: Sequence[str]) -> str:
-    h, w = about["input"]["shape"][2:]
+    channels, h, w = about["input"]["shape"][1:]
     shorter = about["resize"].get("shorter_side", 0)
-    fit = (
-        FIT[about["fit"]]
-        .strip("\n")
-        .format(
-            h=h,
-            w=w,
-            covered_h=shorter * h // min(h, w),
-            covered_w=shorter * w // min(h, w),
-            fill=[round(255 * value) for value in about["normalisation"]["mean"]],
-        )
-    )
-    return README.format(
-        files=" and ".join(f"`{FILES[name]}`" for name in formats),
-        channels=about["input"]["shape"][1],
-        h=h,
-        w=w,
-        dim=about["output"]["shape"][1],
-        checkpoint=about["checkpoint"]["file"],
-        mode="RGB" if about["decode"]["channels"] == "RGB" else "L",
-        fit=fit,
-        longest=LONGEST,
+    fit = FIT[about["fit"]].strip("\n").format(
+        h=h, w=w, covered_h=shorter * h // min(h, w), covered_w=shorter * w // min(h, w),
+        fill=[round(255 * value) for value in about["normalisation"]["mean"]],
+    )  # fmt: skip
+    return Path(__file__).with_name("export_readme.md").read_text(encoding="utf-8").format(
+        files=" and ".join(f"`{FILES[name]}`" for name in formats), channels=channels, h=h, w=w,
+        dim=about["output"]["shape"][1], checkpoint=about["checkpoint"]["file"],
+        mode="RGB" if channels == 3 else "L", fit=fit, longest=LONGEST,
         uses="\n".join(USES[name] for name in formats).strip(),
-    )
+    )  # fmt: skip

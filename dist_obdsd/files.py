@@ -31,12 +31,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder that appears at ``path`` when the block ends without error.
+    """Fill a folder that replaces ``path`` when the block ends without error.
 
-    The block writes into ``PATH.writing``, which a lock holds. What was at ``path`` before is removed at the very end.
-
-    Raises:
-        InputError: another process writes to the same place.
+    The block writes into ``PATH.writing``, which a lock holds: a second process meets an InputError.
     """
     folder = path.with_name(path.name + ".writing")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,4 @@
-"""A trained network for images in any form: images in, embeddings out.
-
-Legend: n images, C channels, H, W their height and width, s the side that the network sees, D embedding dimension.
-"""
+"""A trained network for images in any form: images in, embeddings out."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -67,11 +64,10 @@ def load(
 
 
 def inference_config(state: dict[str, Any], overrides: Sequence[str] = (), shards: str = "none") -> Config:
-    """Return a checkpoint's config, for images that it need not have been trained on.
+    """Return a checkpoint's config for other images, with overrides ``a.b=c``.
 
     Args:
         state: a checkpoint's content; its ``config`` is changed.
-        overrides: ``a.b=c``, put over the checkpoint's own.
         shards: the shards of those images, if they are packed.
 
     Raises:
@@ -89,10 +85,9 @@ def inference_config(state: dict[str, Any], overrides: Sequence[str] = (), shard
 def build_network(
     state: dict[str, Any], config: Config, device: torch.device, path: Path, overrides: Sequence[str] = ()
 ) -> Embedder:
-    """Build a checkpoint's network, in evaluation mode.
+    """Build a checkpoint's network in evaluation mode, or raise InputError.
 
-    Raises:
-        InputError: the weights do not fit the config, which ``overrides`` may have changed.
+    The weights may not fit the config, which ``overrides`` may have changed.
     """
     network = build_embedder(config, device)
     try:
@@ -166,7 +161,7 @@ class ImageEmbedder:
 
 
 def _as_list(images: Any) -> Iterable[Any]:
-    """Make a list of one of a single image; split a batch into its rows."""
+    """Make a list of one image; split a batch into its rows."""
     if isinstance(images, str | Path | bytes | Image.Image):
         return [images]
     if isinstance(images, Tensor | np.ndarray):

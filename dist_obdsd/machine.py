@@ -7,16 +7,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def usable_cores() -> int:
-    """Count the CPU cores that this process may run on; a container or launcher may allow fewer than there are."""
+    """Count the CPU cores that this process may run on, perhaps not all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tune_malloc() -> None:
-    """Let glibc keep what this process frees instead of handing it back to the kernel. Elsewhere nothing happens.
+    """Let glibc keep what this process frees, for the same steps over and over.
 
-    A network's activations on a CPU are buffers of many MiB, which malloc maps anew at every step and the kernel fills
-    with zeros, page by page: a fifth of a step's time. For processes that take the same steps over and over; others
-    would keep their peak for nothing.
+    Else malloc maps a network's activations anew at every step, and the kernel fills them with zeros, page by page: a
+    fifth of a step's time on a CPU. Where there is no glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def derive(seed: int, *names: int | str) -> int:
-    """Derive a 63-bit integer from ``seed`` and every name, and from nothing else (SHA-256 of their text)."""
+    """Derive a 63-bit integer from a seed and names alone, by SHA-256 of their text."""
     text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 

@@ -1,7 +1,4 @@
-"""A searchable folder of images: embeddings on disk, refreshed when files change.
-
-Legend: n images, D embedding dimension.
-"""
+"""A searchable folder of images: embeddings on disk, refreshed when files change."""
 
 import hashlib
 import logging
@@ -51,13 +48,11 @@ class SearchIndex:
         self._network = f"{embedder.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         digest = hashlib.sha256(os.fsencode(gallery.absolute())).hexdigest()
         name = f"{gallery.absolute().name}-{digest[:8]}.npz"
-        run = next(
-            (above.parent for above in embedder.path.parents if above.name == "checkpoints"), embedder.path.parent
-        )
+        folder = embedder.path.parent
+        run = folder.parent if folder.name == "checkpoints" else folder
         self.embedder, self.gallery, self.file = embedder, gallery, file or run / "search" / name
         self.paths: list[str] = []
-        self.files: dict[str, Path] = {}
-        """Where the images of ``paths`` lie; a name that is no UTF-8 has another path."""
+        self.files: dict[str, Path] = {}  # of ``paths``; a name that is no UTF-8 has another path
         self._stamps: list[tuple[int, int]] = []
         self._rows_nD = np.empty((0, embedder.dim), np.float32)  # NaN where an image is broken
         self._lock = threading.Lock()
@@ -71,11 +66,7 @@ class SearchIndex:
         return names if len(names) > 1 else []
 
     def refresh(self) -> None:
-        """Embed files that are new or have changed, and forget those that are gone.
-
-        Raises:
-            InputError: as in ``__init__``.
-        """
+        """Embed files that are new or have changed, and forget those that are gone."""
         stamps, files = {}, {}
         for file in find_images(self.gallery).files:
             assert file.path is not None
@@ -97,15 +88,7 @@ class SearchIndex:
                 raise InputError(f"no image in {self.gallery} can be read; give a folder of images")
 
     def search(self, image: Any, top: int, class_name: str | None = None) -> list[Match]:
-        """Find the images that are most like one, best first.
-
-        Args:
-            image: as ``ImageEmbedder.prepare`` takes it.
-            class_name: search images of this class only.
-
-        Raises:
-            InputError: the image cannot be read.
-        """
+        """Find the images that are most like one, of one class or of all, best first."""
         with self._lock:
             paths, rows_nD = self.paths, self._rows_nD
             query_D = self.embedder.embed_prepared(self.embedder.prepare(image)[None])[0].numpy()
@@ -144,14 +127,8 @@ class SearchIndex:
                 if fits and str(stored["network"]) == self._network:
                     self.paths, self._stamps = paths.tolist(), [tuple(stamp) for stamp in stamps.tolist()]
                     self._rows_nD = rows_nD
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            zipfile.BadZipFile,
-        ):  # none, or of another program: it is made anew
-            return
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            return  # there is none, or one of another program: it is made anew
 
     def _write(self) -> None:
         stamps = np.array(self._stamps, dtype=np.int64).reshape(-1, 2)

@@ -1,7 +1,7 @@
-"""Copies between a GPU's memory and the host's, without one waiting for the other. On a CPU nothing is copied.
+"""Copies between a GPU's memory and the host's, without one waiting for the other.
 
 A GPU copies from and to pinned memory by itself, while kernels run. The driver first makes its own copy of any other
-memory, and may wait for the work that is queued on the GPU.
+memory, and may wait for the work that is queued on the GPU. On a CPU nothing is copied.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ class AsyncHostCopy:
             self._copied.record()
 
     def read(self) -> list[float]:
-        """Return the numbers. Waits for what was queued before their copy, not for what came after it."""
+        """Return the numbers; waits for what was queued before their copy alone."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._numbers_n.tolist()
 
 
 class DeviceUploader:
-    """Copies tensors to a device: ``images = DeviceUploader(device)(batch.images_b)``. On the CPU it copies nothing."""
+    """Copies tensors to a device: ``images = DeviceUploader(device)(batch.images_b)``."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -38,7 +38,7 @@ class DeviceUploader:
         self._copying: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the tensor on the device. Later work of the current stream waits for it; the host does not.
+        """Return the tensor on the device, for which only the current stream waits.
 
         The caller may drop the tensor at once. It is held here until it is copied, because its memory is reused when
         nobody holds it (see ``Decoder``).
@@ -60,7 +60,7 @@ class DeviceUploader:
 
 
 def pin(memory: np.ndarray) -> None:
-    """Pin memory that is already allocated, such as shared memory; ``unpin`` it before it is freed.
+    """Pin allocated memory; ``unpin`` it before it is freed.
 
     Raises:
         RuntimeError: the driver refuses, or there is none.

@@ -18,6 +18,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.config.load import setting_names
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "dist_obdsd").rglob("*.py"))
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "shards" / "README.md"])
 
 SECTIONS = [name for name in Config.model_fields if f"{name}." in " ".join(setting_names())]
@@ -137,7 +138,7 @@ def unknown_messages(text: str, page: Path) -> Iterator[str]:
 def texts() -> list[str]:
     """Every text in the package but docstrings, with NUL for what is filled in."""
     found = set()
-    for path in (ROOT / "dist_obdsd").rglob("*.py"):
+    for path in PACKAGE:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             for child in ast.iter_child_nodes(node):
@@ -194,6 +195,21 @@ def test_the_pages_hold_what_is_checked() -> None:
     assert len(SETTING.findall(text)) > 200
     assert text.count("| message |") > 5
     assert len(texts()) > 1000
+
+
+def long_or_wordy(source: str) -> Iterator[str]:
+    """First lines of docstrings that are too long, or begin with a question's word."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            if len(first) > 80 or re.match(r"(What|Who|How|Of|Whether)\b", first):
+                yield first
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in PACKAGE}), ids=lambda path: path.name)
+def test_docstrings_begin_with_a_short_phrase(folder: Path) -> None:
+    assert [line for path in folder.glob("*.py") for line in long_or_wordy(path.read_text())] == []
+    assert len(list(long_or_wordy('def f():\n    """Whether it is so."""\n'))) == 1  # the control
 
 
 def test_the_tables_of_parts_are_those_of_the_registry() -> None:
