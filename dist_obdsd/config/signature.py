@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from dist_obdsd.config import base
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -60,11 +62,7 @@ def read_source(path: str) -> Source:
 
 
 def _settings(function: ast.FunctionDef) -> Iterator[Setting]:
-    import pydantic  # here, since --help needs the registry alone
-
-    from dist_obdsd.config import base
-
-    names = {**vars(base), **vars(typing), "Field": pydantic.Field}
+    names = {**vars(typing), **vars(base)}
     arguments = [argument for argument in function.args.args if argument.arg != "self"]
     given = [ast.literal_eval(default) for default in function.args.defaults]
     defaults = [...] * (len(arguments) - len(given)) + given

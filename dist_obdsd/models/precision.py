@@ -48,12 +48,7 @@ def blank_images(config: Config, runtime: Runtime) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.uint8, device=runtime.device)
 
 
-def compile_networks(
-    config: Config,
-    runtime: Runtime,
-    student: nn.Module,
-    teacher: ProgressiveTeacher | None,
-) -> None:
+def compile_networks(config: Config, runtime: Runtime, student: nn.Module, teacher: ProgressiveTeacher | None) -> None:
     """Compile what the settings say, before anything wraps the student. Collective."""
     if not config.model.compile:
         return
