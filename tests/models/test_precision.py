@@ -1,6 +1,7 @@
 """torch.compile in training, and going on without it."""
 
 import logging
+import logging.handlers
 import os
 import re
 import shutil
@@ -31,15 +32,6 @@ def network() -> torch.nn.Module:
     )
 
 
-class Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]:
     """On each rank: what is said, whether calls run the network itself, and whether trying left no trace.
 
@@ -49,7 +41,7 @@ def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]
     """
     import torch.distributed as dist
 
-    said = Messages()
+    said = logging.handlers.BufferingHandler(99)
     logging.getLogger("dist_obdsd.models.precision").addHandler(said)
     logging.getLogger("dist_obdsd").setLevel("INFO")
     net, images = network(), torch.zeros(2, 1, 8, 8)
@@ -65,7 +57,11 @@ def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]
     with patch.dict(os.environ, {"PATH": path} if path is not None else {}):
         compile_in_place({net: nullcontext()}, images)
     clean = all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    return said.texts, net._compiled_call_impl is None, clean and all(p.grad is None for p in net.parameters())
+    return (
+        [record.getMessage() for record in said.buffer],
+        net._compiled_call_impl is None,
+        clean and all(p.grad is None for p in net.parameters()),
+    )
 
 
 def test_where_one_rank_cannot_compile_all_go_on_without() -> None:
@@ -95,18 +91,17 @@ def test_blank_images_have_the_shape_of_a_step_s() -> None:
 
 def test_bf16_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = yaml.safe_load(runs.CONFIG)
-    low, teacher, full = (
-        parse_config(override_config(raw, more), "x")
-        for more in (["precision=bf16"], ["precision=float32", "distillation.teacher_precision=bf16"], [])
-    )
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
-    with pytest.raises(InputError, match="^precision=bf16 but Old GPU computes no bf16; set it to float32$"):
-        check_precision(low, torch.device("cuda", 0))
-    with pytest.raises(InputError, match="^distillation.teacher_precision=bf16 but .*; set it to same$"):
-        check_precision(teacher, torch.device("cuda", 0))
-    check_precision(full, torch.device("cuda", 0))
-    check_precision(low, torch.device("cpu"))
+    for overrides, mend in (
+        (["precision=bf16"], "^precision=bf16 but Old GPU computes no bf16; set it to float32$"),
+        (["precision=float32", "distillation.teacher_precision=bf16"], "^distillation.teacher_precision=bf16 .* same$"),
+    ):
+        config = parse_config(override_config(raw, overrides), "x")
+        check_precision(config, torch.device("cpu"))
+        with pytest.raises(InputError, match=mend):
+            check_precision(config, torch.device("cuda", 0))
+    check_precision(parse_config(raw, "x"), torch.device("cuda", 0))
 
 
 @NO_COMPILER
