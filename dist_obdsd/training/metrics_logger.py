@@ -149,7 +149,7 @@ class MetricsLogger:
             logger.log(
                 console.NOTICE,
                 f"the targets are {nats:.4f} nats from uniform, so they act much like distillation.target=uniform; "
-                f"lower distillation.temperature ({section.temperature:g}), to 0.1 or so",
+                f"lower distillation.temperature from {section.temperature:g} to {min(0.1, section.temperature / 4):g}",
             )
             self._from_uniform = None
         elif self._from_uniform:
