@@ -23,6 +23,10 @@ from dist_obdsd.machine import usable_cores
 logger = logging.getLogger(__name__)
 
 
+Stamp = tuple[int, int]
+"""When a file was changed, in ns, and its size in bytes."""
+
+
 class Match(NamedTuple):
     """An image of the gallery and how like the query it is."""
 
@@ -51,13 +55,17 @@ class SearchIndex:
         folder = embedder.path.parent
         run = folder.parent if folder.name == "checkpoints" else folder
         self.embedder, self.gallery, self.file = embedder, gallery, file or run / "search" / name
-        self.paths: list[str] = []
         self.files: dict[str, Path] = {}  # of ``paths``; a name that is no UTF-8 has another path
-        self._stamps: list[tuple[int, int]] = []
+        self._entries: list[tuple[str, Stamp]] = []
         self._rows_nD = np.empty((0, embedder.dim), np.float32)  # NaN where an image is broken
         self._lock = threading.Lock()
         self._read()
         self.refresh()
+
+    @property
+    def paths(self) -> list[str]:
+        """Images relative to the gallery, broken ones too."""
+        return [path for path, _ in self._entries]
 
     @property
     def classes(self) -> list[str]:
@@ -75,14 +83,12 @@ class SearchIndex:
                 stamps[file.name], files[file.name] = (stat.st_mtime_ns, stat.st_size), file.path
         with self._lock:
             self.files = files
-            known = {entry: row for row, entry in enumerate(zip(self.paths, self._stamps, strict=True))}
-            if list(stamps.items()) != list(known):
-                rows_nD = np.full((len(stamps), self.embedder.dim), np.nan, np.float32)
-                old = [(to, known[entry]) for to, entry in enumerate(stamps.items()) if entry in known]
-                rows_nD[[to for to, _ in old]] = self._rows_nD[[row for _, row in old]]
-                new = sorted(set(range(len(stamps))) - {to for to, _ in old})
-                rows_nD[new] = self._embed([list(stamps)[to] for to in new])
-                self.paths, self._stamps, self._rows_nD = list(stamps), list(stamps.values()), rows_nD
+            if (entries := list(stamps.items())) != self._entries:
+                known = dict(zip(self._entries, self._rows_nD, strict=True))
+                new = [entry for entry in entries if entry not in known]
+                known |= zip(new, self._embed([path for path, _ in new]), strict=True)
+                self._rows_nD = np.array([known[entry] for entry in entries]).reshape(-1, self.embedder.dim)
+                self._entries = entries
                 self._write()
             if np.isnan(self._rows_nD[:, 0]).all():
                 raise InputError(f"no image in {self.gallery} can be read; give a folder of images")
@@ -125,13 +131,13 @@ class SearchIndex:
                 paths, stamps, rows_nD = (stored[name] for name in ("paths", "stamps", "rows"))
                 fits = rows_nD.shape == (len(paths), self.embedder.dim) and stamps.shape == (len(paths), 2)
                 if fits and str(stored["network"]) == self._network:
-                    self.paths, self._stamps = paths.tolist(), [tuple(stamp) for stamp in stamps.tolist()]
+                    self._entries = list(zip(paths.tolist(), map(tuple, stamps.tolist()), strict=True))
                     self._rows_nD = rows_nD
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return  # there is none, or one of another program: it is made anew
 
     def _write(self) -> None:
-        stamps = np.array(self._stamps, dtype=np.int64).reshape(-1, 2)
+        stamps = np.array([stamp for _, stamp in self._entries], dtype=np.int64).reshape(-1, 2)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.file) as file:
