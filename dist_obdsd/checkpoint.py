@@ -1,4 +1,4 @@
-"""Checkpoint files: one file with all that affects the next step. Format version 1.
+"""Checkpoint files: one file with all that affects the next step (format 1).
 
 ``checkpoints/epoch-0003.pt`` (or ``step-00001234.pt`` inside an epoch) is a ``torch.save`` of plain containers and
 tensors, loaded with ``weights_only=True``, so that loading never executes anything::
@@ -37,7 +37,7 @@ ENTRIES = frozenset(
 
 
 def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
-    """Write one checkpoint, move the pointers and prune old files. One rank calls this.
+    """Write one checkpoint, move the pointers and prune old files, on one rank.
 
     Args:
         state: the entries listed above, without ``format``.
@@ -78,13 +78,13 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
 
 
 def _bytes(state: Any) -> int:
-    """Bytes that a state's tensors take in a file, which holds their storages whole and once."""
+    """Count the bytes that a state's tensors take in a file."""
     storages = [leaf.untyped_storage() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def find(path: Path, which: str = "last") -> Path | None:
-    """Find the checkpoint that a path means: a file, a run folder, its checkpoints folder or one of the pointers.
+    """Find a path's checkpoint: a file, a run folder, its checkpoints, or a pointer.
 
     Args:
         which: the pointer to follow in a folder, ``last`` or ``best``.
@@ -103,7 +103,7 @@ def find(path: Path, which: str = "last") -> Path | None:
 
 
 def pointers(folder: Path) -> dict[str, str]:
-    """Describe the files that ``last`` and ``best`` name, with their sizes, as tags for a tracker."""
+    """Describe the files that ``last`` and ``best`` name, as tags for a tracker."""
     found = {name: find(folder / name) for name in ("last", "best")}
     return {f"checkpoint.{n}": f"{p.absolute()} ({p.stat().st_size} bytes)" for n, p in found.items() if p is not None}
 

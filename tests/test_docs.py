@@ -206,9 +206,10 @@ def long_or_wordy(source: str) -> Iterator[str]:
                 yield first
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in PACKAGE}), ids=lambda path: path.name)
-def test_docstrings_begin_with_a_short_phrase(folder: Path) -> None:
-    assert [line for path in folder.glob("*.py") for line in long_or_wordy(path.read_text())] == []
+@pytest.mark.parametrize("folder", ["cli", "config", "models", "tracking"])
+def test_docstrings_begin_with_a_short_phrase(folder: str) -> None:
+    files = (ROOT / "dist_obdsd" / folder).rglob("*.py")
+    assert [line for path in files for line in long_or_wordy(path.read_text())] == []
     assert len(list(long_or_wordy('def f():\n    """Whether it is so."""\n'))) == 1  # the control
 
 

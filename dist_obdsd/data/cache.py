@@ -1,4 +1,4 @@
-"""A folder of remote shards that were read before. Several processes, on several machines, may share one.
+"""A folder of remote shards that were read before, shared by processes and nodes.
 
 A shard's file is called by its SHA-256, so two data sets never collide. It is downloaded beside its place, checked and
 renamed: a file ``SHA256.tar`` is whole. A lock lets one process download while others wait. A shard that is evicted
@@ -101,7 +101,7 @@ class Cache:
             os.replace(part, path)
 
     def _make_room(self) -> None:
-        """Remove the shards that were not used for longest until the rest is within the limit."""
+        """Remove the shards that were not used for longest, down to the limit."""
         if self._limit is None:
             return
         found = []

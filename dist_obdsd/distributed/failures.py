@@ -1,4 +1,4 @@
-"""Failures that all ranks raise together, so that no rank waits for one that has left."""
+"""Failures that all ranks raise together, so that none waits for one that left."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def unresponsive_ranks(seconds: float = 3.0) -> list[int]:
-    """The ranks that hang: those that do not notice a timeout themselves. The others call this after one.
+    """List the ranks that hang, after a timeout that they do not notice themselves.
 
     Args:
         seconds: how long to wait for the others to report.
@@ -74,7 +74,7 @@ def unresponsive_ranks(seconds: float = 3.0) -> list[int]:
 
 @contextmanager
 def raise_on_all_ranks(what: str) -> Iterator[None]:
-    """Run a block that may fail on some ranks, and let all ranks fail together if one does.
+    """Run a block, and let all ranks fail together if it fails on one.
 
     The block must hold no collective itself: a rank that left it early would leave the others waiting there.
 

@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a shard: torch's DTensor. Other tensors pass through these functions unchanged."""
+"""Tensors of which each rank holds a shard (DTensor); others pass unchanged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from dist_obdsd.errors import InputError
 
 
 def device_mesh(kind: str, replicate: int = 1) -> Any:
-    """Arrange all ranks to shard tensors over them, or over each of ``replicate`` runs of ranks. Collective.
+    """Arrange the ranks to shard over, in ``replicate`` runs of them. Collective.
 
     Args:
         kind: of device, ``cpu`` or ``cuda``.
@@ -34,7 +34,7 @@ def device_mesh(kind: str, replicate: int = 1) -> Any:
 
 
 def is_sharded(x: Any) -> bool:
-    """Tell whether ``x`` is a DTensor, without the seconds that importing its class takes."""
+    """Tell if ``x`` is a DTensor, without importing its class, which takes seconds."""
     return isinstance(x, torch.Tensor) and hasattr(x, "device_mesh")
 
 
@@ -44,7 +44,7 @@ def local(x: Any) -> torch.Tensor:
 
 
 def shard_number(x: Any) -> str:
-    """Number the shard that this rank holds; "" of a plain tensor. Ranks with the same number hold the same values."""
+    """Number the shard that this rank holds; "" of a plain tensor."""
     if not is_sharded(x):
         return ""
     places = zip(x.device_mesh.get_coordinate(), x.placements, strict=True)
@@ -57,7 +57,7 @@ def whole(x: Any) -> torch.Tensor:
 
 
 def whole_on_main(tree: Any) -> Any:
-    """Gather the sharded tensors in a tree, one by one, onto rank 0's CPU. The other ranks get None. Collective."""
+    """Gather a tree's sharded tensors onto rank 0's CPU; others get None. Collective."""
 
     def gathered(x: Any) -> Any:
         if not is_sharded(x):
@@ -69,14 +69,14 @@ def whole_on_main(tree: Any) -> Any:
 
 
 def as_shard(part: torch.Tensor, like: Any) -> Any:
-    """Take a plain tensor for this rank's shard of a tensor that is cut as ``like`` is. Not collective."""
+    """Take a plain tensor for this rank's shard, cut as ``like``. Not collective."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def shard_like(value: torch.Tensor, like: Any) -> torch.Tensor:
-    """Cut this rank's shard out of a whole tensor that every rank has, as ``like`` is cut. Not collective."""
+    """Cut this rank's shard out of a whole tensor, as ``like``. Not collective."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -93,7 +93,7 @@ def shard_state(state: Mapping[str, torch.Tensor], network: nn.Module) -> Mappin
 
 
 def broadcast_state(state: Mapping[str, torch.Tensor] | None, network: nn.Module) -> None:
-    """Overwrite a network's tensors, one by one, with those of rank 0's whole ``state``. Collective."""
+    """Overwrite a network's tensors with rank 0's whole ``state``. Collective."""
     for name, tensor in network.state_dict().items():
         if state is None:
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -104,7 +104,7 @@ def broadcast_state(state: Mapping[str, torch.Tensor] | None, network: nn.Module
 
 
 def total_norm(parts: Sequence[torch.Tensor], mesh: Any) -> torch.Tensor:
-    """Compute the norm of all sharded tensors together from this rank's shards of them. Collective."""
+    """Compute the norm of all sharded tensors together. Collective."""
     square = nn.utils.get_total_norm(list(parts)).square()
     dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
     return square.sqrt()

@@ -40,7 +40,7 @@ def check_faiss() -> None:
 
 
 def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) -> None:
-    """Write an index and its keys, each whole or not at all. Collective; the same bytes for any number of ranks.
+    """Write an index and its keys; the same bytes on any ranks. Collective.
 
     Args:
         rows_nD: this rank's unit rows; an id may be on several ranks.

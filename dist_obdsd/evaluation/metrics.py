@@ -1,4 +1,4 @@
-"""Retrieval metrics. Pure: each takes what a ranked search found and returns one value **per query**.
+"""Retrieval metrics: from a ranked search to one value **per query**.
 
 The mean over all ranks' queries is taken by the evaluator, which also leaves out, and counts, the queries that have
 nothing to find; a metric never shrinks its denominator by itself.
@@ -14,7 +14,7 @@ from dist_obdsd.errors import InputError
 
 
 def recall_at_k(relevant_qk: torch.Tensor, ks: Sequence[int]) -> dict[int, torch.Tensor]:
-    """Recall@K as metric learning uses the name: is an image of the query's class among the K nearest?
+    """Compute Recall@K: an image of the query's class is among the K nearest.
 
     ``Recall@K(query) = 1 if any(relevant_1 .. relevant_K) else 0``
     (Jegou et al., Product quantization for nearest neighbor search, 2011; Song et al., Deep metric learning via lifted
@@ -44,7 +44,7 @@ def recall_at_k(relevant_qk: torch.Tensor, ks: Sequence[int]) -> dict[int, torch
 
 
 def map_at_r(relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor) -> torch.Tensor:
-    """MAP@R, the mean average precision at R: rewards a query's class standing together at the front.
+    """Compute MAP@R: it rewards a class that stands together at the front.
 
     ``MAP@R(query) = 1/R sum_{i=1..R} P(i) relevant_i`` with ``P(i) = (relevant_1 + .. + relevant_i) / i``, and R the
     number of gallery images of the query's class, the query itself excluded (Musgrave, Belongie, Lim, A metric learning
@@ -97,7 +97,7 @@ def r_precision(relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor) -> to
 def map_at_k(
     relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor, k: int, divisor_q: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """mAP@k, with k = 1000 in the released code: average precision over the first k places.
+    """Compute mAP@k, with k = 1000 in the released code, over the first k places.
 
     ``mAP@k(query) = 1/min(R, k) sum_{i=1..k} P(i) relevant_i`` with P and R as in ``map_at_r`` (Weyand et al., Google
     Landmarks Dataset v2, CVPR 2020, equation 3, there with k = 100). Unlike MAP@R it also rewards what stands behind
@@ -129,7 +129,7 @@ def map_at_k(
 
 
 def map_at_class_size(relevant_qk: torch.Tensor, class_size_q: torch.Tensor) -> torch.Tensor:
-    """The released code's ``mAP_c``: average precision over as many places as the class has images.
+    """Compute the released code's ``mAP_c``, over as many places as the class's size.
 
     ``mAP_c(query) = 1/c sum_{i=1..c} P(i) relevant_i`` with P as in ``map_at_r`` and c the size of the query's class in
     the gallery (file ``metrics/mAP_c.py`` of github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch). There c

@@ -40,7 +40,7 @@ def build_ranking(config: RankingConfig, classes: int, embedding_dim: int, seed:
 
 
 def build_objective(config: Config, classes: Sequence[int], device: torch.device) -> OBDSDLoss:
-    """Build the objective of a run, with freshly initialised parameters: the same on every rank.
+    """Build a run's objective with initial parameters, the same on every rank.
 
     Args:
         classes: the training classes.

@@ -15,7 +15,7 @@ FREE_SHARE = 0.75
 
 @dataclass(frozen=True)
 class Diffusion:
-    """A target by name, and how it is computed. Each field means what the setting ``distillation.FIELD`` means."""
+    """A target and its computation, by the fields of the section ``distillation``."""
 
     target: str = "obdsd"
     temperature: float = 1.0
@@ -32,11 +32,11 @@ class Diffusion:
 
     @classmethod
     def of(cls, settings: Any) -> Self:
-        """Take the fields from an object that has attributes of these names, such as the config's section."""
+        """Take the fields from an object with such attributes, as a config's section."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     def gib(self, device: torch.device) -> float:
-        """Return the memory for matrices over all pairs of images: ``memory_gib`` or the device's default."""
+        """Return the memory for matrices over all pairs, set or the device's default."""
         return default_gib(device) if self.memory_gib is None else self.memory_gib
 
     def fits(self, nodes: int, bytes_per_entry: int, device: torch.device) -> bool:
@@ -46,7 +46,7 @@ class Diffusion:
 
 @cache
 def default_gib(device: torch.device) -> float:
-    """Choose a share of a GPU's free memory, once in a process; a fixed size on a CPU, whose memory others share."""
+    """Choose a share of a GPU's free memory, once in a process; 2 GiB on a CPU."""
     if device.type != "cuda":
         return CPU_GIB
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

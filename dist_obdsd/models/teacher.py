@@ -112,7 +112,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def fingerprints(network: nn.Module) -> dict[str, str]:
-    """Digest each tensor's bytes, of a sharded one those of this rank's numbered shard."""
+    """Digest each tensor's bytes, of a sharded one this rank's numbered part."""
     prints = {}
     for name, tensor in network.state_dict().items():
         number, x = shards.shard_number(tensor), shards.local(tensor.detach())

@@ -1,4 +1,4 @@
-"""A run's checkpoints: when they are written, of what parts, and how a run goes on from one.
+"""A run's checkpoints: when and of what they are made, and resuming from one.
 
 The file format is that of ``dist_obdsd.checkpoint``. Rank 0 alone reads and writes files.
 """
@@ -45,7 +45,7 @@ class TrainState:
 
 
 class CheckpointManager:
-    """Saves and restores one run. Every rank has one; methods are collective unless they say otherwise."""
+    """Saves and restores one run; methods are collective unless they say otherwise."""
 
     def __init__(self, config: Config, state: TrainState, is_main: bool) -> None:
         self.config, self.state, self.is_main = config, state, is_main
@@ -57,12 +57,12 @@ class CheckpointManager:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def should_save(self, global_step: int) -> bool:
-        """Tell if a checkpoint is due after so many optimizer steps. Not collective, the same on every rank."""
+        """Tell if a checkpoint is due after so many steps. Not collective."""
         every = self.config.checkpoint.every_steps
         return every is not None and global_step % every == 0
 
     def wants_save(self) -> bool:
-        """Tell if the last checkpoint is too old, or its write in the background has failed, which ``save`` reports.
+        """Tell if the last checkpoint is too old, or its background write has failed.
 
         Not collective: this asks rank 0's clock, and false on the other ranks.
         """
@@ -141,7 +141,7 @@ class CheckpointManager:
             self._await_write()
 
     def close(self) -> None:
-        """Let a file that is being written become whole, also where the run fails; its failure is not reported."""
+        """Let a file that is being written become whole, without reporting failure."""
         if self._thread is not None:
             self._thread.shutdown()
 

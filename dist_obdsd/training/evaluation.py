@@ -1,4 +1,4 @@
-"""Evaluation as a config asks for it: of which images, with which settings, and whether they can be measured at all."""
+"""Evaluation as a config asks for it: its images, settings and checks."""
 
 import time
 from collections import Counter
@@ -78,7 +78,7 @@ def evaluate_split(
     between: Callable[[Iterator[EvalBatch]], Iterator[EvalBatch]] = iter,
     sample: bool = False,
 ) -> EvaluationResult:
-    """Embed this rank's share of a split and measure retrieval over all ranks. Collective; the same on every rank.
+    """Embed this rank's share of a split and measure retrieval. Collective.
 
     Args:
         between: the batches come through it; what it raises between two of them on any rank ends all ranks' evaluation.
@@ -110,14 +110,14 @@ def evaluate_split(
 
 
 def _train_classes(manifest: Manifest, config: Config) -> int | None:
-    """Count the classes that were trained on, where a metric asks for it and the shards tell."""
+    """Count the classes that were trained on, where a metric asks for it."""
     if config.evaluation.conventions != "released" or "train" not in manifest.splits:
         return None
     return len(classes_from(config, manifest)[0])
 
 
 def validation_subset(manifest: Manifest, classes: Sequence[int], config: Config) -> list[int]:
-    """The validation classes that ``validation.max_images`` leaves room for, ascending.
+    """Choose the validation classes that ``validation.max_images`` has room for.
 
     Classes are taken whole, in an order that the seed gives, as long as they fit; what does not fit is passed over.
 

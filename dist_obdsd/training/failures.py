@@ -13,7 +13,7 @@ from dist_obdsd.training.train_step import TrainProgress
 
 @contextlib.contextmanager
 def report_failure(config: Config, attempt: Attempt, rank: int, progress: TrainProgress) -> Iterator[None]:
-    """Give an error that leaves the block its rank, host and step, and write it into the run's status.
+    """Give a block's error its rank, host and step, and write it into the status.
 
     Raises:
         RunError: instead of a collective's timeout, with the ranks that hang, and of a lost connection.

@@ -1,4 +1,4 @@
-"""Cached-gradient accumulation: the gradient of one big batch in the memory of a small one.
+"""Cached gradients: those of one big batch in the memory of a small one.
 
 Embed in chunks without a graph, take the loss's gradient at the embeddings, then embed each chunk again, with its
 graph, and hand that gradient on (Gao et al., Scaling deep contrastive learning batch size under memory limited setup,

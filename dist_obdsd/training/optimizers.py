@@ -30,7 +30,7 @@ Named = tuple[str, torch.nn.Parameter]
 def build_optimizer(
     config: OptimConfig, parameters: Iterable[Named], depths: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of every trainable parameter, with a group for each ``scale`` of the learning rate.
+    """Build the optimizer of trainable parameters, a group for each rate's scale.
 
     It is fused, since only the fused step can be masked on the device.
 
@@ -102,7 +102,7 @@ def learning_rate(config: OptimConfig, epoch: int, epochs: int, epoch_share: flo
 
 
 def state_by_name(optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named]) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter name: a layout that does not depend on how parameters are grouped."""
+    """Return the optimizer's state by parameter name, however these are grouped."""
     if optimizer is None:
         return {}
     return {name: dict(optimizer.state[p]) for name, p in parameters if p in optimizer.state}
@@ -111,7 +111,7 @@ def state_by_name(optimizer: torch.optim.Optimizer | None, parameters: Iterable[
 def load_state_by_name(
     optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named], state: dict[str, dict[str, Any]]
 ) -> None:
-    """Restore what ``state_by_name`` gave. Tensors move to their parameter's device and layout."""
+    """Restore what ``state_by_name`` gave, on each parameter's device and layout."""
     if optimizer is None:
         return
     for name, p in parameters:

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGUSR1, Ctrl-C, or a file ``stop`` in the run folder. Imports nothing heavy."""
+"""Requests to stop: SIGTERM, SIGUSR1, Ctrl-C, or the run folder's file ``stop``."""
 
 import signal
 import time
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class PreemptionHandler:
-    """Remembers whether this process was asked to stop. The ranks tell each other in the steps' own all-reduce."""
+    """Remembers if this process was asked to stop, for the steps' own all-reduce."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -26,7 +26,7 @@ class PreemptionHandler:
 
     @contextmanager
     def installed(self) -> Iterator["PreemptionHandler"]:
-        """Note the signals instead of dying of them, while the block runs. A second Ctrl-C kills."""
+        """Note signals instead of dying of them; a second Ctrl-C kills."""
 
         def ask(number: int, frame: Any) -> None:
             self.reason = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""The run folder ``runs/NAME``: its lock, its status and its growing file of metrics."""
+"""The run folder ``runs/NAME``: its lock, status and growing file of metrics."""
 
 import fcntl
 import itertools
@@ -18,7 +18,7 @@ from dist_obdsd.training.preemption import STOP_FILE
 
 
 class RunDir:
-    """The folder as rank 0 holds it. The lock is the kernel's, so a killed run never blocks its restart."""
+    """The folder as rank 0 holds it, with a lock that ends with the process."""
 
     def __init__(self, path: Path) -> None:
         """Create or reopen the folder and lock it.
@@ -53,7 +53,7 @@ class RunDir:
         return self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def cut_metrics(self, global_step: int) -> None:
-        """Open the metrics file without the lines of what will be done again after a checkpoint at ``global_step``."""
+        """Open the metrics without the lines of what follows ``global_step``."""
         path = self.path / "metrics.jsonl"
         kept = []
         if path.exists():
@@ -71,7 +71,7 @@ class RunDir:
         self._metrics = path.open("a", buffering=1)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``, after ``cut_metrics``. ``step`` counts optimizer steps from 0."""
+        """Append a line to ``metrics.jsonl``; ``step`` counts optimizer steps from 0."""
         assert self._metrics is not None
         line = json.dumps({"kind": kind, "step": step, **values}) + "\n"
         try:
@@ -107,7 +107,7 @@ class Attempt:
     """The same on all ranks."""
 
     def write_status(self, state: str, message: str) -> None:
-        """Write running, finished, preempted or failed, for scripts to read, whatever the launcher returns."""
+        """Write running, finished, preempted or failed, for scripts to read."""
         status = {
             "state": state, "message": message, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "attempt": self.id,
             "host": platform.node(), "pid": os.getpid(),
@@ -115,7 +115,7 @@ class Attempt:
         write_atomically(self.run_dir / "status.json", (json.dumps(status) + "\n").encode())
 
     def write_failure(self, message: str) -> None:
-        """Write failed, unless another attempt is running by now, or another rank has written the cause."""
+        """Write failed, unless another attempt runs or another rank wrote the cause."""
         status = read_status(self.run_dir)
         if (status.get("state"), status.get("attempt")) == ("running", self.id):
             with suppress(RunError):  # a full disk must not hide what went wrong before

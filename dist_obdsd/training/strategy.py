@@ -1,4 +1,4 @@
-"""The strategy: how the ranks' gradients become one, and how an optimizer step is taken or masked.
+"""Strategies: the ranks' gradients become one, and steps are taken or masked.
 
 A strategy is one file with a subclass of ``Strategy`` and one line in ``config/registry.py``.
 """
@@ -57,7 +57,7 @@ class Strategy(ABC):
         self.network = self._wrap(runtime)
 
     def shard(self, network: nn.Module, teacher: bool = False) -> None:
-        """Cut a network's weights up over the ranks, where the strategy does so. Collective.
+        """Cut a network's weights up over the ranks, if the strategy does. Collective.
 
         Args:
             teacher: whether it is the teacher's network, in the teacher's precision, and never trained.
@@ -69,7 +69,7 @@ class Strategy(ABC):
         """The student with what sums its gradients over the ranks. Collective."""
 
     def _optimized(self) -> list[Named]:
-        """What the optimizer changes, by the parameters' names."""
+        """List what the optimizer changes, by the parameters' names."""
         return self.parameters
 
     def embed(self, images_bCss: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Strategy(ABC):
             return network(images_bCss)
 
     def step(self, loss: torch.Tensor, nonfinite: torch.Tensor, rate: float) -> torch.Tensor:
-        """Run backward and one optimizer step, or none at all when anything is NaN or infinite.
+        """Run backward and an optimizer step, or none if anything is NaN or infinite.
 
         The fused optimizers mask the step on the device by their own flag, so the host need not wait to decide. The
         gradient is the same on every rank, and so is the decision.
@@ -127,7 +127,7 @@ class Strategy(ABC):
         return nullcontext()
 
     def _clipped_norm(self, own: list[nn.Parameter]) -> torch.Tensor:
-        """Clip the whole gradient, the student's and that of ``own``, if asked for; return its norm before that."""
+        """Clip the student's and ``own`` gradient, if asked for; return the norm before."""
         parameters = [p for _, p in self.parameters] + own
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.optim.clip_norm is not None:
@@ -139,16 +139,16 @@ class Strategy(ABC):
         self.optimizer.zero_grad(set_to_none=False)  # the student's gradients are views of DDP's buckets
 
     def whole_student(self) -> nn.Module:
-        """Return the student with all its weights on this rank, for calls that ranks make on their own. Collective."""
+        """Return the student with all weights, for calls of a rank alone. Collective."""
         return self.student
 
     def sync_buffers(self) -> None:
-        """Make the student the same on every rank, also where each had its own batch statistics. Collective."""
+        """Make the student the same on every rank, batch statistics too. Collective."""
         if self.buffers_differ:
             collectives.broadcast_([buffer for _, buffer in self.student.named_buffers()])
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint's entries of the student and both optimizers. Collective; complete on rank 0."""
+        """Return the checkpoint's entries, complete on rank 0. Collective."""
         return {
             "student": self.student.state_dict(),
             "optimizer": self._optimizer_state(),

@@ -26,7 +26,7 @@ from dist_obdsd.transfer import AsyncHostCopy, DeviceUploader
 
 @dataclass
 class TrainProgress:
-    """The next step to take: ``step`` of ``epoch``. ``global_step`` counts optimizer steps over the whole run."""
+    """The next step: ``step`` of ``epoch``; ``global_step`` counts over the run."""
 
     epoch: int = 0
     step: int = 0
@@ -46,14 +46,14 @@ Numbers = dict[str, float]
 
 
 class DelayedMetrics:
-    """Hands the host a step's numbers ``lag`` steps later, so that a GPU never waits for it."""
+    """Hands the host a step's numbers ``lag`` steps later, so no GPU waits for it."""
 
     def __init__(self, lag: int) -> None:
         self._lag = lag
         self._waiting: deque[tuple[Numbers, list[str], AsyncHostCopy]] = deque()
 
     def push(self, host: Numbers, names: list[str], numbers_n: torch.Tensor) -> Iterator[tuple[Numbers, Numbers]]:
-        """Queue one step: what the host knows of it, and its named numbers. Yields the steps that are old enough."""
+        """Queue a step's facts and numbers; yield the steps that are old enough."""
         self._waiting.append((host, names, AsyncHostCopy(numbers_n)))
         return self._read(self._lag)
 

@@ -97,7 +97,7 @@ def _level(shards: list[list[list[int]]], k: int) -> None:
 
 
 def assign_evenly(ids: Sequence[int], shards: int, seed: int, split: str) -> list[list[int]]:
-    """Assign images one by one, shuffled; the shards' image counts differ by at most one."""
+    """Assign shuffled images one by one; the shards' counts differ by one at most."""
     order = _shuffle(list(ids), seed, split, 0)
     return [order[i::shards] for i in range(shards)]
 
