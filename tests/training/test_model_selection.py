@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dist_obdsd.training.model_selection import ModelSelector
 from tests import runs
 
 METRICS = "evaluation.metrics=[recall, map@r, nmi, rho_spectrum]"
@@ -86,6 +88,21 @@ def test_contradicting_settings_are_refused(train, overrides, fact):
     code, _, err = train(*overrides)
     assert code == 2
     assert fact in err
+
+
+@pytest.mark.parametrize(
+    ("recall", "map_at_r", "fact"),
+    [
+        (0.7, 0.5, None),
+        (0.6, 0.5, "lowered recall@1 from 0.7000 to 0.6000, though it raised map@r from 0.4000 to 0.5000"),
+        (0.6, 0.3, "lowered map@r from 0.4000 to 0.3000 and recall@1 from 0.7000 to 0.6000; lower optim.lr (3)"),
+    ],
+)
+def test_a_fall_of_either_metric_is_told(recall, map_at_r, fact):
+    settings = SimpleNamespace(optim=SimpleNamespace(lr=3.0))
+    selector = SimpleNamespace(untrained={"recall@1": 0.7, "map@r": 0.4}, config=settings)
+    note = ModelSelector._made_worse(selector, {"recall@1": recall, "map@r": map_at_r})
+    assert note is None if fact is None else fact in note
 
 
 def test_recall_alone_may_be_measured(train):
