@@ -45,8 +45,7 @@ def check_request(formats: Sequence[str], out: Path) -> None:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if "onnx" in formats and missing:
         raise InputError(
-            f"the format onnx needs {', '.join(missing)}; install them with pip install 'dist-obdsd[export]', or give "
-            f"--format torch"
+            f"--format onnx needs {', '.join(missing)}; pip install 'dist-obdsd[export]', or give --format torch"
         )
     if out.is_dir() and any(out.iterdir()) and not (out / "preprocessing.json").is_file():
         raise InputError(f"{out} holds other files; choose an --out that is new, empty or an earlier export")
@@ -122,9 +121,7 @@ def verify(name: str, run: Callable[[Tensor], Tensor], images_nCss: Tensor, expe
     for batch_bCss, wanted_bD in zip(images_nCss.split(BATCHES), expected_nD.split(BATCHES), strict=True):
         rows_bD = run(batch_bCss)
         if rows_bD.shape != wanted_bD.shape:
-            raise RunError(
-                f"the {name} export gives shape {list(rows_bD.shape)}, the checkpoint {list(wanted_bD.shape)}"
-            )
+            raise RunError(f"the {name} export gives shape {[*rows_bD.shape]}, the checkpoint {[*wanted_bD.shape]}")
         difference = (rows_bD - wanted_bD).abs().max().item()
         if not difference <= TOLERANCE:
             raise RunError(

@@ -54,8 +54,7 @@ def load(
     found = checkpoint.find(path, which)
     if found is None and checkpoint.find(path) is not None:
         raise InputError(
-            f"{path} has no best checkpoint, which needs classes held out for validation (validation.fraction); "
-            f"take which='last'"
+            f"{path} has no best checkpoint, since no classes are held out (validation.fraction); take 'last'"
         )
     state = checkpoint.load(found or path)
     config = inference_config(state)
@@ -94,9 +93,7 @@ def build_network(
         network.load_state_dict(state["student"])
     except RuntimeError as error:
         source = f"the settings {', '.join(overrides)}" if overrides else "its own settings"
-        raise InputError(
-            f"{path} does not fit {source}; leave model.* and data.channels as they were in training"
-        ) from error
+        raise InputError(f"{path} does not fit {source}; leave model.* and data.channels as in training") from error
     return network.eval()
 
 

@@ -65,7 +65,7 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("distillation.omega=1", "distillation.omega is 1"),
         ("distillation.temperature=0", "distillation.temperature is 0"),
         ("distillation.target=odbsd", "distillation.target is 'odbsd'"),
-        ("data.mean=[0.1,0.2]", "data.mean has 2 values but data.channels is 3"),
+        ("data.mean=[0.1,0.2]", "data.mean has 2 values; give one, or data.channels=3 of them"),
         ("precision=fp16", "precision is 'fp16'"),
         ("optim.schedule=step", "optim.schedule is step and optim.milestones []"),
         ("optim.milestones=[3]", "optim.schedule is constant and optim.milestones [3]"),

@@ -204,9 +204,7 @@ def _run_folder(config: Config) -> str:
     folder = config.run_dir
     above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     if not os.access(above, os.W_OK):
-        raise InputError(
-            f"the run folder {folder} cannot be made, since {above} is not writable; choose another output"
-        )
+        raise InputError(f"the run folder {folder} cannot be made: {above} is not writable; choose another output")
     free, state = _free_gib(above), read_status(folder).get("state", "new")
     return f"run folder {folder}: {state}, {free:.1f} GiB free there" + _advice(free < 1, "make room")
 

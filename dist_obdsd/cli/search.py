@@ -54,10 +54,8 @@ def serve(options: argparse.Namespace) -> int:
             listening.bind((options.host, options.port))
             listening.listen()
         except (OSError, OverflowError) as error:
-            reason = str(getattr(error, "strerror", None) or error).rstrip(".")
-            raise InputError(
-                f"cannot listen at {options.host}:{options.port}: {reason}; choose another --host or --port"
-            ) from error
+            where, reason = f"{options.host}:{options.port}", str(getattr(error, "strerror", None) or error).rstrip(".")
+            raise InputError(f"cannot listen at {where}: {reason}; choose another --host or --port") from error
         host, port = listening.getsockname()
         show(f"open http://{host}:{port} in a browser; Ctrl-C ends")
         with suppress(KeyboardInterrupt):

@@ -87,6 +87,6 @@ def stop(options: argparse.Namespace) -> int:
         (folder / STOP_FILE).touch()
     except OSError as error:
         raise InputError(
-            f"cannot write {folder / STOP_FILE}: {error.strerror}; give the config and overrides of the run"
+            f"cannot write {folder}/{STOP_FILE}: {error.strerror}; give the run's config and overrides"
         ) from error
     return 0

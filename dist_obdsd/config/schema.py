@@ -148,11 +148,10 @@ class Config(Section):
         library = self.model.library
         if library and library != BACKBONES.library(self.model.backbone):
             raise ValueError(
-                f"{library} has no weights for {self.model.backbone}; set model.pretrained to none or to a file"
+                f"{library} has no weights for {self.model.backbone}; set model.pretrained=none or to a file"
             )
-        if sections.SELECTION_METRIC not in self.evaluation.metrics and (
-            self.validation.holds_out or self.evaluation.best_test
-        ):
+        chooses = self.validation.holds_out or self.evaluation.best_test
+        if chooses and sections.SELECTION_METRIC not in self.evaluation.metrics:
             raise ValueError(
                 f"the best epoch is chosen by {sections.SELECTION_METRIC}; add it to evaluation.metrics, or hold out "
                 f"no validation classes and set evaluation.best_test=false"

@@ -82,8 +82,7 @@ class DataConfig(Section):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) not in (1, self.channels):
                 raise ValueError(
-                    f"data.{name} has {len(values)} values but data.channels is {self.channels}; "
-                    f"give one value or one per channel"
+                    f"data.{name} has {len(values)} values; give one, or data.channels={self.channels} of them"
                 )
         if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
             raise ValueError(f"data.crop_scale is {list(self.crop_scale)}; give [smallest, largest], both in (0, 1]")
@@ -186,9 +185,7 @@ class DistillationConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.power != 1 and not self.clip and self.target != "obdsd_symmetric":
-            raise ValueError(
-                f"distillation.power={self.power} of a negative similarity is undefined; set distillation.clip=true"
-            )
+            raise ValueError(f"distillation.power={self.power} needs similarities from 0; set distillation.clip=true")
         if self.mutual and self.neighbours is None:
             raise ValueError("distillation.mutual has no effect without distillation.neighbours; set that, too")
         if self.memory and not (self.diffuses and self.scope == "global"):
@@ -279,12 +276,10 @@ class ValidationConfig(Section):
     def _check(self) -> Self:
         ways = [name for name in ("fraction", "classes", "folds") if getattr(self, name)]
         if len(ways) > 1:
-            raise ValueError(
-                f"validation.{' and validation.'.join(ways)} both say what to hold out; set only one of them"
-            )
+            raise ValueError(f"validation.{' and validation.'.join(ways)} both say what to hold out; set only one")
         if self.patience is not None and not ways:
             raise ValueError(
-                f"validation.patience={self.patience} needs classes to validate on; set validation.fraction, too"
+                f"validation.patience={self.patience} needs held-out classes; set validation.fraction, too"
             )
         if self.fold >= (self.folds or 1):
             raise ValueError(

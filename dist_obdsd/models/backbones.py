@@ -158,18 +158,14 @@ def build_backbone(
         ) from error
     if not isinstance(x, torch.Tensor) or x.dim() not in (2, 3, 4):
         found = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise InputError(
-            f"{name} gives {found} for one image; it must give features [1, F], [1, F, h, w] or tokens [1, n, F]"
-        )
+        raise InputError(f"{name} gives {found} for one image; give features [1, F], [1, F, h, w] or tokens [1, n, F]")
     net.train()
     if ":" in name:
         blank_2 = torch.zeros(2, channels, *size)
         with torch.no_grad():
             first, second = (pool(copy.deepcopy(net)(blank_2)) for _ in range(2))
         if not torch.equal(first, second):
-            raise InputError(
-                f"{name} draws random numbers in training, which ranks would draw differently; turn it off"
-            )
+            raise InputError(f"{name} draws random numbers in training, which ranks draw differently; turn it off")
     return net, pool, pool(x).shape[1]
 
 

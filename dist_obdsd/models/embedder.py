@@ -125,9 +125,7 @@ def build_embedder(config: Config, device: torch.device) -> Embedder:
     _freeze(model, section.freeze)
     if _has_batch_norm(model) and section.norm == "sync":
         if device.type != "cuda":
-            raise InputError(
-                "model.norm=sync needs GPUs, since torch has no SyncBatchNorm on CPU; set model.norm=frozen"
-            )
+            raise InputError("model.norm=sync needs GPUs: torch has no SyncBatchNorm on CPU; set model.norm=frozen")
         model.trunk = to_sync_batch_norm(trunk)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return model.train().to(device=device, dtype=dtype).to(memory_format=model.layout)
@@ -194,13 +192,9 @@ def log_batch_norm(model: Embedder, config: ModelConfig, world_size: int) -> Non
     if not _has_batch_norm(model):
         return
     if config.norm == "batch" and world_size > 1:
-        logger.info(
-            "model.norm=batch takes statistics per rank, so results depend on the number of ranks; frozen does not"
-        )
+        logger.info("model.norm=batch takes statistics per rank, so results depend on the number of ranks")
     if config.norm == "frozen" and config.pretrained == "none":
-        logger.info(
-            "model.norm=frozen without pretrained weights keeps the initial statistics, so BatchNorm does nothing"
-        )
+        logger.info("model.norm=frozen without pretrained weights keeps the initial statistics: BatchNorm does nothing")
 
 
 def _has_batch_norm(model: nn.Module) -> bool:
