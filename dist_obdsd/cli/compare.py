@@ -17,17 +17,11 @@ def compare(options: argparse.Namespace) -> int:
         RunError: runs are not finished; the others are reported.
     """
     check_writable(options.json)
+    flags = [flag for flag in ("--quiet", "--verbose") if getattr(options, flag[2:])]
     comparison = Comparison(
-        options.config,
-        options.overrides,
-        options.variants,
-        options.seeds,
-        options.grid,
-        ranks=options.ranks,
-        out=options.out,
-        flags=[flag for flag in ("--quiet", "--verbose") if getattr(options, flag[2:])],
-        command_line=options.command_line,
-    )
+        options.config, options.overrides, options.variants, options.seeds, options.grid, ranks=options.ranks,
+        out=options.out, flags=flags, command_line=options.command_line,
+    )  # fmt: skip
     if options.dry_run:
         for spec, line in zip(comparison.specs, comparison.commands(), strict=True):
             show(f"{state_of(spec):12s}  {line}")

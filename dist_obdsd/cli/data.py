@@ -18,16 +18,10 @@ def pack(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     start = time.monotonic()
     manifest = packing.pack(
-        recipe,
-        options.source,
-        options.out,
-        seed=options.seed,
-        samples_per_class=options.samples_per_class,
-        resize=options.resize,
-        allow_partial=options.allow_partial,
-        overwrite=options.overwrite,
+        recipe, options.source, options.out, seed=options.seed, samples_per_class=options.samples_per_class,
+        resize=options.resize, allow_partial=options.allow_partial, overwrite=options.overwrite,
         workers=options.workers,
-    )
+    )  # fmt: skip
     seconds = time.monotonic() - start
     for split, shards in manifest.splits.items():
         classes = len(manifest.class_ids(split))
