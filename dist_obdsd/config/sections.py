@@ -166,8 +166,7 @@ class DistillationConfig(Section):
     memory: Annotated[int, Field(ge=0)] = 0
     """Teacher embeddings of earlier batches of the epoch that the diffusion also runs over (images)."""
     solver: Literal["auto", "cholesky", "cg"] = "auto"
-    """Who solves the diffusion: `cholesky` for all rows at once, `cg` (conjugate gradients) for a rank's own rows.
-    `auto` tries whether a few terms of Neumann's series are as good, and else takes the faster one that fits."""
+    """Of the diffusion: `cholesky` for all rows, `cg` (conjugate gradients) for own rows; `auto` takes the fastest."""
     tolerance: Positive = 1e-4
     """Largest L1 error of a target's row; a solve that does not reach it stops the run."""
     memory_gib: Positive | None = None
@@ -323,7 +322,7 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     kind: Literal["mlflow", "none"] = "mlflow"
     uri: Annotated[str, Field(min_length=1)] = "sqlite:///mlflow.db"
-    """The MLflow server (`http://...`) or database. It may be away: what it misses is kept in the run folder."""
+    """The MLflow server (`http://...`) or database. What it misses while it is away is kept in the run folder."""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = "dist-obdsd"
     parent: str | None = None
     """MLflow's id of a run under which this one is shown, such as that of a comparison."""
