@@ -100,7 +100,7 @@ class BalancedStream:
         return self._open().plan(epoch).steps - step
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
-        """Go to a step of an epoch. What was read ahead is dropped, unless it is where the stream stands already."""
+        """Go to a step of an epoch; what was read ahead for another is dropped."""
         if (epoch, step) != self._next:
             self.close()
             self._next = (epoch, step)

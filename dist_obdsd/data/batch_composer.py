@@ -1,4 +1,4 @@
-"""The choice of every step's groups, so that no class stands twice in a step while that can be avoided.
+"""Choice of every step's groups, with no class twice while that can be avoided.
 
 A step takes the earliest groups of each lane whose classes it does not hold yet. Where a lane has none, an augmenting
 path (the classic algorithm for bipartite matching) exchanges classes between lanes. Only if there is none a class
@@ -32,7 +32,7 @@ Plan = list[list[list[Group]]]
 
 
 class LaneQueue:
-    """The groups of a lane that are still to be taken: one queue per class, and a heap of the queues' first times."""
+    """A lane's open groups: a queue per class, and a heap of the queues' first times."""
 
     def __init__(self, groups: list[Group], capacity: dict[tuple[int, int], int] | None = None) -> None:
         """Sort the groups.
@@ -76,13 +76,13 @@ class LaneQueue:
         heappush(self.heap, (group.time, group.label))
 
     def fits(self, window: int, label: int, taken: list[Group]) -> bool:
-        """Tell whether a step that has ``taken`` from the lane can have one more group of the class, no image twice."""
+        """Tell if a step can take one more group of the class with no image twice."""
         if self.capacity is None:  # then no two groups share an image
             return True
         return sum((g.window, g.label) == (window, label) for g in taken) < self.capacity[window, label]
 
     def earliest(self, excluded: dict[int, int]) -> int | None:
-        """Return the class of the earliest group that is open and whose class is not excluded."""
+        """Return the class of the earliest open group, but for excluded classes."""
         passed: list[tuple[float, int]] = []
         found = None
         while found is None and self.heap and self.heap[0][0] < self.last_open + 1:
@@ -124,7 +124,7 @@ def take_steps(queues: list[LaneQueue], steps: int, per_lane: int) -> Plan:
 
 
 def _exchange(lane: int, queues: list[LaneQueue], chosen: list[list[Group]], owner: dict[int, int]) -> bool:
-    """Give ``lane`` a class that another lane holds, which takes one of a third lane, and so on to a free class."""
+    """Give ``lane`` another lane's class, that lane a third one's, and so on."""
     came_from: dict[int, tuple[int, int]] = {lane: (-1, -1)}  # lane -> (lane that wants its class, class)
     waiting = deque([lane])
     while waiting:
@@ -151,7 +151,7 @@ def _exchange(lane: int, queues: list[LaneQueue], chosen: list[list[Group]], own
 
 
 def _repeat(queue: LaneQueue, taken: list[Group], chosen: list[list[Group]]) -> Group:
-    """Take a group of the open class that this step holds least often; the earliest of them."""
+    """Take the earliest group of the open class that this step holds least often."""
     held = Counter(group.label for groups in chosen for group in groups)
     while True:
         firsts = [group for group in map(queue.first, queue.queues) if group is not None]
@@ -198,7 +198,7 @@ def _spread_repeats(plan: Plan) -> None:
 def _better_place(
     group: Group, t: int, lane: int, plan: Plan, held: list[Counter[int]], near: list[int]
 ) -> tuple[int, int] | None:
-    """Find a near step without the group's class, and there a group whose class step ``t`` does not hold."""
+    """Find a near step to exchange a group with, so that neither has a class twice."""
     for other in near:
         if not held[other][group.label]:
             for j, theirs in enumerate(plan[other][lane]):

@@ -1,4 +1,4 @@
-"""Class-uniform sampling: how often every class stands in an epoch, and with which of its images.
+"""Class-uniform sampling: each class's share of an epoch, and its images.
 
 Published code draws the classes of a batch with equal probability, and then K images of each. The sampler that OBD-SD's
 released code builds on draws independently and with replacement (``class_random_sampler`` of arXiv 2002.08473,
@@ -69,7 +69,7 @@ def uniform_queues(
 
 
 def _fit(images_CL: np.ndarray, groups: int) -> np.ndarray:
-    """Scale shares in proportion to the images in turn, until rows are equal and every column sums to ``groups``."""
+    """Scale shares in turn until rows are equal and columns sum to ``groups``."""
     per_class = groups * images_CL.shape[1] / images_CL.shape[0]
     wanted_CL = images_CL.copy()
     for _ in range(FITTING_ROUNDS):
@@ -79,7 +79,7 @@ def _fit(images_CL: np.ndarray, groups: int) -> np.ndarray:
 
 
 def _cap(shares_c: np.ndarray, most_c: np.ndarray, total: int) -> np.ndarray:
-    """Scale the shares to a sum of ``total`` with none above its bound; the bounds sum to that or more."""
+    """Scale the shares to a sum of ``total`` with none above its bound."""
     capped = np.zeros(len(shares_c), dtype=bool)
     while True:
         free = total - most_c[capped].sum()
@@ -91,7 +91,7 @@ def _cap(shares_c: np.ndarray, most_c: np.ndarray, total: int) -> np.ndarray:
 
 
 def _round(shares_c: np.ndarray, total: int, draw: np.random.Generator) -> np.ndarray:
-    """Round to whole numbers with the same expectation and sum (systematic sampling in random order)."""
+    """Round to whole numbers of the same expectation and sum (systematic sampling)."""
     order = draw.permutation(len(shares_c))
     ends = np.minimum(np.cumsum(shares_c[order]), total)
     ends[-1] = total
@@ -114,7 +114,7 @@ def draw_images(plan: Plan, images: list[list[WindowImages]], K: int, draw: np.r
 
 
 class ImageDeck:
-    """The images of one class in one window, handed out in random order; all of them before any comes again."""
+    """A class's images in a window, in random order; all before any comes again."""
 
     def __init__(self, ids: list[int], draw: np.random.Generator) -> None:
         self._ids, self._draw = ids, draw
@@ -122,7 +122,7 @@ class ImageDeck:
         self._step, self._in_step = -1, set[int]()
 
     def take(self, n: int, step: int) -> tuple[int, ...]:
-        """Take the next n images that the step does not have yet; a step takes no more in all than there are."""
+        """Take the next n images that the step does not have yet."""
         if step != self._step:
             self._step, self._in_step = step, set()
         taken: list[int] = []

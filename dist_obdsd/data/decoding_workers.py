@@ -1,4 +1,4 @@
-"""Decoding processes: encoded bytes in, uint8 images out, in the order that went in.
+"""Decoding processes: encoded bytes in, uint8 images out, in the same order.
 
 One thread takes jobs (the encoded images of a batch) from an iterator and cuts each into parts for the processes. They
 write pixels into anonymous shared memory that they inherit: no pixel goes through a pipe, and /dev/shm, which
@@ -77,7 +77,7 @@ class DecodedJob:
 
 
 def decode_tasks(tasks: list[DecodeTask], out: Tensor, config: Config, group: int) -> list[DecodeFailure]:
-    """Decode and transform every task into its row of ``out`` [len(tasks) or more, C, s, s].
+    """Decode and transform every task into its row of ``out`` [n or more, C, s, s].
 
     Args:
         group: a broken image is replaced by the next good one of its ``group`` consecutive rows (1: never).
@@ -242,7 +242,7 @@ class Decoder:
         return DecodedJob(job.meta, images, failures)
 
     def _deliver(self, slot: int, n: int) -> Tensor:
-        """Lend the images in a slot, of which n rows were decoded, until nobody holds them."""
+        """Lend the n images that were decoded in a slot until nobody holds them."""
         array = self._slots[slot]
         array[n:] = 0  # padding, which must not hold what another batch left there
         if len(self._lent) == LENT:

@@ -36,7 +36,7 @@ class ImageFolder:
 
 
 def find_images(root: Path) -> ImageFolder:
-    """List all images below a folder, as ``pack`` does: hidden files left out, links followed.
+    """List all images below a folder as ``pack`` does: none hidden, links followed.
 
     Raises:
         InputError: there is no such folder, no image in it, or a folder in it cannot be read.

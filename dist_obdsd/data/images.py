@@ -80,7 +80,7 @@ def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
 
 
 def pixels(image: Image.Image, channels: int) -> Tensor:
-    """Convert an image that stands upright to uint8 [channels, H, W], as ``decode`` says.
+    """Convert an upright image to uint8 [channels, H, W], as ``decode`` says.
 
     Raises:
         ValueError and whatever else Pillow raises: the image cannot be decoded or converted.

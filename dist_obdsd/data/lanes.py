@@ -34,7 +34,7 @@ def count_groups(labels_n: np.ndarray, K: int) -> int:
 
 
 def shard_slices(manifest: Manifest, classes: list[int], K: int) -> list[ShardSlice]:
-    """List the images of some classes by training shard; shards that hold none of them are left out."""
+    """List the images of some classes by training shard, where it has any."""
     wanted = np.zeros(len(manifest.classes), dtype=bool)
     wanted[classes] = True
     slices = []
@@ -47,7 +47,7 @@ def shard_slices(manifest: Manifest, classes: list[int], K: int) -> list[ShardSl
 
 
 def assign_to_lanes(slices: list[ShardSlice], L: int, per_lane: int, K: int, draw: np.random.Generator) -> Lanes:
-    """Assign shards to lanes in random order, so that the lanes' group counts are as equal as possible.
+    """Assign shards to lanes at random, with group counts as equal as possible.
 
     The poorest lane decides the number of steps, so what others have beyond it is lost for the epoch.
 
@@ -66,7 +66,7 @@ def assign_to_lanes(slices: list[ShardSlice], L: int, per_lane: int, K: int, dra
 
 
 def _exchange_shards(lanes: Lanes, totals: list[int]) -> None:
-    """Move one shard, or exchange two, between the richest and the poorest lane while that brings them closer."""
+    """Move or exchange shards between the richest and the poorest lane."""
     for _ in range(16 * len(lanes)):
         rich, poor = totals.index(max(totals)), totals.index(min(totals))
         gap = totals[rich] - totals[poor]
@@ -90,7 +90,7 @@ def _exchange_shards(lanes: Lanes, totals: list[int]) -> None:
 
 
 def _share_shards(lanes: Lanes, totals: list[int], per_lane: int, K: int, draw: np.random.Generator) -> None:
-    """Let lanes share shards while more than MAX_LOSS of the steps would be lost. Each of them reads the whole shard.
+    """Let lanes share shards while more than MAX_LOSS of the steps would be lost.
 
     This happens where the shards are few or of unequal size.
     """
@@ -111,7 +111,7 @@ def _share_shards(lanes: Lanes, totals: list[int], per_lane: int, K: int, draw: 
 
 
 def _cut(whole: ShardSlice, groups: int, K: int, draw: np.random.Generator) -> tuple[ShardSlice, ShardSlice]:
-    """Cut ``groups`` groups off, of whole classes as far as possible: (the part that stays, the part that goes)."""
+    """Cut groups off, of whole classes if possible: (what stays, what goes)."""
     labels_c, counts_c = np.unique(whole.labels_n, return_counts=True)
     goes_n = np.zeros(len(whole.ids_n), dtype=bool)
     for c in draw.permutation(len(labels_c)).tolist():

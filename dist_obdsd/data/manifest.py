@@ -1,4 +1,4 @@
-"""The manifest: the contents of a folder of shards, down to the order of the samples. Format version 1.
+"""The manifest: contents of a folder of shards, in the samples' order (format 1).
 
 ``manifest.json`` beside the tars, written last, so that a folder with a manifest is complete::
 

@@ -43,7 +43,7 @@ def is_remote(root: str) -> bool:
 
 
 def location(root: str, file: str) -> str:
-    """Return the URL or ``pipe:`` command of a file, or its absolute path below a folder.
+    """Return a file's URL or ``pipe:`` command, or its absolute path below a folder.
 
     Raises:
         InputError: the name could do harm in a command.

@@ -1,4 +1,4 @@
-"""Balanced batches of any map-style dataset, from the schedule that the shards' stream follows, too."""
+"""Balanced batches of any map-style dataset, by the shards' schedule."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,13 +91,13 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return self.plan.steps - self.step
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this rank's indices [b] of each step. The next epoch must be chosen by ``set_epoch``."""
+        """Yield this rank's indices [b] of each step, until ``set_epoch`` is due."""
         b = self.plan.ids_SB.shape[1] // self.world_size
         for ids_B in self.plan.ids_SB[self.step :]:
             yield ids_B[self.rank * b : (self.rank + 1) * b].tolist()
 
     def state_dict(self, steps_done: int = 0) -> dict[str, int]:
-        """Return the position after so many steps of the loop; a DataLoader's workers take batches ahead of it."""
+        """Return the position after so many steps; a DataLoader's workers read ahead."""
         return {"epoch": self.epoch, "step": self.step + steps_done, "data": self._digest()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

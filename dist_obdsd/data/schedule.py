@@ -1,4 +1,4 @@
-"""The schedule: which images stand in which global batch, in which row, and which shards must be open for it.
+"""The schedule: images of each global batch in row order, and their shards.
 
 A pure function of (manifest, classes, seed, epoch, batch settings). It knows no ranks: the training shards are assigned
 to a fixed number of *lanes*, and every step takes the same number of groups of K images of one class from every lane,
@@ -171,7 +171,7 @@ def plan_epoch(
 
 
 def _lane_groups(windows: Windows, K: int, draw: np.random.Generator) -> list[Group]:
-    """Make the groups of one lane. Images that fill no group in their window may fill one in the next."""
+    """Make the groups of one lane; a window's left images may fill one in the next."""
     groups: list[Group] = []
     left: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
@@ -213,7 +213,7 @@ def _by_class(window: list[ShardSlice], draw: np.random.Generator) -> dict[int, 
 
 
 def _joined(windows: Windows, K: int, per_lane: int) -> Windows:
-    """Put neighbours together until every window has the groups of one step (which the whole lane has)."""
+    """Put neighbours together until every window has the groups of one step."""
     joined: Windows = [[]]
     for window in windows:
         joined[-1] = joined[-1] + window

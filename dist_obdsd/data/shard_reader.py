@@ -1,4 +1,4 @@
-"""Reading shards: one tar, checked against the manifest, or a rank's windows of shards ahead of the steps.
+"""Reading of shards: a checked tar, or a rank's windows ahead of the steps.
 
 From a shard only images, integers and JSON are parsed; nothing in it can execute.
 """

@@ -1,4 +1,4 @@
-"""The stream: shards in, batches of decoded images out, in the order of the schedule.
+"""The stream: shards in, batches of decoded images out, as scheduled.
 
 Per rank, one thread reads its lanes' shards window by window (``shard_reader``), another cuts them into batches for the
 decoding processes (``decoding_workers``). Order and pixels come from the plan and from (seed, epoch, step, global
@@ -46,7 +46,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """n images, padded to the largest batch of the split so that a network sees one shape."""
+    """n images, padded to the split's largest batch: a network sees one shape."""
 
     images: Tensor
     """uint8 [rows, C, s, s], rows at most evaluation.batch_size; rows from n on are zero."""

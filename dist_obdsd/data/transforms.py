@@ -1,4 +1,4 @@
-"""From a decoded image to the uint8 image that the network takes (which normalises it itself).
+"""Transforms of a decoded image to the uint8 image that the network takes.
 
 A colour image stays as it was decoded, with the channels of a pixel side by side in memory: torch resizes that layout
 quickest.
@@ -34,7 +34,7 @@ GREY_SHARE = 0.2
 
 
 def eval_transform(image: Tensor, config: DataConfig) -> Tensor:
-    """Make an image fit as in evaluation: uint8 [C, H, W] -> [C, h, w], of ``config.size``.
+    """Make an image fit as in evaluation: uint8 [C, H, W] -> [C, h, w].
 
     With ``config.fit`` crop it is resized to cover the size (with ``config.resize`` larger by resize / min(h, w)), and
     the centre is taken.
@@ -59,7 +59,7 @@ def _bounded(image: Tensor) -> Tensor:
 
 
 def train_transform(image: Tensor, config: DataConfig, generator: np.random.Generator) -> Tensor:
-    """uint8 [C, H, W] -> [C, h, w], of ``config.size``, with the augmentation that ``config.augment`` names.
+    """Augment an image as ``config.augment`` says: uint8 [C, H, W] -> [C, h, w].
 
     Args:
         generator: this row's own; all its random parameters are drawn from it.
@@ -161,7 +161,7 @@ def _crop_box(
 
 
 def _random_affine(image: Tensor, config: DataConfig, generator: np.random.Generator) -> Tensor:
-    """Squash to the size, then one small affine map, bilinear, the gaps filled with the image's own background."""
+    """Squash to the size, then one small affine map; gaps get the background."""
     h, w = config.size
     if tuple(image.shape[1:]) != (h, w):
         image = functional.resize(image, [h, w], antialias=True)

@@ -1,4 +1,4 @@
-"""All messages between ranks. Besides ``shards``, no other module calls a torch.distributed collective.
+"""All messages between ranks; only ``shards`` also calls torch's collectives.
 
 They concern the ranks of the default process group, or of the one that ``within`` names. Without a process group, each
 function works as in a world of one. Shapes: b rows here, B = W * b rows on all ranks.
@@ -23,7 +23,7 @@ _GROUP: ContextVar[Group] = ContextVar("group", default=None)
 
 @contextmanager
 def within(group: Group) -> Iterator[None]:
-    """Let the functions of this module concern the ranks of ``group`` alone, and number them as it does.
+    """Let the functions of this module concern the ranks of ``group`` alone.
 
     Raises:
         InputError: this process is not in the group.
@@ -46,12 +46,12 @@ def rank() -> int:
 
 
 def needs_cuda() -> bool:
-    """Tell whether the group sends CUDA tensors only, as one that was opened as plain ``nccl`` does."""
+    """Tell if the group sends CUDA tensors only, as plain ``nccl`` does."""
     return dist.is_initialized() and dist.get_backend(_GROUP.get()) == "nccl"
 
 
 def sends_from(device: torch.device) -> torch.device:
-    """Return where tensors of ``device`` are to be before they travel: plain ``nccl`` and ``gloo`` have one place."""
+    """Return the device that tensors travel from: ``nccl`` and ``gloo`` have one."""
     if world_size() == 1:
         return device
     return {"nccl": torch.device("cuda"), "gloo": torch.device("cpu")}.get(dist.get_backend(_GROUP.get()), device)
@@ -89,7 +89,7 @@ class _MeanGradient(torch.autograd.Function):
 
 
 def mean_gradient(x: torch.Tensor) -> torch.Tensor:
-    """Return ``x``; its gradient will be the mean over the ranks. So a parameter outside DDP gets what DDP makes.
+    """Return ``x``, whose gradient will be the mean over the ranks, as DDP's is.
 
     Every rank must use the result in its loss, since the backward is collective.
     """
@@ -141,7 +141,7 @@ def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
 
 
 class AsyncAllGather:
-    """A gather of all ranks' rows, in rank order, that runs while this rank goes on. No gradient."""
+    """A gather of all ranks' rows that runs while this rank goes on. No gradient."""
 
     def __init__(self, x_b: torch.Tensor) -> None:
         """Start to send ``x_b`` [b, ...], of the same shape on every rank, and to receive."""
@@ -160,7 +160,7 @@ class AsyncAllGather:
 
 
 def gather_ragged(x_n: torch.Tensor) -> torch.Tensor:
-    """Gather the rows of all ranks, in rank order, when their numbers differ. No gradient."""
+    """Gather all ranks' rows where their numbers differ. No gradient."""
     x_n = x_n.detach()
     if world_size() == 1:
         return x_n
@@ -237,7 +237,7 @@ def padded(x: torch.Tensor, height: int, value: float) -> torch.Tensor:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Gather every rank's value (anything JSON can hold), in rank order. JSON, since a pickle could execute code."""
+    """Gather every rank's value, in rank order, as JSON, which executes nothing."""
     if world_size() == 1:
         return [value]
     device = torch.device("cuda" if needs_cuda() else "cpu")

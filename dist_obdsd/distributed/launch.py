@@ -1,4 +1,4 @@
-"""From a launcher's environment to a running rank, with its device and its process group.
+"""From a launcher's environment to a rank with its device and process group.
 
 Four launchers are understood: torchrun, DeepSpeed's, SLURM's srun, and none, for a single process.
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Launch:
-    """The ranks as a launcher's environment describes them, before anything is started."""
+    """The ranks as a launcher's environment describes them."""
 
     launcher: str
     """torchrun, deepspeed, environment (the four variables set by hand), srun or single."""
@@ -88,7 +88,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
 
 
 def restart_trap(env: Mapping[str, str]) -> str | None:
-    """A sentence on what is wrong with how torchrun would restart ranks, or None. Pure.
+    """Explain why torchrun could not restart ranks; None if it could. Pure.
 
     Its agents keep one store for all attempts (https://github.com/pytorch/pytorch/issues/135712). A rank that comes
     before another finds that one's old address there, and the job waits, or fails and needs another attempt.
@@ -121,7 +121,7 @@ def _first_host(nodelist: str) -> str:
 
 
 def choose_device(wanted: str, launch: Launch, gpus: int) -> torch.device:
-    """Choose this rank's device; ``auto`` is a GPU per rank where the node has enough, else the CPU for all.
+    """Choose this rank's device; ``auto``: a GPU each if there are enough, else CPU.
 
     Args:
         gpus: CUDA devices that this process sees.

@@ -1,4 +1,4 @@
-"""Files of embeddings: what ``dist-obdsd embed`` writes and ``dist-obdsd evaluate --embeddings`` reads.
+"""Files of embeddings, which ``embed`` writes and ``evaluate`` reads.
 
 One row per image, as NumPy arrays (``.npz``) or as columns of a table (``.parquet``), under the same names::
 
@@ -53,7 +53,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Table:
-    """What is known of all N images beside their embeddings, by ascending id; the same on every rank."""
+    """Columns about all N images, by ascending id; the same on every rank."""
 
     ids: np.ndarray
     columns: dict[str, np.ndarray]
@@ -76,7 +76,7 @@ Writer = Callable[[BinaryIO, Table, int, str, Iterator[np.ndarray]], None]
 def write(
     path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table, dtype: str, writer: Writer | None = None
 ) -> None:
-    """Write one file, by ascending id, whole or not at all. Collective; the same bytes for any number of ranks.
+    """Write one file, by ascending id; the same bytes on any ranks. Collective.
 
     Rows come to the writing rank in blocks, so no rank holds more than its share and a block.
 

@@ -21,7 +21,7 @@ from dist_obdsd.errors import InputError, RunError
 
 @dataclass(frozen=True)
 class EvalIndex:
-    """Every image once, by ascending id. The same on every rank, but for the two fields about this rank's images."""
+    """Every image once, by ascending id; the same on every rank but for two fields."""
 
     ids_N: torch.Tensor
     """int64, ascending, each once."""

@@ -1,4 +1,4 @@
-"""Evaluation of embeddings: search exactly over all ranks, and average over all queries.
+"""Evaluation of embeddings: exact search over all ranks, means over queries.
 
 The numbers are the same for any number of ranks: the search is exact, a metric has one value a query, and means are
 taken in the order of the ids. ``evaluate`` is the door for any training loop; ``measure`` is what it, the trainer and
@@ -33,7 +33,7 @@ ROLES = ("", "query", "gallery", "both")
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What one evaluation found; the same on every rank."""
+    """Result of one evaluation; the same on every rank."""
 
     metrics: dict[str, float]
     """``recall@1``, ..., ``map@r``: means over ``queries``. Those of a named gallery are ``NAME/recall@1``, ..."""

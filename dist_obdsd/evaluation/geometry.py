@@ -128,7 +128,7 @@ def singular_values(blocks: RowBlocks) -> list[float]:
 
 
 def _gram(rows_rD: torch.Tensor) -> torch.Tensor:
-    """X^T X. On one thread, since the number of threads changes the order of a product's additions."""
+    """Compute X^T X on one thread: their number changes the order of additions."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

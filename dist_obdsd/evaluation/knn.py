@@ -212,7 +212,7 @@ class Gallery:
 def pair_scores(
     x_mD: torch.Tensor, y_nD: torch.Tensor, row_p: torch.Tensor, column_p: torch.Tensor, distance: str
 ) -> torch.Tensor:
-    """Score pairs (x[row], y[column]) in float64, added up in an order that D alone decides: [p]."""
+    """Score pairs (x[row], y[column]) in float64, added up in D's own order: [p]."""
     parts = []
     for rows, columns in zip(row_p.split(PAIRS), column_p.split(PAIRS), strict=True):
         x_pD, y_pD = x_mD[rows].double(), y_nD[columns].double()
@@ -221,7 +221,7 @@ def pair_scores(
 
 
 def fixed_sum(x_pD: torch.Tensor) -> torch.Tensor:
-    """Sum over the last dimension by halves. A library's reduction picks its order by the whole tensor's shape."""
+    """Sum over the last dimension by halves: its length alone decides the order."""
     while (D := x_pD.shape[1]) > 1:
         half = D // 2
         summed = x_pD[:, :half] + x_pD[:, half : 2 * half]
@@ -230,7 +230,7 @@ def fixed_sum(x_pD: torch.Tensor) -> torch.Tensor:
 
 
 def unit_rows(rows_nD: torch.Tensor) -> torch.Tensor:
-    """Scale rows to length 1, [n, D] of the same type; a zero row stays zero, and no length overflows."""
+    """Scale rows [n, D] to length 1; zero rows stay, and no length overflows."""
     unit_nD = torch.empty_like(rows_nD)
     for rows_mD, unit_mD in zip(rows_nD.split(ROWS), unit_nD.split(ROWS), strict=True):
         scaled_mD = rows_mD.to(torch.float64, copy=True)

@@ -101,7 +101,7 @@ def _faiss_backend(rows_nD: torch.Tensor, faiss: Any) -> Backend:
 
 @contextmanager
 def _tuned(faiss: Any) -> Iterator[None]:
-    """Let faiss use as many threads as torch, and a reservoir instead of a heap from fewer candidates on."""
+    """Give faiss torch's threads, and a reservoir from fewer candidates on."""
     before = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_min_k_reservoir
     faiss.omp_set_num_threads(torch.get_num_threads())
     faiss.cvar.distance_compute_min_k_reservoir = RESERVOIR

@@ -1,4 +1,4 @@
-"""The metrics that ``config/registry.py`` names, and the settings of an evaluation that choose between them.
+"""Metrics that ``config/registry.py`` names, and the settings of an evaluation.
 
 A metric is a function that makes a ``QueryMetric`` or an ``EmbeddingMetric``. Its arguments are keywords, those of
 ``recall_at``, ``released``, ``seed`` and ``train_classes`` that it needs.
@@ -20,7 +20,7 @@ from dist_obdsd.evaluation.row_blocks import RowBlocks, build_row_blocks
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of an evaluation; the section ``evaluation`` of a config explains those of the same names."""
+    """Settings of an evaluation, as a config's section ``evaluation`` explains them."""
 
     metrics: Sequence[str] = ("recall", "map@r")
     recall_at: Sequence[int] = (1, 2, 4, 8)

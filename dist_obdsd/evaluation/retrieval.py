@@ -1,4 +1,4 @@
-"""Retrieval from one gallery: the search, the metrics over it, and the worst and best queries.
+"""Retrieval from one gallery: search, metrics, the worst and best queries.
 
 With ``conventions: released`` the means are those of the public code (github.com/Confusezius/
 Revisiting_Deep_Metric_Learning_PyTorch, folder ``metrics``): the class size in mAP@1000 and mAP_c includes the query
@@ -33,7 +33,7 @@ SHOWN_NEIGHBOURS = 8
 
 @dataclass(frozen=True)
 class Counts:
-    """What was asked of one gallery."""
+    """Numbers of queries and images of one gallery."""
 
     queries: int
     """Queries that the metrics are means over."""

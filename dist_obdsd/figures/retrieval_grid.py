@@ -29,7 +29,7 @@ TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAME_STRIP, HEADING = 0.62, 0.2, 1.3, 
 def read_images(
     root: str, manifest: Manifest, ids: Collection[int], cache: Cache | None = None
 ) -> dict[int, tuple[bytes, str]]:
-    """Read images from the shards that hold them: id -> (encoded image, the name of the file that was packed).
+    """Read images from their shards: id -> (encoded image, name of the packed file).
 
     Shards that do not tell the file have the image's id in its place.
 
@@ -51,7 +51,7 @@ def read_images(
 
 
 def wrong_at_first(failures: Iterable[RankedQuery]) -> list[RankedQuery]:
-    """Those whose nearest neighbour is of another class: where nearly all is right, the worst are no failures."""
+    """Keep those whose nearest neighbour is of another class."""
     return [failure for failure in failures if failure.neighbour_labels[0] != failure.query_label]
 
 
@@ -168,6 +168,6 @@ def _thumbnail(data: bytes) -> Any:
 
 
 def shortened(name: str) -> str:
-    """Cut a long name in its middle, since names of a kind differ at either end: ``Alphabet…racter07``."""
+    """Cut a long name in its middle: ``Alphabet…racter07``."""
     kept = NAME_LENGTH - 1
     return name if len(name) <= NAME_LENGTH else f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}"

@@ -1,4 +1,4 @@
-"""From this rank's rows to the loss of the global batch: gather, check, and combine what the ranks found.
+"""From this rank's rows to the loss of the global batch: gather, check, combine.
 
 Legend: b rows of this rank, B = W * b rows of the global batch, D embedding dimension, W ranks, n terms.
 """
@@ -44,13 +44,13 @@ class LossOutput:
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:
-        """The terms' global means by name, and ``anchors``: what the ranking loss's first part is a mean over."""
+        """The terms' global means by name, and ``anchors``, the ranking's first count."""
         return dict(zip(self.names, self.means_n.unbind(), strict=True)) | {"anchors": self.counts_n[0]}
 
 
 @dataclass
 class InputChecks:
-    """Checks of numbers on the device, whose outcome travels in the loss's own message.
+    """Checks of numbers on the device; their outcome travels in the loss's message.
 
     Where the batch lies on a GPU, the host learns of it at the next call and does not wait; the loss is 0 till then.
     """
@@ -83,7 +83,7 @@ class InputChecks:
         self.sizes("embeddings", embeddings_bD, labels)
 
     def sizes(self, what: str, *tensors: torch.Tensor) -> None:
-        """Compare the ranks' shapes before a gather, which would hang or mix up rows. Collective where it compares.
+        """Compare the ranks' shapes before a gather, which would hang. Collective.
 
         Raises:
             RunError: on every rank, where they differ.
@@ -131,7 +131,7 @@ class InputChecks:
         return messages, torch.stack(counts) if counts else torch.zeros(0, dtype=torch.float64, device=device)
 
     def settle(self, messages: list[str], counts: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        """Raise now, on a CPU, or at the next call; return the loss, or 0 for a batch that is refused."""
+        """Raise now or, on a GPU, at the next call; return the loss, 0 if refused."""
         if not messages:
             return loss
         self._pending = messages, AsyncHostCopy(counts)
@@ -190,7 +190,7 @@ def combine(
     also_sum: Sequence[float] = (),
     teacher_BD: torch.Tensor | None = None,
 ) -> LossOutput:
-    """Add up the terms of all ranks and make the loss. Collective: one small all-reduce carries everything.
+    """Make the loss of all ranks' terms. Collective, one small all-reduce.
 
     Args:
         factors: of the terms that make the loss, by name; the others are only measured.
@@ -221,7 +221,7 @@ def local_loss(
     factors: Mapping[str, float],
     world_size: int,
 ) -> torch.Tensor:
-    """Compute the scalar on which this rank calls backward; its mean over the ranks is the global loss.
+    """Compute this rank's scalar for backward; its mean over ranks is the loss.
 
     With the gathered rows' gradients summed over the ranks, rank r's parameter gradient is that of everyone's loss
     through r's rows. DDP then takes the mean over the W ranks. So each term enters as local_sum * W / global_count, and

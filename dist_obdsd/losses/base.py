@@ -62,7 +62,7 @@ class RankingLoss(nn.Module):
 
 
 class LearnableLoss(RankingLoss):
-    """A ranking loss with parameters of its own; its settings include ``lr`` and ``weight_decay`` for them.
+    """A ranking loss with parameters, which have an ``lr`` and ``weight_decay``.
 
     Their gradients are averaged over the ranks in the backward, so they are ordinary parameters of any optimizer.
     """
@@ -78,7 +78,7 @@ def graph_zero(view: BatchView) -> torch.Tensor:
 
 
 def squared_distances(view: BatchView) -> torch.Tensor:
-    """Compute squared Euclidean distances [b, B] of own rows to all, in at least float32, without autocast.
+    """Compute squared Euclidean distances [b, B] of own rows, in float32 or float64.
 
         |x - y|^2 = |x - c|^2 + |y - c|^2 - 2 (x - c).(y - c)
 
@@ -89,7 +89,7 @@ def squared_distances(view: BatchView) -> torch.Tensor:
 
 
 def distances(view: BatchView) -> torch.Tensor:
-    """Compute Euclidean distances [b, B] of own rows to all, in at least float32, without autocast.
+    """Compute Euclidean distances [b, B] of own rows, in float32 or float64.
 
     The square root has no slope at 0. A distance that rounding cannot tell from 0 (below about 4e-8 for float64 and
     1e-3 for float32 unit rows) is 0 with gradient 0: duplicates are neither pushed nor pulled.

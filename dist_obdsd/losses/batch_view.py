@@ -65,7 +65,7 @@ class BatchView:
 
     @cached_property
     def S_bB(self) -> torch.Tensor:
-        """Similarities of own rows to all, with gradient: made once, so that their backward runs once, too."""
+        """Similarities of own rows to all, made once, so that backward runs once."""
         return similarity(self.E_bD, self.E_BD)
 
     def share(self, n: int) -> slice:
@@ -74,7 +74,7 @@ class BatchView:
         return slice(rank * n // W, (rank + 1) * n // W)
 
     def positives_negatives(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make masks [b, B]: of the anchor's class without the anchor itself, and of another class.
+        """Make masks [b, B] of the anchor's class but itself, and of other classes.
 
         The anchor is left out by its index, so that a duplicate image stays a positive.
         """
@@ -86,7 +86,7 @@ class BatchView:
 
 @dataclass(frozen=True)
 class PartialMean:
-    """This rank's share of a mean over the global batch. The mean is (sum over the ranks) / (count over the ranks)."""
+    """This rank's share of a mean: (sum over the ranks) / (count over the ranks)."""
 
     sum: torch.Tensor
     """Scalar."""

@@ -17,7 +17,7 @@ NORMALISED = 1e-4
 
 
 def distil(S_bB: torch.Tensor, target_bB: torch.Tensor, temperature: float, first_row: int) -> dict[str, PartialMean]:
-    """Compute KL(target || softmax(S / temperature)) over this rank's rows, and figures of the target.
+    """Compute KL(target || softmax(S / temperature)) of own rows, and its figures.
 
         KL_i = sum_j target_ij (log target_ij - log p_ij),   p_i = softmax_j(S_ij / temperature)
 
@@ -59,7 +59,7 @@ def distil(S_bB: torch.Tensor, target_bB: torch.Tensor, temperature: float, firs
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence and its gradient: dKL_i / dS_ij = (p_ij sum_k target_ik - target_ij) / temperature."""
+    """KL with gradient dKL_i / dS_ij = (p_ij sum_k target_ik - target_ij) / t."""
 
     @staticmethod
     def forward(

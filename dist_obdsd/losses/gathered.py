@@ -19,7 +19,7 @@ from dist_obdsd.rng import derive
 
 
 class GatheredLoss(LearnableLoss):
-    """A module that is called with embeddings [B, D] and labels [B], and returns a scalar or one loss a row.
+    """A loss called with embeddings [B, D], labels [B]: a scalar, or one a row.
 
     What it draws from torch's generators is the same on every rank, and another in each step.
     """
@@ -46,7 +46,7 @@ class GatheredLoss(LearnableLoss):
         return self.call(E_BD, view, view.labels_B)
 
     def call(self, E_BD: torch.Tensor, view: BatchView, *more: Any) -> torch.Tensor:
-        """Call the wrapped module with parameters whose gradients are averaged over the ranks."""
+        """Call the module with parameters whose gradients are averaged over ranks."""
         if view.world_size == 1:
             loss: torch.Tensor = self.loss(E_BD, *more)
             return loss

@@ -1,4 +1,4 @@
-"""The objective: ranking loss plus self-distillation, from this rank's rows and the gathered batch.
+"""The objective: ranking loss plus self-distillation over the gathered batch.
 
     loss = ranking(E, labels) + ramp * weight * temperature^2 * KL( target || softmax(E E^T / temperature) )
 
@@ -31,7 +31,7 @@ from dist_obdsd.manifold.similarity import check_rows
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's rows of all ranks on their way, and a diffusion over them that may be queued already."""
+    """All ranks' teacher rows on their way, and perhaps a diffusion over them."""
 
     gathering: AsyncAllGather
     pending: manifold.PendingTarget | None
@@ -114,11 +114,11 @@ class OBDSDLoss(nn.Module):
         self._plan = manifold.QueuePlan()
 
     def needs_teacher(self, ramp: float = 1.0) -> bool:
-        """Tell whether the teacher's rows have an effect; its forward pass can be left out while they have none."""
+        """Tell if the teacher's rows have an effect, else its forward pass is left out."""
         return self.target is not None and self.target.needs_teacher and ramp * self.weight > 0
 
     def start_teacher(self, teacher_bD: torch.Tensor, early: bool | None = None) -> TeacherRows:
-        """Start to gather the teacher's rows, before the student's forward pass; give the result as ``teacher_bD``.
+        """Start to gather the teacher's rows, for ``teacher_bD`` of a later call.
 
         Collective. The rows travel while the student runs.
 
@@ -259,7 +259,7 @@ class OBDSDLoss(nn.Module):
             self.memory_MD = torch.cat([T_BD, *known])[: self.memory]
 
     def reset_memory(self) -> None:
-        """Empty the memory: another teacher's rows would not fit those of the next one, nor would what was enough."""
+        """Empty the memory of another teacher's rows, and of what was enough."""
         self.memory_MD, self._plan = None, manifold.QueuePlan()
 
     def get_extra_state(self) -> torch.Tensor | None:
@@ -275,7 +275,7 @@ def is_ranking(name: str) -> bool:
 
 
 def class_indices(labels_B: torch.Tensor, classes_C: torch.Tensor) -> torch.Tensor:
-    """Turn class ids [B], on the CPU, into indices 0 to C-1 among the sorted training classes [C].
+    """Turn class ids [B], on the CPU, into indices of the sorted classes [C].
 
     Raises:
         InputError: a label is no training class, or the batch has fewer than two classes.

@@ -82,7 +82,7 @@ class PMLLoss(GatheredLoss):
             raise RunError(f"{self.name} refused a batch: {error}") from error
 
     def _try(self, classes: int, embedding_dim: int) -> None:
-        """Run once on a small batch, so that what cannot work is known before the training."""
+        """Run once on a small batch, to know before training if it works."""
         trial = copy.deepcopy(self)
         labels_B = torch.arange(min(classes, 4)).repeat_interleave(2)
         E_BD = torch.randn(len(labels_B), embedding_dim, generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ class PMLLoss(GatheredLoss):
 
 
 def _build(kind: str, key: str, given: str, kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
-    """Make an object of the library's module ``kind`` (losses or miners), with sizes and named parts filled in."""
+    """Make one of the library's losses or miners, with sizes and parts filled in."""
     found = _find(kind, f"{key}.name" if kind == "losses" else key, given)
     arguments = f"{key}.kwargs" if kind == "losses" else f"{key}_kwargs"
     known = _parameters(found)

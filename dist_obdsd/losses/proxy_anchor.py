@@ -57,7 +57,7 @@ class ProxyAnchorLoss(LearnableLoss):
 
 
 def _log1p_sum_exp(x_cB: torch.Tensor, keep_cB: torch.Tensor) -> torch.Tensor:
-    """Compute log(1 + sum of exp(x) over the kept entries) per row [c], without overflow.
+    """Compute log(1 + sum of exp(x) over the kept entries) per row [c], stably.
 
     The 1 is one more column, exp(0); with it no row is all -inf, whose gradient would be NaN.
     """

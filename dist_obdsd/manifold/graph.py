@@ -1,4 +1,4 @@
-"""The batch manifold as a graph: nodes are the teacher's rows, edges say how alike two of them are.
+"""The batch manifold as a graph of the teacher's rows and their similarities.
 
 Rows of the similarities S = T T^T are made when they are needed, a tile at a time. The whole matrix is kept only where
 it fits the memory that the settings allow. K is the symmetric matrix of affinities, and D holds its row sums, the
@@ -58,7 +58,7 @@ class Graph(ABC):
 
     @abstractmethod
     def transition(self, rows: slice) -> torch.Tensor:
-        """Return A [t, n]: row i is where the diffusion goes from node i. An isolated node's row is 0."""
+        """Return A [t, n], the steps from node i in row i; 0 where it is isolated."""
 
     @abstractmethod
     def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
@@ -84,17 +84,17 @@ class Graph(ABC):
     @property
     @abstractmethod
     def top_eigenvector_n(self) -> torch.Tensor:
-        """The unit eigenvector [n] of N for its largest eigenvalue, 1: the square root of the degrees."""
+        """Compute N's unit eigenvector [n] of eigenvalue 1: the degrees' square root."""
 
     @abstractmethod
     def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
-        """Sum the first two terms of (I - omega A)^-1 = sum of (omega A)^k, own rows [b, n], and guess the others."""
+        """Sum two terms of (I - omega A)^-1, own rows [b, n], and guess the others."""
 
     # ---- between N's coordinates and A's ----------------------------------------------------------------------------
 
     @abstractmethod
     def to_walk_coordinates(self, rows: slice) -> torch.Tensor | None:
-        """Compute factors [b, n] from rows of (I - omega N)^-1 to those of (I - omega A)^-1; None for ones."""
+        """Compute factors [b, n] from N's rows to A's; None for ones."""
 
     @abstractmethod
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Graph(ABC):
     # ---- sharpening -------------------------------------------------------------------------------------------------
 
     def start(self, rows: slice) -> torch.Tensor:
-        """Compute P = softmax(S / temperature) [t, n] over all nodes, without its diagonal if ``mask_self``."""
+        """Compute P = softmax(S / temperature) [t, n], no diagonal if ``mask_self``."""
         return softmax(self.similarities(rows), self.diffusion.temperature, rows.start, self.diffusion.mask_self)
 
     def _sharpened(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -142,7 +142,7 @@ class Graph(ABC):
 
 
 class WalkGraph(Graph):
-    """Target ``obdsd``: A = softmax(S / transition_temperature) over the other nodes, a random walk.
+    """Target ``obdsd``: a random walk, A = softmax(S / transition_temperature).
 
     K_ij = exp(S_ij / t) overflows at sharp temperatures, so only logarithms of degrees exist here. Logits reach
     1/t = 200, where float32 is coarse. Differences of near ones are exact, so the logarithm of a degree is kept in two
@@ -228,7 +228,7 @@ class WalkGraph(Graph):
         return factor_n / factor_n[rows, None]
 
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
-        """Return || e_i - y (I - omega A) ||_1, which bounds the target's, since A's and P's rows sum to 1.
+        """Return || e_i - y (I - omega A) ||_1, which bounds the target's L1 error.
 
         A residual in N's coordinates would not do: the way to A's multiplies errors by exp((r_j - r_i)/2).
         """
@@ -243,7 +243,7 @@ class WalkGraph(Graph):
 
 
 class SymmetricGraph(Graph):
-    """Target ``obdsd_symmetric``: A = N = D^-1/2 S0 D^-1/2, where S0 = max(S, 0) with zero diagonal."""
+    """Target ``obdsd_symmetric``: A = D^-1/2 S0 D^-1/2, S0 = max(S, 0) off diagonal."""
 
     def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         super().__init__(T_nD, replace(diffusion, clip=True))

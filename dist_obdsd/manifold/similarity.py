@@ -18,14 +18,14 @@ LEAST_EXPONENT = -115.0
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Open a context without autocast. Entering torch's own takes longer than most operations inside."""
+    """Open a context without autocast, where there is any: torch's own is slow."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def similarity(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
-    """Compute inner products [b, B], in float32 or, if a factor is float64, in float64.
+    """Compute inner products [b, B] in float32, or float64 if a factor is.
 
     Autocast is off inside, and half precision is widened first: at temperature 0.005 the rounding of a bfloat16 product
     would move a logit by up to 0.8.
@@ -38,7 +38,7 @@ def similarity(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
 
 
 class _Gram(torch.autograd.Function):
-    """X X^T, whose gradient (G + G^T) X takes one product; for two factors that happen to be the same it takes two."""
+    """Compute X X^T, whose gradient (G + G^T) X takes one product in place of two."""
 
     @staticmethod
     def forward(ctx: Any, X_BD: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Inverse:
 
 
 class Solve:
-    """Rows [b, n] of (I - omega A)^-1, y_i (I - omega A) = e_i, that corrections make better."""
+    """Rows [b, n] of (I - omega A)^-1 that corrections make better."""
 
     def __init__(self, graph: Graph, rows: slice, solver: str, tolerance: float, iterations: int | None = None) -> None:
         """Solve for the unit vectors of the own rows. The host waits for nothing.
@@ -106,7 +106,7 @@ class Solve:
 
 
 def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann: bool) -> Inverse:
-    """Compute rows [b, n] of (I - omega A)^-1, as accurate as ``tolerance`` where that can be reached.
+    """Compute rows [b, n] of (I - omega A)^-1, to ``tolerance`` if possible.
 
     Args:
         neumann: go on with Neumann's series if the solver's corrections do not reach it.
@@ -127,7 +127,7 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann
 
 
 def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
-    """Compute rows [b, n] of (I - omega A)^-1 by Neumann's series alone, where it is short.
+    """Compute rows [b, n] of (I - omega A)^-1 by Neumann's series, where it is short.
 
     At the usual temperatures two or three products with A make them as good as any solver would. None elsewhere.
 
@@ -150,7 +150,7 @@ def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
 
 
 def neumann_fixed_steps(graph: Graph, rows: slice, products: int, every: bool) -> tuple[Inverse, torch.Tensor]:
-    """Compute the same rows with a fixed number of products, without reading an error on the host.
+    """Compute the same rows with a fixed number of products, reading no error.
 
     Args:
         every: bound the error after every product, not after the last alone.
@@ -167,7 +167,7 @@ def neumann_fixed_steps(graph: Graph, rows: slice, products: int, every: bool) -
 
 
 def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ever better rows [b, n], each with those before, which may be overwritten; none without whole matrices."""
+    """Yield ever better rows [b, n], each with those before."""
     if not graph.whole:
         return
     A_nn = graph.transition(slice(0, graph.n))

@@ -1,4 +1,4 @@
-"""The targets: distributions over the batch that say which rows are close according to the teacher.
+"""The targets: distributions over the batch, by the teacher's similarities.
 
 Every rank computes the target of its own rows only, from the teacher's embeddings of the whole batch.
 
@@ -41,7 +41,7 @@ PART_ENTRIES = 2**26
 
 
 class Target:
-    """A distribution over the batch for each row. A target either has a graph or defines ``rows``."""
+    """A distribution over the batch for each row, by a graph or by ``rows``."""
 
     needs_teacher: ClassVar[bool] = True
     graph: ClassVar[type[Graph] | None] = None
@@ -107,7 +107,7 @@ class DiffusionTarget:
 
 @dataclass
 class QueuePlan:
-    """What ``start_async`` queues: what was enough in earlier steps of the epoch. To be made anew for every epoch."""
+    """Plan of ``start_async``: what was enough in earlier steps of the epoch."""
 
     products: int | None = None
     """Of Neumann's series; None tries as many as may be worth it."""
@@ -210,7 +210,7 @@ def target_rows(
     memory_MD: torch.Tensor | None = None,
     pending: PendingTarget | None = None,
 ) -> DiffusionTarget:
-    """Compute the target distribution of this rank's rows (arXiv 2211.07566, PSD and OBDP).
+    """Compute the target of this rank's rows (arXiv 2211.07566, PSD and OBDP).
 
     A row without an edge (degree 0) keeps its own P_i. ``mask_self`` takes the diagonal out of P (for
     ``obdsd_symmetric``, out of the last softmax), so that a row's own entry in a psd target is 0. A diffused target may
@@ -255,7 +255,7 @@ def target_rows(
 def choose_solver(
     nodes: int, own_rows: int, diffusion: Diffusion, bytes_per_entry: int = 4, device: torch.device = CPU
 ) -> str:
-    """Choose cholesky or cg: what the settings say or, for ``auto``, what is faster and fits.
+    """Choose cholesky or cg, by the settings or, for ``auto``, by speed and memory.
 
     Cholesky costs n^3 / 3 + 2 b n^2 operations, conjugate gradients some 3 to 10 iterations of 2 b n^2. Where one
     overtakes the other was measured on a CPU. A GPU factors a small matrix in less time than it takes to start the
@@ -290,7 +290,7 @@ def _goal(T_nD: torch.Tensor, diffusion: Diffusion) -> float:
 
 
 def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion, pending: PendingTarget | None) -> DiffusionTarget:
-    """Solve in the embeddings' precision; if that fails, in float64 or, too large for it, iterate on. [b, n]"""
+    """Solve [b, n] in the embeddings' precision; if that fails, in float64."""
     precise, dtype = T_nD.dtype == torch.float64, torch.promote_types(T_nD.dtype, torch.float32)
     solver = choose_solver(len(T_nD), rows.stop - rows.start, diffusion, dtype.itemsize, T_nD.device)
     goal = _goal(T_nD, diffusion)
@@ -315,7 +315,7 @@ def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion, pending: Pe
 def _solve(
     graph: Graph, rows: slice, solver: str, tolerance: float, neumann: bool, pending: PendingTarget | None = None
 ) -> tuple[DiffusionTarget, float]:
-    """Solve for the own rows, some at a time; return the largest error with the target."""
+    """Solve for own rows, some at a time; return the target and its largest error."""
     height, parts, targets = max(PART_ENTRIES // graph.n, 1), [], []
     for start in range(rows.start, rows.stop, height):
         part = slice(start, min(start + height, rows.stop))

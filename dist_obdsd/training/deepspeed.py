@@ -1,4 +1,4 @@
-"""The student under DeepSpeed's engine: ZeRO stage 0, 1 or 2. The only module that knows DeepSpeed.
+"""DeepSpeed's engine, ZeRO stage 0 to 2. The only module that knows DeepSpeed.
 
 Weights and gradients stay in float32 (``precision: bf16`` is autocast inside the network, as under DDP), so a step is
 the same as DDP's up to the order of sums. From stage 1 on a rank holds the optimizer's state of its share of the

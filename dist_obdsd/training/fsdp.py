@@ -1,4 +1,4 @@
-"""The student and its teacher under torch's FSDP2: every rank holds a shard of each weight.
+"""Student and teacher under FSDP2: every rank holds a shard of each weight.
 
 A block's weights are gathered while it computes and dropped again, and so are its gradients' sums. So weights,
 gradients, the optimizer's state and the teacher take a share of the memory that shrinks with the number of ranks. Both
@@ -93,7 +93,7 @@ class FSDPStrategy(Strategy):
         )
 
     def whole_student(self) -> nn.Module:
-        """Make a plain network of the student, in full precision, that a rank can call alone. Collective."""
+        """Make a plain student in full precision that a rank can call. Collective."""
         network = copy.deepcopy(self._unfilled)
         state = {name: shards.whole(x) for name, x in self.student.state_dict().items()}
         network.load_state_dict(state, assign=True)

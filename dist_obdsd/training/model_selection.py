@@ -1,4 +1,4 @@
-"""Model selection: when a run is evaluated, on what, and which of its epochs was the best."""
+"""Model selection: when and on what a run is evaluated, and its best epoch."""
 
 import logging
 import math
@@ -36,7 +36,7 @@ def is_better(metrics: dict[str, float], best: Choice | None) -> bool:
 
 
 class ModelSelector:
-    """Evaluates the student and remembers the best epoch. Every method but those of its state is collective."""
+    """Evaluates the student and remembers the best epoch; methods are collective."""
 
     def __init__(
         self,
@@ -74,20 +74,20 @@ class ModelSelector:
         return self.config.evaluation.test and "test" in self.manifest.splits
 
     def before_training(self) -> None:
-        """Evaluate the untrained network, if asked for, on the test set or else on the validation classes."""
+        """Evaluate the untrained network, if asked for, on test or validation images."""
         if self.config.evaluation.untrained and (self.uses_test or self.classes):
             split, classes = ("test", None) if self.uses_test else ("train", self.classes)
             self.untrained = self._evaluate("untrained", split, classes, 0)
 
     def out_of_patience(self, epoch: int) -> bool:
-        """Tell if the last ``validation.patience`` validations found no better epoch. Not collective."""
+        """Tell if ``validation.patience`` is at its end. Not collective."""
         section, best = self.config.validation, self.best_validation
         if section.patience is None or best is None:
             return False
         return epoch - best["epoch"] >= section.patience * section.every
 
     def after_epoch(self, epoch: int) -> bool:
-        """Validate, and evaluate the test set if asked for, when it is time after ``epoch`` epochs.
+        """Validate, and test if asked for, when it is time after ``epoch`` epochs.
 
         Returns:
             Whether this is the best epoch by validation so far.

@@ -1,4 +1,4 @@
-"""The training loop, from a checked config to a summary. One process is one rank; every rank runs the same lines."""
+"""The training loop, from a checked config to a summary, on every rank alike."""
 
 import json
 import logging
@@ -232,7 +232,7 @@ class Trainer:
             raise StoppedError("a rank was asked to stop")
 
     def _log_steps(self, steps: Iterable[tuple[Numbers, Numbers]]) -> None:
-        """Log the steps whose numbers have arrived, and learn what any rank requested in them."""
+        """Log the steps whose numbers have arrived, and note what ranks requested."""
         for host, numbers in steps:
             self.stop_requested |= numbers.pop("stop_requested") > 0
             self.save_requested |= numbers.pop("save_requested") > 0

@@ -1,4 +1,4 @@
-"""Pack a data set into shards: tars in webdataset's convention and a manifest, whole or not at all.
+"""Packing of a data set into shards: tars of webdataset's convention, a manifest.
 
 Everything is written into a folder beside the target and renamed at the end, so that a folder with a manifest is
 complete whenever the program was stopped. Packing the same data twice gives the same bytes.

@@ -1,4 +1,4 @@
-"""Recipes: the settings that turn an official download into (image, class, split, role). One YAML file each."""
+"""Recipes: YAML that turns a download into (image, class, split, role)."""
 
 import difflib
 from collections.abc import Sequence

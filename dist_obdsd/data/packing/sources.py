@@ -135,7 +135,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[File]:
-    """List the files below a folder but hidden ones; links are followed, not in circles.
+    """List the files below a folder but hidden ones; links are followed once.
 
     Raises:
         InputError: a folder cannot be read.

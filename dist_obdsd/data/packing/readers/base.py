@@ -67,7 +67,7 @@ class FileReader(Reader):
     """Seed of that choice."""
 
     def read(self, tree: Tree, on_missing: OnMissing) -> list[Sample]:
-        """List all samples, in any order. An image's bytes are read when they are asked for."""
+        """List all samples, in any order; bytes are read when they are asked for."""
         raise NotImplementedError
 
     def test_classes(self, classes: Iterable[str]) -> set[str]:

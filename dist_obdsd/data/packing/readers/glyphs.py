@@ -1,4 +1,4 @@
-"""The glyphs data set: letters of the twelve DejaVu faces that matplotlib ships, drawn as small grey images.
+"""The glyphs data set: letters of matplotlib's twelve DejaVu faces, drawn in grey.
 
 A class is a character. Its images are the faces, each drawn several times with a small change of size and place.
 Latin letters are for training. Greek, Cyrillic, Armenian and Georgian are for testing: scripts that were never seen.
@@ -202,7 +202,7 @@ def _twins(images: list[Image.Image]) -> list[tuple[int, int]]:
 
 
 def _place(ink: Ink, dx: int, dy: int) -> Image.Image:
-    """Centre on a common baseline, then move by (dx, dy) as far as the ink stays inside."""
+    """Centre on a common baseline, then move by (dx, dy) with the ink inside."""
     letter, top = ink
     x = (SIDE - letter.width) // 2 + dx
     y = BASELINE + top + dy

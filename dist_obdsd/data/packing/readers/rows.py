@@ -1,4 +1,4 @@
-"""Rows of text from text tables and MATLAB files. Nothing in them is executed or unpickled."""
+"""Rows of text from text tables and MATLAB files; nothing in them is executed."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Lists of images: text tables and MATLAB files with the path and class, perhaps split and role, of each image."""
+"""Lists of images: tables with each image's path, class, split and role."""
 
 import posixpath
 import re
@@ -96,7 +96,7 @@ def _lists(tree: Tree, reader: TableReader, on_missing: OnMissing) -> list[tuple
 
 
 def _find(tree: Tree, names: Sequence[str]) -> tuple[str, File] | None:
-    """Find the first of some files that is there, and the folder that it was found from."""
+    """Find the first of some files that is there, and the folder it was found from."""
     for base in tree.bases:
         for name in names:
             if (file := tree.find(base + name)) is not None:
