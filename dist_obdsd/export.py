@@ -104,8 +104,8 @@ def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
         "version": __version__,
         "input": {"name": "images", "dtype": "uint8", "shape": ["batch", data.channels, rows, columns]},
         "output": {"name": "embeddings", "dtype": "float32", "shape": ["batch", embedder.dim], "unit_length": True},
-        "decode": {"channels": channels, "formats": FORMATS, "orientation": "as EXIF says", "alpha": "on white",
-                   "frame": "the first", "16_bit": "the upper 8"},
+        "decode": {"channels": channels, "formats": FORMATS, "orientation": "as EXIF says" if data.exif else "as stored",
+                   "alpha": "on white", "frame": "the first", "16_bit": "the upper 8"},
         "fit": data.fit,
         "resize": resize | {"interpolation": "bilinear", "antialias": True},
         "crop": {"size": side, "where": "centre"},
@@ -209,9 +209,11 @@ def _readme(about: dict[str, Any], formats: Sequence[str]) -> str:
         h=h, w=w, covered_h=shorter * h // min(h, w), covered_w=shorter * w // min(h, w),
         fill=[round(255 * value) for value in about["normalisation"]["mean"]],
     )  # fmt: skip
+    as_stored = about["decode"]["orientation"] == "as stored"
     return Path(__file__).with_name("export_readme.md").read_text(encoding="utf-8").format(
         files=" and ".join(f"`{FILES[name]}`" for name in formats), channels=channels, h=h, w=w,
         dim=about["output"]["shape"][1], checkpoint=about["checkpoint"]["file"],
         mode="RGB" if channels == 3 else "L", fit=fit, longest=LONGEST,
+        opened="Image.open(path)" if as_stored else "ImageOps.exif_transpose(Image.open(path))",
         uses="\n".join(USES[name] for name in formats).strip(),
     )  # fmt: skip

@@ -150,7 +150,7 @@ class ImageEmbedder:
         """Prepare an image; ``name`` stands in the error for an image that is no path."""
         data = self.config.data
         try:
-            return eval_transform(_decode(image, data.channels), data)
+            return eval_transform(_decode(image, data.channels, data.exif), data)
         except (ValueError, OSError) as error:
             name = str(image) if isinstance(image, str | Path) else name
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
@@ -168,15 +168,15 @@ def _as_list(images: Any) -> Iterable[Any]:
     return images
 
 
-def _decode(image: Any, channels: int) -> Tensor:
+def _decode(image: Any, channels: int, exif: bool) -> Tensor:
     """Return uint8 [channels, H, W]."""
     if isinstance(image, str | Path):
         image = read_file(image)
     if isinstance(image, bytes):
-        return decode(image, channels)
+        return decode(image, channels, exif)
     if isinstance(image, Image.Image):
         try:
-            return pixels(upright(image), channels)
+            return pixels(upright(image, exif), channels)
         except Exception as error:  # Pillow may read the file only now, and raises nearly anything on a broken one
             raise ValueError(str(error) or type(error).__name__) from error
     if isinstance(image, np.ndarray):

@@ -20,7 +20,6 @@ from dist_obdsd.cli.output import show
 from dist_obdsd.cli.ranks import joined
 from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.class_diversity import measure_diversity
 from dist_obdsd.data.from_config import check_world_size, classes_from, plan_from
 from dist_obdsd.data.manifest import Shard
 from dist_obdsd.data.remote import begin, is_remote, location
@@ -162,7 +161,7 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
         *_remote(config, shards),
-        str(measure_diversity(plan, K)),
+        plan.diversity,
         *(too_small if plan.too_small else []),
         _weights(config, download and here.launch.local_rank == 0),
         _run_folder(config),

@@ -10,6 +10,7 @@ from dist_obdsd.config import parse_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.distributed import collectives
+from dist_obdsd.errors import InputError
 
 
 class Batch(NamedTuple):
@@ -127,7 +128,16 @@ class BalancedStream:
         return {"epoch": self._next[0], "step": self._next[1], "manifest": self.manifest.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position, also with another number of ranks."""
+        """Go on from a position, also with another number of ranks.
+
+        Raises:
+            InputError: it is of other shards, whose batches are others.
+        """
+        if state["manifest"] != self.manifest.digest:
+            raise InputError(
+                f"the stream's state is of shards with digest {state['manifest'][:12]} and not of these with "
+                f"{self.manifest.digest[:12]}; give the shards that it was saved with, or begin anew with set_epoch"
+            )
         self.set_epoch(state["epoch"], state["step"])
 
     def close(self) -> None:

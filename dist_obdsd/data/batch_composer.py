@@ -6,14 +6,14 @@ repeats. At the end, each repetition is exchanged with a group of a near step, i
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
+from operator import attrgetter
+from typing import NamedTuple
 
 NEAR = 64  # steps before and after, in which a place for a repeated class is looked for
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """K images of one class in one lane."""
 
     window: int
@@ -42,12 +42,12 @@ class LaneQueue:
                 without a common image one step can have there. Every window has as many as a step takes from a lane.
         """
         self.capacity = capacity
-        self.queues: dict[int, deque[Group]] = {}
-        self.needs: Counter[int] = Counter()  # window -> groups still to be taken that have an image of it as oldest
-        for group in sorted(groups, key=lambda group: group.time):
-            self.queues.setdefault(group.label, deque()).append(group)
-            self.needs[group.oldest] += 1
-        self.heap = [(queue[0].time, label) for label, queue in self.queues.items()]
+        self.queues: dict[int, list[Group]] = {}  # the next group last
+        # Window -> groups still to be taken that have an image of it as oldest.
+        self.needs = Counter([group.oldest for group in groups])
+        for group in sorted(groups, key=attrgetter("time"), reverse=True):
+            self.queues.setdefault(group.label, []).append(group)
+        self.heap = [(queue[-1].time, label) for label, queue in self.queues.items()]
         heapify(self.heap)
         self.last_open = 0
         self.start_step()
@@ -59,19 +59,19 @@ class LaneQueue:
     def first(self, label: int) -> Group | None:
         """Return the class's next group, if its window may be open."""
         queue = self.queues.get(label)
-        return queue[0] if queue and queue[0].window <= self.last_open else None
+        return queue[-1] if queue and queue[-1].window <= self.last_open else None
 
     def take(self, label: int) -> Group:
         queue = self.queues[label]
-        group = queue.popleft()
+        group = queue.pop()
         self.needs[group.oldest] -= 1
         if queue:
-            heappush(self.heap, (queue[0].time, label))
+            heappush(self.heap, (queue[-1].time, label))
         return group
 
     def put_back(self, group: Group) -> None:
         group = group.instead_of or group
-        self.queues[group.label].appendleft(group)
+        self.queues[group.label].append(group)
         self.needs[group.oldest] += 1
         heappush(self.heap, (group.time, group.label))
 
@@ -86,12 +86,13 @@ class LaneQueue:
         passed: list[tuple[float, int]] = []
         found = None
         while found is None and self.heap and self.heap[0][0] < self.last_open + 1:
-            time, label = entry = heappop(self.heap)
+            time, label = entry = self.heap[0]
             queue = self.queues[label]
-            if not queue or queue[0].time != time or entry in passed[-1:]:
-                continue  # the group was taken meanwhile, or put back and so entered twice
-            passed.append(entry)
-            if label not in excluded:
+            if not queue or queue[-1].time != time or entry in passed[-1:]:
+                heappop(self.heap)  # the group was taken meanwhile, or put back and so entered twice
+            elif label in excluded:
+                passed.append(heappop(self.heap))
+            else:
                 found = label
         for entry in passed:
             heappush(self.heap, entry)
@@ -171,7 +172,7 @@ def _substitute(queue: LaneQueue, planned: Group, taken: list[Group], held: Coun
     assert queue.capacity is not None
     labels = [c for window, c in queue.capacity if window == planned.window and queue.fits(window, c, taken)]
     label = min(labels, key=lambda c: (held[c], c))
-    return replace(queue.take(planned.label), label=label, instead_of=planned)
+    return queue.take(planned.label)._replace(label=label, instead_of=planned)
 
 
 def _spread_repeats(plan: Plan) -> None:

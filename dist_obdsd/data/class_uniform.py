@@ -18,8 +18,6 @@ while a window with K of its images is open. These rules hold instead:
 Letters as in ``schedule``; C classes, c classes of one window.
 """
 
-from dataclasses import replace
-
 import numpy as np
 
 from dist_obdsd.data.batch_composer import Group, LaneQueue, Plan
@@ -110,7 +108,7 @@ def draw_images(plan: Plan, images: list[list[WindowImages]], K: int, draw: np.r
                 where = (lane, group.window, group.label)
                 if where not in decks:
                     decks[where] = ImageDeck(images[lane][group.window][group.label], draw)
-                groups[i] = replace(group, ids=decks[where].take(K, t))
+                groups[i] = group._replace(ids=decks[where].take(K, t))
 
 
 class ImageDeck:

@@ -97,7 +97,7 @@ def _decode_task(
     reason = ""
     for member in members:
         try:
-            image = decode(member.data, config.data.channels)
+            image = decode(member.data, config.data.channels, config.data.exif)
         except ValueError as error:
             reason = reason or str(error)
             continue

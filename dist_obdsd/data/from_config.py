@@ -3,7 +3,6 @@
 from dist_obdsd.config import Config
 from dist_obdsd.config.schema import auto_lanes
 from dist_obdsd.config.sections import BatchConfig, DataConfig
-from dist_obdsd.data.class_diversity import measure_diversity
 from dist_obdsd.data.manifest import Manifest, split_classes
 from dist_obdsd.data.schedule import EpochPlan, allowed_world_sizes, plan_epoch
 from dist_obdsd.errors import InputError
@@ -64,4 +63,4 @@ def describe_diversity(manifest: Manifest) -> str:
         plan = plan_epoch(manifest, manifest.class_ids("train"), seed=0, epoch=0, **sizes)
     except InputError:
         return f"class diversity: too few training images for {text}; `dist-obdsd doctor CONFIG` says what fits"
-    return f"class diversity: {measure_diversity(plan, K)}, with {text}"
+    return f"class diversity: {plan.diversity}, with {text}"

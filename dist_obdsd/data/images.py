@@ -49,16 +49,17 @@ UPRIGHT = {
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such an image with a sentence
 
 
-def decode(data: bytes, channels: int) -> Tensor:
+def decode(data: bytes, channels: int, exif: bool = True) -> Tensor:
     """Decode an image to uint8 [channels, H, W] (1: grey, 3: RGB) of any strides.
 
-    The EXIF orientation is applied; palette, CMYK and 1-bit images are converted; alpha is composited on white; of
-    16 bits the upper eight are kept; of several frames or pages the first is taken.
+    The EXIF orientation is applied (unless ``exif`` is false; HEIC is always upright); palette, CMYK and 1-bit images
+    are converted; alpha is composited on white; of 16 bits the upper eight are kept; of several frames or pages the
+    first is taken.
 
     Raises:
         ValueError: the image cannot be decoded; the text says why.
     """
-    return _explained(_decode, data, channels)
+    return _explained(_decode, data, channels, exif)
 
 
 def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
@@ -89,10 +90,10 @@ def pixels(image: Image.Image, channels: int) -> Tensor:
     return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says; a damaged entry counts as none."""
+def upright(image: Image.Image, exif: bool = True) -> Image.Image:
+    """Load an image and, if ``exif``, turn it as its EXIF orientation says; a damaged entry counts as none."""
     image.load()
-    turn = UPRIGHT.get(_orientation(image))
+    turn = UPRIGHT.get(_orientation(image)) if exif else None
     if turn is None:
         return image
     turned = image.transpose(turn)
@@ -140,7 +141,7 @@ def _explained(function: Callable[..., T], data: bytes, *arguments: object) -> T
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _decode(data: bytes, channels: int) -> Tensor:
+def _decode(data: bytes, channels: int, exif: bool) -> Tensor:
     if channels == 3 and data.startswith(b"\xff\xd8") and _decode_jpeg is not None:
         image = open_image(data)
         if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in UPRIGHT:
@@ -148,7 +149,7 @@ def _decode(data: bytes, channels: int) -> Tensor:
                 decoded = _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
                 assert isinstance(decoded, Tensor)
                 return decoded
-    return pixels(_despite_metadata(_load, data), channels)
+    return pixels(_despite_metadata(lambda data: upright(open_image(data), exif), data), channels)
 
 
 def _examine(data: bytes, resize: int | None) -> tuple[str, bytes | None]:

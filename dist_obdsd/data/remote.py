@@ -18,12 +18,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 
@@ -32,6 +33,8 @@ from dist_obdsd.errors import InputError, RunError
 ATTEMPTS = 5  # to download a file; counted from 1 again by one that gets further than all before
 PAUSE = 1.0  # seconds before the second attempt, doubled with every further one
 PATIENCE = 60.0  # seconds without a byte after which an attempt is given up
+ASKING = 60.0  # seconds in which the sizes of all files are asked for
+ASKERS = 16  # threads that ask
 CHUNK = 2**20  # bytes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
@@ -112,6 +115,49 @@ def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None
         time.sleep(PAUSE * 2 ** (failures - 1))
 
 
+def faults_of(urls: Sequence[str], sizes: Sequence[int]) -> tuple[dict[int, str], int]:
+    """Ask for the size of each URL, without reading it.
+
+    Returns:
+        What is wrong, by index: a file is missing, may not be read, or has another size. And the number of files that
+        nothing is known of, since a server says no size, fails for now, or took longer than ASKING for all.
+
+    Raises:
+        InputError: nothing can open such a URL.
+    """
+    pool = ThreadPoolExecutor(ASKERS)
+    answers = [pool.submit(_fault, url, size) for url, size in zip(urls, sizes, strict=True)]
+    done = wait(answers, ASKING).done
+    pool.shutdown(wait=False, cancel_futures=True)
+    faults = {i: answer.result() for i, answer in enumerate(answers) if answer in done}
+    known = {i: fault for i, fault in faults.items() if fault is not None}
+    return {i: fault for i, fault in known.items() if fault}, len(urls) - len(known)
+
+
+def _fault(url: str, size: int) -> str | None:
+    """Say what is wrong with a file: "" for nothing, None where that is not known."""
+    try:
+        found = _size_of(url)
+    except InputError:
+        raise
+    except Exception as error:
+        cause, final = _cause(error)
+        return cause if final else None
+    return None if found is None else "" if found == size else f"it has {found} bytes and not {size}"
+
+
+def _size_of(url: str) -> int | None:
+    if not url.startswith(("http://", "https://")):
+        system, path = _file_system(url)
+        size: int | None = system.info(path)["size"]
+        return size
+    # Not HEAD, which signed addresses and some servers refuse.
+    with _request(url, "bytes=0-0") as response:
+        partly = response.status == http.HTTPStatus.PARTIAL_CONTENT
+        found = response.headers["Content-Range"].rpartition("/")[2] if partly else response.headers["Content-Length"]
+        return int(found) if found and found.isdecimal() else None
+
+
 def begin(url: str) -> bytes:
     """Read the first bytes in one attempt, to see whether ``url`` can be read at all.
 
@@ -151,20 +197,25 @@ def _opened(url: str, start: int) -> Iterator[tuple[int, Callable[[], bytes]]]:
             finally:
                 process.kill()
     elif url.startswith(("http://", "https://")):
-        with _request(url, start) as response:
+        with _request(url, f"bytes={start}-" if start else None) as response:
             partly = response.status == http.HTTPStatus.PARTIAL_CONTENT
             yield start if partly else 0, partial(_read_response, response)
     else:
-        try:
-            system, path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise InputError(
-                f"{shown(url)} cannot be opened here ({' '.join(str(error).split())}); install that package, or give "
-                f"https://... or a command such as pipe:aws s3 cp s3://BUCKET/{{file}} -"
-            ) from error
+        system, path = _file_system(url)
         with system.open(path, "rb") as file:
             file.seek(start)
             yield start, partial(file.read, CHUNK)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Find the fsspec file system of a URL, and the path in it."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"{shown(url)} cannot be opened here ({' '.join(str(error).split())}); install that package, or give "
+            f"https://... or a command such as pipe:aws s3 cp s3://BUCKET/{{file}} -"
+        ) from error
 
 
 def _read_command(process: subprocess.Popen[bytes]) -> bytes:
@@ -186,7 +237,7 @@ def _read_response(response: http.client.HTTPResponse) -> bytes:
     return data
 
 
-def _request(url: str, start: int) -> http.client.HTTPResponse:
+def _request(url: str, part: str | None) -> http.client.HTTPResponse:
     try:
         address = urllib.parse.urlsplit(url)
         login, _, host = address.netloc.rpartition("@")
@@ -194,8 +245,8 @@ def _request(url: str, start: int) -> http.client.HTTPResponse:
         if login:  # not for another server that this one may send us to
             secret = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
             request.add_unredirected_header("Authorization", f"Basic {secret}")
-        if start:
-            request.add_header("Range", f"bytes={start}-")
+        if part:
+            request.add_header("Range", part)
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=PATIENCE)
         return response
     except (ValueError, http.client.InvalidURL) as error:

@@ -5,7 +5,7 @@ to a fixed number of *lanes*, and every step takes the same number of groups of 
 in lane order. A rank owns L/W consecutive lanes, so the global batches are the same for every number of ranks.
 
 Letters: L lanes, B global rows, K images of one class in a group, G = B/K groups in a step, g = G/L of them from each
-lane, S steps, W ranks.
+lane, S steps, W ranks, C classes.
 
 A lane reads its shards in *windows* of a few. The m groups of a class in one window get the times (i + u) / m,
 i = 0..m-1, with one random u per class. So every class is spread evenly over the window, and the order is random all
@@ -14,6 +14,14 @@ the same. A step takes the earliest groups whose classes it does not hold yet (`
 With sampling ``epoch`` the groups are those that the images of the window make, each image in one at most. Images left
 over may make a group with the next window. With ``class_uniform`` as many groups are planned over all classes alike
 (``class_uniform``). Both have the same number of steps: what the lane with the fewest groups allows.
+
+With ``released`` every group is drawn by itself, as by the released code's ``class_random`` sampler: a class, each as
+likely as any other, and K of its images, all with replacement. So a class may come several times in a batch, and an
+image several times, even in one group. An epoch of n images has n // B steps. The law is exact for every data set and
+number of lanes, since no window narrows the choice. Instead every rank reads all shards of the epoch and keeps what
+stands in its rows. Where the shards are more than all lanes' windows hold, it does so several times an epoch, each time
+for a part of the steps. Only the random numbers are others than in the released code, which draws from Python's global
+generator.
 """
 
 from dataclasses import dataclass
@@ -28,9 +36,11 @@ from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 
-Sampling = Literal["epoch", "class_uniform"]
+Sampling = Literal["epoch", "class_uniform", "released"]
 Windows = list[list[ShardSlice]]
 """The windows of one lane, in reading order."""
+Steps = tuple[tuple[int, ...], ...]
+"""A step for each window: lane -> window -> step."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +54,17 @@ class EpochPlan:
     """[S, B] int64 class ids."""
     windows: tuple[tuple[tuple[int, ...], ...], ...]
     """Lane -> windows in reading order -> indices into the manifest's training shards. Two lanes may share a shard."""
-    opens: tuple[tuple[int, ...], ...]
-    """Lane -> window -> the first step that uses an image of it; S for a window that no step uses."""
-    closes: tuple[tuple[int, ...], ...]
-    """Lane -> window -> the last step that uses an image of it; -1 for a window that no step uses."""
+    opens: Steps
+    """The first step that uses an image of the window; S for a window that no step uses."""
+    closes: Steps
+    """The last such step; -1 for a window that no step uses."""
     reachable: int
     """Images that an epoch could show at best: the sum over the classes of K * floor(n_c / K). With class-uniform
-    sampling: the sum of n_c over the classes with K images or more."""
+    sampling: the sum of n_c over the classes with K images or more. With released sampling: all."""
     too_small: int
-    """Number of classes with fewer than K images, which no batch of any epoch shows."""
-    repeated: int
-    """Number of groups, over all steps, whose class stood in the step already."""
+    """Number of classes that no batch of any epoch shows, having fewer than K images."""
+    groups: int
+    """G, groups in a batch."""
 
     @property
     def steps(self) -> int:
@@ -65,24 +75,22 @@ class EpochPlan:
         """Share of the reachable images that this epoch shows."""
         return len(np.unique(self.ids_SB)) / self.reachable
 
+    @property
+    def repeated(self) -> int:
+        """Number of groups, over all steps, whose class stood in the step already."""
+        return self.groups * self.steps - sum(len(set(row)) for row in self.labels_SB.tolist())
+
+    @property
+    def diversity(self) -> str:
+        """Say how many distinct classes stand in a batch, on average and at most."""
+        distinct = self.groups - self.repeated / self.steps
+        most = min(self.groups, len(np.unique(self.labels_SB)))
+        return f"{distinct:.1f} distinct classes in a batch, {distinct / most:.1%} of the most possible ({most})"
+
 
 def allowed_world_sizes(lanes: int) -> list[int]:
     """List the numbers of ranks that divide the lanes."""
     return [n for n in range(1, lanes + 1) if lanes % n == 0]
-
-
-def lanes_of(rank: int, world_size: int, lanes: int) -> range:
-    """Return the consecutive lanes of one rank.
-
-    Raises:
-        InputError: the number of ranks does not divide the number of lanes.
-    """
-    if lanes % world_size:
-        raise InputError(
-            f"{world_size} ranks do not divide {lanes} lanes; take one of {allowed_world_sizes(lanes)} ranks"
-        )
-    share = lanes // world_size
-    return range(rank * share, (rank + 1) * share)
 
 
 def plan_epoch(
@@ -106,7 +114,7 @@ def plan_epoch(
         window: shards in a window. A lane needs at most two neighbouring windows at a time (more only where a window is
             used up before the largest class of the one before it). Class-uniform sampling puts windows together that
             are too small for what a step takes from a lane.
-        sampling: ``epoch`` or ``class_uniform``, see above.
+        sampling: ``epoch``, ``class_uniform`` or ``released``, see above.
 
     Raises:
         InputError: B, K and L do not divide, there are fewer shards than lanes, or fewer groups than one batch.
@@ -117,9 +125,11 @@ def plan_epoch(
             f"batch.global_size={global_size} does not divide into {L} lanes of groups of {K}; set it to a multiple of "
             f"{K * L}, or change data.lanes or batch.samples_per_class"
         )
-    per_lane = global_size // (K * L)
     draw = rng(seed, "schedule", epoch)
     slices = shard_slices(manifest, classes, K)
+    if sampling == "released":
+        return _released_plan(slices, epoch, global_size, K, L, window, draw)
+    per_lane = global_size // (K * L)
     if len(slices) < L:
         fitting = [n for n in range(1, len(slices) + 1) if (global_size // K) % n == 0]
         advice = f"set data.lanes to one of {fitting}" if fitting else "check the shards and validation"
@@ -166,7 +176,39 @@ def plan_epoch(
         closes=closes,
         reachable=reachable,
         too_small=len(set(classes)) - int((counts_C >= K).sum()),
-        repeated=sum(len(row) - len(set(row)) for row in labels_SG.tolist()),
+        groups=global_size // K,
+    )
+
+
+def _released_plan(
+    slices: list[ShardSlice], epoch: int, B: int, K: int, L: int, window: int, draw: np.random.Generator
+) -> EpochPlan:
+    """Draw classes and images with replacement."""
+    n, groups = sum(len(part.ids_n) for part in slices), B // K
+    steps = n // B
+    if steps < 1:
+        raise InputError(
+            f"the training shards hold {n} images of the chosen classes but a batch takes {B}; set batch.global_size "
+            f"to at most {n}, or check the shards and validation"
+        )
+    labels_n = np.concatenate([part.labels_n for part in slices])
+    by_class_n = np.argsort(labels_n, kind="stable")
+    labels_C, starts_C, counts_C = np.unique(labels_n[by_class_n], return_index=True, return_counts=True)
+    drawn_SG = draw.integers(len(labels_C), size=(steps, groups))
+    images_SGK = draw.integers(counts_C[drawn_SG][:, :, None], size=(steps, groups, K))
+    images_SB = by_class_n[starts_C[drawn_SG][:, :, None] + images_SGK].reshape(steps, B)
+    parts = min(steps, -(-len(slices) // (window * L)))
+    ends = [steps * i // parts for i in range(parts + 1)]
+    return EpochPlan(
+        epoch=epoch,
+        ids_SB=np.concatenate([part.ids_n for part in slices])[images_SB],
+        labels_SB=labels_n[images_SB],
+        windows=((tuple(part.shard for part in slices),) * parts,) * L,
+        opens=(tuple(ends[:-1]),) * L,
+        closes=(tuple(end - 1 for end in ends[1:]),) * L,
+        reachable=n,
+        too_small=0,
+        groups=groups,
     )
 
 
@@ -224,17 +266,13 @@ def _joined(windows: Windows, K: int, per_lane: int) -> Windows:
     return joined
 
 
-Steps = tuple[tuple[int, ...], ...]
-
-
 def _window_steps(plan: Plan, windows: list[Windows]) -> tuple[Steps, Steps]:
     """Find the first and the last step that uses each window: lane -> window -> step."""
     opens = [[len(plan)] * len(lane) for lane in windows]
     closes = [[-1] * len(lane) for lane in windows]
     for t, step in enumerate(plan):
         for number, lane in enumerate(step):
-            for group in lane:
-                for used in range(group.oldest, group.window + 1):
-                    opens[number][used] = min(opens[number][used], t)
-                    closes[number][used] = t
+            for used in {window for group in lane for window in (group.oldest, group.window)}:
+                opens[number][used] = min(opens[number][used], t)
+                closes[number][used] = t
     return tuple(map(tuple, opens)), tuple(map(tuple, closes))

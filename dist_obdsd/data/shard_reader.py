@@ -4,6 +4,7 @@ From a shard only images, integers and JSON are parsed; nothing in it can execut
 """
 
 import json
+import logging
 import math
 import tarfile
 import threading
@@ -20,8 +21,10 @@ from dist_obdsd.config.sections import DataConfig
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.images import MEMBERS
 from dist_obdsd.data.manifest import Shard, key
-from dist_obdsd.data.remote import fetch, is_remote, location, shown
+from dist_obdsd.data.remote import faults_of, fetch, is_remote, location, shown
 from dist_obdsd.errors import InputError, RunError
+
+logger = logging.getLogger(__name__)
 
 HELD_WINDOWS = 2  # of a lane, as encoded bytes
 IN_MEMORY = 2**28  # bytes of a downloaded shard that no cache keeps, beyond which it waits in a temporary file
@@ -32,31 +35,43 @@ class ShardError(Exception):
     """A difference from the manifest, as a clause: ``ends before sample 00000003``."""
 
 
-def missing_files(root: str, shards: Iterable[Shard]) -> list[str]:
-    """List the shards that a local folder lacks."""
-    return [] if is_remote(root) else [shard.file for shard in shards if not (Path(root) / shard.file).is_file()]
-
-
 def check_files(root: str, shards: tuple[Shard, ...], sizes: bool = False) -> None:
-    """Refuse a local folder that lacks shards.
+    """Refuse a folder that lacks shards.
 
     Args:
-        sizes: compare the files' sizes with the manifest, too.
+        sizes: compare the files' sizes with the manifest, too, and ask the server of remote ones.
 
     Raises:
         InputError: a shard is missing or has another size.
     """
-    if missing := missing_files(root, shards):
+    if is_remote(root):
+        if sizes and not root.startswith("pipe:"):  # which nobody can ask
+            _check_remote(root, shards)
+        return
+    paths = [Path(location(root, shard.file)) for shard in shards]
+    missing = [shard.file for shard, path in zip(shards, paths, strict=True) if not path.is_file()]
+    if missing:
         raise InputError(
             f"{len(missing)} of {len(shards)} shards are missing in {root}, the first is {missing[0]}; copy them there "
             f"or pack the data again"
         )
-    for shard in () if is_remote(root) or not sizes else shards:
-        if (found := (Path(root) / shard.file).stat().st_size) != shard.bytes:
+    for shard, path in zip(shards, paths, strict=True) if sizes else ():
+        if (found := path.stat().st_size) != shard.bytes:
             raise InputError(
-                f"the shard {Path(root) / shard.file} has {found} bytes and not {shard.bytes} as its manifest says; "
-                f"copy it there again"
+                f"the shard {path} has {found} bytes and not {shard.bytes} as its manifest says; copy it there again"
             )
+
+
+def _check_remote(root: str, shards: tuple[Shard, ...]) -> None:
+    faults, unknown = faults_of([location(root, shard.file) for shard in shards], [shard.bytes for shard in shards])
+    if faults:
+        first = min(faults)
+        raise InputError(
+            f"{len(faults)} of {len(shards)} shards are missing or damaged at {shown(root)}, the first is "
+            f"{shards[first].file} ({faults[first]}); copy them there again, or check the address and your access"
+        )
+    if unknown:
+        logger.info("%d of %d remote shards could not be checked before they are read", unknown, len(shards))
 
 
 def cache_of(data: DataConfig) -> Cache | None:
@@ -259,14 +274,16 @@ class WindowReader:
         try:
             for window in self._windows:
                 self._wait_for_room(window)
-                images = {}
+                images: dict[int, bytes] = {}
                 for shard in window.shards:
-                    for sample_id, image in read_shard(self._root, shard, window.uses, self._cache):
-                        images[window.epoch, sample_id] = image, window.uses[sample_id]
+                    images |= dict(read_shard(self._root, shard, window.uses, self._cache))
                     if self._failure:
                         return
                 with self._changed:
-                    self._images.update(images)
+                    for sample_id, image in images.items():
+                        # With released sampling the window before may still hold the same image.
+                        before = self._images.get((window.epoch, sample_id), (image, 0))[1]
+                        self._images[window.epoch, sample_id] = image, before + window.uses[sample_id]
                     self._held.append(window)
             with self._changed:
                 self._next = (math.inf, math.inf)

@@ -19,9 +19,9 @@ from torch import Tensor
 from dist_obdsd.config import Config
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.decoding_workers import DecodeFailure, DecodeJob, Decoder, DecodeTask
-from dist_obdsd.data.from_config import plan_from
+from dist_obdsd.data.from_config import check_world_size, plan_from
 from dist_obdsd.data.manifest import Manifest, Shard, key
-from dist_obdsd.data.schedule import EpochPlan, lanes_of
+from dist_obdsd.data.schedule import EpochPlan
 from dist_obdsd.data.shard_reader import Window, WindowReader, cache_of, check_files, read_shard
 from dist_obdsd.errors import InputError, RunError
 
@@ -84,9 +84,9 @@ class TrainStream:
         """
         self._manifest, self._classes, self._config = manifest, classes, config
         self._start = (start_epoch, start_step)
-        self._lanes = lanes_of(rank, world_size, config.data.lanes)
+        check_world_size(config, world_size)
+        self._rank, self._world_size = rank, world_size
         b = config.batch.global_size // world_size
-        self._rows = slice(rank * b, (rank + 1) * b)
         self._broken: set[int] = set()
         self._plans: dict[int, EpochPlan] = {}
         self._planning = threading.Lock()
@@ -172,19 +172,23 @@ class TrainStream:
 
     def _windows(self) -> Iterator[Window]:
         shards = self._manifest.splits["train"]
+        lanes = self._config.data.lanes
+        mine = range(self._rank * lanes // self._world_size, (self._rank + 1) * lanes // self._world_size)
+        if self._config.data.sampling == "released":
+            # All lanes have the same windows: the rank reads them as if its rows were one lane's.
+            lanes, mine = self._world_size, range(self._rank, self._rank + 1)
+        share = self._config.batch.global_size // lanes
         for plan, first in self._steps():
-            share = plan.ids_SB.shape[1] // self._config.data.lanes
             windows = []
-            for lane in self._lanes:
-                # Per lane, not per rank: two lanes may share a shard.
-                uses = Counter(plan.ids_SB[first:, lane * share : (lane + 1) * share].ravel().tolist())
-                windows += [
-                    Window(plan.epoch, max(opens, first), closes, lane, tuple(shards[i] for i in window), uses)
-                    for window, opens, closes in zip(
-                        plan.windows[lane], plan.opens[lane], plan.closes[lane], strict=True
-                    )
-                    if closes >= first
-                ]
+            for lane in mine:
+                rows = slice(lane * share, (lane + 1) * share)
+                for window, opens, closes in zip(plan.windows[lane], plan.opens[lane], plan.closes[lane], strict=True):
+                    if closes >= first:
+                        begin = max(opens, first)
+                        # Per lane, not per rank: two lanes may share a shard.
+                        uses = Counter(plan.ids_SB[begin : closes + 1, rows].ravel().tolist())
+                        tars = tuple(shards[i] for i in window)
+                        windows.append(Window(plan.epoch, begin, closes, lane, tars, uses))
             yield from sorted(windows, key=lambda window: (window.opens, window.lane))
 
     def _jobs(self) -> Iterator[DecodeJob]:
@@ -192,13 +196,14 @@ class TrainStream:
             if self._closed:
                 return
             self._reader = WindowReader(self._config.data.shards, self._windows(), self._cache)
+        b = self._config.batch.global_size // self._world_size
         for plan, first in self._steps():
             for step in range(first, plan.steps):
-                ids = plan.ids_SB[step, self._rows].tolist()
+                ids = plan.ids_SB[step, self._rank * b : (self._rank + 1) * b].tolist()
                 images = self._reader.take(plan.epoch, step, ids)
                 tasks = [
                     DecodeTask(sample_id, image, (plan.epoch, step, row))
-                    for row, (sample_id, image) in enumerate(zip(ids, images, strict=True), start=self._rows.start)
+                    for row, (sample_id, image) in enumerate(zip(ids, images, strict=True), start=self._rank * b)
                 ]
                 yield DecodeJob((plan.epoch, step, ids, torch.from_numpy(plan.labels_SB[step].copy())), tasks)
 

@@ -24,7 +24,7 @@ class Server:
     login: str = ""
     """USER:PASSWORD that is asked for."""
     requests: list[tuple[str, int]] = field(default_factory=list)
-    """(name, first byte) of each."""
+    """(name, first byte) of each; a question mark is added to the name where only a part was asked for."""
 
     def count(self, name: str) -> int:
         return sum(requested == name for requested, _ in self.requests)
@@ -41,8 +41,9 @@ def serving(folder: Path, ranges: bool = True) -> Iterator[Server]:
         def do_GET(self) -> None:
             name = self.path.lstrip("/").partition("?")[0]
             asked = self.headers.get("Range")
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and server.ranges else 0
-            server.requests.append((name, start))
+            first, _, last = (asked.removeprefix("bytes=") if asked and server.ranges else "0-").partition("-")
+            start = int(first)
+            server.requests.append((name + "?" * bool(last), start))
             fault = server.faults[name].pop(0) if server.faults[name] else None
             path = server.folder / name
             given = self.headers.get("Authorization", "Basic ").removeprefix("Basic ")
@@ -58,7 +59,10 @@ def serving(folder: Path, ranges: bool = True) -> Iterator[Server]:
                 self.send_error(fault if isinstance(fault, int) else 404)
                 return
             data = fault if isinstance(fault, bytes) else path.read_bytes()
-            self.send_response(206 if start else 200)
+            self.send_response(206 if start or last else 200)
+            if last:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            data = data[: int(last) + 1] if last else data
             self.send_header("Content-Length", str(len(data) - start))
             self.end_headers()
             until = len(data) * fault // 100 if isinstance(fault, int) else len(data)

@@ -1,6 +1,7 @@
 # ruff: noqa: F401, F811 - the fixtures of another module
 """The stream, the evaluation, ``verify`` and ``doctor`` on shards that are not here."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dist_obdsd.cli.main import main
 from dist_obdsd.data import remote
 from dist_obdsd.data.manifest import Manifest, to_json
 from dist_obdsd.data.packing.verify import verify
+from dist_obdsd.data.shard_reader import check_files
 from dist_obdsd.data.stream import TrainStream, evaluation_batches
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.errors import InputError, RunError
@@ -106,6 +108,43 @@ def test_a_cache_that_cannot_be_used_is_refused_at_the_start(data: Data, server:
         evaluation_batches(data[1], "test", config, 0, 1)
     with pytest.raises(InputError, match="data.cache_gib bounds the cache, but data.cache names no folder"):
         config_of(data[0], cache_gib=1.0)
+
+
+def test_missing_or_cut_shards_are_found_before_they_are_read(data: Data, server: Server) -> None:
+    shards = (*data[1].splits["train"], *data[1].splits["test"])
+    check_files(server.url, shards, sizes=True)
+    assert sorted(server.requests) == sorted((f"{shard.file}?", 0) for shard in shards)  # one byte of each
+    names = [shard.file for shard in shards]
+    server.faults[names[10]], server.faults[names[12]] = [b"cut"], [404]
+    with pytest.raises(InputError, match=rf"2 of 16 .* at {server.url}, the first is {names[10]} \(it has 3 bytes"):
+        check_files(server.url, shards, sizes=True)
+    server.faults[names[9]] = [403]
+    with pytest.raises(InputError, match=rf"1 of 16 .*, the first is {names[9]} \(the server answers 403"):
+        check_files(server.url, shards, sizes=True)
+    server.ranges = False  # the whole file is offered, and its size with it
+    server.faults[names[9]] = [b"cut"]
+    with pytest.raises(InputError, match="it has 3 bytes"):
+        check_files(server.url, shards, sizes=True)
+    # A directory of fsspec's; a command cannot be asked.
+    check_files(f"file://{data[0]}", shards, sizes=True)
+    with pytest.raises(InputError, match="16 of 16 shards are missing or damaged at file://"):
+        check_files(f"file://{data[0]}/nothing", shards, sizes=True)
+    check_files("pipe:false", shards, sizes=True)
+
+
+def test_a_server_that_is_busy_or_slow_refuses_nothing(
+    data: Data, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    shards, go_on = data[1].splits["test"], threading.Event()
+    server.faults[shards[0].file] = [503]
+    check_files(server.url, shards, sizes=True)
+    assert "1 of 8 remote shards could not be checked" in caplog.text
+    monkeypatch.setattr(remote, "ASKING", 0.1)
+    monkeypatch.setattr(remote, "_size_of", lambda url: go_on.wait(60))
+    check_files(server.url, shards, sizes=True)
+    go_on.set()
+    assert "8 of 8 remote shards could not be checked" in caplog.text
 
 
 def test_verify_reads_a_url(data: Data, server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,8 @@ def test_a_stream_goes_on_from_its_state(shards: Path) -> None:
     assert len(rest) == 8
     for a, b in zip(whole[4:], rest, strict=True):
         assert torch.equal(a[0], b[0])
+    with pytest.raises(InputError, match="digest ffff"):
+        other.load_state_dict({**state, "manifest": "f" * 64})
 
 
 def test_a_stream_refuses_what_the_settings_refuse(shards: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_obdsd.data import batch_composer, lanes
-from dist_obdsd.data.schedule import allowed_world_sizes, lanes_of
 from dist_obdsd.errors import InputError
 from tests.data.schedules import all_classes, check_plan, examples, manifest_of, most_open, packed, plan_of
 
@@ -143,10 +142,3 @@ def test_refusals_name_the_numbers() -> None:
     few = manifest_of([[0, 0, 1, 2, 2]] * 4)
     assert plan_of(few, global_size=8, classes=[0, 1, 2]).too_small == 0  # class 1 has four, in four shards
     assert plan_of(few, global_size=10, lanes=1, window=4, samples_per_class=5).too_small == 1
-
-
-def test_lanes_of_ranks() -> None:
-    assert allowed_world_sizes(8) == [1, 2, 4, 8]
-    assert [list(lanes_of(rank, 4, 8)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(InputError, match=r"3 ranks do not divide 8 lanes; take one of \[1, 2, 4, 8\]"):
-        lanes_of(0, 3, 8)

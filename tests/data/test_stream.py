@@ -426,7 +426,7 @@ def test_a_program_that_forgets_to_close_still_ends(data: tuple[Path, Manifest])
         f"config_of({str(data[0])!r}, epochs=500, workers=2), 0, 1)\n"
         "print(next(source).step, flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 

@@ -19,7 +19,6 @@ from dist_obdsd.data.remote import is_remote
 from dist_obdsd.data.shard_reader import (
     ShardError,
     images_of,
-    missing_files,
     open_shard,
     sample_faults,
     samples_of,
@@ -86,13 +85,13 @@ def verify(root: str | Path, workers: int = 1) -> VerifyReport:
 
 
 def _check_shard(root: str, shard: Shard) -> list[str]:
-    if missing_files(root, [shard]):
-        return ["is missing"]
     try:
         with open_shard(root, shard) as file:
             return [*_check_bytes(file, shard), *_check_samples(file, shard)]
     except RunError as error:
         return [str(error)]  # of a download, which was checked on the way
+    except FileNotFoundError:
+        return ["is missing"]
     except OSError as error:
         return [f"cannot be read: {short_reason(error)}"]
 
