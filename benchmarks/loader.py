@@ -1,11 +1,11 @@
-"""Batches from shards beside the usual way, an image folder read with PIL in a DataLoader.
+"""Batches from shards beside the usual way, an image folder in a DataLoader, read with PIL or with TorchCodec.
 
-The same encoded images, image size, batch size, crop and number of processes; both deliver uint8 [batch, 3, s, s] on
-the CPU, since normalising is the network's work here and can be for either. The usual way is torchvision's
-``ImageFolder`` with ``RandomResizedCrop``, ``RandomHorizontalFlip`` and ``PILToTensor``, shuffled; the stream's batches
-are balanced by class.
+The same encoded images, image size, batch size, crop and number of processes; all deliver uint8 [batch, 3, s, s] on
+the CPU, since normalising is the network's work here and can be for any. The usual way is torchvision's
+``ImageFolder``, shuffled, with ``RandomResizedCrop`` and ``RandomHorizontalFlip`` on PIL images, or those of
+torchvision's v2 on what TorchCodec decodes; the stream's batches are balanced by class.
 
-The two take turns for several rounds, and only one of them has processes at a time. Both read from the page cache,
+They take turns for several rounds, and only one of them has processes at a time. All read from the page cache,
 since shards and files were written or read just before. A round starts its source anew and lets it deliver until all
 that it decoded ahead is used up; only what follows is timed, so neither the start of processes nor a filled queue
 counts.
@@ -20,16 +20,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from benchmarks import common
 from benchmarks.common import Row
@@ -44,7 +47,7 @@ from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 
-STREAM, FOLDER = "stream", "image folder, PIL"
+STREAM, PIL, CODEC = "stream", "image folder, PIL", "image folder, TorchCodec"
 ROUNDS = 5
 SECONDS = 2.0  # that a part of a round is timed
 AHEAD = 2  # batches that a DataLoader's process prepares ahead, torch's default
@@ -55,10 +58,11 @@ Source = Callable[[], AbstractContextManager[Iterator[Tensor]]]
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """Two rows per image size, one per source.
+    """Three rows per image size, one per source.
 
     ``images_per_s`` is the median over the rounds of what a consumer gets that does nothing else, ``best`` the quickest
-    round, ``ratio`` the median of the rounds' ratios to the image folder. ``wait_share`` is the part of its time that a
+    round, ``of_pil`` and ``of_torchcodec`` the median of the rounds' ratios to the image folders. ``cpu_ms`` is CPU time
+    per image of this process and the decoding ones, and does not depend on what else is running. ``wait_share`` is the part of its time that a
     consumer waits which takes as long over a batch as the stream needs to deliver one (it sleeps, as if a GPU worked).
     ``bytes_per_image`` are read from storage per delivered image: the shards of an epoch's plan, or the files.
     ``per_core`` are images per second of CPU time of decoding and augmenting alone, in one process.
@@ -93,20 +97,28 @@ def build_config(shards: str, image_size: int, batch: int, workers: int) -> Conf
 
 def measure(config: Config, manifest: Manifest, files: Path, budget: float) -> list[Row]:
     """The rows of one image size: ``ROUNDS`` rounds, or as many as the budget (seconds) allows, but one at least."""
-    sources: dict[str, Source] = {STREAM: lambda: stream(config, manifest), FOLDER: lambda: image_folder(config, files)}
+    sources: dict[str, Source] = {
+        STREAM: lambda: stream(config, manifest),
+        PIL: lambda: image_folder(config, files, PIL),
+        CODEC: lambda: image_folder(config, files, CODEC),
+    }
     ahead = max(SLOTS + LENT, AHEAD * config.data.workers) + 1
     rates: dict[str, list[float]] = {name: [] for name in sources}
     waits: dict[str, list[float]] = {name: [] for name in sources}
+    cpu: dict[str, list[float]] = {name: [] for name in sources}
     started = time.perf_counter()
-    while not rates[FOLDER] or (
+    while not rates[CODEC] or (
         # A round more, if it can end in time.
-        (time.perf_counter() - started) * (1 + 1 / len(rates[FOLDER])) < budget and len(rates[FOLDER]) < ROUNDS
+        (time.perf_counter() - started) * (1 + 1 / len(rates[CODEC])) < budget and len(rates[CODEC]) < ROUNDS
     ):
         for name, source in sources.items():
             with source() as batches:
                 for _ in range(ahead):
                     next(batches)
-                rates[name].append(delivered(batches, SECONDS, 0)[0])
+                before = cpu_seconds()
+                rate, _, images = delivered(batches, SECONDS, 0)
+                rates[name].append(rate)
+                cpu[name].append((cpu_seconds() - before) / images)
                 step = config.batch.global_size / rates[STREAM][-1]
                 waits[name].append(delivered(batches, SECONDS, step)[1])
     read, alone = bytes_per_image(config, manifest, files), per_core(config, files)
@@ -118,7 +130,9 @@ def measure(config: Config, manifest: Manifest, files: Path, budget: float) -> l
             "workers": config.data.workers,
             "images_per_s": statistics.median(rates[name]),
             "best": max(rates[name]),
-            "ratio": statistics.median(a / b for a, b in zip(rates[name], rates[FOLDER], strict=True)),
+            "of_pil": statistics.median(a / b for a, b in zip(rates[name], rates[PIL], strict=True)),
+            "of_torchcodec": statistics.median(a / b for a, b in zip(rates[name], rates[CODEC], strict=True)),
+            "cpu_ms": 1000 * statistics.median(cpu[name]),
             "wait_share": statistics.median(waits[name]),
             "bytes_per_image": read[name],
             "per_core": alone[name],
@@ -127,8 +141,8 @@ def measure(config: Config, manifest: Manifest, files: Path, budget: float) -> l
     ]
 
 
-def delivered(batches: Iterator[Tensor], seconds: float, step: float) -> tuple[float, float]:
-    """Images per second, and the share of the time that the consumer waited, over ``seconds`` at least.
+def delivered(batches: Iterator[Tensor], seconds: float, step: float) -> tuple[float, float, int]:
+    """Images per second, the share of the time that the consumer waited, and images, over ``seconds`` at least.
 
     Args:
         step: seconds that the consumer takes over a batch.
@@ -140,7 +154,13 @@ def delivered(batches: Iterator[Tensor], seconds: float, step: float) -> tuple[f
         waited += time.perf_counter() - now
         time.sleep(step)
         now = time.perf_counter()
-    return images / (now - started), waited / (now - started)
+    return images / (now - started), waited / (now - started), images
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and the living ones below it."""
+    here = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (here, *here.children(recursive=True)))
 
 
 @contextmanager
@@ -153,8 +173,8 @@ def stream(config: Config, manifest: Manifest) -> Iterator[Iterator[Tensor]]:
 
 
 @contextmanager
-def image_folder(config: Config, files: Path) -> Iterator[Iterator[Tensor]]:
-    images = dataset(config, files)
+def image_folder(config: Config, files: Path, how: str) -> Iterator[Iterator[Tensor]]:
+    images = dataset(config, files, how)
     workers = config.data.workers
     loader = DataLoader(
         images,
@@ -171,13 +191,14 @@ def image_folder(config: Config, files: Path) -> Iterator[Iterator[Tensor]]:
         batches.close()  # lets go of the loader's iterator, which ends its processes
 
 
-def dataset(config: Config, files: Path) -> ImageFolder:
-    steps = [
-        transforms.RandomResizedCrop(config.data.image_size, scale=config.data.crop_scale),
-        transforms.RandomHorizontalFlip(),
-        transforms.PILToTensor(),
-    ]
-    return ImageFolder(files, transforms.Compose(steps), is_valid_file=lambda path: True)
+def dataset(config: Config, files: Path, how: str) -> ImageFolder:
+    kind: Any = transforms if how == PIL else v2
+    steps = [kind.RandomResizedCrop(config.data.image_size, config.data.crop_scale), kind.RandomHorizontalFlip()]
+    if how == PIL:
+        return ImageFolder(files, kind.Compose([*steps, kind.PILToTensor()]), is_valid_file=lambda path: True)
+    from torchcodec.decoders import decode_image
+
+    return ImageFolder(files, kind.Compose(steps), loader=decode_image, is_valid_file=lambda path: True)
 
 
 def bytes_per_image(config: Config, manifest: Manifest, files: Path) -> dict[str, float]:
@@ -189,21 +210,23 @@ def bytes_per_image(config: Config, manifest: Manifest, files: Path) -> dict[str
     shards = manifest.splits["train"]
     read = sum(shards[i].bytes for windows in plan.windows for window in windows for i in window)
     sizes = [path.stat().st_size for path in files.rglob("*") if path.is_file()]
-    return {STREAM: read / plan.ids_SB.size, FOLDER: statistics.mean(sizes)}
+    return {STREAM: read / plan.ids_SB.size, PIL: statistics.mean(sizes), CODEC: statistics.mean(sizes)}
 
 
 def per_core(config: Config, files: Path) -> dict[str, float]:
-    """Both ways in this process, in turns; the quickest turn counts."""
-    images = dataset(config, files)
-    chosen = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long().tolist()
-    rows = [DecodeTask(i, Path(images.samples[i][0]).read_bytes(), (0, 0, i)) for i in chosen]
+    """Each way in this process, in turns; the quickest turn counts."""
+    folders = {how: dataset(config, files, how) for how in (PIL, CODEC)}
+    samples = folders[PIL].samples
+    chosen = torch.linspace(0, len(samples) - 1, min(SAMPLE, len(samples))).long().tolist()
+    rows = [DecodeTask(i, Path(samples[i][0]).read_bytes(), (0, 0, i)) for i in chosen]
     size = config.data.image_size
     out = torch.empty(len(rows), config.data.channels, size, size, dtype=torch.uint8)
 
-    def folder() -> None:
-        torch.stack([images[i][0] for i in chosen], out=out)
+    def folder(how: str) -> None:
+        torch.stack([folders[how][i][0] for i in chosen], out=out)
 
-    ways: dict[str, Callable[[], Any]] = {STREAM: lambda: decode_tasks(rows, out, config, 1), FOLDER: folder}
+    ways: dict[str, Callable[[], Any]] = {STREAM: lambda: decode_tasks(rows, out, config, 1)}
+    ways |= {how: partial(folder, how) for how in folders}
     best = dict.fromkeys(ways, math.inf)
     for _ in range(ROUNDS):
         for name, way in ways.items():
