@@ -116,11 +116,11 @@ def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None
 
 
 def faults_of(urls: Sequence[str], sizes: Sequence[int]) -> tuple[dict[int, str], int]:
-    """Ask for the size of each URL, without reading it.
+    """Look for files that are missing, may not be read or have another size, without reading them.
 
     Returns:
-        What is wrong, by index: a file is missing, may not be read, or has another size. And the number of files that
-        nothing is known of, since a server says no size, fails for now, or took longer than ASKING for all.
+        The faults, by index; and the number of files that nothing is known of, since a server says no size, fails for
+        now, or took longer than ASKING for all.
 
     Raises:
         InputError: nothing can open such a URL.
@@ -142,11 +142,16 @@ def _fault(url: str, size: int) -> str | None:
         raise
     except Exception as error:
         cause, final = _cause(error)
-        return cause if final else None
-    return None if found is None else "" if found == size else f"it has {found} bytes and not {size}"
+        return cause if final or url.startswith("pipe:") else None
+    return None if found is None else "" if found in (size, -1) else f"it has {found} bytes and not {size}"
 
 
 def _size_of(url: str) -> int | None:
+    """Ask for the size of a file. A command only begins to read it, and gives -1."""
+    if url.startswith("pipe:"):
+        with _opened(url, 0) as (_, read):
+            read()
+        return -1
     if not url.startswith(("http://", "https://")):
         system, path = _file_system(url)
         size: int | None = system.info(path)["size"]
@@ -156,22 +161,6 @@ def _size_of(url: str) -> int | None:
         partly = response.status == http.HTTPStatus.PARTIAL_CONTENT
         found = response.headers["Content-Range"].rpartition("/")[2] if partly else response.headers["Content-Length"]
         return int(found) if found and found.isdecimal() else None
-
-
-def begin(url: str) -> bytes:
-    """Read the first bytes in one attempt, to see whether ``url`` can be read at all.
-
-    Raises:
-        InputError: nothing can open such a URL.
-        RunError: it cannot be read.
-    """
-    try:
-        with _opened(url, 0) as (_, read):
-            return read()
-    except InputError:
-        raise
-    except Exception as error:
-        raise RunError(f"cannot read {shown(url)}: {_cause(error)[0]}; check the address and your access") from error
 
 
 def _cause(error: BaseException) -> tuple[str, bool]:

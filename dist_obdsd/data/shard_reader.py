@@ -45,8 +45,9 @@ def check_files(root: str, shards: tuple[Shard, ...], sizes: bool = False) -> No
         InputError: a shard is missing or has another size.
     """
     if is_remote(root):
-        if sizes and not root.startswith("pipe:"):  # which nobody can ask
-            _check_remote(root, shards)
+        if sizes:
+            # A command cannot be asked, so only the first file is begun.
+            _check_remote(root, shards[:1] if root.startswith("pipe:") else shards)
         return
     paths = [Path(location(root, shard.file)) for shard in shards]
     missing = [shard.file for shard, path in zip(shards, paths, strict=True) if not path.is_file()]

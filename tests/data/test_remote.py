@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from dist_obdsd.data import manifest, remote
-from dist_obdsd.data.remote import fetch, location, shown
+from dist_obdsd.data.remote import faults_of, fetch, location, shown
 from dist_obdsd.errors import InputError, RunError
 from tests.data.server import Server, serving
 
@@ -143,7 +143,7 @@ def test_what_nothing_can_open(url: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         fetched(url)
     with pytest.raises(InputError, match=said):
-        remote.begin(url)
+        faults_of([url], [1])
 
 
 @pytest.mark.parametrize("login", ["jo:secret", "jo%40here:p%3A%2Fss%40", ":", "token"])
@@ -152,7 +152,7 @@ def test_a_server_that_asks_for_a_password(server: Server, login: str) -> None:
     with_login = server.url.replace("http://", f"http://{login}@")
     server.faults["a.tar"] = [40]
     assert fetched(f"{with_login}/a.tar") == DATA
-    assert remote.begin(f"{with_login}/a.tar") == DATA[: remote.CHUNK]
+    assert faults_of([f"{with_login}/a.tar"], [len(DATA)]) == ({}, 0)
     for wrong in (server.url, server.url.replace("http://", "http://jo:wrong@")):
         with pytest.raises(RunError, match=rf"{server.url}/a.tar .*: the server answers 401 Unauthorized") as caught:
             fetched(f"{wrong}/a.tar")
@@ -173,7 +173,6 @@ def test_fsspec_opens_other_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fetched(location("memory://bucket", "a b.tar")) == DATA
     (tmp_path / "a.tar").write_bytes(DATA)
     assert fetched(location(f"file://{tmp_path}", "a.tar")) == DATA
-    assert remote.begin(f"file://{tmp_path}/a.tar") == DATA[: remote.CHUNK]
     with pytest.raises(RunError, match=r"memory://bucket/b.tar \(attempt 1\)"):
         fetched("memory://bucket/b.tar")
     # One that breaks off goes on where it was.

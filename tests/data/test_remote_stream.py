@@ -125,11 +125,13 @@ def test_missing_or_cut_shards_are_found_before_they_are_read(data: Data, server
     server.faults[names[9]] = [b"cut"]
     with pytest.raises(InputError, match="it has 3 bytes"):
         check_files(server.url, shards, sizes=True)
-    # A directory of fsspec's; a command cannot be asked.
+    # A folder by fsspec, and a command, of which the first shard is begun.
     check_files(f"file://{data[0]}", shards, sizes=True)
     with pytest.raises(InputError, match="16 of 16 shards are missing or damaged at file://"):
         check_files(f"file://{data[0]}/nothing", shards, sizes=True)
-    check_files("pipe:false", shards, sizes=True)
+    check_files(f"pipe:cat {data[0]}/{{file}}", shards, sizes=True)
+    with pytest.raises(InputError, match="train-000000.tar .its command ended with exit code 1"):
+        check_files("pipe:false", shards, sizes=True)
 
 
 def test_a_server_that_is_busy_or_slow_refuses_nothing(
@@ -163,12 +165,12 @@ def test_verify_reads_a_url(data: Data, server: Server, capsys: pytest.CaptureFi
 
 def test_doctor_reads_a_url(data: Data, server: Server, tmp_path: Path) -> None:
     config = config_of(data[0], shards=server.url, cache=str(tmp_path / "cache"), lanes=4)
-    assert any("the first of which can be read; 0 are in" in line for line in doctor.where_it_runs(HERE, config))
+    assert any("16 remote shards of" in line and "; 0 are in" in line for line in doctor.where_it_runs(HERE, config))
     list(evaluation_batches(data[1], "test", config, 0, 1))
-    assert any(f"can be read; {SHARDS} are in" in line for line in doctor.where_it_runs(HERE, config))
+    assert any(f"; {SHARDS} are in" in line for line in doctor.where_it_runs(HERE, config))
     assert any(
         "data.cache is unset" in line for line in doctor.where_it_runs(HERE, config_of(data[0], shards=server.url))
     )
     server.faults["train-000000.tar"] = [403]
-    with pytest.raises(RunError, match="cannot read .*train-000000.tar: the server answers 403"):
+    with pytest.raises(InputError, match="train-000000.tar .the server answers 403"):
         doctor.where_it_runs(HERE, config)
