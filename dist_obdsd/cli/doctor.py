@@ -22,7 +22,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.from_config import check_world_size, classes_from, plan_from
 from dist_obdsd.data.manifest import Shard
-from dist_obdsd.data.remote import begin, is_remote, location
+from dist_obdsd.data.remote import is_remote
 from dist_obdsd.data.schedule import allowed_world_sizes
 from dist_obdsd.data.shard_reader import cache_of, check_files
 from dist_obdsd.distributed import collectives
@@ -170,13 +170,11 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
 
 
 def _remote(config: Config, shards: Sequence[Shard]) -> list[str]:
-    """Try to read a remote shard, and count those in the cache."""
-    root = config.data.shards
-    if not is_remote(root):
+    """Say how large remote shards are, and count those in the cache."""
+    if not is_remote(config.data.shards):
         return []
-    begin(location(root, shards[0].file))
     size = sum(shard.bytes for shard in shards) / 2**30
-    line = f"{len(shards)} remote shards of {size:.3g} GiB, the first of which can be read"
+    line = f"{len(shards)} remote shards of {size:.3g} GiB"
     cache = cache_of(config.data)
     if cache is None:
         return [f"{line}; data.cache is unset, so every epoch reads them anew"]

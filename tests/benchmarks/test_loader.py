@@ -50,7 +50,9 @@ def test_shards_are_read_and_their_images_become_the_folder(quick: None, tmp_pat
     source = runs.make_images(tmp_path / "source", classes=12)
     recipe = load_recipe("folder").model_copy(update={"options": {"test_fraction": 0.25}})
     manifest = pack(recipe, source, tmp_path / "shards")
-    row, folder, codec = bench("--workers", 0, "--sizes", 8, "--shards", tmp_path / "shards", "--json", tmp_path / "b.json")
+    row, folder, codec = bench(
+        "--workers", 0, "--sizes", 8, "--shards", tmp_path / "shards", "--json", tmp_path / "b.json"
+    )
     train = [path for path in source.rglob("*.png") if path.parent.name in manifest.classes]
     loader.extract(str(tmp_path / "shards"), manifest, tmp_path / "files")
     files = {path.parent.name + "/" + path.name: path.read_bytes() for path in (tmp_path / "files").rglob("*/*")}
