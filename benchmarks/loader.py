@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> list[Row]:
 
     ``images_per_s`` is the median over the rounds of what a consumer gets that does nothing else, ``best`` the quickest
     round, ``of_pil`` and ``of_torchcodec`` the median of the rounds' ratios to the image folders. ``cpu_ms`` is CPU
-    time per image of this process and the decoding ones, and depends little on what else is running. ``wait_share`` is the
-    part of its time that a consumer waits which takes as long over a batch as the stream needs to deliver one (it
+    time per image of this process and the decoding ones, and depends little on what else is running. ``wait_share`` is
+    the part of its time that a consumer waits which takes as long over a batch as the stream needs to deliver one (it
     sleeps, as if a GPU worked).
     ``bytes_per_image`` are read from storage per delivered image: the shards of an epoch's plan, or the files.
     ``per_core`` are images per second of CPU time of decoding and augmenting alone, in one process.
