@@ -55,8 +55,7 @@ class BalancedStream:
             transform: the setting ``data.augment``: ``crop``, ``strong``, ``affine``, ``none`` or ``package:function``.
             seed: the same on every rank.
             num_workers: decoding processes of this rank.
-            rank: this process's; None: the default process group's.
-            world_size: likewise.
+            rank, world_size: this process's; None: those of the default process group.
             data: further settings of the section ``data``, such as ``image_size``, ``lanes``, ``cache``.
 
         Raises:

@@ -35,8 +35,7 @@ class LaneQueue:
     """A lane's open groups: a queue per class, and a heap of the queues' first times."""
 
     def __init__(self, groups: list[Group], capacity: dict[tuple[int, int], int] | None = None) -> None:
-        """Sort the groups.
-
+        """
         Args:
             capacity: class-uniform sampling only, whose groups have no images yet: (window, class) -> how many groups
                 without a common image one step can have there. Every window has as many as a step takes from a lane.
@@ -165,10 +164,7 @@ def _repeat(queue: LaneQueue, taken: list[Group], chosen: list[list[Group]]) -> 
 
 
 def _substitute(queue: LaneQueue, planned: Group, taken: list[Group], held: Counter[int]) -> Group:
-    """Take another class of the window in place of one whose images there are all in the step already.
-
-    There is one: a window has room for as many groups as a step takes from the lane.
-    """
+    """Take another class of the window in place of one whose images there are all in the step already."""
     assert queue.capacity is not None
     labels = [c for window, c in queue.capacity if window == planned.window and queue.fits(window, c, taken)]
     label = min(labels, key=lambda c: (held[c], c))

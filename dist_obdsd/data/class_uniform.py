@@ -31,15 +31,12 @@ WindowImages = dict[int, list[int]]
 def uniform_queues(
     images: list[list[WindowImages]], groups: int, per_lane: int, K: int, draw: np.random.Generator
 ) -> list[LaneQueue]:
-    """Plan how often each class comes in each window, and when.
+    """Plan how often each class comes in each window, and when; ``draw_images`` then draws the images.
 
     Args:
         images: by lane and window; each window has ``per_lane`` groups or more that share no image.
         groups: that each lane gives in the epoch.
         per_lane: g, groups that a step takes from a lane.
-
-    Returns:
-        The lanes, with ``groups`` groups each, whose images are still to be drawn (``draw_images``).
     """
     numbers = {label: n for n, label in enumerate(sorted({c for lane in images for window in lane for c in window}))}
     images_CL = np.zeros((len(numbers), len(images)))

@@ -41,8 +41,6 @@ LENT = 2  # delivered batches that stay where they were decoded while somebody h
 
 
 class DecodeTask(NamedTuple):
-    """One image to decode."""
-
     id: int
     data: bytes
     place: tuple[int, int, int] | None
@@ -124,7 +122,7 @@ class Decoder:
         self._jobs, self._config, self._group = jobs, config, group
         self._shape = (rows, config.data.channels, *config.data.size)
         # A slot may come back while the garbage collector runs in a thread that is inside of this very queue.
-        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._ready: queue.Queue[Any] = queue.Queue()
         self._lent: set[int] = set()
         for slot in range(SLOTS):
@@ -151,12 +149,8 @@ class Decoder:
         for _ in range(self._config.data.workers):
             ours, theirs = context.Pipe()
             connections.append(ours)
-            process = context.Process(
-                target=_work,
-                args=(theirs, list(connections), os.getpid(), self._slots, self._config, self._group),
-                name="dist-obdsd decoding",
-                daemon=True,
-            )
+            arguments = (theirs, list(connections), os.getpid(), self._slots, self._config, self._group)
+            process = context.Process(target=_work, args=arguments, name="dist-obdsd decoding", daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -179,7 +173,7 @@ class Decoder:
         try:
             for job in self._jobs:
                 slot = self._free.get()
-                if slot is None:
+                if self._closed:
                     return
                 self._ready.put((job, slot, self._submit(job, slot)))
             self._ready.put(None)
@@ -256,13 +250,8 @@ class Decoder:
 
     def close(self) -> None:
         """Stop the thread and the processes; the iterator of jobs must not block."""
-        while True:
-            try:
-                self._free.get_nowait()
-            except queue.Empty:
-                break
-        self._free.put(None)
         self._closed = True
+        self._free.put(-1)  # wakes the thread
         self._thread.join(timeout=5)
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
@@ -272,18 +261,13 @@ class Decoder:
                 self._pinned = False
 
 
-def _take_back(lent: set[int], free: "queue.SimpleQueue[int | None]", slot: int) -> None:
+def _take_back(lent: set[int], free: "queue.SimpleQueue[int]", slot: int) -> None:
     lent.discard(slot)
     free.put(slot)
 
 
 def _work(
-    connection: Connection,
-    inherited: list[Connection],
-    parent: int,
-    slots: np.ndarray,
-    config: Config,
-    group: int,
+    connection: Connection, inherited: list[Connection], parent: int, slots: np.ndarray, config: Config, group: int
 ) -> None:
     """Run a decoding process: answer until the parent closes the connection or is gone."""
     # The parent decides when to end: launchers send these signals to every process of the job.

@@ -15,11 +15,7 @@ def classes_from(config: Config, manifest: Manifest) -> tuple[list[int], list[in
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Refuse a number of ranks that does not divide the lanes.
-
-    Raises:
-        InputError: with the numbers that do, and with all settings that would have to change.
-    """
+    """Raise InputError for a number of ranks that does not divide the lanes, with what would have to change."""
     lanes, B, K = config.data.lanes, config.batch.global_size, config.batch.samples_per_class
     if lanes % world_size == 0:
         return
@@ -36,17 +32,9 @@ def check_world_size(config: Config, world_size: int) -> None:
 
 def plan_from(config: Config, manifest: Manifest, classes: list[int], epoch: int) -> EpochPlan:
     """Plan one epoch with the sections ``batch`` and ``data``."""
-    return plan_epoch(
-        manifest,
-        classes,
-        seed=config.seed,
-        epoch=epoch,
-        global_size=config.batch.global_size,
-        samples_per_class=config.batch.samples_per_class,
-        lanes=config.data.lanes,
-        window=config.data.window,
-        sampling=config.data.sampling,
-    )
+    sizes = config.batch.model_dump(include={"global_size", "samples_per_class"})
+    how = config.data.model_dump(include={"lanes", "window", "sampling"})
+    return plan_epoch(manifest, classes, seed=config.seed, epoch=epoch, **sizes, **how)
 
 
 def describe_diversity(manifest: Manifest) -> str:
@@ -57,8 +45,8 @@ def describe_diversity(manifest: Manifest) -> str:
     K, lanes, window = manifest.samples_per_class, data["lanes"].default, data["window"].default
     # The multiple of what the lanes take that is nearest to the default batch.
     B = max(1, round(batch["global_size"].default / (K * lanes))) * K * lanes
-    sizes = {"global_size": B, "samples_per_class": K, "lanes": lanes, "window": window}
     text = f"batches of {B} ({K} per class, {lanes} lanes, windows of {window} shards)"
+    sizes = {"global_size": B, "samples_per_class": K, "lanes": lanes, "window": window}
     try:
         plan = plan_epoch(manifest, manifest.class_ids("train"), seed=0, epoch=0, **sizes)
     except InputError:

@@ -1,7 +1,5 @@
 """The assignment of training shards to lanes, evenly. Letters as in ``schedule``."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from dist_obdsd.data.manifest import Manifest
@@ -9,20 +7,13 @@ from dist_obdsd.data.manifest import Manifest
 MAX_LOSS = 0.02  # share of the steps that may be lost before two lanes share a shard
 
 
-@dataclass(frozen=True)
 class ShardSlice:
     """The images that one lane takes from a shard: all that are wanted of it, or a part where lanes share it."""
 
-    shard: int
-    """Index into the manifest's training shards."""
-    ids_n: np.ndarray
-    labels_n: np.ndarray
-    groups: int
-    """Groups that these images make by themselves."""
-
-    @classmethod
-    def of(cls, shard: int, ids_n: np.ndarray, labels_n: np.ndarray, K: int) -> "ShardSlice":
-        return cls(shard, ids_n, labels_n, count_groups(labels_n, K))
+    def __init__(self, shard: int, ids_n: np.ndarray, labels_n: np.ndarray, K: int) -> None:
+        """``shard`` is an index into the manifest's training shards."""
+        self.shard, self.ids_n, self.labels_n = shard, ids_n, labels_n
+        self.groups = count_groups(labels_n, K)  # that these images make by themselves
 
 
 Lanes = list[list[ShardSlice]]
@@ -42,7 +33,7 @@ def shard_slices(manifest: Manifest, classes: list[int], K: int) -> list[ShardSl
         labels_n = np.array(shard.classes, dtype=np.int64)
         keep_n = wanted[labels_n]
         if keep_n.any():
-            slices.append(ShardSlice.of(index, np.array(shard.ids, dtype=np.int64)[keep_n], labels_n[keep_n], K))
+            slices.append(ShardSlice(index, np.array(shard.ids, dtype=np.int64)[keep_n], labels_n[keep_n], K))
     return slices
 
 
@@ -50,9 +41,6 @@ def assign_to_lanes(slices: list[ShardSlice], L: int, per_lane: int, K: int, dra
     """Assign shards to lanes at random, with group counts as equal as possible.
 
     The poorest lane decides the number of steps, so what others have beyond it is lost for the epoch.
-
-    Args:
-        per_lane: g, groups that a step takes from a lane.
     """
     lanes: Lanes = [[] for _ in range(L)]
     totals = [0] * L
@@ -118,5 +106,5 @@ def _cut(whole: ShardSlice, groups: int, K: int, draw: np.random.Generator) -> t
         m = min(groups, int(counts_c[c]) // K)
         goes_n[np.flatnonzero(whole.labels_n == labels_c[c])[: m * K]] = True
         groups -= m
-    stays, goes = (ShardSlice.of(whole.shard, whole.ids_n[keep], whole.labels_n[keep], K) for keep in (~goes_n, goes_n))
+    stays, goes = (ShardSlice(whole.shard, whole.ids_n[keep], whole.labels_n[keep], K) for keep in (~goes_n, goes_n))
     return stays, goes

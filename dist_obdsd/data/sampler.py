@@ -22,8 +22,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
             sampler.set_epoch(epoch)
             for images, labels in loader: ...       # this rank's rows of the global batch
 
-    No image stands in a batch twice and, while there are enough, no class. An epoch shows each image at most once.
-    Every epoch is another one, and depends on the seed alone.
+    Unless drawn as released, no image stands in a batch twice and, while there are enough, no class. Every epoch is
+    another one, and depends on the seed alone.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class BalancedBatchSampler(Sampler[list[int]]):
             global_batch_size: B, images in one step over all ranks; a multiple of the ranks and of K.
             samples_per_class: K, images of one class in a group.
             seed: the same on every rank.
-            sampling: ``epoch``, each image at most once an epoch; or ``class_uniform``, classes equally often.
-            rank: this process's; None: the default process group's.
-            world_size: likewise.
+            sampling: ``epoch``, each image at most once an epoch; ``class_uniform``, classes equally often; or
+                ``released``, classes and images drawn with replacement.
+            rank, world_size: this process's; None: those of the default process group.
 
         Raises:
             InputError: the sizes do not divide, or the data is too small for one batch.
@@ -67,24 +67,19 @@ class BalancedBatchSampler(Sampler[list[int]]):
         numbers = tuple(range(len(self.labels_N)))
         shard = Shard("", 0, "", numbers, tuple(self.labels_N.tolist()), ("train",) * len(numbers))
         self._manifest = Manifest({}, seed, samples_per_class, tuple(map(str, self.classes)), {"train": (shard,)})
-        self._plan: EpochPlan | None = None
-        self.epoch = self.step = 0
+        self.plan: EpochPlan
+        """The epoch's global batches, with its coverage."""
+        self.epoch, self.step = -1, 0
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
         """Choose the epoch of the next iteration, and how many of its steps are done already."""
-        self.epoch, self.step = epoch, step
-        if self._plan is None or self._plan.epoch != epoch:
-            self._plan = plan_epoch(
+        if epoch != self.epoch:
+            self.plan = plan_epoch(
                 self._manifest, list(range(len(self.classes))), epoch=epoch, lanes=1, window=1,
                 sampling=self._sampling, **self._settings,
             )  # fmt: skip
-
-    @property
-    def plan(self) -> EpochPlan:
-        """The epoch's global batches, with its coverage."""
-        assert self._plan is not None
-        return self._plan
+        self.epoch, self.step = epoch, step
 
     def __len__(self) -> int:
         """Steps of the epoch that are left, the same on every rank."""

@@ -36,13 +36,10 @@ class ShardError(Exception):
 
 
 def check_files(root: str, shards: tuple[Shard, ...], sizes: bool = False) -> None:
-    """Refuse a folder that lacks shards.
+    """Raise InputError where local shards are missing.
 
     Args:
         sizes: compare the files' sizes with the manifest, too, and ask the server of remote ones.
-
-    Raises:
-        InputError: a shard is missing or has another size.
     """
     if is_remote(root):
         if sizes:
@@ -76,11 +73,7 @@ def _check_remote(root: str, shards: tuple[Shard, ...]) -> None:
 
 
 def cache_of(data: DataConfig) -> Cache | None:
-    """Open the cache that a configuration asks for.
-
-    Raises:
-        InputError: its folder cannot be used.
-    """
+    """Open the cache that a configuration asks for."""
     if data.cache is None or not is_remote(data.shards):
         return None
     return Cache(Path(data.cache), None if data.cache_gib is None else int(data.cache_gib * 2**30))
@@ -187,11 +180,7 @@ def image_names(
     Of a local shard only the headers and the small .json members are read; a remote one is downloaded.
 
     Args:
-        shards: where to look, such as ``manifest.shards()`` or one split.
-        ids: the images to name; None: all of them. A shard with none of them is not opened.
-
-    Returns:
-        The names found. An image is left out where its shard holds no name, as shards of other makers may.
+        ids: the images to name; None: all. One is left out where its shard, of another maker, holds no name.
 
     Raises:
         RunError: a shard cannot be read.
@@ -215,10 +204,6 @@ def image_names(
                 f"check the data with `dist-obdsd verify {shown(root)}`"
             ) from error
     return names
-
-
-class ClosedError(Exception):
-    """The stream was closed while a thread waited."""
 
 
 @dataclass(frozen=True)
@@ -245,11 +230,13 @@ class WindowReader:
         self._next: tuple[float, float] = (-1, -1)  # (epoch, opens) of the first window that is not read yet
         self._needed: tuple[int, int] = (-1, -1)
         self._failure: BaseException | None = None
-        threading.Thread(target=self._run, name="reading", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="reading", daemon=True)
 
     def take(self, epoch: int, step: int, ids: list[int]) -> list[bytes]:
         """Wait for a step's encoded images; let go of them and of windows that end."""
         with self._changed:
+            if self._thread.ident is None:
+                self._thread.start()
             self._needed = (epoch, step)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._failure or self._next > (epoch, step))
@@ -266,9 +253,10 @@ class WindowReader:
             self._images[epoch, sample_id] = image, uses - 1
         return image
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
+        """Stop reading; whoever waits for images gets the error."""
         with self._changed:
-            self._failure = self._failure or ClosedError()
+            self._failure = self._failure or error or RunError("the stream is closed")
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -286,18 +274,18 @@ class WindowReader:
                         before = self._images.get((window.epoch, sample_id), (image, 0))[1]
                         self._images[window.epoch, sample_id] = image, before + window.uses[sample_id]
                     self._held.append(window)
-            with self._changed:
-                self._next = (math.inf, math.inf)
-                self._changed.notify_all()
+            self._reach(math.inf, math.inf)
         except BaseException as error:
-            with self._changed:
-                self._failure = self._failure or error
-                self._changed.notify_all()
+            self.close(error)
+
+    def _reach(self, epoch: float, opens: float) -> None:
+        with self._changed:
+            self._next = (epoch, opens)
+            self._changed.notify_all()
 
     def _wait_for_room(self, window: Window) -> None:
+        self._reach(window.epoch, window.opens)
         with self._changed:
-            self._next = (window.epoch, window.opens)
-            self._changed.notify_all()
             self._changed.wait_for(
                 lambda: (
                     self._failure

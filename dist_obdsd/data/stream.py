@@ -10,8 +10,11 @@ Letters: b local rows, B global rows, C channels, s image size.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -82,37 +85,29 @@ class TrainStream:
             InputError: a shard file is missing, the world size does not divide the lanes, the data is too small for
                 the batch, or the position lies beyond the epoch.
         """
-        self._manifest, self._classes, self._config = manifest, classes, config
+        self._manifest, self._config = manifest, config
         self._start = (start_epoch, start_step)
         check_world_size(config, world_size)
         self._rank, self._world_size = rank, world_size
         b = config.batch.global_size // world_size
         self._broken: set[int] = set()
-        self._plans: dict[int, EpochPlan] = {}
+        # Reading runs ahead of training by an epoch or two, by more where an epoch is a step or two.
+        self._plan = lru_cache(5)(partial(plan_from, config, manifest, classes))
         self._planning = threading.Lock()
         check_files(config.data.shards, manifest.splits.get("train", ()))
-        self._cache = cache_of(config.data)
         if start_epoch < config.epochs and start_step > self.plan(start_epoch).steps:
             raise InputError(
                 f"the position is step {start_step} of epoch {start_epoch}, which has {self.plan(start_epoch).steps} "
                 f"steps; go on with the shards and batch settings that the run was started with"
             )
-        # The reader's thread starts only after the decoding processes were forked.
-        self._reader: WindowReader | None = None
-        self._opening, self._closed = threading.Lock(), False
+        # Its thread starts when it is first asked, which is after the decoding processes were forked.
+        self._reader = WindowReader(config.data.shards, self._windows(), cache_of(config.data))
         self._decoder = Decoder(self._jobs(), b, config, config.batch.samples_per_class, pinned)
 
     def plan(self, epoch: int) -> EpochPlan:
         """Plan an epoch; the latest plans are kept."""
         with self._planning:
-            plan = self._plans.get(epoch)
-            if plan is None:
-                plan = plan_from(self._config, self._manifest, self._classes, epoch)
-                # Reading runs ahead of training by an epoch or two, by more where an epoch is a step or two.
-                for old in sorted(self._plans)[:-4]:
-                    del self._plans[old]
-                self._plans[epoch] = plan
-            return plan
+            return self._plan(epoch)
 
     def __iter__(self) -> "TrainStream":
         return self
@@ -134,12 +129,7 @@ class TrainStream:
 
     def close(self) -> None:
         """Stop the threads and processes. Harmless when called again."""
-        with self._opening:
-            if self._closed:
-                return
-            self._closed = True
-            if self._reader is not None:
-                self._reader.close()
+        self._reader.close()
         self._decoder.close()
 
     def _replacement(self, failure: DecodeFailure) -> int:
@@ -192,10 +182,6 @@ class TrainStream:
             yield from sorted(windows, key=lambda window: (window.opens, window.lane))
 
     def _jobs(self) -> Iterator[DecodeJob]:
-        with self._opening:
-            if self._closed:
-                return
-            self._reader = WindowReader(self._config.data.shards, self._windows(), self._cache)
         b = self._config.batch.global_size // self._world_size
         for plan, first in self._steps():
             for step in range(first, plan.steps):
@@ -261,20 +247,16 @@ def _evaluate(
 ) -> Iterator[EvalBatch]:
     if not chunks:
         return
-    decoder = Decoder(_evaluation_jobs(chunks, chosen, config, cache), rows, config, 1)
-    try:
+    with closing(Decoder(_evaluation_jobs(chunks, chosen, config, cache), rows, config, 1)) as decoder:
         for decoded in decoder:
             for failure in decoded.failures:
-                shards = tuple(shard for chunk in chunks for shard in chunk)
                 raise RunError(
-                    f"sample {key(failure.id)} of shard {_shard_of(failure.id, shards)} cannot be decoded: "
+                    f"sample {key(failure.id)} of shard {_shard_of(failure.id, chain(*chunks))} cannot be decoded: "
                     f"{failure.reason}; an evaluation leaves nothing out: repair the data (`dist-obdsd verify "
                     f"{config.data.shards}`)"
                 )
             ids, labels, roles = zip(*decoded.meta, strict=True)
             yield EvalBatch(decoded.images, torch.tensor(ids), torch.tensor(labels), roles)
-    finally:
-        decoder.close()
 
 
 def _evaluation_jobs(
@@ -288,17 +270,11 @@ def _evaluation_jobs(
             for sample_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
             if label in chosen
         }
+        images = chain.from_iterable(read_shard(config.data.shards, shard, meta, cache) for shard in chunk)
         size = near_equal(len(meta), config.evaluation.batch_size)
-        tasks: list[DecodeTask] = []
-        for shard in chunk:
-            for sample_id, image in read_shard(config.data.shards, shard, meta.keys(), cache):
-                tasks.append(DecodeTask(sample_id, image, None))
-                if len(tasks) == size:
-                    yield DecodeJob([meta[task.id] for task in tasks], tasks)
-                    tasks = []
-        if tasks:
-            yield DecodeJob([meta[task.id] for task in tasks], tasks)
+        while rows := list(islice(images, size)):
+            yield DecodeJob([meta[i] for i, _ in rows], [DecodeTask(i, image, None) for i, image in rows])
 
 
-def _shard_of(sample_id: int, shards: tuple[Shard, ...]) -> str:
+def _shard_of(sample_id: int, shards: Iterable[Shard]) -> str:
     return next(shard.file for shard in shards if sample_id in shard.ids)

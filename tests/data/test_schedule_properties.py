@@ -96,7 +96,7 @@ def test_a_lane_makes_as_many_groups_as_can_be(seed: int, K: int, windows: int, 
     random = np.random.default_rng(seed)
     labels = [np.sort(random.integers(0, classes, random.integers(1, 4 * K))) for _ in range(windows)]
     starts = np.cumsum([0, *map(len, labels)])
-    lane = [[ShardSlice.of(n, np.arange(starts[n], starts[n + 1]), found, K)] for n, found in enumerate(labels)]
+    lane = [[ShardSlice(n, np.arange(starts[n], starts[n + 1]), found, K)] for n, found in enumerate(labels)]
     groups = _lane_groups(lane, K, random)
     ids = [i for group in groups for i in group.ids]
     assert len(set(ids)) == len(ids)
