@@ -3,7 +3,6 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 import time
@@ -65,18 +64,6 @@ def test_a_shard_is_downloaded_once(server: Server, tmp_path: Path) -> None:
         assert read(cache, server, shard) == bytes(SIZE)
     assert server.count("0.tar") == 1
     assert names(cache) == [f"{shard.sha256}.tar"]
-
-
-def test_data_sets_with_the_same_file_names_do_not_collide(server: Server, tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "cache")
-    (first,) = shards_of(server, 1)
-    assert read(cache, server, first) == bytes(SIZE)
-    other = b"x" * SIZE
-    (server.folder / "0.tar").write_bytes(other)
-    second = Shard("0.tar", SIZE, hashlib.sha256(other).hexdigest(), (), (), ())
-    assert read(cache, server, second) == other
-    assert read(cache, server, first) == bytes(SIZE)
-    assert len(names(cache)) == 2
 
 
 def test_what_is_not_the_manifest_s_is_not_kept(server: Server, tmp_path: Path) -> None:
@@ -166,19 +153,6 @@ def test_a_process_killed_in_a_download_is_in_nobody_s_way(server: Server, tmp_p
         go_on.set()
         process.kill()
         process.join()
-
-
-def test_a_full_disk_is_one_sentence(server: Server, tmp_path: Path) -> None:
-    (shard,) = shards_of(server, 1)
-    cache = Cache(tmp_path / "cache")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))
-    try:
-        with pytest.raises(RunError, match=r"cannot write http.*0.tar to data.cache=.*: File too large; free some"):
-            read(cache, server, shard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert names(cache) == []
 
 
 def test_a_really_full_disk(server: Server, small_disk: Path) -> None:

@@ -51,13 +51,6 @@ def test_classes_come_more_evenly_than_independent_draws_would(counts: list[int]
         assert spread(counts, "epoch", global_size=64, **options)[0] > 10
 
 
-def test_both_samplings_have_the_same_steps() -> None:
-    for options in ({"lanes": 4, "window": 2}, {"lanes": 5, "global_size": 30, "window": 1}):
-        manifest = packed(OF_MANY_SIZES)
-        plans = [plan_of(manifest, sampling=sampling, **options) for sampling in ("epoch", "class_uniform")]
-        assert plans[0].steps == plans[1].steps
-
-
 def test_a_large_batch_repeats_classes_but_no_image() -> None:
     manifest = manifest_of([[0] * 12 + [1] * 4 + [2] * 4] * 2)
     plan = plan_of(manifest, global_size=20, lanes=2, sampling="class_uniform")  # 10 groups, 3 classes

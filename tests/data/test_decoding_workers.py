@@ -4,14 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.decoding_workers import LENT, SLOTS, DecodedJob, DecodeJob, Decoder, DecodeTask
 from dist_obdsd.data.images import decode
-from dist_obdsd.data.transforms import train_transform
-from dist_obdsd.rng import rng
 from tests.data.pictures import encoded
 
 ROWS, SIDE = 4, 8
@@ -69,13 +66,6 @@ def test_a_part_of_a_batch_holds_its_place(decoder: Decoder) -> None:
     assert [part.unique().tolist() for part in parts] == [[i] for i in range(LENT)]
 
 
-def test_what_is_held_outlives_the_decoder() -> None:
-    decoder = Decoder(jobs(8), ROWS, config(1), 1)
-    held = [next(decoder) for _ in range(3)]
-    decoder.close()
-    assert [values(batch) for batch in held] == [{0}, {1}, {2}]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_rows_beyond_the_job_are_zero(workers: int) -> None:
     mixed = (job for i in range(1, 12) for job in jobs(1, 1 + i % ROWS))
@@ -89,18 +79,6 @@ def test_rows_beyond_the_job_are_zero(workers: int) -> None:
         assert values(batch, batch.meta) == {200}
         assert not batch.images[batch.meta :].any()
     decoder.close()
-
-
-def test_rows_are_drawn_from_their_own_places() -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
-    data = encoded(noise, "PNG")
-    rows = [DecodeTask(i, data, (1, 2, i)) for i in range(ROWS)]
-    decoder = Decoder(iter([DecodeJob(0, rows)]), ROWS, config(2), 1)
-    found = next(decoder).images
-    decoder.close()
-    for i in range(ROWS):
-        wanted = train_transform(decode(data, 3), config(2).data, rng(0, "augment", 1, 2, i))
-        assert torch.equal(found[i], wanted)
 
 
 def test_damage_that_is_passed_over_is_not_printed_about(capfd: pytest.CaptureFixture[str]) -> None:

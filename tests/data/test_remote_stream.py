@@ -67,11 +67,6 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
     assert 1 <= len(list((tmp_path / "small").glob("*.tar"))) <= 3
 
 
-def test_without_a_cache_every_epoch_reads_anew(data: Data, alone: list, server: Server) -> None:
-    assert_same([batches(data, config_of(data[0], shards=server.url))], [alone])
-    assert [server.count(file) for file in files(data, "train")] == [2] * SHARDS
-
-
 @pytest.mark.parametrize("cached", [True, False])
 def test_shards_behind_a_command(data: Data, alone: list, tmp_path: Path, cached: bool) -> None:
     cache = str(tmp_path / "cache") if cached else None
@@ -80,34 +75,6 @@ def test_shards_behind_a_command(data: Data, alone: list, tmp_path: Path, cached
         RunError, match=r"cannot download pipe:false .*train-00000\d.tar .*: its command ended with exit"
     ):
         batches(data, config_of(data[0], shards=f"pipe:false {tmp_path}"))
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_shard_that_cannot_be_had_stops_the_run(
-    data: Data,
-    server: Server,
-    tmp_path: Path,
-    cached: bool,
-) -> None:
-    server.faults["train-000003.tar"] = [404]
-    server.faults["test-000003.tar"] = [(data[0] / "test-000002.tar").read_bytes()] * remote.ATTEMPTS
-    config = config_of(data[0], shards=server.url, cache=str(tmp_path / "cache") if cached else None)
-    with pytest.raises(RunError, match=rf"cannot download {server.url}/train-000003.tar .*: the server answers 404"):
-        batches(data, config)
-    with pytest.raises(
-        RunError, match=rf"cannot download {server.url}/test-000003.tar .*: (it has|the transfer ended)"
-    ):
-        list(evaluation_batches(data[1], "test", config, 0, 1))
-
-
-def test_a_cache_that_cannot_be_used_is_refused_at_the_start(data: Data, server: Server) -> None:
-    config = config_of(data[0], shards=server.url, cache=str(data[0] / "train-000000.tar"))
-    with pytest.raises(InputError, match="cannot use data.cache="):
-        TrainStream(data[1], list(range(CLASSES)), config, 0, 1)
-    with pytest.raises(InputError, match="cannot use data.cache="):
-        evaluation_batches(data[1], "test", config, 0, 1)
-    with pytest.raises(InputError, match="data.cache_gib bounds the cache, but data.cache names no folder"):
-        config_of(data[0], cache_gib=1.0)
 
 
 def test_missing_or_cut_shards_are_found_before_they_are_read(data: Data, server: Server) -> None:

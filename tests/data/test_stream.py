@@ -3,6 +3,8 @@ import hashlib
 import io
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -20,8 +22,10 @@ from webdataset import TarWriter
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data import shard_reader as reading
 from dist_obdsd.data import stream
-from dist_obdsd.data.manifest import Manifest, Shard, key
+from dist_obdsd.data.images import decode
+from dist_obdsd.data.manifest import Manifest, Shard, key, to_json
 from dist_obdsd.data.stream import EvalBatch, TrainBatch, TrainStream, evaluation_batches
+from dist_obdsd.data.transforms import eval_transform
 from dist_obdsd.errors import InputError, RunError
 
 CLASSES, PER_CLASS, SHARDS, SIZE = 12, 12, 8, 8
@@ -127,9 +131,6 @@ def test_the_batches_are_those_of_the_plan(data: tuple[Path, Manifest], alone: l
 
 
 def test_pixels_belong_to_their_ids(data: tuple[Path, Manifest]) -> None:
-    from dist_obdsd.data.images import decode
-    from dist_obdsd.data.transforms import eval_transform
-
     config = config_of(data[0], epochs=2, workers=2, augment="none")
     for batch in batches(data, config)[:3]:
         for image, i in zip(batch.images_b, batch.ids_b.tolist(), strict=True):
@@ -137,24 +138,18 @@ def test_pixels_belong_to_their_ids(data: tuple[Path, Manifest]) -> None:
             assert torch.equal(image, eval_transform(decode(picture(i, kind), 3), config.data))
 
 
-def test_another_seed_gives_other_pixels_and_other_batches(
-    data: tuple[Path, Manifest], alone: list[TrainBatch]
-) -> None:
+def test_every_epoch_and_seed_gives_other_pixels(data: tuple[Path, Manifest], alone: list[TrainBatch]) -> None:
     other = batches(data, config_of(data[0]).model_copy(update={"seed": 1}))
-    with pytest.raises(AssertionError):
-        assert_same([other], [alone])
-    same_image = next(
-        (a.images_b[i], b.images_b[j])
-        for a in alone
-        for b in alone
-        for i, left in enumerate(a.ids_b.tolist())
-        for j, right in enumerate(b.ids_b.tolist())
-        if left == right and a.epoch != b.epoch
-    )
-    assert not torch.equal(*same_image)  # the augmentation is another one in every epoch
+    of_image = [
+        {i: image for batch in part for i, image in zip(batch.ids_b.tolist(), batch.images_b, strict=True)}
+        for part in (alone[: len(alone) // 2], alone[len(alone) // 2 :], other)
+    ]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        same = of_image[a].keys() & of_image[b].keys()
+        assert sum(torch.equal(of_image[a][i], of_image[b][i]) for i in same) < 3 < len(same)
 
 
-def test_resume_at_any_step_gives_the_rest(
+def test_a_resumed_stream_reads_and_decodes_nothing_that_was_passed(
     data: tuple[Path, Manifest], alone: list[TrainBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -171,30 +166,20 @@ def test_resume_at_any_step_gives_the_rest(
     )
     steps = len(alone) // 2
     files = []
-    for position in range(len(alone) + 1):
+    for position in (0, steps - 1, steps, len(alone)):
         read.clear()
         decoded.clear()
-        start = divmod(position, steps)
-        rest = batches(data, config_of(data[0]), start=start)
+        rest = batches(data, config_of(data[0]), start=divmod(position, steps))
         assert_same([rest], [alone[position:]])
-        assert sum(decoded) == 16 * (len(alone) - position)  # nothing that was passed is decoded
+        assert sum(decoded) == 16 * (len(alone) - position)
         files.append(len(read))
     assert files[0] == 2 * SHARDS  # each shard once per epoch
-    assert files[-1] == 0
-    assert files == sorted(files, reverse=True)
-    assert files[steps - 1] < 2 * SHARDS  # only the windows still needed
-    # The end of an epoch and the start of the next are the same place; resuming with other ranks changes nothing.
+    assert files[1] < 2 * SHARDS  # only the windows still needed
+    assert files[3] == 0
+    # The end of an epoch and the start of the next are the same place.
     assert_same([batches(data, config_of(data[0]), start=(0, steps))], [alone[steps:]])
-    parts = [batches(data, config_of(data[0]), rank, 2, (0, 2)) for rank in range(2)]
-    assert_same(parts, [alone[2:]])
-    with pytest.raises(AssertionError):
-        assert_same([batches(data, config_of(data[0]), start=(0, 3))], [alone[2:]])
-
-
-def test_a_position_beyond_the_epoch_is_refused(data: tuple[Path, Manifest]) -> None:
     with pytest.raises(InputError, match="step 500 of epoch 0, which has"):
         batches(data, config_of(data[0]), start=(0, 500))
-    assert batches(data, config_of(data[0]), start=(2, 0)) == []
 
 
 def test_a_rank_reads_only_its_lanes_and_holds_two_windows(
@@ -216,14 +201,6 @@ def test_a_rank_reads_only_its_lanes_and_holds_two_windows(
             time.sleep(0.01)
         time.sleep(0.2)
         assert len(read) < 10  # of 60: reading runs ahead, but not away
-    finally:
-        source.close()
-
-
-def test_classes_outside_of_training_are_left_out(data: tuple[Path, Manifest]) -> None:
-    source = TrainStream(data[1], [0, 1, 2, 3, 4, 5], config_of(data[0], lanes=2), 0, 1)
-    try:
-        assert {label for batch in source for label in batch.labels_B.tolist()} <= {0, 1, 2, 3, 4, 5}
     finally:
         source.close()
 
@@ -297,10 +274,6 @@ def damaged(data: tuple[Path, Manifest], folder: Path, shard: int, change: Calla
     return folder
 
 
-def image_name(members: dict[str, bytes], number: int) -> str:
-    return [name for name in members if name.endswith(("jpg", "png"))][number]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_wrong_shard_stops_the_run(data: tuple[Path, Manifest], tmp_path: Path, workers: int) -> None:
     """With a class that is another one; packing/test_verify.py has what else may be wrong."""
@@ -326,7 +299,7 @@ def test_a_missing_shard_is_refused_at_the_start(data: tuple[Path, Manifest], tm
 
 
 def broken_image(members: dict[str, bytes]) -> None:
-    name = image_name(members, 1)
+    name = [name for name in members if name.endswith(("jpg", "png"))][1]
     members[name] = members[name][: len(members[name]) // 2]
 
 
@@ -369,16 +342,6 @@ def test_a_broken_image(
     assert [name for part in parts for batch in part for name in batch.replaced] == [key(bad)] * 2
 
 
-def test_more_broken_images_than_allowed(data: tuple[Path, Manifest], tmp_path: Path) -> None:
-    def change(members: dict[str, bytes]) -> None:
-        for number in (0, 3):
-            members[image_name(members, number)] = b"nothing"
-
-    folder = damaged(data, tmp_path, 2, change)
-    with pytest.raises(RunError, match="number 2 on this rank and data.max_bad_samples=1 are allowed"):
-        batches((folder, data[1]), config_of(folder, max_bad_samples=1))
-
-
 def test_a_killed_decoding_process_is_an_error_not_a_hang(data: tuple[Path, Manifest]) -> None:
     source = TrainStream(data[1], list(range(CLASSES)), config_of(data[0], epochs=500, workers=1), 0, 1)
     try:
@@ -412,11 +375,6 @@ def test_decoding_processes_ignore_the_launchers_signals_and_end_with_the_stream
 
 def test_a_program_that_forgets_to_close_still_ends(data: tuple[Path, Manifest]) -> None:
     """At the interpreter's exit the processes, which ignore SIGTERM, must not be waited for."""
-    import subprocess
-    import sys
-
-    from dist_obdsd.data.manifest import to_json
-
     (data[0] / "manifest.json").write_text(to_json(data[1]))
     program = (
         "from dist_obdsd.data.manifest import load\n"
