@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from dist_obdsd import console
 from dist_obdsd.data import manifest as manifests
@@ -117,7 +117,7 @@ def _check_samples(file: IO[bytes], shard: Shard) -> Iterator[str]:
         yield str(error)
 
 
-def _content_faults(sample: dict[str, Any], sample_id: int, class_id: int) -> Iterator[str]:
+def _content_faults(sample: dict[str, bytes], sample_id: int, class_id: int) -> Iterator[str]:
     """Check what training does not read: every pixel, and the labels in the .json."""
     for image in images_of(sample):
         try:
