@@ -75,6 +75,7 @@ def serving(folder: Path, ranges: bool = True) -> Iterator[Server]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.daemon_threads = True
+        running.handle_error = lambda *_: None  # type: ignore[method-assign]  # who asks may hang up early
         server.url = f"http://127.0.0.1:{running.server_port}"
         thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
         thread.start()
