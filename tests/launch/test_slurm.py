@@ -252,15 +252,16 @@ def test_a_stop_file(cluster, folder):
     assert job.field("ExitCode") == "75:0"
 
 
-def test_a_signal_while_doctor_looks(cluster, folder):
+def test_a_job_that_gets_nowhere_is_queued_three_times(cluster, folder):
+    """Each time a signal comes while doctor looks, before any step."""
     job = Job(cluster, folder, LONG)
-    cluster.wait(lambda: f"{job.id}.0" in cluster.ask("squeue", "--steps", "-h", "-o", "%i"))
-    cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
-    job.wait_for("RUNNING", restarts=1)
-    job.wait_for_steps(1)
-    cluster.ask("scancel", job.id)
-    job.wait_for("CANCELLED")
-    job.row("USR1 while doctor looks")
+    for restarts in range(4):
+        job.wait_for("RUNNING", restarts=restarts)
+        cluster.wait(lambda: f"{job.id}.0" in cluster.ask("squeue", "--steps", "-h", "-o", "%i"), job.output)
+        cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for("FAILED", "COMPLETED")
+    assert job.row("USR1 while doctor looks, x 4") == ("FAILED", 3, "none"), job.output
+    assert "queued 3 times, and no step" in job.output
 
 
 def test_no_gpu(cluster, folder):
