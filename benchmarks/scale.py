@@ -14,6 +14,8 @@ import math
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -31,9 +33,9 @@ from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.losses.build import build_objective
-from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher
 from dist_obdsd.training import train_step
+from dist_obdsd.training.memory import fake_embedder
 from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import TrainProgress, TrainStep
 
@@ -56,7 +58,17 @@ class Meter(TorchDispatchMode):
         self.world, self.messages, self.sent = world, Counter[str](), Counter[str]()
         self.live = self.peak = 0
         self._all: torch.Tensor | None = None  # the latest answer to "do all ...?", which is yes
-        self._storages = weakref.WeakSet[Any]()
+        self._storages = weakref.WeakKeyDictionary[Any, list[int]]()
+
+    def __enter__(self) -> Any:
+        # FSDP gives a gathered block's memory back by its storage, which no operation shows.
+        self._resize = patch.object(torch.UntypedStorage, "resize_", self._resizing(torch.UntypedStorage.resize_))
+        self._resize.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._resize.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -78,16 +90,33 @@ class Meter(TorchDispatchMode):
         self.sent[name] += int(nbytes * (self.world - 1) / self.world * (1 + ("allreduce" in name)))
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage as long as it lives."""
-        storage = tensor.untyped_storage()
-        if storage not in self._storages:
-            self._storages.add(storage)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, storage.nbytes())
+        """Count a tensor's storage as long as it lives; of a DTensor, this rank's shard."""
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        if storage not in self._storages and tensor.device.type != "meta":
+            size = self._storages[storage] = [0]
+            self._resized(size, storage.nbytes())
+            weakref.finalize(storage, self._resized, size, 0)
 
-    def _free(self, nbytes: int) -> None:
-        self.live -= nbytes
+    def _resized(self, size: list[int], nbytes: int) -> None:
+        self.live += nbytes - size[0]
+        self.peak, size[0] = max(self.peak, self.live), nbytes
+
+    def _resizing(self, original: Any) -> Any:
+        def resize(storage: torch.UntypedStorage, nbytes: int) -> None:
+            original(storage, nbytes)
+            if storage in self._storages:
+                self._resized(self._storages[storage], nbytes)
+
+        return resize
+
+
+@contextmanager
+def without_numbers(world: int) -> Iterator[None]:
+    """Let what looks into numbers go without: sizes are compared as text in the first step, labels are looked up."""
+    sizes = patch.object(collectives, "gather_json", lambda value: [value] * world)
+    labels = patch.object(train_step, "class_indices", lambda labels, classes: labels)
+    with sizes, labels:
+        yield
 
 
 def measure(backbone: str, world: int, options: argparse.Namespace) -> Row:
@@ -105,19 +134,11 @@ def measure(backbone: str, world: int, options: argparse.Namespace) -> Row:
     runtime = Runtime(Launch("single"), torch.device("cpu"))  # of one, or DDP would look into the fake tensors
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        student = build_embedder(config, runtime.device)
         fake, meter = FakeMode(), Meter(world)
-        for module in student.modules():
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, torch.nn.Parameter(fake.from_tensor(p.detach()), p.requires_grad))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, fake.from_tensor(buffer))
-        for tensor in (*student.parameters(), *student.buffers()):
-            meter.hold(tensor)
-        # What looks into numbers: sizes are compared as text in a run's first step, labels are looked up in every one.
-        sizes = patch.object(collectives, "gather_json", lambda value: [value] * world)
-        labels = patch.object(train_step, "class_indices", lambda labels, classes: labels)
-        with sizes, labels, fake, meter:
+        student = fake_embedder(config, fake)
+        with without_numbers(world), fake, meter:
+            for tensor in (*student.parameters(), *student.buffers()):
+                meter.hold(tensor)
             step = TrainStep(
                 config, runtime, build_strategy(student, config, runtime, []), ProgressiveTeacher(student),
                 build_objective(config, range(B // 2), runtime.device), range(B // 2),

@@ -142,10 +142,11 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
     ):
         if wanted and version(module) is None:
             raise InputError(f"{module} is not installed; install it or set {setting}")
+    zero = 1
     if config.strategy == "deepspeed":
         from dist_obdsd.training.deepspeed import engine_options
 
-        engine_options(config.deepspeed.config, config.deepspeed.stage)
+        zero = engine_options(config.deepspeed.config, config.deepspeed.stage)["zero_optimization"]["stage"]
     check_world_size(config, here.world_size)
     shards = tuple(manifest.shards())
     check_files(config.data.shards, shards, sizes=True)
@@ -163,6 +164,7 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
         *_remote(config, shards),
         plan.diversity,
         *(too_small if plan.too_small else []),
+        *_memory(config, here.world_size if here.world_size > 1 else sizes[-1], zero),
         _weights(config, download and here.launch.local_rank == 0),
         _run_folder(config),
         *([_tracking(config)] if here.is_main else []),
@@ -180,6 +182,18 @@ def _remote(config: Config, shards: Sequence[Shard]) -> list[str]:
         return [f"{line}; data.cache is unset, so every epoch reads them anew"]
     present = sum(cache.path(shard).exists() for shard in shards)
     return [f"{line}; {present} are in {cache.folder}, which has {_free_gib(cache.folder):.1f} GiB free"]
+
+
+def _memory(config: Config, world_size: int, zero_stage: int) -> list[str]:
+    """Estimate the memory of a rank for each strategy."""
+    from dist_obdsd.training.memory import estimate
+
+    found = estimate(config, world_size, zero_stage)
+    return [
+        f"memory of each of {world_size} ranks, strategy={strategy}: {sum(parts.values()) / 2**30:.3g} GiB ("
+        + ", ".join(f"{part} {size / 2**30:.3g}" for part, size in parts.items()) + ")"
+        for strategy, parts in found.items()
+    ]  # fmt: skip
 
 
 def _weights(config: Config, download: bool) -> str:

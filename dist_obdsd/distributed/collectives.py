@@ -75,25 +75,28 @@ class _GatherRows(torch.autograd.Function):
         return grad_b
 
 
-class _MeanGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.group, ctx.world_size = _GROUP.get(), world_size()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        gradient = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient.div_(ctx.world_size)
-
-
 def mean_gradient(x: torch.Tensor) -> torch.Tensor:
     """Return ``x``, whose gradient will be the mean over the ranks, as DDP's is.
 
     Every rank must use the result in its loss, since the backward is collective.
     """
-    return x if world_size() == 1 else _MeanGradient.apply(x)
+    if world_size() > 1:
+        x = x.view_as(x)
+        average_gradient(x)
+    return x
+
+
+def average_gradient(x: torch.Tensor) -> None:
+    """Let each gradient that reaches ``x`` become the mean over the ranks. Its backward is collective."""
+    group, W = _GROUP.get(), world_size()  # a backward runs in a thread of its own
+
+    def mean(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=group)
+        return gradient.div_(W)
+
+    if x.requires_grad:
+        x.register_hook(mean)
 
 
 def all_gather_rows(x_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:

@@ -59,7 +59,9 @@ class DeepSpeedStrategy(Strategy):
             deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
         os.environ.setdefault("LOCAL_RANK", str(runtime.launch.local_rank))  # DeepSpeed insists; srun does not set it
         # DeepSpeed sends and keeps weights as flat rows, so a layout with channels innermost ends here.
-        for _, p in self.parameters:
+        for name, p in self.parameters:
+            if not p.dim():
+                raise InputError(f"DeepSpeed cannot send the network's {name}, a single number; set strategy=fsdp")
             # Not ``contiguous``: a kernel of 1 x 1 is contiguous by name in either layout, with strides that differ.
             p.data = p.data.flatten().view(p.shape)
         # DeepSpeed replaces each group's parameters by one flat share of them.

@@ -10,9 +10,8 @@ import copy
 import torch
 from torch import nn
 
-from dist_obdsd.distributed import shards
+from dist_obdsd.distributed import collectives, shards
 from dist_obdsd.distributed.launch import Runtime
-from dist_obdsd.errors import InputError
 from dist_obdsd.models.layers import blocks
 from dist_obdsd.models.precision import in_bf16
 from dist_obdsd.training.optimizers import Named
@@ -26,26 +25,28 @@ class FSDPStrategy(Strategy):
         """As ``Strategy.shard``; the student comes first.
 
         Raises:
-            InputError: ``fsdp.replicate`` does not divide the ranks, or a weight of the network cannot be sharded.
+            InputError: ``fsdp.replicate`` does not divide the ranks.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if not teacher:
             self._mesh = shards.device_mesh(self.device.type, self.config.fsdp.replicate)
             self._unfilled = _without_weights(network)
-        for name, p in network.named_parameters():
-            if not p.dim():
-                raise InputError(f"the network's {name} is a single number, which FSDP cannot shard; set strategy=ddp")
+        # FSDP cannot shard a weight that is a single number, such as that of `gem`.
+        numbers = {p for p in network.parameters() if not p.dim()}
+        for p in network.parameters():
             p.data = p.data.flatten().view(p.shape)  # FSDP takes no layout with channels innermost
+            if p in numbers:
+                collectives.average_gradient(p)
         # BatchNorm's kernels want its weights in float32; autocast casts those of the other layers then.
         batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
         low = in_bf16(self.config, teacher) and not batch_norm
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
         row = [block for _, block in blocks(network)]
         for module in row:
-            fully_shard(module, mesh=self._mesh, mp_policy=policy)
+            fully_shard(module, mesh=self._mesh, mp_policy=policy, ignored_params=numbers)
         # The student's backward pass begins with the outermost weights, so it keeps those gathered.
-        fully_shard(network, mesh=self._mesh, mp_policy=policy, reshard_after_forward=teacher)
+        fully_shard(network, mesh=self._mesh, mp_policy=policy, ignored_params=numbers, reshard_after_forward=teacher)
 
     def _wrap(self, runtime: Runtime) -> nn.Module:
         return self.student
@@ -55,14 +56,14 @@ class FSDPStrategy(Strategy):
         return [(name, nn.Parameter(shards.local(p.detach()))) for name, p in self.parameters]
 
     def _clipped_norm(self, own: list[nn.Parameter]) -> torch.Tensor:
-        parts, limit = [part for _, part in self.optimized], self.config.optim.clip_norm
+        parts = [part for _, part in self.optimized]
         for part, (_, p) in zip(parts, self.parameters, strict=True):
             part.grad = None if p.grad is None else shards.local(p.grad.detach())
-        norm = shards.total_norm([part.grad for part in parts if part.grad is not None], self._mesh)
-        if own:
-            norm = torch.hypot(norm, nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]))
-        if limit is not None:
-            nn.utils.clip_grads_with_norm_(parts + own, limit, norm)
+        norm = shards.total_norm([part.grad for part in parts if part.dim() and part.grad is not None], self._mesh)
+        whole = own + [part for part in parts if not part.dim()]
+        norm = torch.hypot(norm, nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).to(norm))
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parts + own, self.config.optim.clip_norm, norm)
         return norm
 
     def _take_step(self) -> None:

@@ -15,26 +15,36 @@ from tests.chaos import difference, result
 from tests.training.test_train_step import CPU, WHOLE, check_masked, distance, results, settings, take_steps
 
 FSDP = "strategy=fsdp"
+SGD = ["optim.name=sgd", "optim.lr=1e-2", "precision=float32"]
 WAYS = {
-    "obdsd": ((1, 2, 3), []),
-    "chunks, clipped, proxies": (
+    "obdsd": ((1, 2, 3, 4), WHOLE),
+    "no target": ((2,), [*WHOLE, "distillation.target=none"]),
+    "uniform": ((3,), [*WHOLE, "distillation.target=uniform"]),
+    "chunks, clipped, proxies, gem": (
         (3,),
-        ["batch.chunk=5", "ranking.name=proxy_anchor", "ranking.lr=0.1", "optim.clip_norm=0.1"],
+        [*WHOLE, "batch.chunk=5", "ranking.name=proxy_anchor", "ranking.lr=0.1", "optim.clip_norm=0.1",
+         "model.pooling=gem"],
     ),
-    "recomputed, a frozen stem": ((2,), ["model.freeze=1", "model.checkpoint_blocks=true", "distillation.target=psd"]),
-    "two replicas, adam": ((4,), ["fsdp.replicate=2", "optim.name=adam", "optim.lr=1e-4"]),
-}
+    "recomputed, a frozen stem": (
+        (2,), [*WHOLE, "model.freeze=1", "model.checkpoint_blocks=true", "distillation.target=psd"]
+    ),
+    "two replicas, adam": (
+        (4,), [*WHOLE, "fsdp.replicate=2", "optim.name=adam", "optim.lr=1e-4", "distillation.target=obdsd_symmetric"]
+    ),
+    "float32": ((2, 3), SGD),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_ten_steps_are_those_of_ddp(way):
     world_sizes, more = WAYS[way]
-    ((losses, weights),) = harness.run(1, take_steps, settings(*WHOLE, *more))
+    close = 1e-5 if way == "float32" else 1e-10
+    ((losses, weights),) = harness.run(1, take_steps, settings(*more))
     for world_size in world_sizes:
-        for other_losses, other_weights in harness.run(world_size, take_steps, settings(*WHOLE, *more, FSDP)):
-            assert distance(weights, other_weights) < 1e-10
+        for other_losses, other_weights in harness.run(world_size, take_steps, settings(*more, FSDP)):
+            assert distance(weights, other_weights) < close
             for mine, other in zip(losses, other_losses, strict=True):
-                assert results(other) == pytest.approx(results(mine), rel=1e-10, abs=1e-10)
+                assert results(other) == pytest.approx(results(mine), rel=10 * close, abs=close)
 
 
 @pytest.mark.parametrize(("spoil", "more"), [(0, ["optim.name=sgd"]), (4, ["ranking.name=proxy_anchor"])])
@@ -97,15 +107,22 @@ def test_the_sharded_teacher_is_the_sharded_student():
         harness.run(3, promote, 2)
 
 
-def test_a_killed_run_ends_with_the_same_bits_and_ddp_s_numbers(folder):
-    more = ("validation.fraction=0.25", "optim.lr=0.01", "checkpoint.every_steps=2", "ranking.name=proxy_anchor")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_killed_run_ends_with_the_same_bits_and_ddp_s_numbers(folder, ranks):
+    more = (
+        "epochs=2",
+        "validation.fraction=0.25",
+        "optim.lr=0.01",
+        "checkpoint.every_steps=2",
+        "ranking.name=proxy_anchor",
+    )
     runs.train(folder, "name=ddp", *more)
-    runs.train(folder, "name=whole", *more, FSDP, ranks=2)
+    runs.train(folder, "name=whole", *more, FSDP, ranks=ranks)
     killed = runs.at_step("os.kill(os.getpid(), signal.SIGKILL)", 7, rank=1)
-    done = runs.program("train", "tiny.yaml", *more, FSDP, "timeout_seconds=20", ranks=2, cwd=folder, code=killed)
+    done = runs.program("train", "tiny.yaml", *more, FSDP, "timeout_seconds=120", ranks=ranks, cwd=folder, code=killed)
     assert done.returncode != 0
     assert checkpoint.load(folder / "runs" / "tiny")["position"]["global_step"] == 6
-    runs.train(folder, *more, FSDP, ranks=2)
+    runs.train(folder, *more, FSDP, ranks=ranks)
     ddp, whole, resumed = (result(folder / "runs" / name) for name in ("ddp", "whole", "tiny"))
     assert difference(whole, resumed) is None
     assert whole["summary"] == ddp["summary"]
