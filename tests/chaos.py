@@ -78,7 +78,7 @@ class Job:
                 continue
         return found
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = runs.SECONDS) -> list[int]:
         """The exit codes."""
         deadline = time.monotonic() + seconds
         try:
@@ -131,7 +131,7 @@ def wait_for(moment: str, job: Job, run: Path, draw: random.Random, last_step: i
         time.sleep(draw.uniform(0, 4))
         return job.alive()
     goal = draw.randint(steps + 1, max(steps + 1, min(last_step, steps + 12)))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + runs.SECONDS
     while job.alive():
         assert time.monotonic() < deadline, job.log.read_text()[-3000:]
         if _steps(run) >= goal:
@@ -186,7 +186,7 @@ def killed(folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan
             if victim in (None, rank):
                 process.kill()
         killed_at = time.monotonic()
-        job.wait(60)
+        job.wait()
         others = time.monotonic() - killed_at
         rows.append({"moment": moment, "victim": "all" if victim is None else victim, "step": steps, "others": others})
     job = Job.start(folder, name, ranks, *overrides, forked=forked)
@@ -202,7 +202,7 @@ def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random
     job = Job.start(folder, name, ranks, "epochs=400", *settings, torchrun=torchrun)
     moment = draw.choice(("start", "step", "evaluation"))
     if moment == "start":
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + runs.SECONDS
         # Before that there is a Python, or a torchrun, but nobody on duty.
         while sum(map(_catches_sigterm, job.members())) < ranks + torchrun:
             assert time.monotonic() < deadline, job.log.read_text()[-3000:]
@@ -217,9 +217,9 @@ def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random
         for process in [draw.choice(job.processes)] if moment != "start" else job.processes:
             process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
-    codes = job.wait(60)
+    codes = job.wait()
     seconds = time.monotonic() - sent
-    _, left = psutil.wait_procs(members, timeout=2)
+    _, left = psutil.wait_procs(members, timeout=30)
     status = runs.status(run) if (run / "status.json").exists() else {}
     saved = checkpoint.find(run)
     steps = checkpoint.load(saved)["position"]["global_step"] if saved else None

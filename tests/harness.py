@@ -26,7 +26,7 @@ MORE_WORLD_SIZES = (*WORLD_SIZES, 4)
 _groups: dict[int, "Group"] = {}
 
 
-def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
     """Call ``function(*args)`` on every rank of a group and return the results in rank order.
 
     The function must be importable (module level) and its arguments and results picklable. With ``world_size`` 1 the
@@ -84,7 +84,7 @@ class Group:
                     failed, answers[number] = True, f"ended with {self.processes[number].wait()}"
                 if failed:
                     failures.append(f"rank {number}:\n{answers[number]}")
-                    timeout = 10.0  # the others are likely waiting for this one in a collective
+                    timeout = 30.0  # the others are likely waiting for this one in a collective
         if failures:
             raise AssertionError("\n".join(failures))
         return [answers[rank] for rank in range(len(self.ranks))]
@@ -111,7 +111,7 @@ def serve() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=300)
     )
     while True:
         try:

@@ -19,7 +19,7 @@ from tests.launch.hosts import Host, two_hosts
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.skipif(os.environ.get("TEST_SLURM") != "1", reason="make test-slurm runs it")
-SECONDS = 240.0
+SECONDS = 600.0
 
 CONFIG = """
 ClusterName=tiny
@@ -99,8 +99,8 @@ class Cluster:
         )
         return done.stdout.strip() or done.stderr.strip()
 
-    def wait(self, event: Callable[[], object], what: str = "", seconds: float = SECONDS) -> None:
-        deadline = time.monotonic() + seconds
+    def wait(self, event: Callable[[], object], what: str = "") -> None:
+        deadline = time.monotonic() + SECONDS
         while not event():
             assert time.monotonic() < deadline, f"{what}: {self.ask('squeue')} {self.ask('sinfo')}"
             time.sleep(0.5)
@@ -171,7 +171,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with two_hosts() as hosts:
         cluster = Cluster(tmp_path_factory.mktemp("slurm"), hosts)
         try:
-            cluster.wait(cluster.is_ready, seconds=30)
+            cluster.wait(cluster.is_ready)
             yield cluster
         finally:
             cluster.close()
@@ -212,7 +212,7 @@ def test_preemption(cluster, folder, partition):
 
 
 def test_time_limit(cluster, folder):
-    job = Job(cluster, folder, LONG, options=("--time=2", "--signal=B:USR1@45"))
+    job = Job(cluster, folder, LONG, options=("--time=4", "--signal=B:USR1@120"))
     job.wait_for_steps(5)
     job.saved_and_goes_on("time limit")
 

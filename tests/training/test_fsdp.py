@@ -119,7 +119,7 @@ def test_a_killed_run_ends_with_the_same_bits_and_ddp_s_numbers(folder, ranks):
     runs.train(folder, "name=ddp", *more)
     runs.train(folder, "name=whole", *more, FSDP, ranks=ranks)
     killed = runs.at_step("os.kill(os.getpid(), signal.SIGKILL)", 7, rank=1)
-    done = runs.program("train", "tiny.yaml", *more, FSDP, "timeout_seconds=120", ranks=ranks, cwd=folder, code=killed)
+    done = runs.program("train", "tiny.yaml", *more, FSDP, ranks=ranks, cwd=folder, code=killed)
     assert done.returncode != 0
     assert checkpoint.load(folder / "runs" / "tiny")["position"]["global_step"] == 6
     runs.train(folder, *more, FSDP, ranks=ranks)

@@ -43,7 +43,7 @@ def on_a_terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> str:
             break
         shown += part
     os.close(ours)
-    assert process.wait(timeout=60) == 0, shown
+    assert process.wait(timeout=runs.SECONDS) == 0, shown
     return shown.decode()
 
 

@@ -81,10 +81,6 @@ def take_steps(
     return read, {name: whole(p.detach()).numpy().copy() for name, p in [*student.named_parameters(), *own.items()]}
 
 
-def override(config: Config, **optim: float) -> Config:
-    return config.model_copy(update={"optim": config.optim.model_copy(update=optim)})
-
-
 def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return max(float(abs(a[name] - b[name]).max()) for name in a)
 
@@ -121,7 +117,6 @@ def test_ten_steps_in_float64_do_not_depend_on_the_ranks(target):
     assert distance(weights, elsewhere) > 1e-6
 
 
-GENTLE = {"transition_temperature": 1.0, "omega": 0.3}
 WHOLE = ("precision=float64", "optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.01", "optim.clip_norm=1")
 WAYS = {
     "chunks": ["batch.chunk=3"],
@@ -151,9 +146,10 @@ def test_every_way_to_the_objective_is_exact_on_any_ranks(way):
 
 @pytest.mark.parametrize("ranking", ["multi_similarity", "contrastive", "triplet", "margin", "proxy_anchor"])
 def test_the_host_reads_nothing_within_a_step(ranking):
-    config = settings("precision=float32", "optim.lr=1e-5", f"ranking.name={ranking}", "distillation.temperature=1")
-    config = override(config, clip_norm=1)
-    gentle = config.model_copy(update={"distillation": config.distillation.model_copy(update=GENTLE)})
+    gentle = settings(
+        "precision=float32", "optim.lr=1e-5", "optim.clip_norm=1", f"ranking.name={ranking}",
+        "distillation.temperature=1", "distillation.transition_temperature=1", "distillation.omega=0.3",
+    )  # fmt: skip
     for world_size in (1, 2):
         now, later = (harness.run(world_size, take_steps, gentle, None, later)[0] for later in (False, True))
         assert distance(now[1], later[1]) < 1e-6
@@ -172,40 +168,30 @@ def test_a_teacher_in_bf16_changes_the_target_by_rounding():
     assert low[0]["distillation"] == pytest.approx(full[0]["distillation"], abs=0.01)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_chunks_change_nothing_and_a_memory_does(world_size):
+def test_chunks_change_nothing_and_a_memory_does():
     ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
-    for _, chunked in harness.run(world_size, take_steps, settings(*WHOLE, "batch.chunk=5")):
+    for _, chunked in harness.run(2, take_steps, settings(*WHOLE, "batch.chunk=5")):
         assert distance(whole, chunked) < 1e-10
-    losses, remembered = harness.run(world_size, take_steps, settings(*WHOLE, "distillation.memory=40"))[0]
+    losses, remembered = harness.run(2, take_steps, settings(*WHOLE, "distillation.memory=40"))[0]
     assert distance(whole, remembered) > 1e-8
     dropped = [step["target_dropped_mass"] for step in losses]
     assert dropped[0] == 0  # nothing to remember yet
     assert 0.01 < dropped[1] < dropped[2] < 1  # B, then 40 nodes
 
 
-def test_the_loss_s_own_parameters_learn_at_their_own_rate():
-    start = build_objective(settings("ranking.name=proxy_anchor"), range(9), CPU).ranking.proxies.detach().numpy()
-    moved = {}
-    for rate in (0.01, 0.02):
-        config = settings("precision=float64", "optim.name=sgd", "ranking.name=proxy_anchor", f"ranking.lr={rate}")
-        _, weights = harness.run(1, take_steps, config)[0]
-        moved[rate] = abs(weights["ranking.proxies"] - start).max()
-    assert 0 < moved[0.01] < moved[0.02] < 3 * moved[0.01]
-
-
-def test_the_embedding_layer_learns_at_its_own_rate():
-    sgd = "precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0"
+@pytest.mark.parametrize(
+    ("part", "rates"),
+    [("head.", ("optim.lr=0.01", "optim.head_scale=1e-12")), ("ranking.", ("optim.lr=0.01", "ranking.lr=1e-14"))],
+)
+def test_a_part_learns_at_its_own_rate(part, rates):
+    sgd = "precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "ranking.name=proxy_anchor"
+    ((_, weights),) = harness.run(1, take_steps, settings(*sgd, *rates))
     config = settings(*sgd)
     start = {name: p.detach().numpy() for name, p in build_embedder(config, CPU).named_parameters()}
-    still, moved = (
-        harness.run(1, take_steps, settings(*sgd, f"optim.lr={lr}", f"optim.head_scale={scale}"))[0][1]
-        for lr, scale in ((0.01, 1e-12), (1e-12, 1e10))
-    )
+    start["ranking.proxies"] = build_objective(config, range(9), CPU).ranking.proxies.detach().numpy()
+    assert weights.keys() == start.keys()
     for name in start:
-        head = name.startswith("head.")
-        assert (abs(still[name] - start[name]).max() < 1e-9) == head
-        assert (abs(moved[name] - start[name]).max() > 1e-6) == head
+        assert (abs(weights[name] - start[name]).max() < 1e-9) == name.startswith(part)
 
 
 def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
@@ -219,8 +205,9 @@ def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
 
 
 def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
-    config = settings("precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=1")
-    losses, weights = same_on((2, 3), override(config, clip_norm=1e-3))
+    plain = ("precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=1")
+    config = settings(*plain)
+    losses, weights = same_on((2, 3), settings(*plain, "optim.clip_norm=1e-3"))
     initial = {name: p.detach().numpy() for name, p in build_embedder(config, CPU).named_parameters()}
     # Ten steps of length 1e-3 at most, where the unclipped gradient is longer.
     moved = np.sqrt(sum(((weights[name] - initial[name]) ** 2).sum() for name in weights))
@@ -245,14 +232,14 @@ ZERO_WAYS = {
 }
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("way", ZERO_WAYS)
+@pytest.mark.parametrize(
+    ("way", "stage"), [*((way, 1) for way in ZERO_WAYS), ("with proxies", 0), ("adam, clipped", 2), ("with proxies", 2)]
+)
 def test_deepspeed_takes_the_steps_of_ddp(way, stage):
     ((losses, weights),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way]))
     config = settings(*ZERO_WAYS[way], "strategy=deepspeed", f"deepspeed.stage={stage}")
     for world_size in (2, 3):
-        # The first call imports DeepSpeed on every rank, which takes seconds of a core each.
-        for other_losses, other_weights in harness.run(world_size, take_steps, config, timeout=300):
+        for other_losses, other_weights in harness.run(world_size, take_steps, config):
             assert distance(weights, other_weights) < 1e-5
             for mine, other in zip(losses, other_losses, strict=True):
                 assert other["ranking"] == pytest.approx(mine["ranking"], abs=1e-5)
@@ -264,8 +251,8 @@ def test_deepspeed_takes_the_steps_of_ddp(way, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("more", [[], ["ranking.name=proxy_anchor", "batch.chunk=5"]], ids=["plain", "proxies, chunks"])
-def test_deepspeed_masks_a_step_with_a_nan_on_all_ranks(more, stage):
+def test_deepspeed_masks_a_step_with_a_nan_on_all_ranks(stage):
+    more = ["ranking.name=proxy_anchor", "batch.chunk=5"]
     config = settings(*more, "strategy=deepspeed", f"deepspeed.stage={stage}")
     check_masked(harness.run(2, take_steps, config, 4), 4)
 
@@ -285,12 +272,14 @@ def test_one_rank_s_request_to_stop_reaches_all():
         assert [step["stop_requested"] > 0 for step in losses] == [t == 7 for t in range(STEPS)]
 
 
-@pytest.mark.parametrize("spoil", [0, 4])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize(
-    "more",
-    [[], ["ranking.name=proxy_anchor", "batch.chunk=5"], ["ranking.name=pml.ArcFaceLoss"]],
-    ids=["plain", "proxies, chunks", "arcface"],
+    ("optimizer", "spoil", "more"),
+    [
+        ("sgd", 0, []),
+        ("adam", 0, ["ranking.name=proxy_anchor", "batch.chunk=5"]),
+        ("sgd", 4, ["ranking.name=pml.ArcFaceLoss"]),
+        ("adamw", 4, []),
+    ],
 )
 def test_a_nan_on_one_rank_masks_the_step_on_all(more, optimizer, spoil):
     check_masked(harness.run(2, take_steps, settings(f"optim.name={optimizer}", *more), spoil), spoil)
