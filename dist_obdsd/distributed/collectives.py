@@ -123,18 +123,11 @@ def all_gather_rows(x_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:
 
 
 def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
-    """Gather the rows of all ranks, with exact gradient: backward sums over the ranks and returns own rows.
+    """Gather rows as ``all_gather_rows`` does.
 
     Args:
-        x_b: [b, ...], the same shape on every rank.
         check_sizes: compare the shapes first, which costs a small collective. A training step checks once, since its
             sizes come from a config that all ranks share.
-
-    Returns:
-        [B, ...] with rank r's rows at r*b to (r+1)*b.
-
-    Raises:
-        RunError: on every rank, when the shapes differ.
     """
     if world_size() == 1:
         return x_b

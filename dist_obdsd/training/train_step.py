@@ -55,13 +55,10 @@ class DelayedMetrics:
     def push(self, host: Numbers, names: list[str], numbers_n: torch.Tensor) -> Iterator[tuple[Numbers, Numbers]]:
         """Queue a step's facts and numbers; yield the steps that are old enough."""
         self._waiting.append((host, names, AsyncHostCopy(numbers_n)))
-        return self._read(self._lag)
+        return self.drain(self._lag)
 
-    def drain(self) -> Iterator[tuple[Numbers, Numbers]]:
-        """Yield the steps that are left."""
-        return self._read(0)
-
-    def _read(self, left: int) -> Iterator[tuple[Numbers, Numbers]]:
+    def drain(self, left: int = 0) -> Iterator[tuple[Numbers, Numbers]]:
+        """Yield the steps that wait, but for the ``left`` youngest."""
         while len(self._waiting) > left:
             host, names, numbers = self._waiting.popleft()
             yield host, dict(zip(names, numbers.read(), strict=True))

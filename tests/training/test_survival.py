@@ -187,9 +187,8 @@ def two_ranks(folder, *what: str) -> tuple[list[int], list[str]]:
 
 def test_a_rank_that_hangs_is_named_after_the_timeout(folder):
     # Until then a rank may be as slow as it likes.
-    shorter = (
-        "import datetime, torch; torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3))"
-    )
+    now = "from datetime import timedelta; from torch.distributed import distributed_c10d as c10d"
+    shorter = f"{now}; c10d._set_pg_timeout(timedelta(seconds=3))"
     codes, (output, _) = two_ranks(folder, shorter, "time.sleep(3600)")
     assert codes[0] == 1
     last = output.splitlines()[-1]
