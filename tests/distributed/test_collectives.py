@@ -26,12 +26,11 @@ def rank_loss(x_b: torch.Tensor, x_B: torch.Tensor, rank: int) -> torch.Tensor:
     return (rank + 2) * (x_b @ x_B.T).exp().sum() + (weights * x_B).sin().sum() * (rank + 1)
 
 
-def gather_worker(with_gradient: bool, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+def gather_worker(with_gradient: bool) -> tuple[np.ndarray, np.ndarray]:
     rank = collectives.rank()
     x_b = rows_of(rank)
-    if transposed:
+    if rank == 0:  # a rank may hold its rows in another order
         x_b = x_b.T.contiguous().T
-        assert not x_b.is_contiguous()
     x_b.requires_grad_()
     x_B = collectives.gather_rows(x_b)
     rank_loss(x_b, x_B if with_gradient else x_B.detach(), rank).backward()
@@ -47,18 +46,13 @@ def gather_reference(world: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @worlds
-@pytest.mark.parametrize("transposed", [False, True])
-def test_gather_rows_and_its_gradient_are_those_of_one_process(world: int, transposed: bool) -> None:
+def test_gather_rows_and_its_gradient_are_those_of_one_process(world: int) -> None:
     x_B, grad = gather_reference(world)
-    for rank, (gathered, own_grad) in enumerate(harness.run(world, gather_worker, True, transposed)):
+    for rank, (gathered, own_grad) in enumerate(harness.run(world, gather_worker, True)):
         np.testing.assert_array_equal(gathered, x_B)
         np.testing.assert_allclose(own_grad, grad[2 * rank : 2 * rank + 2], rtol=1e-12)
-
-
-@worlds
-def test_a_gather_without_gradient_is_noticed(world: int) -> None:
-    _, grad = gather_reference(world)
-    for rank, (_, own_grad) in enumerate(harness.run(world, gather_worker, False, False)):
+    # The control: a gather without gradient is noticed.
+    for rank, (_, own_grad) in enumerate(harness.run(world, gather_worker, False)):
         assert np.abs(own_grad - grad[2 * rank : 2 * rank + 2]).max() > 0.1
 
 
@@ -208,10 +202,7 @@ def test_nobody_leaves_alone(world: int) -> None:
         assert answers[0][0] == kind
         assert str(failure) in answers[0][1]
         assert (f"rank {last}" in answers[0][1]) == (world > 1)
-
-
-@worlds
-def test_no_rank_is_named_where_all_failed_alike(world: int) -> None:
+    # No rank is named where all failed alike.
     answers = harness.run(world, raise_worker, {rank: InputError("no file") for rank in range(world)})
     assert answers == [("InputError", "no file")] * world
 

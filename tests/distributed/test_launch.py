@@ -12,10 +12,6 @@ from tests.runs import free_port
 VARIABLES = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
 
-def test_a_plain_process_is_a_world_of_one():
-    assert read_launch({}) == Launch("single")
-
-
 @pytest.mark.parametrize(
     ("mark", "launcher"),
     [
@@ -41,7 +37,8 @@ def test_srun_on_two_nodes():
     assert read_launch(env) == Launch("srun", 5, 8, 1, 4, ("gpu03", 32345))
     # torchrun started by srun decides, since it numbers the processes that it made.
     assert read_launch(env | VARIABLES | {"TORCHELASTIC_RUN_ID": "x"}).rank == 3
-    # An interactive allocation without srun is a plain process.
+    # A plain process is a world of one, also in an interactive allocation without srun.
+    assert read_launch({}) == Launch("single")
     assert read_launch({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}) == Launch("single")
 
 
