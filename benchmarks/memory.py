@@ -4,6 +4,7 @@ One rank of torch's fake process group takes two real steps on fake tensors, whi
 storages are counted all the while.
 
     kept          weights, gradients, the optimizer's state and the teacher, between two steps
+                  (gradients as the weights; FSDP drops them after a step)
     activations   what the largest moment of the second step holds beyond those: activations, rows of the objective, and
                   blocks that FSDP has gathered
 """
