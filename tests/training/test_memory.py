@@ -22,11 +22,16 @@ def bytes_of_a_rank(*overrides: str) -> dict[str, int]:
     strategy = build_strategy(student, config, Runtime(Launch("test", rank, W, rank, W), CPU), [])
     strategy.shard(teacher.network, teacher=True)
     saved: dict[int, torch.Tensor] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.setdefault(x.data_ptr(), x), lambda x: x):
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         rows = strategy.embed(torch.zeros(B // W, 1, 16, 16, dtype=torch.uint8))
-    own = {p.data_ptr() for p in student.parameters()}
+    own = {shards.local(p.detach()).untyped_storage().data_ptr() for p in student.parameters()}
     activations = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in own)
-    strategy.step(rows.sum(), torch.zeros(1), 1e-3)
+    strategy.step(rows.sum(), torch.zeros(()), 1e-3)
     states = [x for state in strategy.optimizer.state.values() for x in state.values() if x.dim()]
     kept = {"weights": student.parameters(), "optimizer": states, "teacher": teacher.network.parameters()}
     found = {part: sum(shards.local(x).nbytes for x in tensors) for part, tensors in kept.items()}
