@@ -28,14 +28,10 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "^", "s", "P", "X")
-SHOWN_IMAGES = 64
-"""Images of a batch in the heat maps: in larger ones a class of two could not be seen."""
-DECADES = 3
-"""Powers of ten of a logarithmic colour scale."""
-HEADROOM = 1.4
-"""Factor on the height of an axis, so that its legend lies above the curves."""
-MOST_EPOCHS = 60
-"""Number of epochs from which on their borders would only blacken the loss curves."""
+SHOWN_IMAGES = 64  # of a batch in the heat maps: in larger ones a class of two could not be seen
+DECADES = 3  # powers of ten of a logarithmic colour scale
+HEADROOM = 1.4  # factor on the height of an axis, so that its legend lies above the curves
+MOST_EPOCHS = 60  # from which on their borders would only blacken the loss curves
 
 
 def embedding_map(
@@ -69,12 +65,11 @@ def embedding_map(
 
 
 def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffusion, title: str) -> "Figure":
-    """Draw a batch as the objective sees it.
+    """Draw a batch as the objective sees it, ordered by class, with a frame round each class.
 
-    Its panels are similarities, transition matrix, and target before and after the diffusion. Images are ordered by
-    class, and a class is framed. A target without a diffusion has two panels; without a teacher there are similarities
-    alone. All is computed over the whole batch (without the manifold's memory). In a large one the first whole classes
-    of up to ``SHOWN_IMAGES`` images are shown.
+    Its panels are similarities, transition matrix, and target before and after the diffusion. A target without a
+    diffusion has two panels; without a teacher there are similarities alone. All is computed over the whole batch
+    (without the manifold's memory). In a large one the first whole classes of up to ``SHOWN_IMAGES`` images are shown.
 
     Args:
         T_BD: unit rows, of the teacher where there is one.
@@ -84,44 +79,43 @@ def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffus
     Raises:
         RunError: the diffusion cannot be solved.
     """
-    from matplotlib.colors import LogNorm
+    from matplotlib import colormaps
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
 
     labels_B, order_B = labels_B.sort(stable=True)
     T_BD = T_BD[order_B]
-    rows = slice(0, _whole_classes(labels_B))
-    S_tt = similarity(T_BD[rows], T_BD[rows])
-    panels: list[tuple[str, torch.Tensor, Any, str]] = []
+    sizes = labels_B.unique_consecutive(return_counts=True)[1]
+    classes = [(end, n) for end, n in zip(sizes.cumsum(0).tolist(), sizes.tolist(), strict=True) if end <= SHOWN_IMAGES]
+    rows = slice(0, classes[-1][0] if classes else min(SHOWN_IMAGES, len(T_BD)))
+    panels = [("Similarity S", similarity(T_BD[rows], T_BD), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}, "cosine")]
+    colours = colormaps["cividis"].with_extremes(bad="lightgrey")
     target = None if diffusion.target == "none" else TARGETS.load(diffusion.target)
     if target is not None and target.needs_teacher:
         before_tB = softmax(similarity(T_BD[rows], T_BD), diffusion.temperature, 0, diffusion.mask_self)
-        shared = _log_norm(before_tB)
+        name, targets = f"Target (temperature {diffusion.temperature:g})", {}
         if target.graph is not None:
             A_tB = target.graph(T_BD, diffusion).transition(rows)
+            how = f"temperature {diffusion.transition_temperature:g}" if diffusion.target == "obdsd" else "symmetric"
+            shades = {"cmap": colours, "norm": _log_norm(A_tB)}
+            panels.append((f"Transition A ({how})", A_tB, shades, "weight of the edge (grey: 0)"))
+            name = name.replace("Target", "Target before the diffusion")
             after_tB = target_rows(T_BD, rows, diffusion).target_bB
-            shared = _log_norm(before_tB, after_tB)
-            step = (
-                f"(temperature {diffusion.transition_temperature:g})" if diffusion.target == "obdsd" else "(symmetric)"
-            )
-            panels.append((f"Transition A {step}", A_tB, _log_norm(A_tB), "weight of the edge"))
-            name = f"Target after the diffusion (ω = {diffusion.omega:g})"
-            panels.append((name, after_tB, shared, "probability"))
-        name = "Target before the diffusion" if target.graph is not None else "Target"
-        panels.insert(1, (f"{name} (temperature {diffusion.temperature:g})", before_tB, shared, "probability"))
+            targets = {f"Target after the diffusion (ω = {diffusion.omega:g})": after_tB}
+        targets = {name: before_tB} | targets
+        shades = {"cmap": colours, "norm": _log_norm(*targets.values())}
+        panels += [(name, matrix_tB, shades, "probability (grey: 0)") for name, matrix_tB in targets.items()]
 
-    columns = 1 if not panels else 2
+    columns = min(len(panels), 2)
     figure = _figure(1 + 5.2 * columns, 5.6 if len(panels) < 3 else 10, title)
-    axes = list(np.atleast_1d(figure.subplots(-(-(len(panels) + 1) // columns), columns)).flat)
-    image = axes[0].imshow(S_tt.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    axes[0].set_title("Similarity S", fontsize=10)
-    figure.colorbar(image, ax=axes[0], shrink=0.85, label="cosine")
-    for of, (name, matrix_tB, norm, unit) in zip(axes[1:], panels, strict=True):
-        assert isinstance(norm, LogNorm)
-        image = of.imshow(matrix_tB[:, rows].numpy(), cmap=_colours(), norm=norm, interpolation="nearest")
-        of.set_title(f"{name}\n{_shares(matrix_tB, labels_B)}", fontsize=10)
-        figure.colorbar(image, ax=of, shrink=0.85, label=f"{unit} (grey: 0)", extend="min")
-    for of in axes:
-        _frame_classes(of, labels_B[rows])
-        of.set(xlabel=f"image, ordered by class ({rows.stop} of {len(T_BD)})", ylabel="image, ordered by class")
+    grid = np.atleast_1d(figure.subplots(-(-len(panels) // columns), columns)).flat
+    for number, (axes, (name, matrix_tB, shades, unit)) in enumerate(zip(grid, panels, strict=True)):
+        image = axes.imshow(matrix_tB[:, rows].numpy(), interpolation="nearest", **shades)
+        axes.set_title(f"{name}\n{_shares(matrix_tB, labels_B)}" if number else name, fontsize=10)
+        figure.colorbar(image, ax=axes, shrink=0.85, label=unit, extend="min" if number else "neither")
+        frames = [Rectangle((end - n - 0.5, end - n - 0.5), n, n) for end, n in classes]
+        axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#D55E00", linewidth=0.7))
+        axes.set(xlabel=f"image, ordered by class ({rows.stop} of {len(T_BD)})", ylabel="image, ordered by class")
     return figure
 
 
@@ -132,10 +126,10 @@ def recall_curves(lines: Mapping[str, Mapping[int, float]], title: str) -> "Figu
         lines: at least one, protocol -> {k: recall}.
     """
     percent = {name: {k: 100 * line[k] for k in sorted(line)} for name, line in lines.items()}
-    numbers = {
-        name: f"{name}: {', '.join(f'{value:.1f}' for value in line.values())}" for name, line in percent.items()
-    }
-    figure = _line_chart({numbers[name]: line for name, line in percent.items()}, title)
+    figure = _line_chart(
+        {f"{name}: {', '.join(f'{value:.1f}' for value in line.values())}": line for name, line in percent.items()},
+        title,
+    )
     (axes,) = figure.axes
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks := sorted({k for line in lines.values() for k in line}), [str(k) for k in ks])
@@ -153,12 +147,11 @@ def validation_curves(lines: Mapping[str, Mapping[int, float]], best: int | None
     """
     figure = _line_chart(lines, title)
     (axes,) = figure.axes
+    axes.locator_params("x", integer=True)
+    axes.set(xlabel="epochs trained", ylabel="share (1 is perfect)")
     if best is not None:
         axes.axvline(best, color="grey", linestyle="dashed", zorder=0)
-    axes.locator_params("x", integer=True)
-    axes.set(
-        xlabel="epochs trained" + f" (dashed: the best, {best})" * (best is not None), ylabel="share (1 is perfect)"
-    )
+        axes.set_xlabel(f"epochs trained (dashed: the best, {best})")
     return figure
 
 
@@ -193,44 +186,48 @@ def loss_curves(
         batch: images in a batch; the logarithm of their number bounds the entropy.
         head_scale: learning rate of the embedding layer, as a multiple of the backbone's.
     """
+
+    def column(name: str) -> np.ndarray:
+        return np.array([step.get(name, math.nan) for step in steps])
+
     distils = any("distillation" in step for step in steps)
     figure = _figure(11, 7.2 if distils else 3.9, title)
-    axes = list(np.atleast_1d(figure.subplots(1 + distils, 2, sharex=True)).flat)
-    place = [int(step["step"]) for step in steps]
-    of, rate = axes[0], axes[1]
-    _curve(of, place, _column(steps, "ranking"), "ranking loss", COLOURS[0])
-    of.set(title="Ranking loss", ylabel="loss (no unit)")
-    rates = _column(steps, "lr")
-    rate.plot(place, rates, color=COLOURS[2], label="network" if head_scale == 1 else "backbone")
+    panels = list(np.atleast_1d(figure.subplots(1 + distils, 2, sharex=True)).flat)
+    place = column("step")
+    loss, rate = panels[:2]
+    _curve(loss, place, column("ranking"), "ranking loss", COLOURS[0])
+    loss.set(title="Ranking loss", ylabel="loss (no unit)")
+    loss.legend(fontsize=8)
+    rate.plot(place, column("lr"), color=COLOURS[2], label="network" if head_scale == 1 else "backbone")
     if head_scale != 1:
-        rate.plot(place, rates * head_scale, color=COLOURS[4], label=f"embedding layer ({head_scale:g} times as high)")
+        label = f"embedding layer ({head_scale:g} times as high)"
+        rate.plot(place, column("lr") * head_scale, color=COLOURS[4], label=label)
     rate.set(title="Learning rate", ylabel="learning rate")
-    rate.set_ylim(0, rate.get_ylim()[1] * HEADROOM)
-    rate.legend(fontsize=8, loc="upper left")
     if distils:
-        of, target = axes[2], axes[3]
-        _curve(of, place, _column(steps, "distillation"), "KL(target || student)", COLOURS[1])
-        of.set(title="Distillation and its ramp", ylabel="divergence (nats)")
-        of.set_ylim(0, of.get_ylim()[1] * HEADROOM)
-        ramp = of.twinx()
-        ramp.plot(place, _column(steps, "ramp"), color=COLOURS[6], linestyle="dashed", label="ramp (right)")
+        divergence, entropy = panels[2:]
+        _curve(divergence, place, column("distillation"), "KL(target || student)", COLOURS[1])
+        divergence.set(title="Distillation and its ramp", ylabel="divergence (nats)")
+        ramp = divergence.twinx()
+        ramp.plot(place, column("ramp"), color=COLOURS[6], linestyle="dashed")
         ramp.set(ylabel="ramp (share of the full weight)", ylim=(0, HEADROOM), yticks=np.linspace(0, 1, 6))
-        of.legend(*_together(of, ramp), fontsize=8, loc="upper left")
-        _curve(target, place, _column(steps, "target_entropy"), "entropy", COLOURS[3])
+        divergence.plot([], color=COLOURS[6], linestyle="dashed", label="ramp (right)")  # for the one legend
+        _curve(entropy, place, column("target_entropy"), "entropy", COLOURS[3])
         if batch is not None:
-            target.axhline(math.log(batch), color="grey", linestyle="dotted", label=f"log {batch}, a uniform target's")
-        target.set(title="Entropy of the target", ylabel="nats")
-        target.set_ylim(0, target.get_ylim()[1] * HEADROOM)
-        target.legend(fontsize=8, loc="upper left")
+            uniform = f"log {batch}, a uniform target's"
+            entropy.axhline(math.log(batch), color="grey", linestyle="dotted", label=uniform)
+        entropy.set(title="Entropy of the target", ylabel="nats")
+    for axes in panels[1:]:
+        axes.set_ylim(0, axes.get_ylim()[1] * HEADROOM)
+        axes.legend(fontsize=8, loc="upper left")
     borders = [step["step"] for before, step in pairwise(steps) if before["epoch"] != step["epoch"]]
-    for of in axes:
-        of.grid(visible=True, alpha=0.25)
-        for border in borders if len(borders) < MOST_EPOCHS else []:
-            of.axvline(border - 0.5, color="grey", linewidth=0.6, alpha=0.6, zorder=0)
-    axes[0].locator_params("x", integer=True)  # of all, since they share it
-    for of in axes[-2:]:
-        of.set_xlabel("optimizer step" + (" (grey lines: a new epoch)" if 0 < len(borders) < MOST_EPOCHS else ""))
-    axes[0].legend(fontsize=8)
+    borders = borders if len(borders) < MOST_EPOCHS else []
+    for axes in panels:
+        axes.grid(visible=True, alpha=0.25)
+        for border in borders:
+            axes.axvline(border - 0.5, color="grey", linewidth=0.6, alpha=0.6, zorder=0)
+    loss.locator_params("x", integer=True)  # of all, since they share it
+    for axes in panels[-2:]:
+        axes.set_xlabel("optimizer step" + (" (grey lines: a new epoch)" if borders else ""))
     return figure
 
 
@@ -291,12 +288,6 @@ def _log_norm(*matrices: torch.Tensor) -> Any:
     return LogNorm(top / 10**DECADES, top)
 
 
-def _colours() -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["cividis"].with_extremes(bad="lightgrey")
-
-
 def _shares(matrix_tB: torch.Tensor, labels_B: torch.Tensor) -> str:
     """Describe where a row's mass lies, on average over the rows shown."""
     same_tB = labels_B[: len(matrix_tB), None] == labels_B
@@ -306,27 +297,7 @@ def _shares(matrix_tB: torch.Tensor, labels_B: torch.Tensor) -> str:
     return f"itself {own:.0%}, its class {of_class:.0%}, others {1 - own - of_class:.0%}"
 
 
-def _whole_classes(labels_B: torch.Tensor) -> int:
-    """Count the sorted images to show: whole classes."""
-    ends = labels_B.unique_consecutive(return_counts=True)[1].cumsum(0)
-    return max(int(ends[ends <= SHOWN_IMAGES].max()) if ends[0] <= SHOWN_IMAGES else SHOWN_IMAGES, 1)
-
-
-def _frame_classes(axes: "Axes", labels_t: torch.Tensor) -> None:
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    _, counts = labels_t.unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    frames = [Rectangle((end - n - 0.5, end - n - 0.5), n, n) for end, n in zip(ends, counts.tolist(), strict=True)]
-    axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#D55E00", linewidth=0.7))
-
-
-def _column(steps: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
-    return np.array([step.get(name, math.nan) for step in steps])
-
-
-def _curve(axes: "Axes", place: Sequence[int], values: np.ndarray, name: str, colour: str) -> None:
+def _curve(axes: "Axes", place: np.ndarray, values: np.ndarray, name: str, colour: str) -> None:
     """Draw a value per step, pale, and its mean over some steps round it."""
     width = max(len(values) // 25, 1)
     if width > 1:
@@ -338,14 +309,8 @@ def _curve(axes: "Axes", place: Sequence[int], values: np.ndarray, name: str, co
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     """Average the finite of ``width`` values round each; NaN where it is not finite."""
     there = np.isfinite(values)
-    window = np.ones(width)
     start = (width - 1) // 2
-    counts, sums = (
-        np.convolve(x, window)[start : start + len(values)] for x in (there.astype(float), np.where(there, values, 0.0))
+    sums, counts = (
+        np.convolve(x, np.ones(width))[start : start + len(values)] for x in (np.where(there, values, 0.0), there)
     )
     return np.where(there, sums / np.maximum(counts, 1), np.nan)
-
-
-def _together(*axes: "Axes") -> tuple[list[Any], list[str]]:
-    handles, labels = zip(*(of.get_legend_handles_labels() for of in axes), strict=True)
-    return [h for part in handles for h in part], [label for part in labels for label in part]

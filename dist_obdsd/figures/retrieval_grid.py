@@ -15,7 +15,6 @@ from dist_obdsd.evaluation.retrieval import RankedQuery
 from dist_obdsd.files import write_atomically
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 RIGHT, WRONG, QUERY = "#1a7f37", "#c62828", "#1f4e8c"
@@ -23,7 +22,7 @@ NAME_LENGTH = 18  # characters of a class or file name above an image
 SIDE = 160  # pixels of an image in the picture
 DPI = 150
 # Inches:
-TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAME_STRIP, HEADING = 0.62, 0.2, 1.3, 0.14, 0.22, 0.56, 0.3
+TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAMES, HEADING = 0.62, 0.2, 1.3, 0.14, 0.22, 0.56, 0.3
 
 
 def read_images(
@@ -84,38 +83,35 @@ def retrieval_grid(
 
     sections = {heading: answers for heading, answers in sections.items() if answers}
     columns = 1 + max(len(answer.neighbour_ids) for answers in sections.values() for answer in answers)
-    headings = sum(bool(heading) for heading in sections)
     width = 2 * MARGIN + QUERY_GAP + columns * CELL - CELL_GAP
-    height = TITLE + MARGIN + headings * HEADING + sum(map(len, sections.values())) * (CELL + NAME_STRIP)
+    height = TITLE + MARGIN + sum(map(bool, sections)) * HEADING + sum(map(len, sections.values())) * (CELL + NAMES)
     # Every place is known, so there is nothing for a layout engine to find out, which with 150 axes takes seconds.
     figure = Figure(figsize=(width, height))
     figure.text(MARGIN / width, 1 - 0.15 / height, title, fontsize=12, va="top", parse_math=False)
-    top = TITLE  # inches from the upper edge
+    top, side = TITLE, CELL - CELL_GAP  # inches from the upper edge, of an image
     for heading, answers in sections.items():
         if heading:
             figure.text(MARGIN / width, 1 - (top + 0.1) / height, heading, fontsize=11, fontweight="bold", va="top")
             top += HEADING
         for answer in answers:
-            top += NAME_STRIP
-            ids = (answer.query_id, *answer.neighbour_ids)
-            labels = (answer.query_label, *answer.neighbour_labels)
-            scores = (None, *answer.neighbour_scores)
-            for column, (image_id, label, score) in enumerate(zip(ids, labels, scores, strict=True)):
-                left, side = MARGIN + column * CELL + (column > 0) * QUERY_GAP, CELL - CELL_GAP
-                axes = figure.add_axes(
-                    (left / width, 1 - (top + side) / height, side / width, side / height), xticks=[], yticks=[]
-                )
+            top += NAMES
+            query = (answer.query_id, answer.query_label, None)
+            found = zip(answer.neighbour_ids, answer.neighbour_labels, answer.neighbour_scores, strict=True)
+            for column, (image_id, label, score) in enumerate([query, *found]):
+                left = MARGIN + column * CELL + (column > 0) * QUERY_GAP
+                place = (left / width, 1 - (top + side) / height, side / width, side / height)
+                axes = figure.add_axes(place, xticks=[], yticks=[])
                 data, file = images[image_id]
-                _show(axes, image_id, data)
-                name = f"{shortened(names.get(label, str(label)))}\n{shortened(file.rpartition('/')[2])}"
+                axes.imshow(_thumbnail(image_id, data), cmap="gray", vmin=0, vmax=255)
                 style: Any = "solid"
                 if score is None:
-                    colour, line, text = QUERY, 4.5, f"query\n{name}"
+                    colour, line, mark, weight = QUERY, 4.5, "query", "bold"
                 elif label == answer.query_label:
-                    colour, line, text = RIGHT, 2.2, f"✓ {score:.3f}\n{name}"
+                    colour, line, mark, weight = RIGHT, 2.2, f"✓ {score:.3f}", "normal"
                 else:
-                    colour, style, line, text = WRONG, (0, (4, 2)), 2.2, f"✗ {score:.3f}\n{name}"
-                weight = "bold" if score is None else "normal"
+                    colour, line, mark, weight = WRONG, 2.2, f"✗ {score:.3f}", "normal"
+                    style = (0, (4, 2))
+                text = f"{mark}\n{shortened(names.get(label, str(label)))}\n{shortened(file.rpartition('/')[2])}"
                 axes.set_title(text, fontsize=7, pad=5 + line / 2, color=colour, fontweight=weight, parse_math=False)
                 for spine in axes.spines.values():
                     spine.set_position(("outward", line / 2))
@@ -145,26 +141,19 @@ def write(path: Path, figure: "Figure") -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _show(axes: "Axes", image_id: int, data: bytes) -> None:
-    try:
-        pixels = _thumbnail(data)
-    except ValueError as error:
-        raise InputError(f"image id {image_id} cannot be decoded: {error}; repair the data") from error
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-
-
-def _thumbnail(data: bytes) -> Any:
-    """[H, W, 3] uint8, the longer side about ``SIDE`` pixels: small images by whole multiples, so that pixels stay."""
+def _thumbnail(image_id: int, data: bytes) -> Any:
+    """Shrink an image to ``SIDE`` pixels; small ones grow by whole multiples, so that their pixels stay."""
     from PIL import Image
 
-    image = Image.fromarray(decode(data, 3).permute(1, 2, 0).numpy())
-    longest = max(image.size)
-    if longest > SIDE:
+    try:
+        image = Image.fromarray(decode(data, 3).permute(1, 2, 0).numpy())
+    except ValueError as error:
+        raise InputError(f"image id {image_id} cannot be decoded: {error}; repair the data") from error
+    if max(image.size) > SIDE:
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    else:
-        times = max(SIDE // longest, 1)
-        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    return image
+        return image
+    times = SIDE // max(image.size)
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
 def shortened(name: str) -> str:

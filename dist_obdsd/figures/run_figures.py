@@ -50,22 +50,17 @@ class BatchSample:
     """The network that made the rows: teacher or student."""
 
 
+@dataclass
 class RunFigures:
     """Keeps what a run's figures need, and draws them. Failures are only logged."""
 
-    def __init__(self, run: Path | None) -> None:
-        """
-        Args:
-            run: the run folder; None where this rank draws nothing.
-        """
-        self.run = run
+    run: Path | None
+    """The run folder; None where this rank draws nothing."""
 
     def keep_batch(self, batch: BatchSample | None, epoch: int) -> None:
         """Keep the latest batch, of an epoch that counts from 0."""
         if batch is not None and len(batch.rows_BD) <= MOST_IMAGES:
-            rows_BD, labels_B = batch.rows_BD.detach().float().cpu(), batch.labels_B.cpu()
-            about = {"whose": batch.network, "epoch": epoch + 1}
-            self._keep("batch", about, rows=rows_BD.numpy(), labels=labels_B.numpy())
+            self._keep("batch", {"whose": batch.network, "epoch": epoch + 1}, batch.rows_BD, batch.labels_B)
 
     def keep_evaluation(self, what: str, result: EvaluationResult, epoch: int, classes: tuple[str, ...]) -> None:
         """Keep an evaluation, if it took a sample. ``classes`` are names, by label."""
@@ -82,13 +77,14 @@ class RunFigures:
             "answers": {name: [asdict(query) for query in of] for name, of in queries.items()},
             "names": {label: classes[label] for label in sorted(shown | set(sample.labels_m.tolist()))},
         }
-        self._keep("evaluation", about, rows=sample.rows_mD.float().numpy(), labels=sample.labels_m.numpy())
+        self._keep("evaluation", about, sample.rows_mD, sample.labels_m)
 
-    def _keep(self, name: str, about: Mapping[str, Any], **arrays: np.ndarray) -> None:
+    def _keep(self, name: str, about: Mapping[str, Any], rows_nD: torch.Tensor, labels_n: torch.Tensor) -> None:
         if self.run is None:
             return
         buffer = io.BytesIO()
-        np.savez(buffer, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+        rows, labels = rows_nD.detach().float().cpu().numpy(), labels_n.cpu().numpy()
+        np.savez(buffer, about=np.array(json.dumps(about)), rows=rows, labels=labels)
         try:
             (self.run / "figures").mkdir(exist_ok=True)
             write_atomically(self.run / "figures" / f"{name}.npz", buffer.getvalue())
@@ -103,9 +99,8 @@ class RunFigures:
         paths, failures = draw(self.run)
         for failure in failures:
             logger.info(failure)
-        logger.info(
-            "%d figures and report.html in %s (%.1f s)", len(paths) - 1, self.run, time.perf_counter() - started
-        )
+        seconds = time.perf_counter() - started
+        logger.info("%d figures and report.html in %s (%.1f s)", len(paths) - 1, self.run, seconds)
         return paths
 
 
@@ -116,7 +111,7 @@ def draw(run: Path, overrides: Sequence[str] = ()) -> tuple[list[Path], list[str
         overrides: settings that replace the run's, such as where the shards are now.
 
     Returns:
-        The files written, and a sentence for each file that failed.
+        The files written, the report last, and a sentence for each file that failed.
 
     Raises:
         InputError: the folder is that of no run.
@@ -124,14 +119,13 @@ def draw(run: Path, overrides: Sequence[str] = ()) -> tuple[list[Path], list[str
     if not (run / "metrics.jsonl").is_file():
         raise InputError(f"{run} has no metrics.jsonl; give the folder of a run, such as runs/NAME")
     folder = RunFolder(run, load_config(run / "config.yaml", overrides))
+    (run / "figures").mkdir(exist_ok=True)
     paths, failures = [], []
-    for name in (*FIGURES, "report"):
-        path = run / f"{name}.html" if name == "report" else run / "figures" / f"{name}.png"
+    for path in (*(run / "figures" / f"{name}.png" for name in FIGURES), run / "report.html"):
         try:
-            if name == "report":
+            if path.suffix == ".html":
                 write_atomically(path, run_report(run, folder.config, folder.metrics, folder.summary).encode())
-            elif (figure := getattr(folder, name)()) is not None:
-                path.parent.mkdir(exist_ok=True)
+            elif (figure := getattr(folder, path.stem)()) is not None:
                 retrieval_grid.write(path, figure)
             else:
                 continue
@@ -148,9 +142,8 @@ class RunFolder:
         self.path, self.config = path, config
 
     def validation_curves(self) -> "Figure | None":
-        rows = [row for row in self.metrics if row["kind"] == "validation"]
         lines: dict[str, dict[int, float]] = {}
-        for row in rows:
+        for row in (row for row in self.metrics if row["kind"] == "validation"):
             for name, value in row.items():
                 if name not in ("kind", "step", "epoch") and 0 <= value <= 1:
                     lines.setdefault(name, {})[row["epoch"]] = value
@@ -178,47 +171,44 @@ class RunFolder:
     def retrieval_grid(self) -> "Figure | None":
         if self._evaluation is None:
             return None
-        _, about = self._evaluation
-        queries = {name: [_query(entry) for entry in of] for name, of in about["answers"].items()}
-        shards = self.config.data.shards
-        ids = retrieval_grid.shown(query for of in queries.values() for query in of)
-        if not ids:
+        about, data = self._evaluation.about, self.config.data
+        best, worst = ([RankedQuery(**entry) for entry in about["answers"][name]] for name in ("best", "worst"))
+        if not (ids := retrieval_grid.shown([*best, *worst])):
             return None
-        images = retrieval_grid.read_images(shards, manifests.load(shards), ids, cache_of(self.config.data))
+        images = retrieval_grid.read_images(data.shards, manifests.load(data.shards), ids, cache_of(data))
         sections = {
-            "Best: all or most neighbours are of the query's class": queries["best"],
-            "Worst: the first neighbour of the query's class comes latest": queries["worst"],
+            "Best: all or most neighbours are of the query's class": best,
+            "Worst: the first neighbour of the query's class comes latest": worst,
         }
-        return retrieval_grid.retrieval_grid(sections, images, _names(about), self._title("nearest neighbours"))
+        return retrieval_grid.retrieval_grid(
+            sections, images, self._evaluation.names, self._title("nearest neighbours")
+        )
 
     def embedding_map(self) -> "Figure | None":
-        if self._evaluation is None:
+        if (kept := self._evaluation) is None:
             return None
-        arrays, about = self._evaluation
-        rows_mD, labels_m = arrays["rows"], arrays["labels"]
-        return figures.embedding_map(rows_mD, labels_m, _names(about), self._title("embeddings"), self.config.seed)
+        return figures.embedding_map(
+            kept.rows_nD, kept.labels_n, kept.names, self._title("embeddings"), self.config.seed
+        )
 
     def spectrum(self) -> "Figure | None":
         if self._evaluation is None:
             return None
-        return figures.spectrum(self._evaluation[1]["singular"], self._title("rho-spectrum of all embeddings"))
+        return figures.spectrum(self._evaluation.about["singular"], self._title("rho-spectrum of all embeddings"))
 
     def batch_manifold(self) -> "Figure | None":
-        batch = _load(self.path / "figures" / "batch.npz")
-        if batch is None:
+        if (kept := _load(self.path / "figures" / "batch.npz")) is None:
             return None
-        arrays, about = batch
         target = self.config.distillation
-        title = f"{self.config.name}: one batch of {len(arrays['rows'])} images, target {target.target}\n"
-        title += f"the last batch of epoch {about['epoch']} as the {about['whose']} embedded it"
-        return figures.batch_manifold(arrays["rows"], arrays["labels"], Diffusion.of(target), title)
+        title = f"{self.config.name}: one batch of {len(kept.rows_nD)} images, target {target.target}\n"
+        title += f"the last batch of epoch {kept.about['epoch']} as the {kept.about['whose']} embedded it"
+        return figures.batch_manifold(kept.rows_nD, kept.labels_n, Diffusion.of(target), title)
 
     def _title(self, subject: str) -> str:
         assert self._evaluation is not None
-        about = self._evaluation[1]
-        return (
-            f"{self.config.name}: {subject}\n{about['what']}, {about['queries']} queries, after epoch {about['epoch']}"
-        )
+        about = self._evaluation.about
+        what = f"{about['what']}, {about['queries']} queries, after epoch {about['epoch']}"
+        return f"{self.config.name}: {subject}\n{what}"
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -233,23 +223,25 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
     @cached_property
-    def _evaluation(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    def _evaluation(self) -> "_Kept | None":
         return _load(self.path / "figures" / "evaluation.npz")
 
 
-def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Read (arrays, the rest) of what ``RunFigures._keep`` wrote, if it did."""
+@dataclass(frozen=True)
+class _Kept:
+    """The content of a file that ``RunFigures`` wrote."""
+
+    about: dict[str, Any]
+    rows_nD: torch.Tensor
+    labels_n: torch.Tensor
+
+    @property
+    def names(self) -> dict[int, str]:
+        return {int(label): name for label, name in self.about["names"].items()}
+
+
+def _load(path: Path) -> _Kept | None:
     if not path.is_file():
         return None
-    with np.load(path) as archive:
-        arrays = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "about"}
-        return arrays, json.loads(str(archive["about"]))
-
-
-def _query(entry: Mapping[str, Any]) -> RankedQuery:
-    fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in entry.items()}
-    return RankedQuery(**fields)
-
-
-def _names(about: Mapping[str, Any]) -> dict[int, str]:
-    return {int(label): name for label, name in about["names"].items()}
+    with np.load(path) as kept:
+        return _Kept(json.loads(str(kept["about"])), torch.from_numpy(kept["rows"]), torch.from_numpy(kept["labels"]))

@@ -67,15 +67,8 @@ def run_report(run: Path, config: Config, metrics: Sequence[Row], summary: Row) 
 def what_to_try(config: Config, metrics: Sequence[Row], summary: Row) -> Iterator[str]:
     """Advise on the next run, from the numbers of this one."""
     steps = [row for row in metrics if row["kind"] == "step"]
-    scores = {protocol: _score(values) for protocol, values in _by_protocol(summary["rows"], epochs=False).items()}
-    before, after = scores.pop("untrained", None), max(scores.values(), default=None)
-    if after is not None and before is None:
+    if summary["rows"] and "untrained" not in {row["protocol"] for row in summary["rows"]}:
         yield "Set evaluation.untrained=true to see how much training improves on the network that it starts from."
-    elif after is not None and before is not None and after <= before:
-        yield (
-            f"Training made retrieval worse: {before:.3f} before, {after:.3f} after. Lower optim.lr "
-            f"(now {config.optim.lr:g}), raise optim.head_scale or freeze layers (model.freeze), and check the labels."
-        )
     epochs = {row["epoch"]: _score(row) for row in metrics if row["kind"] == "validation"}
     best, last = max(epochs, key=lambda epoch: epochs[epoch], default=0), max(epochs, default=0)
     if not epochs:
@@ -121,21 +114,17 @@ def _facts(run: Path, config: Config, summary: Row) -> list[str]:
     return facts
 
 
-def _by_protocol(rows: Sequence[Row], epochs: bool = True) -> dict[str, dict[str, float]]:
+def _by_protocol(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for row in rows:
-        name = row["protocol"] + (f", after epoch {row['epoch']}" if epochs and row["epoch"] else "")
+        name = row["protocol"] + (f", after epoch {row['epoch']}" if row["epoch"] else "")
         found.setdefault(name, {})[row["metric"]] = row["value"]
     return found
 
 
 def _score(values: Row) -> float:
-    """Return the number that weights are compared by, averaged over the galleries."""
-    by_metric: dict[str, list[float]] = {}
-    for name, value in values.items():
-        by_metric.setdefault(name.rpartition("/")[2], []).append(value)
-    recalls = next((found for name, found in by_metric.items() if name.startswith("recall@")), [0.0])
-    found = by_metric.get(SELECTION_METRIC, recalls)
+    """Return the number that epochs are compared by, averaged over the galleries."""
+    found = [value for name, value in values.items() if name.rpartition("/")[2] == SELECTION_METRIC]
     return math.fsum(found) / len(found)
 
 

@@ -88,21 +88,10 @@ def test_a_large_batch_is_shown_in_part_and_diffused_as_a_whole(tmp_path: Path) 
     assert len(heat_maps(one_class)["Similarity S"]) == figures.SHOWN_IMAGES
 
 
-@pytest.mark.parametrize(
-    ("target", "panels"),
-    [
-        ("none", ["Similarity S"]),
-        ("uniform", ["Similarity S"]),
-        ("psd", ["Similarity S", "Target"]),
-        (
-            "obdsd_symmetric",
-            ["Similarity S", "Transition A", "Target before the diffusion", "Target after the diffusion"],
-        ),
-    ],
-)
-def test_what_a_target_does_not_have_is_not_drawn(tmp_path: Path, target: Any, panels: list[str]) -> None:
+@pytest.mark.parametrize(("target", "panels"), [("none", 1), ("uniform", 1), ("psd", 2), ("obdsd_symmetric", 4)])
+def test_what_a_target_does_not_have_is_not_drawn(tmp_path: Path, target: Any, panels: int) -> None:
     figure = figures.batch_manifold(*ideal_batch(4, 3), replace(SHARP, target=target), "run")
-    assert list(heat_maps(figure)) == panels
+    assert len(heat_maps(figure)) == panels
     is_picture(tmp_path / "a.png", figure)
 
 
@@ -121,16 +110,10 @@ def test_the_map_keeps_classes_apart_and_names_them(tmp_path: Path) -> None:
         assert (np.linalg.norm(points[:, None] - centres, axis=2).argmin(1) == number).all()
     looks = {(tuple(g.get_facecolor()[0]), tuple(g.get_paths()[0].vertices.ravel().round(3))) for g in groups}
     assert len(looks) == 20
+    collapsed = figures.embedding_map(torch.ones(5, 1), torch.arange(5), {}, "run")
+    assert np.isfinite([np.asarray(group.get_offsets()) for group in collapsed.axes[0].collections]).all()
     (legend,) = figure.legends
     assert [text.get_text().strip() for text in legend.get_texts()][:4] == ["_hidden", r"\$x", r"a\$b\$", names[3]]
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (5, 1), (4, 2)])
-def test_few_and_collapsed_embeddings_have_a_map(shape: tuple[int, int]) -> None:
-    for rows_mD in (torch.ones(shape), torch.randn(shape, generator=torch.Generator().manual_seed(0))):
-        figure = figures.embedding_map(rows_mD, torch.arange(shape[0]), {}, "run")
-        offsets = np.concatenate([np.asarray(group.get_offsets()) for group in figure.axes[0].collections])
-        assert np.isfinite(offsets).all()
 
 
 def test_recall_has_a_line_per_protocol(tmp_path: Path) -> None:
@@ -161,8 +144,6 @@ def test_the_spectrum_is_shares_beside_an_even_one(tmp_path: Path) -> None:
     assert list(axes.lines[1].get_ydata()) == [1 / 3, 1 / 3]
     assert axes.get_yscale() == "log"
     assert "better" in axes.get_xlabel()
-    even = figures.spectrum([2.0, 2.0], "even").axes[0]
-    assert even.get_legend().get_texts()[0].get_text().endswith("rho = 0.000")
 
 
 def steps() -> list[dict[str, float]]:

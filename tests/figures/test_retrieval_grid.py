@@ -73,26 +73,9 @@ def test_the_images_lie_in_rows_under_their_headings(tmp_path: Path) -> None:
     assert all(box.x0 > 0 and box.x1 < 1 and box.y0 > 0 for box in boxes)
 
 
-def test_only_queries_with_a_wrong_first_neighbour_are_failures() -> None:
-    assert pictures.wrong_at_first([MIXED, RIGHT]) == [MIXED]
-
-
-def test_the_same_picture_twice(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png"):
-        draw(tmp_path / name, [MIXED])
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no picture format"):
         draw(tmp_path / "a.tar", [MIXED])
     with pytest.raises(InputError, match="image id 2 cannot be decoded"):
         draw(tmp_path / "a.png", [MIXED], IMAGES | {2: (b"no image", "")})
     assert not list(tmp_path.iterdir())
-
-
-def test_long_names_keep_both_ends() -> None:
-    assert pictures.shortened("seven") == "seven"
-    shown = pictures.shortened("Alphabet_of_the_Magi/character07")
-    assert len(shown) == pictures.NAME_LENGTH
-    assert shown == "Alphabet…racter07" or (shown.startswith("Alphabet") and shown.endswith("racter07"))
