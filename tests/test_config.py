@@ -75,6 +75,7 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("name=../up", "name is '../up'"),
         ("optim.lr=.nan", "optim.lr is nan"),
         ("evaluation.recall_at=[]", "evaluation.recall_at is empty; give at least 1"),
+        ("evaluation.recall_at=[0]", "evaluation.recall_at.0 is 0"),
         ("output=", "output is ''"),
         ("seed=1:30", "seed is '1:30'"),
         ("validation={fraction: 0.1, folds: 5}", "validation.fraction and validation.folds both say what to hold out"),

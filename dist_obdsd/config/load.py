@@ -86,7 +86,10 @@ def _is_text(annotation: Any) -> bool:
 
 
 def _sentences(error: ValidationError) -> Iterable[str]:
+    wrong = [item["loc"] for item in error.errors()]
     for item in error.errors():
+        if any(len(loc) > len(item["loc"]) and loc[: len(item["loc"])] == item["loc"] for loc in wrong):
+            continue  # a list is also too short without what is wrong in it
         # Between "ranking" and the field stands the tag of the section that was chosen, which no user wrote.
         parts = [str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in SECTIONS)]
         where = ".".join(parts)

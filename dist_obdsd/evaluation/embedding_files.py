@@ -27,7 +27,7 @@ import torch
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
-from dist_obdsd.files import replacing
+from dist_obdsd.files import read_file, replacing
 
 SUFFIXES = (".npz", ".parquet")
 DTYPES = ("float16", "float32")
@@ -163,6 +163,7 @@ def read(path: Path) -> Embeddings:
     with raise_on_all_ranks(f"reading {path}"):
         check_suffix(path)
         try:
+            read_file(path, 1)  # a named pipe would keep the readers waiting for ever
             columns, rows, total, start = _READERS[path.suffix](path)
         except OSError as error:
             reason = error.strerror or error

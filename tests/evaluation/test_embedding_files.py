@@ -1,5 +1,6 @@
 """Files of embeddings: round trips, the same bytes on any number of ranks, other tools' files, and bad ones."""
 
+import os
 import unittest.mock
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,8 @@ def test_bad_files_are_refused_in_one_sentence_on_every_rank(suffix, fault, tmp_
         ("a", "no suffix"),
         ("missing.npz", "No such file"),
         ("missing.parquet", "cannot read"),
+        ("pipe.npz", "no plain file"),
+        ("pipe.parquet", "no plain file"),
         ("text.npz", "not a sound .npz file"),
         ("text.parquet", "not a sound .parquet file"),
         ("length.npz", "50 embeddings but labels of shape (49,)"),
@@ -181,6 +184,8 @@ def test_what_is_no_file_of_embeddings(name, words, tmp_path):
         path.write_text("hello")
     if name.startswith("empty."):
         path.touch()
+    if name.startswith("pipe"):
+        os.mkfifo(path)
     if name.startswith("no rows"):
         save(path, {"embeddings": rows[:0], "labels": columns["labels"][:0]})
     if name.startswith("bytes"):
