@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -71,11 +72,12 @@ def read_file(path: str | Path, size: int = -1) -> bytes:
 
 
 def readable_name(name: str) -> str:
-    r"""Return a file's name as printable text: bytes that are no UTF-8 as ``\xe9``."""
+    r"""Return a file's name as text on one line: bytes that are no UTF-8 as ``\xe9``, a new line as ``\n``."""
     try:
-        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
-        return name.encode("utf-8", "backslashreplace").decode()
+        name = name.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: control[0].encode("unicode_escape").decode(), name)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

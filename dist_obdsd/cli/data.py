@@ -35,11 +35,13 @@ def pack(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """Check shards against their manifest."""
     start = time.monotonic()
-    found = verifying.verify(options.shards, workers=options.workers)
-    if found.problems:
-        raise InputError(f"{options.shards} has {len(found.problems)} problems; pack the data again")
+    if problems := verifying.verify(options.shards, workers=options.workers):
+        raise InputError(f"{options.shards} has {len(problems)} problems; pack the data again")
     seconds = time.monotonic() - start
-    show(f"{options.shards}: {found.images} images in {found.shards} shards, all as the manifest says")
-    show(f"{options.shards}: {console.rate(found.images, found.bytes, seconds)}")
-    show(describe_diversity(manifests.load(options.shards)))
+    manifest = manifests.load(options.shards)
+    shards = list(manifest.shards())
+    images, size = sum(map(len, shards)), sum(shard.bytes for shard in shards)
+    show(f"{options.shards}: {images} images in {len(shards)} shards, all as the manifest says")
+    show(f"{options.shards}: {console.rate(images, size, seconds)}")
+    show(describe_diversity(manifest))
     return 0

@@ -4,6 +4,7 @@ An image's id is its place in the sorted list of paths, its class the folder tha
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,18 +87,15 @@ def folder_batches(
 
     if not starts:
         return
-    decoder = Decoder(jobs(), size, config, 1)
-    try:
+    with closing(Decoder(jobs(), size, config, 1)) as decoder:
         for decoded in decoder:
             for failure in decoded.failures:
                 leave_out(failure.id, f"decoded: {failure.reason}")
             failed = {failure.row for failure in decoded.failures}
             rows = [row for row in range(len(decoded.meta)) if row not in failed]
             images = decoded.images
-            if failed:  # the others move up
+            if failed:
                 images = torch.zeros_like(images)
                 images[: len(rows)] = decoded.images[rows]
             ids = torch.tensor(decoded.meta, dtype=torch.int64)[rows]
             yield EvalBatch(images, ids, torch.zeros_like(ids), ("both",) * len(ids))
-    finally:
-        decoder.close()

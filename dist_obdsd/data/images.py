@@ -7,8 +7,9 @@ orientation counts, so no damage to the others costs an image.
 
 import io
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,23 +33,33 @@ SUFFIXES = {
 FORMATS = tuple(name for name in SUFFIXES if name not in ("MPO", "HEIC"))
 MEMBERS = tuple(sorted({*SUFFIXES.values(), "jpeg"}))  # the suffixes that an image may have in a shard
 # The endings of files that are images, whatever they hold. Others are looked into.
-IMAGE_SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff",
-    ".webp",
-)  # fmt: skip
+IMAGE_SUFFIXES = (*(f".{member}" for member in MEMBERS), ".heif", ".pbm", ".pgm", ".tiff")
 QUALITY = 95  # of a JPEG or WebP that is encoded again
 MOST_PIXELS = 89_478_485  # 256 MiB as RGB; where Pillow warns, too, and at twice as many refuses by itself
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
-PNG_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # of which Pillow bounds the size
-UPRIGHT = {
+PNG_NEEDED = (b"tRNS", b"eXIf")  # besides what every decoder needs: transparency and orientation
+UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""EXIF orientation -> what undoes it."""
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such an image with a sentence
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn every failure on an image into a ValueError that says why."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd but harmless metadata draw some that nobody could act on
+            yield
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"its format is none of {', '.join(FORMATS)}, HEIC") from error
+    except Exception as error:  # Pillow's plugins raise nearly every built-in type on broken files
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+@_explained()
 def decode(data: bytes, channels: int, exif: bool = True) -> Tensor:
     """Decode an image to uint8 [channels, H, W] (1: grey, 3: RGB) of any strides.
 
@@ -59,9 +70,17 @@ def decode(data: bytes, channels: int, exif: bool = True) -> Tensor:
     Raises:
         ValueError: the image cannot be decoded; the text says why.
     """
-    return _explained(_decode, data, channels, exif)
+    if channels == 3 and data.startswith(b"\xff\xd8") and _decode_jpeg is not None:
+        image = open_image(data)
+        if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in UPRIGHT:
+            with suppress(RuntimeError):  # Pillow finds out why
+                decoded = _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
+                assert isinstance(decoded, Tensor)
+                return decoded
+    return pixels(_despite_metadata(lambda data: upright(open_image(data), exif), data), channels)
 
 
+@_explained()
 def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
     """Decode an image to the last pixel as training will, and shrink it where asked.
 
@@ -77,7 +96,12 @@ def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
     Raises:
         ValueError: the image is damaged or of another kind; the message says how.
     """
-    return _explained(_examine, data, resize)
+    # verify() sees wrong checksums that load() passes over; load() sees missing data. An image serves only one.
+    _despite_metadata(lambda data: open_image(data).verify(), data)
+    image = _despite_metadata(lambda data: upright(open_image(data)), data)
+    suffix = SUFFIXES[image.format or ""]
+    _converted(image, "RGB")
+    return (suffix, None) if resize is None or min(image.size) <= resize else _shrink(image, suffix, resize)
 
 
 def pixels(image: Image.Image, channels: int) -> Tensor:
@@ -128,56 +152,16 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def _explained(function: Callable[..., T], data: bytes, *arguments: object) -> T:
-    """Call a function with an image; every failure is a ValueError that says why."""
-    try:
-        with warnings.catch_warnings():
-            # Odd but harmless metadata draw warnings that nobody could act on.
-            warnings.simplefilter("ignore")
-            return function(data, *arguments)
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"its format is none of {', '.join(FORMATS)}, HEIC") from error
-    except Exception as error:  # Pillow's plugins raise nearly every built-in type on broken files
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def _decode(data: bytes, channels: int, exif: bool) -> Tensor:
-    if channels == 3 and data.startswith(b"\xff\xd8") and _decode_jpeg is not None:
-        image = open_image(data)
-        if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in UPRIGHT:
-            with suppress(RuntimeError):  # Pillow finds out why
-                decoded = _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
-                assert isinstance(decoded, Tensor)
-                return decoded
-    return pixels(_despite_metadata(lambda data: upright(open_image(data), exif), data), channels)
-
-
-def _examine(data: bytes, resize: int | None) -> tuple[str, bytes | None]:
-    # verify() sees wrong checksums that load() passes over; load() sees missing data. An image serves only one.
-    _despite_metadata(_verify, data)
-    image = _despite_metadata(_load, data)
-    suffix = SUFFIXES[image.format or ""]
-    _converted(image, "RGB")
-    return (suffix, None) if resize is None or min(image.size) <= resize else _shrink(image, suffix, resize)
-
-
-def _load(data: bytes) -> Image.Image:
-    return upright(open_image(data))
-
-
-def _verify(data: bytes) -> None:
-    open_image(data).verify()
-
-
 def _despite_metadata(read: Callable[[bytes], T], data: bytes) -> T:
-    """Read an image; a PNG that fails once more without its texts and colour profile."""
+    """Read an image; a PNG that fails once more without its texts, colour profile and what else may be damaged."""
     try:
         return read(data)
     except Exception:
         parts, at = [data[:8]], 8
         while data.startswith(b"\x89PNG\r\n\x1a\n") and at < len(data):
             end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-            if data[at + 4 : at + 8] not in PNG_METADATA:
+            kind, sound = data[at + 4 : at + 8], zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big")
+            if kind[:1].isupper() or (kind in PNG_NEEDED and data[end - 4 : end] == sound):
                 parts.append(data[at:end])
             at = end
         if at in (8, sum(map(len, parts))):
@@ -193,10 +177,9 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode and not image.has_transparency_data:
-        return image
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
-        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+    signed = 2 in getattr(image, "tag_v2", {}).get(339, ())
+    if image.mode == "F" or signed or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
+        kind = "floating-point numbers" if image.mode == "F" else "signed integers" if signed else "32-bit integers"
         raise ValueError(f"its pixels are {kind}, of which nobody knows the range; convert them to 8 or 16 bits")
     if image.mode.startswith("I"):
         image = _upper_eight(image)
@@ -205,14 +188,14 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured)
     elif image.mode == "LAB":  # has no way to grey but this
         image = image.convert("RGB")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _upper_eight(image: Image.Image) -> Image.Image:
-    """Keep the upper eight of 16 bits, or of as many as a TIFF has."""
-    # Pillow's own conversion may clip.
-    bits = max(getattr(image, "tag_v2", {}).get(258, (16,)))
-    return Image.fromarray((np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8))
+    """Keep the upper eight of 16 bits, or of as many as a TIFF has; Pillow's own conversion may clip."""
+    tags = getattr(image, "tag_v2", {})
+    upper = (np.asarray(image).astype(np.int64) >> (max(tags.get(258, (16,))) - 8)).clip(0, 255)
+    return Image.fromarray((255 - upper if tags.get(262) == 0 else upper).astype(np.uint8))  # 0 may be white
 
 
 def _is_heic(data: bytes) -> bool:
@@ -220,12 +203,7 @@ def _is_heic(data: bytes) -> bool:
 
 
 def _decode_heic(data: bytes) -> Image.Image:
-    """Decode a HEIC image, which libheif turns upright.
-
-    Raises:
-        ValueError: TorchCodec or libheif is missing.
-        RuntimeError: the image is broken.
-    """
+    """Decode a HEIC image, which libheif turns upright; a broken one is a RuntimeError."""
     try:
         from torchcodec.decoders import decode_heic
 
@@ -242,7 +220,7 @@ def _decode_heic(data: bytes) -> Image.Image:
 def _shrink(image: Image.Image, suffix: str, resize: int) -> tuple[str, bytes]:
     if image.mode.startswith("I"):
         image = _upper_eight(image)
-    elif image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
@@ -250,12 +228,9 @@ def _shrink(image: Image.Image, suffix: str, resize: int) -> tuple[str, bytes]:
     width, height = (max(resize, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     image.info.clear()  # a colour profile or comment would be written along
-    stream = io.BytesIO()
-    if suffix == "webp":
-        image.save(stream, "WEBP", quality=QUALITY)
-        return suffix, stream.getvalue()
+    kind = "WEBP" if suffix == "webp" else "PNG"
     if suffix in ("jpg", "heic", "avif") and image.mode in ("L", "RGB"):
-        image.save(stream, "JPEG", quality=QUALITY)
-        return "jpg", stream.getvalue()
-    image.save(stream, "PNG")
-    return "png", stream.getvalue()
+        kind = "JPEG"
+    stream = io.BytesIO()
+    image.save(stream, kind, **({} if kind == "PNG" else {"quality": QUALITY}))
+    return SUFFIXES[kind], stream.getvalue()

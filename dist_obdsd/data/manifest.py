@@ -33,7 +33,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from dist_obdsd.config.yaml_file import mistake
 from dist_obdsd.data.remote import fetch, is_remote, location, shown
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.files import readable_name
+from dist_obdsd.files import read_file, readable_name
 from dist_obdsd.rng import rng
 
 FORMAT = "dist-obdsd shards 1"
@@ -105,20 +105,14 @@ _MANIFEST = TypeAdapter(Manifest)
 
 def to_json(manifest: Manifest) -> str:
     """Write a manifest as text, one line a shard, always the same for the same data."""
-    head = {
-        "format": FORMAT,
-        "recipe": manifest.recipe,
-        "seed": manifest.seed,
-        "samples_per_class": manifest.samples_per_class,
-        "classes": list(manifest.classes),
-    }
-    lines = [f" {json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in head.items()]
+    names = ("recipe", "seed", "samples_per_class", "classes")
+    head = {"format": FORMAT} | {name: getattr(manifest, name) for name in names}
+    lines = [f" {json.dumps(name)}: {json.dumps(value, sort_keys=True)},\n" for name, value in head.items()]
     splits = []
     for name, shards in manifest.splits.items():
         rows = ",\n".join("   " + json.dumps(asdict(shard)) for shard in shards)
         splits.append(f"  {json.dumps(name)}: [\n{rows}]")
-    lines.append(' "splits": {\n' + ",\n".join(splits) + "}")
-    return "{\n" + ",\n".join(lines) + "}\n"
+    return "{\n" + "".join(lines) + ' "splits": {\n' + ",\n".join(splits) + "}}\n"
 
 
 def from_json(text: str, origin: str = "manifest") -> Manifest:
@@ -140,51 +134,43 @@ def from_json(text: str, origin: str = "manifest") -> Manifest:
         item = error.errors()[0]
         where = ".".join(str(part) for part in item["loc"])
         raise InputError(f"{origin}: {mistake(where, item)}; pack the data again") from error
-    check(manifest, origin)
+    _check(manifest, origin)
     return manifest
 
 
-def check(manifest: Manifest, origin: str = "manifest") -> None:
-    """Refuse a manifest that contradicts itself.
-
-    Raises:
-        InputError: columns of unequal length, an id twice, a class without a name, an unknown role, or a class that
-            stands both in training and in test.
-    """
-    seen: set[int] = set()
+def _check(manifest: Manifest, origin: str) -> None:
+    """Refuse a manifest that contradicts itself."""
     for shard in manifest.shards():
+        where = f"{origin}: shard {shard.file}"
         if not len(shard.ids) == len(shard.classes) == len(shard.roles):
             raise InputError(
-                f"{origin}: shard {shard.file} lists {len(shard.ids)} ids, {len(shard.classes)} classes and "
-                f"{len(shard.roles)} roles; they must be equally many"
+                f"{where} lists {len(shard.ids)} ids, {len(shard.classes)} classes and {len(shard.roles)} roles; they "
+                f"must be equally many"
             )
         if Path(shard.file).is_absolute() or ".." in Path(shard.file).parts:
-            raise InputError(f"{origin}: shard {shard.file} lies outside the folder; name files inside it")
-        unknown = {role for role in set(shard.roles) if not asks(role) and gallery_of(role) is None}
-        if unknown:
+            raise InputError(f"{where} lies outside the folder; name files inside it")
+        if unknown := {role for role in set(shard.roles) if not asks(role) and gallery_of(role) is None}:
             raise InputError(
-                f"{origin}: shard {shard.file} has the role {min(unknown)!r}; roles are {', '.join(ROLES)} and "
-                f"gallery:NAME with a name of letters, digits, '.', '_' and '-'"
+                f"{where} has the role {min(unknown)!r}; roles are {', '.join(ROLES)} and gallery:NAME with a name of "
+                f"letters, digits, '.', '_' and '-'"
             )
-        if shard.classes and not 0 <= min(shard.classes) <= max(shard.classes) < len(manifest.classes):
+        if max(shard.classes, default=0) >= max(len(manifest.classes), 1):
             raise InputError(
-                f"{origin}: shard {shard.file} has class ids {min(shard.classes)} to {max(shard.classes)} but "
-                f"{len(manifest.classes)} classes are named"
+                f"{where} has class ids {min(shard.classes)} to {max(shard.classes)} but {len(manifest.classes)} "
+                f"classes are named"
             )
-        seen.update(shard.ids)
-    total = sum(len(shard) for shard in manifest.shards())
-    if len(seen) != total:
-        raise InputError(f"{origin}: {total} samples have only {len(seen)} different ids; every id must be unique")
-    if "train" in manifest.splits:
-        train = set(manifest.class_ids("train"))
-        for split in manifest.splits.keys() - {"train"}:
-            both = train & set(manifest.class_ids(split))
-            if both:
-                name = manifest.classes[min(both)]
-                raise InputError(
-                    f"{origin}: class {name!r} is in train and in {split}; retrieval is measured on classes "
-                    f"never seen, so a class must stand on one side"
-                )
+    ids = [i for shard in manifest.shards() for i in shard.ids]
+    if len(set(ids)) != len(ids):
+        raise InputError(
+            f"{origin}: {len(ids)} samples have only {len(set(ids))} different ids; every id must be unique"
+        )
+    train = set(manifest.class_ids("train")) if "train" in manifest.splits else set()
+    for split in manifest.splits.keys() - {"train"}:
+        if both := train & set(manifest.class_ids(split)):
+            raise InputError(
+                f"{origin}: class {manifest.classes[min(both)]!r} is in train and in {split}; retrieval is measured on "
+                f"classes never seen, so a class must stand on one side"
+            )
 
 
 def load(root: str | Path) -> Manifest:
@@ -195,21 +181,20 @@ def load(root: str | Path) -> Manifest:
     """
     root = expanduser(root)
     path = location(root, "manifest.json")
-    if is_remote(root):
-        stream = io.BytesIO()
-        try:
+    try:
+        if is_remote(root):
+            stream = io.BytesIO()
             fetch(path, stream)
-        except RunError as error:  # before anything ran: most likely the address is wrong
-            raise InputError(str(error)) from error
-        data = stream.getvalue()
-    else:
-        if not Path(root).is_dir():
+            data = stream.getvalue()
+        elif not Path(root).is_dir():
             raise InputError(f"there is no shard folder {root}; make one with `dist-obdsd pack RECIPE --out {root}`")
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"cannot read {path}: {reason}; check the path, or pack the data again") from error
+        else:
+            data = read_file(path)
+    except RunError as error:  # before anything ran: most likely the address is wrong
+        raise InputError(str(error)) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot read {path}: {reason}; check the path, or pack the data again") from error
     try:
         text = data.decode()
     except ValueError as error:
@@ -240,7 +225,13 @@ def split_classes(
         raise InputError(f"these shards have only {', '.join(manifest.splits)}; training needs a train split")
     known = manifest.class_ids("train")
     if classes:
-        chosen, what = _named(manifest, known, classes), "validation.classes"
+        ids = {manifest.classes[c]: c for c in known}
+        for name in classes:
+            if name not in ids:
+                near = difflib.get_close_matches(name, ids, n=1, cutoff=0.0)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InputError(f"validation.classes holds {name!r}, which is no training class of these shards{hint}")
+        chosen, what = sorted({ids[name] for name in classes}), "validation.classes"
     elif folds is not None:
         if len(known) // folds < 2:
             raise InputError(
@@ -248,25 +239,12 @@ def split_classes(
                 f"set it to {len(known) // 2} or less"
             )
         order = rng(seed, "validation folds").permutation(np.array(known))
-        chosen = np.array_split(order, folds)[fold].tolist()
-        what = f"fold {fold} of validation.folds={folds}"
+        chosen, what = np.array_split(order, folds)[fold].tolist(), f"fold {fold} of validation.folds={folds}"
     else:
-        held_out = round(fraction * len(known))
-        chosen = rng(seed, "validation classes").permutation(np.array(known))[:held_out].tolist()
-        what = f"validation.fraction={fraction}"
+        order = rng(seed, "validation classes").permutation(np.array(known))
+        chosen, what = order[: round(fraction * len(known))].tolist(), f"validation.fraction={fraction}"
     if (fraction or classes or folds) and not 2 <= len(chosen) <= len(known) - 2:
         raise InputError(
             f"{what} holds out {len(chosen)} of {len(known)} classes; both sides need at least two classes"
         )
     return sorted(set(known) - set(chosen)), sorted(chosen)
-
-
-def _named(manifest: Manifest, classes: list[int], names: Sequence[str]) -> list[int]:
-    """Find the ids of some training classes."""
-    ids = {manifest.classes[c]: c for c in classes}
-    for name in names:
-        if name not in ids:
-            near = difflib.get_close_matches(name, ids, n=1, cutoff=0.0)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"validation.classes holds {name!r}, which is no training class of these shards{hint}")
-    return sorted({ids[name] for name in names})

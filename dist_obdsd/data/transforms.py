@@ -122,20 +122,20 @@ def _resized(image: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _random_colours(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue changed in random order, then grey; each only in a share of the images.
+    """Change brightness, contrast, saturation and hue in random order, then grey; each only in a share of the images.
 
     A grey image has no saturation and no hue to change.
     """
+    changes = (
+        (functional.adjust_brightness, 1 - BRIGHTNESS, 1 + BRIGHTNESS),
+        (functional.adjust_contrast, 1 - CONTRAST, 1 + CONTRAST),
+        (functional.adjust_saturation, 1 - SATURATION, 1 + SATURATION),
+        (functional.adjust_hue, -HUE, HUE),
+    )
     if generator.random() < JITTER_SHARE:
-        for change in generator.permutation(4).tolist():
-            if change == 0:
-                image = functional.adjust_brightness(image, generator.uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS))
-            elif change == 1:
-                image = functional.adjust_contrast(image, generator.uniform(1 - CONTRAST, 1 + CONTRAST))
-            elif change == 2:
-                image = functional.adjust_saturation(image, generator.uniform(1 - SATURATION, 1 + SATURATION))
-            else:
-                image = functional.adjust_hue(image, generator.uniform(-HUE, HUE))
+        for number in generator.permutation(4).tolist():
+            change, low, high = changes[number]
+            image = change(image, generator.uniform(low, high))
     return functional.rgb_to_grayscale(image, len(image)) if generator.random() < GREY_SHARE else image
 
 
@@ -179,14 +179,9 @@ def _random_affine(image: Tensor, config: DataConfig, generator: np.random.Gener
         ]
     )
     grid = torch.nn.functional.affine_grid(matrix[None], [1, image.shape[0], h, w], align_corners=False)
-    background = _background(image)
+    border = torch.cat([image[:, 0], image[:, -1], image[:, 1:-1, 0], image[:, 1:-1, -1]], dim=1)
+    background = border.median(dim=1).values.float()[:, None, None]
     # Outside, grid_sample gives 0: with the background taken off first, that is the background.
     centred = image.float() - background
     moved = torch.nn.functional.grid_sample(centred[None], grid, mode="bilinear", align_corners=False)[0]
     return (moved + background).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _background(image: Tensor) -> Tensor:
-    """[C, 1, 1] float: the median of the border pixels of each channel."""
-    border = torch.cat([image[:, 0], image[:, -1], image[:, 1:-1, 0], image[:, 1:-1, -1]], dim=1)
-    return border.median(dim=1).values.float()[:, None, None]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import resource
 import shutil
@@ -152,25 +153,8 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value[key], (*path, key))
 
 
-VALUES = (
-    None,
-    True,
-    -1,
-    2**70,
-    1.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "\ud800",
-    "../x",
-    "\0",
-    [],
-    {},
-    [[]],
-    [None],
-    ["7"],
-)
+NUMBERS, TEXTS, HOLDERS = (-1, 2**70, 1.5, math.nan, math.inf), ("", "x", "\ud800", "../x", "\0"), ([], {}, [[]], ["7"])
+VALUES = (None, True, *NUMBERS, *TEXTS, *HOLDERS)
 
 
 @fuzz

@@ -30,7 +30,7 @@ def photos(tmp_path: Path) -> Path:
 
 def packed_names(source: Path, out: Path, *overrides: str, **options: object) -> list[str]:
     packed = pack(load_recipe("folder", overrides), source, out, **options)
-    assert verify(out).problems == []
+    assert verify(out) == []
     return sorted(image_names(str(out), packed.shards()).values())
 
 
@@ -164,18 +164,6 @@ def test_a_source_may_have_test_images_only(photos: Path, tmp_path: Path, layout
         recipe = load_recipe("csv")
     packed = pack(recipe, source, tmp_path / "out")
     assert {split: packed.images(split) for split in packed.splits} == {"test": 16}
-    assert verify(tmp_path / "out").problems == []
+    assert verify(tmp_path / "out") == []
     with pytest.raises(InputError, match="needs a train split"):
         manifests.split_classes(packed, 0)
-
-
-def test_a_source_whose_training_classes_are_too_small_is_still_refused(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="0 training classes with 5 usable images"):
-        pack(FOLDER, photos, tmp_path / "out", samples_per_class=5)
-    for n in range(8):
-        write(photos / "train" / "xy"[n // 4] / f"{n}.png", b"broken")
-        (photos / "test").mkdir(exist_ok=True)
-    for name in "abcd":
-        (photos / name).rename(photos / "test" / name)
-    with pytest.raises(InputError, match="0 training classes with 2 usable images"):
-        pack(FOLDER, photos, tmp_path / "out")

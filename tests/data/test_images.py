@@ -4,6 +4,7 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -34,13 +35,14 @@ def test_every_kind_of_image_can_be_reduced(mode: str) -> None:
     assert examine(stream.getvalue(), 48) == ("tif" if mode == "CMYK" else "png", None)
 
 
-def test_image_formats_that_nobody_reads_are_refused() -> None:
-    with pytest.raises(ValueError, match="its format is none of AVIF, BMP, GIF, JPEG"):
-        examine(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
-    stream = io.BytesIO()
-    Image.new("F", (4, 4)).save(stream, "TIFF")
-    with pytest.raises(ValueError, match="floating-point"):
-        examine(stream.getvalue())
+@pytest.mark.parametrize("read", [examine, partial(decode, channels=3)])
+def test_image_formats_that_nobody_reads_are_refused(read: Callable[[bytes], object]) -> None:
+    photo = Image.fromarray(colours(60, 60))
+    for data in (b"no image at all", b"", encoded(photo, "EPS")):  # EPS would call another program
+        with pytest.raises(ValueError, match="its format is none of AVIF, BMP, GIF, JPEG"):
+            read(data)
+    with pytest.raises(ValueError, match="(?i)truncated"):
+        read(encoded(photo, "JPEG")[:700])
 
 
 def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
@@ -107,6 +109,20 @@ def test_large_metadata_of_a_png_cost_nothing(name: str, after: bool) -> None:
         examine(bytes(broken))
 
 
+@pytest.mark.parametrize("name", ["pHYs", "gAMA", "sRGB", "cHRM", "acTL", "eXIf", "tEXt"])
+@pytest.mark.parametrize("damage", ["cut", "sum"])
+def test_damaged_metadata_of_a_png_cost_nothing(name: str, damage: str) -> None:
+    transparent = Image.fromarray(colours()).convert("RGBA")
+    transparent.putalpha(0)
+    for image, wanted in ((Image.fromarray(colours()), colours()), (transparent.quantize(4), colours() * 0 + 255)):
+        plain = encoded(image, "PNG")
+        part = chunk(name.encode(), b"" if damage == "cut" else exif_of()[6:])
+        part = part[:-1] + bytes([part[-1] ^ (damage == "sum")])
+        data = plain[:33] + part + plain[33:]
+        assert_close(decode(data, 3), wanted)
+        assert examine(data) == ("png", None)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF", "PNG"])
 def test_a_large_colour_profile_costs_nothing(kind: str) -> None:
     data = encoded(Image.fromarray(colours()), kind, icc_profile=np.random.default_rng(0).bytes(3 * 2**20))
@@ -119,6 +135,14 @@ WIDE = {
     "small int32": np.arange(24, dtype=np.int32).reshape(4, 6) * 10,
     "float32": np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6),
 }
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_signed_integers_are_refused(bits: int) -> None:
+    data = tiff(6, 4, np.arange(-12, 12).astype(f"<i{bits // 8}").tobytes(), {258: bits, 339: 2})
+    for read in (examine, partial(decode, channels=1)):
+        with pytest.raises(ValueError, match="signed integers"):
+            read(data)
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -141,7 +165,9 @@ def test_other_bits_than_eight_keep_the_upper_eight() -> None:
     )
     assert_close(decode(tiff(20, 12, packed, {258: 12}), 1), ramp)
     for order in ("<", ">"):
-        assert_close(decode(tiff(20, 12, (ramp * 256 + 77).astype(f"{order}u2").tobytes(), {258: 16}, order), 1), ramp)
+        wide = (ramp * 256 + 77).astype(f"{order}u2").tobytes()
+        assert_close(decode(tiff(20, 12, wide, {258: 16}, order), 1), ramp)
+        assert_close(decode(tiff(20, 12, wide, {258: 16, 262: 0}, order), 1), 255 - ramp)  # 0 is white
     pgm = b"P5 20 12 65535\n" + (ramp * 257).astype(">u2").tobytes()
     assert_close(decode(pgm, 1), ramp)
 

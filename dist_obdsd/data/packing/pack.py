@@ -4,22 +4,23 @@ Everything is written into a folder beside the target and renamed at the end, so
 complete whenever the program was stopped. Packing the same data twice gives the same bytes.
 """
 
-import errno
 import logging
+import os
+import tempfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dist_obdsd import console
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.images import examine
 from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.data.packing.parallel import in_order, processes, threads
-from dist_obdsd.data.packing.readers import Sample, open_samples, raise_missing
+from dist_obdsd.data.packing.parallel import in_order, processes
+from dist_obdsd.data.packing.readers.base import Sample, open_samples, raise_missing
 from dist_obdsd.data.packing.recipes import Recipe
 from dist_obdsd.data.packing.writer import UsableImage, write_shards
 from dist_obdsd.errors import InputError, RunError
@@ -72,8 +73,7 @@ def pack(
         raise InputError(f"resize is {resize}; give the shorter side in pixels, at least 1")
     out = out.resolve()
     _check_target(out, source, overwrite)
-    reader = recipe.make_reader()
-    differences: list[str] = []
+    reader, differences = recipe.make_reader(), list[str]()
     on_missing = differences.append if allow_partial else raise_missing
     scratch = next(folder for folder in out.parents if folder.is_dir())
     with open_samples(reader, source, on_missing, scratch) as samples:
@@ -86,32 +86,28 @@ def pack(
             record |= {"partial": True, "differences": differences}
         try:
             # The processes first, so that they do not inherit the folder's lock, which ends with this process alone.
-            with processes(workers) as pool, new_folder(out) as folder:
-                images, left_out = _examine_all(samples, resize, pool, workers, folder / "spool")
-                images, too_small = _drop_small_classes(
-                    images, samples_per_class, any(s.split == "train" for s in samples)
-                )
-                if left_out or too_small:
-                    record["left_out"] = left_out + too_small
+            with (
+                processes(workers) as pool,
+                new_folder(out) as folder,
+                tempfile.TemporaryFile(dir=folder) as smaller,
+            ):
+                images, broken = _examine_all(samples, resize, pool, workers, smaller)
+                _log_left_out("images", broken)
+                trains = any(sample.split == "train" for sample in samples)
+                images, too_small = _drop_small_classes(images, samples_per_class, trains)
+                if broken or too_small:
+                    record["left_out"] = broken + too_small
                 splits, classes = write_shards(images, samples_per_class, seed, folder, pool, workers)
-                (folder / "spool").unlink()
                 text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
                 written = manifests.from_json(text, str(out / "manifest.json"))
                 (folder / "manifest.json").write_text(text)
         except OSError as error:
-            raise _storage_error(error, out) from error
+            where = f" at {error.filename}" if error.filename else ""
+            raise RunError(
+                f"packing to {out} stopped{where}: {error.strerror or error}; nothing was kept; free some space, or "
+                f"choose an --out that you may write to"
+            ) from error
     return written
-
-
-def _storage_error(error: OSError, out: Path) -> InputError | RunError:
-    """Say what to do about a full disk, a forbidden folder or a failing device."""
-    reason = error.strerror or str(error)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return InputError(f"cannot write {error.filename or out}: {reason}; choose an --out that you may write to")
-    where = f" at {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"packing to {out} stopped{where}: {reason}; free some space or choose another --out")
-    return RunError(f"packing to {out} stopped{where}: {reason}; nothing was kept, so start it again")
 
 
 def _check_target(out: Path, source: Path | None, overwrite: bool) -> None:
@@ -146,28 +142,22 @@ def _check_classes(samples: Sequence[Sample]) -> None:
 
 def _count_differences(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
     """Compare with the recipe's expected counts; each difference is one clause."""
-    images: Counter[tuple[str, str]] = Counter()
-    members = defaultdict(set)
-    for sample in samples:
-        for part in ((sample.split, ""), (sample.split, sample.role)):
-            images[part] += 1
-            members[part].add(sample.class_name)
     found = []
     for split, expected in recipe.expected.items():
         for role, count in {"": expected, **expected.roles}.items():
-            part = (split, role)
-            if (images[part], len(members[part])) != (count.images, count.classes):
+            names = [s.class_name for s in samples if s.split == split and role in ("", s.role)]
+            if (len(names), len(set(names))) != (count.images, count.classes):
                 found.append(
-                    f"{split}{f' ({role})' if role else ''} has {images[part]} images of {len(members[part])} classes "
+                    f"{split}{f' ({role})' if role else ''} has {len(names)} images of {len(set(names))} classes "
                     f"but the recipe {recipe.name} expects {count.images} of {count.classes}"
                 )
     return found
 
 
 def _examine_all(
-    samples: Sequence[Sample], resize: int | None, pool: Executor | None, workers: int, spool: Path
+    samples: Sequence[Sample], resize: int | None, pool: Executor | None, workers: int, spool: IO[bytes]
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
-    """Decode every image; the spool file holds those that were made smaller.
+    """Decode every image; those that were made smaller go into a file.
 
     Returns:
         The usable images, and name and reason of each other one.
@@ -175,35 +165,24 @@ def _examine_all(
     images: list[UsableImage] = []
     left_out: list[dict[str, str]] = []
     chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
-    with (
-        threads(workers) as readers,
-        console.bar(len(samples), "images", "examining") as bar,
-        spool.open("w+b") as file,
-    ):
-        read_and_examine = partial(_read_and_examine, resize=resize, pool=pool)
-        for chunk, results in zip(chunks, in_order(readers, read_and_examine, chunks, 2 * workers), strict=True):
+    # Read here, where the archive is open, and decoded elsewhere.
+    encoded = ([_read(sample) for sample in chunk] for chunk in chunks)
+    with console.bar(len(samples), "images", "examining") as bar:
+        examined = in_order(pool, partial(_examine, resize=resize), encoded, 2 * workers)
+        for chunk, results in zip(chunks, examined, strict=True):
             for sample, found in zip(chunk, results, strict=True):
                 if isinstance(found, str):
                     left_out.append({"name": sample.name, "reason": found})
-                    if len(left_out) <= MAX_WARNINGS:
-                        logger.warning("left out %s: %s", sample.name, found)
                     continue
                 suffix, size, checksum, smaller = found
                 read = sample.read
                 if smaller is not None:
-                    read = partial(_read_at, spool, file.tell(), size)
-                    file.write(smaller)
+                    read = partial(os.pread, spool.fileno(), size, spool.tell())
+                    spool.write(smaller)
                 images.append(UsableImage(sample, suffix, read, size, checksum))
             bar.update(len(chunk))
-    if len(left_out) > MAX_WARNINGS:
-        logger.warning("left out %d images in all; the manifest lists them", len(left_out))
+    spool.flush()
     return images, left_out
-
-
-def _read_and_examine(samples: Sequence[Sample], resize: int | None, pool: Executor | None) -> list[_Examined | str]:
-    """Read some images here, where the archive is open, and decode them elsewhere."""
-    data = [_read(sample) for sample in samples]
-    return pool.submit(_examine, data, resize).result() if pool else _examine(data, resize)
 
 
 def _read(sample: Sample) -> bytes | str:
@@ -214,7 +193,7 @@ def _read(sample: Sample) -> bytes | str:
         return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def _examine(encoded: list[bytes | str], resize: int | None) -> list[_Examined | str]:
+def _examine(encoded: Sequence[bytes | str], resize: int | None) -> list[_Examined | str]:
     """Examine some images; a text says why one cannot be used."""
     results: list[_Examined | str] = []
     for data in encoded:
@@ -226,15 +205,9 @@ def _examine(encoded: list[bytes | str], resize: int | None) -> list[_Examined |
         except ValueError as error:
             results.append(f"cannot be decoded: {error}")
             continue
-        final = data if smaller is None else smaller
+        final = smaller or data
         results.append((suffix, len(final), zlib.crc32(final), smaller))
     return results
-
-
-def _read_at(path: Path, start: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(size)
 
 
 def _drop_small_classes(
@@ -254,17 +227,21 @@ def _drop_small_classes(
         )
     sizes = Counter(image.sample.class_name for image in images if image.sample.split == "train")
     small = {name: size for name, size in sizes.items() if size < samples_per_class}
-    left_out = []
-    for name, size in sorted(small.items()):
-        reason = f"{size} usable images, fewer than {samples_per_class} samples per class"
-        left_out.append({"class": name, "reason": reason})
-        if len(left_out) <= MAX_WARNINGS:
-            logger.warning("left out the training class %s: %s", name, reason)
-    if len(left_out) > MAX_WARNINGS:
-        logger.warning("left out %d training classes in all; the manifest lists them", len(left_out))
+    left_out = [
+        {"class": name, "reason": f"{size} usable images, fewer than {samples_per_class} samples per class"}
+        for name, size in sorted(small.items())
+    ]
+    _log_left_out("training classes", left_out)
     if (trains or not test_sizes) and len(sizes) - len(small) < 2:
         raise InputError(
             f"the source has {len(sizes) - len(small)} training classes with {samples_per_class} usable images or "
             f"more; training needs at least 2"
         )
     return [image for image in images if image.sample.class_name not in small], left_out
+
+
+def _log_left_out(what: str, left_out: Sequence[dict[str, str]]) -> None:
+    for entry in left_out[:MAX_WARNINGS]:
+        logger.warning("left out %s: %s", *entry.values())
+    if len(left_out) > MAX_WARNINGS:
+        logger.warning("left out %d %s in all; the manifest lists them", len(left_out), what)

@@ -1,7 +1,6 @@
-"""Work on all cores, with the results in the order of the tasks.
+"""Work in several processes, with the results in the order of the tasks.
 
-Processes decode images and write tars. Threads would not help: with small images Pillow holds the interpreter's lock
-most of the time, and two threads pack or verify Omniglot no quicker than one.
+Threads would not help: with small images Pillow holds the interpreter's lock most of the time.
 """
 
 import multiprocessing
@@ -10,7 +9,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -30,8 +29,7 @@ def processes(workers: int) -> Iterator[Executor | None]:
     if workers <= 1:
         yield None
         return
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _start)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start)
     try:
         # All of them now: a fork copies locks in whatever state the threads that come later have them.
         pool.submit(os.getpid).result()
@@ -55,29 +53,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@contextmanager
-def threads(workers: int) -> Iterator[Executor | None]:
-    """Start threads for work that waits for disks; None where one would do."""
-    if workers <= 1:
-        yield None
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        yield pool
-
-
 def in_order(pool: Executor | None, function: Callable[[T], R], tasks: Iterable[T], ahead: int) -> Iterator[R]:
-    """Map in order, with at most ``ahead`` results that were not taken yet."""
+    """Map in order, with at most ``ahead`` tasks drawn whose results were not taken yet."""
     if pool is None:
         yield from map(function, tasks)
         return
     waiting: deque[Future[R]] = deque()
-    try:
-        for task in tasks:
-            if len(waiting) == ahead:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(function, task))
-        while waiting:
+    for task in tasks:
+        waiting.append(pool.submit(function, task))
+        if len(waiting) == ahead:
             yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    while waiting:
+        yield waiting.popleft().result()

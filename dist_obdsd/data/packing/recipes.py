@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from dist_obdsd.config import override_config
 from dist_obdsd.config.registry import READERS
 from dist_obdsd.config.yaml_file import mistake, read_mapping
-from dist_obdsd.data.packing.readers import Reader
+from dist_obdsd.data.packing.readers.base import Reader
 from dist_obdsd.errors import InputError
 
 Whole = Annotated[int, Field(ge=0)]
@@ -45,7 +45,6 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        READERS.check(self.reader)
         try:
             self.make_reader()
         except ValidationError as error:
@@ -54,7 +53,7 @@ class Recipe(BaseModel):
 
     def make_reader(self) -> Reader:
         """Make the reader, which checks the options and fills in its defaults."""
-        reader: Reader = READERS.load(self.reader).model_validate(self.options)
+        reader: Reader = READERS.load(READERS.check(self.reader)).model_validate(self.options)
         return reader
 
 
@@ -78,18 +77,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         path = recipe_folder() / f"{text}.yaml"
     example = "a mapping; see shards/folder.yaml for an example"
     raw = read_mapping(path, "recipe", "give a recipe's name or path", example)
-    raw = override_config(raw, overrides, _typed(raw.get("reader")))
+    kind = Recipe
+    if (reader := raw.get("reader")) in READERS.names:  # whose options have types
+        kind = create_model("Recipe", __base__=Recipe, options=(READERS.load(reader), ...))
+    raw = override_config(raw, overrides, kind)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise InputError(f"{path}: " + "; ".join(_sentence(item) for item in error.errors())) from error
-
-
-def _typed(reader: Any) -> type[Recipe]:
-    """Return ``Recipe`` with the types of a reader's options, if there is such a reader."""
-    if reader not in READERS.names:
-        return Recipe
-    return create_model("Recipe", __base__=Recipe, options=(READERS.load(reader), ...))
 
 
 def recipe_folder() -> Path:

@@ -1,7 +1,7 @@
 """The files of a source as one tree: a folder, an archive, or a folder with archives in it. Nothing is extracted.
 
-A member of a zip or of a tar is read where it stands. A compressed tar can only be read from front to back, so it is
-decompressed once, into a temporary file without a name, which the system removes in any case.
+A compressed tar can only be read from front to back, so it is decompressed once, into a temporary file without a name,
+which the system removes in any case.
 """
 
 import bz2
@@ -9,6 +9,7 @@ import gzip
 import lzma
 import os
 import posixpath
+import shutil
 import stat
 import tarfile
 import tempfile
@@ -66,17 +67,18 @@ class Tree:
                     path = source / prefix / archive
                     if path.is_file() and not path.with_name(path.name.split(".")[0]).is_dir():
                         self._packed |= _index(path, posixpath.dirname(prefix + archive), scratch, stack)
-        elif source.is_file() and is_archive(source):
+        elif not source.is_file():
+            what = "is no plain file" if source.exists() else "does not exist"
+            raise InputError(f"the source {source} {what}; give the folder or the archive with the download")
+        elif _start(source).startswith((*ZIP_MARKS, *DECOMPRESSORS)) or tarfile.is_tarfile(source):
             self._packed = _index(source, "", scratch, stack)
-        elif source.is_file():
-            self.folder, self.given = source.parent, source.name
         else:
-            raise InputError(f"the source {source} does not exist; give the folder or the archive with the download")
+            self.folder, self.given = source.parent, source.name
 
     def _subfolders(self) -> list[str]:
         if self.folder is None:
             return []
-        return [f"{entry.name}/" for entry in _entries(self.folder) if _is_folder(entry) and entry.name[0] != "."]
+        return [f"{entry.name}/" for entry in _entries(self.folder) if _is_folder(entry)]
 
     @property
     def bases(self) -> list[str]:
@@ -96,9 +98,7 @@ class Tree:
 
     def files(self) -> list[File]:
         """List all files, without hidden ones and the folders that macOS adds to archives."""
-        found = list(self._packed.values())
-        if self.folder is not None:
-            found += walk(self.folder)
+        found = [*self._packed.values(), *(walk(self.folder) if self.folder is not None else ())]
         return [file for file in found if not any(part.startswith((".", "__MACOSX")) for part in file.name.split("/"))]
 
 
@@ -107,31 +107,6 @@ def inside(name: str) -> str | None:
     if posixpath.isabs(name) or ".." in name.split("/") or "\\" in name or ":" in name.split("/")[0]:
         return None
     return posixpath.normpath(name)
-
-
-def is_archive(path: Path) -> bool:
-    start = _start(path)
-    return start.startswith((*ZIP_MARKS, *DECOMPRESSORS)) or tarfile.is_tarfile(path)
-
-
-def _start(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(8)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        return sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error.strerror}; check its permissions") from error
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # A link that leads nowhere is a file that cannot be read, with its reason.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[File]:
@@ -146,8 +121,6 @@ def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
     if place in above:
         return
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
         path, name = folder / entry.name, prefix + readable_name(entry.name)
         if _is_folder(entry):
             yield from walk(path, f"{name}/", (*above, place))
@@ -155,21 +128,33 @@ def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
             yield File(name, readable_name(str(path)), partial(read_file, path), path)
 
 
+def _start(path: Path) -> bytes:
+    try:
+        return read_file(path, 8)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        found = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}; check its permissions") from error
+    return [entry for entry in found if not entry.name.startswith(".")]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # A link that leads nowhere is a file that cannot be read, with its reason.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
 def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> dict[str, File]:
     """List an archive's files below ``prefix``; a later member replaces an earlier one."""
-    start = _start(path)
     found = {}
     try:
-        opener = next((opener for mark, opener in DECOMPRESSORS.items() if start.startswith(mark)), None)
-        if start.startswith(ZIP_MARKS):
-            members = _zip_members(path, stack)
-        elif opener is None:
-            members = _tar_members(path, stack.enter_context(path.open("rb")))
-        else:
-            members = _tar_members(path, _decompressed(path, opener, scratch, stack))
-        for name, read in members:
-            inner = inside(name)
-            if inner is None:
+        zipped = _start(path).startswith(ZIP_MARKS)
+        for name, read in _zip_members(path, stack) if zipped else _tar_members(path, scratch, stack):
+            if (inner := inside(name)) is None:
                 raise InputError(f"{path} holds {name!r}, a path that points outside of it; download the archive again")
             if read is not None:
                 inner = readable_name(inner)
@@ -180,7 +165,7 @@ def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> d
     return found
 
 
-Members = Iterator[tuple[str, partial[bytes] | None]]
+Members = Iterator[tuple[str, Callable[..., bytes] | None]]
 """Names, and how to read a file; None for a folder."""
 
 
@@ -189,48 +174,40 @@ def _zip_members(path: Path, stack: ExitStack) -> Members:
     for info in archive.infolist():
         if stat.S_ISLNK(info.external_attr >> 16):
             raise _no_file(path, info.filename)
-        yield info.filename, None if info.is_dir() else partial(_read_member, archive, info)
+        yield info.filename, None if info.is_dir() else partial(_read_member, archive.open, info)
 
 
-def _tar_members(path: Path, file: IO[bytes]) -> Members:
-    """List the members of an open tar. A file's bytes stand in one piece at a known place."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            read = partial(_read_at, file, member.offset_data, member.size)
-            yield member.name, read if _has_bytes(path, member) else None
-        # The library takes a tar that breaks off between two members for a whole one.
-        if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it breaks off before its end")
+def _tar_members(path: Path, scratch: Path | None, stack: ExitStack) -> Members:
+    file = _decompressed(path, scratch, stack)
+    tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))  # noqa: SIM115
+    for member in tar:
+        if not (member.isdir() or member.isreg()) or member.issparse():
+            raise _no_file(path, member.name)
+        yield member.name, None if member.isdir() else partial(_read_member, tar.extractfile, member)
+    # The library takes a tar that breaks off between two members for a whole one.
+    if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it breaks off before its end")
 
 
-def _decompressed(path: Path, opener: Any, scratch: Path | None, stack: ExitStack) -> IO[bytes]:
-    """Decompress a tar into a temporary file."""
-    folder = scratch or Path(tempfile.gettempdir())
+def _decompressed(path: Path, scratch: Path | None, stack: ExitStack) -> IO[bytes]:
+    """Open a tar, or what it is when decompressed, in a temporary file."""
+    start = _start(path)
+    opener = next((opener for mark, opener in DECOMPRESSORS.items() if start.startswith(mark)), None)
+    if opener is None:
+        return stack.enter_context(path.open("rb"))
     try:
-        file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+        file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115
+        with opener(path) as stream:
+            shutil.copyfileobj(stream, file, 2**20)
+        file.seek(0)
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
-    with opener(path) as stream:
-        while data := stream.read(2**20):
-            try:
-                file.write(data)
-                file.flush()
-            except OSError as error:
-                raise RunError(
-                    f"cannot unpack the archive into a temporary file in {folder}: {error.strerror}; free some space, "
-                    f"choose an --out elsewhere, or extract the archive and give the folder"
-                ) from error
-    file.seek(0)
+        if error.errno is None:  # of the archive
+            raise
+        raise RunError(
+            f"cannot unpack {path} into a temporary file in {scratch or tempfile.gettempdir()}: {error.strerror}; free "
+            f"some space, choose an --out elsewhere, or extract the archive and give the folder"
+        ) from error
     return file
-
-
-def _has_bytes(path: Path, member: tarfile.TarInfo) -> bool:
-    """Tell a plain file in a tar from a folder; anything else is refused."""
-    if member.isdir():
-        return False
-    if not member.isreg() or member.issparse():
-        raise _no_file(path, member.name)
-    return True
 
 
 def _no_file(path: Path, name: str) -> InputError:
@@ -240,15 +217,7 @@ def _no_file(path: Path, name: str) -> InputError:
     )
 
 
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int = -1) -> bytes:
-    with archive.open(info) as file:
-        return file.read(size)
-
-
-def _read_at(file: IO[bytes], start: int, size: int, most: int | None = None) -> bytes:
-    """Read at a place of an open file that threads share."""
-    size = size if most is None else min(size, most)
-    data = os.pread(file.fileno(), size, start)
-    if len(data) != size:
-        raise OSError(f"{size} bytes are expected at {start} but {len(data)} are there")
+def _read_member(opener: Callable[[Any], Any], member: Any, size: int = -1) -> bytes:
+    with opener(member) as file:
+        data: bytes = file.read(size)
     return data

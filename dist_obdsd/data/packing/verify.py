@@ -5,7 +5,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -29,28 +28,16 @@ from dist_obdsd.errors import RunError
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class VerifyReport:
-    """The totals of the manifest, and the problems found."""
-
-    shards: int
-    images: int
-    bytes: int
-    classes: dict[str, int]
-    """Split -> classes."""
-    problems: list[str] = field(default_factory=list)
-    """One sentence each, beginning with the shard's name; empty where all is well."""
-
-
-def verify(root: str | Path, workers: int = 1) -> VerifyReport:
+def verify(root: str | Path, workers: int = 1) -> list[str]:
     """Read every shard: its size, SHA-256, keys, classes in order, and every image.
-
-    Each problem is logged as a warning when it is found.
 
     Args:
         root: what ``pack`` wrote: a folder, or a URL or ``pipe:`` command. The cache is not used, since what it holds
             was checked.
         workers: processes; 0 and 1 both mean none besides the caller's.
+
+    Returns:
+        The problems, a sentence each, beginning with the shard's name. Each was logged when it was found.
 
     Raises:
         InputError: there is no manifest, or it contradicts itself.
@@ -59,21 +46,16 @@ def verify(root: str | Path, workers: int = 1) -> VerifyReport:
     root = str(root)
     manifest = manifests.load(root)
     shards = list(manifest.shards())
-    report = VerifyReport(
-        shards=len(shards),
-        images=sum(len(shard) for shard in shards),
-        bytes=sum(shard.bytes for shard in shards),
-        classes={split: len(manifest.class_ids(split)) for split in manifest.splits},
-    )
+    problems: list[str] = []
 
     def add(problem: str) -> None:
         logger.warning("%s", problem)
-        report.problems.append(problem)
+        problems.append(problem)
 
-    with processes(workers) as pool, console.bar(report.images, "images", "verifying") as bar:
+    with processes(workers) as pool, console.bar(sum(map(len, shards)), "images", "verifying") as bar:
         checked = in_order(pool, partial(_check_shard, root), shards, 2 * workers)
-        for shard, problems in zip(shards, checked, strict=True):
-            for problem in problems:
+        for shard, found in zip(shards, checked, strict=True):
+            for problem in found:
                 add(f"{shard.file}: {problem}")
             bar.update(len(shard))
     if not is_remote(root):
@@ -81,7 +63,7 @@ def verify(root: str | Path, workers: int = 1) -> VerifyReport:
         for name in sorted(str(path.relative_to(root)) for path in Path(root).rglob("*.tar")):
             if name not in listed:
                 add(f"{name}: is not in the manifest; remove it or pack again")
-    return report
+    return problems
 
 
 def _check_shard(root: str, shard: Shard) -> list[str]:

@@ -1,14 +1,12 @@
-import errno
 import hashlib
 import io
 import json
 import multiprocessing
 import os
+import re
 import resource
-import shutil
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -20,7 +18,7 @@ from dist_obdsd.data import manifest
 from dist_obdsd.data.packing import pack as packing
 from dist_obdsd.data.packing import writer
 from dist_obdsd.data.packing.pack import pack
-from dist_obdsd.data.packing.recipes import Recipe, load_recipe
+from dist_obdsd.data.packing.recipes import Recipe
 from dist_obdsd.data.packing.verify import verify
 from dist_obdsd.data.shard_reader import image_names
 from dist_obdsd.errors import InputError, RunError
@@ -51,7 +49,7 @@ def test_every_image_is_copied_byte_for_byte_with_its_class(source, tmp_path) ->
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
     assert len(seen) == 69
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
-    assert verify(out).problems == []
+    assert verify(out) == []
 
 
 def test_an_image_is_named_by_its_id(source, packed, one_without_names) -> None:
@@ -117,7 +115,7 @@ def test_unusable_images_and_lonely_classes_are_left_out(source, tmp_path, caplo
     ]
     assert all(name in caplog.text for name in {*names, "lonely"})
     assert (packed.images("train"), packed.images("test"), "lonely" in packed.classes) == (52, 14, False)
-    assert verify(tmp_path / "out").problems == []
+    assert verify(tmp_path / "out") == []
     assert "left_out" not in pack(FOLDER, make_pair(tmp_path / "clean"), tmp_path / "second").recipe
 
 
@@ -137,7 +135,7 @@ def test_many_warnings_are_cut_short(source, tmp_path, caplog) -> None:
     assert "40 images in all" in caplog.records[-1].getMessage()
 
 
-def test_too_few_classes_are_refused(tmp_path) -> None:
+def test_classes_that_cannot_be_used_are_refused(tmp_path) -> None:
     for name in "ab":
         write(tmp_path / "source/train" / name / "0.png", encoded(0))
     (tmp_path / "source/test").mkdir()
@@ -149,25 +147,24 @@ def test_too_few_classes_are_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="has 0 training classes"):
         pack(FOLDER, tmp_path / "empty", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "source"]
-
-
-def test_a_class_on_both_sides_is_refused(source, tmp_path) -> None:
-    write(source / "test/a/0.png", encoded(0))
+    write(tmp_path / "source/test/a/0.png", encoded(0))
     with pytest.raises(InputError, match="in training and in test, such as 'a'"):
-        pack(FOLDER, source, tmp_path / "out")
+        pack(FOLDER, tmp_path / "source", tmp_path / "out")
 
 
 def test_other_counts_than_the_recipes_need_allow_partial(source, tmp_path, caplog) -> None:
-    expected = {"train": {"images": 54, "classes": 6}, "test": {"images": 16, "classes": 3}}
+    queries = {"query": {"images": 1, "classes": 1}}
+    expected = {"train": {"images": 54, "classes": 6}, "test": {"images": 15, "classes": 3, "roles": queries}}
     recipe = Recipe(name="mine", reader="folder", description="", expected=expected)
-    with pytest.raises(InputError, match="test has 15 images of 3 classes but the recipe mine expects 16 of 3"):
+    clause = "test (query) has 0 images of 0 classes but the recipe mine expects 1 of 1"
+    with pytest.raises(InputError, match=re.escape(clause)):
         pack(recipe, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     packed = pack(recipe, source, tmp_path / "out", allow_partial=True)
     assert packed.recipe["partial"] is True
-    assert packed.recipe["differences"] == ["test has 15 images of 3 classes but the recipe mine expects 16 of 3"]
+    assert packed.recipe["differences"] == [clause]
     assert len(caplog.records) == 1
-    expected["test"]["images"] = 15
+    del expected["test"]["roles"]
     whole = Recipe(name="mine", reader="folder", description="", expected=expected)
     assert "partial" not in pack(whole, source, tmp_path / "whole").recipe
 
@@ -202,7 +199,7 @@ def test_larger_images_are_reduced_and_others_left_alone(tmp_path) -> None:
         "train/b/1.bmp": ("png", (40, 20)),
     }
     assert not Image.open(io.BytesIO(found["train/a/0.jpg"][1])).getexif()
-    assert verify(out).problems == []
+    assert verify(out) == []
 
 
 # --- whole or not at all
@@ -251,7 +248,7 @@ def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, failure, 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize(("module", "stage"), [(packing, "_read_and_examine"), (writer, "_write_shard")])
+@pytest.mark.parametrize(("module", "stage"), [(packing, "_read"), (writer, "_read_again")])
 def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path, monkeypatch, module, stage) -> None:
     out = tmp_path / "out"
     original = getattr(module, stage)
@@ -277,7 +274,6 @@ def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path, monk
         assert not any(name.endswith("out.writing") for name in opened)  # the lock is on the folder
         with pytest.raises(InputError, match="another process writes to"):
             pack(FOLDER, source, out)
-        assert (tmp_path / "out.writing" / "train-000000.tar").exists() == (stage == "_write_shard")
     finally:
         process.kill()
         process.join()
@@ -288,7 +284,7 @@ def test_a_killed_run_holds_its_place_only_while_it_lives(source, tmp_path, monk
     assert survivors == []  # its processes end with it
     write(tmp_path / "out.writing" / "left" / "over.tar", b"")
     pack(FOLDER, source, out)
-    assert verify(out).problems == []
+    assert verify(out) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
@@ -297,47 +293,17 @@ def test_a_file_that_cannot_grow_is_one_sentence(source, tmp_path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
-        with pytest.raises(RunError, match=r"packing to .*out stopped: File too large; nothing was kept"):
+        with pytest.raises(RunError, match=r"packing to .*out stopped.*: File too large; nothing was kept"):
             pack(FOLDER, source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_full_disk_leaves_no_manifest(source, small_disk) -> None:
-    for i in range(40):
-        write(source / "train/a" / f"large{i}.png", encoded(i, (100, 100)))
-    out = small_disk / "out"
-    with pytest.raises(RunError, match="packing to .*out stopped: No space left on device; free some space"):
-        pack(FOLDER, source, out, workers=2)
-    assert list(small_disk.iterdir()) == []
-    shutil.rmtree(source / "train/a")
-    pack(FOLDER, source, out, workers=2)
-    assert verify(out).problems == []
-
-
 def test_a_killed_decoding_process_is_one_sentence(source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(packing, "examine", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match="a process that decodes images was killed; if memory ran out, lower --workers"):
         pack(FOLDER, source, tmp_path / "out", workers=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize(
-    ("code", "kind", "advice"),
-    [
-        (errno.EACCES, InputError, "Permission denied; choose an --out that you may write to"),
-        (errno.EROFS, InputError, "Read-only file system; choose an --out"),
-        (errno.EIO, RunError, "Input/output error; nothing was kept"),
-    ],
-)
-def test_storage_errors_say_what_to_do(source, tmp_path, monkeypatch, code: int, kind: type, advice: str) -> None:
-    def fail(*_):
-        raise OSError(code, os.strerror(code), "/a/file")
-
-    monkeypatch.setattr(packing, "write_shards", fail)
-    with pytest.raises(kind, match=f"/a/file: {advice}"):
-        pack(FOLDER, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -365,24 +331,3 @@ def test_an_image_that_changes_meanwhile_stops_the_packing(source, tmp_path, mon
 
 
 # --- whole data sets
-
-
-def test_glyphs_pack_into_64_equal_shards(tmp_path) -> None:
-    recipe = Recipe(name="glyphs", reader="glyphs", description="", options={"variants": 1})  # half of it, for speed
-    packed = pack(recipe, None, tmp_path / "glyphs")
-    assert [len(shards) for shards in packed.splits.values()] == [64, 64]
-    groups = [sum(n // 2 for n in Counter(s.classes).values()) for s in packed.splits["train"]]
-    assert max(groups) - min(groups) <= 2
-    assert min(len(set(s.classes)) for s in packed.splits["train"]) > 10
-    assert min(n for s in packed.splits["train"] for n in Counter(s.classes).values()) >= 2
-    assert len(list((tmp_path / "glyphs").iterdir())) == 129
-
-
-@pytest.mark.slow
-def test_the_real_omniglot_packs_whole(real_data, tmp_path) -> None:
-    packed = pack(load_recipe("omniglot"), real_data / "omniglot", tmp_path / "out", workers=2)
-    assert [len(shards) for shards in packed.splits.values()] == [64, 64]
-    assert (packed.images("train"), packed.images("test")) == (19280, 13180)
-    assert (len(packed.class_ids("train")), len(packed.class_ids("test"))) == (964, 659)
-    assert set(Counter(c for shard in packed.shards() for c in shard.classes).values()) == {20}
-    assert not {"left_out", "partial"} & packed.recipe.keys()

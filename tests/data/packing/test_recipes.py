@@ -1,12 +1,11 @@
 import io
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dist_obdsd.data.packing.readers import Sample, open_samples
+from dist_obdsd.data.packing.readers.base import Sample, open_samples
 from dist_obdsd.data.packing.recipes import Recipe, load_recipe, recipe_names
 from dist_obdsd.errors import InputError
 from tests.data.packing.sources import write
@@ -75,67 +74,6 @@ def test_sources_that_are_missing_or_superfluous_are_refused(tmp_path) -> None:
 # --- omniglot
 
 
-def omniglot_files() -> dict[str, bytes]:
-    """Two alphabets to train on and one to test on, in the official layout."""
-    names = [
-        *(f"images_background/{a}/character0{c}/0{c}_0{i}.png" for a in "BA" for c in (1, 2) for i in (2, 1)),
-        *(f"images_evaluation/C/character0{c}/0{c}_0{i}.png" for c in (1, 2) for i in (1, 2)),
-    ]
-    return {name: png(i) for i, name in enumerate(names)}
-
-
-def zip_parts(folder: Path, files: dict[str, bytes]) -> None:
-    for part in ("images_background", "images_evaluation"):
-        with zipfile.ZipFile(folder / f"{part}.zip", "w") as archive:
-            for name, data in files.items():
-                if name.startswith(part):
-                    archive.writestr(name, data)
-
-
-def test_omniglot_is_read_alike_from_zips_and_from_folders(tmp_path) -> None:
-    files = omniglot_files()
-    zips, folders = tmp_path / "zips", tmp_path / "folders"
-    zips.mkdir()
-    zip_parts(zips, files | {"images_background/__MACOSX/x.png": b"", "images_background/A/.DS_Store": b""})
-    for name, data in files.items():
-        write(folders / name, data)
-    write(folders / "images_background/A/.hidden/x.png", b"")
-    recipe = load_recipe("omniglot")
-    rows = []
-    for source in (zips, folders):
-        with open_samples(recipe.make_reader(), source) as samples:
-            rows.append([(s.name, s.class_name, s.split, s.role, s.read()) for s in samples])
-    assert rows[0] == rows[1]
-    assert [row[4] for row in rows[0]] == [files[row[0]] for row in rows[0]]
-    assert rows[0][0][:4] == ("images_background/A/character01/01_01.png", "A/character01", "train", "train")
-    assert rows[0][-1][1:4] == ("C/character02", "test", "both")
-    assert [row[0] for row in rows[0]] == sorted(files)
-
-
-def test_an_incomplete_omniglot_is_refused_or_allowed(tmp_path) -> None:
-    recipe = load_recipe("omniglot")
-    zip_parts(tmp_path, omniglot_files())
-    (tmp_path / "images_evaluation.zip").unlink()
-    with pytest.raises(InputError, match=r"neither images_evaluation.zip nor the folder .*; complete the data, or"):
-        read(recipe, tmp_path)
-    missing: list[str] = []
-    with open_samples(recipe.make_reader(), tmp_path, missing.append) as samples:
-        assert {s.split for s in samples} == {"train"}
-    assert len(missing) == 1
-
-
-def test_omniglot_images_lie_two_folders_deep(tmp_path) -> None:
-    for name, data in omniglot_files().items():
-        write(tmp_path / name, data)
-    write(tmp_path / "images_background" / "A" / "1.png", png())
-    with pytest.raises(InputError, match="A/1.png lies beside the class folders"):
-        read(load_recipe("omniglot"), tmp_path)
-    (tmp_path / "images_background" / "A" / "1.png").unlink()
-    write(tmp_path / "images_background" / "A" / "character01" / "more" / "1.png", png())
-    with pytest.raises(InputError, match="in the subfolder more/ of the class folder A/character01/; a class is 2 fol"):
-        read(load_recipe("omniglot"), tmp_path)
-
-
 # --- folder
 
 
@@ -175,6 +113,8 @@ def test_train_and_test_folders_are_the_splits(tmp_path) -> None:
 
 def test_images_outside_of_class_folders_are_refused(tmp_path) -> None:
     class_folders(tmp_path, "ab")
+    with pytest.raises(InputError, match="a/0.png lies beside the class folders"):
+        read(folder_recipe(depth=2), tmp_path)
     write(tmp_path / "a" / "deep" / "readme.txt", b"")
     assert len(read(folder_recipe(), tmp_path)) == 4
     write(tmp_path / "a" / "deep" / "x.jpg", png())

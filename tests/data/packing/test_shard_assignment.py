@@ -19,12 +19,6 @@ def test_blocks_are_near_equal_and_lose_no_group(images: int, k: int) -> None:
     assert sum(size % k for size in sizes) == images % k
 
 
-def test_blocks_of_some_sizes() -> None:
-    assert [assignment.cut_blocks(n, 2) for n in (2, 3, 8, 9, 20)] == [[2], [3], [8], [5, 4], [8, 6, 6]]
-    assert assignment.cut_blocks(11, 4) == [6, 5]
-    assert assignment.cut_blocks(25, 10) == [13, 12]
-
-
 @given(units=st.integers(1, 10**6), size=st.integers(0, 10**12), fewest=st.integers(1, 64))
 def test_shards_are_a_multiple_of_64_or_a_power_of_two(units: int, size: int, fewest: int) -> None:
     count = assignment.shard_count(units, size, fewest)
@@ -35,12 +29,6 @@ def test_shards_are_a_multiple_of_64_or_a_power_of_two(units: int, size: int, fe
     else:
         assert count & (count - 1) == 0
         assert units < 2 * count * fewest  # twice as many would have too few each
-
-
-def test_a_large_set_gets_more_shards() -> None:
-    assert assignment.shard_count(10**6, 10 * 2**30, 4) == 128
-    assert assignment.shard_count(10**6, 2**30, 4) == 64
-    assert assignment.shard_count(400, 10 * 2**30, 4) == 64  # as many as have four groups each
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,10 +1,15 @@
-"""The parts that readers share: samples, options, and the split of the classes where the source names none."""
+"""Readers: from a data set as it is downloaded to (image, class, split, role), in an order fixed by the names.
+
+There is one reader for every kind of layout, listed in ``config.registry.READERS``. Two data sets of one kind differ
+in options, which recipes hold.
+"""
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -42,16 +47,12 @@ class Sample:
 
 
 class Reader(BaseModel):
-    """One layout of data sets; its fields are the options that a recipe sets."""
+    """One layout of data sets, or a set that is drawn; its fields are the options that a recipe sets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-class DrawingReader(Reader):
-    """A reader that draws its images and needs no source."""
-
     def draw(self) -> list[Sample]:
-        """Draw all samples, in any order."""
+        """Draw all samples, in any order, where no source is needed."""
         raise NotImplementedError
 
 
@@ -81,6 +82,33 @@ class FileReader(Reader):
 def raise_missing(clause: str) -> None:
     """Refuse an incomplete source; the strict ``OnMissing``."""
     raise InputError(f"{clause}; complete the data, or pass --allow-partial to pack what is there")
+
+
+@contextmanager
+def open_samples(
+    reader: Reader, source: Path | None, on_missing: OnMissing = raise_missing, scratch: Path | None = None
+) -> Iterator[list[Sample]]:
+    """List the samples of a source, training first; archives stay open meanwhile.
+
+    Args:
+        source: the download: its folder or an archive; None for a reader that draws its images.
+        on_missing: called with what the source should hold and does not.
+        scratch: folder for the temporary file that a compressed tar is unpacked into; None lets the system choose.
+
+    Raises:
+        InputError: the source is missing, superfluous or not laid out as the reader needs.
+        RunError: there is no room for the temporary file.
+    """
+    with ExitStack() as stack:
+        if isinstance(reader, FileReader):
+            if source is None:
+                raise InputError("this recipe reads a download; give its folder or archive with --source")
+            samples = reader.read(Tree(source, reader.archives, scratch, stack), on_missing)
+        else:
+            if source is not None:
+                raise InputError(f"this recipe draws its images and cannot use {source}; leave --source out")
+            samples = reader.draw()
+        yield sorted(samples, key=lambda s: (s.split != "train", s.split, s.class_name, s.name))
 
 
 def default_role(split: str) -> str:

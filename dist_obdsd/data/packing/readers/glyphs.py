@@ -10,6 +10,7 @@ import io
 import unicodedata
 from collections import defaultdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -17,29 +18,25 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
-from dist_obdsd.data.packing.readers.base import DrawingReader, Sample, default_role
+from dist_obdsd.data.packing.readers.base import Reader, Sample, default_role
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 
 # The DejaVu faces with letters. The two Display faces of the family hold only mathematical symbols.
 FACES = tuple(
     f"DejaVu{family}{style}"
-    for family, styles in (
-        ("Sans", ("", "-Bold", "-Oblique", "-BoldOblique")),
-        ("SansMono", ("", "-Bold", "-Oblique", "-BoldOblique")),
-        ("Serif", ("", "-Bold", "-Italic", "-BoldItalic")),
-    )
-    for style in styles
+    for family, slanted in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
+    for style in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")
 )
 # Ranges of code points by script. Latin ends before the phonetic alphabet; of polytonic Greek, the letters with a
 # breathing are in.
 LATIN = ((0x0041, 0x024F),)
-OTHERS = {
-    "Greek": ((0x0370, 0x03FF), (0x1F00, 0x1F6F)),
-    "Cyrillic": ((0x0400, 0x052F), (0xA640, 0xA69F)),
-    "Armenian": ((0x0530, 0x058F), (0xFB13, 0xFB17)),
-    "Georgian": ((0x10A0, 0x10FF), (0x2D00, 0x2D2F)),
-}
+OTHERS = (
+    *((0x0370, 0x03FF), (0x1F00, 0x1F6F)),  # Greek
+    *((0x0400, 0x052F), (0xA640, 0xA69F)),  # Cyrillic
+    *((0x0530, 0x058F), (0xFB13, 0xFB17)),  # Armenian
+    *((0x10A0, 0x10FF), (0x2D00, 0x2D2F)),  # Georgian
+)
 SIDE = 32  # pixels of an image
 POINTS = 20  # font size of a face's first image; 32 pixels hold all but four of the widest letters
 BASELINE = 24  # row of the baseline
@@ -52,7 +49,7 @@ FEWEST_FACES = 4
 SAME = 0.015
 
 
-class GlyphsReader(DrawingReader):
+class GlyphsReader(Reader):
     variants: Annotated[int, Field(ge=1, le=16)] = 2
     """Images of a letter in a face, at different sizes and places."""
     draw_seed: Annotated[int, Field(ge=0)] = 0
@@ -79,32 +76,28 @@ def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:
         InputError: matplotlib's folder lacks a face.
     """
     plain = {face: _draw_face(face) for face in FACES}
-    classes = _classes(plain)
     fonts = {(face, size): _font(face, size) for face in FACES for size in SIZES}
     found = []
     seen: set[bytes] = set()
-    for letters in sorted(classes):
+    for letters in sorted(_classes(plain)):
         split = "train" if any(_inside(letter, LATIN) for letter in letters) else "test"
         class_name = f"U+{ord(letters[0]):04X}"
-        for letter in letters:
-            for face in FACES:
-                if letter not in plain[face]:
+        for letter, face in product(letters, FACES):
+            if letter not in plain[face]:
+                continue
+            choice = rng(seed, "glyphs", face, letter)
+            for variant in range(variants):
+                ink: Ink | None = plain[face][letter]
+                dx = dy = 0
+                if variant > 0:
+                    ink = _ink(fonts[face, SIZES[choice.integers(len(SIZES))]], letter)
+                    dx, dy = choice.integers(-SHIFT, SHIFT + 1, size=2).tolist()
+                if ink is None:
                     continue
-                choice = rng(seed, "glyphs", face, letter)
-                for variant in range(variants):
-                    if variant == 0:
-                        image = _place(plain[face][letter], 0, 0)
-                    else:
-                        font = fonts[face, SIZES[choice.integers(len(SIZES))]]
-                        dx, dy = choice.integers(-SHIFT, SHIFT + 1, size=2).tolist()
-                        ink = _ink(font, letter)
-                        if ink is None:
-                            continue
-                        image = _place(ink, dx, dy)
-                    # Merged letters, and upright and slanted faces, can give the same bitmap: a copy in the gallery
-                    # would make retrieval trivial.
-                    if image.tobytes() in seen:
-                        continue
+                image = _place(ink, dx, dy)
+                # Merged letters, and upright and slanted faces, can give the same bitmap: a copy in the gallery
+                # would make retrieval trivial.
+                if image.tobytes() not in seen:
                     seen.add(image.tobytes())
                     name = f"{class_name}/U+{ord(letter):04X}-{face}-{variant}.png"
                     found.append((name, class_name, split, _png(image)))
@@ -152,34 +145,27 @@ def _draw_face(face: str) -> dict[str, Ink]:
     from matplotlib.ft2font import FT2Font
 
     font = _font(face, POINTS)
-    blocks = (*LATIN, *(block for blocks in OTHERS.values() for block in blocks))
-    letters = (chr(code) for code in sorted(FT2Font(str(_path(face))).get_charmap()))
-    drawn = {}
-    for letter in letters:
-        if unicodedata.category(letter).startswith("L") and _inside(letter, blocks):
-            ink = _ink(font, letter)
-            if ink is not None:
-                drawn[letter] = ink
-    return drawn
+    letters = map(chr, sorted(FT2Font(str(_path(face))).get_charmap()))
+    known = (x for x in letters if unicodedata.category(x).startswith("L") and _inside(x, (*LATIN, *OTHERS)))
+    return {letter: ink for letter in known if (ink := _ink(font, letter)) is not None}
 
 
 def _classes(plain: dict[str, dict[str, Ink]]) -> list[list[str]]:
-    """Join letters that look the same in one face (union-find); keep those of enough faces."""
-    parent = {letter: letter for drawn in plain.values() for letter in drawn}
+    """Join letters that look the same in one face; keep those of enough faces."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(letter: str) -> str:
-        while parent[letter] != letter:
-            letter = parent[letter]
-        return letter
-
+    letters = sorted({letter for drawn in plain.values() for letter in drawn})
+    number = {letter: i for i, letter in enumerate(letters)}
+    twins = []
     for drawn in plain.values():
-        letters = list(drawn)
-        for i, j in _twins([drawn[letter][0] for letter in letters]):
-            first, second = sorted((root(letters[i]), root(letters[j])))
-            parent[second] = first
+        of_face = np.array([number[letter] for letter in drawn])
+        twins.append(of_face[_twins([image for image, _ in drawn.values()])])
+    pairs = np.concatenate(twins)
+    graph = coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(len(letters), len(letters)))
     members = defaultdict(list)
-    for letter in sorted(parent):
-        members[root(letter)].append(letter)
+    for letter, component in zip(letters, connected_components(graph, directed=False)[1], strict=True):
+        members[component].append(letter)
     return [
         group
         for group in members.values()
@@ -187,18 +173,17 @@ def _classes(plain: dict[str, dict[str, Ink]]) -> list[list[str]]:
     ]
 
 
-def _twins(images: list[Image.Image]) -> list[tuple[int, int]]:
-    """Find pairs of images that look the same, see SAME."""
+def _twins(images: list[Image.Image]) -> np.ndarray:
+    """Find pairs of images that look the same, see SAME: their numbers [n, 2]."""
     pixels = np.zeros((len(images), SIDE, SIDE))
     for row, image in zip(pixels, images, strict=True):
         row[: image.height, : image.width] = np.asarray(image)
     flat = pixels.reshape(len(images), -1)
     # Sums of whole numbers below 2^53, so that the comparison does not depend on the order of summation.
-    product = flat @ flat.T
-    square = np.diag(product)
-    difference = square[:, None] + square[None, :] - 2 * product
-    same = difference <= SAME * np.minimum(square[:, None], square[None, :])
-    return [(int(i), int(j)) for i, j in np.argwhere(np.triu(same, 1))]
+    inner = flat @ flat.T
+    square = np.diag(inner)
+    difference = square[:, None] + square[None, :] - 2 * inner
+    return np.argwhere(np.triu(difference <= SAME * np.minimum(square[:, None], square[None, :]), 1))
 
 
 def _place(ink: Ink, dx: int, dy: int) -> Image.Image:

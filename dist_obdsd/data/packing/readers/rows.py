@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,45 +24,30 @@ class Row:
         return f"{self.file.where}{self.place}"
 
 
-@dataclass(frozen=True)
-class Rows:
-    columns: tuple[str, ...]
-    rows: Iterable[Row]
-    """An iterator that is used once; a row that cannot be used raises an InputError that names it."""
-
-
-def read_bytes(file: File) -> bytes:
-    try:
-        return file.read()
-    except Exception as error:  # archives raise errors of their own for a damaged member
-        raise InputError(f"cannot read {file.where}: {error}; download it again") from error
-
-
-def read_text(file: File) -> str:
-    data = read_bytes(file)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file.where}:{line}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-
-
-def text_rows(file: File, delimiter: str, skip: int, columns: Sequence[str]) -> Rows:
-    """Read a text table. Blank lines are passed over.
+def text_rows(file: File, delimiter: str, skip: int, columns: Sequence[str]) -> tuple[tuple[str, ...], Iterator[Row]]:
+    """Read a text table: its columns' names, and its rows. Blank lines are passed over.
 
     Args:
         delimiter: between two cells, as in CSV; "" for white space.
         skip: lines before the table.
         columns: their names; where there are none, the table's first row gives them.
+
+    Raises:
+        InputError: it is no text, or has no names of columns. A row that cannot be used raises one when its turn comes.
     """
-    lines = _lines(file, read_text(file), delimiter, skip)
+    data = _read(file)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file.where}:{line}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    lines = _lines(file, text, delimiter, skip)
     names = tuple(columns)
     if not names:
-        _, first = next(lines, (0, []))
-        names = tuple(cell.strip() for cell in first)
+        names = tuple(cell.strip() for cell in next(lines, (0, []))[1])
         if not names or len(set(names)) < len(names):
             raise InputError(f"{file.where}:1: has no row of column names, all different; add it as the first line")
-    return Rows(names, _named(file, lines, names))
+    return names, _named(file, lines, names)
 
 
 def _lines(file: File, text: str, delimiter: str, skip: int) -> Iterator[tuple[int, list[str]]]:
@@ -92,35 +77,37 @@ def _named(file: File, lines: Iterator[tuple[int, list[str]]], names: tuple[str,
         yield Row(file, f":{number}", {name: cell.strip() for name, cell in zip(names, cells, strict=True)})
 
 
-def matlab_rows(file: File, variable: str) -> Rows:
+def matlab_rows(file: File, variable: str) -> tuple[tuple[str, ...], Iterator[Row]]:
     """Read a struct array of a MATLAB file: an element is a row, a field a column."""
-    records = np.atleast_1d(_matlab_variable(file, variable))
-    if not records.dtype.names:
+    records = matlab_variable(file, variable)
+    if not (names := records.dtype.names):
         raise InputError(f"{file.where}: the variable {variable} is no struct array, so it lists no images")
-    return Rows(records.dtype.names, _records(file, variable, records))
+    rows = (
+        Row(file, f", {variable}({number})", {name: _text(record[name]) for name in names})
+        for number, record in enumerate(records, 1)  # as MATLAB counts
+    )
+    return names, rows
 
 
-def matlab_texts(file: File, variable: str) -> list[str]:
-    """Read a MATLAB cell array of texts."""
-    return [str(text) for text in np.atleast_1d(_matlab_variable(file, variable))]
-
-
-def _matlab_variable(file: File, variable: str) -> Any:
+def matlab_variable(file: File, variable: str) -> np.ndarray:
+    """Read an array of a MATLAB file."""
     from scipy.io import loadmat  # takes a quarter of a second to import, which text tables do without
 
-    data = read_bytes(file)
+    data = _read(file)
     try:
         found = loadmat(io.BytesIO(data), variable_names=[variable], squeeze_me=True)
     except Exception as error:  # the parser raises whatever it trips over
         raise InputError(f"{file.where} is no MATLAB file that can be read ({error}); download it again") from error
     if variable not in found:
         raise InputError(f"{file.where} has no variable {variable}; download it again")
-    return found[variable]
+    return np.atleast_1d(found[variable])
 
 
-def _records(file: File, variable: str, records: Any) -> Iterator[Row]:
-    for number, record in enumerate(records, 1):  # as MATLAB counts
-        yield Row(file, f", {variable}({number})", {name: _text(record[name]) for name in records.dtype.names})
+def _read(file: File) -> bytes:
+    try:
+        return file.read()
+    except Exception as error:  # archives raise errors of their own for a damaged member
+        raise InputError(f"cannot read {file.where}: {error}; download it again") from error
 
 
 def _text(value: Any) -> str:

@@ -2,15 +2,15 @@
 
 import posixpath
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dist_obdsd.data.manifest import ROLES, asks, gallery_of
 from dist_obdsd.data.packing.readers.base import FileReader, Names, OnMissing, Sample, default_role
-from dist_obdsd.data.packing.readers.rows import Row, Rows, matlab_rows, matlab_texts, text_rows
+from dist_obdsd.data.packing.readers.rows import Row, matlab_rows, matlab_variable, text_rows
 from dist_obdsd.data.packing.sources import File, Tree, inside
 from dist_obdsd.errors import InputError
 
@@ -53,21 +53,78 @@ class TableReader(FileReader):
     class's number is the digits that it begins with."""
 
     def read(self, tree: Tree, on_missing: OnMissing) -> list[Sample]:
-        reading = _Reading(tree, self)
+        found = _find(tree, self.class_names)
+        names = [str(name) for name in matlab_variable(found[1], "class_names")] if found else []
+        images: dict[str, _Image] = {}
+        files: dict[str, File] = {}
         for listing, base, file in _lists(tree, self, on_missing):
-            if missing := reading.add(listing, base, file):
+            places = [start + images for start in dict.fromkeys((base, *tree.bases)) for images in listing.images]
+            missing = []
+            for image in self._listed(listing, file, names):
+                there = (tree.find(posixpath.join(place, image.path)) for place in places)
+                if (image_file := next(filter(None, there), None)) is None:
+                    missing.append(f"{file.name}{image.row.place}: the image {image.path} is not there")
+                    continue
+                name = posixpath.join(listing.images[0], image.path)
+                images[name] = _merged(images[name], image) if name in images else image
+                files[name] = image_file
+            if missing:
                 others = f" (and {len(missing) - 1} other images of this list)" if len(missing) > 1 else ""
                 on_missing(missing[0] + others)
-        return reading.samples()
+        held_out = self.test_classes(image.class_name for image in images.values() if image.split is None)
+        samples = []
+        for name, image in images.items():
+            split = image.split or ("test" if image.class_name in held_out else "train")
+            samples.append(Sample(name, image.class_name, split, image.role or default_role(split), files[name].read))
+        return samples
+
+    def _listed(self, listing: ListFile, file: File, names: Sequence[str]) -> Iterator["_Image"]:
+        """Read the rows of one list; one that cannot be used is an InputError that names it."""
+        if file.name.lower().endswith(".mat"):
+            columns, rows = matlab_rows(file, self.variable)
+        else:
+            columns, rows = text_rows(file, self.delimiter, self.skip, self.columns)
+        path_column = _column(file, columns, self.path_column, "path")
+        class_column = _column(file, columns, self.class_column, "class") if self.class_column else None
+        split_column = self._optional(file, columns, "split_column")
+        role_column = self._optional(file, columns, "role_column")
+        for row in rows:
+            given = _cell(row, path_column)
+            if (path := inside(given)) is None:
+                raise InputError(
+                    f"{row.where}: the path {given!r} may point outside; write it relative to the source and with "
+                    f"forward slashes"
+                )
+            class_name = _cell(row, class_column) if class_column else posixpath.dirname(path)
+            if not class_name:
+                raise InputError(f"{row.where}: the path {path!r} names no folder, which is to be the image's class")
+            split, role = _split_and_role(row, listing.split, split_column, role_column)
+            if split is None and self.last_train_class is not None:
+                split = "train" if _number(row, class_name) <= self.last_train_class else "test"
+            if names:
+                number = _number(row, class_name)
+                if not 1 <= number <= len(names):
+                    raise InputError(f"{row.where}: class {number} has no name; there are names for 1 to {len(names)}")
+                class_name = names[number - 1]
+            yield _Image(row, path, class_name, split, role)
+
+    def _optional(self, file: File, columns: Sequence[str], option: str) -> str | None:
+        """Find a column that may be missing unless the recipe names it."""
+        name: str = getattr(self, option)
+        if name in columns:
+            return name
+        if option in self.model_fields_set:
+            raise InputError(f"{file.where} has no column {name} ({option}) but {', '.join(columns)}")
+        return None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Image:
-    where: str
+    row: Row
+    path: str
     class_name: str
     split: str | None
     role: str | None
-    file: File
 
 
 def _lists(tree: Tree, reader: TableReader, on_missing: OnMissing) -> list[tuple[ListFile, str, File]]:
@@ -104,94 +161,14 @@ def _find(tree: Tree, names: Sequence[str]) -> tuple[str, File] | None:
     return None
 
 
-class _Reading:
-    """The images of the lists read so far, by the names that the samples will have."""
-
-    def __init__(self, tree: Tree, reader: TableReader) -> None:
-        self.tree, self.reader = tree, reader
-        self.images: dict[str, _Image] = {}
-        found = _find(tree, reader.class_names)
-        self.names = matlab_texts(found[1], "class_names") if found else []
-
-    def add(self, listing: ListFile, base: str, file: File) -> list[str]:
-        """Read one list.
-
-        Returns:
-            A clause for each listed image that the source lacks.
-
-        Raises:
-            InputError: a row cannot be used; it is named.
-        """
-        reader, missing = self.reader, []
-        if file.name.lower().endswith(".mat"):
-            rows = matlab_rows(file, reader.variable)
-        else:
-            rows = text_rows(file, reader.delimiter, reader.skip, reader.columns)
-        path_column = _column(file, rows, reader.path_column, "path")
-        class_column = _column(file, rows, reader.class_column, "class") if reader.class_column else None
-        split_column = _optional(file, rows, reader, "split_column")
-        role_column = _optional(file, rows, reader, "role_column")
-        places = [start + images for start in dict.fromkeys((base, *self.tree.bases)) for images in listing.images]
-        for row in rows.rows:
-            path = _cell(row, path_column)
-            inner = inside(path)
-            if inner is None:
-                raise InputError(
-                    f"{row.where}: the path {path!r} may point outside; write it relative to the source and with "
-                    f"forward slashes"
-                )
-            class_name = _cell(row, class_column) if class_column else posixpath.dirname(inner)
-            if not class_name:
-                raise InputError(f"{row.where}: the path {path!r} names no folder, which is to be the image's class")
-            split, role = _split_and_role(row, listing.split, split_column, role_column)
-            if split is None and reader.last_train_class is not None:
-                split = "train" if _number(row, class_name) <= reader.last_train_class else "test"
-            class_name = self._class_name(row, class_name)
-            found = next((found for place in places if (found := self.tree.find(posixpath.join(place, inner)))), None)
-            if found is None:
-                missing.append(f"{file.name}{row.place}: the image {path} is not there")
-                continue
-            name = posixpath.join(listing.images[0], inner)
-            image = _Image(row.where, class_name, split, role, found)
-            self.images[name] = _merged(self.images[name], image, path) if name in self.images else image
-        return missing
-
-    def _class_name(self, row: Row, class_name: str) -> str:
-        if not self.names:
-            return class_name
-        number = _number(row, class_name)
-        if not 1 <= number <= len(self.names):
-            raise InputError(f"{row.where}: class {number} has no name; there are names for 1 to {len(self.names)}")
-        return self.names[number - 1]
-
-    def samples(self) -> list[Sample]:
-        open_ones = (image.class_name for image in self.images.values() if image.split is None)
-        held_out = self.reader.test_classes(open_ones)
-        samples = []
-        for name, image in self.images.items():
-            split = image.split or ("test" if image.class_name in held_out else "train")
-            samples.append(Sample(name, image.class_name, split, image.role or default_role(split), image.file.read))
-        return samples
-
-
-def _column(file: File, rows: Rows, alternatives: Sequence[str], what: str) -> str:
+def _column(file: File, columns: Sequence[str], alternatives: Sequence[str], what: str) -> str:
     for name in alternatives:
-        if name in rows.columns:
+        if name in columns:
             return name
     raise InputError(
-        f"{file.where} has no column {' or '.join(alternatives)} but {', '.join(rows.columns)}; name the {what}'s "
+        f"{file.where} has no column {' or '.join(alternatives)} but {', '.join(columns)}; name the {what}'s "
         f"column with options.{what}_column=NAME"
     )
-
-
-def _optional(file: File, rows: Rows, reader: TableReader, option: str) -> str | None:
-    """Find a column that may be missing unless the recipe names it."""
-    name = getattr(reader, option)
-    if name in rows.columns:
-        return name
-    if option in reader.model_fields_set:
-        raise InputError(f"{file.where} has no column {name} ({option}) but {', '.join(rows.columns)}")
-    return None
 
 
 def _cell(row: Row, column: str) -> str:
@@ -228,8 +205,10 @@ def _number(row: Row, class_name: str) -> int:
     return int(digits[0])
 
 
-def _merged(old: _Image, new: _Image, path: str) -> _Image:
+def _merged(old: _Image, new: _Image) -> _Image:
     """Join two entries of an image: only a query may be in the gallery, too."""
     if old.class_name == new.class_name and {old.role, new.role} == {"query", "gallery"}:
-        return _Image(old.where, old.class_name, old.split, "both", old.file)
-    raise InputError(f"{new.where}: lists {path} again, after {old.where}; an image has one class and one split")
+        return replace(old, role="both")
+    raise InputError(
+        f"{new.row.where}: lists {new.path} again, after {old.row.where}; an image has one class and one split"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from dist_obdsd.data.packing.readers import open_samples
+from dist_obdsd.data.packing.readers.base import open_samples
 from dist_obdsd.data.packing.recipes import Recipe
 
 Files = dict[str, bytes]
@@ -41,6 +41,13 @@ def cell_array(texts: list[str]) -> np.ndarray:
     array = np.empty((1, len(texts)), dtype=object)
     array[0, :] = texts
     return array
+
+
+def omniglot() -> Files:
+    """Two alphabets to train on and one to test on."""
+    names = [f"images_background/{a}/character0{c}/0{c}_0{i}.png" for a in "AB" for c in (1, 2) for i in (1, 2)]
+    names += [f"images_evaluation/C/character0{c}/0{c}_0{i}.png" for c in (1, 2) for i in (1, 2)]
+    return {name: image(i) for i, name in enumerate(names)}
 
 
 def cub200() -> Files:

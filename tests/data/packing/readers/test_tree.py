@@ -1,8 +1,6 @@
-import io
 import os
 import resource
 import tarfile
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,15 +55,6 @@ def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind: bytes, mode: str
         contents(tmp_path / "x.tar")
 
 
-def test_links_in_a_zip_are_refused(tmp_path) -> None:
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
-        info = zipfile.ZipInfo("a/1.png")
-        info.external_attr = 0o120777 << 16
-        packed.writestr(info, "/etc/passwd")
-    with pytest.raises(InputError, match=r"x.zip holds 'a/1.png', which is a link"):
-        contents(tmp_path / "x.zip")
-
-
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tgz", "tar.bz2", "tar.xz"])
 def test_an_archive_that_is_cut_anywhere_is_refused(tmp_path, suffix: str) -> None:
     path = write_archive(tmp_path / f"x.{suffix}", FILES)
@@ -80,15 +69,6 @@ def test_an_archive_that_is_cut_anywhere_is_refused(tmp_path, suffix: str) -> No
         path.write_bytes(whole[:end])
         with pytest.raises(InputError, match=r"cannot open .*x\..*download it again"):
             contents(path)
-
-
-def test_a_compressed_tar_with_a_wrong_checksum_is_refused(tmp_path) -> None:
-    path = write_archive(tmp_path / "x.tgz", FILES)
-    data = bytearray(path.read_bytes())
-    data[-6] ^= 1  # of the CRC and length at the end
-    path.write_bytes(bytes(data))
-    with pytest.raises(InputError, match="cannot open .*CRC check failed"):
-        contents(path)
 
 
 def test_an_unreadable_source_is_refused(tmp_path) -> None:
@@ -134,12 +114,10 @@ def test_no_room_for_a_compressed_tar_is_one_sentence(tmp_path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(RunError, match=r"cannot unpack the archive into a temporary file.*free some space"):
+        with pytest.raises(RunError, match=r"cannot unpack .*x.tgz into a temporary file.*free some space"):
             contents(path, scratch=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with pytest.raises(InputError, match="cannot write to .*nowhere: No such file"):
-        contents(path, scratch=tmp_path / "nowhere")
 
 
 def test_an_image_that_an_archive_lost_costs_this_image_only(tmp_path) -> None:
@@ -148,16 +126,5 @@ def test_an_image_that_an_archive_lost_costs_this_image_only(tmp_path) -> None:
         first, second = Tree(path, (), None, stack).files()
         path.write_bytes(path.read_bytes()[:2000])
         assert first.read() == b"1" * 600
-        with pytest.raises(OSError, match="600 bytes are expected"):
+        with pytest.raises(tarfile.ReadError, match="unexpected end of data"):
             second.read()
-
-
-def test_a_later_member_replaces_an_earlier_one(tmp_path) -> None:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for data in (b"old", b"newer"):
-            member = tarfile.TarInfo("1.png")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    (tmp_path / "x.tar").write_bytes(stream.getvalue())
-    assert contents(tmp_path / "x.tar") == {"1.png": b"newer"}
