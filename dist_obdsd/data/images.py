@@ -179,7 +179,7 @@ def _orientation(image: Image.Image) -> Any:
 def _converted(image: Image.Image, mode: str) -> Image.Image:
     signed = 2 in getattr(image, "tag_v2", {}).get(339, ())
     if image.mode == "F" or signed or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
-        kind = "floating-point numbers" if image.mode == "F" else "signed integers" if signed else "32-bit integers"
+        kind = "floating-point numbers" if image.mode == "F" else "signed or 32-bit integers"
         raise ValueError(f"its pixels are {kind}, of which nobody knows the range; convert them to 8 or 16 bits")
     if image.mode.startswith("I"):
         image = _upper_eight(image)

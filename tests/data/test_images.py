@@ -141,7 +141,7 @@ WIDE = {
 def test_signed_integers_are_refused(bits: int) -> None:
     data = tiff(6, 4, np.arange(-12, 12).astype(f"<i{bits // 8}").tobytes(), {258: bits, 339: 2})
     for read in (examine, partial(decode, channels=1)):
-        with pytest.raises(ValueError, match="signed integers"):
+        with pytest.raises(ValueError, match="signed"):
             read(data)
 
 
@@ -165,9 +165,9 @@ def test_other_bits_than_eight_keep_the_upper_eight() -> None:
     )
     assert_close(decode(tiff(20, 12, packed, {258: 12}), 1), ramp)
     for order in ("<", ">"):
-        wide = (ramp * 256 + 77).astype(f"{order}u2").tobytes()
-        assert_close(decode(tiff(20, 12, wide, {258: 16}, order), 1), ramp)
-        assert_close(decode(tiff(20, 12, wide, {258: 16, 262: 0}, order), 1), 255 - ramp)  # 0 is white
+        assert_close(decode(tiff(20, 12, (ramp * 256 + 77).astype(f"{order}u2").tobytes(), {258: 16}, order), 1), ramp)
+    white_is_0 = tiff(20, 12, (ramp * 256 + 77).astype("<u2").tobytes(), {258: 16, 262: 0})
+    assert_close(decode(white_is_0, 1), 255 - ramp)
     pgm = b"P5 20 12 65535\n" + (ramp * 257).astype(">u2").tobytes()
     assert_close(decode(pgm, 1), ramp)
 

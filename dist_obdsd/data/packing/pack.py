@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -130,10 +130,8 @@ def _check_target(out: Path, source: Path | None, overwrite: bool) -> None:
 
 
 def _check_classes(samples: Sequence[Sample]) -> None:
-    splits = defaultdict(set)
-    for sample in samples:
-        splits[sample.class_name].add(sample.split)
-    if both := sorted(name for name, found in splits.items() if len(found) > 1):
+    train, test = ({s.class_name for s in samples if s.split == split} for split in ("train", "test"))
+    if both := sorted(train & test):
         raise InputError(
             f"{len(both)} classes are in training and in test, such as {both[0]!r}; "
             f"retrieval is measured on classes never seen, so give each class to one side"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import webdataset
 from PIL import Image
 
 from dist_obdsd.data import manifest
@@ -48,37 +47,10 @@ def test_every_image_is_copied_byte_for_byte_with_its_class(source, tmp_path) ->
         data = (out / shard.file).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
     assert len(seen) == 69
+    assert set(image_names(str(out), packed.shards()).values()) == seen
+    assert image_names(f"pipe:cat {out}/{{file}}", packed.shards(), [7]).keys() == {7}
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     assert verify(out) == []
-
-
-def test_an_image_is_named_by_its_id(source, packed, one_without_names) -> None:
-    found = manifest.load(packed)
-    names = image_names(str(packed), found.shards())
-    assert set(names.values()) == {path.relative_to(source).as_posix() for path in source.rglob("*.*")}
-    for shard in found.shards():
-        for i, class_id in zip(shard.ids, shard.classes, strict=True):
-            assert Path(names[i]).parent.name == found.classes[class_id]
-    assert image_names(str(packed), found.splits["test"], {5, 60}) == {60: names[60]}
-    assert image_names(f"pipe:cat {packed}/{{file}}", found.shards(), [7]) == {7: names[7]}
-    assert image_names(str(one_without_names), found.shards()) == {}
-    shard = found.splits["test"][0]
-    (packed / shard.file).write_bytes((packed / shard.file).read_bytes()[:2000])
-    with pytest.raises(RunError, match=rf"{shard.file} cannot be read"):
-        image_names(str(packed), found.shards())
-
-
-@pytest.fixture
-def one_without_names(packed: Path, tmp_path: Path) -> Path:
-    """The packed shards as another program may have written them: without .json, or with one that names nothing."""
-    (tmp_path / "nameless").mkdir()
-    for n, shard in enumerate(manifest.load(packed).shards()):
-        with webdataset.TarWriter(str(tmp_path / "nameless" / shard.file)) as tar:
-            for sample in samples_of(packed, shard.file):
-                kept = {member: data for member, data in sample.items() if member in ("__key__", "png", "jpg", "cls")}
-                odd = ({}, {"json": b"{}"}, {"json": b"[]"}, {"json": b'{"name": 7}'})[n % 4]
-                tar.write(kept | odd)
-    return tmp_path / "nameless"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -124,15 +96,6 @@ def make_pair(root: Path) -> Path:
         for i in range(2):
             write(root / split / name / f"{i}.png", encoded(i))
     return root
-
-
-def test_many_warnings_are_cut_short(source, tmp_path, caplog) -> None:
-    for i in range(40):
-        write(source / "train/a" / f"bad{i}.png", b"")
-    packed = pack(FOLDER, source, tmp_path / "out")
-    assert len(packed.recipe["left_out"]) == 40
-    assert len(caplog.records) == packing.MAX_WARNINGS + 1
-    assert "40 images in all" in caplog.records[-1].getMessage()
 
 
 def test_classes_that_cannot_be_used_are_refused(tmp_path) -> None:

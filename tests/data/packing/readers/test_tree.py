@@ -121,10 +121,10 @@ def test_no_room_for_a_compressed_tar_is_one_sentence(tmp_path) -> None:
 
 
 def test_an_image_that_an_archive_lost_costs_this_image_only(tmp_path) -> None:
-    path = write_archive(tmp_path / "x.tar", {"1.png": b"1" * 600, "2.png": b"2" * 600})
+    path = write_archive(tmp_path / "x.tar", {"1.png": b"1" * 60_000, "2.png": b"2" * 60_000})
     with ExitStack() as stack:
         first, second = Tree(path, (), None, stack).files()
-        path.write_bytes(path.read_bytes()[:2000])
-        assert first.read() == b"1" * 600
+        path.write_bytes(path.read_bytes()[:90_000])
+        assert first.read() == b"1" * 60_000
         with pytest.raises(tarfile.ReadError, match="unexpected end of data"):
             second.read()
