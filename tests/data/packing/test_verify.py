@@ -106,7 +106,7 @@ FAULTS: dict[str, tuple[Callable[[Members], object], str]] = {
     "two images": (lambda m: put(m, 8, (f"{key(3)}.gif", encoded(0, kind="GIF"))), "has 2 images"),
     "no class": (lambda m: m.pop(6), "has no class file"),
     "another class": (lambda m: put(m, 6, (m.pop(6)[0], b"7")), "has class b'7' where the manifest has 0"),
-    "member twice": (lambda m: put(m, 8, m[7]), "00000003.png: duplicate file name"),
+    "member twice": (lambda m: put(m, 8, m[7]), "it has two files 00000003.png"),
     "sample twice": (lambda m: put(m, 10, *m[6:8]), "holds 00000003 where the manifest has 00000005"),
     "no sample": (lambda m: (m.pop(6), m.pop(6)), "holds 00000004 where the manifest has 00000003"),
     "extra sample": (lambda m: put(m, 32, ("00000099.cls", b"0")), "goes on with 00000099 after the 16 samples"),
