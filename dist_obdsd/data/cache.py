@@ -27,10 +27,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class Cache:
     def __init__(self, folder: Path, limit: int | None = None) -> None:
-        """Make the folder where it is missing, and remove downloads that died.
-
-        Args:
-            limit: bytes that all shards together may have; None: any number.
+        """Make the folder, for at most ``limit`` bytes (None: any number), and remove downloads that died.
 
         Raises:
             InputError: the folder cannot be made or written to.
@@ -117,14 +114,12 @@ class Cache:
 
 def _open_whole(path: Path, size: int) -> IO[bytes] | None:
     """Open a file that has its whole size, and note the time, which eviction goes by."""
-    try:
+    with suppress(FileNotFoundError):
         file = path.open("rb")
-    except FileNotFoundError:
-        return None
-    if os.fstat(file.fileno()).st_size != size:  # somebody wrote into it
-        file.close()
+        if os.fstat(file.fileno()).st_size == size:
+            with suppress(OSError):  # another user's file, which we may only read
+                os.utime(path)
+            return file
+        file.close()  # somebody wrote into it
         path.unlink(missing_ok=True)
-        return None
-    with suppress(OSError):  # another user's file, which we may only read
-        os.utime(path)
-    return file
+    return None

@@ -18,7 +18,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -48,8 +47,6 @@ class DecodeTask(NamedTuple):
 
 
 class DecodeFailure(NamedTuple):
-    """A row whose image could not be decoded."""
-
     row: int
     id: int
     reason: str
@@ -57,17 +54,14 @@ class DecodeFailure(NamedTuple):
     """The image of the same group that stands in its row; None when there is none."""
 
 
-@dataclass(frozen=True)
-class DecodeJob:
-    """The images of one batch."""
+class DecodeJob(NamedTuple):
+    """The images of one batch, and what comes back beside the pixels."""
 
     meta: Any
-    """Comes back beside the pixels."""
     tasks: list[DecodeTask]
 
 
-@dataclass(frozen=True)
-class DecodedJob:
+class DecodedJob(NamedTuple):
     meta: Any
     images: Tensor
     """uint8 [rows, C, s, s]; rows beyond the job's are zero."""
@@ -211,12 +205,7 @@ class Decoder:
         return self
 
     def __next__(self) -> DecodedJob:
-        """Wait for the next job's images.
-
-        Raises:
-            StopIteration: all jobs are done.
-            InputError, RunError: what failed in the reading thread or in a decoding process.
-        """
+        """Wait for the next job's images, or raise what failed in the reading thread or in a decoding process."""
         if self._closed:
             raise RunError("the stream is closed")
         item = self._ready.get()

@@ -80,12 +80,7 @@ def cache_of(data: DataConfig) -> Cache | None:
 
 @contextmanager
 def open_shard(root: str, shard: Shard, cache: Cache | None = None) -> Iterator[IO[bytes]]:
-    """Open a shard's tar; a remote one is downloaded and checked first.
-
-    Raises:
-        OSError: a local file cannot be opened.
-        RunError: it cannot be downloaded, or is not the manifest's.
-    """
+    """Open a shard's tar; a remote one is downloaded and checked first."""
     url = location(root, shard.file)
     if not is_remote(root):
         with open(url, "rb") as local:

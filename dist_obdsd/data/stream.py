@@ -113,12 +113,7 @@ class TrainStream:
         return self
 
     def __next__(self) -> TrainBatch:
-        """Wait for the next step's rows.
-
-        Raises:
-            StopIteration: all epochs are done.
-            RunError: a shard or an image is broken, or a decoding process died.
-        """
+        """Wait for the next step's rows; a broken shard or image, or a dead process, is a RunError."""
         decoded = next(self._decoder)
         epoch, step, ids, labels_B = decoded.meta
         ids_b = torch.tensor(ids)
@@ -195,12 +190,7 @@ class TrainStream:
 
 
 def evaluation_batches(
-    manifest: Manifest,
-    split: str,
-    config: Config,
-    rank: int,
-    world_size: int,
-    classes: list[int] | None = None,
+    manifest: Manifest, split: str, config: Config, rank: int, world_size: int, classes: list[int] | None = None
 ) -> Iterator[EvalBatch]:
     """Yield this rank's share of a split, in batches that do not depend on the ranks.
 
