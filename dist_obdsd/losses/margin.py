@@ -85,7 +85,7 @@ class MarginLoss(LearnableLoss):
 
     @torch.no_grad()
     def weights(self, d_bB: torch.Tensor, negative_bB: torch.Tensor, D: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weigh the negatives that an anchor draws from [b, B], and tell whether it has any [b, 1].
+        """Weigh an anchor's negatives [b, B], and tell if it has any [b, 1].
 
         The probability is proportional to 1 / q(max(d, cutoff)), where q is the density of distances between random
         points of the unit sphere (equation 2): ``log q = (D - 2) log d + (D - 3)/2 log(1 - d^2 / 4)``. Close negatives
@@ -101,7 +101,7 @@ class MarginLoss(LearnableLoss):
 
 
 def draw(uniform_bP: torch.Tensor, weight_bB: torch.Tensor) -> torch.Tensor:
-    """Draw columns [b, P], where the cumulative weights pass uniform numbers; a weight of 0 has no width."""
+    """Draw columns [b, P], where the cumulative weights pass uniform numbers."""
     cumulative_bB = weight_bB.double().cumsum(1)
     at_bP = (uniform_bP * cumulative_bB[:, -1:]).contiguous()
     return torch.searchsorted(cumulative_bB, at_bP, right=True).clamp_(max=weight_bB.shape[1] - 1)
