@@ -233,7 +233,7 @@ def _tracking(config: Config) -> str:
 
     started = time.perf_counter()
     try:
-        mlflow_backend.check(uri)
+        mlflow_backend.connect(uri)
     except Exception as error:
         return f"tracking: {uri} does not answer ({' '.join(str(error).split())[:120]}); a run would go on without it"
     return f"tracking: {uri} answers after {time.perf_counter() - started:.1f} s"

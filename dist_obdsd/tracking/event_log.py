@@ -18,7 +18,6 @@ it is cut back when a run resumes, but what the server was told cannot be taken 
 """
 
 import fcntl
-import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -61,22 +60,14 @@ class UploadState:
 
     @classmethod
     def load(cls, log: Path, header: Mapping[str, Any]) -> "UploadState":
-        """Read the state beside a log; a new one where there is none.
-
-        Raises:
-            InputError: it is not readable, or belongs to another log.
-        """
-        path = cls.path(log)
-        if not path.exists():
-            return cls(header["run"], header["uri"])
+        """Read the state beside a log; a new one where there is none."""
+        new = cls(header["run"], header["uri"])
         try:
-            state = cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is not readable ({error}); remove it to send all of {log} again") from error
-        if state.run != header["run"]:
-            raise InputError(
-                f"{path} is of run {state.run} but {log} of run {header['run']}; remove {path.name} to send all of it"
-            )
+            state = cls(**json.loads(cls.path(log).read_text()))
+        except (OSError, ValueError, TypeError):  # none, or not whole: what is sent again changes nothing
+            return new
+        if state.run != new.run:  # of a log that lay here before
+            return new
         state.sent = min(state.sent, log.stat().st_size)  # a power cut may have taken the log's last lines
         return state
 
@@ -84,7 +75,7 @@ class UploadState:
         write_atomically(self.path(log), (json.dumps(asdict(self)) + "\n").encode())
 
     def restart(self, uri: str) -> None:
-        """Send everything again, to a new run at ``uri``."""
+        """Have everything sent again, to a new run at ``uri``."""
         self.uri, self.run_id, self.sent, self.number = uri, None, 0, 0
 
 
@@ -96,11 +87,7 @@ class EventLog:
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        """Continue the log at ``path``, or begin it with ``header``.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Continue the log at ``path``, or begin it with ``header``."""
         self.path, self.number = path, 0
         self._last: dict[tuple[str, str], int] = {}  # the last step of each metric; a run's steps only go up
         whole = 0
@@ -114,11 +101,7 @@ class EventLog:
             self._write(header)
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Write an event.
-
-        Raises:
-            OSError: the disk is full or gone.
-        """
+        """Write an event; OSError where the disk is full or gone."""
         event = {"n": self.number + 1, "time": int(time.time() * 1000), "kind": kind, **fields}
         if kind in ("params", "metrics"):
             event["values"] = self._unwritten(event)
@@ -144,30 +127,22 @@ class EventLog:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read the first line of a log.
-
-    Raises:
-        InputError: there is no log of this format.
-    """
+    """Read the first line of a log; InputError where there is none of this format."""
     try:
         with path.open("rb") as file:
-            header = json.loads(file.readline())
+            header: dict[str, Any] = json.loads(file.readline())
+        found = header["format"]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; give a run folder or its {NAME}") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no event log of a tracked run; give a run folder or its {NAME}") from error
-    found = header.get("format") if isinstance(header, dict) else None
     if found not in FORMATS:
         raise InputError(f"{path} has format {found!r} but this program reads {FORMATS[0]!r}")
     return header
 
 
 def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
-    """Iterate over whole events from byte ``start`` on, each with its end in bytes.
-
-    Raises:
-        InputError: a line is no event.
-    """
+    """Iterate over whole events from byte ``start`` on, each with its end in bytes."""
     with path.open("rb") as file:
         file.seek(start)
         end = start
@@ -187,23 +162,21 @@ def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
 
 def read_batches(path: Path, start: int) -> Iterator[tuple[list[Event], int]]:
     """Iterate over events to send together (only ``metrics`` are), with their end."""
-
-    def batch(entry: tuple[Event, int]) -> tuple[str, int]:
-        event, _ = entry
-        return event["kind"], event["n"] // BATCH if event["kind"] == "metrics" else event["n"]
-
-    for _, entries in itertools.groupby(read_events(path, start), batch):
-        events, ends = zip(*entries, strict=True)
-        yield list(events), ends[-1]
+    events: list[Event] = []
+    end = start
+    for event, its_end in read_events(path, start):
+        if events and not (events[-1]["kind"] == event["kind"] == "metrics" and len(events) < BATCH):
+            yield events, end
+            events = []
+        events.append(event)
+        end = its_end
+    if events:
+        yield events, end
 
 
 @contextmanager
 def upload_lock(path: Path) -> Iterator[None]:
-    """Hold the right to send a log, which a live run's thread or a replay has.
-
-    Raises:
-        InputError: another process has it.
-    """
+    """Hold the right to send a log; InputError where a live run or another replay has it."""
     with path.open("r+b") as file:  # NFS locks only what may be written
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

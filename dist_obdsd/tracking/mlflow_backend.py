@@ -7,12 +7,13 @@ and digest. The run itself is found by its local id.
 
 import contextlib
 import fcntl
+import importlib
 import json
 import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ CHARTS = (
 """A metric's name in a run, and in MLflow. Its UI makes a section of charts for each part before the last slash, in the
 order of the alphabet, and shows what has none at the end."""
 REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST")
+"""Error codes with which MLflow refuses a value for good, or one whose run was deleted."""
 CAUSES = re.compile(
     r"Connection refused|timed out|Name or service not known|No route to host|readonly database|database is locked"
     r"|unable to open database file"
@@ -43,10 +45,6 @@ CAUSES = re.compile(
 """Texts of urllib3 and SQLAlchemy's innermost errors, which they wrap in several layers."""
 
 logger = logging.getLogger(__name__)
-
-
-class GoneError(RunError):
-    """The run or its experiment was deleted, so that trying again is of no use."""
 
 
 def load_libraries(uri: str) -> None:
@@ -74,18 +72,7 @@ def absolute(uri: str) -> str:
     relative = uri.removeprefix("sqlite:///")
     if relative in (uri, "") or relative.startswith(("/", ":", "file:")):
         return uri
-    if relative.startswith("~"):
-        return f"sqlite:///{Path(relative).expanduser()}"
-    from sqlalchemy.engine import URL
-
-    # The folder may be called what?now; the rest is the user's, perhaps with options after a "?".
-    return f"{URL.create('sqlite', database=str(Path.cwd())).render_as_string()}/{relative}"
-
-
-def check(uri: str) -> None:
-    """Ask a server or database for an answer; raise MLflow's error if none comes."""
-    load_libraries(uri)
-    connect(uri)
+    return f"sqlite:///{Path(relative).expanduser().absolute()}"
 
 
 def connect(uri: str) -> Any:
@@ -94,6 +81,7 @@ def connect(uri: str) -> Any:
     Raises:
         Exception: whatever MLflow or SQLite raise where there is no server, or no file that can be a database.
     """
+    load_libraries(uri)
     from mlflow.tracking import MlflowClient
     from sqlalchemy.engine import make_url
 
@@ -135,28 +123,16 @@ class MLflowBackend:
     """Sends the events of one log to one MLflow run, which it finds or makes."""
 
     def __init__(self, state: UploadState, header: Mapping[str, Any], folder: Path) -> None:
-        """
-        Args:
-            state: its ``uri`` is used, and its ``run_id`` is set when there is a run.
-            header: first line of the event log.
-            folder: the run folder, from which artifacts have their paths.
-
-        Raises:
-            Exception: as ``connect`` does.
-        """
+        """Connect to ``state.uri``; ``folder`` is the run folder, from which artifacts have their paths."""
         self._state, self._header, self._folder = state, header, folder
         self._client = connect(state.uri)
+        self._entities = importlib.import_module("mlflow.entities")
         self._warned: set[str] = set()
         self.kind = ""
         """Kind of the events that are being sent, or were last."""
 
     def send(self, events: list[Event]) -> None:
-        """Send events of one kind.
-
-        Raises:
-            GoneError: the run or its experiment was deleted.
-            Exception: whatever else MLflow raises; it may pass, so send them again.
-        """
+        """Send events of one kind; whatever MLflow raises may pass, so they can be sent again."""
         from mlflow.exceptions import MlflowException
 
         kind = self.kind = events[0]["kind"]
@@ -176,29 +152,19 @@ class MLflowBackend:
 
     def _leave_out(self, what: str, error: Exception) -> None:
         """Go on without what MLflow refused, unless the run is gone or the server away."""
-        self._check_run()
+        run = self._client.get_run(self._state.run_id)
+        if run.info.lifecycle_stage != "active":
+            restore = f"mlflow runs restore --run-id {self._state.run_id}"
+            raise RunError(f"the run was deleted: {restore}, then `dist-obdsd replay`, or `replay --new-run`")
         if what not in self._warned:
             self._warned.add(what)
-            reason = short_reason(error)
-            logger.log(
-                NOTICE, "tracking at %s does not take %s (%s); the rest goes there", self._state.uri, what, reason
-            )
-
-    # ---- the run ----------------------------------------------------------------------------------------------------
+            uri, reason = self._state.uri, short_reason(error)
+            logger.log(NOTICE, f"tracking at {uri} does not take {what} ({reason}); the rest goes there")
 
     def _experiment(self) -> str:
         name = self._header["config"]["tracking"]["experiment"]
         experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            # MLflow would read a folder called job%2Fmain as job/main.
-            quoted = self._state.uri.startswith("sqlite:") and "%" in str(Path.cwd())
-            return self._client.create_experiment(name, Path("mlruns").absolute().as_uri() if quoted else None)
-        if experiment.lifecycle_stage != "active":
-            raise GoneError(
-                f"the experiment {name!r} was deleted; restore it with mlflow experiments restore --experiment-id "
-                f"{experiment.experiment_id}, or set tracking.experiment"
-            )
-        return experiment.experiment_id
+        return self._client.create_experiment(name) if experiment is None else experiment.experiment_id
 
     def _find(self, local: str) -> str | None:
         """Find the run with a local id: a call that made it may have got no answer."""
@@ -216,21 +182,6 @@ class MLflowBackend:
         name = self._header["config"]["name"]
         return self._client.create_run(self._experiment(), event["time"], tags, run_name=name).info.run_id
 
-    def _check_run(self) -> None:
-        from mlflow.exceptions import MlflowException
-
-        run_id, then = self._state.run_id, "and `dist-obdsd replay` sends what is missing"
-        try:
-            run = self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            raise GoneError(f"there is no run {run_id}; `dist-obdsd replay --new-run` makes another {then}") from error
-        if run.info.lifecycle_stage != "active":
-            raise GoneError(f"the run {run_id} was deleted; mlflow runs restore --run-id {run_id} {then}")
-
-    # ---- a method per kind of event ---------------------------------------------------------------------------------
-
     def _start(self, run_id: str, events: list[Event]) -> None:
         self._client.update_run(run_id, status="RUNNING")
         tags = dict(events[0]["tags"])
@@ -239,37 +190,31 @@ class MLflowBackend:
         self._tags(run_id, [{"values": tags}])
 
     def _tags(self, run_id: str, events: list[Event]) -> None:
-        from mlflow.entities import RunTag
-
-        tags = [RunTag(name[:KEY], value[:TAG]) for name, value in events[0]["values"].items()]
-        for part in _parts(tags, TEXTS):
-            self._client.log_batch(run_id, tags=part)
+        rows = [self._entities.RunTag(name[:KEY], value[:TAG]) for name, value in events[0]["values"].items()]
+        self._log(run_id, "tags", rows, TEXTS)
 
     def _params(self, run_id: str, events: list[Event]) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(_key(name), value[:PARAM]) for name, value in events[0]["values"].items()]
-        for part in _parts(params, TEXTS):
-            self._client.log_batch(run_id, params=part)
+        rows = [self._entities.Param(_key(name), value[:PARAM]) for name, value in events[0]["values"].items()]
+        self._log(run_id, "params", rows, TEXTS)
 
     def _metrics(self, run_id: str, events: list[Event]) -> None:
-        from mlflow.entities import Metric
-
-        metrics = [
-            Metric(metric_name(name), value, event["time"], event["step"])
+        rows = [
+            self._entities.Metric(metric_name(name), value, event["time"], event["step"])
             for event in events
             for name, value in event["values"].items()
         ]
-        for part in _parts(metrics, NUMBERS):
-            self._client.log_batch(run_id, metrics=part)
+        self._log(run_id, "metrics", rows, NUMBERS)
+
+    def _log(self, run_id: str, kind: str, rows: list[Any], size: int) -> None:
+        for start in range(0, len(rows), size):
+            self._client.log_batch(run_id, **{kind: rows[start : start + size]})
 
     def _dataset(self, run_id: str, events: list[Event]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        data = events[0]
+        data, made = events[0], self._entities
         source, profile = json.dumps({"uri": data["source"], "sha256": data["digest"]}), json.dumps(data["profile"])
-        dataset = Dataset(data["name"][:KEY], data["digest"][:DIGEST], "local", source, profile=profile)
-        self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        dataset = made.Dataset(data["name"][:KEY], data["digest"][:DIGEST], "local", source, profile=profile)
+        context = made.InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(run_id, [made.DatasetInput(dataset, [context])])
 
     def _artifact(self, run_id: str, events: list[Event]) -> None:
         relative = Path(events[0]["path"])
@@ -297,7 +242,3 @@ class MLflowBackend:
 
     def _end(self, run_id: str, events: list[Event]) -> None:
         self.terminate(events[0]["status"], events[0]["time"])
-
-
-def _parts(rows: list[Any], size: int) -> Iterator[list[Any]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))

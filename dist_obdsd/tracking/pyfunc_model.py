@@ -20,26 +20,17 @@ class EmbeddingModel(PythonModel):
 
     # Without type hints, from which MLflow would make a signature of its own.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Embed the images of a table.
+        """Embed the column ``image`` of a DataFrame, float32 [n, D].
 
-        Args:
-            model_input: a DataFrame whose column ``image`` holds the bytes of image files (as base64 in JSON and CSV)
-                or arrays [H, W] or [H, W, C] of pixels.
-
-        Returns:
-            float32 array [n, D].
-
-        Raises:
-            InputError: an image cannot be read; the message says which one.
+        It holds the bytes of image files (as base64 in JSON and CSV) or arrays [H, W] or [H, W, C] of pixels.
         """
         return self.embedder([_image(value, place) for place, value in enumerate(model_input["image"])]).numpy()
 
 
 def _image(value: Any, place: int) -> Any:
-    # MLflow itself decodes base64 in JSON only. A text is never a path: callers have no business with this machine's.
     if not isinstance(value, str):
         return value
-    try:
+    try:  # a text is never a path: callers have no business with this machine's
         return base64.b64decode(value)
     except binascii.Error as error:
         raise ValueError(f"image {place} is a text that is not base64; send the bytes of an image file") from error

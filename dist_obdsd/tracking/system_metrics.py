@@ -1,6 +1,6 @@
 """The load of a node's CPU, memory and GPUs, named as MLflow's UI expects."""
 
-import importlib
+from contextlib import suppress
 from typing import Any
 
 MEGA = 1e6
@@ -10,14 +10,19 @@ class SystemMetrics:
     """Reads its node's load by psutil and pynvml, as far as they are installed."""
 
     def __init__(self) -> None:
-        self._psutil, self._pynvml = _module("psutil"), _module("pynvml")
-        if self._psutil is not None:
-            self._psutil.cpu_percent()  # a share of the time since the call before, so the first says nothing
-        try:
-            self._pynvml.nvmlInit()
-            self._gpus = [self._pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._pynvml.nvmlDeviceGetCount())]
-        except Exception:  # no pynvml, or no driver
-            self._gpus = []
+        self._psutil: Any = None
+        self._gpus: list[Any] = []
+        with suppress(ImportError):
+            import psutil
+
+            psutil.cpu_percent()  # a share of the time since the call before, so the first says nothing
+            self._psutil = psutil
+        with suppress(Exception):  # no pynvml, or no driver
+            import pynvml
+
+            self._pynvml: Any = pynvml
+            pynvml.nvmlInit()
+            self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
 
     def read(self) -> dict[str, float]:
         """Return percentages, megabytes (10^6 bytes) and watts since the last reading."""
@@ -34,27 +39,17 @@ class SystemMetrics:
         return numbers
 
     def _read_gpu(self, gpu: object) -> dict[str, float]:
-        nvml = self._pynvml
-        try:
+        nvml, numbers = self._pynvml, {}
+        with suppress(nvml.NVMLError):  # some cards do not report everything
             memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
-            return {
-                "utilization_percentage": nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-                "memory_usage_megabytes": memory.used / MEGA,
-                "memory_usage_percentage": 100 * memory.used / memory.total,
-                "power_usage_watts": nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-            }
-        except nvml.NVMLError:  # some cards do not report everything
-            return {}
+            numbers["memory_usage_megabytes"] = memory.used / MEGA
+            numbers["memory_usage_percentage"] = 100 * memory.used / memory.total
+            numbers["utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+            numbers["power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+        return numbers
 
 
 def by_node(readings: list[dict[str, float] | None]) -> dict[str, float]:
     """Name all ranks' readings by node; all but one rank of a node read None."""
     nodes = [reading for reading in readings if reading is not None]
     return {f"system/node-{n}/{name}": value for n, node in enumerate(nodes) for name, value in node.items()}
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None

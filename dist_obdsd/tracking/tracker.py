@@ -71,12 +71,12 @@ class Tracker:
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED; wait ``wait_seconds`` at most."""
         self._append("end", status=status)
-        if self.uploader is not None:
-            self.uploader.close(self._wait)
-        if self._log is None:
+        if self._log is not None:
+            self._log.close()
+        if self.uploader is None:
             return
-        self._log.close()
-        if self.uploader is not None and (missing := self._log.number - self.uploader.state.number):
+        self.uploader.close(self._wait)
+        if self._log is not None and (missing := self._log.number - self.uploader.state.number):
             logger.log(
                 NOTICE,
                 f"tracking at {self.uploader.state.uri} lacks {missing} of {self._log.number} events "
@@ -109,30 +109,24 @@ def build_tracker(
     """
     if config.tracking.kind == "none" or not is_main:
         return Tracker()
-    uri, missing = config.tracking.uri, None
-    try:
-        load_libraries(uri)
-        uri = absolute(uri)
-    except ImportError as error:
-        missing = error
+    uri = absolute(config.tracking.uri)
     try:
         log, state = _open(config, folder, manifest, run_id, uri)
         log.append("start", tags=dict(tags))
     except (OSError, UserError) as error:
         _log_failure(error)
         return Tracker(run_id=run_id)
-    uploader = Uploader(log.path, state, uri) if missing is None else None
-    if missing is not None:
-        logger.log(NOTICE, f"tracking: {missing}; pip install mlflow, and `dist-obdsd replay {folder}` sends this run")
+    uploader = None
+    try:
+        load_libraries(uri)
+        uploader = Uploader(log.path, state, uri)
+    except ImportError as error:
+        logger.log(NOTICE, f"tracking: {error}; pip install mlflow, and `dist-obdsd replay {folder}` sends this run")
     return Tracker(log, uploader, state.run_id or state.run, config.tracking.wait_seconds)
 
 
 def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: str) -> tuple[EventLog, UploadState]:
-    """Open the run's event log; one of another run is kept under another name.
-
-    Raises:
-        OSError, UserError: it cannot be written.
-    """
+    """Open the run's event log; one of another run is kept under another name."""
     path = folder / event_log.NAME
     dumped = config.model_dump(mode="json")
     if path.exists() and path.stat().st_size:
@@ -142,17 +136,14 @@ def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: 
             changes += ["other shards"] * (header["manifest"] != manifest)
             if not changes:
                 return EventLog(path, header), UploadState.load(path, header)
-            other = "; ".join(changes)
         except InputError as error:
-            other = str(error)
+            changes = [str(error)]
         aside = next(to for n in itertools.count(1) if not (to := path.with_name(f"tracking-{n}.jsonl")).exists())
-        path.rename(aside)
-        if UploadState.path(path).exists():
-            UploadState.path(path).rename(UploadState.path(aside))
-        logger.log(
-            NOTICE,
-            f"tracking: {path} is not of this run ({other}), so it is kept as {aside.name} and a new one begins",
-        )
+        for old, new in ((path, aside), (UploadState.path(path), UploadState.path(aside))):
+            if old.exists():
+                old.rename(new)
+        differs = "; ".join(changes)
+        logger.log(NOTICE, f"tracking: {path} is not of this run ({differs}), so it is kept as {aside.name}")
     local = run_id if run_id is not None and run_id.startswith(event_log.LOCAL) else None
     run = local or event_log.LOCAL + uuid.uuid4().hex
     header = {"format": event_log.FORMATS[0], "run": run, "uri": uri, "config": dumped, "manifest": manifest}

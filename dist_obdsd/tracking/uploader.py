@@ -10,7 +10,7 @@ from dist_obdsd.console import NOTICE
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.tracking import event_log
 from dist_obdsd.tracking.event_log import UploadState
-from dist_obdsd.tracking.mlflow_backend import GoneError, MLflowBackend, absolute, load_libraries, short_reason
+from dist_obdsd.tracking.mlflow_backend import MLflowBackend, absolute, short_reason
 
 INTERVAL = 2.0  # seconds between two looks into the log
 MODEL_PATIENCE = 5  # times longer that a model may take, which has to be made first
@@ -20,15 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def upload(path: Path, state: UploadState, backend: MLflowBackend, stop: Callable[[], bool] = lambda: False) -> int:
-    """Send what is missing, and save after every batch how much the server has.
-
-    Returns:
-        The number of events sent.
-
-    Raises:
-        GoneError: the run was deleted.
-        Exception: the server does not answer; the rest is still missing.
-    """
+    """Send what is missing, save after every batch how much the server has, and return the number of events sent."""
     sent = 0
     for events, end in event_log.read_batches(path, state.sent):
         if stop():
@@ -76,12 +68,8 @@ class Uploader:
                 closing = self._closing.is_set()
                 try:
                     self._send()
-                except GoneError as error:
-                    self._failed(f"{error}; the run goes on")
-                    self._closing.wait()  # a replay now would meet a run that is still being written
-                    return
                 except Exception as error:  # whatever the server does, the run goes on
-                    self._failed(f"{short_reason(error)}; the run goes on, and the rest is sent when it answers")
+                    self._failed(short_reason(error))
                     pause = min(max(PATIENCE[0], 2 * pause), PATIENCE[0] if closing else PATIENCE[1])
                 else:
                     self.trouble, pause = "", INTERVAL
@@ -104,11 +92,11 @@ class Uploader:
         upload(self._path, self.state, self._backend, self._stop.is_set)
 
     def _failed(self, trouble: str) -> None:
-        self.trouble = trouble.partition(";")[0]
+        self.trouble = trouble
         self.answered.set()
         if not self._warned and not self._stop.is_set():
             self._warned = True
-            logger.log(NOTICE, "tracking at %s: %s", self._uri, trouble)
+            logger.log(NOTICE, f"tracking at {self._uri}: {trouble}; the run goes on, and the rest is sent later")
 
 
 def replay(path: Path, uri: str | None = None, new_run: bool = False) -> None:
@@ -129,9 +117,8 @@ def replay(path: Path, uri: str | None = None, new_run: bool = False) -> None:
     header = event_log.read_header(path)
     with event_log.upload_lock(path):
         state = UploadState.load(path, header)
+        uri = absolute(uri or state.uri)
         try:
-            load_libraries(uri or state.uri)
-            uri = absolute(uri or state.uri)
             if new_run or uri != state.uri:
                 state.restart(uri)
             backend = MLflowBackend(state, header, path.parent)
@@ -139,7 +126,7 @@ def replay(path: Path, uri: str | None = None, new_run: bool = False) -> None:
             killed = event_log.time_of_kill(path)
             if killed is not None:
                 backend.terminate("KILLED", killed)
-        except (InputError, GoneError):
+        except InputError:
             raise
         except Exception as error:
             raise RunError(
