@@ -46,6 +46,7 @@ class Report:
         self.name, self.commands, self.baseline, self.shards = name, commands, baseline, shards
         self.missing = [run for run in runs if run.state != FINISHED]
         self.finished = [run for run in runs if run.state == FINISHED]
+        self.conditions = run_metadata(self.finished, shards)
         self.specs = [run.spec for run in runs]
         self.labels = _unique(spec.label for spec in self.specs)
         self.baselines = {
@@ -76,14 +77,13 @@ class Report:
     def _statistics(self, protocol: str, metric: str) -> list[Row]:
         rows = []
         for label in self.labels:
-            values = self.values(protocol, metric, label)
-            if not values:
+            if not (values := self.values(protocol, metric, label)):
                 continue
             other = self.baselines.get(label)
             against = difference(values, self.values(protocol, metric, other)) if other is not None else None
             row = {"protocol": protocol, "metric": metric, "variant": label} | asdict(spread(list(values.values())))
-            compared = dict.fromkeys(Spread.__dataclass_fields__) if against is None else asdict(against)
-            rows.append(row | {f"difference_{name}": value for name, value in compared.items()} | {"baseline": other})
+            row |= {f"difference_{name}": getattr(against, name, None) for name in Spread.__dataclass_fields__}
+            rows.append(row | {"baseline": other})
         return rows
 
     def means(self) -> dict[str, float]:
@@ -100,25 +100,20 @@ class Report:
             "name": self.name, "command": self.commands[0], "baseline": self.baseline,
             "runs": len(self.specs), "finished": len(self.finished),
             "missing": [{"run": r.spec.config.name, "state": r.state, "message": r.message} for r in self.missing],
-            "run_metadata": run_metadata(self.finished, self.shards),
-            "statistics": self.statistics,
+            "run_metadata": self.conditions, "statistics": self.statistics,
         }  # fmt: skip
 
     def write(self, folder: Path) -> list[Path]:
-        """Write report.md, report.png, values.csv and statistics.csv into a new folder.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Write report.md, report.png, values.csv and statistics.csv into a folder."""
         make_folder(folder)
         files = {"values.csv": _csv(self.rows).encode(), "statistics.csv": _csv(self.statistics).encode()}
         if self.protocols:
             protocol = self.protocols[0]
-            panels = [
-                plot.Panel(metric, {label: self.values(protocol, metric, label) for label in self.labels})
+            panels = {
+                metric: {label: self.values(protocol, metric, label) for label in self.labels}
                 for metric in self.headline_metrics(protocol)
-            ]
-            files["report.png"] = plot.draw(self.name, protocol, panels, self.baselines)
+            }
+            files["report.png"] = plot.draw(f"{self.name} ({protocol})", panels, self.baselines)
         files["report.md"] = self.markdown("report.png" in files).encode()
         for name, data in files.items():
             write_atomically(folder / name, data)
@@ -148,13 +143,11 @@ class Report:
         parts.append(self._legend())
         if choice := self._choice():
             parts.append(f"## Choice of the grid's point\n\n{choice}")
-        conditions = [
-            [name, value.replace("|", "\\|")] for name, value in run_metadata(self.finished, self.shards).items()
-        ]
+        conditions = [[name, value.replace("|", "\\|")] for name, value in self.conditions.items()]
         settings = {spec.label: " ".join(f"`{override}`" for override in spec.changes) for spec in self.specs}
         parts += [
-            f"## Conditions\n\n{aligned(['', ''], conditions, left=2)}",
-            f"## Settings of the variants\n\n{aligned(['variant', 'settings'], list(settings.items()), left=2)}",
+            f"## Conditions\n\n{aligned(['', ''], conditions)}",
+            f"## Settings of the variants\n\n{aligned(['variant', 'settings'], list(settings.items()))}",
             f"## To reproduce it\n\n{self._reproduce()}",
         ]
         return "\n\n".join(parts) + "\n"
@@ -179,7 +172,7 @@ class Report:
             lines.append(cells)
         few = any(int(cells[2]) < FEWEST for cells in lines)
         note = f"\n\nA variant with fewer than {FEWEST} finished seeds has no interval and no p-value." if few else ""
-        return aligned(header, lines, left=2) + note
+        return aligned(header, lines) + note
 
     def _legend(self) -> str:
         text = (
@@ -191,7 +184,7 @@ class Report:
         if tests > 1:
             text += (
                 f" The tables hold {tests} tests, uncorrected: of so many, about {max(1, round(0.05 * tests))} would "
-                f"be below 0.05 by chance alone."
+                f"be below 0.05 by chance."
             )
         return text
 
@@ -211,9 +204,7 @@ class Report:
             if found:
                 best = max(found, key=lambda row: row["mean"])
                 lines.append([variant, f"`{points[best['variant']]}`", f"{best['mean']:.4f}", str(best["n"])])
-        return aligned(
-            ["variant", "best on the validation classes", f"mean {SELECTION_METRIC} there", "n"], lines, left=2
-        )
+        return aligned(["variant", "best on the validation classes", f"mean {SELECTION_METRIC} there", "n"], lines)
 
     def _reproduce(self) -> str:
         recipes = [
@@ -221,16 +212,12 @@ class Report:
             for root, m in self.shards.items()
         ]
         whole, *runs = self.commands
-        lines = ["Shards, which `dist-obdsd pack` makes:", "", *recipes, "", "All of it:", "", "```", whole, "```"]
-        return "\n".join([*lines, "", "Run by run:", "", "```", *runs, "```"])
+        lines = ["Shards, which `dist-obdsd pack` makes:", "", *recipes, "", "```", whole, "```"]
+        return "\n".join([*lines, "", "Or run by run:", "", "```", *runs, "```"])
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report.
-
-    Raises:
-        InputError: it cannot be made.
-    """
+    """Make the folder of a report; InputError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -257,16 +244,15 @@ def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Format an aligned Markdown table, whose first ``left`` columns are texts."""
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format an aligned Markdown table, whose first two columns are texts."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-
-    def cells(line: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([cells(header), rule, *map(cells, rows)])
+    rule = ["-" * (width - (i > 1)) + ":" * (i > 1) for i, width in enumerate(widths)]
+    lines = [
+        [cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in (header, rule, *rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _csv(rows: Sequence[Row]) -> str:

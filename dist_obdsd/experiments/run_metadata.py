@@ -7,58 +7,55 @@ from dist_obdsd.config import Config
 from dist_obdsd.config.sections import SELECTION_METRIC
 from dist_obdsd.data.manifest import Manifest, asks, gallery_of
 from dist_obdsd.experiments.run_status import RunStatus
+from dist_obdsd.tracking.provenance import flatten
+
+SETTINGS = (
+    "model.backbone", "model.embedding_dim", "model.pooling", "data.image_size", "data.augment", "batch.global_size",
+    "batch.samples_per_class", "epochs", "max_steps", "ranking.name", "optim.name", "optim.lr", "optim.schedule",
+    "optim.weight_decay", "evaluation.distance", "evaluation.conventions", "precision",
+)  # fmt: skip
 
 
 def run_metadata(runs: Sequence[RunStatus], shards: Mapping[str, Manifest]) -> dict[str, str]:
     """Describe data, settings, machines and versions, by variant where these differ."""
 
-    def of_run(describe: Callable[[RunStatus], Any]) -> str:
-        return _by_variant([(run.spec.label, str(describe(run))) for run in runs])
+    def by_variant(describe: Callable[[RunStatus], Any]) -> str:
+        owners: dict[str, dict[str, None]] = {}
+        for run in runs:
+            owners.setdefault(str(describe(run)), {})[run.spec.label] = None
+        if len(owners) == 1:
+            return next(iter(owners))
+        return "; ".join(f"{', '.join(labels)}: {value}" for value, labels in owners.items())
 
-    def of_config(describe: Callable[[Config], Any]) -> str:
-        return of_run(lambda run: describe(run.spec.config))
+    def manifest(run: RunStatus) -> Manifest:
+        return shards[run.spec.config.data.shards]
 
     seeds = sorted({run.spec.seed for run in runs})
-    held_out = of_run(lambda run: run.summary["meta"].get("validation_classes", "unknown"))
+    held_out = by_variant(lambda run: run.summary["meta"].get("validation_classes", "unknown"))
+    flat = {id(run): flatten(run.spec.config.model_dump(mode="json")) for run in runs}
     return {
-        "dataset": of_config(lambda c: _dataset(shards[c.data.shards])),
-        "manifest": of_config(lambda c: shards[c.data.shards].digest),
-        "test protocol": of_config(lambda c: _test(shards[c.data.shards], c)),
-        "model selection": of_config(_selection) + f" (validation classes: {held_out})",
+        "dataset": by_variant(lambda run: _dataset(manifest(run))),
+        "manifest": by_variant(lambda run: manifest(run).digest),
+        "test protocol": by_variant(lambda run: _test(manifest(run), run.spec.config)),
+        "model selection": by_variant(lambda run: _selection(run.spec.config)) + f" (validation classes: {held_out})",
         "seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
-        "backbone": of_config(lambda c: f"{c.model.backbone}, {c.model.embedding_dim} dimensions, "
-                                        f"{c.model.pooling} pooling"),
-        "pretraining data": of_config(_pretraining),
-        "images": of_config(lambda c: f"{c.data.size[0]} x {c.data.size[1]}, {c.data.channels} channels, "
-                                      f"augmentation {c.data.augment}"),
-        "batch": of_config(lambda c: f"{c.batch.global_size} images, {c.batch.samples_per_class} per class"),
-        "epochs": of_config(lambda c: f"{c.epochs}" + (f", stopped after {c.max_steps} steps" if c.max_steps else "")),
-        "ranking loss": of_config(lambda c: c.ranking.name),
-        "optimizer": of_config(lambda c: f"{c.optim.name}, learning rate {c.optim.lr:g} ({c.optim.schedule}), "
-                                         f"weight decay {c.optim.weight_decay:g}"),
-        "evaluation": of_config(lambda c: f"{c.evaluation.distance} distance, {c.evaluation.conventions} conventions"),
-        "precision": of_config(lambda c: c.precision),
-        "ranks": of_run(lambda run: run.provenance.get("world_size", "not recorded")),
-        "hardware": of_run(lambda run: run.provenance.get("hardware", "not recorded")),
-        "git commit": of_run(lambda run: _commit(run.provenance)),
-        "versions": of_run(lambda run: ", ".join(f"{name[8:]} {value}" for name, value in run.provenance.items()
-                                                 if name.startswith("version."))),
-    }  # fmt: skip
-
-
-def _by_variant(pairs: Sequence[tuple[str, str]]) -> str:
-    """Return the one value that all have, or each with the variants that have it."""
-    owners: dict[str, dict[str, None]] = {}
-    for label, value in pairs:
-        owners.setdefault(value, {})[label] = None
-    if len(owners) == 1:
-        return next(iter(owners))
-    return "; ".join(f"{', '.join(labels)}: {value}" for value, labels in owners.items())
+        "pretraining data": by_variant(lambda run: _pretraining(run.spec.config)),
+        **{name: by_variant(lambda run, name=name: flat[id(run)][name]) for name in SETTINGS},  # type: ignore[misc]
+        "ranks": by_variant(lambda run: run.provenance.get("world_size", "not recorded")),
+        "hardware": by_variant(lambda run: run.provenance.get("hardware", "not recorded")),
+        "git commit": by_variant(lambda run: _commit(run.provenance)),
+        "versions": by_variant(lambda run: _versions(run.provenance)),
+    }
 
 
 def _commit(provenance: Mapping[str, Any]) -> str:
     commit = str(provenance.get("git_commit", "not recorded"))
     return commit + " with uncommitted changes" * (provenance.get("git_dirty") == "true")
+
+
+def _versions(provenance: Mapping[str, Any]) -> str:
+    found = {name.removeprefix("version."): v for name, v in provenance.items() if name.startswith("version.")}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _dataset(manifest: Manifest) -> str:

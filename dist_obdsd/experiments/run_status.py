@@ -57,11 +57,7 @@ def status_of(spec: RunSpec) -> RunStatus:
 
 
 def check_folders(specs: Sequence[RunSpec], shards: dict[str, Manifest], ranks: int) -> None:
-    """Refuse existing runs that have other settings than their variant.
-
-    Raises:
-        InputError: the first such run, with what differs.
-    """
+    """Refuse existing runs that have other settings than their variant."""
     for spec in specs:
         if not (spec.run_dir / "config.yaml").exists():
             continue

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dist_obdsd.config import load_config
@@ -39,18 +40,14 @@ class Comparison:
         self, config: Path, overrides: Sequence[str], variants: str, seeds: str, grid: Sequence[str] = (), *,
         ranks: int | None = None, out: Path | None = None, flags: Sequence[str] = (), command_line: str = "",
     ) -> None:  # fmt: skip
-        """
+        """Check everything that can be checked before a run starts.
+
         Args:
-            config: the YAML file of all runs.
-            overrides: settings of all runs.
-            variants, seeds, grid: as on the command line.
+            config, overrides, variants, seeds, grid: as on the command line.
             ranks: processes of a run, by torchrun; None: one, without a launcher.
             out: folder of the report; None: beside the runs.
             flags: passed on to ``train``.
             command_line: said in the report.
-
-        Raises:
-            InputError: the variants are at fault, or an existing run has other settings than its variant.
         """
         chosen = planning.read_variants(variants)
         self.specs = planning.plan(config, overrides, chosen, planning.read_seeds(seeds), planning.read_grid(grid))
@@ -79,9 +76,8 @@ class Comparison:
 
     def jobs(self) -> list[str]:
         """Return each run's command line for a scheduler, with its tracked parent."""
-        parent = self._parent()
-        parent_settings = _parent_settings(parent)
-        return [shlex.join([*self._command(spec, printed=True), *parent_settings]) for spec in self.specs]
+        extra = self._parent_setting(self._parent())
+        return [shlex.join([*self._command(spec, printed=True), *extra]) for spec in self.specs]
 
     def report(self) -> Report | None:
         """Report the runs that are finished; None where there are none."""
@@ -96,7 +92,7 @@ class Comparison:
         parent = self._parent()
         state = "FAILED"
         try:
-            failed = self._train_all(_parent_settings(parent), stop)
+            failed = self._train_all(parent, stop)
             self.statuses = [failed.get(spec.run_dir) or status_of(spec) for spec in self.specs]
             report = self._write_report(parent)
             state = "KILLED" if stop.requested else "FAILED" if self.missing else "FINISHED"
@@ -138,7 +134,11 @@ class Comparison:
             return [*launcher, "--standalone", "--nproc-per-node", str(self._ranks), "-m", *arguments]
         return ["dist-obdsd", *arguments[1:]] if printed else [sys.executable, "-m", *arguments]
 
-    def _train_all(self, parent_settings: Sequence[str], stop: PreemptionHandler) -> dict[Path, RunStatus]:
+    @staticmethod
+    def _parent_setting(parent: Tracker) -> list[str]:
+        return [f"tracking.parent={parent.run_id}"] if parent.run_id else []
+
+    def _train_all(self, parent: Tracker, stop: PreemptionHandler) -> dict[Path, RunStatus]:
         """Train one run after the other; return what did not finish, by its folder."""
         failed = {}
         for number, spec in enumerate(self.specs, 1):
@@ -149,7 +149,7 @@ class Comparison:
             if state == FINISHED:
                 continue
             started = time.monotonic()
-            status = train_run([*self._command(spec, printed=False), *parent_settings], spec, stop)
+            status = train_run([*self._command(spec, printed=False), *self._parent_setting(parent)], spec, stop)
             seconds = time.monotonic() - started
             if status.state == FINISHED:
                 logger.info(f"{run}: finished after {seconds:.0f} s\n")
@@ -162,23 +162,14 @@ class Comparison:
 def train_run(command: Sequence[str], spec: RunSpec, stop: PreemptionHandler) -> RunStatus:
     """Train one run in a process of its own, which gets this one's signals."""
     before = read_status(spec.run_dir)
-    process = subprocess.Popen(command)
     passed_on = False
-    try:
+    with subprocess.Popen(command) as process:  # Ctrl-C reaches the run, too, and it is waited for
         while process.poll() is None:
             if stop.requested and not passed_on:
                 process.terminate()
                 passed_on = True
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
-            except subprocess.TimeoutExpired:
-                continue
-    except KeyboardInterrupt:  # the terminal sent it to the run, too
-        process.wait()
-        raise
-    finally:
-        if process.poll() is None:
-            process.kill()
     status, after = status_of(spec), read_status(spec.run_dir)
     if status.state == FINISHED:  # launchers have exit codes of their own
         return status
@@ -188,7 +179,3 @@ def train_run(command: Sequence[str], spec: RunSpec, stop: PreemptionHandler) ->
     if after.get("state") == "running":
         return RunStatus(spec, "failed", f"{ended} without an error message", {}, {})
     return status
-
-
-def _parent_settings(parent: Tracker) -> list[str]:
-    return [f"tracking.parent={parent.run_id}"] if parent.run_id else []

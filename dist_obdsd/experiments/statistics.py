@@ -23,10 +23,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Estimate a mean from a sample.
-
-    Raises:
-        ValueError: there are no values.
+    """Estimate the mean of at least one value.
 
     >>> spread([1.0, 2.0, 3.0]).mean
     2.0
@@ -37,11 +34,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def difference(variant: Mapping[int, float], baseline: Mapping[int, float]) -> Spread | None:
-    """Compare two variants, seed by seed, on the seeds that both have.
-
-    Args:
-        variant: seed -> value.
-        baseline: likewise.
+    """Compare two variants, seed -> value, on the seeds that both have.
 
     Returns:
         The mean of variant - baseline, with the paired t-test; None where they share no seed.
@@ -55,8 +48,6 @@ def difference(variant: Mapping[int, float], baseline: Mapping[int, float]) -> S
 def _paired(values: Sequence[float], others: Sequence[float]) -> Spread:
     differences = [a - b for a, b in zip(values, others, strict=True)]
     n = len(differences)
-    if not n:
-        raise ValueError("a mean needs at least one value")
     mean = statistics.fmean(differences)
     std = statistics.stdev(differences) if n > 1 else None
     if n < FEWEST or std is None:

@@ -67,15 +67,11 @@ def read_variants(text: str) -> list[Variant]:
     """Parse ``none,psd,hot:distillation.target=psd,optim.lr=2`` into three variants.
 
     A variant that is called like a target has that target; any other has the overrides after its colon.
-
-    Raises:
-        InputError: a variant without a name or overrides, or a name twice.
     """
     found: list[tuple[str, list[str]]] = []
     for part in split(text):
-        head, equals, _ = part.partition("=")
         name, colon, first = part.partition(":")
-        if equals and ":" not in head:  # one more override of the variant before
+        if "=" in name:  # one more override of the variant before
             if not found or not found[-1][1]:
                 raise InputError(f"--variants has {part!r} without a variant; write NAME:{part}")
             found[-1][1].append(part)
@@ -91,25 +87,16 @@ def read_variants(text: str) -> list[Variant]:
             )
         found.append((name, [first] if colon else []))
     _check_unique([name for name, _ in found], "--variants has the variant")
-    return [Variant(name, tuple(_with_target(name, overrides))) for name, overrides in found]
-
-
-def _with_target(name: str, overrides: list[str]) -> list[str]:
-    if name not in TARGETS.choices:
-        return overrides
-    target = f"distillation.target={name}"
-    for override in overrides:
-        if override.startswith("distillation.target=") and override != target:
-            raise InputError(f"the variant {name} sets {override}; call it otherwise, or leave that out")
-    return [target, *(override for override in overrides if override != target)]
+    for name, overrides in found:
+        if name in TARGETS.choices:
+            if any(override.startswith("distillation.target=") for override in overrides):
+                raise InputError(f"the variant {name} sets distillation.target; call it otherwise, or leave that out")
+            overrides.insert(0, f"distillation.target={name}")
+    return [Variant(name, tuple(overrides)) for name, overrides in found]
 
 
 def read_seeds(text: str) -> list[int]:
-    """Parse how many seeds (``3`` -> 0, 1, 2) or which (``4,7`` -> 4, 7).
-
-    Raises:
-        InputError: no numbers, none at all, or one twice.
-    """
+    """Parse how many seeds (``3`` -> 0, 1, 2) or which (``4,7`` -> 4, 7)."""
     try:
         numbers = [int(part) for part in split(text) if part]
     except ValueError as error:
@@ -124,11 +111,7 @@ def read_seeds(text: str) -> list[int]:
 
 
 def read_grid(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """Parse ``["optim.lr=1e-3,1e-4", "epochs=2,4"]`` into four rows of ``key=value``.
-
-    Raises:
-        InputError: an entry without values, or a key or a value twice.
-    """
+    """Parse ``["optim.lr=1e-3,1e-4", "epochs=2,4"]`` into four rows of ``key=value``."""
     axes = []
     for text in texts:
         key, equals, values = text.partition("=")
@@ -169,7 +152,9 @@ def plan(
     for variant, point, seed in itertools.product(variants, grid, seeds):
         changes = (*variant.overrides, *point)
         loaded = load_config(config, [*overrides, *changes, f"seed={seed}"])
-        slug = "".join(f"-{_slug(override)}" for override in point)
+        # "optim.lr=0.001" becomes "lr0.001", fit for a folder's name.
+        short = [re.sub(r"^([^=]*\.)?([^=]*)=", r"\2", override) for override in point]
+        slug = "".join("-" + re.sub(r"[^A-Za-z0-9._-]+", "_", text) for text in short)
         name = f"{loaded.name}-{variant.name}{slug}-seed{seed}"
         own = (*kept, *changes, f"seed={seed}", f"name={name}")
         specs.append(
@@ -177,12 +162,6 @@ def plan(
         )
     _check_different(specs)
     return specs
-
-
-def _slug(override: str) -> str:
-    """Shorten ``optim.lr=0.001`` to ``lr0.001``, fit for a folder's name."""
-    key, _, value = override.partition("=")
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", key.rpartition(".")[2] + value)
 
 
 def _check_different(specs: Sequence[RunSpec]) -> None:
