@@ -5,7 +5,7 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help docs setup demo test test-fast bench gpu-check lint chaos constraints parts format ui clean test-slurm
+.PHONY: help docs setup demo test test-fast bench gpu-check lint chaos constraints parts format ui clean test-slurm wheel
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ gpu-check:  ## check a GPU and time training steps on it, without .venv: torch, 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos
 
+wheel:  ## build the wheel, and train and search with it in a fresh venv outside of the checkout
+	PYTHON=$(PYTHON) tests/wheel.sh
+
 test-slurm: setup  ## launch/* on a real SLURM, over ssh and between two hosts; installs Debian's packages, needs root (25 minutes)
 	command -v slurmctld >/dev/null || { printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; \
 	  apt-get update -qq; apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2 openssh-server pdsh; rm /usr/sbin/policy-rc.d; }
@@ -58,7 +61,7 @@ constraints:  ## pin what a fresh install takes today, in constraints.txt
 	.venv-constraints/bin/python -m pip freeze --exclude-editable > constraints.txt
 	rm -rf .venv-constraints
 
-parts: setup  ## write the tables of docs/parts.md anew
+parts: setup  ## write docs/parts.md and docs/reference.md anew, from the registry and the docstrings
 	$(BIN)/python docs/make_parts.py
 
 docs: setup  ## the pages of docs/ as a site, in site/
