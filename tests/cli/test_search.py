@@ -11,6 +11,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,10 +157,10 @@ class Served:
         return matches
 
 
-@pytest.fixture
-def served(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[Served]:
-    where = ("--gallery", gallery, "--port", "0", "--index", tmp_path / "i.npz")
-    line = runs.command("serve", trained / "runs" / "tiny", *where)
+@contextmanager
+def serving(run: Path, gallery: Path, index: Path) -> Iterator[Served]:
+    """``dist-obdsd serve`` in a process of its own."""
+    line = runs.command("serve", run, "--gallery", gallery, "--port", "0", "--index", index)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=runs.environment())
     try:
         assert process.stdout is not None
@@ -168,6 +169,38 @@ def served(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[Served]:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def served(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[Served]:
+    with serving(trained / "runs" / "tiny", gallery, tmp_path / "i.npz") as started:
+        yield started
+
+
+@pytest.mark.slow
+def test_serve_finds_one_image_of_ten_thousand(trained: Path, tmp_path: Path) -> None:
+    folder, index = tmp_path / "many", tmp_path / "i.npz"
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (10_000, 8, 8), np.uint8)):
+        (folder / f"class_{number % 100}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"class_{number % 100}" / f"{number}.png")
+    query = (folder / "class_34" / "1234.png").read_bytes()
+    with serving(trained / "runs" / "tiny", folder, index) as started:
+        code, page = started.ask("/")
+        assert code == 200
+        assert b"10,000 images" in page
+        assert len(page) < 100_000  # the images themselves come when they are asked for
+        first = started.find(query)
+        assert (first[0]["path"], len(first)) == ("class_34/1234.png", 24)
+        assert {match["path"].split("/")[0] for match in started.find(query, "class_99")} == {"class_99"}
+    written = index.stat().st_mtime_ns
+    with serving(trained / "runs" / "tiny", folder, index) as started:  # embeds nothing anew
+        assert started.find(query) == first
+        assert index.stat().st_mtime_ns == written
+        shutil.rmtree(folder)  # all that is left is an empty folder
+        folder.mkdir()
+        code, answer = started.ask("/search", query)
+        assert code == 400
+        assert "holds no image" in json.loads(answer)["error"]
 
 
 def test_serve_answers_a_browser(served: Served, gallery: Path) -> None:
