@@ -1,4 +1,4 @@
-"""Figure of a comparison: seeds, mean and interval, and differences to the baseline."""
+"""Figure of a comparison: seeds, means, and differences to the baseline."""
 
 import io
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ DOT, MEAN = "#7a9cc6", "#1f2a44"
 
 
 def draw(title: str, panels: Mapping[str, Mapping[str, Mapping[int, float]]], baselines: Mapping[str, str]) -> bytes:
-    """Draw a PNG: metrics side by side, and below them the differences to the baseline.
+    """Draw a PNG: metrics side by side, and below them the differences.
 
     Args:
         panels: metric -> variant -> seed -> value.

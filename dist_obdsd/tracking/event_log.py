@@ -176,7 +176,7 @@ def read_batches(path: Path, start: int) -> Iterator[tuple[list[Event], int]]:
 
 @contextmanager
 def upload_lock(path: Path) -> Iterator[None]:
-    """Hold the right to send a log; InputError where a live run or another replay has it."""
+    """Hold the right to send a log; InputError where another process has it."""
     with path.open("r+b") as file:  # NFS locks only what may be written
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

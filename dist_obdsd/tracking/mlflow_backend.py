@@ -123,7 +123,7 @@ class MLflowBackend:
     """Sends the events of one log to one MLflow run, which it finds or makes."""
 
     def __init__(self, state: UploadState, header: Mapping[str, Any], folder: Path) -> None:
-        """Connect to ``state.uri``; ``folder`` is the run folder, from which artifacts have their paths."""
+        """Connect to ``state.uri``; artifacts have paths from the run ``folder``."""
         self._state, self._header, self._folder = state, header, folder
         self._client = connect(state.uri)
         self._entities = importlib.import_module("mlflow.entities")
@@ -132,7 +132,7 @@ class MLflowBackend:
         """Kind of the events that are being sent, or were last."""
 
     def send(self, events: list[Event]) -> None:
-        """Send events of one kind; whatever MLflow raises may pass, so they can be sent again."""
+        """Send events of one kind; after an exception they can be sent again."""
         from mlflow.exceptions import MlflowException
 
         kind = self.kind = events[0]["kind"]

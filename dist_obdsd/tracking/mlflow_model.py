@@ -30,7 +30,7 @@ NEEDS = ("mlflow", "torch", "torchvision", "numpy", "pillow", "pydantic", "pyyam
 
 
 def log_model(client: "MlflowClient", run_id: str, path: Path) -> str:
-    """Log a checkpoint as the model of a run, and return ``models:/...``, its address for MLflow.
+    """Log a checkpoint as the model of a run, and return its address, ``models:/...``.
 
     MLflow's global client is not touched, so this may run in any thread.
     """

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def upload(path: Path, state: UploadState, backend: MLflowBackend, stop: Callable[[], bool] = lambda: False) -> int:
-    """Send what is missing, save after every batch how much the server has, and return the number of events sent."""
+    """Send what is missing, note it after every batch, and return the number sent."""
     sent = 0
     for events, end in event_log.read_batches(path, state.sent):
         if stop():
