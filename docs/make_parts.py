@@ -70,6 +70,8 @@ def _signature(thing: object, name: str) -> str:
     shown = [p.replace(annotation=_plain(p.annotation)) for p in found.parameters.values() if p.name != "self"]
     text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(found.replace(parameters=shown)))  # annotations that are texts
     text = re.sub(r"\b(?:\w+\.)+(?=[A-Z])|(?<!\w)numpy\.(?=ndarray)", "", text).replace("'", '"')
+    if inspect.isclass(thing):
+        text = text.removesuffix(" -> None")
     if len(name + text) > 100:
         inside, arrow, answer = text[1:].rpartition(") -> ")
         text = "(\n" + "".join(f"    {part},\n" for part in _split(inside if arrow else text[1:-1])) + ")"
