@@ -246,7 +246,7 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format an aligned Markdown table, whose first two columns are texts."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    widths = [max(2, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
     rule = ["-" * (width - (i > 1)) + ":" * (i > 1) for i, width in enumerate(widths)]
     lines = [
         [cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]

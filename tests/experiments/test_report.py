@@ -119,6 +119,6 @@ def test_a_grid_point_is_chosen_by_validation_classes_alone(folder: Path) -> Non
 
 
 def test_a_table_reads_as_it_stands() -> None:
-    assert aligned(["name", "x", "n"], [["none", "a", "3"], ["x", "b", "12"]]).splitlines() == [
-        "| name | x |  n |", "| ---- | - | -: |", "| none | a |  3 |", "| x    | b | 12 |"
+    assert aligned(["name", "x", "n"], [["none", "a", "3"], ["x", "b", "1"]]).splitlines() == [
+        "| name | x  |  n |", "| ---- | -- | -: |", "| none | a  |  3 |", "| x    | b  |  1 |"
     ]  # fmt: skip
