@@ -17,5 +17,5 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m dist_obdsd tr
 test "$(dist-obdsd status "$checkout/configs/glyphs_tiny.yaml" | head -c 8)" = finished
 icons=$(python -c "import matplotlib; print(matplotlib.get_data_path() + '/images')")
 dist-obdsd search runs/glyphs_tiny --gallery "$icons" --html found.html "$icons/home.png"
-test -s found.html && test -s runs/glyphs_tiny/report.html
+test -s found.html
 echo "the wheel works outside of the checkout"
