@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_obdsd.experiments.statistics import difference, spread
@@ -49,6 +49,7 @@ def test_equal_differences_have_no_p_value() -> None:
 values = st.lists(st.floats(0, 1), min_size=3, max_size=8)
 
 
+@settings(deadline=None)
 @given(values, st.floats(-1, 1))
 def test_interval_and_p_value_say_the_same(of: list[float], shift: float) -> None:
     """0 lies in the difference's 95 % interval exactly where p > 0.05."""
