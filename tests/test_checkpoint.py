@@ -72,14 +72,6 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
         checkpoint.load(path)
 
 
-def test_the_names_of_older_files_are_read(tmp_path):
-    older = state(1) | {"unjudged": True}
-    older.pop("pending_validation", None)
-    found = checkpoint.load(checkpoint.save(tmp_path, older, best=False, keep=2))
-    assert found["pending_validation"]
-    assert found["best_test"] is None
-
-
 class Executes:
     def __reduce__(self):
         return (print, ("executed",))
