@@ -119,13 +119,13 @@ def draw(run: Path, overrides: Sequence[str] = ()) -> tuple[list[Path], list[str
     if not (run / "metrics.jsonl").is_file():
         raise InputError(f"{run} has no metrics.jsonl; give the folder of a run, such as runs/NAME")
     folder = RunFolder(run, load_config(run / "config.yaml", overrides))
-    (run / "figures").mkdir(exist_ok=True)
     paths, failures = [], []
     for path in (*(run / "figures" / f"{name}.png" for name in FIGURES), run / "report.html"):
         try:
             if path.suffix == ".html":
                 write_atomically(path, run_report(run, folder.config, folder.metrics, folder.summary).encode())
             elif (figure := getattr(folder, path.stem)()) is not None:
+                path.parent.mkdir(exist_ok=True)
                 retrieval_grid.write(path, figure)
             else:
                 continue
