@@ -151,10 +151,12 @@ class Config(Section):
                 f"{library} has no weights for {self.model.backbone}; set model.pretrained=none or to a file"
             )
         chooses = self.validation.holds_out or self.evaluation.best_test
-        if chooses and sections.SELECTION_METRIC not in self.evaluation.metrics:
+        recalls = [f"recall@{k}" for k in self.evaluation.recall_at] if "recall" in self.evaluation.metrics else []
+        if chooses and self.evaluation.select_by not in (*recalls, *self.evaluation.metrics):
             raise ValueError(
-                f"the best epoch is chosen by {sections.SELECTION_METRIC}; add it to evaluation.metrics, or hold out "
-                f"no validation classes and set evaluation.best_test=false"
+                f"the best epoch is chosen by {self.evaluation.select_by}; add it to evaluation.metrics (a recall@k "
+                f"also to evaluation.recall_at), set evaluation.select_by to one that is measured, or hold out no "
+                f"validation classes and set evaluation.best_test=false"
             )
         if self.evaluation.best_test and not self.evaluation.test:
             raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")

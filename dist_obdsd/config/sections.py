@@ -7,12 +7,19 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from dist_obdsd.config.base import Count, Location, NonNegative, Positive, Section, read_names
 from dist_obdsd.config.registry import BACKBONES, METRICS, TARGETS
 
-SELECTION_METRIC = "map@r"  # that best_validation and best_test are the best of
+SELECT_BY = ("map@r", "r_precision", "map@1000", "map@c", "nmi", "f1")  # of which more is better, as of Recall@k
 AUGMENTATIONS = ("none", "crop", "strong", "affine")
 NO_ZERO_3 = (
     "ZeRO stage 3 would cut up the weights, of which the progressive teacher is a copy; set stage 0, 1 or 2, or "
     "strategy=fsdp, which cuts up both networks"
 )
+
+
+def _check_select_by(name: str) -> str:
+    kind, _, k = name.partition("@")
+    if name not in SELECT_BY and not (kind == "recall" and k.isdecimal()):
+        raise ValueError(f"{name!r} cannot choose an epoch; give recall@1 (or another k) or {', '.join(SELECT_BY)}")
+    return name
 
 
 def _check_augment(name: str) -> str:
@@ -311,6 +318,9 @@ class EvaluationConfig(Section):
     best_test: bool = False
     """Also measure the test set every `validation.every` epochs and report the best as `best_test`. That chooses the
     epoch on the test set, as papers do, and flatters the result."""
+    select_by: Annotated[str, AfterValidator(_check_select_by)] = "map@r"
+    """The metric, as it is printed, by which `best_validation`, `best_test` and `validation.patience` tell which epoch
+    is better, averaged over named galleries. The released code takes `recall@1`."""
     untrained: bool | None = None
     """Also measure the network before the first step, on the test set or else on the validation classes, for
     comparison. Unset: where it is pretrained."""

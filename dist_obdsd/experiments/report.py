@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dist_obdsd.config.sections import SELECTION_METRIC
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.errors import InputError
 from dist_obdsd.experiments import plot
@@ -17,14 +16,13 @@ from dist_obdsd.experiments.statistics import FEWEST, Spread, difference, spread
 from dist_obdsd.files import write_atomically
 
 PROTOCOLS = {
-    "best_validation": f"the epoch with the best {SELECTION_METRIC} on classes held out of training, measured once on "
-    "the test set",
+    "best_validation": "the best epoch on classes held out of training, measured once on the test set",
     "last": "after the last epoch, measured once on the test set; nothing was chosen",
     "validation": "the held-out training classes at their best epoch: to choose settings by, not to report",
     "best_test": "as in the papers: the epoch was chosen on the test set, which flatters the result",
     "untrained": "before the first step, on the test set",
 }
-HEADLINES = ("recall@1", SELECTION_METRIC)
+HEADLINES = ("recall@1", "map@r")
 """The metrics on the terminal and in the figure, where they were measured."""
 
 Row = dict[str, Any]
@@ -197,14 +195,14 @@ class Report:
                 "No training classes were held out, so nothing here may choose between the points: set "
                 "`validation.fraction`, and choose by what is measured there, never by the test set."
             )
-        lines = []
+        lines, metric = [], self.specs[0].config.evaluation.select_by
         for variant in _unique(spec.variant for spec in self.specs):
             points = {spec.label: spec.point for spec in self.specs if spec.variant == variant}
             found = [r for r in self.statistics if r["protocol"] == "validation" and r["variant"] in points]
             if found:
                 best = max(found, key=lambda row: row["mean"])
                 lines.append([variant, f"`{points[best['variant']]}`", f"{best['mean']:.4f}", str(best["n"])])
-        return aligned(["variant", "best on the validation classes", f"mean {SELECTION_METRIC} there", "n"], lines)
+        return aligned(["variant", "best on the validation classes", f"mean {metric} there", "n"], lines)
 
     def _reproduce(self) -> str:
         recipes = [
@@ -228,7 +226,7 @@ def _rows_of(run: RunStatus) -> list[Row]:
     spec, summary = run.spec, run.summary
     measured = [(row["protocol"], row["metric"], row["value"], row["epoch"]) for row in summary["rows"]]
     if best := summary["meta"].get("best_validation"):
-        measured.append(("validation", SELECTION_METRIC, best["value"], best["epoch"]))
+        measured.append(("validation", spec.config.evaluation.select_by, best["value"], best["epoch"]))
     return [
         {"protocol": protocol, "metric": metric, "value": value, "variant": spec.label, "seed": spec.seed,
          "epoch": epoch, "run": spec.config.name}

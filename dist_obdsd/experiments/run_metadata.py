@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_obdsd.config import Config
-from dist_obdsd.config.sections import SELECTION_METRIC
 from dist_obdsd.data.manifest import Manifest, asks, gallery_of
 from dist_obdsd.experiments.run_status import RunStatus
 from dist_obdsd.tracking.provenance import flatten
@@ -80,7 +79,7 @@ def _test(manifest: Manifest, config: Config) -> str:
 
 def _selection(config: Config) -> str:
     if config.validation.holds_out:
-        chosen = f"the epoch, by {SELECTION_METRIC} on training classes held out for it"
+        chosen = f"the epoch, by {config.evaluation.select_by} on training classes held out for it"
     else:
         chosen = "none: no classes are held out, the last epoch is reported"
     return chosen + ("; best_test chooses on the test set" if config.evaluation.best_test else "")

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from dist_obdsd.config import Config
-from dist_obdsd.config.sections import SELECTION_METRIC
 
 FIGURES = {
     "loss_curves": "Losses, learning rate and target, step by step",
@@ -69,7 +68,7 @@ def what_to_try(config: Config, metrics: Sequence[Row], summary: Row) -> Iterato
     steps = [row for row in metrics if row["kind"] == "step"]
     if summary["rows"] and "untrained" not in {row["protocol"] for row in summary["rows"]}:
         yield "Set evaluation.untrained=true to see how much training improves on the network that it starts from."
-    epochs = {row["epoch"]: _score(row) for row in metrics if row["kind"] == "validation"}
+    epochs = {row["epoch"]: _score(row, config) for row in metrics if row["kind"] == "validation"}
     best, last = max(epochs, key=lambda epoch: epochs[epoch], default=0), max(epochs, default=0)
     if not epochs:
         yield "Set validation.fraction=0.2 to hold out classes, so that the best epoch is known without the test set."
@@ -122,9 +121,9 @@ def _by_protocol(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _score(values: Row) -> float:
+def _score(values: Row, config: Config) -> float:
     """Return the number that epochs are compared by, averaged over the galleries."""
-    found = [value for name, value in values.items() if name.rpartition("/")[2] == SELECTION_METRIC]
+    found = [value for name, value in values.items() if name.rpartition("/")[2] == config.evaluation.select_by]
     return math.fsum(found) / len(found)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from dist_obdsd.config import Config
-from dist_obdsd.config.sections import SELECTION_METRIC
 from dist_obdsd.console import NOTICE
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.distributed.launch import Runtime
@@ -25,14 +24,10 @@ Choice = dict[str, Any]
 """{"value": of the selection metric, "epoch": after so many epochs}; of the test set with all "metrics", too."""
 
 
-def selection_value(metrics: Mapping[str, float], metric: str = SELECTION_METRIC) -> float:
-    """Return the number that epochs are compared by: the mean over the galleries, where they have names."""
+def selection_value(metrics: Mapping[str, float], metric: str) -> float:
+    """Return the value of a metric: the mean over the galleries, where they have names."""
     values = [value for name, value in metrics.items() if name.rpartition("/")[2] == metric]
     return math.fsum(values) / len(values)
-
-
-def is_better(metrics: dict[str, float], best: Choice | None) -> bool:
-    return best is None or selection_value(metrics) > best["value"]
 
 
 class ModelSelector:
@@ -61,6 +56,7 @@ class ModelSelector:
             InputError: ``validation.max_images`` is too small.
         """
         self.config, self.manifest, self.student = config, manifest, student
+        self.select_by = config.evaluation.select_by
         self.runtime, self.on_result, self.preemption = runtime, on_result, preemption
         self.classes = validation_subset(manifest, validation_classes, config)
         self.best_validation: Choice | None = None
@@ -72,6 +68,10 @@ class ModelSelector:
     def uses_test(self) -> bool:
         """True when there is a test set and it may be evaluated."""
         return self.config.evaluation.test and "test" in self.manifest.splits
+
+    def is_better(self, metrics: Mapping[str, float], best: Choice | None) -> bool:
+        """Compare an epoch with the best one so far."""
+        return best is None or selection_value(metrics, self.select_by) > best["value"]
 
     def before_training(self) -> None:
         """Evaluate the untrained network, if asked for, on test or validation images."""
@@ -99,11 +99,12 @@ class ModelSelector:
         tested = self._evaluate("test", "test", None, epoch) if tests else None
         if tested is not None:
             self._last_test = epoch, tested
-            if is_better(tested, self.best_test):
-                self.best_test = {"value": selection_value(tested), "epoch": epoch, "metrics": tested}
-        if validated is None or not is_better(validated, self.best_validation):
+            if self.is_better(tested, self.best_test):
+                value = selection_value(tested, self.select_by)
+                self.best_test = {"value": value, "epoch": epoch, "metrics": tested}
+        if validated is None or not self.is_better(validated, self.best_validation):
             return False
-        self.best_validation = {"value": selection_value(validated), "epoch": epoch}
+        self.best_validation = {"value": selection_value(validated, self.select_by), "epoch": epoch}
         return True
 
     def after_training(self, epoch: int, whole: bool, load_best: Callable[[], None]) -> list[dict[str, Any]]:
@@ -131,7 +132,7 @@ class ModelSelector:
                     load_best()
                     metrics = self._evaluate("test of best_validation", "test", None, best)
                 results.append(("best_validation", best, metrics))
-        elif self.best_validation and (note := self._made_worse({SELECTION_METRIC: self.best_validation["value"]})):
+        elif self.best_validation and (note := self._made_worse({self.select_by: self.best_validation["value"]})):
             logger.log(NOTICE, "validation: %s", note)
         if self.best_test is not None:
             results.append(("best_test", self.best_test["epoch"], self.best_test["metrics"]))
@@ -150,7 +151,7 @@ class ModelSelector:
         known = [name.rpartition("/")[2] for name in metrics]
         fell: list[str] = []
         rose: list[str] = []
-        for metric in {SELECTION_METRIC, next((n for n in known if "recall@" in n), "")} & {*known}:
+        for metric in {self.select_by, next((n for n in known if "recall@" in n), "")} & {*known}:
             before, after = selection_value(self.untrained, metric), selection_value(metrics, metric)
             (fell if after < before else rose).append(f"{metric} from {before:.4f} to {after:.4f}")
         if not fell:

@@ -31,7 +31,7 @@ from dist_obdsd.training.checkpoint_manager import CheckpointManager, TrainState
 from dist_obdsd.training.evaluation import check_evaluable, validation_subset
 from dist_obdsd.training.failures import report_failure
 from dist_obdsd.training.metrics_logger import MetricsLogger
-from dist_obdsd.training.model_selection import ModelSelector, is_better
+from dist_obdsd.training.model_selection import ModelSelector
 from dist_obdsd.training.preemption import PreemptionHandler
 from dist_obdsd.training.progress_display import ProgressDisplay
 from dist_obdsd.training.run_dir import Attempt, RunDir, read_status
@@ -239,7 +239,8 @@ class Trainer:
             self.metrics.log_step(host, numbers)
 
     def _log_evaluation(self, what: str, result: EvaluationResult, epoch: int) -> None:
-        best = what == "validation" and is_better(result.metrics, self.model_selector.best_validation)
+        selector = self.model_selector
+        best = what == "validation" and selector.is_better(result.metrics, selector.best_validation)
         self.metrics.log_evaluation(what, result, epoch, self.progress.global_step, best)
         self.figures.keep_evaluation(what, result, epoch, self.manifest.classes)
 

@@ -53,6 +53,17 @@ def test_the_best_epochs_are_those_of_the_metrics(folder):
     assert "(16 queries" in done.stdout
 
 
+def test_another_metric_may_choose(folder):
+    more = ("validation.fraction=0.5", "epochs=4", "evaluation.select_by=recall@1")
+    runs.train(folder, "name=chosen", *more)
+    run = folder / "runs" / "chosen"
+    validated = runs.metrics(run, "validation")
+    best = max(validated, key=lambda row: row["recall@1"])  # the first of equals
+    assert protocols(run)["best_validation"]["epoch"] == best["epoch"]
+    assert json.loads((run / "summary.json").read_text())["meta"]["best_validation"]["value"] == best["recall@1"]
+    assert best["recall@1"] != best["map@r"]
+
+
 def test_without_being_asked_the_test_set_is_measured_once(folder):
     runs.train(folder, "validation.every=2")
     found = protocols(folder / "runs" / "tiny")
@@ -78,6 +89,8 @@ def test_a_run_that_ends_inside_an_epoch_loads_the_best(folder):
     [
         (("evaluation.metrics=[recall]", "evaluation.best_test=true"), "evaluation.metrics"),
         (("evaluation.metrics=[recall]", "validation.fraction=0.25"), "evaluation.metrics"),
+        (("evaluation.select_by=recall@3", "validation.fraction=0.25"), "evaluation.recall_at"),
+        (("evaluation.select_by=rho_spectrum",), "cannot choose an epoch"),
         (("evaluation.test=false", "evaluation.best_test=true"), "evaluation.test=true"),
         (("validation.fraction=0.25", "validation.max_images=9"), "room for 1 whole classes and needs room for 2"),
         (("evaluation.metrics=[recal]",), "evaluation.metrics"),
