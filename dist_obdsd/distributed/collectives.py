@@ -5,7 +5,7 @@ function works as in a world of one. Shapes: b rows here, B = W * b rows on all 
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -186,50 +186,6 @@ def broadcast_(tensors: Sequence[torch.Tensor], source: int = 0) -> None:
             dist.broadcast(message, group=_GROUP.get(), group_src=source)
             if not tensor.is_contiguous():
                 tensor.detach().copy_(message)
-
-
-def ring_pass(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Send the tensors to the next rank and receive those of the previous one. All ranks have the same shapes."""
-    if world_size() == 1:
-        return list(tensors)
-    following, previous = (rank() + 1) % world_size(), (rank() - 1) % world_size()
-    received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-    group = _GROUP.get()
-    operations = [dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=following) for x in tensors]
-    operations += [dist.P2POp(dist.irecv, x, group=group, group_peer=previous) for x in received]
-    for request in dist.batch_isend_irecv(operations):
-        request.wait()
-    return received
-
-
-def ring_rotate(
-    block: torch.Tensor, height: int, others: Sequence[torch.Tensor], visit: Callable[..., None]
-) -> list[torch.Tensor]:
-    """Send a block of this rank's rows round all ranks, and return it with what their visits wrote into it.
-
-    Args:
-        block: [m, ...], m at most ``height`` and different on every rank.
-        height: the same on every rank.
-        others: tensors of ``height`` rows that travel along.
-        visit: called on every rank with (hop, the m rows, the first m rows of each of the others); writes in place.
-
-    Returns:
-        The block and the others, ``height`` rows each.
-    """
-    count = torch.tensor([block.shape[0]], device=block.device)
-    travelling = [count, padded(block, height, 0), *others]
-    for hop in range(world_size()):
-        m = int(travelling[0])
-        visit(hop, *(tensor[:m] for tensor in travelling[1:]))
-        travelling = ring_pass(travelling)
-    return travelling[1:]
-
-
-def padded(x: torch.Tensor, height: int, value: float) -> torch.Tensor:
-    """Pad ``x`` with rows of ``value`` up to ``height`` rows."""
-    if x.shape[0] == height:
-        return x
-    return torch.cat([x, x.new_full((height - x.shape[0], *x.shape[1:]), value)])
 
 
 def gather_json(value: Any) -> list[Any]:

@@ -14,9 +14,8 @@ Other arrays or columns are left alone. Nothing in a file can execute: arrays of
 Shapes: n images of this rank, N of all ranks, D embedding dimension.
 """
 
-import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -90,13 +89,13 @@ def write(
         InputError: on every rank: the file cannot be written.
     """
     dim = max([dim for n, dim in collectives.gather_json(list(rows_nD.shape)) if n], default=0)
-    rows_nD = rows_nD if rows_nD.shape[0] else rows_nD.new_empty(0, dim)
+    rows_nD = rows_nD if len(rows_nD) else rows_nD.new_empty(0, dim)
     blocks = _blocks(rows_nD, ids_n, torch.from_numpy(table.ids), dtype)
     failure: Exception | None = None
     try:
         if collectives.rank() == 0:
             with replacing(path) as file:
-                (writer or _WRITERS[path.suffix])(file, table, dim, dtype, blocks)
+                (writer or (_write_npz if path.suffix == ".npz" else _write_parquet))(file, table, dim, dtype, blocks)
     except OSError as error:
         failure = error
     for _ in blocks:  # the other ranks only send, and so does a writer that failed
@@ -111,7 +110,7 @@ def _blocks(rows_nD: torch.Tensor, ids_n: torch.Tensor, ids_N: torch.Tensor, dty
     for block in ids_N.split(BLOCK):
         own = (ids_n >= block[0]) & (ids_n <= block[-1])
         ids, rows = collectives.gather_ragged(ids_n[own]), collectives.gather_ragged(rows_nD[own])
-        together = rows.new_full((block.numel(), rows.shape[1]), torch.nan)
+        together = rows.new_full((len(block), rows.shape[1]), torch.nan)
         together[torch.searchsorted(block, ids)] = rows
         yield together.numpy().astype(dtype)
 
@@ -133,19 +132,14 @@ def _write_parquet(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: I
     import pyarrow as pa
     from pyarrow import parquet
 
-    columns = {name: pa.array(column) for name, column in {"ids": table.ids, **table.columns}.items()}
+    columns = pa.table({"ids": table.ids, **table.columns})
     kind = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), dim)
-    schema = pa.schema([*((name, column.type) for name, column in columns.items()), ("embeddings", kind)])
     start = 0
-    with parquet.ParquetWriter(file, schema) as writer:
+    with parquet.ParquetWriter(file, columns.schema.append(pa.field("embeddings", kind))) as writer:
         for rows in blocks:
-            part = {name: column.slice(start, len(rows)) for name, column in columns.items()}
-            part["embeddings"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
-            writer.write_table(pa.table(part, schema=schema))
+            embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
+            writer.write_table(columns.slice(start, len(rows)).append_column("embeddings", embeddings))
             start += len(rows)
-
-
-_WRITERS: dict[str, Writer] = {".npz": _write_npz, ".parquet": _write_parquet}
 
 
 # ---- reading ----
@@ -153,8 +147,6 @@ _WRITERS: dict[str, Writer] = {".npz": _write_npz, ".parquet": _write_parquet}
 
 def read(path: Path) -> Embeddings:
     """Read this rank's share of a file. Collective.
-
-    Every rank reads the short columns and of the embeddings only its own rows.
 
     Raises:
         InputError: on every rank: the file is missing, not of its format or lacks what is needed; columns differ in
@@ -164,7 +156,7 @@ def read(path: Path) -> Embeddings:
         check_suffix(path)
         try:
             read_file(path, 1)  # a named pipe would keep the readers waiting for ever
-            columns, rows, total, start = _READERS[path.suffix](path)
+            columns, rows, total, start = (_read_npz if path.suffix == ".npz" else _read_parquet)(path)
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"cannot read {path}: {reason}; give the path of an embeddings file") from error
@@ -178,112 +170,74 @@ def read(path: Path) -> Embeddings:
                 f"{path} has embeddings of type {rows.dtype} and shape {rows.shape}; they must be float16, float32 or "
                 f"float64, one row of D numbers per image"
             )
-        if not {"labels", "classes"} & columns.keys():
-            raise InputError(f"{path} has neither labels nor classes, so nothing can be measured; add one of them")
+        columns.setdefault("ids", np.arange(total))
+        kinds = {"ids": ("iu", "integers"), "labels": ("iuU", "integers"), "roles": ("U", "texts")}
         for name, column in columns.items():
             if column.shape != (total,):
                 raise InputError(
                     f"{path} has {total} embeddings but {name} of shape {column.shape}; it needs {total} entries"
                 )
-            if name in ("roles", "classes") and column.dtype.kind not in ("U" if name == "roles" else "Uiu"):
-                raise InputError(f"{path} has {name} of type {column.dtype}; they must be texts")
-        ids = _integers(path, "ids", columns.get("ids", np.arange(total)))
-        distinct, counts = np.unique(ids, return_counts=True)
+            allowed, words = kinds.get(name, ("Uiu", "texts"))
+            if column.dtype.kind not in allowed:
+                raise InputError(f"{path} has {name} of type {column.dtype}; they must be {words}")
+        distinct, counts = np.unique(columns["ids"], return_counts=True)
         if len(distinct) < total:
             twice = distinct[counts > 1]
             raise InputError(
                 f"{path} has {len(twice)} ids more than once, the first is {twice[0]}; give each image its own"
             )
-        labels, class_names = _labels(path, columns)
+        if not {"labels", "classes"} & columns.keys():
+            raise InputError(f"{path} has neither labels nor classes, so nothing can be measured; add one of them")
+        labels = columns["labels" if "labels" in columns else "classes"]
+        values, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
+        texts = values.dtype.kind == "U"
+        names = values if texts else columns["classes"][first] if "classes" in columns else ()
         own = slice(start, start + len(rows))
         return Embeddings(
             torch.from_numpy(rows if rows.dtype == np.float64 else rows.astype(np.float32)),
-            torch.from_numpy(ids[own]),
-            torch.from_numpy(labels[own]),
+            torch.from_numpy(columns["ids"][own].astype(np.int64)),
+            torch.from_numpy((numbers if texts else labels)[own].astype(np.int64)),
             columns["roles"][own].tolist() if "roles" in columns else ["both"] * len(rows),
             total,
-            class_names,
+            dict(zip(range(len(values)) if texts else values.tolist(), map(str, names), strict=False)),
         )
     raise AssertionError("raise_on_all_ranks raises what the block raised")
-
-
-def _share(total: int) -> tuple[int, int]:
-    """First row of this rank, and of the next one."""
-    rank, world = collectives.rank(), collectives.world_size()
-    return total * rank // world, total * (rank + 1) // world
-
-
-def _integers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
-    if column.dtype.kind not in "iu":
-        raise InputError(f"{path} has {name} of type {column.dtype}; they must be integers")
-    return column.astype(np.int64)
-
-
-def _labels(path: Path, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[int, str]]:
-    """Return int64 labels [N], and their names where the file has any."""
-    named = columns.get("classes")
-    labels = columns["labels"] if "labels" in columns else columns["classes"]
-    if labels.dtype.kind == "U":
-        names, labels = np.unique(labels, return_inverse=True)
-        return labels.astype(np.int64), dict(enumerate(names.tolist()))
-    labels = _integers(path, "labels", labels)
-    if named is None:
-        return labels, {}
-    values, first = np.unique(labels, return_index=True)
-    return labels, dict(zip(values.tolist(), named[first].tolist(), strict=True))
 
 
 Read = tuple[dict[str, np.ndarray], np.ndarray, int, int]
 """(columns of all rows, embeddings of this rank's rows, number of all rows, this rank's first row)."""
 
 
+def _share(names: list[str], total: int) -> tuple[list[str], int, int]:
+    """The columns to read, the first row of this rank, and that of the next one."""
+    if "embeddings" not in names:
+        raise ValueError(f"it has no embeddings, only {', '.join(sorted(names)) or 'nothing'}")
+    rank, world = collectives.rank(), collectives.world_size()
+    return [name for name in COLUMNS if name in names], total * rank // world, total * (rank + 1) // world
+
+
 def _read_npz(path: Path) -> Read:
-    with zipfile.ZipFile(path) as archive:
-
-        def array(name: str) -> np.ndarray:
-            with archive.open(f"{name}.npy") as member:
-                return np.lib.format.read_array(member, allow_pickle=False)
-
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
-        columns = {name: array(name) for name in COLUMNS if name in names}
-        _check_names(names)
-        with archive.open("embeddings.npy") as member:
-            version = np.lib.format.read_magic(member)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, by_columns, dtype = header(member)
-            start, stop = _share(shape[0])
-            if by_columns or dtype.kind != "f":
-                return columns, array("embeddings")[start:stop], shape[0], start
-            row = math.prod(shape[1:]) * dtype.itemsize
-            member.seek(start * row, 1)
-            rows = np.frombuffer(member.read((stop - start) * row), dtype).reshape(stop - start, *shape[1:])
-            return columns, rows, shape[0], start
+    with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:  # else any pickle might be named so
+        rows = np.atleast_1d(arrays["embeddings"]) if "embeddings" in arrays else np.empty(0)
+        names, start, stop = _share(list(arrays), len(rows))
+        return {name: arrays[name] for name in names}, rows[start:stop], len(rows), start
 
 
 def _read_parquet(path: Path) -> Read:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        names, total = file.schema_arrow.names, file.metadata.num_rows
-        _check_names(names)
+        names, start, stop = _share(file.schema_arrow.names, file.metadata.num_rows)
         columns = {}
-        for name in [name for name in COLUMNS if name in names]:
+        for name in names:
             column = file.read([name]).column(0)
             if column.null_count:
                 raise ValueError(f"{name} has {column.null_count} empty entries")
             array = column.to_numpy()
             columns[name] = array.astype(str) if array.dtype == object and isinstance(array[0], str) else array
-        (start, stop), at, parts = _share(total), 0, [np.empty((0, 0), np.float32)]
+        at, parts = 0, [np.empty((0, 0), np.float32)]
         for batch in file.iter_batches(BLOCK, columns=["embeddings"]):
             own = batch.column(0)[max(start - at, 0) : max(stop - at, 0)]
             parts += [np.stack(own.to_numpy(zero_copy_only=False))] if len(own) else []
             at += len(batch)
-        return columns, np.concatenate(parts[1:] or parts), total, start
-
-
-def _check_names(names: Sequence[str]) -> None:
-    if "embeddings" not in names:
-        raise ValueError(f"it has no embeddings, only {', '.join(sorted(names)) or 'nothing'}")
-
-
-_READERS: dict[str, Callable[[Path], Read]] = {".npz": _read_npz, ".parquet": _read_parquet}
+        return columns, np.concatenate(parts[1:] or parts), at, start

@@ -1,4 +1,4 @@
-"""The index of all images of an evaluation, which every rank knows, so that counting needs no messages.
+"""All images of an evaluation, which every rank knows: ids, labels, roles and embeddings.
 
 Roles say what an image does: ``both``, ``query`` and ``train`` ask, ``both``, ``gallery``, ``train`` and
 ``gallery:NAME`` are searched (``train`` is evaluated only where its classes are held out for validation). Images with
@@ -7,6 +7,7 @@ Roles say what an image does: ``both``, ``query`` and ``train`` ask, ``both``, `
 Shapes: n images of this rank, N different images of all ranks, C classes.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,12 +37,12 @@ class EvalIndex:
     duplicates: int
     """Images that arrived again under an id already seen."""
     place_n: torch.Tensor
-    """int64: this rank's images as places in the N."""
-    kept_n: torch.Tensor
-    """bool: this rank's images that are the first with their id, in rank order."""
+    """int64, ascending: of the N those whose first image, in rank order, is this rank's."""
+    row_n: torch.Tensor
+    """int64: which of this rank's rows they are."""
 
     def __len__(self) -> int:
-        return self.ids_N.numel()
+        return len(self.ids_N)
 
     @cached_property
     def classes(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +55,6 @@ def build_eval_index(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequenc
 
     Args:
         ids_n: int64; an id that arrives again, here or on another rank, is dropped and counted.
-        labels_n: int64.
-        roles: n roles.
 
     Raises:
         InputError: on every rank: an unknown role, or an id that arrives with two labels or roles.
@@ -70,58 +69,70 @@ def build_eval_index(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequenc
     code = {role: place for place, role in enumerate(known)}
     own_n3 = torch.stack([ids_n, labels_n, torch.tensor([code[role] for role in roles], dtype=torch.int64)], dim=1)
     all_M3 = collectives.gather_ragged(own_n3)
-    start = sum(collectives.gather_json(ids_n.numel())[: collectives.rank()])
-
-    order_M = all_M3[:, 0].argsort(stable=True)
-    sorted_M3 = all_M3[order_M]
-    again_M = torch.zeros(len(order_M), dtype=torch.bool)
-    again_M[1:] = sorted_M3[1:, 0] == sorted_M3[:-1, 0]
-    with raise_on_all_ranks("the labels of the evaluation images"):
-        contradicts = (sorted_M3[1:] != sorted_M3[:-1]).any(dim=1) & again_M[1:]
-        if contradicts.any():
-            at = int(contradicts.nonzero()[0])
-            (one, label, role), (_, other_label, other_role) = sorted_M3[at : at + 2].tolist()
-            raise InputError(
+    ids_N, place_M = all_M3[:, 0].unique(return_inverse=True)
+    M, start = len(all_M3), sum(collectives.gather_json(len(ids_n))[: collectives.rank()])
+    first_N = torch.full_like(ids_N, M).scatter_reduce(0, place_M, torch.arange(M), "amin")
+    contradicts_M = (all_M3 != all_M3[first_N[place_M]]).any(dim=1)
+    if contradicts_M.any():
+        at = int(contradicts_M.nonzero()[0])
+        (one, label, role), (_, other_label, other_role) = all_M3[[int(first_N[place_M[at]]), at]].tolist()
+        raise collectives.met_by_all(
+            InputError(
                 f"image id {one} arrives as class {label}, role {known[role]} and as class {other_label}, role "
                 f"{known[other_role]}; give every image an id of its own"
             )
-    kept_M = torch.empty_like(again_M)
-    kept_M[order_M] = ~again_M
-    ids_N, labels_N, role_N = sorted_M3[~again_M].unbind(dim=1)
+        )
+    _, labels_N, role_N = all_M3[first_N].T.contiguous()
+    place_n = ((first_N >= start) & (first_N < start + len(ids_n))).nonzero().flatten()
     galleries = tuple(sorted({name for role in known if (name := gallery_of(role)) is not None}))
     gallery_by_code = [-1 if (name := gallery_of(role)) is None else galleries.index(name) for role in known]
     return EvalIndex(
-        ids_N=ids_N.contiguous(),
-        labels_N=labels_N.contiguous(),
+        ids_N=ids_N,
+        labels_N=labels_N,
         asks_N=torch.tensor([asks(role) for role in known], dtype=torch.bool)[role_N],
         gallery_N=torch.tensor(gallery_by_code, dtype=torch.int64)[role_N],
         galleries=galleries,
-        duplicates=int(again_M.sum()),
-        place_n=torch.searchsorted(ids_N.contiguous(), ids_n),
-        kept_n=kept_M[start : start + ids_n.numel()],
+        duplicates=M - len(ids_N),
+        row_n=first_N[place_n] - start,
+        place_n=place_n,
     )
 
 
+def gather_by_id(rows_nD: torch.Tensor, index: EvalIndex) -> torch.Tensor:
+    """Gather all ranks' rows by ascending id, [N, D]. Collective."""
+    if collectives.world_size() == 1 and torch.equal(index.row_n, torch.arange(len(rows_nD))):
+        return rows_nD
+    rows_nD = rows_nD[index.row_n.to(rows_nD.device)]
+    rows_ND = rows_nD.new_empty(len(index), rows_nD.shape[1])
+    place_N = collectives.gather_ragged(index.place_n).to(rows_nD.device)
+    for source, place_m in enumerate(place_N.split(collectives.gather_json(len(rows_nD)))):
+        # One rank's at a time, so that no second copy of all is held.
+        rows_mD = rows_nD if source == collectives.rank() else rows_nD.new_empty(len(place_m), rows_nD.shape[1])
+        collectives.broadcast_([rows_mD], source)
+        rows_ND[place_m] = rows_mD
+    return rows_ND
+
+
 def check_counts(index: EvalIndex, expected_count: int | None, expected_classes: Mapping[int, int] | None) -> None:
-    """Compare with what the manifest promises. The same verdict on every rank.
+    """Compare with what the manifest promises, in all and by label.
 
     Raises:
-        RunError: there is no image, there are not ``expected_count``, or a class has another number of images than
-            ``expected_classes`` (label -> images) says.
+        RunError: on every rank: there is no image, or another number of images.
     """
-    with raise_on_all_ranks("the count of evaluation images"):
-        if not len(index) or (expected_count is not None and len(index) != expected_count):
-            wanted = "at least 1 is" if expected_count is None else f"{expected_count} are"
-            raise RunError(
-                f"{len(index)} images were embedded but {wanted} expected; check that every rank reads its share of "
-                f"the same shards"
-            )
-        if expected_classes is not None:
-            found = dict(zip(*(x.tolist() for x in index.labels_N.unique(return_counts=True)), strict=True))
-            wrong = sorted(c for c in found.keys() | expected_classes if found.get(c, 0) != expected_classes.get(c, 0))
-            if wrong:
-                raise RunError(
+    if not len(index) or (expected_count is not None and len(index) != expected_count):
+        wanted = "at least 1 is" if expected_count is None else f"{expected_count} are"
+        message = (
+            f"{len(index)} images were embedded but {wanted} expected; check that every rank reads its share of the "
+        )
+        raise collectives.met_by_all(RunError(f"{message}same shards"))
+    if expected_classes is not None:
+        found = Counter(index.labels_N.tolist())
+        wrong = sorted(c for c in found.keys() | expected_classes if found[c] != expected_classes.get(c, 0))
+        if wrong:
+            raise collectives.met_by_all(
+                RunError(
                     f"{len(wrong)} classes have another number of images than the manifest says, the first class "
-                    f"{wrong[0]} with {found.get(wrong[0], 0)} instead of {expected_classes.get(wrong[0], 0)}; check "
+                    f"{wrong[0]} with {found[wrong[0]]} instead of {expected_classes.get(wrong[0], 0)}; check "
                     f"that the labels belong to these shards"
                 )
+            )

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed.collectives import assert_equal_across_ranks
+from dist_obdsd.distributed.collectives import assert_equal_across_ranks, met_by_all
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.embedding_sample import EmbeddingSample, sample_embeddings
-from dist_obdsd.evaluation.eval_index import build_eval_index, check_counts
+from dist_obdsd.evaluation.eval_index import build_eval_index, check_counts, gather_by_id
 from dist_obdsd.evaluation.knn import unit_rows
 from dist_obdsd.evaluation.metric_parts import EmbeddingSet, QueryMetric, Settings
-from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, RankedQuery, retrieve, taken
+from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, RankedQuery, retrieve
 
 LARGEST, SMALLEST = 1e15, 1e-15
 """Entries of embeddings whose squared distances float32 holds."""
@@ -113,8 +113,8 @@ def evaluate(
             if "" in roles:
                 raise InputError(f"row {roles.index('')} is neither in queries nor in gallery; leave such images out")
         before = sum(collectives.gather_json(n)[: collectives.rank()])
-        ids_n = number_labels("ids", np.arange(before, before + n) if ids is None else ids, names=False)[0]
-        labels_n, _ = number_labels("labels", labels)
+        ids_n = _numbered("ids", np.arange(before, before + n) if ids is None else ids, "integers")
+        labels_n = _numbered("labels", labels, "integers or texts")
         result = measure(rows_nD, ids_n, labels_n, roles, settings, normalize=True, device=rows_nD.device)
         counts = {name: getattr(result, name) for name in ("queries", "gallery", "excluded", "duplicates")}
         return result.metrics | counts
@@ -141,35 +141,23 @@ def _as_mask(name: str, values: Any, n: int) -> np.ndarray:
     return mask_n
 
 
-def number_labels(what: str, values: Any, names: bool = True) -> tuple[torch.Tensor, dict[int, str]]:
-    """Make int64 of one value per image, and number texts by all ranks' names in ascending order. Collective.
-
-    Args:
-        names: whether texts are allowed.
-
-    Returns:
-        ([n] int64, number -> name where they were texts).
-
-    Raises:
-        InputError: on every rank: values of another kind, such as fractions.
-    """
+def _numbered(what: str, values: Any, allowed: str) -> torch.Tensor:
+    """Make int64 [n] of one value per image, and number texts by all ranks' names in ascending order. Collective."""
     array = _as_array(values)
     kind = array.dtype.kind if array.size else ""
-    own = sorted(set(array.tolist())) if kind == "U" and names else []
-    everyone = collectives.gather_json([kind, own])
+    texts = kind == "U" and "texts" in allowed
+    everyone = collectives.gather_json([kind, sorted(set(array.tolist())) if texts else []])
     with raise_on_all_ranks(what):
-        if array.ndim != 1 or kind not in ("", *"iu", *("U" * names)):
+        if array.ndim != 1 or not (texts or kind in ("", "i", "u")):
             raise InputError(
-                f"{what} have type {array.dtype} and shape {array.shape}; they must be integers"
-                f"{' or texts' * names}, one per image"
+                f"{what} have type {array.dtype} and shape {array.shape}; they must be {allowed}, one per image"
             )
         if len({of == "U" for of, _ in everyone if of}) > 1:
             raise InputError(f"{what} are texts on some ranks and numbers on others; give all ranks the same kind")
-    known = sorted({name for _, of_rank in everyone for name in of_rank})
-    if known:
-        numbers = dict(zip(known, range(len(known)), strict=True))
-        array = np.array([numbers[name] for name in array.tolist()])
-    return torch.from_numpy(array.astype(np.int64)), dict(enumerate(known))
+    if texts:
+        known = sorted({name for _, of_rank in everyone for name in of_rank})
+        array = np.searchsorted(np.array(known), array)
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def not_finite(rows_nD: torch.Tensor, ids_n: torch.Tensor) -> str:
@@ -200,13 +188,11 @@ def measure(
 
     Args:
         rows_nD: [n, D] float32 or float64 embeddings of this rank; n may be 0 and may differ.
-        ids_n: [n] int64, on the CPU; an image that arrives twice counts once.
-        labels_n: [n] int64, on the CPU.
-        roles: n roles.
-        settings: what to measure and how, the same on every rank.
+        ids_n, labels_n: [n] int64, on the CPU; an image that arrives twice counts once.
+        settings: the same on every rank.
         normalize: bring the rows to unit length first, if the distance is the cosine.
-        expected_count: images of all ranks, duplicates not counted; None: whatever there is.
-        expected_classes: label -> images of all ranks; None: whatever there is.
+        expected_count, expected_classes: images of all ranks, duplicates not counted, in all and by label; None:
+            whatever there is.
         device: where the search runs; None: on the CPU.
         sample: whether to keep what figures are drawn from.
 
@@ -222,15 +208,11 @@ def measure(
     rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles, settings.distance, normalize)
     index = build_eval_index(ids_n, labels_n, roles)
     check_counts(index, expected_count, expected_classes)
-    rows_nD, place_n = taken(rows_nD, index.kept_n).to(device or "cpu"), index.place_n[index.kept_n]
+    rows_ND = gather_by_id(rows_nD, index).to(device or "cpu")
     of_queries = [metric for metric in metrics if isinstance(metric, QueryMetric)]
-    found = {name: retrieve(name, rows_nD, place_n, index, of_queries, settings) for name in index.galleries or ("",)}
-    values = {
-        f"{name}/{metric}" if name else metric: value
-        for name, of in found.items()
-        for metric, value in of.metrics.items()
-    }
-    images = EmbeddingSet(rows_nD, place_n, index.classes[1])
+    found = {name: retrieve(name, rows_ND, index, of_queries, settings) for name in index.galleries or ("",)}
+    values = {f"{name}/{m}" if name else m: value for name, of in found.items() for m, value in of.metrics.items()}
+    images = EmbeddingSet(rows_ND, index.classes[1], settings)
     for metric in metrics:
         values |= {} if isinstance(metric, QueryMetric) else metric(images)
     return EvaluationResult(
@@ -243,7 +225,7 @@ def measure(
         per_class=tuple(one for of in found.values() for one in of.per_class),
         failures=tuple(one for of in found.values() for one in of.failures),
         successes=tuple(one for of in found.values() for one in of.successes),
-        sample=sample_embeddings(rows_nD, place_n, index, images.blocks, settings.seed) if sample else None,
+        sample=sample_embeddings(rows_ND, index, settings.seed) if sample else None,
         seconds=max(collectives.gather_json(time.perf_counter() - started)),
     )
 
@@ -256,19 +238,14 @@ def _checked_rows(
     distance: str,
     normalize: bool,
 ) -> torch.Tensor:
-    """The rows, with the dimension and type of the other ranks' where this rank has none. Collective.
-
-    Raises:
-        InputError: on every rank: columns of different lengths, rows of different dimensions or types, or rows that
-            are not finite or cannot be searched.
-    """
+    """The rows, with the dimension and type of the other ranks' where this rank has none. Collective."""
     with raise_on_all_ranks("the embeddings to evaluate"):
         if rows_nD.ndim != 2 or not rows_nD.is_floating_point():
             raise InputError(
                 f"the embeddings have shape {tuple(rows_nD.shape)} and type {rows_nD.dtype}; they must be "
                 f"a matrix of floating-point numbers, a row per image"
             )
-        sizes = rows_nD.shape[0], ids_n.numel(), labels_n.numel(), len(roles)
+        sizes = len(rows_nD), len(ids_n), len(labels_n), len(roles)
         if len(set(sizes)) > 1:
             raise InputError(
                 "there are {} embeddings, {} ids, {} labels and {} roles; they must be equally many".format(*sizes)
@@ -292,9 +269,8 @@ def _checked_rows(
                 )
     own = [rows_nD.shape[1], str(rows_nD.dtype), rows_nD.device.type] if len(ids_n) else None
     kinds = sorted({tuple(kind) for kind in collectives.gather_json(own) if kind})
-    with raise_on_all_ranks("the embeddings to evaluate"):
-        if len(kinds) > 1:
-            raise InputError(f"the ranks' embeddings are of different kinds: {kinds}; embed all images alike")
+    if len(kinds) > 1:
+        raise met_by_all(InputError(f"the ranks' embeddings are of different kinds: {kinds}; embed all images alike"))
     if kinds and own is None:
         dim, dtype, device = kinds[0]
         return torch.empty(0, dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)

@@ -49,21 +49,19 @@ def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) 
     Raises:
         InputError: on every rank: a file cannot be written.
     """
-    with raise_on_all_ranks("writing the keys"):
-        if collectives.rank() == 0:
-            _write_keys(keys_path(path), table)  # first: who sees the index finds its keys
-    embedding_files.write(path, rows_nD, ids_n, table, "float32", _write_index)
-
-
-def _write_keys(path: Path, table: Table) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    try:
-        with replacing(path) as file:
-            parquet.write_table(pa.table({"ids": table.ids, **table.columns}), file)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}; free some space or choose another file") from error
+    with raise_on_all_ranks("writing the keys"):
+        if collectives.rank() == 0:  # first: who sees the index finds its keys
+            try:
+                with replacing(keys_path(path)) as file:
+                    parquet.write_table(pa.table({"ids": table.ids, **table.columns}), file)
+            except OSError as error:
+                raise InputError(
+                    f"cannot write {keys_path(path)}: {error}; free some space or choose another"
+                ) from error
+    embedding_files.write(path, rows_nD, ids_n, table, "float32", _write_index)
 
 
 def _write_index(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: Iterator[np.ndarray]) -> None:

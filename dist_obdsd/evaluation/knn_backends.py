@@ -1,4 +1,4 @@
-"""Searches of this rank's rows by inner products, by faiss or by torch. The one module of the search that knows faiss.
+"""Candidates for the nearest neighbours, by faiss or by torch. The one module of the search that knows faiss.
 
 Shapes: m queries, n rows, c candidates, D columns.
 """
@@ -14,19 +14,21 @@ import torch
 from dist_obdsd.errors import InputError
 
 Backend = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""(queries [m, D], c) -> (float32 scores [m, c], descending; row numbers [m, c])."""
+"""(queries [m, D], c) -> (scores [m, c], descending; row numbers [m, c])."""
+ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-13}
+"""Scores of unit rows closer than this may be in another order than their exact ones."""
 MANY = 256
-"""Neighbours from which on matrix products are quicker than faiss on a CPU."""
+"""Neighbours from which on a CPU is quicker with float64 products than with faiss and exact scores of close pairs."""
 TILE = 16384
 """Rows scored at a time by torch."""
 SLICE = 256
-"""Rows of scores partitioned at a time."""
+"""Queries scored at a time by torch on a CPU, so that their scores stay in its cache."""
 RESERVOIR = 20
 """Candidates from which on faiss keeps a reservoir, which is quicker; its own default is 100."""
 
 
-def build_backend(rows_nD: torch.Tensor, name: str, k: int) -> Backend:
-    """Build what searches this rank's rows by inner products.
+def build_backend(rows_nD: torch.Tensor, distance: str, name: str, k: int) -> tuple[Backend, float]:
+    """Build what searches the rows, and tell its rounding.
 
     ``auto`` is faiss on a CPU where it is installed, but for many neighbours, and torch on a GPU.
 
@@ -35,66 +37,88 @@ def build_backend(rows_nD: torch.Tensor, name: str, k: int) -> Backend:
     """
     if name not in ("auto", "faiss", "torch"):
         raise InputError(f"the search backend is {name!r}; it must be auto, faiss or torch")
-    if name == "torch" or (name == "auto" and (k >= MANY or rows_nD.is_cuda)):
-        return _torch_backend(rows_nD)
-    try:
-        faiss = importlib.import_module("faiss")
-    except (ImportError, OSError) as error:  # OSError: a shared library that faiss needs is missing
-        if name == "faiss":
-            raise InputError(
-                f"evaluation.backend=faiss but faiss cannot be imported ({error}); install faiss-gpu, or set "
-                f"evaluation.backend=torch, which gives the same result"
-            ) from error
-        return _torch_backend(rows_nD)
-    return _faiss_backend(rows_nD, faiss)
+    many = k >= MANY and not rows_nD.is_cuda
+    faiss = None
+    if name == "faiss" or (name == "auto" and not many and not rows_nD.is_cuda):
+        try:
+            faiss = importlib.import_module("faiss")
+        except (ImportError, OSError) as error:  # OSError: a shared library that faiss needs is missing
+            if name == "faiss":
+                raise InputError(
+                    f"evaluation.backend=faiss but faiss cannot be imported ({error}); install faiss-gpu, or set "
+                    f"evaluation.backend=torch, which gives the same result"
+                ) from error
+    if faiss is not None:
+        return _faiss_backend(rows_nD, distance, faiss), ROUNDING[torch.float32]
+    dtype = torch.float64 if many else torch.float32
+    return _torch_backend(rows_nD, distance, dtype), ROUNDING[dtype]
 
 
-def _torch_backend(rows_nD: torch.Tensor) -> Backend:
+def _as_products(rows_nD: torch.Tensor, distance: str, dtype: torch.dtype, *, query: bool = False) -> torch.Tensor:
+    """Rows whose inner products rank as ``distance`` does.
+
+    Euclidean: [x, 1] . [2 y, -|y|^2] = |x|^2 - |x - y|^2, and |x|^2 is the same for all that a query is compared with.
+    """
+    if distance == "cosine":
+        return rows_nD.to(dtype)
+    if query:
+        return torch.cat([rows_nD, torch.ones_like(rows_nD[:, :1])], dim=1).to(dtype)
+    return torch.cat([2 * rows_nD, -rows_nD.double().square().sum(dim=1, keepdim=True)], dim=1).to(dtype)
+
+
+def _torch_backend(rows_nD: torch.Tensor, distance: str, dtype: torch.dtype) -> Backend:
     """Search by matrix products, tile by tile."""
 
     def find(query_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_mc, places_mc = query_mD.new_empty(len(query_mD), 0), torch.empty(len(query_mD), 0, dtype=torch.int64)
-        places_mc = places_mc.to(rows_nD.device)
+        query_mD = _as_products(query_mD, distance, dtype, query=True)
+        best: list[tuple[torch.Tensor, torch.Tensor]] = []
         for start in range(0, len(rows_nD), TILE):
-            scores, places = _largest(query_mD @ rows_nD[start : start + TILE].T, c)
-            scores_mc, places_mc = torch.cat([scores_mc, scores], 1), torch.cat([places_mc, places + start], 1)
-            if start:
-                scores_mc, order = scores_mc.topk(min(c, scores_mc.shape[1]), dim=1)
-                places_mc = places_mc.gather(1, order)
-        return scores_mc, places_mc
+            tile_Dt = _as_products(rows_nD[start : start + TILE], distance, dtype).T
+            size = len(query_mD) if query_mD.is_cuda else SLICE
+            parts = [_largest(some_mD @ tile_Dt, min(c, tile_Dt.shape[1])) for some_mD in query_mD.split(size)]
+            scores_mc, found_mc = (torch.cat(of) for of in zip(*parts, strict=True))
+            best.append((scores_mc, found_mc + start))
+        scores_mc, found_mc = (torch.cat(of, dim=1) for of in zip(*best, strict=True))
+        if len(best) > 1:
+            scores_mc, order_mc = scores_mc.topk(c, dim=1)
+            found_mc = found_mc.gather(1, order_mc)
+        return scores_mc, found_mc
 
     return find
 
 
 def _largest(scores_mn: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The c largest of each row, descending, and their places. On a CPU NumPy is several times quicker than topk."""
-    c = min(c, scores_mn.shape[1])
     if scores_mn.is_cuda:
         return scores_mn.topk(c, dim=1)
-    places_mc = torch.empty(len(scores_mn), c, dtype=torch.int64)
-    for scores, places in zip(scores_mn.split(SLICE), places_mc.split(SLICE), strict=True):
-        negated = -scores.numpy()
-        found = np.argpartition(negated, c - 1, axis=1)[:, :c]
-        order = np.argsort(np.take_along_axis(negated, found, axis=1), axis=1)
-        places.copy_(torch.from_numpy(np.take_along_axis(found, order, axis=1)))
+    scores = scores_mn.numpy()
+    least_m = np.partition(scores, scores.shape[1] - c, axis=1)[:, -c]
+    found_mc = np.empty((len(scores), c), dtype=np.int64)
+    for found_c, row_n, least in zip(found_mc, scores, least_m, strict=True):
+        enough = np.flatnonzero(row_n >= least)
+        found_c[:] = enough if len(enough) == c else np.argpartition(-row_n, c - 1)[:c]  # equals at the end
+    order_mc = np.argsort(-np.take_along_axis(scores, found_mc, axis=1), axis=1)
+    places_mc = torch.from_numpy(np.take_along_axis(found_mc, order_mc, axis=1))
     return scores_mn.gather(1, places_mc), places_mc
 
 
-def _faiss_backend(rows_nD: torch.Tensor, faiss: Any) -> Backend:
-    """Search a flat faiss index, on the rank's own GPU or on the CPU with torch's number of threads."""
-    device = rows_nD.device
+def _faiss_backend(rows_nD: torch.Tensor, distance: str, faiss: Any) -> Backend:
+    """Search with faiss, on the rank's own GPU or on the CPU with torch's number of threads."""
+    device, products_nD = rows_nD.device, _as_products(rows_nD, distance, torch.float32).cpu().numpy()
     if rows_nD.is_cuda:
         options = faiss.GpuIndexFlatConfig()
         options.device = device.index or 0
-        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), rows_nD.shape[1], options)
-    else:
-        index = faiss.IndexFlatIP(rows_nD.shape[1])
-    index.add(rows_nD.cpu().numpy())
+        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), products_nD.shape[1], options)
+        index.add(products_nD)
 
     def find(query_mD: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        query = _as_products(query_mD, distance, torch.float32, query=True).cpu().numpy()
         with _tuned(faiss):
-            scores, places = index.search(query_mD.cpu().numpy(), c)
-        return torch.from_numpy(scores).to(device), torch.from_numpy(places).to(device)
+            if rows_nD.is_cuda:
+                scores, found = index.search(query, c)
+            else:  # without an index, which would copy the rows
+                scores, found = faiss.knn(query, products_nD, c, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(scores).to(device), torch.from_numpy(found).to(device)
 
     return find
 

@@ -128,30 +128,6 @@ def map_at_k(
     return _precision_sums(relevant_qk, limit_q) / divisor_q
 
 
-def map_at_class_size(relevant_qk: torch.Tensor, class_size_q: torch.Tensor) -> torch.Tensor:
-    """Compute the released code's ``mAP_c``, over as many places as the class's size.
-
-    ``mAP_c(query) = 1/c sum_{i=1..c} P(i) relevant_i`` with P as in ``map_at_r`` and c the size of the query's class in
-    the gallery (file ``metrics/mAP_c.py`` of github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch). There c
-    includes the query itself, so that even a perfect ranking reaches only (c - 1) / c; with the query left out, c = R
-    and this is MAP@R.
-
-    Args, Raises:
-        As in ``map_at_r``, with c in the place of R.
-
-    Returns:
-        [q] float64 in [0, 1].
-
-    A class of three, query included, with the two others at places 1 and 2; and with one of them at place 3:
-
-    >>> relevant = torch.tensor([[True, True, False], [False, False, True]])
-    >>> [round(value, 6) for value in map_at_class_size(relevant, torch.tensor([3, 3])).tolist()]
-    [0.666667, 0.111111]
-    """
-    _check("mAP_c", relevant_qk, class_size_q, class_size_q)
-    return _precision_sums(relevant_qk, class_size_q) / class_size_q
-
-
 def _check(name: str, relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor, limit_q: torch.Tensor) -> None:
     width, needed = relevant_qk.shape[1], int(limit_q.max()) if limit_q.numel() else 0
     if needed > width:

@@ -122,25 +122,6 @@ def test_sums_and_broadcasts(world: int) -> None:
         assert not requires_grad
 
 
-def ring_worker() -> list[list[np.ndarray]]:
-    tensors = [rows_of(collectives.rank()).T, torch.tensor([collectives.rank()])]
-    rounds = []
-    for _ in range(collectives.world_size()):
-        tensors = collectives.ring_pass(tensors)
-        rounds.append([tensor.numpy().copy() for tensor in tensors])
-    return rounds
-
-
-@worlds
-def test_ring_pass_brings_every_block_to_every_rank_and_home(world: int) -> None:
-    for rank, rounds in enumerate(harness.run(world, ring_worker)):
-        for step, (block, number) in enumerate(rounds):
-            owner = (rank - 1 - step) % world
-            np.testing.assert_array_equal(block, rows_of(owner).T.numpy())
-            assert number.tolist() == [owner]
-        assert rounds[-1][1].tolist() == [rank]
-
-
 def json_worker() -> tuple[list[Any], Any]:
     rank = collectives.rank()
     value = {"rank": rank, "text": "ü" * (5 * rank), "none": None, "numbers": [0.1, 1e-300, rank]}
@@ -212,7 +193,6 @@ def test_without_a_process_group_a_world_of_one() -> None:
     assert collectives.gather_rows(x) is x
     assert torch.equal(collectives.gather_ragged(x), x)
     assert torch.equal(collectives.sum_across(x), x)
-    assert torch.equal(collectives.ring_pass([x])[0], x)
     assert collectives.gather_json({"a": 1}) == [{"a": 1}]
     assert collectives.broadcast_object("a") == "a"
     assert_equal_across_ranks("x", "y")

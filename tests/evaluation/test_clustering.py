@@ -2,28 +2,24 @@
 
 import doctest
 import functools
-from typing import Any
 
 import pytest
 import torch
 
-from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import clustering
 from dist_obdsd.evaluation.clustering import k_means, nearest_centre, nmi, pairwise_f1
-from dist_obdsd.evaluation.row_blocks import build_row_blocks
 from dist_obdsd.rng import rng
 from tests import harness
 from tests.evaluation import oracle
 
 N, D = 120, 5
 KINDS = ("random", "unit", "float64", "duplicates", "grid", "collapsed", "nearly collapsed", "huge", "one group")
-LAYOUTS = ("even", "last", "shuffled", "by class")
 
 
 @functools.cache
-def data(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(rows [N, D], ids, classes), by ascending id; ids have gaps."""
+def data(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows [N, D], classes)."""
     random = torch.Generator().manual_seed(KINDS.index(kind))
     classes = torch.arange(N) * 7 % 11
     rows = torch.randn(11, D, generator=random)[classes] + 0.5 * torch.randn(N, D, generator=random)
@@ -43,45 +39,28 @@ def data(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = rows.double() * 1e10
     if kind == "one group":
         classes = torch.zeros_like(classes)
-    return rows, torch.arange(N) * 3 + 5, classes
+    return rows, classes
 
 
-def own(layout: str) -> torch.Tensor:
-    rank, world = collectives.rank(), collectives.world_size()
-    if layout == "even":
-        return torch.arange(rank, N, world)
-    if layout == "last":
-        return torch.arange(N if rank == world - 1 else 0)
-    if layout == "by class":
-        return (torch.arange(N) * 7 % 11).argsort(stable=True).chunk(world)[rank]
-    return torch.randperm(N, generator=torch.Generator().manual_seed(3))[rank::world]
-
-
-def clusters_of(rows: torch.Tensor, places: torch.Tensor, k: int = 11, **options: Any) -> tuple[torch.Tensor, Any]:
-    return k_means(build_row_blocks(rows, places), k, **{"seed": 1, **options})
-
-
-def worker(kind: str, layout: str, k: int, cells: int, threads: int) -> tuple[list[int], list[list[float]]]:
+def worker(kind: str, k: int, cells: int, threads: int) -> tuple[list[int], list[list[float]]]:
     """(clusters of all images, centres)."""
-    rows, _, _ = data(kind)
-    mine = own(layout)
     clustering.CELLS = cells
     torch.set_num_threads(threads)
-    clusters, centres = clusters_of(rows[mine], mine, k)
+    clusters, centres = k_means(data(kind)[0], k, seed=1)
     torch.set_num_threads(1)
     return clusters.tolist(), centres.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loops_say_the_same_on_any_ranks(kind: str) -> None:
-    rows, _, _ = data(kind)
+    rows, _ = data(kind)
     k = 11
     drawn = sorted(rng(1, "k-means").permutation(N)[:k].tolist())
     expected, centres = oracle.k_means(rows.double().tolist(), rows.double()[drawn].tolist())
     first = None
     for world in harness.MORE_WORLD_SIZES:
-        for layout, cells, threads in zip(LAYOUTS, (1 << 22, 1, 100, 1000), (1, 1, 2, 2), strict=True):
-            for answer in harness.run(world, worker, kind, layout, k, cells, threads):
+        for cells, threads in ((1 << 22, 1), (1, 1), (100, 2)):
+            for answer in harness.run(world, worker, kind, k, cells, threads):
                 first = first or answer
                 assert answer == first
     assert first is not None
@@ -93,33 +72,26 @@ def test_loops_say_the_same_on_any_ranks(kind: str) -> None:
     assert len(set(expected)) == {"collapsed": 1, "duplicates": 6}.get(kind, 11)
 
 
-def test_the_seed_and_the_ids_choose_the_start() -> None:
-    rows, places = data("random")[0], torch.arange(N)
-    first, _ = clusters_of(rows, places)
-    assert torch.equal(first, clusters_of(rows.flip(0), places.flip(0))[0])
-    assert not torch.equal(first, clusters_of(rows, places, seed=2)[0])
-    assert not torch.equal(first, clusters_of(rows, places.flip(0))[0].flip(0))
-
-
-def test_k_means_lowers_what_it_minimises() -> None:
+def test_k_means_lowers_what_it_minimises_and_follows_its_seed() -> None:
     rows, spread = data("random")[0], []
     for iterations in (0, 1, 20):
-        clusters, centres = clusters_of(rows, torch.arange(N), iterations=iterations)
+        clusters, centres = k_means(rows, 11, seed=1, iterations=iterations)
         spread.append((rows.double() - centres[clusters]).square().sum().item())
     assert spread[0] > spread[1] > spread[2]
+    assert not torch.equal(clusters, k_means(rows, 11, seed=2)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_nearest_centre(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _, _ = data(kind)
+    rows, _ = data(kind)
     centres = rows[:40].double() * 1.01
     expected = [of.index(max(of)) for of in scores(rows, centres)]
-    found = nearest_centre(rows, centres).tolist()
+    found = nearest_centre(rows, rows.double().norm(dim=1), centres).tolist()
     if kind not in ("huge", "nearly collapsed"):
         assert found == expected
     if kind == "grid":  # control: without the second scoring, ties fall as they like
-        monkeypatch.setattr(clustering, "ROUNDING", -1.0)
-        assert nearest_centre(rows, centres).tolist() != expected
+        monkeypatch.setattr(clustering, "CLOSE", -1.0)
+        assert nearest_centre(rows, rows.double().norm(dim=1), centres).tolist() != expected
 
 
 def scores(rows: torch.Tensor, centres: torch.Tensor) -> list[list[float]]:
@@ -127,9 +99,8 @@ def scores(rows: torch.Tensor, centres: torch.Tensor) -> list[list[float]]:
 
 
 def refusal_worker(k: int) -> str:
-    mine = own("last")
     with pytest.raises(InputError) as raised:
-        clusters_of(data("random")[0][mine], mine, k)
+        k_means(data("random")[0], k, seed=1)
     return str(raised.value)
 
 
