@@ -131,11 +131,13 @@ def _without_self(
     scores_mc: torch.Tensor, found_mc: torch.Tensor, own_m: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take the query's own row out of the lists, which end in an empty place then: [m, c]."""
-    scores_mc = torch.cat([scores_mc, torch.full_like(scores_mc[:, :1], -torch.inf)], dim=1)
-    found_mc = torch.cat([found_mc, torch.full_like(found_mc[:, :1], NOBODY)], dim=1)
-    kept_mc = found_mc != own_m[:, None]
-    kept_mc[kept_mc.all(dim=1), -1] = False
-    return scores_mc[kept_mc].view(len(own_m), -1), found_mc[kept_mc].view(len(own_m), -1)
+    own_mc, c = found_mc == own_m[:, None], found_mc.shape[1]
+    at_m1 = torch.where(own_mc.any(dim=1), own_mc.byte().argmax(dim=1), c)[:, None]
+    follows_mc = torch.arange(c, device=own_m.device) >= at_m1
+    scores_md = torch.cat([scores_mc, torch.full_like(scores_mc[:, :1], -torch.inf)], dim=1)
+    found_md = torch.cat([found_mc, torch.full_like(found_mc[:, :1], NOBODY)], dim=1)
+    scores_mc, found_mc = (torch.where(follows_mc, x_md[:, 1:], x_md[:, :-1]) for x_md in (scores_md, found_md))
+    return scores_mc, found_mc
 
 
 def pair_scores(
