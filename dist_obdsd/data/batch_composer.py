@@ -164,7 +164,7 @@ def _repeat(queue: LaneQueue, taken: list[Group], chosen: list[list[Group]]) -> 
 
 
 def _substitute(queue: LaneQueue, planned: Group, taken: list[Group], held: Counter[int]) -> Group:
-    """Take another class of the window in place of one whose images there are all in the step already."""
+    """Exchange a class whose images in the window are all in the step already."""
     assert queue.capacity is not None
     labels = [c for window, c in queue.capacity if window == planned.window and queue.fits(window, c, taken)]
     label = min(labels, key=lambda c: (held[c], c))

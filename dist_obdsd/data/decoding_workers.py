@@ -258,7 +258,7 @@ def _take_back(lent: set[int], free: "queue.SimpleQueue[int]", slot: int) -> Non
 def _work(
     connection: Connection, inherited: list[Connection], parent: int, slots: np.ndarray, config: Config, group: int
 ) -> None:
-    """Run a decoding process: answer until the parent closes the connection or is gone."""
+    """Run a decoding process until the parent closes the connection or is gone."""
     # The parent decides when to end: launchers send these signals to every process of the job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -8,7 +8,7 @@ MAX_LOSS = 0.02  # share of the steps that may be lost before two lanes share a 
 
 
 class ShardSlice:
-    """The images that one lane takes from a shard: all that are wanted of it, or a part where lanes share it."""
+    """The images that one lane takes from a shard: all wanted ones, or a part."""
 
     def __init__(self, shard: int, ids_n: np.ndarray, labels_n: np.ndarray, K: int) -> None:
         """``shard`` is an index into the manifest's training shards."""

@@ -73,7 +73,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
-        """Choose the epoch of the next iteration, and how many of its steps are done already."""
+        """Choose the epoch of the next iteration, and the steps of it that are done."""
         if epoch != self.epoch:
             self.plan = plan_epoch(
                 self._manifest, list(range(len(self.classes))), epoch=epoch, lanes=1, window=1,

@@ -132,7 +132,7 @@ def samples_of(file: IO[bytes], shard: Shard) -> Iterator[dict[str, bytes]]:
 
 
 def sample_faults(sample: dict[str, bytes], class_id: int) -> Iterator[str]:
-    """Say what is wrong with a sample's members, a clause each; the image is not decoded."""
+    """Name the faults of a sample's members, a clause each, without decoding."""
     images = len(images_of(sample))
     if images != 1:
         yield f"has {images or 'no'} image{'s' * (images > 1)} (.{', .'.join(MEMBERS)}) but needs exactly one"

@@ -87,7 +87,7 @@ def group_means(rows_ND: torch.Tensor, group_N: torch.Tensor, k: int) -> tuple[t
 
 
 def nearest_centre(rows_rD: torch.Tensor, norm_r: torch.Tensor, centres_kD: torch.Tensor) -> torch.Tensor:
-    """Find the nearest centre of each row by Euclidean distance, ties to the first: [r] int64.
+    """Find each row's nearest centre (Euclidean, ties to the first): [r] int64.
 
     |x - c|^2 is smallest where s = x.c - |c|^2/2 is largest.
 

@@ -1,4 +1,4 @@
-"""A sample of the embeddings of an evaluation, for figures, and the singular values of all of them."""
+"""A sample of an evaluation's embeddings, for figures, and all singular values."""
 
 from dataclasses import dataclass
 

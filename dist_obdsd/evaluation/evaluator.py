@@ -238,7 +238,7 @@ def _checked_rows(
     distance: str,
     normalize: bool,
 ) -> torch.Tensor:
-    """The rows, with the dimension and type of the other ranks' where this rank has none. Collective."""
+    """Check the rows; where this rank has none, shape them as others'. Collective."""
     with raise_on_all_ranks("the embeddings to evaluate"):
         if rows_nD.ndim != 2 or not rows_nD.is_floating_point():
             raise InputError(

@@ -1,4 +1,4 @@
-"""The shape of an embedding: how far classes are spread and apart, and how many directions they use.
+"""Geometry of an embedding: spread of classes, and directions in use.
 
 Every rank knows all rows, by ascending id, and measures its share of the classes or of blocks of rows. Sums are taken
 in the order of the classes or blocks. So the numbers are the same for any number of ranks.
@@ -25,7 +25,7 @@ RESOLUTION = 2.0**-24
 
 
 def class_distances(rows_ND: torch.Tensor, class_N: torch.Tensor, *, cosine: bool) -> dict[str, float]:
-    """Measure mean distances within and between the classes, and their ratio. Collective.
+    """Measure mean distances within and between classes, and their ratio. Collective.
 
     ``intra = mean over classes c of mean over x != y in c of d(x, y)``, classes of one image left out;
     ``inter = mean over classes b != c of d(m_b, m_c)`` with m_c the mean of class c;
@@ -107,7 +107,7 @@ def rho_spectrum(rows_ND: torch.Tensor, *, leave_out: int = 0) -> float:
 
 
 def singular_values(rows_ND: torch.Tensor) -> list[float]:
-    """Compute the min(N, D) singular values of the matrix of all rows, the largest first. Collective."""
+    """Compute the min(N, D) singular values of all rows, descending. Collective."""
     N, D = rows_ND.shape
     gram_DD = torch.zeros(D, D, dtype=torch.float64, device=rows_ND.device)
     for number, rows_rD in enumerate(rows_ND.split(-(-N // BLOCKS))):

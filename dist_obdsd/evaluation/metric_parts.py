@@ -76,7 +76,7 @@ class QueryMetric:
 
 
 def recall(*, recall_at: Sequence[int]) -> QueryMetric:
-    """Recall@k: is an image of the query's class among the k nearest (Jegou et al., 2011)?"""
+    """Recall@k: an image of the query's class is among the k nearest (Jegou, 2011)."""
     return QueryMetric(
         lambda right, r, size: {f"recall@{k}": value for k, value in metrics.recall_at_k(right, recall_at).items()},
         lambda r, size: max(recall_at),
@@ -85,17 +85,17 @@ def recall(*, recall_at: Sequence[int]) -> QueryMetric:
 
 
 def map_at_r() -> QueryMetric:
-    """Mean average precision over the first R places, R the images to find (Musgrave et al., ECCV 2020)."""
+    """Mean average precision over as many places as images to find (Musgrave, 2020)."""
     return QueryMetric(lambda right, r, size: {"map@r": metrics.map_at_r(right, r)}, lambda r, size: r)
 
 
 def r_precision() -> QueryMetric:
-    """Share of the query's class among the first R places (Manning et al., section 8.4)."""
+    """Share of the query's class among the first R places (Manning, section 8.4)."""
     return QueryMetric(lambda right, r, size: {"r_precision": metrics.r_precision(right, r)}, lambda r, size: r)
 
 
 def map_at_1000(*, released: bool) -> QueryMetric:
-    """Mean average precision over the first 1,000 places (Weyand et al., CVPR 2020, equation 3)."""
+    """Mean average precision over the first 1,000 places (Weyand et al., CVPR 2020)."""
     return QueryMetric(
         lambda right, r, size: {"map@1000": metrics.map_at_k(right, r, 1000, size if released else None)},
         lambda r, size: 1000,
@@ -103,7 +103,7 @@ def map_at_1000(*, released: bool) -> QueryMetric:
 
 
 def map_at_class_size() -> QueryMetric:
-    """The authors' mAP_c: average precision over as many places as the class has images; `map@r` if not `released`."""
+    """The authors' mAP_c: average precision over the class's size; else `map@r`."""
     # In file metrics/mAP_c.py of github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch the class includes the
     # query, so that even a perfect ranking reaches only (c - 1) / c.
     return QueryMetric(lambda right, r, size: {"map@c": metrics.map_at_r(right, size)}, lambda r, size: size)
@@ -142,7 +142,7 @@ EmbeddingMetric = Callable[[EmbeddingSet], dict[str, float]]
 
 
 def nmi() -> EmbeddingMetric:
-    """Normalised mutual information of the classes and k-means clusters (Manning et al., section 16.3)."""
+    """Normalised mutual information of classes and k-means clusters (Manning, 16.3)."""
     return lambda of: {"nmi": clustering.nmi(of.class_N, of.cluster_N)}
 
 
@@ -152,10 +152,10 @@ def f1() -> EmbeddingMetric:
 
 
 def distances(*, released: bool) -> EmbeddingMetric:
-    """Mean distances within and between classes, and their ratio (Roth et al., ICML 2020, section 5)."""
+    """Mean distances within and between classes, their ratio (Roth, ICML 2020)."""
     return lambda of: geometry.class_distances(of.rows_ND, of.class_N, cosine=released)
 
 
 def rho_spectrum(*, released: bool) -> EmbeddingMetric:
-    """How unevenly the embedding uses its directions; 0 if evenly (Roth et al., ICML 2020, section 5.3)."""
+    """Unevenness of the embedding's directions; 0 is even (Roth, ICML 2020)."""
     return lambda of: {"rho_spectrum": geometry.rho_spectrum(of.rows_ND, leave_out=int(released))}

@@ -18,7 +18,7 @@ from dist_obdsd.losses.counter_rng import uniforms
 
 
 class MarginLoss(LearnableLoss):
-    """Margin loss with distance-weighted sampling (Wu et al., ICCV 2017, arXiv 1706.07567).
+    """Margin loss with distance-weighted sampling (Wu et al., arXiv 1706.07567).
 
     Every pair of an anchor a and a positive p draws one negative n and costs, with Euclidean distances d,
 

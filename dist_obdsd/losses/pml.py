@@ -34,7 +34,7 @@ ABSTRACT = ("BaseMetricLossFunction", "BaseLossWrapper", "GenericPairLoss", "Bas
 
 
 class PMLLoss(GatheredLoss):
-    """Any loss of pytorch-metric-learning, with a miner of that library if one is given.
+    """Any loss of pytorch-metric-learning, with a miner of it if one is given.
 
     The number of classes and the embedding's length are filled in where a constructor takes them. What is random in a
     step follows from ``view.seed``; what is random in the construction, from the generator state at that time.

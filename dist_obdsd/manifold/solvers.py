@@ -212,7 +212,7 @@ class Cholesky:
 
 
 class ConjugateGradients:
-    """Conjugate gradients for each own row: 2 b n^2 operations an iteration, a tile of N at a time.
+    """Conjugate gradients for own rows: 2 b n^2 operations an iteration, by tiles.
 
     The part along N's known leading eigenvector u, of eigenvalue 1, is solved directly, (c.u) / (1 - omega) u, and kept
     out of the iteration, which then sees only the rest of the spectrum (deflation).

@@ -1,4 +1,4 @@
-"""The files of a source as one tree: a folder, an archive, or a folder with archives in it. Nothing is extracted.
+"""The files of a folder, an archive, or a folder with archives, not extracted.
 
 A compressed tar can only be read from front to back, so it is decompressed once, into a temporary file without a name,
 which the system removes in any case.
@@ -149,7 +149,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> dict[str, File]:
-    """List an archive's files below ``prefix``; a later member replaces an earlier one."""
+    """List an archive's files below ``prefix``; later members replace earlier ones."""
     found = {}
     try:
         zipped = _start(path).startswith(ZIP_MARKS)

@@ -1,4 +1,4 @@
-"""Readers: from a data set as it is downloaded to (image, class, split, role), in an order fixed by the names.
+"""Readers: from a download to (image, class, split, role), ordered by names.
 
 There is one reader for every kind of layout, listed in ``config.registry.READERS``. Two data sets of one kind differ
 in options, which recipes hold.
