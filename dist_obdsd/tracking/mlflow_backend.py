@@ -72,7 +72,12 @@ def absolute(uri: str) -> str:
     relative = uri.removeprefix("sqlite:///")
     if relative in (uri, "") or relative.startswith(("/", ":", "file:")):
         return uri
-    return f"sqlite:///{Path(relative).expanduser().absolute()}"
+    if relative.startswith("~"):
+        return f"sqlite:///{Path(relative).expanduser()}"
+    from sqlalchemy.engine import URL
+
+    # The folder may be called what?now; the rest is the user's, perhaps with options after a "?".
+    return f"{URL.create('sqlite', database=str(Path.cwd())).render_as_string()}/{relative}"
 
 
 def connect(uri: str) -> Any:
@@ -164,7 +169,11 @@ class MLflowBackend:
     def _experiment(self) -> str:
         name = self._header["config"]["tracking"]["experiment"]
         experiment = self._client.get_experiment_by_name(name)
-        return self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        if experiment is not None:
+            return experiment.experiment_id
+        # MLflow would read a folder called job%2Fmain as job/main.
+        quoted = self._state.uri.startswith("sqlite:") and "%" in str(Path.cwd())
+        return self._client.create_experiment(name, Path("mlruns").absolute().as_uri() if quoted else None)
 
     def _find(self, local: str) -> str | None:
         """Find the run with a local id: a call that made it may have got no answer."""

@@ -227,6 +227,23 @@ def test_three_runs_begin_a_database_at_once(tmp_path):
     assert [run.exitcode for run in runs] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("name", ["what?now", "job%2Fmain #50%&c;d='ü"])
+def test_a_database_in_a_folder_of_any_name(name, tmp_path, monkeypatch, job):
+    here = tmp_path / name
+    here.mkdir()
+    monkeypatch.chdir(here)
+    tracker = job.tracker(uri="sqlite:///m.db")
+    (job.run_dir / "note.txt").write_text("hello")
+    tracker.metrics({"loss": 1}, 0)
+    tracker.artifact(job.run_dir / "note.txt")
+    tracker.close("FINISHED")
+    client = MlflowClient(absolute("sqlite:///m.db"))
+    assert client.get_metric_history(tracker.run_id, "loss")[0].value == 1
+    assert {path.name for path in here.iterdir()} == {"m.db", "mlruns"}
+    assert [path.read_text() for path in here.rglob("note.txt")] == ["hello"]
+    assert not any(path.exists() for path in (tmp_path / "job", tmp_path / "what"))
+
+
 def test_a_database_that_cannot_be_opened_is_told_at_once(job):
     tracker = job.tracker(uri=f"sqlite:///{job.folder}/none/m.db", wait_seconds=0)
     assert tracker.uploader.answered.wait(PATIENCE)
