@@ -85,7 +85,7 @@ LOSSES = Registry(
         "margin": "dist_obdsd.losses.margin:MarginLoss",
         "proxy_anchor": "dist_obdsd.losses.proxy_anchor:ProxyAnchorLoss",
         "pml": "dist_obdsd.losses.pml:PMLLoss",
-        "package:Class": "dist_obdsd.losses.plugin:own_loss",
+        "package:Class": "dist_obdsd.losses.gathered:own_loss",
     },
 )
 

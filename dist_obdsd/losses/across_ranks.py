@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
-from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.losses.batch_view import BatchView, Note, PartialMean
 from dist_obdsd.transfer import AsyncHostCopy
 
 LENGTH_TOLERANCE = 0.02
@@ -57,8 +56,6 @@ class InputChecks:
 
     values: bool = True
     """Compare sizes at every step, and look at the numbers; false compares the sizes of the first step only."""
-    _messages: list[str] = field(default_factory=list)
-    _counts: list[torch.Tensor] = field(default_factory=list)
     _compared: set[str] = field(default_factory=set)
     _pending: tuple[list[str], AsyncHostCopy] | None = None
 
@@ -98,37 +95,26 @@ class InputChecks:
             )
             self._compared.add(what)
 
-    def rows(self, what: str, rows_bD: torch.Tensor) -> None:
+    def rows(self, what: str, rows_bD: torch.Tensor) -> list[Note]:
         """Check that rows have length 1, or are not finite, which the loss shows by itself."""
-        if self.values:
-            far_b = (rows_bD.detach().float().norm(dim=1) - 1).abs() > LENGTH_TOLERANCE
-            self._note(
-                f"the {what} has {{}} rows that are not of length 1; normalize them (torch.nn.functional.normalize) "
-                f"or make the loss with normalize=True",
-                far_b & rows_bD.detach().isfinite().all(1),
-            )
+        if not self.values:
+            return []
+        far_b = (rows_bD.detach().float().norm(dim=1) - 1).abs() > LENGTH_TOLERANCE
+        message = (
+            f"the {what} has {{}} rows that are not of length 1; normalize them (torch.nn.functional.normalize) or "
+            f"make the loss with normalize=True"
+        )
+        return [(message, (far_b & rows_bD.detach().isfinite().all(1)).sum())]
 
-    def labels(self, labels_b: torch.Tensor, num_classes: int | None) -> torch.Tensor:
+    def labels(self, labels_b: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, list[Note]]:
         """Check that labels are class indices; return them without any that would lead outside a table."""
         if not self.values:
-            return labels_b
+            return labels_b, []
         largest = LARGEST_LABEL if num_classes is None else num_classes - 1
-        self._note(
-            f"{{}} labels lie outside 0 to {largest}; number the classes from 0"
-            + ("" if num_classes is None else f", or make the ranking loss with more than {num_classes} classes"),
-            (labels_b < 0) | (labels_b > largest),
-        )
-        return labels_b.clamp(0, largest)
-
-    def _note(self, message: str, bad_b: torch.Tensor) -> None:
-        self._messages.append(message)
-        self._counts.append(bad_b.sum().double())
-
-    def take(self, device: torch.device) -> tuple[list[str], torch.Tensor]:
-        """Hand over the messages and this rank's counts."""
-        messages, counts = self._messages, self._counts
-        self._messages, self._counts = [], []
-        return messages, torch.stack(counts) if counts else torch.zeros(0, dtype=torch.float64, device=device)
+        message = f"{{}} labels lie outside 0 to {largest}; number the classes from 0"
+        if num_classes is not None:
+            message += f", or make the ranking loss with more than {num_classes} classes"
+        return labels_b.clamp(0, largest), [(message, ((labels_b < 0) | (labels_b > largest)).sum())]
 
     def settle(self, messages: list[str], counts: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Raise now or, on a GPU, at the next call; return the loss, 0 if refused."""
@@ -152,36 +138,6 @@ class InputChecks:
                     raise collectives.met_by_all(InputError(message.format(int(count))))
 
 
-def view_batch(
-    embeddings_bD: torch.Tensor,
-    labels: torch.Tensor,
-    checks: InputChecks,
-    *,
-    num_classes: int | None = None,
-    normalize: bool = False,
-    seed: int = 0,
-) -> BatchView:
-    """Gather embeddings, with gradient, and labels. Collective.
-
-    Args:
-        labels: int64 [b], or [B] where the caller knows all of them, which saves a message.
-        num_classes: upper bound of the labels, where the ranking loss has one.
-        normalize: divide the rows by their length first.
-    """
-    checks.shapes(embeddings_bD, labels)
-    b, W = len(embeddings_bD), collectives.world_size()
-    labels = checks.labels(labels.to(embeddings_bD.device, non_blocking=True), num_classes)
-    if normalize:
-        embeddings_bD = functional.normalize(embeddings_bD.to(torch.promote_types(embeddings_bD.dtype, torch.float32)))
-    else:
-        checks.rows("batch", embeddings_bD)
-    embeddings_BD = collectives.gather_rows(embeddings_bD, check_sizes=False)
-    labels_B = collectives.AsyncAllGather(labels).wait() if len(labels) < W * b else labels
-    return BatchView(
-        embeddings_bD, embeddings_BD, labels_B, collectives.rank() * b, seed, shared=collectives.mean_gradient
-    )
-
-
 def combine(
     view: BatchView,
     terms: Mapping[str, PartialMean],
@@ -200,18 +156,17 @@ def combine(
     sums = torch.stack([term.sum.detach().double() for term in terms.values()])
     counts = torch.stack([term.count.detach().double() for term in terms.values()])
     nonfinite = (~torch.isfinite(sums)).any().double()[None]
-    messages, found = checks.take(sums.device)
+    found = [count.double()[None] for _, count in view.notes]
     # A fill takes its number along, where a tensor made of numbers would be a copy that the host waits for.
     extras = [sums.new_full((1,), float(number)) for number in also_sum]
-    parts = [sums, counts, nonfinite, found, *extras]
-    total = collectives.sum_across(torch.cat(parts))
-    sums, counts, nonfinite, found, summed = total.split([n, n, 1, len(messages), extra])
+    total = collectives.sum_across(torch.cat([sums, counts, nonfinite, *found, *extras]))
+    sums, counts, nonfinite, bad, summed = total.split([n, n, 1, len(found), extra])
     means = sums / torch.where(counts == 0, 1, counts)
     loss = local_loss(terms, dict(zip(terms, counts, strict=True)), factors, collectives.world_size())
     if collectives.world_size() > 1:
         value = torch.stack([mean * factors[name] for name, mean in zip(terms, means, strict=True) if name in factors])
-        loss = _WithValue.apply(loss, value.sum())
-    loss = checks.settle(messages, found, loss)
+        loss = loss - loss.detach() + value.sum().to(loss.dtype)  # this rank's gradient, and everyone's value
+    loss = checks.settle([message for message, _ in view.notes], bad, loss)
     return LossOutput(loss, tuple(terms), means, counts, nonfinite[0], summed, view.E_BD.detach(), teacher_BD)
 
 
@@ -236,15 +191,3 @@ def local_loss(
     # Fills take their number along; a tensor made of numbers would be a copy to the GPU that the host waits for.
     factors_n = torch.stack([sums_n.new_full((), factor * world_size) for factor in factors.values()])
     return sums_n @ (factors_n / (counts_n + (counts_n == 0)))
-
-
-class _WithValue(torch.autograd.Function):
-    """A scalar that is shown as another value, and has its own gradient."""
-
-    @staticmethod
-    def forward(ctx: object, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return value.to(own.dtype, copy=True)
-
-    @staticmethod
-    def backward(ctx: object, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0], None

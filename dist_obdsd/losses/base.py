@@ -5,10 +5,11 @@ Legend: b anchors of this rank, B rows of the global batch, D embedding dimensio
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import Group
-from dist_obdsd.losses.across_ranks import InputChecks, combine, view_batch
+from dist_obdsd.losses.across_ranks import InputChecks, combine
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.manifold.similarity import without_autocast
 
@@ -24,10 +25,13 @@ class RankingLoss(nn.Module):
 
     num_classes: int | None = None
     """Number of classes that the loss has parameters for; labels must be smaller."""
-    calls = 0
-    """How often ``forward`` was called: the seed of what a loss draws."""
-    _checks: InputChecks | None = None
-    _alike = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        """How many batches were viewed: the seed of what a loss draws."""
+        self._checks = InputChecks()
+        self._alike = False
 
     def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         """Compute this rank's share of each part.
@@ -45,20 +49,37 @@ class RankingLoss(nn.Module):
 
     def forward(self, embeddings_bD: torch.Tensor, labels_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:
         """Compute the loss of the global batch. Collective; see ``OBDSDLoss`` for arguments, value and errors."""
-        if self._checks is None:
-            self._checks = InputChecks()
-        self.calls += 1
         with collectives.within(group):
-            self.make_alike()
-            view = view_batch(embeddings_bD, labels_b, self._checks, num_classes=self.num_classes, seed=self.calls)
+            view = self.view(embeddings_bD, labels_b, self._checks)
             terms = self.partial_means(view)
             return combine(view, terms, dict.fromkeys(terms, 1.0), self._checks).loss
 
-    def make_alike(self) -> None:
-        """Take rank 0's parameters at the first call, as DDP does where it wraps. Collective."""
+    def view(
+        self, embeddings_bD: torch.Tensor, labels: torch.Tensor, checks: InputChecks, *, normalize: bool = False,
+        seed: int | None = None,
+    ) -> BatchView:  # fmt: skip
+        """Gather embeddings, with gradient, and labels. Collective. Arguments as of ``OBDSDLoss``.
+
+        At the first call all ranks take rank 0's parameters, as DDP does where it wraps.
+        """
+        checks.shapes(embeddings_bD, labels)
         if not self._alike:
             collectives.broadcast_([*self.parameters(), *self.buffers()])
             self._alike = True
+        self.calls += 1
+        b, W = len(embeddings_bD), collectives.world_size()
+        labels, notes = checks.labels(labels.to(embeddings_bD.device, non_blocking=True), self.num_classes)
+        if normalize:
+            wide = torch.promote_types(embeddings_bD.dtype, torch.float32)
+            embeddings_bD = functional.normalize(embeddings_bD.to(wide))
+        else:
+            notes += checks.rows("batch", embeddings_bD)
+        embeddings_BD = collectives.gather_rows(embeddings_bD, check_sizes=False)
+        labels_B = collectives.AsyncAllGather(labels).wait() if len(labels) < W * b else labels
+        return BatchView(
+            embeddings_bD, embeddings_BD, labels_B, collectives.rank() * b, self.calls if seed is None else seed,
+            collectives.mean_gradient, notes,
+        )  # fmt: skip
 
 
 class LearnableLoss(RankingLoss):

@@ -4,13 +4,15 @@ Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from dist_obdsd.errors import InputError
-from dist_obdsd.manifold.similarity import check_rows, similarity
+from dist_obdsd.manifold.similarity import similarity
+
+Note = tuple[str, torch.Tensor]
+"""A sentence with a gap for a number, and the number: how many of this rank's entries are wrong, on the device."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,8 @@ class BatchView:
     shared: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter
     """Makes a parameter of the loss's own one whose gradient is averaged over the ranks; use what it returns."""
 
-    def __post_init__(self) -> None:
-        """Check the shapes, which are known without waiting for a GPU.
-
-        Raises:
-            InputError: naming the shape found and the one needed.
-        """
-        check_rows("labels_B", self.labels_B, self.B, 1)
-        if self.first_row % self.b or not 0 <= self.first_row <= self.B - self.b or self.B % self.b:
-            raise InputError(
-                f"first_row is {self.first_row} with {self.b} of {self.B} rows; it must be a multiple of {self.b} "
-                f"within the batch"
-            )
+    notes: list[Note] = field(default_factory=list)
+    """What may be wrong with its numbers, which travels with the loss."""
 
     @property
     def b(self) -> int:

@@ -45,14 +45,14 @@ def distil(S_bB: torch.Tensor, target_bB: torch.Tensor, temperature: float, firs
         sum_b = target_bB.sum(1)
         # A third of what xlogy takes; 0 log 0 is 0 here, too.
         t_log_t_bB = target_bB.clamp_min(torch.finfo(S_bB.dtype).tiny).log_().mul_(target_bB)
-        entropy = -t_log_t_bB.sum()
+        negentropy, mass = t_log_t_bB.sum(), sum_b.sum()
         # Put this way round NaN is a defect, too.
         sound_b = ((sum_b - 1).abs_() <= NORMALISED) & (target_bB.amin(1) >= 0)
         count = sum_b.new_full((), b)
     return {
         "distillation": PartialMean(_Divergence.apply(S_bB, target_bB, t_log_t_bB, sum_b, temperature), count),
-        "target_entropy": PartialMean(entropy, count),
-        "target_kl_to_uniform": PartialMean(math.log(B) * sum_b.sum() - entropy, count),
+        "target_entropy": PartialMean(-negentropy, count),
+        "target_kl_to_uniform": PartialMean(torch.add(negentropy, mass, alpha=math.log(B)), count),
         "target_self_mass": PartialMean(target_bB.diagonal(offset=first_row).sum(), count),
         "target_defects": PartialMean(count - sound_b.sum(), count),
     }

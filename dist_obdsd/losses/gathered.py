@@ -6,14 +6,18 @@ exact; it costs every rank what one process would pay.
 Legend: B rows of the global batch, D embedding dimension.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from dist_obdsd.losses.base import LearnableLoss, graph_zero
+from dist_obdsd.config.registry import import_object
+from dist_obdsd.errors import InputError
+from dist_obdsd.losses.base import LearnableLoss, RankingLoss, graph_zero
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.rng import derive
 
@@ -64,3 +68,29 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(cuda):
                 torch.cuda.manual_seed(derive(seed, "miner"))
         yield
+
+
+def own_loss(
+    name: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")],
+    kwargs: dict[str, Any] = {},  # noqa: B006
+    *,
+    classes: int,
+    embedding_dim: int,
+) -> RankingLoss:
+    """A loss of your own: a RankingLoss, or any module called with embeddings and labels of the whole batch.
+
+    Args:
+        name: ``package.module:Class``.
+        kwargs: arguments of its constructor; ``classes`` and ``embedding_dim`` are filled in where it takes them.
+
+    Raises:
+        InputError: it cannot be imported, or not be made of these arguments.
+    """
+    make = import_object(name, "ranking.name")
+    taken = inspect.signature(make).parameters
+    filled = {"classes": classes, "embedding_dim": embedding_dim}
+    try:
+        loss = make(**{key: value for key, value in filled.items() if key in taken}, **kwargs)
+    except TypeError as error:
+        raise InputError(f"ranking.name={name} cannot be made of ranking.kwargs={kwargs}: {error}") from error
+    return loss if isinstance(loss, RankingLoss) else GatheredLoss(loss)

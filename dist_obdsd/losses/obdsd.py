@@ -20,13 +20,12 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import AsyncAllGather, Group
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses import distillation
-from dist_obdsd.losses.across_ranks import InputChecks, LossOutput, combine, view_batch
+from dist_obdsd.losses.across_ranks import InputChecks, LossOutput, combine
 from dist_obdsd.losses.base import RankingLoss
-from dist_obdsd.losses.batch_view import BatchView, PartialMean
+from dist_obdsd.losses.batch_view import BatchView, Note, PartialMean
 from dist_obdsd.losses.gathered import GatheredLoss
 from dist_obdsd.manifold import targets as manifold
 from dist_obdsd.manifold.diffusion import Diffusion
-from dist_obdsd.manifold.similarity import check_rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class TeacherRows:
     """All ranks' teacher rows on their way, and perhaps a diffusion over them."""
 
     gathering: AsyncAllGather
+    notes: list[Note]
     pending: manifold.PendingTarget | None
 
 
@@ -91,7 +91,7 @@ class OBDSDLoss(nn.Module):
         super().__init__()
         self.ranking = ranking if isinstance(ranking, RankingLoss) else GatheredLoss(ranking)
         self.weight, self.scope, self.memory = weight, scope, memory
-        self.group, self.normalize, self.calls = group, normalize, 0
+        self.group, self.normalize = group, normalize
         self.diffusion, self.target = None, None
         if target != "none":
             self.target = TARGETS.load(target)
@@ -129,25 +129,24 @@ class OBDSDLoss(nn.Module):
         """
         with collectives.within(self.group):
             self._checks.sizes("teacher's rows", teacher_bD)
+            notes: list[Note] = []
             if self.normalize:
                 teacher_bD = nn.functional.normalize(teacher_bD)
             else:
-                self._checks.rows("teacher's batch", teacher_bD)
+                notes = self._checks.rows("teacher's batch", teacher_bD)
             gathering = AsyncAllGather(teacher_bD)
             b, rank = len(teacher_bD), collectives.rank()
             early = teacher_bD.is_cuda if early is None else early
             pending = self._start_diffusion(gathering, slice(rank * b, (rank + 1) * b)) if early else None
-        return TeacherRows(gathering, pending)
+        return TeacherRows(gathering, notes, pending)
 
     def _start_diffusion(self, gathering: AsyncAllGather, rows: slice) -> manifold.PendingTarget | None:
-        b, own = rows.stop - rows.start, self.scope == "rank"
-        nodes = (b if own else gathering.B) + self.memory
-        if self.diffusion is None or not manifold.can_start_async(b, nodes, self.diffusion):
+        if self.diffusion is None or self.target is None or self.target.graph is None:
             return None
         T_BD = gathering.wait()
         self._place_memory(T_BD)
-        if own:
-            T_BD, rows = T_BD[rows], slice(0, b)
+        if self.scope == "rank":
+            T_BD, rows = T_BD[rows], slice(0, rows.stop - rows.start)
         return manifold.start_async(T_BD, rows, self.diffusion, self.memory_MD, self._plan)
 
     def forward(
@@ -189,15 +188,13 @@ class OBDSDLoss(nn.Module):
                     f"same images"
                 )
             teacher_bD = self.start_teacher(teacher_bD, early=False)
-        self.calls += 1
         with collectives.within(self.group):
-            self.ranking.make_alike()
-            view = view_batch(
-                embeddings_bD, labels_b, self._checks, num_classes=self.ranking.num_classes,
-                normalize=self.normalize, seed=self.calls if seed is None else seed,
-            )  # fmt: skip
-            T_BD = None if teacher_bD is None else teacher_bD.gathering.wait()
-            terms = self.terms(view, T_BD, None if teacher_bD is None else teacher_bD.pending)
+            view = self.ranking.view(embeddings_bD, labels_b, self._checks, normalize=self.normalize, seed=seed)
+            T_BD, pending = None, None
+            if teacher_bD is not None:
+                T_BD, pending = teacher_bD.gathering.wait(), teacher_bD.pending
+                view.notes.extend(teacher_bD.notes)
+            terms = self.terms(view, T_BD, pending)
             factors = {name: 1.0 for name in terms if is_ranking(name)}
             if self.diffusion is not None and ramp * self.weight > 0:
                 factors["distillation"] = ramp * self.weight * self.diffusion.temperature**2
@@ -223,7 +220,6 @@ class OBDSDLoss(nn.Module):
             ``target_iterations`` and, with a memory, ``target_dropped_mass``.
 
         Raises:
-            InputError: if shapes do not fit.
             RunError: if the diffusion cannot be solved.
         """
         terms = self.ranking.partial_means(view)
@@ -232,7 +228,6 @@ class OBDSDLoss(nn.Module):
             T_BD = view.E_BD.detach()  # the uniform target reads its shape alone
         if self.diffusion is None or self.target is None or T_BD is None:
             return terms
-        check_rows("T_BD", T_BD, view.B, 2)
         self._place_memory(T_BD)
         S_bB = view.S_bB
         if self.scope == "rank":

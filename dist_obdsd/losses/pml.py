@@ -103,18 +103,17 @@ def _build(kind: str, key: str, given: str, kwargs: Mapping[str, Any], sizes: Ma
     """Make one of the library's losses or miners, with sizes and parts filled in."""
     found = _find(kind, f"{key}.name" if kind == "losses" else key, given)
     arguments = f"{key}.kwargs" if kind == "losses" else f"{key}_kwargs"
-    known = _parameters(found)
-    for name in kwargs:
-        if name not in known:
-            raise InputError(f"{arguments}: {given} has no argument {name}{_near(name, known)}; it takes {known}")
+    takes = {name for base in inspect.getmro(found) for name in inspect.signature(base).parameters}
     # A distance, a reducer or a regularizer is an object, too: pml.NAME makes one with its defaults.
-    filled = {name: size for name, size in sizes.items() if name in known} | {
+    filled = {name: size for name, size in sizes.items() if name in takes} | {
         name: _part(f"{arguments}.{name}", name, value) for name, value in kwargs.items()
     }
     try:
         built: nn.Module = found(**filled)
     except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"{arguments}: {given} cannot be made of {filled}: {error}") from error
+        raise InputError(
+            f"{arguments}: {given} cannot be made of {filled}: {error}; see its documentation for what it takes"
+        ) from error
     # The library keeps some tensors as plain attributes. As buffers they move to the GPU and into checkpoints.
     for module in built.modules():
         for name, value in list(vars(module).items()):
@@ -141,10 +140,9 @@ def _find(kind: str, key: str, given: str) -> Any:
         if inspect.isclass(value) and issubclass(value, nn.Module) and name not in REFUSED and name not in ABSTRACT
     ]  # fmt: skip
     if name not in names:
-        raise InputError(
-            f"{key} is {given}, which pytorch-metric-learning does not have among its {kind}"
-            f"{_near(name, names, 'pml.') or ': ' + ', '.join(names)}"
-        )
+        near = [f"pml.{n}" for n in difflib.get_close_matches(name, names, cutoff=0.5)]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(names)}"
+        raise InputError(f"{key} is {given}, which pytorch-metric-learning does not have among its {kind}; {hint}")
     return getattr(module, name)
 
 
@@ -156,22 +154,3 @@ def _library(kind: str) -> ModuleType:
             f"a pml. name needs pytorch-metric-learning, which cannot be imported ({error}); "
             f"pip install pytorch-metric-learning"
         ) from error
-
-
-def _parameters(found: type) -> list[str]:
-    """List a constructor's arguments, those of its bases included as long as it passes on keywords."""
-    names: dict[str, None] = {}
-    for base in inspect.getmro(found):
-        if "__init__" not in vars(base):
-            continue
-        signature = inspect.signature(vars(base)["__init__"]).parameters.values()
-        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        names |= {parameter.name: None for parameter in signature if parameter.kind in kinds}
-        if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in signature):
-            break
-    return [name for name in names if name not in ("self", "collect_stats", "mat_based_loss")]
-
-
-def _near(name: str, names: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(prefix + n for n in near)}?" if near else ""

@@ -9,7 +9,6 @@ Legend: n nodes, the rows of the batch first and then those of the memory; b own
 dimension.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +28,6 @@ correction mends what the limit gets wrong."""
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Similarities this close to the k-th nearest count as tied with it, so that S_ij and S_ji, which two tiles may round
 differently, always fall on the same side."""
-EVERY = slice(0, None)
-"""All columns."""
 
 
 class Graph(ABC):
@@ -50,31 +47,17 @@ class Graph(ABC):
 
     # ---- rows of n x n matrices -------------------------------------------------------------------------------------
 
-    def similarities(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
-        """Return S [t, n], or some columns of it. Not to be written to."""
-        if self._S_nn is not None:
-            return self._S_nn[rows, columns]
-        return similarity(self.T_nD[rows], self.T_nD[columns])
+    def similarities(self, rows: slice) -> torch.Tensor:
+        """Return S [t, n], not to be written to."""
+        return similarity(self.T_nD[rows], self.T_nD) if self._S_nn is None else self._S_nn[rows]
 
     @abstractmethod
     def transition(self, rows: slice) -> torch.Tensor:
         """Return A [t, n], the steps from node i in row i; 0 where it is isolated."""
 
     @abstractmethod
-    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
-        """Return N [t, n], or some columns of it."""
-
-    def times_symmetric(self, X_bn: torch.Tensor) -> torch.Tensor:
-        """Compute X N [b, n] where N is not kept. A block above the diagonal also serves below it."""
-        product_bn, side = torch.zeros_like(X_bn), max(math.isqrt(self._tile_entries), 1)
-        blocks = [slice(i, min(i + side, self.n)) for i in range(0, self.n, side)]
-        for i, rows in enumerate(blocks):
-            for columns in blocks[i:]:
-                N_tt = self.symmetric(rows, columns)
-                product_bn[:, columns].addmm_(X_bn[:, rows], N_tt)
-                if columns != rows:
-                    product_bn[:, rows].addmm_(X_bn[:, columns], N_tt.T)
-        return product_bn
+    def symmetric(self, rows: slice) -> torch.Tensor:
+        """Return N [t, n], the caller's own."""
 
     @property
     @abstractmethod
@@ -110,12 +93,12 @@ class Graph(ABC):
         """Compute P = softmax(S / temperature) [t, n], no diagonal if ``mask_self``."""
         return softmax(self.similarities(rows), self.diffusion.temperature, rows.start, self.diffusion.mask_self)
 
-    def _sharpened(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _sharpened(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return S after clipping and power [t, n], and its mask of edges, if not all but the diagonal."""
-        S_tn = self.similarities(rows, columns)
+        S_tn = self.similarities(rows)
         edges_tn = None
         if self._nearest_n is not None:
-            mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n[columns]
+            mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n
             edges_tn = mine_tn & theirs_tn if self.diffusion.mutual else mine_tn | theirs_tn
         if self.diffusion.clip:
             S_tn = S_tn.clamp_min(0)
@@ -151,36 +134,43 @@ class WalkGraph(Graph):
 
     def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         super().__init__(T_nD, diffusion)
-        # Where the whole matrix is not kept, a tile of it is made whenever it is needed.
-        self._A_nn = self._transition(self._logits(slice(0, self.n))) if self._S_nn is not None else None
+        self._A_nn = None
+        if self._S_nn is not None:  # else a tile of it is made whenever it is needed
+            logits_nn = self._logits(slice(0, self.n))
+            self._largest_n, self._A_nn = logits_nn.amax(1), self._transition(logits_nn)
 
     @cached_property
-    def _degrees(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute m and s [n] of every node, whose degree has the logarithm m + log s, and the isolated nodes.
-
-        For those m is 0 and s is 1.
-        """
-        m_n, largest_n = self._per_node(), self._per_node()
-        for tile in self.tiles:
-            logits_tn = self._logits(tile)
-            torch.amax(logits_tn, 1, out=m_n[tile])
-            # 1/s, since the largest logit's share is exp(0) / s
-            torch.amax(self._transition(logits_tn), 1, out=largest_n[tile])
+    def _degrees(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute m and 1/s [n] of every node, whose degree has the logarithm m + log s; 0 and 1 for isolated ones."""
+        # 1/s is the largest entry of A's row, since the largest logit's share is exp(0) / s.
+        if self._A_nn is not None:
+            m_n, largest_n = self._largest_n, self._A_nn.amax(1)
+        else:
+            m_n, largest_n = self._per_node(), self._per_node()
+            for tile in self.tiles:
+                logits_tn = self._logits(tile)
+                torch.amax(logits_tn, 1, out=m_n[tile])
+                torch.amax(self._transition(logits_tn), 1, out=largest_n[tile])
+        if self._nearest_n is None:  # then every node has an edge to every other one
+            return m_n, largest_n
         isolated_n = m_n == -torch.inf
-        if self._nearest_n is not None:  # else every node has an edge to every other one
-            m_n, largest_n = m_n.masked_fill(isolated_n, 0), largest_n.masked_fill(isolated_n, 1)
-        return m_n, 1 / largest_n, isolated_n
+        return m_n.masked_fill(isolated_n, 0), largest_n.masked_fill(isolated_n, 1)
 
-    @property
+    @cached_property
+    def _roots_n(self) -> torch.Tensor:
+        """Roots of the degrees, but for a factor. (exp(r/2), r the logarithm of a degree, would overflow.)"""
+        m_n, largest_n = self._degrees
+        below_n = ((m_n - m_n.max()) / 2).clamp_min_(-SCALE_LIMIT[m_n.dtype])
+        return below_n.exp_().mul_(largest_n.rsqrt())
+
+    @cached_property
     def isolated_n(self) -> torch.Tensor:
-        return self._degrees[2]
+        return torch.cat([self.transition(tile).amax(1) for tile in self.tiles]) == 0
 
     @cached_property
     def top_eigenvector_n(self) -> torch.Tensor:
-        m_n, s_n, isolated_n = self._degrees
-        half_n = (m_n + s_n.log()).masked_fill(isolated_n, -torch.inf) / 2
-        top_eigenvector_n = (half_n - half_n.max()).exp()
-        return top_eigenvector_n / top_eigenvector_n.norm()
+        roots_n = self._roots_n if self._nearest_n is None else self._roots_n.masked_fill(self.isolated_n, 0)
+        return roots_n / roots_n.norm()
 
     def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
         """As k grows, the rows of A^k tend to one row, and the mean row of A is near it."""
@@ -195,37 +185,33 @@ class WalkGraph(Graph):
         # Without neighbours' edges every node has one; with them a row may be all -inf.
         return A_tn if self._nearest_n is None else A_tn.nan_to_num(0)
 
-    def _logits(self, rows: slice, columns: slice = EVERY, unit: float = 1.0) -> torch.Tensor:
+    def _logits(self, rows: slice, unit: float = 1.0) -> torch.Tensor:
         """Compute logarithms of K, shifted by the same for all, times ``unit``."""
-        S_tn, edges_tn = self._sharpened(rows, columns)
+        S_tn, edges_tn = self._sharpened(rows)
         scale, logits_tn = unit / self.diffusion.transition_temperature, S_tn - 1
         if scale != 1:
             logits_tn.mul_(scale)
         if edges_tn is not None:
             logits_tn.masked_fill_(~edges_tn, -torch.inf)
-        logits_tn.diagonal(offset=rows.start - columns.start).fill_(-torch.inf)
+        logits_tn.diagonal(offset=rows.start).fill_(-torch.inf)
         return logits_tn
 
     def transition(self, rows: slice) -> torch.Tensor:
         return self._A_nn[rows] if self._A_nn is not None else self._transition(self._logits(rows))
 
-    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
-        if self._A_nn is not None and rows == slice(0, self.n):
+    def symmetric(self, rows: slice) -> torch.Tensor:
+        if self._A_nn is not None:
             root_nn = self._A_nn.sqrt()
             return root_nn * root_nn.T  # N_ij^2 = A_ij A_ji; cheaper than the logarithms' way
         # In as few passes as there can be, since most of the time goes into them: logarithms of 2, and both parts of a
         # degree's in one. What that costs in digits, corrections mend.
-        m_n, s_n, _ = self._degrees
-        half_n = (m_n + s_n.log()) * (LOG2_E / 2)
-        exponents_tn = self._logits(rows, columns, LOG2_E).sub_(half_n[rows, None]).sub_(half_n[columns])
+        m_n, largest_n = self._degrees
+        half_n = (m_n - largest_n.log()) * (LOG2_E / 2)
+        exponents_tn = self._logits(rows, LOG2_E).sub_(half_n[rows, None]).sub_(half_n)
         return exponents_tn.clamp_min_(LEAST_EXPONENT).exp2_()
 
     def to_walk_coordinates(self, rows: slice) -> torch.Tensor:
-        """Compute exp((r_j - r_i)/2), r the logarithm of the degree. (exp(r/2) alone would overflow.)"""
-        m_n, s_n, _ = self._degrees
-        below_n = ((m_n - m_n.max()) / 2).clamp_min_(-SCALE_LIMIT[m_n.dtype])
-        factor_n = below_n.exp_() * s_n.sqrt()
-        return factor_n / factor_n[rows, None]
+        return self._roots_n / self._roots_n[rows, None]
 
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
         """Return || e_i - y (I - omega A) ||_1, which bounds the target's L1 error.
@@ -236,7 +222,7 @@ class WalkGraph(Graph):
 
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
         """Row i is (1 - omega) y P, and P_i where i is isolated."""
-        target_bn = sum_over_tiles(self.tiles, Y_bn, self.start).mul_(1 - self.diffusion.omega)
+        target_bn = times_matrix(self.tiles, Y_bn, self.start, alpha=1 - self.diffusion.omega)
         if self._nearest_n is None:
             return target_bn
         return torch.where(self.isolated_n[rows, None], self.start(rows), target_bn)
@@ -263,15 +249,15 @@ class SymmetricGraph(Graph):
     def top_eigenvector_n(self) -> torch.Tensor:
         return self._degree_n.sqrt() / self._degree_n.sum().sqrt().clamp_min(torch.finfo(self._degree_n.dtype).tiny)
 
-    def _affinities(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
-        S_tn, edges_tn = self._sharpened(rows, columns)
+    def _affinities(self, rows: slice) -> torch.Tensor:
+        S_tn, edges_tn = self._sharpened(rows)
         if edges_tn is not None:
             S_tn = S_tn * edges_tn
-        S_tn.diagonal(offset=rows.start - columns.start).fill_(0)
+        S_tn.diagonal(offset=rows.start).fill_(0)
         return S_tn
 
-    def symmetric(self, rows: slice, columns: slice = EVERY) -> torch.Tensor:
-        return self._affinities(rows, columns).mul_(self._scale_n[rows, None]).mul_(self._scale_n[columns])
+    def symmetric(self, rows: slice) -> torch.Tensor:
+        return self._affinities(rows).mul_(self._scale_n[rows, None]).mul_(self._scale_n)
 
     def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
         """As k grows, A^k tends to u u^T, where u is the leading eigenvector."""
@@ -296,18 +282,18 @@ class SymmetricGraph(Graph):
 
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
         """Row i is softmax((1 - omega) y S / temperature), and P_i where i is isolated."""
-        diffused_bn = sum_over_tiles(self.tiles, Y_bn, self.similarities).mul_(1 - self.diffusion.omega)
+        diffused_bn = times_matrix(self.tiles, Y_bn, self.similarities, alpha=1 - self.diffusion.omega)
         diffused_bn = torch.where(self.isolated_n[rows, None], self.similarities(rows), diffused_bn)
         return softmax(diffused_bn, self.diffusion.temperature, rows.start, self.diffusion.mask_self)
 
 
-def sum_over_tiles(tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-    """Compute X M [b, n] for a matrix M that exists a tile of rows at a time."""
-    if len(tiles) == 1:
-        return X_bn @ matrix(tiles[0])
-    product_bn = torch.zeros_like(X_bn)
-    for tile in tiles:
-        product_bn.addmm_(X_bn[:, tile], matrix(tile))
+def times_matrix(
+    tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[slice], torch.Tensor], alpha: float = 1, beta: float = 0
+) -> torch.Tensor:
+    """Compute alpha X M + beta X [b, n] for a matrix M that exists a tile of rows at a time."""
+    product_bn = torch.addmm(X_bn, X_bn[:, tiles[0]], matrix(tiles[0]), beta=beta, alpha=alpha)
+    for tile in tiles[1:]:
+        product_bn.addmm_(X_bn[:, tile], matrix(tile), alpha=alpha)
     return product_bn
 
 

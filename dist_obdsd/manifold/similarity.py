@@ -1,4 +1,4 @@
-"""Similarities of rows in full precision, and checks that wait for no device.
+"""Similarities of rows in full precision.
 
 Legend: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-
-from dist_obdsd.errors import InputError
 
 LOG2_E = math.log2(math.e)
 """e^x is 2^(x LOG2_E), and torch's exp2 takes a third of the time of its exp on a CPU."""
@@ -50,14 +48,3 @@ class _Gram(torch.autograd.Function):
         (X_BD,) = ctx.saved_tensors
         with without_autocast(X_BD.device):
             return (grads[0] + grads[0].T) @ X_BD
-
-
-def check_rows(what: str, tensor: torch.Tensor, rows: int, dims: int) -> None:
-    """Check a tensor's number of rows and of dimensions, which are known without waiting for a GPU.
-
-    Raises:
-        InputError: naming the shape found and the one needed.
-    """
-    if tensor.dim() != dims or tensor.shape[0] != rows:
-        needed = f"({rows}, D)" if dims == 2 else f"({rows},)"
-        raise InputError(f"{what} has shape {tuple(tensor.shape)}; it must be {needed}, one entry for each batch row")

@@ -11,11 +11,10 @@ Legend: n nodes, b own rows; rows of b x n matrices are systems of their own.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from dist_obdsd.manifold.graph import Graph, sum_over_tiles
+from dist_obdsd.manifold.graph import Graph, times_matrix
 
 CORRECTIONS = 8
 """Most corrections; ordinary batches need one, outliers at sharp temperatures two or three."""
@@ -29,15 +28,6 @@ FIXED_STEPS = 8
 """Most products with A where the host reads no error in between."""
 ROUNDING = 16
 """Residual of a unit row, in epsilons of its type, at which every solver has only rounding errors left."""
-
-
-class Corrector(Protocol):
-    """A solver of x (I - omega N) = c for rows c; it returns solutions [b, n] and the iterations taken."""
-
-    def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
-        """Solve for the unit vectors of the own rows."""
-
-    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class Solve:
             iterations: of cg, a fixed number. Without it the host looks at every iteration's error.
         """
         self._graph, self._rows, self._to_walk_bn = graph, rows, graph.to_walk_coordinates(rows)
-        self._corrector: Corrector = (
+        self._corrector = (
             Cholesky(graph)
             if solver == "cholesky"
             else ConjugateGradients(graph, self._to_walk_bn, tolerance / 4, iterations)
@@ -80,10 +70,12 @@ class Solve:
     def correct(self) -> None:
         """Solve for what is left of the residual."""
         R_bn = self._R_bn if self._to_walk_bn is None else self._R_bn / self._to_walk_bn
-        solved_bn, taken = self._corrector(R_bn)
+        # Scaled to a largest entry of 1, since squares of what outliers leave would underflow.
+        size_b1 = R_bn.abs().amax(1, keepdim=True).clamp_min(torch.finfo(R_bn.dtype).tiny)
+        solved_bn, taken = self._corrector(R_bn / size_b1, size_b1)
         self.iterations, self.longest = self.iterations + taken, max(self.longest, taken)
         self.corrections += 1
-        self._take(self.Y_bn.add_(self._in_walk(solved_bn)))
+        self._take(self.Y_bn.add_(self._in_walk(solved_bn.mul_(size_b1))))
 
     def add_term(self) -> None:
         """Add the next term of Neumann's series for what is left of the residual."""
@@ -96,7 +88,7 @@ class Solve:
     def _take(self, Y_bn: torch.Tensor) -> None:
         # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
         self.Y_bn, graph = Y_bn.clamp_min_(0), self._graph
-        R_bn = sum_over_tiles(graph.tiles, self.Y_bn, graph.transition).mul_(graph.diffusion.omega).sub_(self.Y_bn)
+        R_bn = times_matrix(graph.tiles, self.Y_bn, graph.transition, alpha=graph.diffusion.omega, beta=-1)
         R_bn.diagonal(offset=self._rows.start).add_(1)  # e_i - y_i (I - omega A)
         self._R_bn, self.error_b = R_bn, graph.error(R_bn)
 
@@ -202,20 +194,23 @@ class Cholesky:
         self._factor_nn, _ = torch.linalg.cholesky_ex(M_nn)
 
     def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
+        """Solve for the unit vectors of the own rows."""
         n = len(self._factor_nn)
         if 3 * (rows.stop - rows.start) > n:
             return torch.cholesky_inverse(self._factor_nn)[rows], 0
         return self(unit_rows(rows, self._factor_nn))
 
-    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def __call__(self, C_bn: torch.Tensor, size_b1: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        """Solve x (I - omega N) = c for rows c; return solutions [b, n] and the iterations taken."""
         return torch.cholesky_solve(C_bn.T, self._factor_nn).T, 0
 
 
 class ConjugateGradients:
     """Conjugate gradients for own rows: 2 b n^2 operations an iteration, by tiles.
 
-    The part along N's known leading eigenvector u, of eigenvalue 1, is solved directly, (c.u) / (1 - omega) u, and kept
-    out of the iteration, which then sees only the rest of the spectrum (deflation).
+    The part along N's known leading eigenvector u, of eigenvalue 1, is solved directly, (c.u) / (1 - omega) u. The
+    iteration is left with the rest of the spectrum, N - u u^T (deflation). A GPU's host takes longer to start a kernel
+    than most of these take, so there are few.
     """
 
     def __init__(
@@ -228,48 +223,63 @@ class ConjugateGradients:
                 side float32 has nothing more to give, and the next correction takes over.
         """
         self._graph, self._to_walk_bn, self._tolerance, self._fixed = graph, to_walk_bn, tolerance, iterations
+        self._u_n = graph.top_eigenvector_n
         # One tile is the whole matrix: made once, not in every iteration.
         self._N_nn = graph.symmetric(graph.tiles[0]) if len(graph.tiles) == 1 else None
+        if self._N_nn is not None:
+            self._N_nn.addr_(self._u_n, self._u_n, alpha=-1)
 
     def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
-        return self(unit_rows(rows, self._graph.T_nD))
+        """Solve for the unit vectors of the own rows."""
+        return self._solve(unit_rows(rows, self._graph.T_nD), self._u_n[rows], None)
 
-    def __call__(self, C_bn: torch.Tensor) -> tuple[torch.Tensor, int]:
-        u_n, omega, tiny = self._graph.top_eigenvector_n, self._graph.diffusion.omega, _tiny(C_bn)
-        # Scaled to a largest entry of 1, since squares of what outliers leave would underflow.
-        size_b = C_bn.abs().amax(1).clamp_min(tiny)
-        C_bn = C_bn / size_b[:, None]
-        X_bn = torch.outer(C_bn @ u_n / (1 - omega), u_n)
-        R_bn = self._without_u(C_bn.clone())
-        D_bn = R_bn.clone()
-        rr_b = R_bn.square().sum(1)
-        enough_b = C_bn.square().sum(1) * (8 * torch.finfo(C_bn.dtype).eps) ** 2
-        iterations = 0
-        while iterations < (CG_ITERATIONS if self._fixed is None else self._fixed):
-            if self._fixed is None and self._reached(R_bn, rr_b, enough_b, size_b):
+    def __call__(self, C_bn: torch.Tensor, size_b1: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        """Solve x (I - omega N) = c for rows c that were divided by ``size_b1``."""
+        return self._solve(C_bn, C_bn @ self._u_n, size_b1)
+
+    def _solve(
+        self, C_bn: torch.Tensor, along_b: torch.Tensor, size_b1: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int]:
+        fixed, omega = self._fixed, self._graph.diffusion.omega
+        X_bn = torch.addr(C_bn, along_b, self._u_n, beta=0, alpha=1 / (1 - omega))
+        D_bn = R_bn = torch.addr(C_bn, along_b, self._u_n, alpha=-1)
+        # Where nothing is left, both products of a step are this, and the step is along 0.
+        tiny_b11 = C_bn.new_full((len(C_bn), 1, 1), torch.finfo(C_bn.dtype).tiny)
+        rr_b1, iterations = _products(R_bn, R_bn, tiny_b11), 0
+        if fixed is None:
+            enough_b1 = _products(C_bn, C_bn, tiny_b11) * (8 * torch.finfo(C_bn.dtype).eps) ** 2
+        while iterations < (CG_ITERATIONS if fixed is None else fixed):
+            if fixed is None and self._reached(R_bn, rr_b1 <= enough_b1, size_b1):
                 break
             Q_bn = self._times_M(D_bn)
-            step_b = rr_b / (D_bn * Q_bn).sum(1).clamp_min(tiny)
-            X_bn.addcmul_(step_b[:, None], D_bn)
-            R_bn = self._without_u(R_bn.addcmul_(step_b[:, None], Q_bn, value=-1))
-            before_b, rr_b = rr_b, R_bn.square().sum(1)
-            D_bn = torch.addcmul(R_bn, D_bn, (rr_b / before_b.clamp_min(tiny))[:, None])
+            step_b1 = rr_b1 / _products(D_bn, Q_bn, tiny_b11)
+            X_bn.addcmul_(step_b1, D_bn)
             iterations += 1
-        return X_bn.mul_(size_b[:, None]), iterations
+            if iterations == fixed:  # nobody asks for this residual
+                break
+            R_bn = torch.addcmul(R_bn, step_b1, Q_bn, value=-1)
+            before_b1, rr_b1 = rr_b1, _products(R_bn, R_bn, tiny_b11)
+            D_bn = torch.addcmul(R_bn, D_bn, rr_b1 / before_b1)
+        return X_bn, iterations
 
-    def _reached(self, R_bn: torch.Tensor, rr_b: torch.Tensor, enough_b: torch.Tensor, size_b: torch.Tensor) -> bool:
+    def _reached(self, R_bn: torch.Tensor, rounding_b1: torch.Tensor, size_b1: torch.Tensor | None) -> bool:
         """Tell whether every row is as accurate as it must or can be. The host waits here for the device."""
-        error_b = size_b * self._graph.error(R_bn if self._to_walk_bn is None else R_bn * self._to_walk_bn)
-        return bool(((error_b <= self._tolerance) | ~(rr_b > enough_b)).all())
+        error_b = self._graph.error(R_bn if self._to_walk_bn is None else R_bn * self._to_walk_bn)
+        enough_b = error_b * (1 if size_b1 is None else size_b1[:, 0]) <= self._tolerance
+        return bool((enough_b | rounding_b1[:, 0]).all())
 
     def _times_M(self, X_bn: torch.Tensor) -> torch.Tensor:
-        """X (I - omega N)."""
+        """X (I - omega (N - u u^T))."""
+        omega = self._graph.diffusion.omega
         if self._N_nn is not None:
-            return torch.addmm(X_bn, X_bn, self._N_nn, alpha=-self._graph.diffusion.omega)
-        return X_bn.add(self._graph.times_symmetric(X_bn), alpha=-self._graph.diffusion.omega)
+            return torch.addmm(X_bn, X_bn, self._N_nn, alpha=-omega)
+        product_bn = times_matrix(self._graph.tiles, X_bn, self._graph.symmetric, alpha=-omega, beta=1)
+        return product_bn.addr_(X_bn @ self._u_n, self._u_n, alpha=omega)
 
-    def _without_u(self, X_bn: torch.Tensor) -> torch.Tensor:
-        return X_bn.addr_(X_bn @ self._graph.top_eigenvector_n, self._graph.top_eigenvector_n, alpha=-1)
+
+def _products(X_bn: torch.Tensor, Y_bn: torch.Tensor, tiny_b11: torch.Tensor) -> torch.Tensor:
+    """Multiply row by row [b, 1], in one kernel."""
+    return torch.baddbmm(tiny_b11, X_bn[:, None], Y_bn[:, :, None])[:, 0]
 
 
 def unit_rows(rows: slice, like_nx: torch.Tensor) -> torch.Tensor:
@@ -277,7 +287,3 @@ def unit_rows(rows: slice, like_nx: torch.Tensor) -> torch.Tensor:
     unit_bn = like_nx.new_zeros(rows.stop - rows.start, len(like_nx))
     unit_bn.diagonal(offset=rows.start).fill_(1)
     return unit_bn
-
-
-def _tiny(x: torch.Tensor) -> float:
-    return torch.finfo(x.dtype).tiny

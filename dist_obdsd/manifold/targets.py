@@ -17,7 +17,6 @@ from dist_obdsd.manifold.graph import Graph, SymmetricGraph, WalkGraph, softmax
 from dist_obdsd.manifold.similarity import similarity, without_autocast
 from dist_obdsd.manifold.solvers import (
     FIXED_STEPS,
-    NEUMANN_STEPS,
     Inverse,
     Solve,
     neumann_fixed_steps,
@@ -31,8 +30,6 @@ FLOAT64_TOLERANCE = 1e-10
 """Largest error of a row for float64 embeddings."""
 LEAST_MASS = 1e-3
 """Share of a row's mass that must be left in the batch's columns for the row to be used."""
-ASYNC_SIZE = 2**33
-"""Largest b n^2 at which more products are queued than a host that looks would take."""
 GPU_CHOLESKY = 2048
 """Nodes up to which a GPU factors the whole matrix: an estimate, 1 ms or so, beside 15 kernels an iteration."""
 CPU = torch.device("cpu")
@@ -127,8 +124,6 @@ class PendingTarget:
     """The graph where it is small enough to be kept for another solve."""
     goal: float = 0.0
     """The result is accepted if its largest error is at most this."""
-    most: int = 0
-    """Products of a series that are worth it; 0 where a solver is queued."""
     result: DiffusionTarget | None = None
     """None where nothing could be queued yet."""
     worst: AsyncHostCopy | None = None
@@ -145,18 +140,13 @@ class PendingTarget:
                 plan.products = min(enough + 1, len(errors))
             return self.result
         if self.result is not None and errors[-1] == errors[-1]:  # NaN says nothing about the series
-            plan.rejected, plan.products = plan.rejected or self.result.iterations == self.most, None
+            plan.rejected, plan.products = plan.rejected or self.result.iterations == FIXED_STEPS, None
         return None
 
     def learn(self, solve: Inverse) -> None:
         """Queue as much as this solve took, from the next step on."""
         self.plan.corrections = max(self.plan.corrections, solve.corrections)
         self.plan.iterations = max(self.plan.iterations or 0, solve.longest)
-
-
-def can_start_async(b: int, nodes: int, diffusion: Diffusion) -> bool:
-    """Tell whether ``start_async`` may serve a target of b own rows over this many nodes."""
-    return TARGETS.load(diffusion.target).graph is not None and b * nodes <= PART_ENTRIES
 
 
 @torch.no_grad()
@@ -170,27 +160,27 @@ def start_async(
     """Queue what is mostly enough of a diffusion, before the student's forward pass.
 
     The device then has other work when the host asks for the error, in ``target_rows``. None where the matrices are not
-    kept whole.
+    kept whole, or the own rows would be solved in parts.
 
     Args:
-        As of ``target_rows``, where ``can_start_async`` holds.
+        As of ``target_rows``, of a target that has a graph.
         plan: of the epoch; without one, nothing is known.
     """
     plan = QueuePlan() if plan is None else plan
+    T_nD, b = _nodes(T_BD, memory_MD), rows.stop - rows.start
+    dtype = torch.promote_types(T_nD.dtype, torch.float32)
+    if b * len(T_nD) > PART_ENTRIES or not diffusion.fits(len(T_nD), dtype.itemsize, T_nD.device):
+        return None
     with without_autocast(T_BD.device):
-        T_nD = _nodes(T_BD, memory_MD)
-        graph, b = _graph(T_nD, diffusion), rows.stop - rows.start
-        if not graph.whole:
-            return None
+        graph = _graph(T_nD, diffusion)
         pending = PendingTarget(plan, graph if graph.n**2 <= PART_ENTRIES else None)
         goal = _goal(T_nD, diffusion)
         if diffusion.solver == "auto" and not plan.rejected:
-            most = FIXED_STEPS if b * graph.n**2 <= ASYNC_SIZE else NEUMANN_STEPS
-            products = plan.products or most
+            products = plan.products or FIXED_STEPS
             inverse, worst = neumann_fixed_steps(graph, rows, products, every=plan.products is None)
             goal = neumann_goal(graph.T_nD.dtype, diffusion.omega, goal)
         else:
-            solver, most = choose_solver(graph.n, b, diffusion, graph.T_nD.element_size(), T_nD.device), 0
+            solver = choose_solver(graph.n, b, diffusion, dtype.itemsize, T_nD.device)
             if solver == "cg" and plan.iterations is None:
                 return pending
             solve = Solve(graph, rows, solver, goal, plan.iterations)
@@ -199,7 +189,7 @@ def start_async(
             inverse, worst = solve.inverse(), solve.error_b.max()[None]
             del solve  # and N with it
         result = DiffusionTarget(graph.target(inverse.Y_bn, rows), inverse.error_b, inverse.iterations)
-        return replace(pending, goal=goal, most=most, result=result, worst=AsyncHostCopy(worst))
+        return replace(pending, goal=goal, result=result, worst=AsyncHostCopy(worst))
 
 
 @torch.no_grad()
@@ -230,7 +220,7 @@ def target_rows(
         pending: what ``start_async`` returned for the same arguments.
 
     Raises:
-        InputError: for a batch of fewer than two rows, rows outside it or an unknown target.
+        InputError: for a batch of fewer than two rows, or rows outside it.
         RunError: if no solve is accurate enough, with the error reached.
     """
     B = T_BD.shape[0]
@@ -238,8 +228,6 @@ def target_rows(
         raise InputError(f"the teacher's embeddings have shape {tuple(T_BD.shape)}; a target needs (B, D) with B > 1")
     if not 0 <= rows.start < rows.stop <= B:
         raise InputError(f"rows {rows.start} to {rows.stop} do not lie in the batch of {B}")
-    if diffusion.target == "none":
-        raise InputError(f"target none has no rows; give one of {', '.join(TARGETS.names)}")
     target: type[Target] = TARGETS.load(diffusion.target)
     with without_autocast(T_BD.device):
         if target.graph is None:

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 
 from dist_obdsd.config.ranking import RankingConfig
@@ -12,9 +10,9 @@ from dist_obdsd.losses import margin
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView
 from dist_obdsd.losses.build import build_ranking
-from dist_obdsd.losses.counter_rng import uniforms
-from dist_obdsd.losses.margin import MarginLoss
+from dist_obdsd.losses.margin import MarginLoss, uniforms
 from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
+from dist_obdsd.manifold.similarity import similarity
 from tests import oracle
 from tests.losses.data import CLASSES, LABELS, loss_of, mean, parts, ranking
 from tests.manifold.data import B, D, manifolds, unit_rows
@@ -103,17 +101,6 @@ def test_the_gradient_is_that_of_finite_differences(settings: RankingConfig) -> 
     assert torch.autograd.gradcheck(value, [unit_rows(0).requires_grad_(), *loss.parameters()], eps=1e-7, atol=1e-6)
 
 
-@every
-@pytest.mark.parametrize("b", [1, 3, 4, 6])
-def test_parts_of_the_ranks_add_up_to_the_whole(settings: RankingConfig, b: int) -> None:
-    loss, E_BD = loss_of(settings, D), unit_rows(0)
-    whole = parts(loss, E_BD, LABELS["mixed"], seed=SEED)
-    shares = [parts(loss, E_BD, LABELS["mixed"], slice(first, first + b), SEED) for first in range(0, B, b)]
-    for name, term in whole.items():
-        assert sum(share[name].sum.item() for share in shares) == pytest.approx(term.sum.item(), rel=1e-13)
-        assert sum(share[name].count.item() for share in shares) == term.count.item()
-
-
 EMPTY = {
     ("multi_similarity", "different"): "ranking",
     ("multi_similarity", "same"): "ranking",
@@ -140,19 +127,15 @@ def test_a_part_without_anchors_is_zero_with_a_usable_backward(name: str, labels
 
 
 @every
-@pytest.mark.parametrize("labels", [list(range(B)), [7] * B], ids=["all different", "all the same"])
-def test_one_sided_batches_have_finite_gradients(settings: RankingConfig, labels: list[int]) -> None:
-    loss, E_BD = loss_of(settings, D), unit_rows(0).requires_grad_()
-    assert all(grad.isfinite().all() for grad in gradients(mean(parts(loss, E_BD, labels)), loss, E_BD))
-
-
-@every
-def test_duplicates_and_antipodes_have_finite_gradients(settings: RankingConfig) -> None:
-    for dtype in (torch.float32, torch.float64):
-        loss = build_ranking(settings, CLASSES, D, 0).to(dtype)
-        E_BD = manifolds()["opposed"].to(dtype).requires_grad_()
-        assert all(grad.isfinite().all() for grad in gradients(mean(parts(loss, E_BD, LABELS["mixed"])), loss, E_BD))
-        assert mean(parts(loss, E_BD, LABELS["mixed"])).isfinite()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("labels", [list(range(B)), [7] * B, LABELS["mixed"]], ids=["different", "same", "mixed"])
+def test_nasty_batches_have_finite_gradients(settings: RankingConfig, labels: list[int], dtype: torch.dtype) -> None:
+    loss = build_ranking(settings, CLASSES, D, 0).to(dtype)
+    for kind in ("ordinary", "opposed"):  # duplicates and antipodes
+        E_BD = manifolds()[kind].to(dtype).requires_grad_()
+        value = mean(parts(loss, E_BD, labels))
+        assert value.isfinite()
+        assert all(grad.isfinite().all() for grad in gradients(value, loss, E_BD))
 
 
 @every
@@ -201,75 +184,57 @@ def along_the_sphere(grad_BD: torch.Tensor, E_BD: torch.Tensor) -> torch.Tensor:
     return grad_BD - (grad_BD * E_BD).sum(1, keepdim=True) * E_BD
 
 
-def compare(ours: torch.Tensor, theirs: torch.Tensor, E_BD: torch.Tensor) -> None:
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-10)
-    mine, expected = (along_the_sphere(torch.autograd.grad(loss, E_BD)[0], E_BD) for loss in (ours, theirs))
-    assert (mine - expected).abs().max() < 1e-10
-    assert expected.abs().max() > 1e-3
+THEIRS = [
+    ranking("multi_similarity"),
+    ranking("contrastive", positive_margin=0.2, negative_margin=1.4),
+    ranking("triplet", margin=0.2),
+    ranking("triplet", margin=1.0),
+    ranking("margin", nu=0.2),
+    ranking("proxy_anchor"),
+]
+
+
+def theirs(settings: RankingConfig, loss: RankingLoss, E_BD: torch.Tensor, labels: list[int]) -> list[torch.Tensor]:
+    """The same loss of pytorch-metric-learning, and its parameters."""
+    from pytorch_metric_learning import distances, losses, miners
+
+    labels_B, pairs, made = torch.tensor(labels), None, None
+    match settings.name:
+        case "multi_similarity":  # it divides by the B rows where ours divides by the anchors that count
+            pairs = miners.MultiSimilarityMiner(epsilon=0.1)(E_BD, labels_B)
+            share = B / parts(loss, E_BD, labels)["ranking"].count
+            return [losses.MultiSimilarityLoss(alpha=2, beta=40, base=0.5)(E_BD, labels_B, pairs) * share]
+        case "contrastive":
+            made = losses.ContrastiveLoss(settings.positive_margin, settings.negative_margin)
+        case "triplet":
+            squares = distances.LpDistance(power=2)
+            miner = miners.TripletMarginMiner(settings.margin, type_of_triplets="semihard", distance=squares)
+            made, pairs = losses.TripletMarginLoss(settings.margin, distance=squares), miner(E_BD, labels_B)
+        case "margin":
+            uniform_BB = uniforms(SEED, slice(0, B), B, E_BD.device)
+            drawn = oracle.sampled_triplets(E_BD, labels, uniform_BB, cutoff=0.5, nonzero_cutoff=1.4)
+            pairs = tuple(torch.tensor(drawn).T)
+            made = losses.MarginLoss(margin=0.2, nu=0.2, beta=1.2, learn_beta=True, num_classes=CLASSES).double()
+            made.beta.data = loss.beta.data.clone()
+        case "proxy_anchor":
+            made = losses.ProxyAnchorLoss(CLASSES, D).double()
+            made.proxies.data = loss.proxies.data.clone()
+    return [made(E_BD, labels_B, pairs), *made.parameters()]
 
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-@pytest.mark.parametrize("margins", [(0.0, 0.5), (0.2, 1.4)])
-def test_contrastive_equals_pytorch_metric_learning(labels: list[int], margins: tuple[float, float]) -> None:
-    from pytorch_metric_learning.losses import ContrastiveLoss
-
-    E_BD = unit_rows(3, spread=0.6).requires_grad_()
-    settings = ranking("contrastive", positive_margin=margins[0], negative_margin=margins[1])
-    theirs = ContrastiveLoss(*margins)(E_BD, torch.tensor(labels))
-    compare(mean(parts(loss_of(settings, D), E_BD, labels)), theirs, E_BD)
-
-
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-@pytest.mark.parametrize("width", [0.2, 1.0])
-def test_triplet_equals_pytorch_metric_learning(labels: list[int], width: float) -> None:
-    from pytorch_metric_learning.distances import LpDistance
-    from pytorch_metric_learning.losses import TripletMarginLoss
-    from pytorch_metric_learning.miners import TripletMarginMiner
-
-    E_BD, labels_B = unit_rows(3, spread=0.6).requires_grad_(), torch.tensor(labels)
-    squares = LpDistance(power=2)
-    triplets = TripletMarginMiner(margin=width, type_of_triplets="semihard", distance=squares)(E_BD, labels_B)
-    theirs = TripletMarginLoss(margin=width, distance=squares)(E_BD, labels_B, triplets)
-    compare(mean(parts(loss_of(ranking("triplet", margin=width), D), E_BD, labels)), theirs, E_BD)
-
-
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-def test_margin_equals_pytorch_metric_learning_with_the_same_triplets(labels: list[int]) -> None:
-    from pytorch_metric_learning.losses import MarginLoss
-
-    settings = ranking("margin", nu=0.2)
-    loss = loss_of(settings, D)
-    E_BD = unit_rows(3, spread=0.6).requires_grad_()
-    drawn = oracle.sampled_triplets(
-        E_BD, labels, uniforms(SEED, slice(0, B), B, E_BD.device), cutoff=0.5, nonzero_cutoff=1.4
-    )
-    theirs = MarginLoss(margin=0.2, nu=0.2, beta=1.2, learn_beta=True, num_classes=CLASSES).double()
-    theirs.beta.data = loss.beta.data.clone()
-    their_loss = theirs(E_BD, torch.tensor(labels), tuple(torch.tensor(drawn).T))
+@pytest.mark.parametrize("settings", THEIRS, ids=lambda settings: settings.name)
+def test_values_and_gradients_are_pytorch_metric_learnings(settings: RankingConfig, labels: list[int]) -> None:
+    loss, E_BD = loss_of(settings, D), unit_rows(3, spread=0.6).requires_grad_()
     our_loss = mean(parts(loss, E_BD, labels, seed=SEED))
-    (our_beta,), (their_beta,) = (
-        torch.autograd.grad(value, module.parameters(), retain_graph=True)
-        for value, module in ((our_loss, loss), (their_loss, theirs))
-    )
-    assert (our_beta - their_beta).abs().max() < 1e-12
-    compare(our_loss, their_loss, E_BD)
-
-
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-def test_proxy_anchor_equals_pytorch_metric_learning(labels: list[int]) -> None:
-    from pytorch_metric_learning.losses import ProxyAnchorLoss
-
-    loss = loss_of(ranking("proxy_anchor"), D)
-    theirs = ProxyAnchorLoss(CLASSES, D).double()
-    theirs.proxies.data = loss.proxies.data.clone()
-    E_BD = unit_rows(3).requires_grad_()
-    our_loss, their_loss = mean(parts(loss, E_BD, labels)), theirs(E_BD, torch.tensor(labels))
-    (ours,), (expected,) = (
-        torch.autograd.grad(value, module.parameters(), retain_graph=True)
-        for value, module in ((our_loss, loss), (their_loss, theirs))
-    )
-    assert (ours - expected).abs().max() < 1e-10
-    compare(our_loss, their_loss, E_BD)
+    their_loss, *their_parameters = theirs(settings, loss, E_BD, labels)
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-10)
+    mine, *own = gradients(our_loss, loss, E_BD)
+    expected, *their_own = torch.autograd.grad(their_loss, [E_BD, *their_parameters])
+    assert (along_the_sphere(mine, E_BD) - along_the_sphere(expected, E_BD)).abs().max() < 1e-10
+    assert expected.abs().max() > 1e-3
+    for a, b in zip(own, their_own, strict=True):
+        assert (a - b).abs().max() < 1e-10
 
 
 def test_a_negative_at_either_end_of_the_margin_is_not_semi_hard() -> None:
@@ -352,21 +317,35 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
     assert beta.beta.tolist() == pytest.approx([1.2] * CLASSES)
 
 
-@every
-def test_nothing_waits_for_a_gpu_or_stays_on_the_cpu(settings: RankingConfig) -> None:
-    # Fake tensors know their device and shape but no values: reading one on the host or mixing devices is an error.
-    with FakeTensorMode():
-        E_BD, labels_B = torch.zeros(B, D, device="cuda"), torch.zeros(B, dtype=torch.int64, device="cuda")
-        loss = build_ranking(settings, CLASSES, D, 0)
-        for name, parameter in list(loss.named_parameters()):
-            setattr(loss, name, nn.Parameter(torch.empty_like(parameter, device="cuda")))
-        for term in loss.partial_means(BatchView(E_BD[4:8], E_BD, labels_B, 4)).values():
-            assert term.sum.device.type == term.count.device.type == "cuda"
-            assert term.sum.dtype == term.count.dtype == torch.float32
-            with pytest.raises(DataDependentOutputException):
-                term.count.item()
-
-
 def test_a_wrong_dimension_is_refused() -> None:
     with pytest.raises(InputError, match="embeddings have 6 dimensions but the proxies 5"):
         parts(build_ranking(ranking("proxy_anchor"), CLASSES, D - 1, 0), unit_rows(0), LABELS["pairs"])
+
+
+def test_a_duplicate_image_is_a_positive_and_the_anchor_itself_is_not() -> None:
+    E_BD, loss = unit_rows(0), loss_of(ranking("multi_similarity", margin=5.0), D)
+    E_BD[1] = E_BD[0]
+    assert parts(loss, E_BD, list(range(B)))["ranking"].count.item() == 0
+    assert parts(loss, E_BD, [0, 0, *range(2, B)])["ranking"].count.item() == 2
+
+
+def test_large_embeddings_do_not_overflow() -> None:
+    E_BD = (100 * unit_rows(0).float()).requires_grad_()  # exp(40 * 1e4) is beyond every float
+    term = parts(build_ranking(ranking("multi_similarity", beta=1000.0), CLASSES, D, 0), E_BD, LABELS["mixed"])
+    (grad,) = torch.autograd.grad(term["ranking"].sum, E_BD)
+    assert term["ranking"].sum.isfinite()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_gradient_of_one_factor_is_that_of_two(dtype: torch.dtype) -> None:
+    weights_BB, gradients = unit_rows(1, B, B), []
+    for separate, autocast in ((False, False), (True, False), (False, True)):
+        E_BD = unit_rows(0).to(dtype).requires_grad_()
+        S_BB = similarity(E_BD, E_BD.clone() if separate else E_BD)
+        assert S_BB.dtype == torch.promote_types(dtype, torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):  # it has no say in the backward
+            gradients += torch.autograd.grad((S_BB * weights_BB).sum(), E_BD)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert torch.allclose(gradients[0], gradients[1], rtol=tolerance, atol=tolerance)
+    assert torch.equal(gradients[0], gradients[2])
