@@ -30,11 +30,11 @@ def load(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_size: int = 32,
 ) -> "ImageEmbedder":
-    """Load a trained network::
+    """Load a trained network.
 
-        embedder = dist_obdsd.load("runs/photos")
-        rows = embedder(["a.jpg", "b.jpg"])      # float32 [2, D], of unit length
-        print(rows[0] @ rows[1])                 # the cosine of the two images
+    >>> embedder = load("runs/photos")
+    >>> rows = embedder(["a.png", "b.png"])  # float32 [2, D], of unit length
+    >>> cosine = rows[0] @ rows[1]
 
     Args:
         path: a run folder or a checkpoint file.

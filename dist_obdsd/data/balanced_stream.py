@@ -23,12 +23,13 @@ class Batch(NamedTuple):
 
 
 class BalancedStream:
-    """Batches of K images of each class out of tar shards that ``dist-obdsd pack`` wrote::
+    """Batches of K images of each class out of tar shards that ``dist-obdsd pack`` wrote.
 
-        stream = BalancedStream("data/cub200", global_batch_size=112, image_size=224)
-        for epoch in range(epochs):
-            for images, labels in stream:       # one epoch; the next loop is the next one
-                ...
+    >>> stream = BalancedStream("data/badges", global_batch_size=8, image_size=16)
+    >>> for epoch in range(2):
+    ...     for images, labels in stream:  # one epoch; the next loop is the next one
+    ...         assert images.shape == (8, 3, 16, 16)
+    >>> stream.close()
 
     Each rank reads its own shards, and decoding runs ahead, over the end of an epoch, too. The global batches do not
     depend on the number of ranks and workers.

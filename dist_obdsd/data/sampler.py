@@ -14,13 +14,14 @@ from dist_obdsd.errors import InputError
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
-    """Batches of K images of each class, the same global batches on any number of ranks::
+    """Batches of K images of each class, the same global batches on any number of ranks.
 
-        sampler = BalancedBatchSampler(dataset.targets, global_batch_size=128, samples_per_class=4)
-        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=8)
-        for epoch in range(epochs):
-            sampler.set_epoch(epoch)
-            for images, labels in loader: ...       # this rank's rows of the global batch
+    >>> sampler = BalancedBatchSampler(dataset.targets, global_batch_size=8, samples_per_class=2)
+    >>> loader = DataLoader(dataset, batch_sampler=sampler)
+    >>> for epoch in range(2):
+    ...     sampler.set_epoch(epoch)
+    ...     for images, labels in loader:  # this rank's rows of the global batch
+    ...         assert len(labels.unique()) == 4
 
     Unless drawn as released, no image stands in a batch twice and, while there are enough, no class. Every epoch is
     another one, and depends on the seed alone.

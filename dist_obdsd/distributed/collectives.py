@@ -100,9 +100,9 @@ def average_gradient(x: torch.Tensor) -> None:
 
 
 def all_gather_rows(x_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:
-    """Gather the rows of all ranks with the exact gradient::
+    """Gather the rows of all ranks with the exact gradient.
 
-        rows = all_gather_rows(embeddings)      # [b, D] on each of W ranks -> [W * b, D]
+    >>> rows = all_gather_rows(embeddings)  # [b, D] on each of W ranks -> [W * b, D]
 
     The backward sums over the ranks what their losses ask of these rows (reduce-scatter) and returns the own rows'. If
     each rank's loss is a share of the global loss times W, DDP's mean then makes the gradient of one process that holds

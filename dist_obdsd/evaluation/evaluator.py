@@ -73,10 +73,11 @@ def evaluate(
     seed: int = 0,
     train_classes: int | None = None,
 ) -> dict[str, float]:
-    """Measure embeddings with exact neighbours over all ranks. Collective; the same numbers on any number of ranks::
+    """Measure embeddings with exact neighbours over all ranks. Collective; the same numbers on any number of ranks.
 
-        numbers = dist_obdsd.evaluate(embeddings, labels, ids=indices)      # on every rank, with its own share
-        numbers["recall@1"], numbers["map@r"]
+    >>> numbers = evaluate(embeddings, labels, ids=range(8), recall_at=(1, 2))  # on every rank, with its own share
+    >>> numbers["recall@1"], numbers["map@r"]
+    (1.0, 1.0)
 
     Args:
         embeddings: [n, D] floating-point tensor or array of this rank; n may be 0 and may differ between the ranks. The

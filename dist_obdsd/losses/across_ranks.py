@@ -21,7 +21,12 @@ LARGEST_LABEL = 2**24 - 1
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss of one global batch, and what was measured on the way."""
+    """The loss of one global batch, and what was measured on the way.
+
+    >>> out = OBDSDLoss(MultiSimilarityLoss(), target="none")(embeddings, labels)
+    >>> sorted(out.metrics)
+    ['anchors', 'ranking']
+    """
 
     loss: torch.Tensor
     """Scalar. Its value is that of the global batch, the same on every rank. Its gradient is this rank's share times W,

@@ -15,12 +15,17 @@ from dist_obdsd.manifold.similarity import without_autocast
 
 
 class RankingLoss(nn.Module):
-    """A ranking loss over the global batch, exact on any number of ranks::
-
-        loss = MultiSimilarityLoss()(embeddings, labels)     # [b, D] unit rows and [b] class indices of this rank
-        loss.backward()                                      # under DDP: the gradient of the whole batch
+    """A ranking loss over the global batch, exact on any number of ranks.
 
     A subclass defines ``partial_means``. Its own parameters, if it has any, are the same on every rank.
+
+    >>> from dist_obdsd.losses.batch_view import PartialMean
+    >>> class Pull(RankingLoss):  # a mean of -cosine over all pairs of one class
+    ...     def partial_means(self, view):
+    ...         positive_bB, _ = view.positives_negatives()
+    ...         return {"ranking": PartialMean(-view.S_bB[positive_bB].sum(), positive_bB.sum().float())}
+    >>> loss = Pull()(embeddings, labels)  # [b, D] unit rows and [b] class indices of this rank
+    >>> loss.backward()  # under DDP: the gradient of the whole batch
     """
 
     num_classes: int | None = None

@@ -13,6 +13,8 @@ from dist_obdsd.losses.batch_view import BatchView, PartialMean
 class ContrastiveLoss(RankingLoss):
     """Contrastive loss (Hadsell et al., CVPR 2006), with a margin for positives, too.
 
+    >>> loss = ContrastiveLoss(negative_margin=1.0)(embeddings, labels)
+
     With Euclidean distances d, a positive pair costs ``max(0, d - positive_margin)`` and a negative one
     ``max(0, negative_margin - d)``; these hinges are not squared. The loss is the mean over the positive pairs that
     cost something, plus the mean over the negative ones that do. So easy pairs do not dilute it, as in

@@ -93,4 +93,8 @@ def own_loss(
         loss = make(**{key: value for key, value in filled.items() if key in taken}, **kwargs)
     except TypeError as error:
         raise InputError(f"ranking.name={name} cannot be made of ranking.kwargs={kwargs}: {error}") from error
+    if not callable(loss):
+        raise InputError(
+            f"ranking.name={name} made a {type(loss).__name__}, which cannot be called; give a loss's class"
+        )
     return loss if isinstance(loss, RankingLoss) else GatheredLoss(loss)

@@ -21,6 +21,9 @@ _GAMMA, _FIRST, _SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE
 class MarginLoss(LearnableLoss):
     """Margin loss with distance-weighted sampling (Wu et al., arXiv 1706.07567).
 
+    >>> ranking = MarginLoss(classes=4)  # its boundaries are parameters
+    >>> loss = ranking(embeddings, labels)
+
     Every pair of an anchor a and a positive p draws one negative n and costs, with Euclidean distances d,
 
         max(0, alpha + d_ap - beta_a) + max(0, alpha + beta_a - d_an) + nu beta_a

@@ -17,6 +17,8 @@ from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E
 class MultiSimilarityLoss(RankingLoss):
     """Multi-similarity loss with its mining (Wang et al., arXiv 1904.06627).
 
+    >>> loss = MultiSimilarityLoss()(embeddings, labels)
+
     The paper's equations 9 to 11: anchor i with similarities S keeps a positive p if ``S_ip < max_n S_in + margin`` and
     a negative n if ``S_in > min_p S_ip - margin``. Those are the pairs whose order is nearly or already wrong. The
     anchor's loss over them is

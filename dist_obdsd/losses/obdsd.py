@@ -38,17 +38,16 @@ class TeacherRows:
 
 
 class OBDSDLoss(nn.Module):
-    """A ranking loss with online-diffusion self-distillation over all ranks (arXiv 2211.07566)::
+    """A ranking loss with online-diffusion self-distillation over all ranks (arXiv 2211.07566).
 
-        loss = OBDSDLoss(MultiSimilarityLoss(), weight=10.0)
-        teacher = ProgressiveTeacher(student)
-        for epoch in range(epochs):
-            for images, labels in batches:
-                out = loss(ddp_student(images), labels, teacher(images), ramp=epoch / epochs)
-                out.loss.backward()
-                ...
-            teacher.update(student)
-            loss.reset_memory()
+    >>> loss = OBDSDLoss(MultiSimilarityLoss(), weight=10.0)
+    >>> teacher = ProgressiveTeacher(student)
+    >>> for epoch in range(2):
+    ...     for images, labels in batches:  # this rank's
+    ...         out = loss(student(images), labels, teacher(images), ramp=epoch / 2)
+    ...         out.loss.backward()  # and the optimizer's step
+    ...     teacher.update(student)
+    ...     loss.reset_memory()
 
     It works in any process group or none, and under any wrapper that averages the gradients over the ranks. Learnable
     parts of the ranking loss are ordinary parameters, whose gradients are averaged already.

@@ -36,6 +36,9 @@ ABSTRACT = ("BaseMetricLossFunction", "BaseLossWrapper", "GenericPairLoss", "Bas
 class PMLLoss(GatheredLoss):
     """Any loss of pytorch-metric-learning, with a miner of it if one is given.
 
+    >>> ranking = PMLLoss("pml.ArcFaceLoss", {"margin": 20}, classes=4, embedding_dim=16)
+    >>> loss = ranking(embeddings, labels)
+
     The number of classes and the embedding's length are filled in where a constructor takes them. What is random in a
     step follows from ``view.seed``; what is random in the construction, from the generator state at that time.
 

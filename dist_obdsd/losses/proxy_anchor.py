@@ -17,6 +17,9 @@ from dist_obdsd.manifold.similarity import similarity
 class ProxyAnchorLoss(LearnableLoss):
     """Proxy anchor loss (Kim et al., CVPR 2020, arXiv 2003.13911, equation 4).
 
+    >>> ranking = ProxyAnchorLoss(classes=4, embedding_dim=16)  # its proxies are parameters
+    >>> loss = ranking(embeddings, labels)
+
     One learned proxy p per class, with cosines s(x, p):
 
         mean over proxies with a row of their class in the batch of log(1 + sum_x exp(-alpha (s(x, p) - delta))), x in

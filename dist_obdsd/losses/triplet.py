@@ -14,6 +14,8 @@ from dist_obdsd.losses.batch_view import BatchView, PartialMean
 class TripletLoss(RankingLoss):
     """Triplet loss of FaceNet (Schroff et al., CVPR 2015, arXiv 1503.03832).
 
+    >>> loss = TripletLoss(margin=0.2)(embeddings, labels)
+
     The paper's equations 2 and 4 use squared distances d. For every pair of an anchor a and a positive p, all semi-hard
     negatives n count: those that lie farther than the positive, but by less than the margin,
     ``d_ap < d_an < d_ap + margin``. The loss is the mean of ``d_ap - d_an + margin`` over all these triplets. (The

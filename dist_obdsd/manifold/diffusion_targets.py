@@ -18,9 +18,9 @@ def diffusion_targets(
     neighbours: int | None = None,
     tolerance: float = 1e-4,
 ) -> torch.Tensor:
-    """Compute soft targets by a diffusion over a batch (arXiv 2211.07566, OBDP)::
+    """Compute soft targets by a diffusion over a batch (arXiv 2211.07566, OBDP).
 
-        targets = diffusion_targets(torch.nn.functional.normalize(features))    # [B, B], rows sum to 1
+    >>> targets = diffusion_targets(embeddings, omega=0.9)  # [B, B], rows sum to 1
 
     target = (1 - omega) (I - omega A)^-1 P with S = T T^T, P = softmax(S / temperature) and
     A = softmax(S / transition_temperature) without its diagonal. The symmetric form is

@@ -15,12 +15,11 @@ from dist_obdsd.errors import InputError, RunError
 
 
 class ProgressiveTeacher(nn.Module):
-    """A frozen copy of the student, parameters and buffers, always in eval mode::
+    """A frozen copy of the student, parameters and buffers, always in eval mode.
 
-        teacher = ProgressiveTeacher(student)
-        T_bD = teacher(images)           # without gradient
-        ...
-        teacher.update(student)          # at the end of an epoch; takes DDP-wrapped and compiled students, too
+    >>> teacher = ProgressiveTeacher(student)
+    >>> T_bD = teacher(images)  # without gradient
+    >>> teacher.update(student)  # at the end of an epoch; takes DDP-wrapped and compiled students, too
 
     As a submodule it moves and is saved with its parent. It stays in eval mode whatever the parent's ``train()`` says,
     and no optimizer changes it, since its parameters never have a gradient. Before the first update it is the initial
