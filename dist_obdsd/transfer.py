@@ -5,15 +5,23 @@ memory, and may wait for the work that is queued on the GPU. On a CPU nothing is
 """
 
 import contextlib
+import math
+import time
 from collections import deque
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+POLL_SECONDS = 5e-5
+
 
 class AsyncHostCopy:
     """A copy of a few numbers [n] to the host that runs beside the GPU's work."""
+
+    patience: ClassVar[float] = math.inf
+    """Seconds that a read waits. What the GPU waits for may be a rank that hangs."""
 
     def __init__(self, numbers_n: Tensor) -> None:
         self._numbers_n, self._copied = numbers_n, None
@@ -23,10 +31,30 @@ class AsyncHostCopy:
             self._copied.record()
 
     def read(self) -> list[float]:
-        """Return the numbers; waits for what was queued before their copy alone."""
+        """Return the numbers. Waits for what was queued before their copy, not for what came after it.
+
+        Raises:
+            RuntimeError: as of ``wait_for``.
+        """
         if self._copied is not None:
-            self._copied.synchronize()
+            wait_for(self._copied, self.patience)
         return self._numbers_n.tolist()
+
+
+def wait_for(event: torch.cuda.Event, seconds: float) -> None:
+    """Wait until a GPU has come to an event.
+
+    The event's own ``synchronize`` knows no timeout, and where a rank hangs NCCL's watchdog ends this process without
+    an exception.
+
+    Raises:
+        RuntimeError: it timed out.
+    """
+    deadline = time.monotonic() + seconds
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"timed out: the GPU's work was not done after {seconds:g} s")
+        time.sleep(POLL_SECONDS)
 
 
 class DeviceUploader:

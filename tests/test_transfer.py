@@ -6,7 +6,8 @@ import torch
 
 from dist_obdsd.data import decoding_workers as decoding
 from dist_obdsd.data.decoding_workers import Decoder
-from dist_obdsd.transfer import DeviceUploader, pin, unpin
+from dist_obdsd.distributed.failures import is_timeout
+from dist_obdsd.transfer import DeviceUploader, pin, unpin, wait_for
 from tests.data.test_decoding_workers import ROWS, config, jobs, values
 
 
@@ -15,6 +16,24 @@ def test_on_the_cpu_nothing_is_copied() -> None:
     upload = DeviceUploader(torch.device("cpu"))
     assert upload(images) is images
     assert upload(labels) is labels
+
+
+class Event:
+    """Comes after so many questions."""
+
+    def __init__(self, questions: float) -> None:
+        self.left = questions
+
+    def query(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_wait_for_a_gpu_that_waits_for_a_hung_rank_times_out() -> None:
+    wait_for(Event(3), 60)
+    with pytest.raises(RuntimeError) as caught:
+        wait_for(Event(float("inf")), 0.01)
+    assert is_timeout(caught.value)  # so the run's status names the ranks that hang
 
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog: pytest.LogCaptureFixture) -> None:

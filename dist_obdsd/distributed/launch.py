@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.transfer import AsyncHostCopy
 
 PATIENCE = 5.0
 """Seconds without the other ranks after which a node logs whom it waits for."""
@@ -169,6 +170,10 @@ def start(
     torch.backends.cuda.matmul.allow_tf32 = False
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        # Earlier than NCCL's watchdog, which would end this process before it could say which rank hangs.
+        AsyncHostCopy.patience = 0.9 * timeout_seconds
+        # A gather runs beside the student's forward pass, whose kernels it must not queue behind.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     if launch.world_size > 1:
         if launch.master and launch.master[0] in ("127.0.0.1", "localhost"):
             # gloo asks the resolver for this host's name, which fails or is slow on many laptops and containers.

@@ -9,7 +9,9 @@ Legend: b rows of a rank, B of the global batch, D embedding dimension, W ranks.
 
 import json
 import sys
+import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,14 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from dist_obdsd.data.stream import TrainBatch
-from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed import collectives, shards
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.losses.across_ranks import local_loss
 from dist_obdsd.losses.batch_view import BatchView
@@ -42,21 +44,39 @@ from tests.gpu.rig import CPU, settings
 DEVICE = "standin"
 CLASSES = range(16)
 FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided"}
+LOW = ("addmm", "conv2d", "linear", "matmul", "mm")
+"""What autocast computes in bfloat16."""
 
 
-class Launches(TorchDispatchMode):
-    """Counts launches, and the most bytes that were held at a time of what was made meanwhile."""
+class Meter(TorchDispatchMode):
+    """Counts launches, the bytes that they read and write, the most bytes held at a time, and messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, W: int = 1) -> None:
         super().__init__()
-        self.count = self.held = self.peak = 0
+        self.W, self.held, self.peak = W, 0, 0
         self._known: set[int] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a step; what is held stays."""
+        self.launches = self.moved = 0
+        self.messages, self.sent = Counter[str](), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [x for x in tree_iter(result) if isinstance(x, torch.Tensor) and x.device.type == DEVICE]
+        made, given = (
+            [x for x in tree_iter(of) if isinstance(x, torch.Tensor) and x.device.type == DEVICE]
+            for of in (result, (args, kwargs))
+        )
         name = func._schema.name.removeprefix("aten::")
-        self.count += bool(made) and not func.is_view and name not in FREE
+        if made and not func.is_view and name not in FREE:
+            self.launches += 1
+            self.moved += sum(x.nbytes for x in (*made, *given))
+        if func.namespace == "c10d":
+            # Rings: an all-reduce is a reduce-scatter and a gather.
+            share = (self.W - 1) / self.W * (1 + ("allreduce" in name))
+            self.messages[name] += 1
+            self.sent[name] += int(max(x.nbytes for x in (*made, *given)) * share)
         for x in made:
             storage = x.untyped_storage()
             if not func.is_view and storage._cdata not in self._known:
@@ -68,6 +88,11 @@ class Launches(TorchDispatchMode):
         self._known ^= {storage}
         self.held += nbytes
         self.peak = max(self.peak, self.held)
+
+    def figures(self) -> dict[str, Any]:
+        """What a job answers."""
+        return {"launches": self.launches, "moved_mib": self.moved >> 20, "peak_mib": self.peak >> 20,
+                "messages": self.messages.total(), "sent": self.sent.total()}  # fmt: skip
 
 
 @contextmanager
@@ -91,8 +116,8 @@ def put(module: nn.Module) -> None:
             part._buffers[name] = torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
 
 
-def objective(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dict[str, int]:
-    """Count the launches of the objective, forward and backward, up to the gradient at the embeddings."""
+def objective(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dict[str, Any]:
+    """Measure the objective, forward and backward, up to the gradient at the embeddings."""
     config = settings("small_cnn", f"batch.global_size={W * b}", *overrides)
     loss = build_objective(config, CLASSES, CPU)
     loss._plan = QueuePlan(**plan)
@@ -101,44 +126,94 @@ def objective(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dic
         E_bD, E_BD = (torch.empty(n, 32, device=DEVICE, requires_grad=True) for n in (b, W * b))
         labels_B = torch.empty(W * b, dtype=torch.int64, device=DEVICE)
         T_bD = torch.empty(b, 32, device=DEVICE) if loss.needs_teacher() else None
-        with Launches() as launches:
+        with Meter(W) as meter:
             teacher = None if T_bD is None else loss.start_teacher(T_bD, early=True)
             rows = () if teacher is None else (teacher.gathering.wait(), teacher.pending)
             terms = loss.terms(BatchView(E_bD, E_BD, labels_B, 0), *rows)
             factors = {name: 1.0 for name in terms if is_ranking(name) or name == "distillation"}
             local_loss(terms, {name: term.count for name, term in terms.items()}, factors, W).backward()
-    return {"launches": launches.count, "peak_mib": launches.peak >> 20}
+    return meter.figures()
 
 
-def step(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dict[str, int]:
-    """Take two whole training steps of a small network."""
-    config = settings("small_cnn", f"batch.global_size={W * b}", *overrides)
+def step(
+    W: int, b: int, overrides: list[str], plan: dict[str, Any], backbone: str = "small_cnn"
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the second of two whole training steps. DDP's messages are missing: it looks into its tensors."""
+    config = settings(backbone, f"batch.global_size={W * b}", *overrides)
     runtime = Runtime(Launch("fake"), torch.device(DEVICE))
     student, loss = build_embedder(config, CPU), build_objective(config, CLASSES, CPU)
     teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
     loss._plan = QueuePlan(**plan)
-    with ranks(W):
+    with ranks(W), Meter(W) as meter:
         for module in (student, loss, *[teacher] * (teacher is not None)):
             put(module)
         strategy = build_strategy(student, config, runtime, list(loss.ranking.named_parameters()))
+        if teacher is not None:
+            strategy.shard(teacher.network, teacher=True)
         taken = TrainStep(config, runtime, strategy, teacher, loss, CLASSES)
         taken.early_diffusion = True
         for t in range(2):
-            images_b = torch.empty(b, 1, 32, 32, dtype=torch.uint8)
+            meter.reset()
+            images_b = torch.empty(b, config.data.channels, *config.data.size, dtype=torch.uint8)
             batch = TrainBatch(1, t, images_b, torch.arange(b), torch.arange(W * b), [])
-            with Launches() as launches:
-                taken(batch, TrainProgress(1, t, t), 0.0)
-    return {"launches": launches.count, "peak_mib": launches.peak >> 20}
+            taken(batch, TrainProgress(1, t, t), 0.0)
+        gradients = sum(p.nbytes for p in student.parameters())
+    return meter.figures() | {"gradients": gradients}
 
 
-JOBS: dict[str, Callable[..., dict[str, int]]] = {"objective": objective, "step": step}
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"objective": objective, "step": step}
+
+
+class Queue:
+    """A stream or an event of the device, on which nothing has to wait."""
+
+    stream_id, device_index, device_type = 0, 0, 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    __exit__ = wait_event = record_event = record = wait = synchronize = wait_stream
+
+
+def make_device() -> list[torch.library.Library]:
+    """Register the stand-in, with streams and autocast; it lasts as long as what this returns."""
+    _setup_privateuseone_for_python_backend(DEVICE)
+    module, autocast = torch.get_device_module(DEVICE), "AutocastPrivateUse1"
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    module.Stream = module.Event = module.current_stream = module.stream = Queue
+    other, low = torch.library.Library("_", "IMPL", autocast), torch.library.Library("aten", "IMPL", autocast)
+    other.fallback(torch.library.fallthrough_kernel)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def lowered(operation: Any) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in args]
+            cast = [x.to(torch.bfloat16) if is_float else x for x, is_float in zip(args, floats, strict=True)]
+            with torch._C._ExcludeDispatchKeyGuard(key):
+                return operation(*cast, **kwargs)
+
+        return kernel
+
+    for name in LOW:
+        low.impl(name, lowered(getattr(torch.ops.aten, name)))
+    return [other, low]
 
 
 def main() -> None:
     """Answer each job: ``kind``, ``W``, ``b``, ``overrides`` and ``plan``, the fields of a ``QueuePlan``."""
-    _setup_privateuseone_for_python_backend(DEVICE)
-    torch.get_device_module(DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16]
+    warnings.simplefilter("ignore")  # torch looks at its fake tensors itself
+    kept = make_device()
+    real_mesh = shards.device_mesh
+
+    def mesh(*args: Any) -> Any:
+        with unset_fake_temporarily():  # its ranks are numbers
+            return real_mesh(*args)
+
     # What other ranks would say, what the host looks up in its own memory, and an error that is small enough.
+    shards.device_mesh = mesh
     collectives.gather_json = lambda value: [value] * collectives.world_size()
     train_step.class_indices = lambda labels_B, classes_C: labels_B
     AsyncHostCopy.read = lambda self: [0.0] * len(self._numbers_n)
@@ -146,8 +221,9 @@ def main() -> None:
         try:
             answer: dict[str, Any] = JOBS[job.pop("kind")](**job)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(answer), flush=True)
+    del kept
 
 
 if __name__ == "__main__":
