@@ -11,24 +11,28 @@ from tests.gpu.test_shadow import LOSSES, TARGETS, WAYS
 from tests.nursery import ROOT
 
 OBDSD, SYMMETRIC = "distillation.target=obdsd", "distillation.target=obdsd_symmetric"
-LAUNCHES: dict[str, tuple[dict[str, Any], int]] = {
-    "none": ({"overrides": ["distillation.target=none"]}, 66),
-    "psd": ({"overrides": ["distillation.target=psd"]}, 102),
-    "obdsd, first step": ({"overrides": [OBDSD]}, 165),
-    "obdsd": ({"overrides": [OBDSD], "plan": {"products": 3}}, 125),
-    "obdsd, rejected": ({"overrides": [OBDSD], "plan": {"rejected": True}}, 144),
-    "obdsd, corrected": ({"overrides": [OBDSD], "plan": {"rejected": True, "corrections": 1}}, 155),
-    "obdsd, cg on 64 ranks": ({"overrides": [OBDSD], "plan": {"rejected": True, "iterations": 10}, "W": 64}, 306),
-    "symmetric": ({"overrides": [SYMMETRIC], "plan": {"products": 5}}, 141),
-    "symmetric, rejected": ({"overrides": [SYMMETRIC], "plan": {"rejected": True}}, 139),
-    "57,344 images": ({"overrides": [OBDSD, "distillation.memory_gib=58"], "W": 512}, 135),
+LARGE = [OBDSD, "distillation.memory_gib=58"]
+REJECTED = {"rejected": True}
+BUDGET: dict[str, tuple[dict[str, Any], int, int, int]] = {
+    "none": ({"overrides": ["distillation.target=none"]}, 66, 99, 99),
+    "psd": ({"overrides": ["distillation.target=psd"]}, 101, 99, 99),
+    "obdsd, first step": ({"overrides": [OBDSD]}, 164, 999, 99),
+    "obdsd": ({"overrides": [OBDSD], "plan": {"products": 3}}, 124, 999, 99),
+    "obdsd, rejected": ({"overrides": [OBDSD], "plan": REJECTED}, 133, 999, 99),
+    "obdsd, corrected": ({"overrides": [OBDSD], "plan": REJECTED | {"corrections": 1}}, 147, 999, 99),
+    "obdsd, cg on 64 ranks": ({"overrides": [OBDSD], "plan": REJECTED | {"iterations": 10}, "W": 64}, 212, 9999, 999),
+    "symmetric": ({"overrides": [SYMMETRIC], "plan": {"products": 5}}, 139, 999, 99),
+    "symmetric, rejected": ({"overrides": [SYMMETRIC], "plan": REJECTED}, 135, 999, 99),
+    "57,344 images": ({"overrides": LARGE, "W": 512}, 164, 999999, 52 * 1024),
     "57,344 images, cg": (
-        {"overrides": [OBDSD, "distillation.memory_gib=58"], "W": 512, "plan": {"rejected": True, "iterations": 10}},
-        306,
+        {"overrides": LARGE, "W": 512, "plan": REJECTED | {"iterations": 10}},
+        212,
+        999999,
+        52 * 1024,
     ),
 }
-"""Of the objective's forward and backward at 112 rows of 8 ranks. Whoever passes one says why, here."""
-MOST_GIB = 52
+"""Launches of the objective's forward and backward at 112 rows of 8 ranks, MiB that they read and write, and MiB held at
+most. Whoever passes one says why, here."""
 
 
 def run(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -47,11 +51,14 @@ STEPS: dict[str, dict[str, Any]] = {
         for target in TARGETS
         for loss in LOSSES
     },
-    # The stand-in has no autocast and no fused SGD.
-    **{name: {"overrides": way} for name, way in WAYS.items() if not {"bf16", "sgd,", "float64"} & set(name.split())},
-    **{f"{W} ranks": {"W": W, "overrides": [OBDSD, "distillation.memory_gib=58"]} for W in (1, 64, 512)},
-    **{f"{W} ranks, rejected": {"W": W, "plan": {"rejected": True, "iterations": 10}} for W in (1, 64)},
+    # The stand-in has no fused SGD.
+    **{name: {"overrides": way} for name, way in WAYS.items() if "sgd" not in name},
+    **{f"{W} ranks": {"W": W, "overrides": LARGE} for W in (1, 64, 512)},
+    **{f"{W} ranks, rejected": {"W": W, "plan": REJECTED | {"iterations": 10}} for W in (1, 64)},
     "conjugate gradients": {"overrides": ["distillation.solver=cg"], "plan": {"iterations": 10}},
+    "bf16": {"overrides": ["precision=bf16"]},
+    "fsdp": {"overrides": ["strategy=fsdp"]},
+    "fsdp, bf16": {"overrides": ["strategy=fsdp", "precision=bf16"]},
 }
 WAITS = {"a host read": {"overrides": [OBDSD, "distillation.memory_gib=1e-9"]}}
 """Where no matrix is kept, the solver looks at every iteration."""
@@ -60,23 +67,26 @@ WAITS = {"a host read": {"overrides": [OBDSD, "distillation.memory_gib=1e-9"]}}
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
     """The answers, from one process."""
-    jobs = [{"kind": "objective"} | job for job, _ in LAUNCHES.values()]
-    return dict(zip([*LAUNCHES, *STEPS, *WAITS], run([*jobs, *STEPS.values(), *WAITS.values()]), strict=True))
+    jobs = [{"kind": "objective"} | job for job, *_ in BUDGET.values()]
+    return dict(zip([*BUDGET, *STEPS, *WAITS], run([*jobs, *STEPS.values(), *WAITS.values()]), strict=True))
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_the_objective_keeps_its_budget_of_launches(found, name):
-    assert found[name]["launches"] <= LAUNCHES[name][1]
-
-
-def test_a_manifold_of_57344_images_fits_a_gpu(found):
-    for name in ("57,344 images", "57,344 images, cg"):
-        assert 24 < found[name]["peak_mib"] / 1024 < MOST_GIB
+@pytest.mark.parametrize("name", BUDGET)
+def test_the_objective_keeps_its_budget(found, name):
+    _, *budget = BUDGET[name]
+    for figure, most in zip(("launches", "moved_mib", "peak_mib"), budget, strict=True):
+        assert 0.9 * most - 2 < found[name][figure] <= most, figure  # a budget that is far off guards nothing
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_no_step_reads_a_number_or_mixes_devices(found, name):
     assert "error" not in found[name]
+
+
+def test_bf16_and_sharding_are_what_they_say(found):
+    whole, bf16, fsdp = (found[name] for name in ("obdsd, multi_similarity", "bf16", "fsdp"))
+    assert bf16["peak_mib"] < 0.8 * whole["peak_mib"]
+    assert fsdp["messages"] > whole["messages"]
 
 
 def test_a_host_read_is_found(found):
