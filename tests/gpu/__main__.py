@@ -11,9 +11,12 @@ usage; a target that is missed is a figure, not a failure.
 """
 
 import argparse
+import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import sys
 import time
 import traceback
@@ -75,8 +78,6 @@ def _refuse(sentence: str) -> int:
 
 def _take(part: str, options: argparse.Namespace, device: Any) -> list[str]:
     """Run a part's checks, print and write each as it comes, and return the names of those that failed."""
-    from tests.gpu.checks import about, checks
-
     described, rows = about(device), list[Row]()
     for name, check in checks(part).items():
         if options.only and name not in options.only.split(","):
@@ -86,6 +87,28 @@ def _take(part: str, options: argparse.Namespace, device: Any) -> list[str]:
         print(f"{row['verdict']:8}{name} ({row['seconds']:.1f} s): {row['found']}", flush=True)
         (options.out / f"gpu-{part}.json").write_text(json.dumps({"meta": described, "rows": rows}, indent=1) + "\n")
     return [row["check"] for row in rows if row["verdict"] == "failed"]
+
+
+def checks(part: str) -> dict[str, Callable[..., str | list[Row]]]:
+    """The checks of a part by name, cheap ones first: each returns what it found, as a text or as rows."""
+    found: dict[str, Callable[..., str | list[Row]]] = importlib.import_module(f"tests.gpu.{part}").CHECKS
+    return found
+
+
+def about(device: Any) -> Row:
+    """Describe the device and the software."""
+    import torch
+
+    from dist_obdsd.tracking import provenance
+
+    described: Row = {"date": datetime.date.today().isoformat(), "device": provenance.hardware(device)}
+    described |= {"commit": provenance.git()["git_commit"][:12], "python": platform.python_version()}
+    described |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        described |= {"gpus": torch.cuda.device_count(), "memory_gib": round(properties.total_memory / 2**30, 1)}
+    return described
 
 
 def run(name: str, check: Callable[..., str | list[Row]], device: Any, quick: bool) -> Row:

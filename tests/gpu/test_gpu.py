@@ -13,11 +13,11 @@ from dist_obdsd.training import strategy
 from dist_obdsd.training.checkpoint_manager import CheckpointManager
 from tests import bare, harness, runs
 from tests.gpu import __main__ as program
-from tests.gpu import checks, exact, smoke, speed
+from tests.gpu import exact, smoke, speed
 from tests.gpu import runs as whole
 from tests.gpu.rig import CPU, CheckError, Rig, Skipped, settings, within
 
-ALL = [(part, name) for part in program.PARTS for name in checks.checks(part)]
+ALL = [(part, name) for part in program.PARTS for name in program.checks(part)]
 
 
 @pytest.mark.gpu
@@ -25,7 +25,7 @@ ALL = [(part, name) for part in program.PARTS for name in checks.checks(part)]
 @pytest.mark.parametrize(("part", "name"), ALL)
 def test_on_a_gpu(part, name):
     try:
-        print(checks.checks(part)[name](torch.device("cuda", 0), False))
+        print(program.checks(part)[name](torch.device("cuda", 0), False))
     except Skipped as reason:
         pytest.skip(str(reason))
 
@@ -133,7 +133,7 @@ def test_each_check_is_written_at_once_and_the_rest_goes_on(monkeypatch, capsys,
         return "1"
 
     short = {"broken": broken, "off": lambda *_: within("error", 2.0, 1.0), "missing": missing, "fine": died}
-    monkeypatch.setattr(checks, "checks", lambda part: short)
+    monkeypatch.setattr(program, "checks", lambda part: short)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHONPATH", "")
     arguments = ["smoke", "--device", "cpu", "--out", str(tmp_path)]
@@ -146,18 +146,6 @@ def test_each_check_is_written_at_once_and_the_rest_goes_on(monkeypatch, capsys,
     assert said.out.rstrip().endswith("failed: broken, off")
     assert "Traceback" in said.err
     assert program.main([*arguments, "--only", "missing"]) == 0
-
-
-def test_a_report_survives_what_it_finds(tmp_path):
-    (tmp_path / "gpu-smoke.json").write_text("{")
-    (tmp_path / "gpu-exact.json").write_text('{"meta": {}, "rows": [{}]}')
-    (tmp_path / "gpu-speed.json").write_text(
-        json.dumps({"meta": {"date": "2026-01-01"}, "rows": [{"check": "a", "verdict": "ok", "rows": []}]})
-    )
-    text = program.report(tmp_path)
-    assert "gpu-smoke.json: nothing to read" in text
-    assert "gpu-runs.json: nothing to read" in text
-    assert "| speed | a | ok |" in text
 
 
 def test_bad_usage_is_a_sentence(monkeypatch, capsys):
@@ -182,12 +170,3 @@ def test_targets_stand_beside_what_was_found():
     assert [(row["at most"], row["found"], row["verdict"]) for row in speed.aims(rows)] == [
         (1.3, 1.4, "missed"), (1.3, 1.3, "met"), (0.02, 0.021, "missed"), (0.02, 0.015, "met"),
     ]  # fmt: skip
-
-
-def test_a_batch_that_does_not_fit_is_left_out(monkeypatch):
-    def run(options: object) -> list:
-        raise speed.RunError("the case failed:\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate")
-
-    monkeypatch.setattr(speed.step, "run", run)
-    row = program.run("resnet50-448", speed.CHECKS["resnet50-448"], CPU, False)
-    assert (row["verdict"], row["found"]) == ("skipped", "this GPU has too little memory for it")
