@@ -61,7 +61,8 @@ class FSDPStrategy(Strategy):
             part.grad = None if p.grad is None else shards.local(p.grad.detach())
         norm = shards.total_norm([part.grad for part in parts if part.dim() and part.grad is not None], self._mesh)
         whole = own + [part for part in parts if not part.dim()]
-        norm = torch.hypot(norm, nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).to(norm))
+        if grads := [p.grad for p in whole if p.grad is not None]:  # of none, the host would send a 0 and wait
+            norm = torch.hypot(norm, nn.utils.get_total_norm(grads).to(norm))
         if self.config.optim.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parts + own, self.config.optim.clip_norm, norm)
         return norm
