@@ -25,10 +25,10 @@ class Batch(NamedTuple):
 class BalancedStream:
     """Batches of K images of each class out of tar shards that ``dist-obdsd pack`` wrote.
 
-    >>> stream = BalancedStream("data/badges", global_batch_size=8, image_size=16)
+    >>> stream = BalancedStream("data/badges", global_batch_size=16, image_size=16, lanes=4)
     >>> for epoch in range(2):
     ...     for images, labels in stream:  # one epoch; the next loop is the next one
-    ...         assert images.shape == (8, 3, 16, 16)
+    ...         assert images.shape == (16, 3, 16, 16)
     >>> stream.close()
 
     Each rank reads its own shards, and decoding runs ahead, over the end of an epoch, too. The global batches do not
