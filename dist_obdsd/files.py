@@ -72,7 +72,7 @@ def read_file(path: str | Path, size: int = -1) -> bytes:
 
 
 def readable_name(name: str) -> str:
-    r"""Return a file's name as text on one line: bytes that are no UTF-8 as ``\xe9``, a new line as ``\n``."""
+    r"""Return a file's name as text on one line, with other bytes escaped."""
     try:
         name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:

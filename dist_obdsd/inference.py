@@ -54,7 +54,8 @@ def load(
     found = checkpoint.find(path, which)
     if found is None and checkpoint.find(path) is not None:
         raise InputError(
-            f"{path} has no best checkpoint, since no classes are held out (validation.fraction); take 'last'"
+            f"{path} has no best checkpoint: no classes were held out (validation.fraction), or it ended before the "
+            f"first validation; take 'last'"
         )
     state = checkpoint.load(found or path)
     config = inference_config(state)

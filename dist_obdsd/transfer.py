@@ -31,7 +31,7 @@ class AsyncHostCopy:
             self._copied.record()
 
     def read(self) -> list[float]:
-        """Return the numbers. Waits for what was queued before their copy, not for what came after it.
+        """Return the numbers, after waiting for what was queued before their copy.
 
         Raises:
             RuntimeError: as of ``wait_for``.

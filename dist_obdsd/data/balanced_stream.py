@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 
 class BalancedStream:
-    """Batches of K images of each class out of tar shards that ``dist-obdsd pack`` wrote.
+    """Batches of K images of each class from shards of ``dist-obdsd pack``.
 
     >>> stream = BalancedStream("data/badges", global_batch_size=16, image_size=16, lanes=4)
     >>> for epoch in range(2):

@@ -27,7 +27,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class Cache:
     def __init__(self, folder: Path, limit: int | None = None) -> None:
-        """Make the folder, for at most ``limit`` bytes (None: any number), and remove downloads that died.
+        """Make the folder, for at most ``limit`` bytes, and remove dead downloads.
 
         Raises:
             InputError: the folder cannot be made or written to.

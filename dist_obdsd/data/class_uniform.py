@@ -31,7 +31,7 @@ WindowImages = dict[int, list[int]]
 def uniform_queues(
     images: list[list[WindowImages]], groups: int, per_lane: int, K: int, draw: np.random.Generator
 ) -> list[LaneQueue]:
-    """Plan how often each class comes in each window, and when; ``draw_images`` then draws the images.
+    """Plan how often each class comes in each window, and when.
 
     Args:
         images: by lane and window; each window has ``per_lane`` groups or more that share no image.

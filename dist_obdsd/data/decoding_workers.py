@@ -205,7 +205,7 @@ class Decoder:
         return self
 
     def __next__(self) -> DecodedJob:
-        """Wait for the next job's images, or raise what failed in the reading thread or in a decoding process."""
+        """Wait for the next job's images, or raise what failed elsewhere."""
         if self._closed:
             raise RunError("the stream is closed")
         item = self._ready.get()

@@ -15,7 +15,7 @@ def classes_from(config: Config, manifest: Manifest) -> tuple[list[int], list[in
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Raise InputError for a number of ranks that does not divide the lanes, with what would have to change."""
+    """Raise InputError for a number of ranks that does not divide the lanes."""
     lanes, B, K = config.data.lanes, config.batch.global_size, config.batch.samples_per_class
     if lanes % world_size == 0:
         return

@@ -115,7 +115,7 @@ def pixels(image: Image.Image, channels: int) -> Tensor:
 
 
 def upright(image: Image.Image, exif: bool = True) -> Image.Image:
-    """Load an image and, if ``exif``, turn it as its EXIF orientation says; a damaged entry counts as none."""
+    """Load an image and, if ``exif``, turn it as its EXIF orientation says."""
     image.load()
     turn = UPRIGHT.get(_orientation(image)) if exif else None
     if turn is None:
@@ -153,7 +153,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def _despite_metadata(read: Callable[[bytes], T], data: bytes) -> T:
-    """Read an image; a PNG that fails once more without its texts, colour profile and what else may be damaged."""
+    """Read an image; a PNG that fails is read again without its metadata."""
     try:
         return read(data)
     except Exception:
@@ -192,7 +192,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _upper_eight(image: Image.Image) -> Image.Image:
-    """Keep the upper eight of 16 bits, or of as many as a TIFF has; Pillow's own conversion may clip."""
+    """Keep the upper eight bits, where Pillow's own conversion may clip."""
     tags = getattr(image, "tag_v2", {})
     upper = (np.asarray(image).astype(np.int64) >> (max(tags.get(258, (16,))) - 8)).clip(0, 255)
     return Image.fromarray((255 - upper if tags.get(262) == 0 else upper).astype(np.uint8))  # 0 may be white
@@ -203,7 +203,7 @@ def _is_heic(data: bytes) -> bool:
 
 
 def _decode_heic(data: bytes) -> Image.Image:
-    """Decode a HEIC image, which libheif turns upright; a broken one is a RuntimeError."""
+    """Decode a HEIC image, upright; a broken one is a RuntimeError."""
     try:
         from torchcodec.decoders import decode_heic
 

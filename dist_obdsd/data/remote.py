@@ -116,7 +116,7 @@ def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None
 
 
 def faults_of(urls: Sequence[str], sizes: Sequence[int]) -> tuple[dict[int, str], int]:
-    """Look for files that are missing, may not be read or have another size, without reading them.
+    """Find files that are missing, forbidden or of another size, unread.
 
     Returns:
         The faults, by index; and the number of files that nothing is known of, since a server says no size, fails for

@@ -14,7 +14,7 @@ from dist_obdsd.errors import InputError
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
-    """Batches of K images of each class, the same global batches on any number of ranks.
+    """Batches of K images of each class, the same on any number of ranks.
 
     >>> sampler = BalancedBatchSampler(dataset.targets, global_batch_size=8, samples_per_class=2)
     >>> loader = DataLoader(dataset, batch_sampler=sampler)

@@ -96,7 +96,7 @@ def open_shard(root: str, shard: Shard, cache: Cache | None = None) -> Iterator[
 
 
 def samples_of(file: IO[bytes], shard: Shard) -> Iterator[dict[str, bytes]]:
-    """Read a tar's samples, suffix -> bytes, by webdataset's rule: files side by side up to their first dot.
+    """Read a tar's samples, suffix -> bytes, by webdataset's naming rule.
 
     Raises:
         ShardError: the tar is broken, or its keys are not the manifest's, in their order.

@@ -113,7 +113,7 @@ class TrainStream:
         return self
 
     def __next__(self) -> TrainBatch:
-        """Wait for the next step's rows; a broken shard or image, or a dead process, is a RunError."""
+        """Wait for the next step's rows; RunError for what is broken."""
         decoded = next(self._decoder)
         epoch, step, ids, labels_B = decoded.meta
         ids_b = torch.tensor(ids)

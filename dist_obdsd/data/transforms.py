@@ -122,7 +122,7 @@ def _resized(image: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _random_colours(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Change brightness, contrast, saturation and hue in random order, then grey; each only in a share of the images.
+    """Change brightness, contrast, saturation, hue in random order, then grey.
 
     A grey image has no saturation and no hue to change.
     """

@@ -87,7 +87,7 @@ def mean_gradient(x: torch.Tensor) -> torch.Tensor:
 
 
 def average_gradient(x: torch.Tensor) -> None:
-    """Let each gradient that reaches ``x`` become the mean over the ranks. Its backward is collective."""
+    """Average over the ranks each gradient that reaches ``x``."""
     group, W = _GROUP.get(), world_size()  # a backward runs in a thread of its own
 
     def mean(gradient: torch.Tensor) -> torch.Tensor:

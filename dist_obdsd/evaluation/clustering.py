@@ -26,7 +26,7 @@ CLOSE = ROUNDING[torch.float32]
 def k_means(
     rows_ND: torch.Tensor, k: int, *, seed: int, iterations: int = ITERATIONS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cluster rows by Lloyd's k-means (Least squares quantization in PCM, 1982). Collective.
+    """Cluster rows by Lloyd's k-means (1982). Collective.
 
     It starts from k rows drawn without replacement, as faiss does and so the released code; clusters are numbered by
     their start's place. A cluster that ends up empty is given the row farthest from its own centre (ties: the first).
@@ -73,7 +73,7 @@ def _means(rows_ND: torch.Tensor, cluster_N: torch.Tensor, k: int) -> torch.Tens
 
 
 def group_means(rows_ND: torch.Tensor, group_N: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Average the rows of each group 0..k-1, added up in their order: (float64 [k, D], sizes [k]).
+    """Average the rows of each group: (float64 [k, D], sizes [k]).
 
     A group without rows has a mean of 0.
     """

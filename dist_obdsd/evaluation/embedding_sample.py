@@ -28,7 +28,7 @@ class EmbeddingSample:
 
 
 def sample_embeddings(rows_ND: torch.Tensor, index: EvalIndex, seed: int) -> EmbeddingSample:
-    """Draw ``CLASSES`` classes and as many images of each, at most ``IMAGES`` in all. Collective."""
+    """Draw ``CLASSES`` classes, at most ``IMAGES`` images in all. Collective."""
     class_N, generator = index.classes[1].numpy(), rng(seed, "portrait")
     classes = np.sort(generator.permutation(int(class_N.max()) + 1)[:CLASSES])
     drawn_N = generator.permutation(len(class_N))

@@ -1,4 +1,4 @@
-"""All images of an evaluation, which every rank knows: ids, labels, roles and embeddings.
+"""All images of an evaluation: ids, labels, roles and embeddings.
 
 Roles say what an image does: ``both``, ``query`` and ``train`` ask, ``both``, ``gallery``, ``train`` and
 ``gallery:NAME`` are searched (``train`` is evaluated only where its classes are held out for validation). Images with

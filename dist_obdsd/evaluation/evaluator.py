@@ -73,7 +73,9 @@ def evaluate(
     seed: int = 0,
     train_classes: int | None = None,
 ) -> dict[str, float]:
-    """Measure embeddings with exact neighbours over all ranks. Collective; the same numbers on any number of ranks.
+    """Measure embeddings with exact neighbours over all ranks. Collective.
+
+    The numbers are the same on any number of ranks.
 
     >>> numbers = evaluate(embeddings, labels, ids=range(8), recall_at=(1, 2))  # on every rank, with its own share
     >>> numbers["recall@1"], numbers["map@r"]
@@ -143,7 +145,7 @@ def _as_mask(name: str, values: Any, n: int) -> np.ndarray:
 
 
 def _numbered(what: str, values: Any, allowed: str) -> torch.Tensor:
-    """Make int64 [n] of one value per image, and number texts by all ranks' names in ascending order. Collective."""
+    """Make int64 [n] of one value per image; texts are numbered. Collective."""
     array = _as_array(values)
     kind = array.dtype.kind if array.size else ""
     texts = kind == "U" and "texts" in allowed

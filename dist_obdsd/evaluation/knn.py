@@ -54,7 +54,7 @@ class Gallery:
     def search(
         self, query_qD: torch.Tensor, own_q: torch.Tensor, k: int, *, block: int = 2048, exact: int = 1
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (scores [m, k] float64, row numbers [m, k]) of the queries, block by block, the nearest first.
+        """Yield (scores [m, k] float64, row numbers [m, k]), the nearest first.
 
         Args:
             query_qD: [q, D] rows of the gallery's type.
@@ -111,7 +111,7 @@ class Gallery:
         close_m: torch.Tensor,
         exact: int,
     ) -> None:
-        """Score close candidates, and the first ``exact``, in float64, and order the lists. In place."""
+        """Score close candidates, and the first ``exact``, in float64. In place."""
         near_mc = scores_mc[:, :-1] - scores_mc[:, 1:] <= close_m[:, None]
         wanted_mc = torch.zeros_like(found_mc, dtype=torch.bool)
         wanted_mc[:, :exact] = True
@@ -130,7 +130,7 @@ class Gallery:
 def _without_self(
     scores_mc: torch.Tensor, found_mc: torch.Tensor, own_m: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take the query's own row out of the lists, which end in an empty place then: [m, c]."""
+    """Take the query's own row out of the lists [m, c]."""
     own_mc, c = found_mc == own_m[:, None], found_mc.shape[1]
     at_m1 = torch.where(own_mc.any(dim=1), own_mc.byte().argmax(dim=1), c)[:, None]
     follows_mc = torch.arange(c, device=own_m.device) >= at_m1

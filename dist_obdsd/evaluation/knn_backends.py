@@ -1,4 +1,4 @@
-"""Candidates for the nearest neighbours, by faiss or by torch. The one module of the search that knows faiss.
+"""Candidates for the nearest neighbours, by faiss or by torch.
 
 Shapes: m queries, n rows, c candidates, D columns.
 """
@@ -105,7 +105,7 @@ def _largest(scores_mn: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _faiss_backend(rows_nD: torch.Tensor, distance: str, faiss: Any) -> Backend:
-    """Search with faiss, on the rank's own GPU or on the CPU with torch's number of threads."""
+    """Search with faiss, on the rank's own GPU or on the CPU."""
     device, products_nD = rows_nD.device, _as_products(rows_nD, distance, torch.float32).cpu().numpy()
     if rows_nD.is_cuda:
         options = faiss.GpuIndexFlatConfig()

@@ -114,7 +114,7 @@ def map_at_class_size() -> QueryMetric:
 
 @dataclass(frozen=True)
 class EmbeddingSet:
-    """All ranks' images by ascending id, as the metrics that know no queries see them; the same on every rank."""
+    """All ranks' images by ascending id, for metrics that know no queries."""
 
     rows_ND: torch.Tensor
     class_N: torch.Tensor
@@ -123,7 +123,7 @@ class EmbeddingSet:
 
     @cached_property
     def cluster_N(self) -> torch.Tensor:
-        """The clusters of k-means into as many as there are classes. Collective when first asked for.
+        """Clusters of k-means, as many as classes. Collective at first use.
 
         Raises:
             InputError: on every rank: the conventions are ``released``, and the number of training classes is unknown.

@@ -176,7 +176,7 @@ def retrieve(
 
 
 def taken(rows_ND: torch.Tensor, place_n: torch.Tensor) -> torch.Tensor:
-    """Return the rows at ascending places, without a copy if they follow on each other."""
+    """Return the rows at ascending places; a view if they are adjacent."""
     if len(place_n) and int(place_n[-1]) - int(place_n[0]) == len(place_n) - 1:
         return rows_ND[int(place_n[0]) : int(place_n[-1]) + 1]
     return rows_ND[place_n.to(rows_ND.device)]

@@ -65,7 +65,7 @@ def embedding_map(
 
 
 def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffusion, title: str) -> "Figure":
-    """Draw a batch as the objective sees it, ordered by class, with a frame round each class.
+    """Draw a batch as the objective sees it, with a frame round each class.
 
     Its panels are similarities, transition matrix, and target before and after the diffusion. A target without a
     diffusion has two panels; without a teacher there are similarities alone. All is computed over the whole batch

@@ -142,7 +142,7 @@ def write(path: Path, figure: "Figure") -> None:
 
 
 def _thumbnail(image_id: int, data: bytes) -> Any:
-    """Shrink an image to ``SIDE`` pixels; small ones grow by whole multiples, so that their pixels stay."""
+    """Shrink an image to ``SIDE`` pixels; a small one grows by whole multiples."""
     from PIL import Image
 
     try:

@@ -70,7 +70,7 @@ def what_to_try(config: Config, metrics: Sequence[Row], summary: Row) -> Iterato
         yield "Set evaluation.untrained=true to see how much training improves on the network that it starts from."
     epochs = {row["epoch"]: _score(row, config) for row in metrics if row["kind"] == "validation"}
     best, last = max(epochs, key=lambda epoch: epochs[epoch], default=0), max(epochs, default=0)
-    if not epochs:
+    if not epochs and not config.validation.holds_out:
         yield "Set validation.fraction=0.2 to hold out classes, so that the best epoch is known without the test set."
     elif best != last:
         yield (

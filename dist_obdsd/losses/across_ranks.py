@@ -101,7 +101,7 @@ class InputChecks:
             self._compared.add(what)
 
     def rows(self, what: str, rows_bD: torch.Tensor) -> list[Note]:
-        """Check that rows have length 1, or are not finite, which the loss shows by itself."""
+        """Check that rows have length 1; the loss itself shows what is not finite."""
         if not self.values:
             return []
         far_b = (rows_bD.detach().float().norm(dim=1) - 1).abs() > LENGTH_TOLERANCE
@@ -112,7 +112,7 @@ class InputChecks:
         return [(message, (far_b & rows_bD.detach().isfinite().all(1)).sum())]
 
     def labels(self, labels_b: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, list[Note]]:
-        """Check that labels are class indices; return them without any that would lead outside a table."""
+        """Check that labels are class indices; return them with safe values."""
         if not self.values:
             return labels_b, []
         largest = LARGEST_LABEL if num_classes is None else num_classes - 1

@@ -53,7 +53,7 @@ class RankingLoss(nn.Module):
         raise NotImplementedError
 
     def forward(self, embeddings_bD: torch.Tensor, labels_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:
-        """Compute the loss of the global batch. Collective; see ``OBDSDLoss`` for arguments, value and errors."""
+        """Compute the loss of the global batch, as ``OBDSDLoss`` does. Collective."""
         with collectives.within(group):
             view = self.view(embeddings_bD, labels_b, self._checks)
             terms = self.partial_means(view)
@@ -63,7 +63,7 @@ class RankingLoss(nn.Module):
         self, embeddings_bD: torch.Tensor, labels: torch.Tensor, checks: InputChecks, *, normalize: bool = False,
         seed: int | None = None,
     ) -> BatchView:  # fmt: skip
-        """Gather embeddings, with gradient, and labels. Collective. Arguments as of ``OBDSDLoss``.
+        """Gather embeddings, with gradient, and labels. Collective.
 
         At the first call all ranks take rank 0's parameters, as DDP does where it wraps.
         """

@@ -77,7 +77,7 @@ def own_loss(
     classes: int,
     embedding_dim: int,
 ) -> RankingLoss:
-    """A loss of your own: a RankingLoss, or any module called with embeddings and labels of the whole batch.
+    """A loss of your own: a RankingLoss, or a module of embeddings and labels.
 
     Args:
         name: ``package.module:Class``.

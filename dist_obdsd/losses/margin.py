@@ -112,7 +112,7 @@ def draw(uniform_bP: torch.Tensor, weight_bB: torch.Tensor) -> torch.Tensor:
 
 
 def uniforms(seed: int, rows: slice, B: int, device: torch.device) -> torch.Tensor:
-    """Draw rows [b, B] of the batch's [B, B] uniform numbers in [0, 1), multiples of 2^-32, in float64.
+    """Draw rows [b, B] of the batch's [B, B] uniform numbers in [0, 1).
 
     SplitMix64 (Steele et al., OOPSLA 2014) with the entry's number as its state's: any rank draws its own rows of the
     same matrix, on any device, without the memory for the whole of it.
@@ -125,5 +125,5 @@ def uniforms(seed: int, rows: slice, B: int, device: torch.device) -> torch.Tens
 
 
 def _shift(x_bB: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift to the right and fill up with zeros; torch's own shift would copy the sign."""
+    """Shift to the right, filling with zeros where torch would copy the sign."""
     return (x_bB >> bits) & (2 ** (64 - bits) - 1)

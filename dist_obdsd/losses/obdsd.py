@@ -38,7 +38,7 @@ class TeacherRows:
 
 
 class OBDSDLoss(nn.Module):
-    """A ranking loss with online-diffusion self-distillation over all ranks (arXiv 2211.07566).
+    """A ranking loss with self-distillation over all ranks (arXiv 2211.07566).
 
     >>> loss = OBDSDLoss(MultiSimilarityLoss(), weight=10.0)
     >>> teacher = ProgressiveTeacher(student)

@@ -94,7 +94,7 @@ class Graph(ABC):
         return softmax(self.similarities(rows), self.diffusion.temperature, rows.start, self.diffusion.mask_self)
 
     def _sharpened(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return S after clipping and power [t, n], and its mask of edges, if not all but the diagonal."""
+        """Return S after clipping and power [t, n], and its mask of edges or None."""
         S_tn = self.similarities(rows)
         edges_tn = None
         if self._nearest_n is not None:
@@ -141,7 +141,7 @@ class WalkGraph(Graph):
 
     @cached_property
     def _degrees(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute m and 1/s [n] of every node, whose degree has the logarithm m + log s; 0 and 1 for isolated ones."""
+        """Compute m and 1/s [n], of degrees with the logarithm m + log s."""
         # 1/s is the largest entry of A's row, since the largest logit's share is exp(0) / s.
         if self._A_nn is not None:
             m_n, largest_n = self._largest_n, self._A_nn.amax(1)
@@ -158,7 +158,7 @@ class WalkGraph(Graph):
 
     @cached_property
     def _roots_n(self) -> torch.Tensor:
-        """Roots of the degrees, but for a factor. (exp(r/2), r the logarithm of a degree, would overflow.)"""
+        """Roots of the degrees, but for a factor that keeps them finite."""
         m_n, largest_n = self._degrees
         below_n = ((m_n - m_n.max()) / 2).clamp_min_(-SCALE_LIMIT[m_n.dtype])
         return below_n.exp_().mul_(largest_n.rsqrt())
@@ -290,7 +290,7 @@ class SymmetricGraph(Graph):
 def times_matrix(
     tiles: list[slice], X_bn: torch.Tensor, matrix: Callable[[slice], torch.Tensor], alpha: float = 1, beta: float = 0
 ) -> torch.Tensor:
-    """Compute alpha X M + beta X [b, n] for a matrix M that exists a tile of rows at a time."""
+    """Compute alpha X M + beta X [b, n] with tiles of rows of a matrix M."""
     product_bn = torch.addmm(X_bn, X_bn[:, tiles[0]], matrix(tiles[0]), beta=beta, alpha=alpha)
     for tile in tiles[1:]:
         product_bn.addmm_(X_bn[:, tile], matrix(tile), alpha=alpha)

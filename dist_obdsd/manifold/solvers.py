@@ -201,7 +201,7 @@ class Cholesky:
         return self(unit_rows(rows, self._factor_nn))
 
     def __call__(self, C_bn: torch.Tensor, size_b1: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
-        """Solve x (I - omega N) = c for rows c; return solutions [b, n] and the iterations taken."""
+        """Solve x (I - omega N) = c for rows c: solutions [b, n], iterations."""
         return torch.cholesky_solve(C_bn.T, self._factor_nn).T, 0
 
 
@@ -263,7 +263,7 @@ class ConjugateGradients:
         return X_bn, iterations
 
     def _reached(self, R_bn: torch.Tensor, rounding_b1: torch.Tensor, size_b1: torch.Tensor | None) -> bool:
-        """Tell whether every row is as accurate as it must or can be. The host waits here for the device."""
+        """Tell whether every row is accurate enough. The host waits here."""
         error_b = self._graph.error(R_bn if self._to_walk_bn is None else R_bn * self._to_walk_bn)
         enough_b = error_b * (1 if size_b1 is None else size_b1[:, 0]) <= self._tolerance
         return bool((enough_b | rounding_b1[:, 0]).all())

@@ -1,4 +1,4 @@
-"""The memory of a rank in training, estimated from a config before anything is allocated."""
+"""Memory of a rank in training, estimated before anything is allocated."""
 
 import math
 from typing import Any
@@ -75,7 +75,7 @@ def share(parameters: list[torch.nn.Parameter], ranks: int) -> float:
 
 
 def saved_bytes(network: Embedder, config: Config, mode: FakeTensorMode, images: int) -> float:
-    """Count the bytes that a forward pass keeps for its backward pass, without the weights."""
+    """Count the bytes that a forward pass keeps for its backward pass."""
     own = {p.untyped_storage()._cdata for p in network.parameters()}
     kept: dict[int, Any] = {}
 

@@ -25,7 +25,7 @@ Choice = dict[str, Any]
 
 
 def selection_value(metrics: Mapping[str, float], metric: str) -> float:
-    """Return the value of a metric: the mean over the galleries, where they have names."""
+    """Return the value of a metric, the mean over galleries with names."""
     values = [value for name, value in metrics.items() if name.rpartition("/")[2] == metric]
     return math.fsum(values) / len(values)
 

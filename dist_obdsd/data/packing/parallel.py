@@ -54,7 +54,7 @@ def _end_with_parent() -> None:
 
 
 def in_order(pool: Executor | None, function: Callable[[T], R], tasks: Iterable[T], ahead: int) -> Iterator[R]:
-    """Map in order, with at most ``ahead`` tasks drawn whose results were not taken yet."""
+    """Map in order, with at most ``ahead`` results that were not taken yet."""
     if pool is None:
         yield from map(function, tasks)
         return

@@ -68,8 +68,9 @@ class Tree:
                     if path.is_file() and not path.with_name(path.name.split(".")[0]).is_dir():
                         self._packed |= _index(path, posixpath.dirname(prefix + archive), scratch, stack)
         elif not source.is_file():
-            what = "is no plain file" if source.exists() else "does not exist"
-            raise InputError(f"the source {source} {what}; give the folder or the archive with the download")
+            if source.exists():
+                raise InputError(f"the source {source} is no plain file; give a folder or an archive")
+            raise InputError(f"the source {source} does not exist; give the folder or the archive with the download")
         elif _start(source).startswith((*ZIP_MARKS, *DECOMPRESSORS)) or tarfile.is_tarfile(source):
             self._packed = _index(source, "", scratch, stack)
         else:

@@ -47,7 +47,7 @@ class Sample:
 
 
 class Reader(BaseModel):
-    """One layout of data sets, or a set that is drawn; its fields are the options that a recipe sets."""
+    """One layout of data sets; its fields are the options that a recipe sets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

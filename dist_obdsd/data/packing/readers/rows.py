@@ -25,7 +25,7 @@ class Row:
 
 
 def text_rows(file: File, delimiter: str, skip: int, columns: Sequence[str]) -> tuple[tuple[str, ...], Iterator[Row]]:
-    """Read a text table: its columns' names, and its rows. Blank lines are passed over.
+    """Read a text table, its columns' names and its rows, without blank lines.
 
     Args:
         delimiter: between two cells, as in CSV; "" for white space.

@@ -79,7 +79,7 @@ class TableReader(FileReader):
         return samples
 
     def _listed(self, listing: ListFile, file: File, names: Sequence[str]) -> Iterator["_Image"]:
-        """Read the rows of one list; one that cannot be used is an InputError that names it."""
+        """Read the rows of one list, or raise InputError with its name."""
         if file.name.lower().endswith(".mat"):
             columns, rows = matlab_rows(file, self.variable)
         else:
