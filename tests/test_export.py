@@ -113,9 +113,10 @@ def test_the_readme_prepares_every_kind_of_image_to_the_bit(mode: str, fit: str,
     given = {"image_size": 32, "resize": 40} if fit == "square" else {"image_size": [24, 40], "fit": fit}
     data = DataConfig.model_validate(given | {"shards": "x", "channels": channels, "mean": (0.3,), "std": (0.5,)})
     resize = {"shorter_side": data.resize or 24} if data.fit == "crop" else {}
+    decoded = {"channels": "RGB" if channels == 3 else "grey", "orientation": "as EXIF says"}
     about: dict[str, Any] = {"input": {"shape": ["n", channels, *data.size]}, "fit": data.fit, "resize": resize,
-             "output": {"shape": ["n", 1]}, "decode": {"channels": "RGB" if channels == 3 else "grey"},
-             "checkpoint": {"file": "x"}, "normalisation": {"mean": data.mean}}  # fmt: skip
+             "output": {"shape": ["n", 1]}, "decode": decoded, "checkpoint": {"file": "x"},
+             "normalisation": {"mean": data.mean}}  # fmt: skip
     (tmp_path / "README.md").write_text(exporting._readme(about, ["torch"]))
     names: dict[str, Any] = {}
     exec(readme_s_program(tmp_path).partition("\nimages =")[0], names)

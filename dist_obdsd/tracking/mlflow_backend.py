@@ -16,6 +16,7 @@ import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dist_obdsd.console import NOTICE
 from dist_obdsd.errors import RunError
@@ -74,10 +75,8 @@ def absolute(uri: str) -> str:
         return uri
     if relative.startswith("~"):
         return f"sqlite:///{Path(relative).expanduser()}"
-    from sqlalchemy.engine import URL
-
     # The folder may be called what?now; the rest is the user's, perhaps with options after a "?".
-    return f"{URL.create('sqlite', database=str(Path.cwd())).render_as_string()}/{relative}"
+    return f"sqlite:///{quote(str(Path.cwd()))}/{relative}"
 
 
 def connect(uri: str) -> Any:

@@ -43,5 +43,5 @@ def test_the_template_serves_twelve_classes_of_eight_photos(tmp_path: Path) -> N
         run = tmp_path / "runs" / f"run-{ranks}"
         rows = json.loads((run / "summary.json").read_text())["rows"]
         assert {row["protocol"] for row in rows} == {"untrained", "last", "best_validation"}
-        losses.append([row["loss"] for row in runs.metrics(run, "step")])
+        losses.append([row["ranking"] for row in runs.metrics(run, "step")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -80,6 +80,8 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     jpeg = encoded(stored, "JPEG", exif=exif, quality=100, subsampling=0)
     assert_close(decode(jpeg, 3), colours(), 6)
     assert_close(decode(jpeg, 1), np.asarray(Image.fromarray(colours()).convert("L")), 6)
+    assert_close(decode(jpeg, 3, exif=False), STORED[orientation](colours()), 6)
+    assert_close(decode(encoded(stored, "PNG", exif=exif), 3, exif=False), STORED[orientation](colours()))
     unmarked = decode(encoded(stored, "PNG"), 3)
     assert torch.equal(unmarked, torch.from_numpy(colours()).permute(2, 0, 1)) == (orientation == 1)  # the control
 

@@ -113,7 +113,7 @@ def test_contradicting_settings_are_refused(train, overrides, fact):
 )
 def test_a_fall_of_either_metric_is_told(recall, map_at_r, fact):
     settings = SimpleNamespace(optim=SimpleNamespace(lr=3.0))
-    selector = SimpleNamespace(untrained={"recall@1": 0.7, "map@r": 0.4}, config=settings)
+    selector = SimpleNamespace(untrained={"recall@1": 0.7, "map@r": 0.4}, config=settings, select_by="map@r")
     note = ModelSelector._made_worse(selector, {"recall@1": recall, "map@r": map_at_r})
     assert note is None if fact is None else fact in note
 

@@ -175,19 +175,19 @@ def _zip_members(path: Path, stack: ExitStack) -> Members:
     for info in archive.infolist():
         if stat.S_ISLNK(info.external_attr >> 16):
             raise _no_file(path, info.filename)
-        yield info.filename, None if info.is_dir() else partial(_read_member, archive.open, info)
+        yield info.filename, None if info.is_dir() else partial(_read_member, archive, info)
 
 
 def _tar_members(path: Path, scratch: Path | None, stack: ExitStack) -> Members:
     file = _decompressed(path, scratch, stack)
-    tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))  # noqa: SIM115
-    for member in tar:
-        if not (member.isdir() or member.isreg()) or member.issparse():
-            raise _no_file(path, member.name)
-        yield member.name, None if member.isdir() else partial(_read_member, tar.extractfile, member)
-    # The library takes a tar that breaks off between two members for a whole one.
-    if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("it breaks off before its end")
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if not (member.isdir() or member.isreg()) or member.issparse():
+                raise _no_file(path, member.name)
+            yield member.name, None if member.isdir() else partial(_read_at, file, member)
+        # The library takes a tar that breaks off between two members for a whole one.
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it breaks off before its end")
 
 
 def _decompressed(path: Path, scratch: Path | None, stack: ExitStack) -> IO[bytes]:
@@ -218,7 +218,15 @@ def _no_file(path: Path, name: str) -> InputError:
     )
 
 
-def _read_member(opener: Callable[[Any], Any], member: Any, size: int = -1) -> bytes:
-    with opener(member) as file:
-        data: bytes = file.read(size)
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int = -1) -> bytes:
+    with archive.open(info) as file:
+        return file.read(size)
+
+
+def _read_at(file: IO[bytes], member: tarfile.TarInfo, size: int = -1) -> bytes:
+    """Read a member of an open tar, whose position others share."""
+    wanted = member.size if size < 0 else min(size, member.size)
+    data = os.pread(file.fileno(), wanted, member.offset_data)
+    if len(data) != wanted:
+        raise tarfile.ReadError("unexpected end of data")
     return data
