@@ -20,7 +20,7 @@ def compare(options: argparse.Namespace) -> int:
     flags = [flag for flag in ("--quiet", "--verbose") if getattr(options, flag[2:])]
     comparison = Comparison(
         options.config, options.overrides, options.variants, options.seeds, options.grid, ranks=options.ranks,
-        out=options.out, flags=flags, command_line=options.command_line,
+        out=options.out, flags=flags, command_line=options.command_line.replace(" --report-only", ""),
     )  # fmt: skip
     if options.dry_run:
         for spec, line in zip(comparison.specs, comparison.commands(), strict=True):

@@ -138,7 +138,9 @@ def test_states_are_listed_and_reported_without_training(study: Path, finished: 
     code, out, err = finished("--seeds", "3", "--report-only", "--out", "elsewhere")
     assert code == 1
     assert "2 of 6 runs are not finished" in err
-    assert "4 of 6 runs are finished" in (study / "elsewhere" / "report.md").read_text()
+    report = (study / "elsewhere" / "report.md").read_text()
+    assert "4 of 6 runs are finished" in report
+    assert "--report-only" not in report  # the command to reproduce it trains
     assert not (study / "runs" / "tiny-psd-seed2").exists()
 
 
