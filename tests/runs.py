@@ -123,7 +123,9 @@ def free_port() -> int:
 
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    # The launch files call python3 and torchrun, and the tests may be called without an activated environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "PATH": path}
     return os.environ | own | (more or {})
 
 
