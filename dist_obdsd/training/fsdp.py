@@ -81,14 +81,13 @@ class FSDPStrategy(Strategy):
 
     def _load_optimizer(self, states: States) -> None:
         whole = dict(self.parameters)
+
+        def cut(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+            return shards.local(shards.shard_like(value, like)) if value.shape == like.shape else value
+
         super()._load_optimizer(
             {
-                name: {
-                    key: shards.local(shards.shard_like(value, whole[name]))
-                    if value.shape == whole[name].shape
-                    else value
-                    for key, value in state.items()
-                }
+                name: {key: cut(value, whole[name]) for key, value in state.items()}
                 for name, state in states.items()
                 if name in whole
             }

@@ -48,12 +48,8 @@ def estimate(config: Config, world_size: int, zero_stage: int = 1) -> dict[str, 
     zero = world_size if zero_stage else 1
     ways = {  # strategy: (over how many ranks each part is cut, and numbers of the optimizer)
         "ddp": (1, 1, 1, kept),
-        "deepspeed": (
-            1,
-            zero if zero_stage == 2 else 1,
-            zero,
-            kept + (zero_stage > 0),
-        ),  # it works on a copy of weights
+        # ZeRO's optimizer works on a copy of the weights.
+        "deepspeed": (1, zero if zero_stage == 2 else 1, zero, kept + (zero_stage > 0)),
         "fsdp": (*[world_size // math.gcd(world_size, config.fsdp.replicate)] * 3, kept),
     }
     return {

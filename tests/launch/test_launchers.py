@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,9 @@ SHORT = ("precision=float32", "max_steps=3", "epochs=2")
 def start(script: str, *overrides: str, cwd: Path, env: dict[str, str] | None = None, inside: tuple[str, ...] = ()
           ) -> subprocess.Popen[str]:  # fmt: skip
     """A launch script on the tiny config, perhaps inside a network namespace."""
-    own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NPROC": "2"}
     return subprocess.Popen(
         [*inside, str(ROOT / "launch" / script), "tiny.yaml", *overrides], cwd=cwd, text=True,
-        env=runs.environment(own | (env or {})), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=runs.environment({"NPROC": "2"} | (env or {})), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
 
