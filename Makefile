@@ -31,7 +31,7 @@ test-fast: setup  ## what takes no training run and no launcher: under 90 second
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 bench: setup  ## time the objective and the training step, and compare the ratios with the committed ones
-	$(BIN)/python -m benchmarks.objective --sizes 112,448 --worlds 2 --budget 60 --json bench-objective.json --baseline docs/bench/objective.json
+	$(BIN)/python -m benchmarks.objective --sizes 112,448 --worlds 1,2 --budget 60 --json bench-objective.json --baseline docs/bench/objective.json
 	$(BIN)/python -m benchmarks.step --worlds 1,2 --json bench-step.json --baseline docs/bench/step.json
 
 gpu-check:  ## check a GPU and time training steps on it, without .venv: torch, torchvision, webdataset, pydantic, pyyaml

@@ -1,4 +1,4 @@
-"""Shared code of the benchmarks: arguments, a process per case, tables, JSON files and comparison with a baseline.
+"""Shared code of the benchmarks: a command line, a process per case, and tables.
 
 ``python -m benchmarks.common MODULE CASE`` is one rank of a case; ``run_case`` starts it.
 """
@@ -8,18 +8,15 @@ import datetime
 import importlib
 import json
 import logging
-import math
 import os
 import platform
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 
 from dist_obdsd import console
@@ -31,22 +28,26 @@ from dist_obdsd.tracking.provenance import processor
 
 Row = dict[str, Any]
 ROOT = str(Path(__file__).parents[1])
-START_SECONDS = 120.0  # that starting the ranks may take besides the budget
-END_SECONDS = 40.0  # that torchrun may take to end its ranks; it kills them itself after 30
+START_SECONDS = 120.0
+"""Time that starting the ranks may take besides the budget."""
+TOLERANCE = 0.2
+"""Share by which a finding may be worse than the baseline's."""
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ----
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes."""
+def parser(description: str | None, worlds: Sequence[int] | None = None) -> argparse.ArgumentParser:
+    """Make the parser of what every benchmark takes, and ``--worlds`` if it has a default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: 1)")
     parser.add_argument("--budget", type=float, default=120, help="seconds that one case may take (default: 120)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="compare the findings with an earlier --json")
-    parser.add_argument("--tolerance", type=float, default=0.2, help="share by which a finding may be worse (0.2)")
+    if worlds:
+        shown = ",".join(map(str, worlds))
+        parser.add_argument("--worlds", type=numbers, default=worlds, metavar="W,W", help=f"ranks (default: {shown})")
     return parser
 
 
@@ -77,8 +78,8 @@ def main(
         for name, value in found.items():
             print(f"{name}: {value:.3g}")
         if options.json is not None:
-            write_json(options.json, meta(options) | found, rows)
-        compared = compare(options.baseline, found, options.tolerance) if options.baseline is not None else []
+            write_json(options.json, meta(options.threads) | found, rows)
+        compared = compare(options.baseline, found) if options.baseline is not None else []
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -87,20 +88,20 @@ def main(
     return 1 if any(row["verdict"] == "worse" for row in compared) else 0
 
 
-# ---- a process per case ---------------------------------------------------------------------------------------------
+# ---- a process per case ----
 
 
-def run_case(module: str, world: int, case: dict[str, Any]) -> Any:
+def run_case(module: str, world: int, case: Row) -> list[Row]:
     """Run a case in fresh processes, so that neither its memory nor its crash reaches the next one.
 
     Several ranks start under torchrun. Their messages on stderr are passed on at the end, each line once.
 
     Args:
-        module: its ``run_rank(rank, case)`` runs on every rank; what it returns on rank 0 is the answer.
+        module: its ``run_rank(rank, case)`` runs on every rank; the row, or list of rows, of rank 0 is the answer.
         case: has ``threads`` and ``budget``, in seconds.
 
     Returns:
-        The answer, or ``{"skipped": reason}`` where it took longer than twice the budget or was killed.
+        The rows, or one ``{"skipped": reason}`` where it took longer than twice the budget or was killed.
 
     Raises:
         RunError: a rank failed, with its messages.
@@ -108,41 +109,30 @@ def run_case(module: str, world: int, case: dict[str, Any]) -> Any:
     seconds = START_SECONDS + 2 * case["budget"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
     command = [sys.executable, *torchrun, "-m", "benchmarks.common", module, json.dumps(case)]
-    # torchrun sets this for several ranks, and would print that it does.
+    # torchrun sets OMP_NUM_THREADS for several ranks, and would print that it does.
     env = ({"OMP_NUM_THREADS": "1"} if world > 1 else {}) | os.environ
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
     # In a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then ends the ranks.
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
-    )
-    try:
-        output, messages = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        _end(process)
-        return {"skipped": f"took more than {seconds:.0f} s"}
-    except BaseException:
-        _end(process)
-        raise
+    ) as process:
+        try:
+            output, messages = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return [{"skipped": f"took more than {seconds:.0f} s"}]
+        finally:
+            process.terminate()  # torchrun ends its ranks, which no signal to a process group would reach
     if process.returncode == -signal.SIGKILL or (process.returncode and "SIGKILL" in messages):
-        return {"skipped": "a process was killed, most likely for lack of memory"}
+        return [{"skipped": "a process was killed, most likely for lack of memory"}]
     if process.returncode:
         raise RunError(f"the case {case} on {world} ranks failed:\n{messages}")
     for line in dict.fromkeys(messages.splitlines()):
         print(line, file=sys.stderr, flush=True)
-    return json.loads(output.splitlines()[-1])
+    answer = json.loads(output.splitlines()[-1])
+    return answer if isinstance(answer, list) else [answer]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    # Every rank is in a session of its own, too: only the launcher, asked in good order, ends them all.
-    process.terminate()
-    try:
-        process.communicate(timeout=END_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _run_rank(module: str, case: dict[str, Any]) -> None:
+def _run_rank(module: str, case: Row) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # on stderr; the answer alone is on stdout
     run_rank = importlib.import_module(module).run_rank
     timeout = START_SECONDS + 2 * case["budget"]
@@ -152,11 +142,11 @@ def _run_rank(module: str, case: dict[str, Any]) -> None:
             print(json.dumps(answer), flush=True)
 
 
-# ---- measurements ---------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def peak_mib() -> float:
-    """The most memory that this process held: of the GPU if torch used one, else resident."""
+    """Return the most memory that this process held: of the GPU if torch used one, else resident."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     # Not getrusage: its maximum survives exec and would start at the parent's size.
@@ -164,64 +154,38 @@ def peak_mib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Operations per second of a large matrix product here: the best of several tries."""
-    side = 1024 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
-    best = math.inf
-    for _ in range(8):
-        started = time.perf_counter()
-        float((a @ b)[0, 0])  # reading a number waits for a GPU
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
-
-
-def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """The slope of the least-squares line through (log x, log y): 2 where y grows as x squared."""
-    xs, ys = ([math.log(p[i]) for p in points] for i in (0, 1))
-    return float(numpy.polyfit(xs, ys, 1)[0])
-
-
-# ---- results --------------------------------------------------------------------------------------------------------
-
-
-def meta(options: argparse.Namespace) -> dict[str, Any]:
+def meta(threads: int) -> Row:
     """Describe the machine and the software."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "date": datetime.date.today().isoformat(),
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "cores": usable_cores(),
-        "threads": options.threads,
+        "threads": threads,
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as aligned columns; a row that was skipped ends with its reason in place of its figures."""
+    """Align rows in columns; a row that was skipped ends with its reason in place of its figures."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "skipped"))
     lines = [columns] + [[cell(row.get(name)) for name in columns] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    for i, row in enumerate(rows):
-        if "skipped" in row:
-            text[i + 1] += f"  {row['skipped']}"
-    return "\n".join(text)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    reasons = ["", *(f"  {row['skipped']}" if "skipped" in row else "" for row in rows)]
+    return "\n".join(
+        "  ".join(map(str.rjust, line, widths)) + reason for line, reason in zip(lines, reasons, strict=True)
+    )
 
 
 def cell(value: Any) -> str:
-    """A figure with three digits; nothing for None."""
+    """Format a figure with three digits; None as nothing."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
     return f"{value:.0f}" if abs(value) >= 1000 or value == 0 else f"{value:.3g}"
 
 
-def compare(baseline: Path, found: Mapping[str, float], tolerance: float) -> list[Row]:
-    """Findings beside those of an earlier ``--json`` file, by ratio.
-
-    Absolute times say nothing on another machine, so only findings are compared: ratios and exponents of one run.
+def compare(baseline: Path, found: Mapping[str, float]) -> list[Row]:
+    """Set findings, which are ratios of one run, beside those of an earlier ``--json`` file.
 
     Returns:
         Rows with ``finding``, ``before``, ``now``, ``change`` (now / before) and ``verdict``: better or worse beyond
@@ -240,7 +204,7 @@ def compare(baseline: Path, found: Mapping[str, float], tolerance: float) -> lis
             rows.append({"finding": name, "now": now, "verdict": "new"})
             continue
         change = now / before[name]
-        verdict = "worse" if change > 1 + tolerance else "better" if change < 1 / (1 + tolerance) else "alike"
+        verdict = "worse" if change > 1 + TOLERANCE else "better" if change < 1 / (1 + TOLERANCE) else "alike"
         rows.append({"finding": name, "before": before[name], "now": now, "change": change, "verdict": verdict})
     return rows
 

@@ -12,6 +12,7 @@ share 1 / W; that is compared with the gradient of the same loss in one process 
 """
 
 import importlib.metadata
+import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -35,12 +36,10 @@ Way = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = common.parser(__doc__)
-    parser.add_argument("--worlds", type=common.numbers, default=[2, 4], help="numbers of ranks (default: 2,4)")
-    return common.main(parser.parse_args(arguments), measure)
+    return common.main(common.parser(__doc__, worlds=(2, 4)).parse_args(arguments), run)
 
 
-def measure(options: Namespace) -> list[Row]:
+def run(options: Namespace) -> list[Row]:
     case = {"threads": options.threads, "budget": options.budget}
     return [row for world in options.worlds for row in common.run_case("benchmarks.gradients", world, case)]
 
@@ -75,23 +74,20 @@ def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
 
 
 def ways(alone: Group) -> Iterator[tuple[str, str, Way]]:
-    """The losses of the libraries that are installed.
+    """Yield the losses of the libraries that are installed, as (library, loss, way).
 
     Args:
         alone: a process group of this rank alone.
     """
     torch.manual_seed(0)  # proxies
-    teacher_BD = nn.functional.normalize(
-        torch.randn(B, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=1
-    )
     ours: dict[str, nn.Module] = {
         "MultiSimilarityLoss": MultiSimilarityLoss(),
         "MarginLoss": MarginLoss(classes=CLASSES).double(),
         "ProxyAnchorLoss": ProxyAnchorLoss(classes=CLASSES, embedding_dim=DIM).double(),
-        "OBDSDLoss (obdsd)": OBDSDLoss(MultiSimilarityLoss(), weight=30.0),
     }
     for name, loss in ours.items():
-        yield "dist-obdsd", name, _ours(loss, teacher_BD, alone)
+        yield "dist-obdsd", name, _ours(loss, alone)
+    yield "dist-obdsd", "OBDSDLoss (obdsd)", _obdsd(alone)
     if find_spec("pytorch_metric_learning"):
         from pytorch_metric_learning import losses
         from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
@@ -100,7 +96,7 @@ def ways(alone: Group) -> Iterator[tuple[str, str, Way]]:
             for name in ("MultiSimilarityLoss", "ContrastiveLoss"):
                 plain = getattr(losses, name)()
                 wrapped = DistributedLossWrapper(getattr(losses, name)(), efficient=efficient)
-                yield _named("pytorch-metric-learning"), f"{name} ({kind})", _switch(plain, wrapped)
+                yield _named("pytorch-metric-learning"), f"{name} ({kind})", _either(plain, wrapped)
     if find_spec("lightly"):
         from lightly.loss import NTXentLoss
 
@@ -114,9 +110,9 @@ def ways(alone: Group) -> Iterator[tuple[str, str, Way]]:
     if find_spec("open_clip"):
         from open_clip.loss import ClipLoss
 
-        for local_loss, with_grad in ((False, False), (False, True), (True, False), (True, True)):
-            more = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
-            several = ClipLoss(local_loss=local_loss, gather_with_grad=with_grad, **more)
+        ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        for local_loss, with_grad in itertools.product((False, True), repeat=2):
+            several = ClipLoss(local_loss=local_loss, gather_with_grad=with_grad, **ranks)
             kind = f"ClipLoss (local_loss={local_loss}, gather_with_grad={with_grad})"
             both = (lambda a, p, loss=loss: loss(a, p, 10.0) for loss in (ClipLoss(), several))
             yield _named("open_clip_torch"), kind, _pairs(*both)
@@ -126,29 +122,34 @@ def _named(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def _ours(loss: nn.Module, teacher_BD: torch.Tensor, alone: Group) -> Way:
+def _ours(loss: Any, alone: Group) -> Way:
     def way(E_nD: torch.Tensor, labels_n: torch.Tensor, several: bool) -> torch.Tensor:
-        group = None if several else alone
-        value: torch.Tensor
-        if isinstance(loss, OBDSDLoss):
-            loss.group = group
-            n = len(E_nD)
-            first = dist.get_rank() * n if several else 0
-            value = loss(E_nD, labels_n, teacher_BD[first : first + n]).loss
-        else:
-            loss.calls = 0  # of the draws
-            value = loss(E_nD, labels_n, group=group)
+        loss.calls = 0  # of the draws
+        value: torch.Tensor = loss(E_nD, labels_n, group=None if several else alone)
         return value
 
     return way
 
 
-def _switch(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Tensor]) -> Way:
+def _obdsd(alone: Group) -> Way:
+    loss = OBDSDLoss(MultiSimilarityLoss(), weight=30.0)
+    teacher_BD = torch.randn(B, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    teacher_BD = nn.functional.normalize(teacher_BD)
+
+    def way(E_nD: torch.Tensor, labels_n: torch.Tensor, several: bool) -> torch.Tensor:
+        loss.group = None if several else alone
+        first = dist.get_rank() * len(E_nD) if several else 0
+        return loss(E_nD, labels_n, teacher_BD[first : first + len(E_nD)]).loss
+
+    return way
+
+
+def _either(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Tensor]) -> Way:
     return lambda E_nD, labels_n, across: (several if across else plain)(E_nD, labels_n)
 
 
 def _pairs(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Tensor]) -> Way:
-    """A loss of two views: the first and the second image of each class."""
+    """Call a loss of two views with the first and the second image of each class."""
     return lambda E_nD, labels_n, across: (several if across else plain)(E_nD[0::2], E_nD[1::2])
 
 

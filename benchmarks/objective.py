@@ -1,26 +1,24 @@
 """The whole objective, forward and backward, beside a plain script and another library.
 
-One process holds the whole batch; ``--worlds`` adds the ranking loss over several ranks. The
-implementations of a case take turns, and the fastest call of each counts, so that a machine whose speed drifts slows
-all of them down alike. A turn is a block of calls in a row, for each alike: no training step runs another
-implementation in between, whose code and data would fill the processor's caches and cost the fastest one most.
+On one rank, every variant of the objective; on several, which have their rows of one batch, the ranking loss. A call is
+what a training step adds to the network: all messages, the loss and its backward. The implementations of a case take
+turns, so that a machine whose speed drifts slows all of them down alike, and the fastest call of each counts, on the
+slowest rank. A turn is a block of calls in a row: no training step runs another implementation in between, whose code
+and data would fill the processor's caches and cost the fastest one most.
 
-Over several ranks, every rank has its rows of one batch. A call is what a training step adds to the network: all
-messages, the loss and its backward. The fastest call counts, on the slowest rank.
-
-    error    of the gradient at a rank's own rows, as DDP's mean over the ranks makes it, beside the same
-             implementation's in one process with the whole batch; relative to that one's norm, on the worst rank
+    error    of the gradient at a rank's own rows, as DDP's mean over the ranks makes it, beside that of one process
+             with the whole batch (of ours, the loop's); relative to the latter's norm, on the worst rank
     cosine   of the angle between the two, on the worst rank: whether more than the length is off
 
 Legend: b rows of a rank, B rows of the batch, D embedding dimension, W ranks.
 """
 
 import argparse
-import importlib.util
 import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -38,21 +36,67 @@ from tests import oracle
 
 SIZES = (112, 448, 1024, 4096)
 VARIANTS = ("none", "psd", "obdsd")
-ROUNDS = 50
-BLOCK_CALLS, BLOCK_SECONDS = 20, 0.1
-"""A block ends after so many calls, or with the call that passes so many seconds."""
+ROUNDS, CALLS, BLOCK_SECONDS = 50, 20, 0.1
+"""At most: rounds of a case, calls of a block, and seconds after which a block begins no further call."""
 RANKING = MultiSimilarityLoss()
 NAIVE = {name: getattr(RANKING, name) for name in ("alpha", "beta", "threshold", "margin")}
-OURS, LIBRARY = "dist-obdsd", "pytorch-metric-learning"
+OURS, LOOP, LIBRARY = "dist-obdsd", "loop and inverse", "pytorch-metric-learning"
 EFFICIENT = f"{LIBRARY}, efficient"
 """Each rank has only its own rows as anchors: quicker, and another gradient, W times as long if pairs share a rank."""
-NO_LIBRARY = f"{LIBRARY} is not installed; pip install {LIBRARY}"
 Implementation = Callable[[torch.Tensor], torch.Tensor]
 
 
-def distillation(variant: str) -> DistillationConfig:
-    """CUB200's published settings."""
-    return DistillationConfig.model_validate({"target": variant, "weight": 1000.0, "omega": 0.3})
+def run(options: argparse.Namespace) -> list[Row]:
+    """A row per number of ranks, batch size, variant and implementation."""
+    rows: list[Row] = []
+    for W, B in itertools.product(options.worlds, options.sizes):
+        if B % W:
+            raise InputError(f"--sizes has {B}, which {W} ranks cannot share equally; give multiples of {W}")
+    for W, B in itertools.product(options.worlds, options.sizes):
+        case = {"B": B, "dim": options.dim, "threads": options.threads, "budget": options.budget}
+        rows += [{"W": W, "B": B} | row for row in run_case("benchmarks.objective", W, case)]
+    if not find_spec("pytorch_metric_learning"):
+        rows.append({"implementation": LIBRARY, "skipped": f"is not installed; pip install {LIBRARY}"})
+    return rows
+
+
+def findings(rows: list[Row]) -> dict[str, float]:
+    """Our share of the time of each other implementation."""
+    return {
+        f"share of {row['implementation']}, {row['variant']}, B={row['B']}"
+        + (f" on {row['W']} ranks" if row["W"] > 1 else ""): 1 / row["ratio"]
+        for row in rows
+        if row.get("ratio", 1) != 1
+    }
+
+
+# ---- on a rank ----
+
+
+def run_rank(rank: launch.Runtime, case: Row) -> list[Row]:
+    """``variant``, ``implementation``, ``seconds``, ``ratio`` to ours, ``error``, ``cosine``. Collective."""
+    B, W = case["B"], rank.world_size
+    own = slice(rank.rank * B // W, (rank.rank + 1) * B // W)
+    E_BD, T_BD = (embeddings(B, case["dim"], seed, str(rank.device)) for seed in (0, 1))
+    labels_B = torch.arange(B, device=rank.device) // 2
+    rows = []
+    for variant in VARIANTS if W == 1 else VARIANTS[:1]:
+        alone = implementations(variant, T_BD, labels_B, slice(B))
+        ways = implementations(variant, T_BD, labels_B, own) if W > 1 else alone
+        seconds = fastest(ways, E_BD[own], case["budget"] / 10)
+        for name, way in ways.items():
+            whole_bD = _gradient(alone[LOOP if name in (OURS, LOOP) else LIBRARY], E_BD)[own].double()
+            gradient_bD = _gradient(way, E_BD[own]).double() / W  # DDP takes the mean
+            error = float((gradient_bD - whole_bD).norm() / whole_bD.norm())
+            off = 1 - float((gradient_bD * whole_bD).sum() / (gradient_bD.norm() * whole_bD.norm()))
+            error, off = (max(of) for of in zip(*collectives.gather_json([error, off]), strict=True))
+            rows.append(
+                {
+                    "variant": variant, "implementation": name, "seconds": seconds[name],
+                    "ratio": seconds[name] / seconds[OURS], "error": error, "cosine": 1 - off,
+                }
+            )  # fmt: skip
+    return rows
 
 
 def embeddings(B: int, dim: int, seed: int, device: str) -> torch.Tensor:
@@ -63,65 +107,34 @@ def embeddings(B: int, dim: int, seed: int, device: str) -> torch.Tensor:
     return functional.normalize(centres + 2 * torch.randn(B, dim, generator=generator), dim=1).to(device)
 
 
-def run(options: argparse.Namespace) -> list[Row]:
-    sizes, worlds = options.sizes or SIZES, [W for W in options.worlds or () if W > 1]
-    check_shares(sizes, worlds)
-    torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[Row] = []
-    too_slow: set[str] = set()
-    for B in sizes:
-        E_BD, T_BD = embeddings(B, options.dim, 0, device), embeddings(B, options.dim, 1, device)
-        labels_B = torch.arange(B, device=device) // 2
-        for variant in VARIANTS:
-            ways = {name: way for name, way in implementations(variant, T_BD, labels_B).items() if name not in too_slow}
-            seconds = fastest(ways, E_BD, options.budget)
-            too_slow |= {name for name, taken in seconds.items() if taken > options.budget / 4}
-            rows += [
-                {"B": B, "variant": variant, "implementation": name, "seconds": taken, "ratio": taken / seconds[OURS]}
-                for name, taken in seconds.items()
-            ]
-    for world in worlds:
-        rows += measure_ranks(sizes, world, options)
-    if not has_library():
-        rows.append({"variant": "none", "implementation": LIBRARY, "skipped": NO_LIBRARY})
-    return rows
+def implementations(variant: str, T_BD: torch.Tensor, labels_B: torch.Tensor, own: slice) -> dict[str, Implementation]:
+    """Each from the ``own`` rows, which may be all, to the loss on which a rank calls backward under DDP."""
+    # CUB200's published settings.
+    config = DistillationConfig.model_validate({"target": variant, "weight": 1000.0, "omega": 0.3})
+    objective, several = distilled(RANKING, config), len(labels_B[own]) < len(labels_B)
+    ways: dict[str, Implementation] = {OURS: lambda E_bD: objective(E_bD, labels_B, T_BD[own]).loss}
+    if not several:
+        ways[LOOP] = lambda E_BD: naive(E_BD, T_BD, labels_B, config)
+    if variant == "none" and find_spec("pytorch_metric_learning"):
+        from pytorch_metric_learning import losses, miners
+        from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
+        def library(efficient: bool) -> Implementation:
+            loss: Any = losses.MultiSimilarityLoss(alpha=RANKING.alpha, beta=RANKING.beta, base=RANKING.threshold)
+            miner: Any = miners.MultiSimilarityMiner(epsilon=RANKING.margin)
+            if several:
+                loss = DistributedLossWrapper(loss, efficient=efficient)
+                miner = DistributedMinerWrapper(miner, efficient=efficient)
+            return lambda E_bD: loss(E_bD, labels_B[own], miner(E_bD, labels_B[own]))
 
-def findings(rows: list[Row]) -> dict[str, float]:
-    """Our share of the time of each other implementation."""
-    return {
-        f"share of {row['implementation']}, {row['variant']}, B={row['B']}{_where(row)}": 1 / row["ratio"]
-        for row in rows
-        if row.get("ratio", 1) != 1
-    }
-
-
-def _where(row: Row) -> str:
-    return f" on {row['W']} ranks" if "W" in row else ""
-
-
-def implementations(variant: str, T_BD: torch.Tensor, labels_B: torch.Tensor) -> dict[str, Implementation]:
-    """Each from the student's rows to the loss."""
-    config = distillation(variant)
-    objective = distilled(RANKING, config)
-
-    def ours(E_BD: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = objective(E_BD, labels_B, T_BD).loss
-        return loss
-
-    ways = {
-        OURS: ours,
-        "loop and inverse": lambda E_BD: naive(E_BD, T_BD, labels_B, config),
-    }
-    if variant == "none" and has_library():
-        loss, miner = library_loss()
-        ways[LIBRARY] = lambda E_BD: loss(E_BD, labels_B, miner(E_BD, labels_B))
+        ways[LIBRARY] = library(efficient=False)
+        if several:
+            ways[EFFICIENT] = library(efficient=True)
     return ways
 
 
 def naive(E_BD: torch.Tensor, T_BD: torch.Tensor, labels_B: torch.Tensor, config: DistillationConfig) -> torch.Tensor:
-    """The objective as a single-process script would write it."""
+    """Compute the objective as a single-process script would write it."""
     total, count = oracle.multi_similarity(E_BD, labels_B, **NAIVE)
     loss = total / max(count, 1)
     if config.target == "none":
@@ -138,122 +151,8 @@ def naive_target(T_BD: torch.Tensor, settings: DistillationConfig | Diffusion) -
     return target_BB
 
 
-def has_library() -> bool:
-    """Whether pytorch-metric-learning is installed."""
-    return importlib.util.find_spec("pytorch_metric_learning") is not None
-
-
-def library_loss() -> tuple[Any, Any]:
-    """The same ranking loss and its miner in pytorch-metric-learning."""
-    from pytorch_metric_learning import losses, miners
-
-    miner = miners.MultiSimilarityMiner(epsilon=RANKING.margin)
-    return losses.MultiSimilarityLoss(alpha=RANKING.alpha, beta=RANKING.beta, base=RANKING.threshold), miner
-
-
-def fastest(ways: dict[str, Implementation], E_BD: torch.Tensor, budget: float) -> dict[str, float]:
-    """Seconds of one forward and backward of each: the least of all calls, in ``ROUNDS`` rounds at most."""
-    best = dict.fromkeys(ways, float("inf"))
-    started = time.perf_counter()
-    for turn in range(ROUNDS):
-        if turn > 1 and time.perf_counter() - started > budget / 10:
-            break
-        for name, way in ways.items():
-            block = time.perf_counter()
-            for _ in range(BLOCK_CALLS):
-                leaf_BD = E_BD.clone().requires_grad_()
-                before = time.perf_counter()
-                way(leaf_BD).backward()
-                if leaf_BD.is_cuda:
-                    torch.cuda.synchronize()
-                after = time.perf_counter()
-                best[name] = min(best[name], after - before)
-                if after - block > BLOCK_SECONDS:
-                    break
-    return best
-
-
-# ---- over several ranks ----------------------------------------------------------------------------------------------
-
-
-def check_shares(sizes: Sequence[int], worlds: Sequence[int]) -> None:
-    """Check that every number of ranks can share every batch.
-
-    Raises:
-        InputError: one cannot.
-    """
-    for B, W in itertools.product(sizes, worlds):
-        if B % W:
-            raise InputError(f"--sizes has {B}, which {W} ranks cannot share equally; give multiples of {W}")
-
-
-def measure_ranks(sizes: Sequence[int], world: int, options: argparse.Namespace) -> list[Row]:
-    """A row per batch size and implementation."""
-    rows: list[Row] = []
-    for B in sizes:
-        case = {"B": B, "dim": options.dim, "threads": options.threads, "budget": options.budget}
-        answer = run_case("benchmarks.objective", world, case)
-        shared = {"W": world, "B": B, "variant": "none"}
-        rows += [shared | row for row in ([answer] if isinstance(answer, dict) else answer)]
-    return rows
-
-
-def run_rank(rank: launch.Runtime, case: Row) -> list[Row]:
-    """``implementation``, ``seconds``, ``ratio`` to ours, ``error`` and ``cosine`` of each. Collective."""
-    B = case["B"]
-    b = B // rank.world_size
-    own = slice(rank.rank * b, (rank.rank + 1) * b)
-    E_BD, labels_B = embeddings(B, case["dim"], 0, str(rank.device)), torch.arange(B, device=rank.device) // 2
-    ways = rank_implementations(labels_B, own)
-    alone = implementations("none", E_BD, labels_B)
-    mine: dict[str, list[float]] = {}
-    for name, way in ways.items():
-        whole_BD = E_BD.clone().requires_grad_()
-        alone["loop and inverse" if name == OURS else LIBRARY](whole_BD).backward()
-        gradient_bD = _gradient(way, E_BD[own]).double() / rank.world_size  # DDP takes the mean
-        assert whole_BD.grad is not None
-        wanted_bD = whole_BD.grad[own].double()
-        error = (gradient_bD - wanted_bD).norm() / wanted_bD.norm()
-        cosine = (gradient_bD * wanted_bD).sum() / (gradient_bD.norm() * wanted_bD.norm())
-        mine[name] = [float(error), 1 - float(cosine)]
-    for name, seconds in _fastest_together(ways, E_BD[own], case["budget"]).items():
-        mine[name].append(seconds)
-    every = collectives.gather_json(mine)
-    worst = {name: [max(one[name][i] for one in every) for i in range(3)] for name in ways}
-    return [
-        {"implementation": name, "seconds": seconds, "ratio": seconds / worst[OURS][2], "error": error,
-         "cosine": 1 - off}
-        for name, (error, off, seconds) in worst.items()
-    ]  # fmt: skip
-
-
-def rank_implementations(labels_B: torch.Tensor, own: slice) -> dict[str, Implementation]:
-    """Each from a rank's own rows to the scalar on which it calls backward under DDP."""
-    config = distillation("none")
-    ours = distilled(RANKING, config)
-
-    def whole(E_bD: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = ours(E_bD, labels_B).loss
-        return loss
-
-    ways: dict[str, Implementation] = {OURS: whole}
-    if has_library():
-        for name, efficient in ((LIBRARY, False), (EFFICIENT, True)):
-            ways[name] = _wrapped(labels_B[own], efficient)
-    return ways
-
-
-def _wrapped(labels_b: torch.Tensor, efficient: bool) -> Implementation:
-    from pytorch_metric_learning.utils import distributed
-
-    loss, miner = library_loss()
-    loss = distributed.DistributedLossWrapper(loss, efficient=efficient)
-    miner = distributed.DistributedMinerWrapper(miner, efficient=efficient)
-    return lambda E_bD: loss(E_bD, labels_b, miner(E_bD, labels_b))
-
-
 def _gradient(way: Implementation, E_bD: torch.Tensor) -> torch.Tensor:
-    """The gradient at the rank's own rows."""
+    """The gradient at the rows that are given."""
     leaf_bD = E_bD.clone().requires_grad_()
     way(leaf_bD).backward()
     if leaf_bD.is_cuda:
@@ -262,26 +161,29 @@ def _gradient(way: Implementation, E_bD: torch.Tensor) -> torch.Tensor:
     return leaf_bD.grad
 
 
-def _fastest_together(ways: dict[str, Implementation], E_bD: torch.Tensor, budget: float) -> dict[str, float]:
-    """Seconds of each on this rank: the least of as many calls as every rank makes, within a tenth of the budget."""
+def fastest(ways: dict[str, Implementation], E_bD: torch.Tensor, seconds: float) -> dict[str, float]:
+    """Seconds of the fastest call of each on the slowest rank; some rounds within ``seconds``. Collective."""
+
+    def timed(way: Implementation) -> float:
+        started = time.perf_counter()
+        _gradient(way, E_bD)
+        return time.perf_counter() - started
+
+    # Every rank makes the same calls. The first one costs more, and so is no measure of what fits a block.
+    first = {name: [timed(way), timed(way)][1] for name, way in ways.items()}
+    first = {name: max(of[name] for of in collectives.gather_json(first)) for name in ways}
+    calls = {name: min(CALLS, 1 + int(BLOCK_SECONDS / first[name])) for name in ways}
+    rounds = min(ROUNDS, 1 + int(seconds / sum(calls[name] * first[name] for name in ways)))
     best = dict.fromkeys(ways, float("inf"))
-    rounds, done, started = 2, 0, time.perf_counter()
-    while done < rounds:
+    for _ in range(rounds):
         for name, way in ways.items():
-            before = time.perf_counter()
-            _gradient(way, E_bD)
-            best[name] = min(best[name], time.perf_counter() - before)
-        done += 1
-        if done == 2:
-            taken = max(collectives.gather_json((time.perf_counter() - started) / done))
-            rounds = max(2, min(ROUNDS, int(budget / 10 / taken)))
-    return best
+            best[name] = min(best[name], *(timed(way) for _ in range(calls[name])))
+    return {name: max(of[name] for of in collectives.gather_json(best)) for name in ways}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.parser(__doc__)
-    parser.add_argument("--sizes", type=common.numbers, metavar="B,B,...", help=f"batches (default: {SIZES})")
-    parser.add_argument("--worlds", type=common.numbers, metavar="W,W,...", help="ranks to add (default: none)")
+    parser = common.parser(__doc__, worlds=(1,))
+    parser.add_argument("--sizes", type=common.numbers, default=SIZES, metavar="B,B", help=f"batches {SIZES}")
     return common.main(parser.parse_args(arguments), run, findings)
 
 

@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -78,13 +78,6 @@ def metric_learning(rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float
     return {"recall@1": found["precision_at_1"], "map@r": found["mean_average_precision_at_r"]}
 
 
-IMPLEMENTATIONS: tuple[Callable[[torch.Tensor, torch.Tensor], dict[str, float]], ...] = (
-    here,
-    faiss_and_numpy,
-    metric_learning,
-)
-
-
 def run(options: argparse.Namespace) -> list[Row]:
     """One row per size and implementation, and one per size and number of ranks."""
     rows: list[Row] = []
@@ -94,26 +87,20 @@ def run(options: argparse.Namespace) -> list[Row]:
         cases = [(world, {"beside": False}) for world in options.worlds]
         for world, more in [(1, {"beside": True})] * (size[0] < BESIDE) + cases:
             found = run_case("benchmarks.search", world, case | more)
-            found = found if isinstance(found, list) else [{"ranks": world} | found]
-            rows += [{"size": name, **row} for row in found]
+            rows += [{"size": name, "ranks": world} | row for row in found]
             print(f"{name}, {world} ranks: {rows[-1].get('skipped') or 'done'}", file=sys.stderr, flush=True)
     return rows
 
 
 def findings(rows: list[Row]) -> dict[str, float]:
     """Ratios of CPU time: to the other implementations, and of two ranks to one."""
-    seconds = {
-        (row["size"], row["ranks"], row.get("implementation")): row["cpu_seconds"]
-        for row in rows
-        if "cpu_seconds" in row
-    }
+    seconds = {(row["size"], row["ranks"], row.get("implementation")): row.get("cpu_seconds") for row in rows}
     found = {}
-    for size in SIZES:
-        for other in ("faiss_and_numpy", "metric_learning"):
-            if (size, 1, other) in seconds:
-                found[f"{size}: time of {other}"] = seconds[size, 1, "here"] / seconds[size, 1, other]
-        if (size, 1, None) in seconds and (size, 2, None) in seconds:
-            found[f"{size}: two ranks to one"] = seconds[size, 2, None] / seconds[size, 1, None]
+    for (size, ranks, other), theirs in seconds.items():
+        if other in ("faiss_and_numpy", "metric_learning"):
+            found[f"{size}: time of {other}"] = seconds[size, 1, "here"] / theirs
+        if ranks == 2 and theirs and (alone := seconds.get((size, 1, None))):
+            found[f"{size}: two ranks to one"] = theirs / alone
     return found
 
 
@@ -122,11 +109,11 @@ def run_rank(rank: launch.Runtime, case: Row) -> Row | list[Row]:
     n, dim, per_class = case["size"]
     ids_n = torch.arange(n)[rank.rank :: rank.world_size]
     rows_nD, labels_n = embeddings(ids_n, (n, dim, per_class))
-    about: Row = {"n": n, "dim": dim, "ranks": rank.world_size}
+    about: Row = {"n": n, "dim": dim}
     if case["beside"]:
         rows: dict[str, Row] = {}
         for _ in range(case["rounds"]):
-            for implementation in IMPLEMENTATIONS:
+            for implementation in (here, faiss_and_numpy, metric_learning):
                 started = time.process_time()
                 values = implementation(rows_nD, labels_n)
                 row = rows.setdefault(implementation.__name__, {"cpu_seconds": math.inf})
@@ -148,9 +135,8 @@ def run_rank(rank: launch.Runtime, case: Row) -> Row | list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, worlds=(1, 2))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES][:4], help="test sets (default: four)")
-    parser.add_argument("--worlds", type=common.numbers, default=[1, 2], metavar="W,W,...", help="ranks (default: 1,2)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds, of which the best counts ({ROUNDS})")
     return common.main(parser.parse_args(arguments), run, findings)
 

@@ -7,7 +7,6 @@ waits for data. The student's embeddings are spread out as a trained network's a
 those of fresh weights are all but the same, and no diffusion would be sharp on them.
 
     overhead   step time / that of the variant ``none``
-    floor      the same if only the teacher's forward pass came on top
     excess     (step - step of ``none``) / teacher's forward pass: 1 if the objective cost nothing
     added      the same from the objective's own parts, which other work on the machine disturbs less
 
@@ -62,8 +61,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         case = {name: getattr(options, name) for name in CASE}
         case["trace"] = str(options.trace) if options.trace and not rows else None
         config(case, "none", world)  # complains here, once
-        answer = run_case("benchmarks.step", world, case)
-        rows += [{"W": world} | answer] if isinstance(answer, dict) else answer
+        rows += [{"W": world} | row for row in run_case("benchmarks.step", world, case)]
     return rows
 
 
@@ -122,8 +120,8 @@ def made_up_images(config: Config, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def spread(network: nn.Module, images_B: torch.Tensor) -> torch.Tensor:
-    """Let a fresh network's embeddings of a batch point in all directions, as a trained one's do; return them.
+def spread(network: nn.Module, images_B: torch.Tensor) -> None:
+    """Let a fresh network's embeddings of a batch point in all directions, as a trained one's do.
 
     BatchNorm gets its statistics, and the last bias its value, from this batch.
     """
@@ -138,17 +136,9 @@ def spread(network: nn.Module, images_B: torch.Tensor) -> torch.Tensor:
     network(images_B)
     hook.remove()
     network.head.bias.copy_(-network.head.weight @ inputs[-1].mean(0))
-    return network(images_B)
 
 
-def likeness(E_BD: torch.Tensor) -> tuple[float, float]:
-    """Mean cosine of two embeddings of one pair, and of two others."""
-    S_BB = (E_BD @ E_BD.T).double()
-    B, pairs = len(S_BB), float(S_BB.diagonal(1)[::2].mean())
-    return pairs, (float(S_BB.sum()) - B - pairs * B) / (B * (B - 2))
-
-
-# ---- on a rank ------------------------------------------------------------------------------------------------------
+# ---- on a rank ----
 
 
 class StepTimer:
@@ -203,7 +193,7 @@ class Variant:
         images_b = images_B[first : first + b]
         images_b = images_b.pin_memory() if timer.cuda else images_b
         student = build_embedder(config, rank.device)
-        self.likeness = likeness(spread(student, images_B[: min(B, 448)].to(rank.device)))
+        spread(student, images_B[: min(B, 448)].to(rank.device))
         teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
         objective = build_objective(config, classes, rank.device)
         compile_networks(config, rank, student, teacher)
@@ -247,7 +237,7 @@ class Variant:
 
     def row(self, none: "Variant") -> Row:
         seconds, B = min(self.times), self.config.batch.global_size
-        row: Row = {"W": self.rank.world_size, "B": B, "variant": self.name}
+        row: Row = {"B": B, "variant": self.name}
         # What came of a wish: a machine that cannot do it goes on without.
         if self.config.model.compile:
             row["compiled"] = self.compiled
@@ -258,8 +248,7 @@ class Variant:
         if teacher:
             own, without = (min(part["objective"] + part["communication"] for part in v.parts) for v in (self, none))
             added = 1 + (own - without) / min(part["teacher"] for part in self.parts)
-            row |= {"floor": 1 + teacher / base, "excess": (row["ms"] - base) / teacher, "added": added}
-        row |= dict(zip(("cosine of pairs", "of others"), self.likeness, strict=True))
+            row |= {"excess": (row["ms"] - base) / teacher, "added": added}
         return row | ({"peak_mib": self.peak_mib} if self.peak_mib else {})
 
 
@@ -308,8 +297,7 @@ def _trace(variant: Variant, path: Path, writes: bool) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments; the GPU checks take them, too."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--worlds", type=common.numbers, default=[1, 2], metavar="W,W,...", help="ranks (1,2)")
+    parser = common.parser(__doc__, worlds=(1, 2))
     parser.add_argument("--backbone", default="small_cnn", help="model.backbone (default: small_cnn)")
     parser.add_argument("--image-size", type=int, help="pixels (default: 224; 32 for small_cnn)")
     parser.add_argument("--batch", type=int, default=112, help="images of a rank (default: 112)")

@@ -1,20 +1,27 @@
-from argparse import Namespace
+import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.scale import measure
+from benchmarks import scale
 
 
-@pytest.mark.parametrize("W", [4, 16])
-def test_rank_0_of_many_sends_what_the_formulas_say(W):
+@pytest.mark.parametrize(("W", "strategy"), [(4, "ddp"), (16, "ddp"), (4, "fsdp")])
+def test_rank_0_of_many_sends_and_holds_what_formulas_say(W: int, strategy: str, tmp_path: Path) -> None:
     b, D = 4, 8
-    row = measure("resnet18", W, Namespace(batch=b, dim=D, memory_gib=1.0))
-    # The student's and the teacher's embeddings are gathered, and the student's gradient is scattered back.
-    rows = 3 * W * b * D * 4 * (W - 1) / W
-    assert row["of embeddings"] * 2**20 == pytest.approx(rows, abs=2048)  # and one all-reduce of sums and flags
+    arguments = ["--backbones", "resnet18", "--worlds", W, "--batch", b, "--dim", D, "--strategy", strategy]
+    arguments += ["--json", tmp_path / "s.json"]
+    assert scale.main([*map(str, arguments)]) == 0
+    (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
     parameters = 11_176_512 + 512 * D + D
-    gradient = 2 * 4 * parameters * (W - 1) / W
-    assert (row["MiB sent"] - row["of embeddings"]) * 2**20 == pytest.approx(gradient, abs=2)
-    assert row["messages"] == row["of gradients"] + 4
-    # Student, teacher, gradient and Adam's two moments at least.
-    assert 5 * 4 * parameters < row["peak GiB"] * 2**30 < 20 * 4 * parameters
+    kept = [row[part] * 2**30 / (4 * parameters) for part in ("weights", "gradients", "teacher", "optimizer")]
+    shards = 1 if strategy == "ddp" else W
+    assert kept == pytest.approx([1 / shards, 1 / shards, 1 / shards, 2 / shards], rel=0.01)
+    assert sum(kept) < row["peak GiB"] * 2**30 / (4 * parameters) < 20
+    if strategy == "ddp":
+        # The student's and the teacher's embeddings are gathered, and the student's gradient is scattered back.
+        sent = 3 * W * b * D * 4 * (W - 1) / W
+        assert row["of embeddings"] * 2**20 == pytest.approx(sent, abs=2048)  # and one all-reduce of sums and flags
+        gradient = 2 * 4 * parameters * (W - 1) / W
+        assert (row["MiB sent"] - row["of embeddings"]) * 2**20 == pytest.approx(gradient, abs=2)
+        assert row["messages"] == row["of gradients"] + 4

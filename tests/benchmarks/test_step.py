@@ -25,7 +25,6 @@ def test_variants_are_divided_into_parts_on_real_ranks(tmp_path: Path, capsys: p
         assert row["images_per_s"] == pytest.approx(1000 * row["B"] / row["ms"])
         assert all(row[part] > 0 for part in PARTS if part != "teacher")
         assert (row["teacher"] > 0) == (row["variant"] != "none")
-        assert row["cosine of pairs"] > row["of others"] + 0.3  # clustered, so that sharp temperatures are sharp
     for none, *others in (rows[:4], rows[4:]):
         assert none["overhead"] == 1
         for row in others:
@@ -34,15 +33,6 @@ def test_variants_are_divided_into_parts_on_real_ranks(tmp_path: Path, capsys: p
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert "aten::convolution_backward" in names
     assert "excess of obdsd 0.005 on 2 ranks" in capsys.readouterr().out
-
-
-def test_a_failed_compilation_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/no/such/folder")  # no compiler
-    code = step.main(["--worlds", "1", "--batch", "8", "--dim", "16", "--image-size", "16", "--budget", "1",
-                      "--json", f"{tmp_path}/step.json", "--temperatures", "1", "--compile"])  # fmt: skip
-    assert code == 0
-    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
-    assert [row["compiled"] for row in rows] == [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def ranks_are_one_batch(device: torch.device, quick: bool) -> str:
             alone.take()
             torch.save(alone.gradients, f"{folder}/{variant}")
         case = {"device": device.type, "folder": folder, "variants": variants, "threads": 1, "budget": SECONDS}
-        answer = run_case("tests.gpu.exact", world, case)
+        (answer,) = run_case("tests.gpu.exact", world, case)
     if "skipped" in answer:
         raise CheckError(f"{world} ranks: {answer['skipped']}")
     said = [within(f"gradient of {variant}", error, LIMIT) for variant, error in answer.items()]

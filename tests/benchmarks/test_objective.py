@@ -1,0 +1,95 @@
+"""The benchmarks of the objective, its gradients and the manifold, on the ranks that the tests share."""
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import common, gradients, manifold, objective
+from dist_obdsd.distributed.launch import Launch, Runtime
+from tests import harness
+
+Bench = Callable[..., list[dict[str, Any]]]
+
+
+def _case(module: str, case: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    runtime = Runtime(Launch("test", rank, world, rank, world), torch.device("cpu"))
+    answer = import_module(module).run_rank(runtime, case)
+    return answer if isinstance(answer, list) else [answer]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
+    """``main`` of a benchmark without starting processes; returns its rows."""
+
+    def run(module: ModuleType, *arguments: object) -> list[dict[str, Any]]:
+        assert module.main([*map(str, arguments), "--json", f"{tmp_path}/rows.json"]) == 0
+        rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        return rows
+
+    for module in (common, objective, manifold):
+        monkeypatch.setattr(module, "run_case", lambda name, world, case: harness.run(world, _case, name, case)[0])
+    return run
+
+
+def test_implementations_agree_and_are_timed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench(objective, "--sizes", 24, "--dim", 16, "--worlds", "1,2", "--budget", 1)
+    ours, loop, library, efficient = objective.OURS, objective.LOOP, objective.LIBRARY, objective.EFFICIENT
+    assert [(row["W"], row["variant"], row["implementation"]) for row in rows] == [
+        (1, "none", ours), (1, "none", loop), (1, "none", library), (1, "psd", ours), (1, "psd", loop),
+        (1, "obdsd", ours), (1, "obdsd", loop), (2, "none", ours), (2, "none", library), (2, "none", efficient),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["seconds"] > 0
+        assert (row["ratio"] == 1) == (row["implementation"] == ours)
+        if row["implementation"] == efficient:  # each rank's own rows alone are anchors
+            assert row["error"] > 0.1
+            assert row["cosine"] < 1 - 1e-3
+        else:
+            assert row["error"] < 1e-5
+            assert row["cosine"] > 1 - 1e-5
+    found = objective.findings(rows)
+    assert len(found) == 6
+    assert found["share of pytorch-metric-learning, none, B=24 on 2 ranks"] == 1 / rows[8]["ratio"]
+    assert "share of loop and inverse, obdsd, B=24" in capsys.readouterr().out
+
+
+def test_a_missing_library_is_said_in_one_line(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(objective, "find_spec", lambda name: None)
+    bench(objective, "--sizes", 8, "--dim", 4, "--budget", 1)
+    assert capsys.readouterr().out.count("pip install pytorch-metric-learning") == 1
+    assert objective.main(["--sizes", "16", "--worlds", "3"]) == 2
+    assert "--sizes has 16, which 3 ranks cannot share equally; give multiples of 3" in capsys.readouterr().err
+
+
+def test_manifold_measures_a_rank_s_share_by_solver(bench: Bench) -> None:
+    rows = bench(manifold, "--sizes", 64, "--worlds", "1,8")
+    assert [(row["B"], row["W"], row["b"], row["solver"]) for row in rows] == [
+        (64, 1, 64, "cg"), (64, 1, 64, "cholesky"), (64, 1, 64, "inverse"), (64, 8, 8, "cg"), (64, 8, 8, "cholesky"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["error"] < 2e-4
+        assert row["seconds"] > 0
+        assert row["peak_mib"] > 100  # the libraries alone
+        assert (row["iterations"] > 0) == (row["solver"] == "cg")
+
+
+def test_our_gradients_are_exact_and_the_efficient_ones_not(bench: Bench) -> None:
+    rows = bench(gradients, "--worlds", 2)
+    ours = [row for row in rows if row["library"] == "dist-obdsd"]
+    assert len(ours) == 4
+    for row in ours:
+        assert row["error"] < 1e-12
+        assert row["factor"] == pytest.approx(1)
+        assert row["loss ratio"] == pytest.approx(1)
+    assert min(row["error"] for row in rows if "efficient" in row["loss"]) > 0.1
