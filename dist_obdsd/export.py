@@ -40,7 +40,7 @@ IMAGES = sum(BATCHES)
 def check_request(formats: Sequence[str], out: Path) -> None:
     """Raise InputError if a format, a package or ``out`` does not serve."""
     unknown = [name for name in formats if name not in FILES]
-    if unknown or not formats:
+    if unknown:
         raise InputError(f"--format {','.join(formats)} is unknown; give {' or '.join(FILES)}, or both with a comma")
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if "onnx" in formats and missing:
@@ -75,13 +75,15 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
     images_nCss = images_nCss[torch.arange(IMAGES) % len(images)]
     expected_nD = embedder.embed_prepared(images_nCss)
     about = preprocessing(embedder)
-    program = _program(embedder, images_nCss[:2])
+    # Two images, since a batch of one would be taken for a constant.
+    network, dynamic = copy.deepcopy(embedder.network).float(), {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(network, (images_nCss[:2],), dynamic_shapes=(dynamic,))
     largest = {}
     try:
         with new_folder(out) as folder:
             for name in formats:
-                _WRITERS[name](program, folder / FILES[name], json.dumps(about))
-                largest[name] = verify(name, _READERS[name](folder / FILES[name]), images_nCss, expected_nD)
+                read_back = _WRITERS[name](program, folder / FILES[name], json.dumps(about))
+                largest[name] = verify(name, read_back, images_nCss, expected_nD)
             verified = {"images": len(images), "source": source, "batch_sizes": BATCHES, "largest_difference": largest}
             (folder / "preprocessing.json").write_text(json.dumps(about | {"verified": verified}, indent=1) + "\n")
             (folder / "README.md").write_text(_readme(about, formats))
@@ -134,25 +136,17 @@ def verify(name: str, run: Callable[[Tensor], Tensor], images_nCss: Tensor, expe
     return largest
 
 
-# ---- writing and reading back ----
+# ---- writing a file and reading it back ----
 
 
-def _program(embedder: ImageEmbedder, images_bCss: Tensor) -> torch.export.ExportedProgram:
-    network = copy.deepcopy(embedder.network).float()
-    batch = torch.export.Dim("batch", min=1)
-    # Two images, since a batch of one would be taken for a constant.
-    return torch.export.export(network, (images_bCss,), dynamic_shapes=({0: batch},))
-
-
-def _write_torch(program: torch.export.ExportedProgram, path: Path, about: str) -> None:
+def _torch(program: torch.export.ExportedProgram, path: Path, about: str) -> Callable[[Tensor], Tensor]:
     torch.export.save(program, path, extra_files={"preprocessing.json": about})
-
-
-def _read_torch(path: Path) -> Callable[[Tensor], Tensor]:
     return torch.export.load(path).module()
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: str) -> None:
+def _onnx(program: torch.export.ExportedProgram, path: Path, about: str) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own making; nobody could act on them
         made = torch.onnx.export(
@@ -162,17 +156,11 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: str) -
     assert made is not None
     made.model.metadata_props["preprocessing"] = about
     made.save(path, external_data=False)
-
-
-def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images_bCss: torch.from_numpy(session.run(["embeddings"], {"images": images_bCss.numpy()})[0])
 
 
-_WRITERS = {"torch": _write_torch, "onnx": _write_onnx}
-_READERS = {"torch": _read_torch, "onnx": _read_onnx}
+_WRITERS = {"torch": _torch, "onnx": _onnx}
 
 
 # ---- the folder's README, of which export_readme.md is the template ----

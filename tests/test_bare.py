@@ -26,7 +26,7 @@ def test_a_command_says_which_package_it_lacks(
 def test_another_module_that_is_missing_is_a_defect(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "doctor", "lost:doctor")
+    monkeypatch.setitem(cli.COMMANDS, "doctor", "lost")
     assert cli.main(["doctor"]) == 1
     assert "Traceback" in capsys.readouterr().err
 

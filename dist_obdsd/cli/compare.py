@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 
 from dist_obdsd.cli.output import check_writable, show, write_json
 from dist_obdsd.errors import RunError
@@ -20,7 +21,7 @@ def compare(options: argparse.Namespace) -> int:
     flags = [flag for flag in ("--quiet", "--verbose") if getattr(options, flag[2:])]
     comparison = Comparison(
         options.config, options.overrides, options.variants, options.seeds, options.grid, ranks=options.ranks,
-        out=options.out, flags=flags, command_line=options.command_line.replace(" --report-only", ""),
+        out=options.out, flags=flags, command_line=_training(options.arguments),
     )  # fmt: skip
     if options.dry_run:
         for spec, line in zip(comparison.specs, comparison.commands(), strict=True):
@@ -46,3 +47,10 @@ def compare(options: argparse.Namespace) -> int:
             f"status.json; the same command goes on with them"
         )
     return 0
+
+
+def _training(arguments: list[str]) -> str:
+    """Return the command that trains, also where this one only reports."""
+    flag = argparse.ArgumentParser(add_help=False)
+    flag.add_argument("--report-only", action="store_true")
+    return shlex.join(["dist-obdsd", *flag.parse_known_args(arguments)[1]])

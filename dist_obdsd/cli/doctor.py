@@ -1,8 +1,6 @@
 """``dist-obdsd doctor``: the machines of a job, and where a config can run."""
 
 import argparse
-import importlib.metadata
-import importlib.util
 import os
 import platform
 import resource
@@ -11,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from dist_obdsd.machine import usable_cores
 from dist_obdsd.models.backbones import library_weights
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.training.evaluation import check_evaluable, validation_subset
+from dist_obdsd.training.memory import estimate
+from dist_obdsd.training.run_dir import read_status
 
 PARTS = {
     "torch": "everything",
@@ -44,8 +45,8 @@ PARTS = {
     "deepspeed": "strategy=deepspeed",
 }
 """Package -> what needs it."""
+GIB = 2**30
 MIN_OPEN_FILES = 4096  # for many workers, shards and sockets
-MIN_SHARED_GIB = 1.0  # of /dev/shm, where NCCL keeps its buffers
 MAX_SKEW = 2.0  # seconds between hosts' clocks, beyond which their logs cannot be put in order
 PROBE_MIB = 16
 
@@ -70,25 +71,22 @@ def doctor(options: argparse.Namespace) -> int:
 
 def machine(here: Runtime) -> dict[str, str]:
     """Describe this rank's machine, a line by its name."""
-    launch = here.launch
-    devices = [
-        f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
-        for i in range(torch.cuda.device_count())
-    ]
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    launch, files = here.launch, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    found = "; ".join(f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus)
     rows = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}, host {platform.node()}",
         "launcher": f"{launch.launcher}, rank {launch.rank} of {launch.world_size}",
         "cpu": f"{usable_cores()} cores, torch uses {torch.get_num_threads()} threads in this process",
-        "gpu": "; ".join(devices) or f"none that torch finds (built for CUDA {torch.version.cuda or 'none'})",
-        "backend": "nccl" if devices else "gloo",
+        "gpu": found or f"none that torch finds (built for CUDA {torch.version.cuda or 'none'})",
+        "backend": "nccl" if gpus else "gloo",
         "disk": f"{_free_gib('.'):.1f} GiB free here",
         "open files": f"at most {files}" + _advice(files < MIN_OPEN_FILES, f"raise it to {MIN_OPEN_FILES} (ulimit -n)"),
     }
-    if Path("/dev/shm").is_dir():
+    if Path("/dev/shm").is_dir():  # where NCCL keeps its buffers
         free = _free_gib("/dev/shm")
-        low = free < MIN_SHARED_GIB and bool(devices)
-        rows["shared memory"] = f"{free:.1f} GiB free" + _advice(low, "NCCL needs more (docker run --shm-size=8g)")
+        advice = _advice(bool(gpus) and free < 1, "NCCL needs more (docker run --shm-size=8g)")
+        rows["shared memory"] = f"{free:.1f} GiB free{advice}"
     return rows | {module: version(module) or f"missing: needed for {purpose}" for module, purpose in PARTS.items()}
 
 
@@ -136,14 +134,12 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
     manifest = manifests.load(config.data.shards)
     classes, held_out = classes_from(config, manifest)
     plan = plan_from(config, manifest, classes, epoch=0)
-    for wanted, module, setting in (
-        (config.tracking.kind == "mlflow", "mlflow", "tracking.kind=none"),
-        (config.strategy == "deepspeed", "deepspeed", "strategy=ddp"),
-    ):
-        if wanted and version(module) is None:
-            raise InputError(f"{module} is not installed; install it or set {setting}")
+    if config.tracking.kind == "mlflow" and version("mlflow") is None:
+        raise InputError("mlflow is not installed; install it or set tracking.kind=none")
     zero = 1
     if config.strategy == "deepspeed":
+        if version("deepspeed") is None:
+            raise InputError("deepspeed is not installed; install it or set strategy=ddp")
         from dist_obdsd.training.deepspeed import engine_options
 
         zero = engine_options(config.deepspeed.config, config.deepspeed.stage)["zero_optimization"]["stage"]
@@ -151,49 +147,38 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
     shards = tuple(manifest.shards())
     check_files(config.data.shards, shards, sizes=True)
     check_evaluable(manifest, config, validation_subset(manifest, held_out, config))
-    K = config.batch.samples_per_class
-    too_small = [f"{plan.too_small} classes have fewer than batch.samples_per_class={K} images and are never shown"]
     sizes = allowed_world_sizes(config.data.lanes)
     local = ", ".join(f"{config.batch.global_size // size} on {size}" for size in sizes)
     node = f"; one rank per GPU, and this node has {torch.cuda.device_count()}" if here.device.type == "cuda" else ""
-    return [
+    lines = [
         f"{config.name}: runs on {here.device.type} with {', '.join(map(str, sizes))} ranks "
         f"(images per rank: {local}){node}",
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
         f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
-        *_remote(config, shards),
-        plan.diversity,
-        *(too_small if plan.too_small else []),
-        *_memory(config, here.world_size if here.world_size > 1 else sizes[-1], zero),
-        _weights(config, download and here.launch.local_rank == 0),
-        _run_folder(config),
-        *([_tracking(config)] if here.is_main else []),
     ]
+    if is_remote(config.data.shards):
+        lines.append(_remote(config, shards))
+    lines.append(plan.diversity)
+    if plan.too_small:
+        K = config.batch.samples_per_class
+        lines.append(f"{plan.too_small} classes have fewer than batch.samples_per_class={K} images and are never shown")
+    ranks = here.world_size if here.world_size > 1 else sizes[-1]
+    for strategy, parts in estimate(config, ranks, zero).items():
+        listed = ", ".join(f"{part} {size / GIB:.3g}" for part, size in parts.items())
+        total = sum(parts.values()) / GIB
+        lines.append(f"memory of each of {ranks} ranks, strategy={strategy}: {total:.3g} GiB ({listed})")
+    lines += [_weights(config, download and here.launch.local_rank == 0), _run_folder(config)]
+    return [*lines, _tracking(config)] if here.is_main else lines
 
 
-def _remote(config: Config, shards: Sequence[Shard]) -> list[str]:
+def _remote(config: Config, shards: Sequence[Shard]) -> str:
     """Say how large remote shards are, and count those in the cache."""
-    if not is_remote(config.data.shards):
-        return []
-    size = sum(shard.bytes for shard in shards) / 2**30
-    line = f"{len(shards)} remote shards of {size:.3g} GiB"
+    line = f"{len(shards)} remote shards of {sum(shard.bytes for shard in shards) / GIB:.3g} GiB"
     cache = cache_of(config.data)
     if cache is None:
-        return [f"{line}; data.cache is unset, so every epoch reads them anew"]
+        return f"{line}; data.cache is unset, so every epoch reads them anew"
     present = sum(cache.path(shard).exists() for shard in shards)
-    return [f"{line}; {present} are in {cache.folder}, which has {_free_gib(cache.folder):.1f} GiB free"]
-
-
-def _memory(config: Config, world_size: int, zero_stage: int) -> list[str]:
-    """Estimate the memory of a rank for each strategy."""
-    from dist_obdsd.training.memory import estimate
-
-    found = estimate(config, world_size, zero_stage)
-    return [
-        f"memory of each of {world_size} ranks, strategy={strategy}: {sum(parts.values()) / 2**30:.3g} GiB ("
-        + ", ".join(f"{part} {size / 2**30:.3g}" for part, size in parts.items()) + ")"
-        for strategy, parts in found.items()
-    ]  # fmt: skip
+    return f"{line}; {present} are in {cache.folder}, which has {_free_gib(cache.folder):.1f} GiB free"
 
 
 def _weights(config: Config, download: bool) -> str:
@@ -210,8 +195,6 @@ def _weights(config: Config, download: bool) -> str:
 
 
 def _run_folder(config: Config) -> str:
-    from dist_obdsd.training.run_dir import read_status
-
     folder = config.run_dir
     above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     if not os.access(above, os.W_OK):
@@ -256,14 +239,12 @@ def _advice(needed: bool, what: str) -> str:
 
 
 def _free_gib(folder: str | Path) -> float:
-    return shutil.disk_usage(folder).free / 2**30
+    return shutil.disk_usage(folder).free / GIB
 
 
 def version(module: str) -> str | None:
     """Return the installed version, or None where the module is missing."""
-    if importlib.util.find_spec(module) is None:
-        return None
     for name in (module, f"{module}-gpu", f"{module}-cpu"):  # faiss has several
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return "of unknown version"
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None

@@ -5,12 +5,10 @@ import csv
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from dist_obdsd import checkpoint
 from dist_obdsd.cli.output import check_writable, show, table, write_json
@@ -33,6 +31,7 @@ from dist_obdsd.evaluation.evaluator import EvaluationResult, measure
 from dist_obdsd.figures import retrieval_grid
 from dist_obdsd.files import write_atomically
 from dist_obdsd.inference import build_network, inference_config
+from dist_obdsd.models.embedder import Embedder
 from dist_obdsd.training.evaluation import embed_all, evaluate_split, settings_from
 
 logger = logging.getLogger(__name__)
@@ -59,8 +58,7 @@ def _evaluate_checkpoint(options: argparse.Namespace) -> int:
     state, config = _load_checkpoint(options, options.shards)
     with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
         manifest = load_split(options.shards, options.split)
-        with raise_on_all_ranks("reading the checkpoint"):
-            network = build_network(state, config, rank.device, options.checkpoint, options.overrides)
+        network = _network(state, config, rank, options)
         result = evaluate_split(network, manifest, options.split, config, rank)
         row = {"protocol": "checkpoint", "split": options.split}
         meta = {"checkpoint": str(options.checkpoint), "manifest": manifest.digest}
@@ -110,15 +108,14 @@ def _report(
             for one in result.per_class:
                 lines.writerow([one.gallery, one.label, class_names.get(one.label, ""), one.queries, one.recall])
             write_atomically(options.per_class, text.getvalue().encode())
-        if options.failures is not None and manifest is not None:
-            failures = retrieval_grid.wrong_at_first(result.failures)
-            if not failures:
-                show(f"{options.failures} is not written: every query's nearest neighbour is of its class")
-                return
+        failures = retrieval_grid.wrong_at_first(result.failures)
+        if options.failures is not None and manifest is not None and failures:
             images = retrieval_grid.read_images(options.shards, manifest, retrieval_grid.shown(failures))
             title = f"The {len(failures)} worst of {result.queries} queries and their nearest neighbours"
             grid = retrieval_grid.retrieval_grid({"": failures}, images, class_names, title)
             retrieval_grid.write(options.failures, grid)
+        elif options.failures is not None:
+            show(f"{options.failures} is not written: every query's nearest neighbour is of its class")
 
 
 # ---- embed ----------------------------------------------------------------------------------------------------------
@@ -134,24 +131,22 @@ def embed(options: argparse.Namespace) -> int:
         _check_embed_outputs(options)
     state, config = _load_checkpoint(options, options.shards or str(options.images))
     with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
-        batches: Callable[[], Iterable[Any]]
         broken: dict[int, str] | None = {} if options.skip_broken else None
         if options.shards is not None:
             manifest = load_split(options.shards, options.split)
             with raise_on_all_ranks("looking up the images' names"):
                 columns = _columns_of_split(manifest, options, config, rank.is_main)
-            batches = partial(evaluation_batches, manifest, options.split, config, rank.rank, rank.world_size)
+                batches = evaluation_batches(manifest, options.split, config, rank.rank, rank.world_size)
         else:
             with raise_on_all_ranks("looking for images"):
                 folder = find_images(options.images)
             digest = hashlib.sha256("\0".join(folder.paths).encode()).hexdigest()
             assert_equal_across_ranks("the folder of images", digest, InputError)
             columns = _columns_of_paths(folder.paths, folder.classes)
-            batches = partial(folder_batches, folder, config, rank.rank, rank.world_size, broken)
-        with raise_on_all_ranks("reading the checkpoint"):
-            network = build_network(state, config, rank.device, options.checkpoint, options.overrides)
-        with raise_on_all_ranks("embedding the images"), torch.inference_mode():
-            rows_nD, ids_n, _, _ = embed_all(network, batches(), rank.device)
+            batches = folder_batches(folder, config, rank.rank, rank.world_size, broken)
+        network = _network(state, config, rank, options)
+        with raise_on_all_ranks("embedding the images"):
+            rows_nD, ids_n, _, _ = embed_all(network, batches, rank.device)
         if broken is not None:
             columns = _without_broken(columns, broken)
         if options.out is not None:
@@ -217,6 +212,11 @@ def _load_checkpoint(options: argparse.Namespace, shards: str) -> tuple[dict[str
     with on_every_rank():
         state = checkpoint.load(options.checkpoint)
         return state, inference_config(state, options.overrides, shards)
+
+
+def _network(state: dict[str, Any], config: Config, rank: Runtime, options: argparse.Namespace) -> Embedder:
+    with raise_on_all_ranks("reading the checkpoint"):
+        return build_network(state, config, rank.device, options.checkpoint, options.overrides)
 
 
 def load_split(shards: str, split: str) -> Manifest:

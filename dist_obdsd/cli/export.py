@@ -17,7 +17,6 @@ def export(options: argparse.Namespace) -> int:
     if options.shards is not None and options.images is not None:
         raise InputError("export is verified on --shards DIR or on --images DIR; give one of the two, or none")
     formats = list(dict.fromkeys(options.format.split(",")))
-    exporting.check_request(formats, options.out)
     images, source = _images_to_verify(options)
     largest = exporting.export(options.checkpoint, options.out, formats, images, source)
     for name, difference in largest.items():

@@ -22,22 +22,11 @@ from dist_obdsd.cli.ranks import env_rank
 from dist_obdsd.errors import InputError, StoppedError, UserError, format_error, is_lost_peer
 
 COMMANDS = {
-    "pack": "data:pack",
-    "verify": "data:verify",
-    "train": "train:train",
-    "status": "train:status",
-    "stop": "train:stop",
-    "compare": "compare:compare",
-    "evaluate": "evaluate:evaluate",
-    "embed": "evaluate:embed",
-    "search": "search:search",
-    "serve": "search:serve",
-    "export": "export:export",
-    "figures": "run_folder:figures",
-    "replay": "run_folder:replay",
-    "doctor": "doctor:doctor",
-}
-"""Command -> module:function of this package, imported when used."""
+    "pack": "data", "verify": "data", "train": "train", "status": "run_folder", "stop": "run_folder",
+    "compare": "compare", "evaluate": "evaluate", "embed": "evaluate", "search": "search", "serve": "search",
+    "export": "export", "figures": "run_folder", "replay": "run_folder", "doctor": "doctor",
+}  # fmt: skip
+"""Command -> the module of this package with the function of that name, imported when used."""
 EXTRAS = {"train": ("matplotlib", "mlflow", "pyarrow", "scipy", "sklearn"), "serve": ("fastapi", "uvicorn")}
 """Extra -> packages that only some commands need."""
 
@@ -96,9 +85,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    module, _, function = COMMANDS[options.command].partition(":")
     try:
-        return getattr(importlib.import_module(f"dist_obdsd.cli.{module}"), function)(options)
+        module = importlib.import_module(f"dist_obdsd.cli.{COMMANDS[options.command]}")
+        code: int = getattr(module, options.command)(options)
+        return code
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = next((name for name, packages in EXTRAS.items() if package in packages), None)

@@ -1,7 +1,6 @@
 """Arguments of the command line. Imports nothing heavy, for a quick ``--help``."""
 
 import argparse
-import shlex
 import textwrap
 from pathlib import Path
 
@@ -18,7 +17,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    options.command_line = shlex.join([top.prog, *arguments])
+    options.arguments = arguments
     return options
 
 

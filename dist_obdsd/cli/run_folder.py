@@ -1,11 +1,42 @@
-"""``dist-obdsd figures`` and ``replay``: work on a run folder that is there."""
+"""``dist-obdsd status``, ``stop``, ``figures`` and ``replay``: a run's folder."""
 
 import argparse
 import logging
+import sys
+from datetime import datetime
 
 from dist_obdsd.cli.output import show
+from dist_obdsd.config import load_config
+from dist_obdsd.errors import InputError
+from dist_obdsd.training.preemption import STOP_FILE
+from dist_obdsd.training.run_dir import read_status
 
 logger = logging.getLogger(__name__)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print a run's state, for scripts."""
+    found = read_status(load_config(options.config, options.overrides).run_dir)
+    if options.since and datetime.fromisoformat(found.get("time", "1970-01-01")).timestamp() < options.since:
+        found = {}
+    print(found.get("state", "none"))
+    if found.get("message"):
+        print(found["message"], file=sys.stderr)
+    return 0
+
+
+def stop(options: argparse.Namespace) -> int:
+    """Ask a run to stop in good order, from any machine that sees its folder.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    file = load_config(options.config, options.overrides).run_dir / STOP_FILE
+    try:
+        file.touch()
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}; give the run's config and overrides") from error
+    return 0
 
 
 def figures(options: argparse.Namespace) -> int:

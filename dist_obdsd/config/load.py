@@ -45,12 +45,9 @@ def override_config(raw: dict[str, Any], overrides: Sequence[str], section: type
             if not isinstance(node, dict):
                 raise InputError(f"override {override!r}: {parent} is a single value, not a section")
         annotation = _annotation(section, [*parents, leaf])
-        optional = NoneType in get_args(annotation)
-        if _is_text(annotation) and not (optional and re.fullmatch(PLAIN["null"], text)):
-            node[leaf] = text
-            continue
+        unset = NoneType in get_args(annotation) and re.fullmatch(PLAIN["null"], text)
         try:
-            node[leaf] = parse_value(text)
+            node[leaf] = text if _is_text(annotation) and not unset else parse_value(text)
         except ValueError as error:
             raise InputError(f"override {override!r} is not valid YAML: {error}") from error
     return raw
@@ -77,12 +74,11 @@ def _annotation(section: type[BaseModel], parts: Sequence[str]) -> Any:
 
 def _is_text(annotation: Any) -> bool:
     """Tell if a setting holds text, perhaps one of several choices, or null."""
-    if annotation is str or isinstance(annotation, str):
-        return True
-    if get_origin(annotation) not in (Annotated, Literal, Union, UnionType):
-        return False
-    inner = get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]
-    return all(_is_text(part) for part in inner if part is not NoneType)
+    if get_origin(annotation) is Annotated:
+        return _is_text(get_args(annotation)[0])
+    if get_origin(annotation) in (Literal, Union, UnionType):
+        return all(_is_text(part) for part in get_args(annotation) if part is not NoneType)
+    return annotation is str or isinstance(annotation, str)  # a text in a Literal
 
 
 def _sentences(error: ValidationError) -> Iterable[str]:
@@ -90,17 +86,15 @@ def _sentences(error: ValidationError) -> Iterable[str]:
     for item in error.errors():
         if any(len(loc) > len(item["loc"]) and loc[: len(item["loc"])] == item["loc"] for loc in wrong):
             continue  # a list is also too short without what is wrong in it
+        first, *rest = [str(part) for part in item["loc"]] or [""]
         # Between "ranking" and the field stands the tag of the section that was chosen, which no user wrote.
-        parts = [str(part) for i, part in enumerate(item["loc"]) if not (i == 1 and part in SECTIONS)]
-        where = ".".join(parts)
-        if item["type"] == "extra_forbidden":
-            loss = SECTIONS.get(str(item["loc"][1])) if parts[0] == "ranking" and len(item["loc"]) > 2 else None
-            if loss is not None:
-                has = ", ".join(loss.model_fields)
-                yield f"unknown setting {where}; the loss {item['loc'][1]} has {has}"
-            else:
-                near = difflib.get_close_matches(where, setting_names(), n=1, cutoff=0.0)
-                yield f"unknown setting {where}; did you mean {near[0]}?"
+        loss = rest.pop(0) if first == "ranking" and rest and rest[0] in SECTIONS else None
+        where = ".".join([first, *rest])
+        if item["type"] == "extra_forbidden" and loss is not None:
+            yield f"unknown setting {where}; the loss {loss} has {', '.join(SECTIONS[loss].model_fields)}"
+        elif item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, setting_names(), n=1, cutoff=0.0)
+            yield f"unknown setting {where}; did you mean {near[0]}?"
         elif item["type"] == "ranking_name":
             yield item["msg"]
         else:

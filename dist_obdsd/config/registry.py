@@ -8,12 +8,15 @@ Its arguments are known before that, from its source: the positional ones are a 
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dist_obdsd.config.signature import Source, read_source
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, UserError, format_error
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Registry:
         """Make the part called ``name`` of its settings and the arguments it takes."""
         make = self.load(name)
         taken = inspect.signature(make).parameters
-        return make(**settings, **{name: value for name, value in arguments.items() if name in taken})
+        with plug_in(f"{self.setting}={settings.get('name', arguments.get('name', name))}"):
+            return make(**settings, **{name: value for name, value in arguments.items() if name in taken})
 
     def source(self, name: str) -> Source:
         """Read a part's arguments and docstring without importing it."""
@@ -65,13 +69,39 @@ class Registry:
 
 def import_object(path: str, setting: str) -> Any:
     """Import ``package.module:name``, which a setting names, or raise InputError."""
-    module, _, attribute = path.partition(":")
+    name, _, attribute = path.partition(":")
+    with plug_in(f"{setting}={path}"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(
+                f"{setting}={path} cannot be imported ({error}); install the package that has it, or put its folder on "
+                f"PYTHONPATH"
+            ) from error
+        if not hasattr(module, attribute):
+            raise InputError(f"{setting}={path}, but {module.__file__} defines no {attribute}; give a name that it has")
+        return getattr(module, attribute)
+
+
+@contextmanager
+def plug_in(choice: str) -> Iterator[None]:
+    """Turn an error of a part's own code into an InputError with its file and line.
+
+    Args:
+        choice: the setting and its value, such as ``ranking.name=package:Class``.
+    """
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        yield
+    except (UserError, ModuleNotFoundError):
+        raise
+    except SyntaxError as error:  # which says where
+        raise InputError(f"{choice} fails with {format_error(error)}; mend it there") from error
+    except Exception as error:
+        libraries = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+        frames = traceback.extract_tb(error.__traceback__)
+        place = [frame for frame in frames if not frame.filename.startswith(libraries)][-1]
         raise InputError(
-            f"{setting}={path} cannot be imported ({error}); install the package that has it, or put its folder on "
-            f"PYTHONPATH"
+            f"{choice} fails with {format_error(error)} ({place.filename}, line {place.lineno}); mend it there"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The sections of a configuration. Every field has its meaning beside it."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -9,6 +9,7 @@ from dist_obdsd.config.registry import BACKBONES, METRICS, TARGETS
 
 SELECT_BY = ("map@r", "r_precision", "map@1000", "map@c", "nmi", "f1")  # of which more is better, as of Recall@k
 AUGMENTATIONS = ("none", "crop", "strong", "affine")
+Metric = Annotated[str, AfterValidator(METRICS.check)]
 NO_ZERO_3 = (
     "ZeRO stage 3 would cut up the weights, of which the progressive teacher is a copy; set stage 0, 1 or 2, or "
     "strategy=fsdp, which cuts up both networks"
@@ -70,16 +71,8 @@ class DataConfig(Section):
     """Turn images as their EXIF orientation says; false: leave them as they are stored, as the released code does."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
     """How many undecodable images each rank replaces, with a warning that names each, before the run stops."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_decode(cls, raw: Any) -> Any:
-        """Drop a setting that checkpoints and configs of earlier versions hold."""
-        if not isinstance(raw, dict) or "decode" not in raw:
-            return raw
-        if raw["decode"] != "cpu":
-            raise ValueError("data.decode has gone, since the CPU decodes all images; take it out")
-        return {name: value for name, value in raw.items() if name != "decode"}
+    decode: Annotated[Literal["cpu"], Field(exclude=True)] = "cpu"
+    """Held by checkpoints and configs of earlier versions; the CPU decodes all images."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -138,9 +131,8 @@ class ModelConfig(Section):
     channels_last: bool = True
     """Keep images and convolutions with the channels innermost, as fast kernels want them; the same up to rounding."""
     compile: bool = False
-    """Let torch.compile make the kernels of training steps, for student and teacher. That takes a minute or more at the
-    start; `python -m benchmarks.step --compile` tells whether it pays. It changes no result beyond rounding.
-    Where it does not work, one line says why and the run goes on without it."""
+    """Let torch.compile make the kernels of training steps, in a minute or more at the start; the same up to rounding.
+    `python -m benchmarks.step --compile` tells if it pays. Where it fails, one line says why and the run goes on."""
 
     @property
     def library(self) -> str | None:
@@ -287,18 +279,13 @@ class ValidationConfig(Section):
         if len(ways) > 1:
             raise ValueError(f"validation.{' and validation.'.join(ways)} both say what to hold out; set only one")
         if self.patience is not None and not ways:
-            raise ValueError(
-                f"validation.patience={self.patience} needs held-out classes; set validation.fraction, too"
-            )
+            raise ValueError(f"validation.patience={self.patience} needs held-out classes; set validation.fraction")
         if self.fold >= (self.folds or 1):
             raise ValueError(
                 f"validation.fold={self.fold} but validation.folds is {self.folds or 'unset'}; "
                 f"set validation.fold to a number from 0 to folds - 1"
             )
         return self
-
-
-Metric = Annotated[str, AfterValidator(METRICS.check)]
 
 
 class EvaluationConfig(Section):

@@ -87,12 +87,14 @@ def own_loss(
         InputError: it cannot be imported, or not be made of these arguments.
     """
     make = import_object(name, "ranking.name")
-    taken = inspect.signature(make).parameters
+    takes = inspect.signature(make)
     filled = {"classes": classes, "embedding_dim": embedding_dim}
+    arguments = {key: value for key, value in filled.items() if key in takes.parameters} | kwargs
     try:
-        loss = make(**{key: value for key, value in filled.items() if key in taken}, **kwargs)
+        takes.bind(**arguments)
     except TypeError as error:
         raise InputError(f"ranking.name={name} cannot be made of ranking.kwargs={kwargs}: {error}") from error
+    loss = make(**arguments)
     if not callable(loss):
         raise InputError(
             f"ranking.name={name} made a {type(loss).__name__}, which cannot be called; give a loss's class"

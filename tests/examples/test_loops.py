@@ -1,5 +1,6 @@
 """The examples' loops give the losses and the weights of ``dist-obdsd train`` on the same batches, on 1 and 2 ranks."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,23 @@ def test_a_run_takes_a_loss_by_its_import_path(loss: str, folder: Path) -> None:
     assert done.returncode == 2
     assert "custom_loss" in done.stderr
     assert "PYTHONPATH" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "fact"),
+    [
+        ("ranking.name", "class Mine:\n    def __init__(self):\n        1 / 0\n", "ZeroDivisionError.*mine.py, line 3"),
+        ("ranking.name", "class Mine:\n    def __init__(self, a):\n        pass\n", "missing a required argument: 'a'"),
+        ("distillation.target", "import torch\ntorch.nn.Linear('a', 1)\n", "TypeError.*mine.py, line 2"),
+        ("distillation.target", "def f(:\n", "SyntaxError.*mine.py, line 1"),
+        ("distillation.target", "", "mine.py defines no Mine"),
+        ("model.backbone", "def Mine():\n    return {}['x']\n", "KeyError: 'x'.*mine.py, line 2"),
+    ],
+)
+def test_a_part_of_one_s_own_that_fails_is_one_sentence(setting: str, code: str, fact: str, folder: Path) -> None:
+    (folder / "mine.py").write_text(code)
+    path = {"PYTHONPATH": f"{runs.ROOT}:{folder}"}
+    start = f"import sys; sys.path.insert(0, {str(folder)!r}); from dist_obdsd.cli.main import program; program()"
+    done = runs.program("train", "tiny.yaml", f"{setting}=mine:Mine", ranks=2, cwd=folder, code=start, env=path)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(f"dist-obdsd: {setting}=mine:Mine.*{fact}.*\n", done.stderr), done.stderr
