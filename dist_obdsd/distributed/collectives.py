@@ -155,12 +155,16 @@ class AsyncAllGather:
         return self._x_B
 
 
-def gather_ragged(x_n: torch.Tensor) -> torch.Tensor:
-    """Gather all ranks' rows where their numbers differ. No gradient."""
+def gather_ragged(x_n: torch.Tensor, counts: Sequence[int] | None = None) -> torch.Tensor:
+    """Gather all ranks' rows where their numbers differ. No gradient.
+
+    Args:
+        counts: rows of each rank; None: they are asked for, which costs a small collective.
+    """
     x_n = x_n.detach()
     if world_size() == 1:
         return x_n
-    counts = gather_json(x_n.shape[0])
+    counts = counts or gather_json(x_n.shape[0])
     if not any(counts):
         return x_n
     padded = x_n.new_zeros(max(counts), *x_n.shape[1:], device=sends_from(x_n.device))

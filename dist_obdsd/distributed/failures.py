@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from dist_obdsd.distributed.collectives import gather_json, met_by_all, rank, values_by_rank, world_size
+from dist_obdsd.distributed.collectives import gather_json, met_by_all, rank, sum_across, values_by_rank, world_size
 from dist_obdsd.errors import InputError, RunError, StoppedError, UserError, format_error
 
 
@@ -89,13 +90,13 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
         failure = error
         if not isinstance(error, UserError):
             traceback.print_exc()  # a defect, of which the other ranks learn only the last line
+    if not int(sum_across(torch.tensor(int(failure is not None)))):
+        return
     report = None
     if failure is not None:
         name = type(failure).__name__ if isinstance(failure, InputError | StoppedError) else "RunError"
         report = {"kind": name, "message": format_error(failure)}
     failed = {number: found for number, found in enumerate(gather_json(report)) if found is not None}
-    if not failed:
-        return
     number, first = min(failed.items(), key=lambda item: item[1]["kind"] == "StoppedError")
     # A cause that all ranks met (a missing file, say) needs no rank in its message.
     alike = len(failed) == world_size() and len({found["message"] for found in failed.values()}) == 1

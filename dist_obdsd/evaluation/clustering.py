@@ -49,12 +49,13 @@ def k_means(
     start_k = torch.from_numpy(np.sort(rng(seed, "k-means").permutation(N)[:k]))
     centres_kD = rows_ND[start_k.to(rows_ND.device)].double()
     own_rD = rows_ND[N * rank // world : N * (rank + 1) // world]
+    counts = [N * (r + 1) // world - N * r // world for r in range(world)]
     norm_r = own_rD.double().norm(dim=1)
-    cluster_N = collectives.gather_ragged(nearest_centre(own_rD, norm_r, centres_kD))
+    cluster_N = collectives.gather_ragged(nearest_centre(own_rD, norm_r, centres_kD), counts)
     for _ in range(iterations):
         before_N = cluster_N
         centres_kD = _means(rows_ND, cluster_N, k)
-        cluster_N = collectives.gather_ragged(nearest_centre(own_rD, norm_r, centres_kD))
+        cluster_N = collectives.gather_ragged(nearest_centre(own_rD, norm_r, centres_kD), counts)
         if torch.equal(cluster_N, before_N):
             break
     return cluster_N, centres_kD

@@ -16,13 +16,12 @@ import torch
 
 from dist_obdsd.data.manifest import ROLES, asks, gallery_of
 from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
 class EvalIndex:
-    """Every image once, by ascending id; the same on every rank but for two fields."""
+    """Every image once, by ascending id; the same on every rank."""
 
     ids_N: torch.Tensor
     """int64, ascending, each once."""
@@ -36,10 +35,10 @@ class EvalIndex:
     """Names, ascending; the gallery without a name is ""."""
     duplicates: int
     """Images that arrived again under an id already seen."""
-    place_n: torch.Tensor
-    """int64, ascending: of the N those whose first image, in rank order, is this rank's."""
-    row_n: torch.Tensor
-    """int64: which of this rank's rows they are."""
+    first_N: torch.Tensor
+    """int64: the place where the image came first among all that the ranks have, in rank order."""
+    counts: Sequence[int]
+    """Images of each rank, duplicates too."""
 
     def __len__(self) -> int:
         return len(self.ids_N)
@@ -50,27 +49,31 @@ class EvalIndex:
         return self.labels_N.unique(return_inverse=True)
 
 
-def build_eval_index(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str]) -> EvalIndex:
+def check_roles(roles: Sequence[str]) -> None:
+    """Raises: InputError: an unknown role."""
+    for role in set(roles):
+        if not asks(role) and gallery_of(role) is None:
+            raise InputError(f"an image has the role {role!r}; roles are {', '.join(sorted(ROLES))} and gallery:NAME")
+
+
+def build_eval_index(
+    ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str], counts: Sequence[int], known: Sequence[str]
+) -> EvalIndex:
     """Learn of all ranks' images. Collective.
 
     Args:
         ids_n: int64; an id that arrives again, here or on another rank, is dropped and counted.
+        counts: images of each rank.
+        known: all roles on any rank.
 
     Raises:
-        InputError: on every rank: an unknown role, or an id that arrives with two labels or roles.
+        InputError: on every rank: an id that arrives with two labels or roles.
     """
-    with raise_on_all_ranks("the roles of the evaluation images"):
-        for role in set(roles):
-            if not asks(role) and gallery_of(role) is None:
-                raise InputError(
-                    f"an image has the role {role!r}; roles are {', '.join(sorted(ROLES))} and gallery:NAME"
-                )
-    known = sorted({role for of_rank in collectives.gather_json(sorted(set(roles))) for role in of_rank})
     code = {role: place for place, role in enumerate(known)}
     own_n3 = torch.stack([ids_n, labels_n, torch.tensor([code[role] for role in roles], dtype=torch.int64)], dim=1)
-    all_M3 = collectives.gather_ragged(own_n3)
+    all_M3 = collectives.gather_ragged(own_n3, counts)
     ids_N, place_M = all_M3[:, 0].unique(return_inverse=True)
-    M, start = len(all_M3), sum(collectives.gather_json(len(ids_n))[: collectives.rank()])
+    M = len(all_M3)
     first_N = torch.full_like(ids_N, M).scatter_reduce(0, place_M, torch.arange(M), "amin")
     contradicts_M = (all_M3 != all_M3[first_N[place_M]]).any(dim=1)
     if contradicts_M.any():
@@ -83,7 +86,6 @@ def build_eval_index(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequenc
             )
         )
     _, labels_N, role_N = all_M3[first_N].T.contiguous()
-    place_n = ((first_N >= start) & (first_N < start + len(ids_n))).nonzero().flatten()
     galleries = tuple(sorted({name for role in known if (name := gallery_of(role)) is not None}))
     gallery_by_code = [-1 if (name := gallery_of(role)) is None else galleries.index(name) for role in known]
     return EvalIndex(
@@ -93,23 +95,26 @@ def build_eval_index(ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequenc
         gallery_N=torch.tensor(gallery_by_code, dtype=torch.int64)[role_N],
         galleries=galleries,
         duplicates=M - len(ids_N),
-        row_n=first_N[place_n] - start,
-        place_n=place_n,
+        first_N=first_N,
+        counts=counts,
     )
 
 
 def gather_by_id(rows_nD: torch.Tensor, index: EvalIndex) -> torch.Tensor:
     """Gather all ranks' rows by ascending id, [N, D]. Collective."""
-    if collectives.world_size() == 1 and torch.equal(index.row_n, torch.arange(len(rows_nD))):
+    if collectives.world_size() == 1 and torch.equal(index.first_N, torch.arange(len(rows_nD))):
         return rows_nD
-    rows_nD = rows_nD[index.row_n.to(rows_nD.device)]
-    rows_ND = rows_nD.new_empty(len(index), rows_nD.shape[1])
-    place_N = collectives.gather_ragged(index.place_n).to(rows_nD.device)
-    for source, place_m in enumerate(place_N.split(collectives.gather_json(len(rows_nD)))):
+    rows_ND, end = rows_nD.new_empty(len(index), rows_nD.shape[1]), 0
+    for source, count in enumerate(index.counts):
         # One rank's at a time, so that no second copy of all is held.
-        rows_mD = rows_nD if source == collectives.rank() else rows_nD.new_empty(len(place_m), rows_nD.shape[1])
+        start, end = end, end + count
+        place_m = ((index.first_N >= start) & (index.first_N < end)).nonzero().flatten()
+        if source == collectives.rank():
+            rows_mD = rows_nD[(index.first_N[place_m] - start).to(rows_nD.device)]
+        else:
+            rows_mD = rows_nD.new_empty(len(place_m), rows_nD.shape[1])
         collectives.broadcast_([rows_mD], source)
-        rows_ND[place_m] = rows_mD
+        rows_ND[place_m.to(rows_nD.device)] = rows_mD
     return rows_ND
 
 

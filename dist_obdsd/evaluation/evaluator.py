@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed.collectives import assert_equal_across_ranks, met_by_all
+from dist_obdsd.distributed.collectives import met_by_all, values_by_rank
 from dist_obdsd.distributed.failures import raise_on_all_ranks
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation.embedding_sample import EmbeddingSample, sample_embeddings
-from dist_obdsd.evaluation.eval_index import build_eval_index, check_counts, gather_by_id
+from dist_obdsd.evaluation.eval_index import build_eval_index, check_counts, check_roles, gather_by_id
 from dist_obdsd.evaluation.knn import unit_rows
 from dist_obdsd.evaluation.metric_parts import EmbeddingSet, QueryMetric, Settings
 from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, RankedQuery, retrieve
@@ -44,7 +44,7 @@ class EvaluationResult:
     duplicates: int
     """Images that arrived again under an id already seen, and were dropped."""
     seconds: float = field(compare=False)
-    """Wall time of the slowest rank."""
+    """Wall time on this rank."""
     galleries: dict[str, Counts] = field(default_factory=dict)
     """By name; the gallery without a name is ""."""
     per_class: tuple[ClassRecall, ...] = ()
@@ -115,9 +115,18 @@ def evaluate(
             roles = [ROLES[code] for code in (asks_n + 2 * searched_n).tolist()]
             if "" in roles:
                 raise InputError(f"row {roles.index('')} is neither in queries nor in gallery; leave such images out")
-        before = sum(collectives.gather_json(n)[: collectives.rank()])
-        ids_n = _numbered("ids", np.arange(before, before + n) if ids is None else ids, "integers")
-        labels_n = _numbered("labels", labels, "integers or texts")
+            labels = _as_column("labels", labels, "iuU", "integers or texts")
+            ids = None if ids is None else _as_column("ids", ids, "iu", "integers")
+        texts = labels.dtype.kind == "U"
+        everyone = collectives.gather_json([n, texts, sorted(set(labels.tolist())) if texts else []])
+        if len({of_texts for count, of_texts, _ in everyone if count}) > 1:
+            message = "labels are texts on some ranks and numbers on others; give all ranks the same kind"
+            raise collectives.met_by_all(InputError(message))
+        if texts:
+            labels = np.searchsorted(np.array(sorted({name for *_, of_rank in everyone for name in of_rank})), labels)
+        if ids is None:
+            ids = np.arange(n) + sum(count for count, *_ in everyone[: collectives.rank()])
+        ids_n, labels_n = (torch.from_numpy(column.astype(np.int64)) for column in (ids, labels))
         result = measure(rows_nD, ids_n, labels_n, roles, settings, normalize=True, device=rows_nD.device)
         counts = {name: getattr(result, name) for name in ("queries", "gallery", "excluded", "duplicates")}
         return result.metrics | counts
@@ -144,23 +153,13 @@ def _as_mask(name: str, values: Any, n: int) -> np.ndarray:
     return mask_n
 
 
-def _numbered(what: str, values: Any, allowed: str) -> torch.Tensor:
-    """Make int64 [n] of one value per image; texts are numbered. Collective."""
-    array = _as_array(values)
-    kind = array.dtype.kind if array.size else ""
-    texts = kind == "U" and "texts" in allowed
-    everyone = collectives.gather_json([kind, sorted(set(array.tolist())) if texts else []])
-    with raise_on_all_ranks(what):
-        if array.ndim != 1 or not (texts or kind in ("", "i", "u")):
-            raise InputError(
-                f"{what} have type {array.dtype} and shape {array.shape}; they must be {allowed}, one per image"
-            )
-        if len({of == "U" for of, _ in everyone if of}) > 1:
-            raise InputError(f"{what} are texts on some ranks and numbers on others; give all ranks the same kind")
-    if texts:
-        known = sorted({name for _, of_rank in everyone for name in of_rank})
-        array = np.searchsorted(np.array(known), array)
-    return torch.from_numpy(array.astype(np.int64))
+def _as_column(what: str, values: Any, kinds: str, allowed: str) -> np.ndarray:
+    column = _as_array(values)
+    if column.ndim != 1 or (column.size and column.dtype.kind not in kinds):
+        raise InputError(
+            f"{what} have type {column.dtype} and shape {column.shape}; they must be {allowed}, one per image"
+        )
+    return column
 
 
 def not_finite(rows_nD: torch.Tensor, ids_n: torch.Tensor) -> str:
@@ -205,11 +204,22 @@ def measure(
             two labels, or more neighbours asked for than the gallery has; on every rank.
     """
     started = time.perf_counter()
-    assert_equal_across_ranks("the settings of the evaluation", repr(settings))
-    with raise_on_all_ranks("the metrics to evaluate"):
+    with raise_on_all_ranks("the embeddings to evaluate"):
         metrics = settings.build()
-    rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles, settings.distance, normalize)
-    index = build_eval_index(ids_n, labels_n, roles)
+        rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles, settings.distance, normalize)
+    kind = [rows_nD.shape[1], str(rows_nD.dtype), rows_nD.device.type] if len(ids_n) else None
+    everyone = collectives.gather_json([repr(settings), kind, len(ids_n), sorted(set(roles))])
+    wishes, kinds, counts, known = (list(column) for column in zip(*everyone, strict=True))
+    if len(set(wishes)) > 1:
+        message = f"the settings of the evaluation differ: {values_by_rank(wishes)}; give every rank the same"
+        raise met_by_all(RunError(message))
+    if len(different := sorted({tuple(kind) for kind in kinds if kind})) > 1:
+        message = f"the ranks' embeddings are of different kinds: {different}; embed all images alike"
+        raise met_by_all(InputError(message))
+    if different and kind is None:  # shape this rank's no rows as others'
+        dim, dtype, where = different[0]
+        rows_nD = torch.empty(0, dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=where)
+    index = build_eval_index(ids_n, labels_n, roles, counts, sorted(set().union(*known)))
     check_counts(index, expected_count, expected_classes)
     rows_ND = gather_by_id(rows_nD, index).to(device or "cpu")
     of_queries = [metric for metric in metrics if isinstance(metric, QueryMetric)]
@@ -229,7 +239,7 @@ def measure(
         failures=tuple(one for of in found.values() for one in of.failures),
         successes=tuple(one for of in found.values() for one in of.successes),
         sample=sample_embeddings(rows_ND, index, settings.seed) if sample else None,
-        seconds=max(collectives.gather_json(time.perf_counter() - started)),
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -241,40 +251,31 @@ def _checked_rows(
     distance: str,
     normalize: bool,
 ) -> torch.Tensor:
-    """Check the rows; where this rank has none, shape them as others'. Collective."""
-    with raise_on_all_ranks("the embeddings to evaluate"):
-        if rows_nD.ndim != 2 or not rows_nD.is_floating_point():
+    """Check this rank's images; return the rows, brought to unit length if asked for."""
+    if rows_nD.ndim != 2 or not rows_nD.is_floating_point():
+        raise InputError(
+            f"the embeddings have shape {tuple(rows_nD.shape)} and type {rows_nD.dtype}; they must be "
+            f"a matrix of floating-point numbers, a row per image"
+        )
+    sizes = len(rows_nD), len(ids_n), len(labels_n), len(roles)
+    if len(set(sizes)) > 1:
+        raise InputError(
+            "there are {} embeddings, {} ids, {} labels and {} roles; they must be equally many".format(*sizes)
+        )
+    if found := not_finite(rows_nD, ids_n):
+        raise InputError(f"{found}; leave such images out or embed them again")
+    check_roles(roles)
+    if distance == "cosine" and normalize:
+        zero_n = ~rows_nD.any(dim=1).cpu()
+        if zero_n.any():
             raise InputError(
-                f"the embeddings have shape {tuple(rows_nD.shape)} and type {rows_nD.dtype}; they must be "
-                f"a matrix of floating-point numbers, a row per image"
+                f"{int(zero_n.sum())} embeddings have length 0, the first of id {int(ids_n[zero_n][0])}, and so no "
+                f"cosine; leave such images out or take the Euclidean distance"
             )
-        sizes = len(rows_nD), len(ids_n), len(labels_n), len(roles)
-        if len(set(sizes)) > 1:
-            raise InputError(
-                "there are {} embeddings, {} ids, {} labels and {} roles; they must be equally many".format(*sizes)
-            )
-        if found := not_finite(rows_nD, ids_n):
-            raise InputError(f"{found}; leave such images out or embed them again")
-        if distance == "cosine" and normalize:
-            zero_n = ~rows_nD.any(dim=1).cpu()
-            if zero_n.any():
-                raise InputError(
-                    f"{int(zero_n.sum())} embeddings have length 0, the first of id {int(ids_n[zero_n][0])}, and so no "
-                    f"cosine; leave such images out or take the Euclidean distance"
-                )
-            rows_nD = unit_rows(rows_nD)
-        if distance == "euclidean" and rows_nD.any():
-            largest = float(rows_nD.abs().max())
-            if not SMALLEST < largest < LARGEST:
-                raise InputError(
-                    f"embeddings have entries up to {largest:.3g}, whose squares float32 does not hold; scale them to "
-                    f"about 1, or take the cosine distance"
-                )
-    own = [rows_nD.shape[1], str(rows_nD.dtype), rows_nD.device.type] if len(ids_n) else None
-    kinds = sorted({tuple(kind) for kind in collectives.gather_json(own) if kind})
-    if len(kinds) > 1:
-        raise met_by_all(InputError(f"the ranks' embeddings are of different kinds: {kinds}; embed all images alike"))
-    if kinds and own is None:
-        dim, dtype, device = kinds[0]
-        return torch.empty(0, dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+        return unit_rows(rows_nD)
+    if distance == "euclidean" and rows_nD.any() and not SMALLEST < (largest := float(rows_nD.abs().max())) < LARGEST:
+        raise InputError(
+            f"embeddings have entries up to {largest:.3g}, whose squares float32 does not hold; scale them to "
+            f"about 1, or take the cosine distance"
+        )
     return rows_nD

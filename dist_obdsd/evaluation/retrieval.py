@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import met_by_all
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.eval_index import EvalIndex
@@ -104,24 +105,26 @@ def retrieve(
     # By the released conventions queries without a match count, too.
     counted_N, size_N = (index.asks_N, size_N) if settings.released else (matched_N, count_N)
     own = bool((counted_N & offered_N).any())
-    with raise_on_all_ranks("the count of queries"):
-        if not matched:
-            raise InputError(
-                f"none of the {asked} queries has another image of its class among the {offered} gallery images"
-                f"{gallery and f' of {gallery}'}; evaluation needs classes with at least two images"
-            )
-        largest = int(count_N[counted_N].max()), int(size_N[counted_N].max())
-        width = max((metric.neighbours(*largest) for metric in metrics), default=1)
-        must = max((metric.neighbours(*largest) for metric in metrics if metric.refuses_less), default=1)
-        if must > offered - own:
-            raise InputError(
-                f"k={must} neighbours are asked for but the gallery offers {offered - own} ({offered} images"
-                f"{', less the query itself' if own else ''}); lower k or enlarge the gallery"
-            )
+    if not matched:
+        message = (
+            f"none of the {asked} queries has another image of its class among the {offered} gallery images"
+            f"{gallery and f' of {gallery}'}; evaluation needs classes with at least two images"
+        )
+        raise met_by_all(InputError(message))
+    largest = int(count_N[counted_N].max()), int(size_N[counted_N].max())
+    width = max((metric.neighbours(*largest) for metric in metrics), default=1)
+    must = max((metric.neighbours(*largest) for metric in metrics if metric.refuses_less), default=1)
+    if must > offered - own:
+        message = (
+            f"k={must} neighbours are asked for but the gallery offers {offered - own} ({offered} images"
+            f"{', less the query itself' if own else ''}); lower k or enlarge the gallery"
+        )
+        raise met_by_all(InputError(message))
     k = min(width, offered - own)
     place_Q, place_n = counted_N.nonzero().flatten(), offered_N.nonzero().flatten()
-    Q, rank, world = len(place_Q), collectives.rank(), collectives.world_size()
-    place_q = place_Q[Q * rank // world : Q * (rank + 1) // world]
+    Q, world = len(place_Q), collectives.world_size()
+    shares = [slice(Q * rank // world, Q * (rank + 1) // world) for rank in range(world)]
+    place_q = place_Q[shares[collectives.rank()]]
     with raise_on_all_ranks("the search"):
         searched = Gallery(taken(rows_ND, place_n), k, distance=settings.distance, backend=settings.backend)
         number_N = torch.where(offered_N, offered_N.cumsum(0) - 1, -1)  # each image's row in the gallery
@@ -142,25 +145,24 @@ def retrieve(
     hit_q = torch.where(relevant_qk.any(dim=1), relevant_qk.byte().argmax(dim=1), k)
     right_q = relevant_qk[:, :SHOWN_NEIGHBOURS].sum(dim=1)
     columns = [column_q.double() for column_q in (hit_q, right_q, first_score_q, *values.values())]
-    hit_Q, right_Q, score_Q, *values_Q = collectives.gather_ragged(torch.stack(columns, dim=1)).numpy().T
+    counts = [share.stop - share.start for share in shares]
+    hit_Q, right_Q, score_Q, *values_Q = collectives.gather_ragged(torch.stack(columns, dim=1), counts).numpy().T
     places, class_Q = place_Q.numpy(), class_N[place_Q].numpy()
 
     worst = np.lexsort((places, -score_Q, -hit_Q))[:SHOWN]  # by the last key first
     ranked = np.lexsort((rng(0, "best queries").permutation(len(index))[places], -right_Q))
     best = ranked[np.sort(np.unique(class_Q[ranked], return_index=True)[1])[:SHOWN]]
 
-    def answers(chosen: np.ndarray) -> tuple[RankedQuery, ...]:
-        """Search once more for a few queries, with exact scores."""
-        place_s = place_Q[torch.from_numpy(chosen)]
-        own_s, most = number_N[place_s].to(rows_ND.device), min(k, SHOWN_NEIGHBOURS)
-        scores_sk, found_sk = next(searched.search(rows_ND[place_s.to(rows_ND.device)], own_s, most, exact=most))
-        found = place_n[found_sk.cpu()]
-        columns = (index.ids_N[place_s], index.labels_N[place_s], index.ids_N[found], index.labels_N[found], scores_sk)
-        return tuple(
-            RankedQuery(gallery, query_id, label, tuple(ids), tuple(labels), tuple(scores))
-            for query_id, label, ids, labels, scores in zip(*(of.tolist() for of in columns), strict=True)
-        )
-
+    # Search once more for these few queries, with exact scores.
+    place_s = place_Q[torch.from_numpy(np.concatenate([worst, best]))]
+    own_s, most = number_N[place_s].to(rows_ND.device), min(k, SHOWN_NEIGHBOURS)
+    scores_sk, found_sk = next(searched.search(rows_ND[place_s.to(rows_ND.device)], own_s, most, exact=most))
+    found = place_n[found_sk.cpu()]
+    columns = [index.ids_N[place_s], index.labels_N[place_s], index.ids_N[found], index.labels_N[found], scores_sk]
+    shown = [
+        RankedQuery(gallery, query_id, label, tuple(ids), tuple(labels), tuple(scores))
+        for query_id, label, ids, labels, scores in zip(*(of.tolist() for of in columns), strict=True)
+    ]
     queries_C, hits_C = (np.bincount(of, minlength=len(classes_C)) for of in (class_Q, class_Q[hit_Q == 0]))
     return Retrieval(
         metrics={name: math.fsum(of.tolist()) / Q for name, of in zip(values, values_Q, strict=True)},
@@ -170,8 +172,8 @@ def retrieve(
             for label, queries, hits in zip(classes_C.tolist(), queries_C, hits_C, strict=True)
             if queries
         ),
-        failures=answers(worst),
-        successes=answers(best),
+        failures=tuple(shown[: len(worst)]),
+        successes=tuple(shown[len(worst) :]),
     )
 
 
