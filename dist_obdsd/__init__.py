@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dist_obdsd.losses.pml import PMLLoss
     from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
     from dist_obdsd.losses.triplet import TripletLoss
-    from dist_obdsd.manifold.diffusion_targets import diffusion_targets
+    from dist_obdsd.manifold.targets import diffusion_targets
     from dist_obdsd.models.teacher import ProgressiveTeacher
 
 __version__ = "0.2.0"
@@ -37,7 +37,7 @@ _MODULES = {
     "RankingLoss": "losses.base",
     "TripletLoss": "losses.triplet",
     "all_gather_rows": "distributed.collectives",
-    "diffusion_targets": "manifold.diffusion_targets",
+    "diffusion_targets": "manifold.targets",
     "evaluate": "evaluation.evaluator",
     "load": "inference",
 }

@@ -29,8 +29,8 @@ class LossOutput:
     """
 
     loss: torch.Tensor
-    """Scalar. Its value is that of the global batch, the same on every rank. Its gradient is this rank's share times W,
-    of which the mean over the ranks, as DDP takes it, is exactly the gradient of one process with the whole batch."""
+    """Scalar, that of the global batch. Its gradient is this rank's share times W: DDP's mean over the ranks is exactly
+    the gradient of one process with the whole batch."""
     names: tuple[str, ...]
     """The names of the terms, the same on every rank."""
     means_n: torch.Tensor
@@ -162,7 +162,7 @@ def combine(
     counts = torch.stack([term.count.detach().double() for term in terms.values()])
     nonfinite = (~torch.isfinite(sums)).any().double()[None]
     found = [count.double()[None] for _, count in view.notes]
-    # A fill takes its number along, where a tensor made of numbers would be a copy that the host waits for.
+    # A fill takes its number along; a tensor made of numbers would be a copy to the GPU that the host waits for.
     extras = [sums.new_full((1,), float(number)) for number in also_sum]
     total = collectives.sum_across(torch.cat([sums, counts, nonfinite, *found, *extras]))
     sums, counts, nonfinite, bad, summed = total.split([n, n, 1, len(found), extra])
@@ -193,6 +193,5 @@ def local_loss(
     sums_n = torch.stack([terms[name].sum for name in factors])
     # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
     counts_n = torch.stack([global_counts[name] for name in factors]).to(sums_n.dtype)
-    # Fills take their number along; a tensor made of numbers would be a copy to the GPU that the host waits for.
     factors_n = torch.stack([sums_n.new_full((), factor * world_size) for factor in factors.values()])
     return sums_n @ (factors_n / (counts_n + (counts_n == 0)))

@@ -42,10 +42,10 @@ class RankingLoss(nn.Module):
         """Compute this rank's share of each part.
 
         Returns:
-            Parts whose means add up to the loss, by names that begin with ``ranking``; names and order are the same on
-            every rank and in every step. The first part's count is logged as the number of anchors. Every sum depends
-            on ``view.E_BD`` and, if it could, on each parameter (through ``view.shared``), also where nothing counts:
-            it is then 0 and its gradient 0. Embeddings that are not finite give at least one sum that is NaN.
+            Parts whose means add up to the loss, by names that begin with ``ranking``, the same on every rank and in
+            every step. The first part's count is logged as the number of anchors. Every sum depends on ``view.E_BD``
+            and on each parameter (through ``view.shared``), also where nothing counts: it is then 0 and its gradient 0.
+            Embeddings that are not finite give at least one sum that is NaN.
 
         Raises:
             InputError: if the embeddings do not fit the loss's parameters.
@@ -88,17 +88,13 @@ class RankingLoss(nn.Module):
 
 
 class LearnableLoss(RankingLoss):
-    """A ranking loss with parameters, which have an ``lr`` and ``weight_decay``.
-
-    Their gradients are averaged over the ranks in the backward, so they are ordinary parameters of any optimizer.
-    """
+    """A ranking loss with parameters, which have an ``lr`` and ``weight_decay``."""
 
 
 def graph_zero(view: BatchView) -> torch.Tensor:
     """Make a scalar 0 that depends on every row; NaN if any is not finite.
 
-    The backward of the gather is a collective, so no rank may leave ``E_BD`` out of its loss. And mining forgets NaN: a
-    comparison with it is false.
+    The backward of the gather is a collective, so no rank may leave ``E_BD`` out. And mining forgets NaN.
     """
     return (view.E_BD * 0).sum(dtype=torch.promote_types(view.E_BD.dtype, torch.float32))
 
@@ -108,8 +104,8 @@ def squared_distances(view: BatchView) -> torch.Tensor:
 
         |x - y|^2 = |x - c|^2 + |y - c|^2 - 2 (x - c).(y - c)
 
-    The centre c is the batch's mean, without gradient since no distance depends on it. It keeps digits where all rows
-    lie close together, as those of an untrained network do. Rounding may leave a value slightly below 0.
+    The centre c, the batch's mean without gradient, keeps digits where all rows lie close together, as those of an
+    untrained network do. Rounding may leave a value slightly below 0.
     """
     return _squares(*_centred(view))
 
@@ -117,8 +113,8 @@ def squared_distances(view: BatchView) -> torch.Tensor:
 def distances(view: BatchView) -> torch.Tensor:
     """Compute Euclidean distances [b, B] of own rows, in float32 or float64.
 
-    The square root has no slope at 0. A distance that rounding cannot tell from 0 (below about 4e-8 for float64 and
-    1e-3 for float32 unit rows) is 0 with gradient 0: duplicates are neither pushed nor pulled.
+    A distance that rounding cannot tell from 0 (below about 4e-8 for float64 and 1e-3 for float32 unit rows) is 0 with
+    gradient 0, since the square root has no slope there.
     """
     X_bD, Y_BD = _centred(view)
     d2_bB = _squares(X_bD, Y_BD)

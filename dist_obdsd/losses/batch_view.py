@@ -31,7 +31,6 @@ class BatchView:
     """Seed of this step's random choices; the same on every rank."""
     shared: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter
     """Makes a parameter of the loss's own one whose gradient is averaged over the ranks; use what it returns."""
-
     notes: list[Note] = field(default_factory=list)
     """What may be wrong with its numbers, which travels with the loss."""
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 
@@ -13,7 +12,7 @@ from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.obdsd import OBDSDLoss
 from dist_obdsd.manifold.diffusion import Diffusion
-from dist_obdsd.manifold.targets import choose_solver
+from dist_obdsd.manifold.solvers import choose_solver
 from dist_obdsd.rng import derive
 
 logger = logging.getLogger(__name__)
@@ -23,12 +22,11 @@ def build_ranking(config: RankingConfig, classes: int, embedding_dim: int, seed:
     """Build the loss that ``ranking.name`` chooses, on the CPU.
 
     Args:
-        classes: the number of training classes, C.
-        embedding_dim: D.
+        classes: the number of training classes.
         seed: the run's. Initial parameters depend on it and on nothing else.
 
     Raises:
-        InputError: a loss of pytorch-metric-learning cannot be had as asked for.
+        InputError: the loss is unknown or cannot take its arguments.
     """
     part = family(config.name)
     takes = {setting.name for setting in LOSSES.source(part).settings}
@@ -40,14 +38,7 @@ def build_ranking(config: RankingConfig, classes: int, embedding_dim: int, seed:
 
 
 def build_objective(config: Config, classes: Sequence[int], device: torch.device) -> OBDSDLoss:
-    """Build a run's objective with initial parameters, the same on every rank.
-
-    Args:
-        classes: the training classes.
-
-    Raises:
-        InputError: the ranking loss is unknown or cannot take its arguments.
-    """
+    """Build a run's objective with initial parameters, the same on every rank."""
     ranking = build_ranking(config.ranking, len(classes), config.model.embedding_dim, config.seed)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return distilled(ranking.to(device=device, dtype=dtype), config.distillation)
@@ -55,19 +46,15 @@ def build_objective(config: Config, classes: Sequence[int], device: torch.device
 
 def distilled(ranking: RankingLoss, section: DistillationConfig) -> OBDSDLoss:
     """Combine a ranking loss with the distillation that the section describes."""
-    diffusion = {field.name: getattr(section, field.name) for field in fields(Diffusion)}
     # The network makes unit rows and the stream known labels, so the sizes of the first step are all that is checked.
     return OBDSDLoss(
-        ranking, weight=section.weight, scope=section.scope, memory=section.memory, validate=False, **diffusion
-    )
+        ranking, weight=section.weight, scope=section.scope, memory=section.memory, validate=False,
+        **vars(Diffusion.of(section)),
+    )  # fmt: skip
 
 
 def log_objective(config: Config, world_size: int) -> None:
-    """Log what depends on the sizes of a run, before anything runs.
-
-    Raises:
-        InputError: as ``choose_solver``.
-    """
+    """Log what depends on the sizes of a run, or raise InputError as ``choose_solver``."""
     B, section = config.batch.global_size, config.distillation
     own = B // world_size
     if section.scope == "rank" and world_size > 1:

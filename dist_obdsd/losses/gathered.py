@@ -45,17 +45,13 @@ class GatheredLoss(LearnableLoss):
         # All W ranks compute the same: L/W from each adds up to L.
         return {"ranking": PartialMean(loss / view.world_size, torch.full_like(loss.detach(), 1 / view.world_size))}
 
-    def whole_loss(self, E_BD: torch.Tensor, view: BatchView) -> torch.Tensor:
-        """Compute the loss of the whole batch."""
-        return self.call(E_BD, view, view.labels_B)
-
-    def call(self, E_BD: torch.Tensor, view: BatchView, *more: Any) -> torch.Tensor:
-        """Call the module with parameters whose gradients are averaged over ranks."""
+    def whole_loss(self, E_BD: torch.Tensor, view: BatchView, *more: Any) -> torch.Tensor:
+        """Call the module, with parameters whose gradients are averaged over the ranks."""
         if view.world_size == 1:
-            loss: torch.Tensor = self.loss(E_BD, *more)
+            loss: torch.Tensor = self.loss(E_BD, view.labels_B, *more)
             return loss
         shared = {name: view.shared(parameter) for name, parameter in self.loss.named_parameters()}
-        return torch.func.functional_call(self.loss, shared, (E_BD, *more))
+        return torch.func.functional_call(self.loss, shared, (E_BD, view.labels_B, *more))
 
 
 @contextmanager

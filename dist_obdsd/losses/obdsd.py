@@ -91,12 +91,8 @@ class OBDSDLoss(nn.Module):
         self.ranking = ranking if isinstance(ranking, RankingLoss) else GatheredLoss(ranking)
         self.weight, self.scope, self.memory = weight, scope, memory
         self.group, self.normalize = group, normalize
-        self.diffusion, self.target = None, None
-        if target != "none":
-            self.target = TARGETS.load(target)
-            self.diffusion = Diffusion(
-                target, temperature, transition_temperature=transition_temperature, omega=omega, **diffusion
-            )
+        self.target: type[manifold.Target] | None = None if target == "none" else TARGETS.load(target)
+        self.diffusion = Diffusion(target, temperature, transition_temperature, omega, **diffusion)
         for name, value, fine, needed in (
             ("weight", weight, weight >= 0, "at least 0"),
             ("temperature", temperature, temperature > 0, "above 0"),
@@ -133,20 +129,12 @@ class OBDSDLoss(nn.Module):
                 teacher_bD = nn.functional.normalize(teacher_bD)
             else:
                 notes = self._checks.rows("teacher's batch", teacher_bD)
-            gathering = AsyncAllGather(teacher_bD)
-            b, rank = len(teacher_bD), collectives.rank()
-            early = teacher_bD.is_cuda if early is None else early
-            pending = self._start_diffusion(gathering, slice(rank * b, (rank + 1) * b)) if early else None
+            gathering, pending = AsyncAllGather(teacher_bD), None
+            if (teacher_bD.is_cuda if early is None else early) and self.target is not None and self.target.graph:
+                b, rank = len(teacher_bD), collectives.rank()
+                T_BD, rows = self._scoped(gathering.wait(), slice(rank * b, (rank + 1) * b))
+                pending = manifold.start_async(T_BD, rows, self.diffusion, self.memory_MD, self._plan)
         return TeacherRows(gathering, notes, pending)
-
-    def _start_diffusion(self, gathering: AsyncAllGather, rows: slice) -> manifold.PendingTarget | None:
-        if self.diffusion is None or self.target is None or self.target.graph is None:
-            return None
-        T_BD = gathering.wait()
-        self._place_memory(T_BD)
-        if self.scope == "rank":
-            T_BD, rows = T_BD[rows], slice(0, rows.stop - rows.start)
-        return manifold.start_async(T_BD, rows, self.diffusion, self.memory_MD, self._plan)
 
     def forward(
         self,
@@ -195,17 +183,14 @@ class OBDSDLoss(nn.Module):
                 view.notes.extend(teacher_bD.notes)
             terms = self.terms(view, T_BD, pending)
             factors = {name: 1.0 for name in terms if is_ranking(name)}
-            if self.diffusion is not None and ramp * self.weight > 0:
+            if self.target is not None and ramp * self.weight > 0:
                 factors["distillation"] = ramp * self.weight * self.diffusion.temperature**2
             return combine(view, terms, factors, self._checks, also_sum, T_BD)
 
     def terms(
         self, view: BatchView, T_BD: torch.Tensor | None = None, pending: manifold.PendingTarget | None = None
     ) -> dict[str, PartialMean]:
-        """Compute this rank's share of every term.
-
-        The names and their order are the same on every rank. All hang on ``E_BD`` or are without gradient: the
-        backward of its gather is a collective, so a rank without a single anchor must enter it, too.
+        """Compute this rank's share of every term, by names that are the same on every rank.
 
         Args:
             view: the student's rows.
@@ -222,17 +207,15 @@ class OBDSDLoss(nn.Module):
             RunError: if the diffusion cannot be solved.
         """
         terms = self.ranking.partial_means(view)
-        rows = view.rows
         if self.target is not None and not self.target.needs_teacher:
             T_BD = view.E_BD.detach()  # the uniform target reads its shape alone
-        if self.diffusion is None or self.target is None or T_BD is None:
+        if self.target is None or T_BD is None:
             return terms
-        self._place_memory(T_BD)
-        S_bB = view.S_bB
-        if self.scope == "rank":
-            S_bB, T_BD, rows = S_bB[:, rows], T_BD[rows], slice(0, view.b)
+        S_bB = view.S_bB[:, view.rows] if self.scope == "rank" else view.S_bB
+        T_BD, rows = self._scoped(T_BD, view.rows)
         found = manifold.target_rows(T_BD, rows, self.diffusion, self.memory_MD, pending)
-        self._remember(T_BD)
+        if self.memory:
+            self.memory_MD = torch.cat([T_BD, *([] if self.memory_MD is None else [self.memory_MD])])[: self.memory]
         terms |= distillation.distil(S_bB, found.target_bB, self.diffusion.temperature, rows.start)
         if self.target.graph is not None:
             count = terms["target_entropy"].count
@@ -243,14 +226,11 @@ class OBDSDLoss(nn.Module):
                 terms["target_dropped_mass"] = PartialMean(dropped, count)
         return terms
 
-    def _place_memory(self, T_BD: torch.Tensor) -> None:
+    def _scoped(self, T_BD: torch.Tensor, rows: slice) -> tuple[torch.Tensor, slice]:
+        """Choose the rows that share a manifold, and place the memory beside them."""
         if self.memory_MD is not None:  # a checkpoint brings it on the CPU
             self.memory_MD = self.memory_MD.to(T_BD)
-
-    def _remember(self, T_BD: torch.Tensor) -> None:
-        if self.memory:
-            known = [] if self.memory_MD is None else [self.memory_MD]
-            self.memory_MD = torch.cat([T_BD, *known])[: self.memory]
+        return (T_BD[rows], slice(0, rows.stop - rows.start)) if self.scope == "rank" else (T_BD, rows)
 
     def reset_memory(self) -> None:
         """Empty the memory of another teacher's rows, and of what was enough."""

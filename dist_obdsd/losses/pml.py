@@ -7,8 +7,6 @@ import copy
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
-from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -30,6 +28,7 @@ REFUSED = {
     "DistributedMinerWrapper": "the batch is gathered already",
     "EmbeddingsAlreadyPackagedAsTriplets": "batches here come in groups of one class",
 }
+PARTS = {"distance": "distances", "reducer": "reducers"}
 ABSTRACT = ("BaseMetricLossFunction", "BaseLossWrapper", "GenericPairLoss", "BaseMiner")
 
 
@@ -64,9 +63,7 @@ class PMLLoss(GatheredLoss):
             miner: a miner there, such as ``pml.MultiSimilarityMiner``.
             miner_kwargs: arguments of the miner's constructor.
         """
-        sizes = {
-            "num_classes": classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim,
-        }  # fmt: skip
+        sizes = {"num_classes": classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim}
         super().__init__(_build("losses", "ranking", name, kwargs, sizes))
         self.name, self.num_classes = name, classes
         self.miner = None
@@ -76,11 +73,11 @@ class PMLLoss(GatheredLoss):
             raise InputError("ranking.miner_kwargs are given without a miner; set ranking.miner=pml.NAME or leave them")
         self._try(classes, embedding_dim)
 
-    def whole_loss(self, E_BD: torch.Tensor, view: BatchView) -> torch.Tensor:
-        """Raises RunError, on every rank alike, if the library refuses a batch."""
+    def whole_loss(self, E_BD: torch.Tensor, view: BatchView, *more: Any) -> torch.Tensor:
+        """Call the library, or raise RunError, on every rank alike, if it refuses a batch."""
         try:
             pairs = self.miner(E_BD, view.labels_B) if self.miner is not None else None
-            return self.call(E_BD, view, view.labels_B, pairs)
+            return super().whole_loss(E_BD, view, pairs)
         except (ValueError, AssertionError) as error:
             raise RunError(f"{self.name} refused a batch: {error}") from error
 
@@ -102,15 +99,15 @@ class PMLLoss(GatheredLoss):
             ) from error
 
 
-def _build(kind: str, key: str, given: str, kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> nn.Module:
+def _build(kind: str, key: str, given: str, kwargs: dict[str, Any], sizes: dict[str, int]) -> nn.Module:
     """Make one of the library's losses or miners, with sizes and parts filled in."""
     found = _find(kind, f"{key}.name" if kind == "losses" else key, given)
     arguments = f"{key}.kwargs" if kind == "losses" else f"{key}_kwargs"
     takes = {name for base in inspect.getmro(found) for name in inspect.signature(base).parameters}
-    # A distance, a reducer or a regularizer is an object, too: pml.NAME makes one with its defaults.
-    filled = {name: size for name, size in sizes.items() if name in takes} | {
-        name: _part(f"{arguments}.{name}", name, value) for name, value in kwargs.items()
-    }
+    filled = {name: size for name, size in sizes.items() if name in takes} | kwargs
+    for name, value in kwargs.items():
+        if isinstance(value, str) and value.startswith("pml."):  # such as a distance, made with its defaults
+            filled[name] = _find(PARTS.get(name, "regularizers"), f"{arguments}.{name}", value)()
     try:
         built: nn.Module = found(**filled)
     except (TypeError, ValueError, AssertionError) as error:
@@ -126,16 +123,15 @@ def _build(kind: str, key: str, given: str, kwargs: Mapping[str, Any], sizes: Ma
     return built
 
 
-def _part(key: str, name: str, value: Any) -> Any:
-    if not (isinstance(value, str) and value.startswith("pml.")):
-        return value
-    kinds = {"distance": "distances", "reducer": "reducers"}
-    return _find(kinds.get(name, "regularizers"), key, value)()
-
-
 def _find(kind: str, key: str, given: str) -> Any:
     """Find the class that ``pml.NAME`` names."""
-    module, name = _library(kind), given.removeprefix("pml.")
+    try:
+        module, name = importlib.import_module(f"pytorch_metric_learning.{kind}"), given.removeprefix("pml.")
+    except ImportError as error:
+        raise InputError(
+            f"a pml. name needs pytorch-metric-learning, which cannot be imported ({error}); "
+            f"pip install pytorch-metric-learning"
+        ) from error
     if name in REFUSED:
         raise InputError(f"{key}={given} cannot work here: {REFUSED[name]}")
     names = [
@@ -147,13 +143,3 @@ def _find(kind: str, key: str, given: str) -> Any:
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(names)}"
         raise InputError(f"{key} is {given}, which pytorch-metric-learning does not have among its {kind}; {hint}")
     return getattr(module, name)
-
-
-def _library(kind: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"pytorch_metric_learning.{kind}")
-    except ImportError as error:
-        raise InputError(
-            f"a pml. name needs pytorch-metric-learning, which cannot be imported ({error}); "
-            f"pip install pytorch-metric-learning"
-        ) from error

@@ -1,9 +1,9 @@
 """The batch manifold as a graph of the teacher's rows and their similarities.
 
-Rows of the similarities S = T T^T are made when they are needed, a tile at a time. The whole matrix is kept only where
-it fits the memory that the settings allow. K is the symmetric matrix of affinities, and D holds its row sums, the
-degrees. The target is defined in the coordinates of A, the diffusion's transition matrix. It is solved in those of
-N = D^-1/2 K D^-1/2, which is similar to A and symmetric, with eigenvalues in [-1, 1].
+Rows of S = T T^T are made a tile at a time. The whole matrix is kept only where it fits the memory that the settings
+allow. K is the symmetric matrix of affinities, and D holds its row sums, the degrees. The target is defined in the
+coordinates of A, the diffusion's transition matrix. It is solved in those of N = D^-1/2 K D^-1/2, which is similar to A
+and symmetric, with eigenvalues in [-1, 1].
 
 Legend: n nodes, the rows of the batch first and then those of the memory; b own rows; t rows of a tile; D embedding
 dimension.
@@ -39,13 +39,11 @@ class Graph(ABC):
         self.n = T_nD.shape[0]
         self.whole = diffusion.fits(self.n, self.T_nD.element_size(), T_nD.device)
         """True where n x n matrices are kept."""
-        self._tile_entries = TILE_ENTRIES["cpu" if T_nD.device.type == "cpu" else "cuda"]
-        height = self.n if self.whole else max(self._tile_entries // self.n, 1)
+        entries = TILE_ENTRIES["cpu" if T_nD.device.type == "cpu" else "cuda"]
+        height = self.n if self.whole else max(entries // self.n, 1)
         self.tiles = [slice(i, min(i + height, self.n)) for i in range(0, self.n, height)]
         self._S_nn = similarity(self.T_nD, self.T_nD) if self.whole else None
         self._nearest_n = self._nearest() if diffusion.neighbours is not None else None
-
-    # ---- rows of n x n matrices -------------------------------------------------------------------------------------
 
     def similarities(self, rows: slice) -> torch.Tensor:
         """Return S [t, n], not to be written to."""
@@ -73,8 +71,6 @@ class Graph(ABC):
     def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
         """Sum two terms of (I - omega A)^-1, own rows [b, n], and guess the others."""
 
-    # ---- between N's coordinates and A's ----------------------------------------------------------------------------
-
     @abstractmethod
     def to_walk_coordinates(self, rows: slice) -> torch.Tensor | None:
         """Compute factors [b, n] from N's rows to A's; None for ones."""
@@ -85,9 +81,7 @@ class Graph(ABC):
 
     @abstractmethod
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Compute the target [b, n] of the own rows, from the rows y of (I - omega A)^-1."""
-
-    # ---- sharpening -------------------------------------------------------------------------------------------------
+        """Compute the target [b, n] of the own rows from those of (I - omega A)^-1."""
 
     def start(self, rows: slice) -> torch.Tensor:
         """Compute P = softmax(S / temperature) [t, n], no diagonal if ``mask_self``."""
@@ -95,8 +89,7 @@ class Graph(ABC):
 
     def _sharpened(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return S after clipping and power [t, n], and its mask of edges or None."""
-        S_tn = self.similarities(rows)
-        edges_tn = None
+        S_tn, edges_tn = self.similarities(rows), None
         if self._nearest_n is not None:
             mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n
             edges_tn = mine_tn & theirs_tn if self.diffusion.mutual else mine_tn | theirs_tn
@@ -108,8 +101,7 @@ class Graph(ABC):
 
     def _nearest(self) -> torch.Tensor:
         """Find each node's similarity [n] to its k-th nearest node."""
-        nearest_n = self._per_node()
-        k = min(self.diffusion.neighbours or 0, self.n - 1)
+        nearest_n, k = self._per_node(), min(self.diffusion.neighbours or 0, self.n - 1)
         for tile in self.tiles:
             S_tn = self.similarities(tile).clone()
             S_tn.diagonal(offset=tile.start).fill_(-torch.inf)
@@ -125,7 +117,7 @@ class Graph(ABC):
 
 
 class WalkGraph(Graph):
-    """Target ``obdsd``: a random walk, A = softmax(S / transition_temperature).
+    """A random walk, A = softmax(S / transition_temperature) without its diagonal.
 
     K_ij = exp(S_ij / t) overflows at sharp temperatures, so only logarithms of degrees exist here. Logits reach
     1/t = 200, where float32 is coarse. Differences of near ones are exact, so the logarithm of a degree is kept in two
@@ -203,8 +195,7 @@ class WalkGraph(Graph):
         if self._A_nn is not None:
             root_nn = self._A_nn.sqrt()
             return root_nn * root_nn.T  # N_ij^2 = A_ij A_ji; cheaper than the logarithms' way
-        # In as few passes as there can be, since most of the time goes into them: logarithms of 2, and both parts of a
-        # degree's in one. What that costs in digits, corrections mend.
+        # In as few passes as there can be, by powers of 2. What that costs in digits, corrections mend.
         m_n, largest_n = self._degrees
         half_n = (m_n - largest_n.log()) * (LOG2_E / 2)
         exponents_tn = self._logits(rows, LOG2_E).sub_(half_n[rows, None]).sub_(half_n)
@@ -214,10 +205,7 @@ class WalkGraph(Graph):
         return self._roots_n / self._roots_n[rows, None]
 
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
-        """Return || e_i - y (I - omega A) ||_1, which bounds the target's L1 error.
-
-        A residual in N's coordinates would not do: the way to A's multiplies errors by exp((r_j - r_i)/2).
-        """
+        """Take the residual's L1 norm; in N's coordinates it would bound nothing."""
         return residual_bn.abs().sum(1)
 
     def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -229,7 +217,7 @@ class WalkGraph(Graph):
 
 
 class SymmetricGraph(Graph):
-    """Target ``obdsd_symmetric``: A = D^-1/2 S0 D^-1/2, S0 = max(S, 0) off diagonal."""
+    """A = D^-1/2 S0 D^-1/2, where S0 = max(S, 0) without its diagonal."""
 
     def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         super().__init__(T_nD, replace(diffusion, clip=True))
@@ -275,8 +263,8 @@ class SymmetricGraph(Graph):
     def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
         """Scale the residual's L2 norm to a bound.
 
-        A's eigenvalues lie in [-1, 1], so y's error is at most 1/(1 - omega) times its residual in L2. A logit's error
-        is at most that times (1 - omega) |S_j| / temperature. Softmax does not enlarge it (from max norm to L1).
+        A's eigenvalues lie in [-1, 1], so y's error is at most 1/(1 - omega) times its residual. A logit's error is at
+        most that times (1 - omega) |S_j| / temperature, and softmax does not enlarge it (from max norm to L1).
         """
         return residual_bn.norm(dim=1) * self._reach
 

@@ -1,9 +1,8 @@
 """Rows of (I - omega A)^-1 for this rank's own rows of the batch manifold.
 
 A corrector solves the symmetric system I - omega N, with all rows by Cholesky or with the own rows by conjugate
-gradients. The residual in A's own coordinates decides; the next correction starts from it. Where corrections stall,
-Neumann's series goes on in those coordinates: every step shrinks the residual by omega. At the usual temperatures a
-walk soon forgets where it began, and the series alone is enough, without N.
+gradients. The residual in A's own coordinates decides; the next correction starts from it. At the usual temperatures a
+walk soon forgets where it began, and a few terms of Neumann's series are enough, without N.
 
 Legend: n nodes, b own rows; rows of b x n matrices are systems of their own.
 """
@@ -14,43 +13,69 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_obdsd.errors import InputError
+from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.graph import Graph, times_matrix
 
-CORRECTIONS = 8
+CORRECTIONS = 20
 """Most corrections; ordinary batches need one, outliers at sharp temperatures two or three."""
 CG_ITERATIONS = 200
 """Most iterations in one correction."""
-NEUMANN_ITERATIONS = 2000
-"""Most terms; an omega of 0.99 needs 920 to shrink a residual by 1e-4."""
 NEUMANN_STEPS = 3
 """Products with A after which an inverse by Cholesky would have been cheaper."""
 FIXED_STEPS = 8
 """Most products with A where the host reads no error in between."""
+GPU_CHOLESKY = 2048
+"""Nodes up to which a GPU factors the whole matrix: an estimate, 1 ms or so, beside 15 kernels an iteration."""
+CPU = torch.device("cpu")
 ROUNDING = 16
 """Residual of a unit row, in epsilons of its type, at which every solver has only rounding errors left."""
 
 
-@dataclass(frozen=True)
+def choose_solver(
+    nodes: int, own_rows: int, diffusion: Diffusion, bytes_per_entry: int = 4, device: torch.device = CPU
+) -> str:
+    """Choose cholesky or cg, by the settings or, for ``auto``, by speed and memory.
+
+    Where conjugate gradients overtake was measured on a CPU. A GPU factors a small matrix in less time than it takes to
+    start the iterations' kernels.
+
+    Raises:
+        InputError: cholesky is asked for and does not fit ``memory_gib``.
+    """
+    fit = diffusion.fits(nodes, bytes_per_entry, device)
+    if diffusion.solver == "cholesky" and not fit:
+        raise InputError(
+            f"distillation.solver=cholesky over {nodes} images needs more than distillation.memory_gib="
+            f"{diffusion.gib(device):g}; raise that, or set distillation.solver=cg"
+        )
+    if diffusion.solver != "auto":
+        return diffusion.solver
+    enough = max(6 * own_rows, 0 if device.type == "cpu" else GPU_CHOLESKY)
+    return "cholesky" if fit and nodes <= enough else "cg"
+
+
+@dataclass
 class Inverse:
     """Rows y_i [b, n] with y_i (I - omega A) = e_i, and what they took."""
 
     Y_bn: torch.Tensor
     error_b: torch.Tensor
     """Bound on each row's L1 error of the target."""
-    worst: float
-    """The largest of them; NaN where the host did not look."""
-    iterations: int
-    """Products with an n x n matrix spent on iterating: of conjugate gradients and of Neumann's series."""
+    iterations: int = 0
+    """Products with an n x n matrix spent on iterating."""
     corrections: int = 0
     longest: int = 0
     """Most iterations of conjugate gradients in one correction."""
+    worst: float = math.nan
+    """The largest error; NaN where the host did not look."""
 
 
 class Solve:
-    """Rows [b, n] of (I - omega A)^-1 that corrections make better."""
+    """An ``inverse`` that corrections make better. The host waits for nothing."""
 
     def __init__(self, graph: Graph, rows: slice, solver: str, tolerance: float, iterations: int | None = None) -> None:
-        """Solve for the unit vectors of the own rows. The host waits for nothing.
+        """Solve for the unit vectors of the own rows.
 
         Args:
             solver: cholesky or cg.
@@ -58,14 +83,13 @@ class Solve:
             iterations: of cg, a fixed number. Without it the host looks at every iteration's error.
         """
         self._graph, self._rows, self._to_walk_bn = graph, rows, graph.to_walk_coordinates(rows)
-        self._corrector = (
-            Cholesky(graph)
-            if solver == "cholesky"
-            else ConjugateGradients(graph, self._to_walk_bn, tolerance / 4, iterations)
-        )
-        solved_bn, self.iterations = self._corrector.unit_rows(rows)  # which are the same in both coordinates
-        self.corrections, self.longest = 0, self.iterations
-        self._take(self._in_walk(solved_bn))
+        if solver == "cholesky":
+            self._corrector: Cholesky | ConjugateGradients = Cholesky(graph)
+        else:
+            self._corrector = ConjugateGradients(graph, self._to_walk_bn, tolerance / 4, iterations)
+        solved_bn, taken = self._corrector.unit_rows(rows)  # which are the same in both coordinates
+        Y_bn = self._in_walk(solved_bn).clamp_min_(0)
+        self.inverse = Inverse(Y_bn, self._error(Y_bn), taken, 0, taken)
 
     def correct(self) -> None:
         """Solve for what is left of the residual."""
@@ -73,55 +97,36 @@ class Solve:
         # Scaled to a largest entry of 1, since squares of what outliers leave would underflow.
         size_b1 = R_bn.abs().amax(1, keepdim=True).clamp_min(torch.finfo(R_bn.dtype).tiny)
         solved_bn, taken = self._corrector(R_bn / size_b1, size_b1)
-        self.iterations, self.longest = self.iterations + taken, max(self.longest, taken)
-        self.corrections += 1
-        self._take(self.Y_bn.add_(self._in_walk(solved_bn.mul_(size_b1))))
-
-    def add_term(self) -> None:
-        """Add the next term of Neumann's series for what is left of the residual."""
-        self.iterations += 1
-        self._take(self.Y_bn.add_(self._R_bn))
+        found = self.inverse
+        # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
+        found.Y_bn.add_(self._in_walk(solved_bn.mul_(size_b1))).clamp_min_(0)
+        found.error_b, found.corrections = self._error(found.Y_bn), found.corrections + 1
+        found.iterations, found.longest = found.iterations + taken, max(found.longest, taken)
 
     def _in_walk(self, solved_bn: torch.Tensor) -> torch.Tensor:
         return solved_bn if self._to_walk_bn is None else solved_bn.mul_(self._to_walk_bn)
 
-    def _take(self, Y_bn: torch.Tensor) -> None:
-        # Clamped, as the exact y is not negative and a rounding error below 0 would have no logarithm.
-        self.Y_bn, graph = Y_bn.clamp_min_(0), self._graph
-        R_bn = times_matrix(graph.tiles, self.Y_bn, graph.transition, alpha=graph.diffusion.omega, beta=-1)
-        R_bn.diagonal(offset=self._rows.start).add_(1)  # e_i - y_i (I - omega A)
-        self._R_bn, self.error_b = R_bn, graph.error(R_bn)
-
-    def inverse(self, worst: float = math.nan) -> Inverse:
-        """Return what is reached."""
-        return Inverse(self.Y_bn, self.error_b, worst, self.iterations, self.corrections, self.longest)
+    def _error(self, Y_bn: torch.Tensor) -> torch.Tensor:
+        """Bound the error [b] by the residual e_i - y_i (I - omega A), which is kept."""
+        graph = self._graph
+        self._R_bn = times_matrix(graph.tiles, Y_bn, graph.transition, alpha=graph.diffusion.omega, beta=-1)
+        self._R_bn.diagonal(offset=self._rows.start).add_(1)
+        return graph.error(self._R_bn)
 
 
-def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float, neumann: bool) -> Inverse:
-    """Compute rows [b, n] of (I - omega A)^-1, to ``tolerance`` if possible.
-
-    Args:
-        neumann: go on with Neumann's series if the solver's corrections do not reach it.
-    """
+def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float) -> Inverse:
+    """Compute rows [b, n] of (I - omega A)^-1, to ``tolerance`` if possible."""
     solve = Solve(graph, rows, solver, tolerance)
-    before, worst = math.inf, float(solve.error_b.max())  # the host waits here for the device
-    while solve.corrections < CORRECTIONS and tolerance < worst < before / 2:  # not reached, stalled or NaN
+    found, before = solve.inverse, math.inf
+    found.worst = float(found.error_b.max())  # the host waits here for the device
+    while found.corrections < CORRECTIONS and tolerance < found.worst < before / 2:  # not reached, stalled or NaN
         solve.correct()
-        before, worst = worst, float(solve.error_b.max())
-    for _ in range(NEUMANN_ITERATIONS if neumann else 0):
-        if not worst > tolerance:
-            break
-        solve.add_term()
-        before, worst = worst, float(solve.error_b.max())
-        if worst >= before:  # rounding is all that is left
-            break
-    return solve.inverse(worst)
+        before, found.worst = found.worst, float(found.error_b.max())
+    return found
 
 
 def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
-    """Compute rows [b, n] of (I - omega A)^-1 by Neumann's series, where it is short.
-
-    At the usual temperatures two or three products with A make them as good as any solver would. None elsewhere.
+    """Compute rows [b, n] of (I - omega A)^-1 by Neumann's series; None where it is long.
 
         y' = e_i + omega y A  differs from y by y's residual, and its own residual is omega times that one times A
 
@@ -133,7 +138,7 @@ def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
         error_b = _bound(graph, Y_bn, before_bn)
         worst = float(error_b.max())  # the host waits here for the device
         if worst <= goal:
-            return Inverse(Y_bn, error_b, worst, taken)
+            return Inverse(Y_bn, error_b, taken, worst=worst)
         # Written so that NaN, and with omega 0 anything that is left, is too slow.
         if not (before and worst * (worst / before) ** (NEUMANN_STEPS - taken) <= goal):
             return None
@@ -155,7 +160,7 @@ def neumann_fixed_steps(graph: Graph, rows: slice, products: int, every: bool) -
         if every or taken == products:
             error_b = _bound(graph, Y_bn, before_bn)
             largest.append(error_b.max())
-    return Inverse(Y_bn, error_b, math.nan, products), torch.stack(largest)
+    return Inverse(Y_bn, error_b, products), torch.stack(largest)
 
 
 def _series(graph: Graph, rows: slice, products: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -174,18 +179,12 @@ def _bound(graph: Graph, Y_bn: torch.Tensor, before_bn: torch.Tensor) -> torch.T
 
 
 def neumann_goal(dtype: torch.dtype, omega: float, tolerance: float) -> float:
-    """Compute the error that the series must reach.
-
-    With a looser one the number of steps, and so the last digits, would depend on which rows a rank has.
-    """
+    """Compute the error that the series must reach, whichever rows a rank has."""
     return min(tolerance, ROUNDING * torch.finfo(dtype).eps / (1 - omega))
 
 
 class Cholesky:
-    """A Cholesky factor of all of I - omega N, in n^3 / 3 operations.
-
-    All rows of its inverse take 2 n^3 / 3 more, b of them 2 b n^2.
-    """
+    """A Cholesky factor of I - omega N: n^3 / 3 operations, and 2 b n^2 for b rows."""
 
     def __init__(self, graph: Graph) -> None:
         M_nn = graph.symmetric(slice(0, graph.n)).mul_(-graph.diffusion.omega)
@@ -209,8 +208,7 @@ class ConjugateGradients:
     """Conjugate gradients for own rows: 2 b n^2 operations an iteration, by tiles.
 
     The part along N's known leading eigenvector u, of eigenvalue 1, is solved directly, (c.u) / (1 - omega) u. The
-    iteration is left with the rest of the spectrum, N - u u^T (deflation). A GPU's host takes longer to start a kernel
-    than most of these take, so there are few.
+    iteration is left with the rest of the spectrum, N - u u^T (deflation).
     """
 
     def __init__(
@@ -218,9 +216,8 @@ class ConjugateGradients:
     ) -> None:
         """
         Args:
+            tolerance: of the error that a residual stands for in A's coordinates.
             iterations: to be taken; None for as many as are needed, with the host looking at each.
-            tolerance: of the error that a residual stands for in A's coordinates. Below some 1e-6 of the right-hand
-                side float32 has nothing more to give, and the next correction takes over.
         """
         self._graph, self._to_walk_bn, self._tolerance, self._fixed = graph, to_walk_bn, tolerance, iterations
         self._u_n = graph.top_eigenvector_n

@@ -8,31 +8,21 @@ Legend: b own rows, B rows of the batch, n >= B nodes, D embedding dimension; S 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from dist_obdsd.config.registry import TARGETS
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.manifold import solvers
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.graph import Graph, SymmetricGraph, WalkGraph, softmax
 from dist_obdsd.manifold.similarity import similarity, without_autocast
-from dist_obdsd.manifold.solvers import (
-    FIXED_STEPS,
-    Inverse,
-    Solve,
-    neumann_fixed_steps,
-    neumann_goal,
-    neumann_rows,
-    solve_rows,
-)
 from dist_obdsd.transfer import AsyncHostCopy
 
 FLOAT64_TOLERANCE = 1e-10
 """Largest error of a row for float64 embeddings."""
 LEAST_MASS = 1e-3
 """Share of a row's mass that must be left in the batch's columns for the row to be used."""
-GPU_CHOLESKY = 2048
-"""Nodes up to which a GPU factors the whole matrix: an estimate, 1 ms or so, beside 15 kernels an iteration."""
-CPU = torch.device("cpu")
 PART_ENTRIES = 2**26
 """Entries of one part of the own rows: the solver's state is some ten matrices of this size, 256 MiB each."""
 
@@ -71,19 +61,13 @@ class PSD(Target):
 
 
 class OBDSD(Target):
-    """(1 - omega) (I - omega A)^-1 P, where A is a random walk between the images.
-
-    A = softmax(S / transition_temperature) with the diagonal masked.
-    """
+    """(1 - omega) (I - omega A)^-1 P, where A is a random walk between the images."""
 
     graph = WalkGraph
 
 
 class SymmetricOBDSD(Target):
-    """softmax((1 - omega) (I - omega A)^-1 S / temperature) with a symmetric A.
-
-    A = D^-1/2 S0 D^-1/2, where S0 = max(S, 0) with zero diagonal and D holds its row sums.
-    """
+    """softmax((1 - omega) (I - omega A)^-1 S / temperature) with a symmetric A."""
 
     graph = SymmetricGraph
 
@@ -140,13 +124,60 @@ class PendingTarget:
                 plan.products = min(enough + 1, len(errors))
             return self.result
         if self.result is not None and errors[-1] == errors[-1]:  # NaN says nothing about the series
-            plan.rejected, plan.products = plan.rejected or self.result.iterations == FIXED_STEPS, None
+            plan.rejected, plan.products = plan.rejected or self.result.iterations == solvers.FIXED_STEPS, None
         return None
 
-    def learn(self, solve: Inverse) -> None:
+    def learn(self, solve: solvers.Inverse) -> None:
         """Queue as much as this solve took, from the next step on."""
         self.plan.corrections = max(self.plan.corrections, solve.corrections)
         self.plan.iterations = max(self.plan.iterations or 0, solve.longest)
+
+
+def diffusion_targets(
+    teacher_BD: torch.Tensor,
+    rows: slice | None = None,
+    *,
+    temperature: float = 0.1,
+    transition_temperature: float = 0.05,
+    omega: float = 0.5,
+    symmetric: bool = False,
+    neighbours: int | None = None,
+    tolerance: float = 1e-4,
+) -> torch.Tensor:
+    """Compute soft targets by a diffusion over a batch (arXiv 2211.07566, OBDP).
+
+    >>> targets = diffusion_targets(embeddings, omega=0.9)  # [B, B], rows sum to 1
+
+    target = (1 - omega) (I - omega A)^-1 P with S = T T^T, P = softmax(S / temperature) and
+    A = softmax(S / transition_temperature) without its diagonal. The symmetric form is
+    softmax((1 - omega) (I - omega A)^-1 S / temperature) with A = D^-1/2 max(S, 0) D^-1/2. No inverse is formed; the
+    result is accepted by its residual.
+
+    Args:
+        teacher_BD: unit rows [B, D] of the whole batch, B at least 2.
+        rows: the rows whose targets are wanted; None: all. A rank asks for its own.
+        temperature: of the start distribution P.
+        transition_temperature: of the random walk A.
+        omega: how far the diffusion goes, from 0 to below 1.
+        symmetric: take the published form instead of the released one.
+        neighbours: let the diffusion run only along edges to the k nearest; None: to all.
+        tolerance: largest L1 error of a row.
+
+    Returns:
+        [b, B] without gradient, float32, or float64 for float64 rows.
+
+    Raises:
+        InputError: shapes or rows do not fit.
+        RunError: no solve is accurate enough.
+    """
+    if rows is not None and rows.step not in (None, 1):
+        raise InputError(f"rows is {rows}; give a slice without a step")
+    start, stop, _ = (rows or slice(None)).indices(len(teacher_BD))
+    diffusion = Diffusion(
+        "obdsd_symmetric" if symmetric else "obdsd", temperature, transition_temperature=transition_temperature,
+        omega=omega, neighbours=neighbours, tolerance=tolerance,
+    )  # fmt: skip
+    return target_rows(teacher_BD, slice(start, stop), diffusion).target_bB
 
 
 @torch.no_grad()
@@ -159,15 +190,10 @@ def start_async(
 ) -> PendingTarget | None:
     """Queue what is mostly enough of a diffusion, before the student's forward pass.
 
-    The device then has other work when the host asks for the error, in ``target_rows``. None where the matrices are not
-    kept whole, or the own rows would be solved in parts.
-
-    Args:
-        As of ``target_rows``, of a target that has a graph.
-        plan: of the epoch; without one, nothing is known.
+    The arguments are those of ``target_rows``, which reads the error when the device has other work, and the epoch's
+    plan. None where the matrices are not kept whole, or the own rows would be solved in parts.
     """
-    plan = QueuePlan() if plan is None else plan
-    T_nD, b = _nodes(T_BD, memory_MD), rows.stop - rows.start
+    plan, T_nD, b = plan or QueuePlan(), _nodes(T_BD, memory_MD), rows.stop - rows.start
     dtype = torch.promote_types(T_nD.dtype, torch.float32)
     if b * len(T_nD) > PART_ENTRIES or not diffusion.fits(len(T_nD), dtype.itemsize, T_nD.device):
         return None
@@ -176,17 +202,17 @@ def start_async(
         pending = PendingTarget(plan, graph if graph.n**2 <= PART_ENTRIES else None)
         goal = _goal(T_nD, diffusion)
         if diffusion.solver == "auto" and not plan.rejected:
-            products = plan.products or FIXED_STEPS
-            inverse, worst = neumann_fixed_steps(graph, rows, products, every=plan.products is None)
-            goal = neumann_goal(graph.T_nD.dtype, diffusion.omega, goal)
+            products = plan.products or solvers.FIXED_STEPS
+            inverse, worst = solvers.neumann_fixed_steps(graph, rows, products, every=plan.products is None)
+            goal = solvers.neumann_goal(graph.T_nD.dtype, diffusion.omega, goal)
         else:
-            solver = choose_solver(graph.n, b, diffusion, dtype.itemsize, T_nD.device)
+            solver = solvers.choose_solver(graph.n, b, diffusion, dtype.itemsize, T_nD.device)
             if solver == "cg" and plan.iterations is None:
                 return pending
-            solve = Solve(graph, rows, solver, goal, plan.iterations)
+            solve = solvers.Solve(graph, rows, solver, goal, plan.iterations)
             for _ in range(plan.corrections):
                 solve.correct()
-            inverse, worst = solve.inverse(), solve.error_b.max()[None]
+            inverse, worst = solve.inverse, solve.inverse.error_b.max()[None]
             del solve  # and N with it
         result = DiffusionTarget(graph.target(inverse.Y_bn, rows), inverse.error_b, inverse.iterations)
         return replace(pending, goal=goal, result=result, worst=AsyncHostCopy(worst))
@@ -202,13 +228,10 @@ def target_rows(
 ) -> DiffusionTarget:
     """Compute the target of this rank's rows (arXiv 2211.07566, PSD and OBDP).
 
-    A row without an edge (degree 0) keeps its own P_i. ``mask_self`` takes the diagonal out of P (for
-    ``obdsd_symmetric``, out of the last softmax), so that a row's own entry in a psd target is 0. A diffused target may
-    still hold mass at its own row, which came back from neighbours. ``neighbours``, ``mutual``, ``clip`` and ``power``
-    sharpen S in A alone (Iscen et al., CVPR 2017; Yang et al., AAAI 2019).
-
-    With a memory, the diffusion runs over the batch and the memory. The target is then restricted to the batch's
-    columns, and its rows are divided by what is left of their mass.
+    A row without an edge keeps its own P_i. ``mask_self`` takes the diagonal out of P (for ``obdsd_symmetric``, out of
+    the last softmax). ``neighbours``, ``mutual``, ``clip`` and ``power`` sharpen S in A alone (Iscen et al., CVPR 2017;
+    Yang et al., AAAI 2019). With a memory, the diffusion runs over the batch and the memory, and the target is
+    restricted to the batch's columns.
 
     The solve is accepted by its residual, which bounds the target's L1 error. Where float32 cannot reach it, it is done
     again in float64. NaN or infinite embeddings give NaN targets, which the caller's finite check sees.
@@ -240,30 +263,6 @@ def target_rows(
         return result if len(T_nD) == B else _within_batch(result, T_BD, rows, diffusion)
 
 
-def choose_solver(
-    nodes: int, own_rows: int, diffusion: Diffusion, bytes_per_entry: int = 4, device: torch.device = CPU
-) -> str:
-    """Choose cholesky or cg, by the settings or, for ``auto``, by speed and memory.
-
-    Cholesky costs n^3 / 3 + 2 b n^2 operations, conjugate gradients some 3 to 10 iterations of 2 b n^2. Where one
-    overtakes the other was measured on a CPU. A GPU factors a small matrix in less time than it takes to start the
-    iterations' kernels. Neumann's series, which ``auto`` tries first, needs neither.
-
-    Raises:
-        InputError: cholesky is asked for and does not fit ``memory_gib``.
-    """
-    fit = diffusion.fits(nodes, bytes_per_entry, device)
-    if diffusion.solver == "cholesky" and not fit:
-        raise InputError(
-            f"distillation.solver=cholesky over {nodes} images needs more than distillation.memory_gib="
-            f"{diffusion.gib(device):g}; raise that, or set distillation.solver=cg"
-        )
-    if diffusion.solver != "auto":
-        return diffusion.solver
-    enough = max(6 * own_rows, 0 if device.type == "cpu" else GPU_CHOLESKY)
-    return "cholesky" if fit and nodes <= enough else "cg"
-
-
 def _nodes(T_BD: torch.Tensor, memory_MD: torch.Tensor | None) -> torch.Tensor:
     return T_BD if memory_MD is None or not len(memory_MD) else torch.cat([T_BD, memory_MD])
 
@@ -279,17 +278,17 @@ def _goal(T_nD: torch.Tensor, diffusion: Diffusion) -> float:
 
 def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion, pending: PendingTarget | None) -> DiffusionTarget:
     """Solve [b, n] in the embeddings' precision; if that fails, in float64."""
-    precise, dtype = T_nD.dtype == torch.float64, torch.promote_types(T_nD.dtype, torch.float32)
-    solver = choose_solver(len(T_nD), rows.stop - rows.start, diffusion, dtype.itemsize, T_nD.device)
+    dtype = torch.promote_types(T_nD.dtype, torch.float32)
+    solver = solvers.choose_solver(len(T_nD), rows.stop - rows.start, diffusion, dtype.itemsize, T_nD.device)
     goal = _goal(T_nD, diffusion)
-    retry = not precise and diffusion.fits(len(T_nD), 8, T_nD.device)
     graph = pending.graph if pending is not None and pending.graph is not None else _graph(T_nD, diffusion)
-    result, error = _solve(graph, rows, solver, goal, not retry, pending)
+    result, error = _solve(graph, rows, solver, goal, pending)
     # NaN compares false, so a failed solve is not accepted either.
     if error <= goal or not bool(T_nD.isfinite().all()):
         return result
-    if retry:
-        result, error = _solve(_graph(T_nD.double(), diffusion), rows, "cholesky", diffusion.tolerance, True)
+    if dtype != torch.float64:
+        solver = "cholesky" if diffusion.fits(len(T_nD), 8, T_nD.device) else "cg"
+        result, error = _solve(_graph(T_nD.double(), diffusion), rows, solver, diffusion.tolerance)
         result = DiffusionTarget(result.target_bB.to(dtype), result.error_b.to(dtype), result.iterations)
     if not error <= diffusion.tolerance:
         raise RunError(
@@ -301,7 +300,7 @@ def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion, pending: Pe
 
 
 def _solve(
-    graph: Graph, rows: slice, solver: str, tolerance: float, neumann: bool, pending: PendingTarget | None = None
+    graph: Graph, rows: slice, solver: str, tolerance: float, pending: PendingTarget | None = None
 ) -> tuple[DiffusionTarget, float]:
     """Solve for own rows, some at a time; return the target and its largest error."""
     height, parts, targets = max(PART_ENTRIES // graph.n, 1), [], []
@@ -309,18 +308,16 @@ def _solve(
         part = slice(start, min(start + height, rows.stop))
         # A series that was queued, now or earlier in the epoch, did not do.
         series = graph.diffusion.solver == "auto" and pending is None
-        found = neumann_rows(graph, part, tolerance) if series else None
+        found = solvers.neumann_rows(graph, part, tolerance) if series else None
         if found is None:
-            found = solve_rows(graph, part, solver, tolerance, neumann)
+            found = solvers.solve_rows(graph, part, solver, tolerance)
             if pending is not None:
                 pending.learn(found)
         parts.append(found)
         targets.append(graph.target(found.Y_bn, part))
     error_b, iterations = torch.cat([part.error_b for part in parts]), max(part.iterations for part in parts)
-    worst = [part.worst for part in parts]
-    return DiffusionTarget(torch.cat(targets), error_b, iterations), max(
-        worst, key=lambda error: (error != error, error)
-    )
+    worst = float(np.max([part.worst for part in parts]))  # NaN if any is
+    return DiffusionTarget(torch.cat(targets), error_b, iterations), worst
 
 
 def _within_batch(result: DiffusionTarget, T_BD: torch.Tensor, rows: slice, diffusion: Diffusion) -> DiffusionTarget:

@@ -23,7 +23,7 @@ def settings(**options: Any) -> Diffusion:
 @pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
 @pytest.mark.parametrize("rows", [ALL, SOME])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", MANIFOLDS)
+@pytest.mark.parametrize("kind", ["ordinary", "both", "equal"])
 def test_what_was_queued_unseen_is_the_target(kind, dtype, rows, target):
     T_BD = MANIFOLDS[kind].to(dtype)
     for transition, omega in ((1.0, 0.5), (1.0, 0.99), (0.005, 0.9)):
@@ -42,7 +42,7 @@ def test_what_was_queued_unseen_is_the_target(kind, dtype, rows, target):
             )
 
 
-def take_steps(chosen: Diffusion, steps: int = 12, b: int = 112) -> tuple[list[int], QueuePlan, list[DiffusionTarget]]:
+def take_steps(chosen: Diffusion, steps: int = 6, b: int = 112) -> tuple[list[int], QueuePlan, list[DiffusionTarget]]:
     """Solve for the batches of an epoch: how often the host waited in each, the plan, and the targets."""
     plan, waits, targets = QueuePlan(), [], []
     for step in range(steps):
@@ -57,7 +57,7 @@ def take_steps(chosen: Diffusion, steps: int = 12, b: int = 112) -> tuple[list[i
 
 
 @pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
-@pytest.mark.parametrize("transition", [0.1, 0.05, 0.02, 0.005])
+@pytest.mark.parametrize("transition", [0.1, 0.005])
 @pytest.mark.parametrize("b", [112, 14])
 def test_at_sharp_temperatures_the_host_waits_in_one_step(target, transition, b):
     chosen = settings(target=target, transition_temperature=transition)

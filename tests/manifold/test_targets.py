@@ -1,5 +1,6 @@
 """Targets against an explicit inverse in float64, on easy and nasty batches."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from dist_obdsd import diffusion_targets
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.manifold import graph, solvers
 from dist_obdsd.manifold import targets as manifold
@@ -41,37 +43,23 @@ def l1(target_bB: torch.Tensor, expected_bB: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", MANIFOLDS)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_float64_targets_equal_the_oracle(kind: str, target: str, mask: bool, solver: str) -> None:
-    T_BD = MANIFOLDS[kind]
-    for omega in (0.0, 0.5, 0.99):
-        for sharpness in (1.0, 0.05, 0.005):
-            chosen = options(target, sharpness, sharpness, omega, mask)
-            expected = oracle.target(T_BD.numpy(), **chosen)
-            solve = target_rows(T_BD, ALL, **chosen, solver=solver)
-            assert solve.target_bB.dtype == torch.float64
-            assert l1(solve.target_bB, expected) < 1e-9, (omega, sharpness)
-            np.testing.assert_allclose(solve.target_bB.sum(1).numpy(), 1, rtol=1e-9)
-
-
-@pytest.mark.parametrize("kind", MANIFOLDS)
-@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_float32_targets_are_as_near_as_their_residual_says(kind: str, target: str, solver: str) -> None:
-    T_BD = MANIFOLDS[kind].float()
-    for omega in (0.0, 0.5, 0.99):
-        for transition in (1.0, 0.05, 0.005):
-            chosen = options(target, 0.1 if target == "obdsd" else transition, transition, omega)
-            expected = oracle.target(T_BD.numpy(), **chosen)
-            solve = target_rows(T_BD, ALL, **chosen, solver=solver)
-            assert solve.target_bB.dtype == torch.float32
-            assert float(solve.error_b.max()) <= TOLERANCE
-            # Besides the solve's error there is the rounding of S itself, 2^-24 / temperature per logit, which
-            # the diffusion can multiply by up to 1 / (1 - omega).
-            rounding = 8 * 2**-24 / transition / (1 - omega)
-            assert l1(solve.target_bB, expected) < TOLERANCE + rounding, (omega, transition)
-            assert (solve.target_bB >= 0).all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_targets_equal_the_oracle(kind: str, target: str, dtype: torch.dtype) -> None:
+    T_BD, diffused = MANIFOLDS[kind].to(dtype), target.startswith("obdsd")
+    for omega, sharpness, solver in itertools.product((0.0, 0.5, 0.99), (1.0, 0.05, 0.005), SOLVERS):
+        if not diffused and (omega, solver) != (0.5, "cg"):
+            continue
+        temperature = 0.1 if dtype == torch.float32 and target != "obdsd_symmetric" else sharpness
+        chosen = options(target, temperature, sharpness, omega, mask=solver == "cg")
+        solve = target_rows(T_BD, ALL, **chosen, solver=solver)
+        assert solve.target_bB.dtype == dtype
+        assert (solve.target_bB >= 0).all()
+        np.testing.assert_allclose(solve.target_bB.sum(1).numpy(), 1, rtol=1e-9 if dtype == torch.float64 else 1e-4)
+        # Besides the solve's error, which the residual bounds, float32 rounds S itself, by 2^-24 / temperature a logit,
+        # which the diffusion can multiply by up to 1 / (1 - omega).
+        assert float(solve.error_b.max()) <= TOLERANCE
+        bound = 1e-9 if dtype == torch.float64 else TOLERANCE + 8 * 2**-24 / sharpness / (1 - omega)
+        assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < bound, (omega, sharpness, solver)
 
 
 def outliers(rows: int = 48, dim: int = 16) -> torch.Tensor:
@@ -131,7 +119,6 @@ def test_outliers_and_near_duplicates_at_sharp_temperatures(
     bound = TOLERANCE + 8 * 2**-24 / 0.005 / (1 - omega)
     for solver in SOLVERS:
         assert l1(target_rows(T_BD, rows, **chosen, solver=solver).target_bB, expected) < bound
-    # Where neither S nor N is ever whole there is no float64 to fall back to either.
     monkeypatch.setitem(graph.TILE_ENTRIES, "cpu", height * 48)
     solve = target_rows(T_BD, rows, **chosen, solver="cg", memory_gib=1e-9)
     assert float(solve.error_b.max()) <= TOLERANCE
@@ -152,40 +139,27 @@ class Idle(solvers.ConjugateGradients):
         return torch.zeros_like(C_bn), 0
 
 
-def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both solvers solve nothing."""
-    monkeypatch.setattr(solvers, "Cholesky", lambda graph: Idle(graph, None, 0.0))
-    monkeypatch.setattr(solvers, "ConjugateGradients", Idle)
-
-
-@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_where_corrections_stall_neumanns_series_goes_on(
-    monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype, solver: str
-) -> None:
-    idle(monkeypatch)
-    T_BD = MANIFOLDS["outliers"].to(dtype)
-    for omega in (0.5, 0.9):
-        chosen = options(target, 0.1, 0.05, omega)
-        solve = target_rows(T_BD, ALL, **chosen, solver=solver)
-        assert solve.iterations > 10
-        assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE
+def test_what_float32_cannot_solve_is_solved_in_float64_also_without_room() -> None:
+    T_BD, chosen = MANIFOLDS["outliers"].float(), options("obdsd_symmetric", 0.1, 1.0, 0.99)
+    narrow = graph.SymmetricGraph(T_BD, Diffusion(**chosen, memory_gib=1e-9))
+    assert solvers.solve_rows(narrow, ALL, "cg", TOLERANCE).worst > TOLERANCE
+    solve = target_rows(T_BD, ALL, **chosen, memory_gib=1e-9)
+    assert solve.target_bB.dtype == torch.float32
+    assert l1(solve.target_bB, oracle.target(T_BD.numpy(), **chosen)) < TOLERANCE
 
 
 @pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_solve_that_nothing_mends_is_an_error(monkeypatch: pytest.MonkeyPatch, target: str, solver: str) -> None:
-    idle(monkeypatch)
-    monkeypatch.setattr(solvers, "NEUMANN_ITERATIONS", 1)
+    monkeypatch.setattr(solvers, "Cholesky", lambda graph: Idle(graph, None, 0.0))
+    monkeypatch.setattr(solvers, "ConjugateGradients", Idle)
     with pytest.raises(RunError, match=r"error of \d\.\de[+-]\d+ .*tolerance=0.0001 is needed; lower"):
         target_rows(MANIFOLDS["ordinary"].float(), ALL, **options(target), solver=solver)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_published_settings_need_no_fallback(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
-    monkeypatch.setattr(Diffusion, "fits", lambda self, nodes, bytes_per_entry, device: bytes_per_entry == 4)
-    monkeypatch.setattr(solvers, "NEUMANN_ITERATIONS", 0)
+    monkeypatch.setattr(torch.Tensor, "double", None)  # which a second solve would begin with
     for spread in (1.0, 0.1, 0.01):
         T_BD = unit_rows(5, 112, 128, spread).float()
         for omega, transition in ((0.3, 1.0), (0.99, 1.0), (0.5, 0.005)):
@@ -218,7 +192,7 @@ def test_where_the_walk_forgets_at_once_its_series_is_solver_enough(
     for omega, transition in FLAT:  # and only where nobody asked for another solver
         for solver in SOLVERS:
             with monkeypatch.context() as patch:
-                patch.setattr(manifold, "neumann_rows", None)
+                patch.setattr(solvers, "neumann_rows", None)
                 target_rows(T_BD, rows, **options("obdsd", 1.0, transition, omega), solver=solver)
 
 
@@ -284,7 +258,7 @@ def test_the_known_eigenvector_is_kept_out_of_the_iteration(monkeypatch: pytest.
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["ordinary", "tight", "duplicates", "outliers", "equal"])
+@pytest.mark.parametrize("kind", ["tight", "outliers", "equal"])
 def test_sharpened_targets_equal_the_oracle(
     monkeypatch: pytest.MonkeyPatch, target: str, sharpening: dict[str, Any], kind: str
 ) -> None:
@@ -329,13 +303,13 @@ def test_without_room_no_matrix_over_all_pairs_is_made(monkeypatch: pytest.Monke
 
 def test_who_solves() -> None:
     auto = Diffusion()
-    assert manifold.choose_solver(112, 112, auto) == "cholesky"
-    assert manifold.choose_solver(4096, 64, auto) == "cg"
-    assert manifold.choose_solver(32768, 32768, auto) == "cg"  # does not fit the default
-    assert manifold.choose_solver(32768, 32768, Diffusion(memory_gib=20)) == "cholesky"
-    assert manifold.choose_solver(112, 112, Diffusion(solver="cg")) == "cg"
+    assert solvers.choose_solver(112, 112, auto) == "cholesky"
+    assert solvers.choose_solver(4096, 64, auto) == "cg"
+    assert solvers.choose_solver(32768, 32768, auto) == "cg"  # does not fit the default
+    assert solvers.choose_solver(32768, 32768, Diffusion(memory_gib=20)) == "cholesky"
+    assert solvers.choose_solver(112, 112, Diffusion(solver="cg")) == "cg"
     with pytest.raises(InputError, match=r"solver=cholesky over 32768 images needs more than .*memory_gib=2"):
-        manifold.choose_solver(32768, 512, Diffusion(solver="cholesky"))
+        solvers.choose_solver(32768, 512, Diffusion(solver="cholesky"))
 
 
 @pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
@@ -382,13 +356,14 @@ def test_own_rows_are_the_rows_of_the_whole(target: str, mask: bool) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_half_precision_is_widened_and_autocast_has_no_say(target: str) -> None:
-    T_BD = MANIFOLDS["tight"].bfloat16()
+    T_BD = MANIFOLDS["tight"].bfloat16().requires_grad_()
     chosen = options(target, 0.1, 0.05, 0.5)
-    expected = oracle.target(T_BD.double().numpy(), **chosen)
+    expected = oracle.target(T_BD.detach().double().numpy(), **chosen)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = target_rows(T_BD, ALL, **chosen).target_bB
         wide = target_rows(T_BD.float(), ALL, **chosen).target_bB
     assert inside.dtype == torch.float32
+    assert not inside.requires_grad  # nothing of it reaches the teacher
     assert torch.equal(inside, wide)
     assert l1(inside, expected) < 1e-4
 
@@ -402,14 +377,36 @@ def test_nan_embeddings_give_nan_targets_on_every_rank(target: str, bad: float) 
         assert target_rows(T_BD, rows, **options(target)).target_bB.isnan().any()
 
 
-def test_no_gradient_reaches_the_teacher() -> None:
-    T_BD = MANIFOLDS["ordinary"].clone().requires_grad_()
-    for target in TARGETS:
-        assert not target_rows(T_BD, ALL, **options(target)).target_bB.requires_grad
-
-
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="B > 1"):
         target_rows(torch.ones(1, D), slice(0, 1), **options("psd"))
     with pytest.raises(InputError, match="rows 8 to 13"):
         target_rows(torch.ones(B, D), slice(8, 13), **options("psd"))
+
+
+def half_uniform(T_BD: torch.Tensor, rows: slice, diffusion: Diffusion) -> torch.Tensor:
+    """A target of somebody else's: between psd and uniform."""
+    psd_bB = manifold.target_rows(T_BD, rows, Diffusion("psd", diffusion.temperature)).target_bB
+    return (psd_bB + 1 / len(T_BD)) / 2
+
+
+def test_a_target_can_be_a_function_by_its_import_path() -> None:
+    T_BD, rows = unit_rows(0), slice(2, 6)
+    path = f"{__name__}:half_uniform"
+    found = manifold.target_rows(T_BD, rows, Diffusion(path, 0.2)).target_bB
+    assert torch.equal(found, half_uniform(T_BD, rows, Diffusion("psd", 0.2)))
+    with pytest.raises(InputError, match=r"distillation\.target=nowhere:f cannot be imported"):
+        manifold.target_rows(T_BD, rows, Diffusion("nowhere:f"))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_diffusion_targets_are_those_of_the_objective(symmetric: bool) -> None:
+    T_BD = unit_rows(0)
+    chosen = {"temperature": 0.2, "transition_temperature": 0.3, "omega": 0.7}
+    target = "obdsd_symmetric" if symmetric else "obdsd"
+    expected = oracle.target(T_BD.numpy(), target=target, mask_self=False, **chosen)
+    assert np.abs(diffusion_targets(T_BD, symmetric=symmetric, **chosen).numpy() - expected).max() < 1e-9
+    own = diffusion_targets(T_BD, slice(3, 5), symmetric=symmetric, **chosen)
+    assert np.abs(own.numpy() - expected[3:5]).max() < 1e-9
+    with pytest.raises(InputError, match="step"):
+        diffusion_targets(T_BD, slice(0, 6, 2))
