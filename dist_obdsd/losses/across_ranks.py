@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
@@ -61,6 +62,8 @@ class InputChecks:
 
     values: bool = True
     """Compare sizes at every step, and look at the numbers; false compares the sizes of the first step only."""
+    normalize: bool = False
+    """Divide rows by their length, in place of a look at it."""
     _compared: set[str] = field(default_factory=set)
     _pending: tuple[list[str], AsyncHostCopy] | None = None
 
@@ -100,16 +103,18 @@ class InputChecks:
             )
             self._compared.add(what)
 
-    def rows(self, what: str, rows_bD: torch.Tensor) -> list[Note]:
-        """Check that rows have length 1; the loss itself shows what is not finite."""
+    def unit_rows(self, what: str, rows_bD: torch.Tensor) -> tuple[torch.Tensor, list[Note]]:
+        """Make rows [b, D] of length 1, or check that they are; the loss itself shows what is not finite."""
+        if self.normalize:
+            return functional.normalize(rows_bD.to(torch.promote_types(rows_bD.dtype, torch.float32))), []
         if not self.values:
-            return []
+            return rows_bD, []
         far_b = (rows_bD.detach().float().norm(dim=1) - 1).abs() > LENGTH_TOLERANCE
         message = (
             f"the {what} has {{}} rows that are not of length 1; normalize them (torch.nn.functional.normalize) or "
             f"make the loss with normalize=True"
         )
-        return [(message, (far_b & rows_bD.detach().isfinite().all(1)).sum())]
+        return rows_bD, [(message, (far_b & rows_bD.detach().isfinite().all(1)).sum())]
 
     def labels(self, labels_b: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, list[Note]]:
         """Check that labels are class indices; return them with safe values."""

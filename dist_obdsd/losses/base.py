@@ -5,7 +5,6 @@ Legend: b anchors of this rank, B rows of the global batch, D embedding dimensio
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import Group
@@ -60,9 +59,8 @@ class RankingLoss(nn.Module):
             return combine(view, terms, dict.fromkeys(terms, 1.0), self._checks).loss
 
     def view(
-        self, embeddings_bD: torch.Tensor, labels: torch.Tensor, checks: InputChecks, *, normalize: bool = False,
-        seed: int | None = None,
-    ) -> BatchView:  # fmt: skip
+        self, embeddings_bD: torch.Tensor, labels: torch.Tensor, checks: InputChecks, seed: int | None = None
+    ) -> BatchView:
         """Gather embeddings, with gradient, and labels. Collective.
 
         At the first call all ranks take rank 0's parameters, as DDP does where it wraps.
@@ -74,16 +72,12 @@ class RankingLoss(nn.Module):
         self.calls += 1
         b, W = len(embeddings_bD), collectives.world_size()
         labels, notes = checks.labels(labels.to(embeddings_bD.device, non_blocking=True), self.num_classes)
-        if normalize:
-            wide = torch.promote_types(embeddings_bD.dtype, torch.float32)
-            embeddings_bD = functional.normalize(embeddings_bD.to(wide))
-        else:
-            notes += checks.rows("batch", embeddings_bD)
+        embeddings_bD, more_notes = checks.unit_rows("batch", embeddings_bD)
         embeddings_BD = collectives.gather_rows(embeddings_bD, check_sizes=False)
         labels_B = collectives.AsyncAllGather(labels).wait() if len(labels) < W * b else labels
         return BatchView(
             embeddings_bD, embeddings_BD, labels_B, collectives.rank() * b, self.calls if seed is None else seed,
-            collectives.mean_gradient, notes,
+            collectives.mean_gradient, notes + more_notes,
         )  # fmt: skip
 
 

@@ -17,8 +17,7 @@ class ContrastiveLoss(RankingLoss):
 
     With Euclidean distances d, a positive pair costs ``max(0, d - positive_margin)`` and a negative one
     ``max(0, negative_margin - d)``; these hinges are not squared. The loss is the mean over the positive pairs that
-    cost something, plus the mean over the negative ones that do. So easy pairs do not dilute it, as in
-    pytorch-metric-learning's ``ContrastiveLoss``.
+    cost something, plus the mean over the negative ones that do, as in pytorch-metric-learning's ``ContrastiveLoss``.
     """
 
     def __init__(self, positive_margin: NonNegative = 0.0, negative_margin: Positive = 0.5) -> None:

@@ -19,9 +19,7 @@ NORMALISED = 1e-4
 def distil(S_bB: torch.Tensor, target_bB: torch.Tensor, temperature: float, first_row: int) -> dict[str, PartialMean]:
     """Compute KL(target || softmax(S / temperature)) of own rows, and its figures.
 
-        KL_i = sum_j target_ij (log target_ij - log p_ij),   p_i = softmax_j(S_ij / temperature)
-
-    The student's softmax always runs over all B columns, its own included, also where the target's own entry is masked.
+        KL_i = sum_j target_ij (log target_ij - log p_ij),   p_i = softmax_j(S_ij / temperature), own column included
 
     Args:
         S_bB: the student's similarities of own rows to the batch, with gradient.

@@ -29,10 +29,10 @@ class MarginLoss(LearnableLoss):
         max(0, alpha + d_ap - beta_a) + max(0, alpha + beta_a - d_an) + nu beta_a
 
     where beta_a is learned, for the anchor's class or for all. The sum is divided by the number of hinges above 0, as
-    the paper's code does. An anchor whose negatives all lie beyond ``nonzero_cutoff`` draws none: it keeps its
-    positives' cost alone. By the ``released`` conventions of OBD-SD's code an anchor draws one positive and one
-    negative at any distance, the sum is divided by the number of such triplets with a hinge above 0, and the penalty on
-    beta is not divided; an anchor without a positive is its own.
+    the paper's code does. An anchor whose negatives all lie beyond ``nonzero_cutoff`` keeps its positives' cost alone.
+    By the ``released`` conventions of OBD-SD's code an anchor draws one positive and one negative at any distance, the
+    sum is divided by the number of such triplets with a hinge above 0, and the penalty on beta is not divided; an
+    anchor without a positive is its own.
     """
 
     def __init__(
@@ -92,8 +92,7 @@ class MarginLoss(LearnableLoss):
         """Weigh an anchor's negatives [b, B], and tell if it has any [b, 1].
 
         The probability is proportional to 1 / q(max(d, cutoff)), where q is the density of distances between random
-        points of the unit sphere (equation 2): ``log q = (D - 2) log d + (D - 3)/2 log(1 - d^2 / 4)``. Close negatives
-        would be drawn with gradients of high variance, hence the cutoff; those from ``nonzero_cutoff`` on are left out.
+        points of the unit sphere (equation 2): ``log q = (D - 2) log d + (D - 3)/2 log(1 - d^2 / 4)``.
         """
         clipped_bB = d_bB.clamp(min=self.cutoff)
         open_bB = (1 - clipped_bB.square() / 4).clamp(min=torch.finfo(d_bB.dtype).tiny)  # d may round to above 2

@@ -20,13 +20,12 @@ class MultiSimilarityLoss(RankingLoss):
     >>> loss = MultiSimilarityLoss()(embeddings, labels)
 
     The paper's equations 9 to 11: anchor i with similarities S keeps a positive p if ``S_ip < max_n S_in + margin`` and
-    a negative n if ``S_in > min_p S_ip - margin``. Those are the pairs whose order is nearly or already wrong. The
-    anchor's loss over them is
+    a negative n if ``S_in > min_p S_ip - margin``. The anchor's loss over them is
 
         1/alpha log(1 + sum_p exp(-alpha (S_ip - threshold))) + 1/beta log(1 + sum_n exp(beta (S_in - threshold)))
 
-    An anchor counts if it keeps a positive and a negative; the global loss is the mean over the anchors that count (not
-    over the B rows). The anchor itself is left out by its index, so that a duplicate image stays a positive.
+    An anchor counts if it keeps a positive and a negative; the global loss is the mean over the anchors that count. The
+    anchor itself is left out by its index, so that a duplicate image stays a positive.
     """
 
     def __init__(
@@ -95,10 +94,9 @@ class _MultiSimilarity(torch.autograd.Function):
 def _soft(
     S_bB: torch.Tensor, kept_bB: torch.Tensor, hardest_b1: torch.Tensor, threshold: float, k: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute log(1 + sum exp(k (S - threshold))) [b, 1] over kept entries.
+    """Compute log(1 + sum exp(k (S - threshold))) [b, 1] over kept entries, in place of S.
 
-    Also returns two factors, [b, 1] and [b, B], whose product, times k, is its slope. Overwrites S. The hardest entry
-    has the largest exponent.
+    Also returns two factors, [b, 1] and [b, B], whose product, times k, is its slope.
     """
     exponents_bB = torch.add(hardest_b1 * (-k * LOG2_E), S_bB, alpha=k * LOG2_E, out=S_bB)
     above_bB = exponents_bB.clamp_min_(LEAST_EXPONENT).exp2_().mul_(kept_bB)

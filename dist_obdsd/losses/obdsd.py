@@ -89,8 +89,7 @@ class OBDSDLoss(nn.Module):
         """
         super().__init__()
         self.ranking = ranking if isinstance(ranking, RankingLoss) else GatheredLoss(ranking)
-        self.weight, self.scope, self.memory = weight, scope, memory
-        self.group, self.normalize = group, normalize
+        self.weight, self.scope, self.memory, self.group = weight, scope, memory, group
         self.target: type[manifold.Target] | None = None if target == "none" else TARGETS.load(target)
         self.diffusion = Diffusion(target, temperature, transition_temperature, omega, **diffusion)
         for name, value, fine, needed in (
@@ -103,7 +102,7 @@ class OBDSDLoss(nn.Module):
         ):
             if not fine:
                 raise InputError(f"{name} is {value}; it must be {needed}")
-        self._checks = InputChecks(validate)
+        self._checks = InputChecks(validate, normalize)
         self.memory_MD: torch.Tensor | None = None
         """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
         self._plan = manifold.QueuePlan()
@@ -124,11 +123,7 @@ class OBDSDLoss(nn.Module):
         """
         with collectives.within(self.group):
             self._checks.sizes("teacher's rows", teacher_bD)
-            notes: list[Note] = []
-            if self.normalize:
-                teacher_bD = nn.functional.normalize(teacher_bD)
-            else:
-                notes = self._checks.rows("teacher's batch", teacher_bD)
+            teacher_bD, notes = self._checks.unit_rows("teacher's batch", teacher_bD)
             gathering, pending = AsyncAllGather(teacher_bD), None
             if (teacher_bD.is_cuda if early is None else early) and self.target is not None and self.target.graph:
                 b, rank = len(teacher_bD), collectives.rank()
@@ -176,7 +171,7 @@ class OBDSDLoss(nn.Module):
                 )
             teacher_bD = self.start_teacher(teacher_bD, early=False)
         with collectives.within(self.group):
-            view = self.ranking.view(embeddings_bD, labels_b, self._checks, normalize=self.normalize, seed=seed)
+            view = self.ranking.view(embeddings_bD, labels_b, self._checks, seed)
             T_BD, pending = None, None
             if teacher_bD is not None:
                 T_BD, pending = teacher_bD.gathering.wait(), teacher_bD.pending

@@ -39,7 +39,7 @@ class PMLLoss(GatheredLoss):
     >>> loss = ranking(embeddings, labels)
 
     The number of classes and the embedding's length are filled in where a constructor takes them. What is random in a
-    step follows from ``view.seed``; what is random in the construction, from the generator state at that time.
+    step follows from ``view.seed``.
 
     Raises:
         InputError: if the library is missing, or a name or an argument is unknown, cannot work here or fails on a small

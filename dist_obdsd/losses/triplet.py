@@ -17,9 +17,8 @@ class TripletLoss(RankingLoss):
     >>> loss = TripletLoss(margin=0.2)(embeddings, labels)
 
     The paper's equations 2 and 4 use squared distances d. For every pair of an anchor a and a positive p, all semi-hard
-    negatives n count: those that lie farther than the positive, but by less than the margin,
-    ``d_ap < d_an < d_ap + margin``. The loss is the mean of ``d_ap - d_an + margin`` over all these triplets. (The
-    paper samples from them.)
+    negatives n count, those with ``d_ap < d_an < d_ap + margin``. The loss is the mean of ``d_ap - d_an + margin`` over
+    all these triplets. (The paper samples from them.)
     """
 
     def __init__(self, margin: Positive = 0.2) -> None:

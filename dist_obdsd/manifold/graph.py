@@ -9,9 +9,7 @@ Legend: n nodes, the rows of the batch first and then those of the memory; b own
 dimension.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -30,8 +28,14 @@ TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
 differently, always fall on the same side."""
 
 
-class Graph(ABC):
-    """A batch manifold, in the precision of ``T_nD`` and at least float32."""
+class Graph:
+    """A batch manifold with the symmetric A = N of ``obdsd_symmetric``: K = max(S, 0) without its diagonal.
+
+    Computed in the precision of ``T_nD`` and at least float32.
+    """
+
+    clips = True
+    """Whether negative similarities are no edges, whatever the settings say."""
 
     def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         self.T_nD = T_nD.to(torch.promote_types(T_nD.dtype, torch.float32))
@@ -49,43 +53,84 @@ class Graph(ABC):
         """Return S [t, n], not to be written to."""
         return similarity(self.T_nD[rows], self.T_nD) if self._S_nn is None else self._S_nn[rows]
 
-    @abstractmethod
-    def transition(self, rows: slice) -> torch.Tensor:
-        """Return A [t, n], the steps from node i in row i; 0 where it is isolated."""
-
-    @abstractmethod
-    def symmetric(self, rows: slice) -> torch.Tensor:
-        """Return N [t, n], the caller's own."""
-
-    @property
-    @abstractmethod
-    def isolated_n(self) -> torch.Tensor:
-        """Mask [n] of the nodes without an edge."""
-
-    @property
-    @abstractmethod
-    def top_eigenvector_n(self) -> torch.Tensor:
-        """Compute N's unit eigenvector [n] of eigenvalue 1: the degrees' square root."""
-
-    @abstractmethod
-    def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
-        """Sum two terms of (I - omega A)^-1, own rows [b, n], and guess the others."""
-
-    @abstractmethod
-    def to_walk_coordinates(self, rows: slice) -> torch.Tensor | None:
-        """Compute factors [b, n] from N's rows to A's; None for ones."""
-
-    @abstractmethod
-    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
-        """Bound the target's L1 error [b], from rows e_i - y (I - omega A)."""
-
-    @abstractmethod
-    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Compute the target [b, n] of the own rows from those of (I - omega A)^-1."""
-
     def start(self, rows: slice) -> torch.Tensor:
         """Compute P = softmax(S / temperature) [t, n], no diagonal if ``mask_self``."""
         return softmax(self.similarities(rows), self.diffusion.temperature, rows.start, self.diffusion.mask_self)
+
+    def transition(self, rows: slice) -> torch.Tensor:
+        """Return A [t, n], the steps from node i in row i; 0 where it is isolated."""
+        return self.symmetric(rows)
+
+    def symmetric(self, rows: slice) -> torch.Tensor:
+        """Return N [t, n], the caller's own."""
+        return self._affinities(rows).mul_(self._scale_n[rows, None]).mul_(self._scale_n)
+
+    @property
+    def isolated_n(self) -> torch.Tensor:
+        """Mask [n] of the nodes without an edge."""
+        return self._degree_n == 0
+
+    @cached_property
+    def top_eigenvector_n(self) -> torch.Tensor:
+        """Compute N's unit eigenvector [n] of eigenvalue 1: the degrees' square root."""
+        return self._degree_n.sqrt() / self._degree_n.sum().sqrt().clamp_min(torch.finfo(self._degree_n.dtype).tiny)
+
+    def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
+        """Sum two terms of (I - omega A)^-1, own rows [b, n], and guess the others.
+
+        As k grows, A^k tends to u u^T, where u is the leading eigenvector.
+        """
+        omega, u_n = self.diffusion.omega, self.top_eigenvector_n
+        guess_bn = torch.addr(A_nn[rows], u_n[rows], u_n, beta=omega, alpha=omega**2 / (1 - omega))
+        guess_bn.diagonal(offset=rows.start).add_(1)
+        return guess_bn
+
+    def to_walk_coordinates(self, rows: slice) -> torch.Tensor | None:
+        """Compute factors [b, n] from N's rows to A's; None for ones."""
+        return None
+
+    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
+        """Bound the target's L1 error [b], from rows e_i - y (I - omega A).
+
+        A's eigenvalues lie in [-1, 1], so y's error is at most 1/(1 - omega) times its residual. A logit's error is at
+        most that times (1 - omega) |S_j| / temperature, and softmax does not enlarge it (from max norm to L1).
+        """
+        return residual_bn.norm(dim=1) * self._reach
+
+    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Compute the target [b, n] of the own rows from those of (I - omega A)^-1.
+
+        Row i is softmax((1 - omega) y S / temperature), and P_i where i is isolated.
+        """
+        diffused_bn = times_matrix(self.tiles, Y_bn, self.similarities, alpha=1 - self.diffusion.omega)
+        diffused_bn = torch.where(self.isolated_n[rows, None], self.similarities(rows), diffused_bn)
+        return softmax(diffused_bn, self.diffusion.temperature, rows.start, self.diffusion.mask_self)
+
+    def _affinities(self, rows: slice) -> torch.Tensor:
+        S_tn, edges_tn = self._sharpened(rows)
+        if edges_tn is not None:
+            S_tn = S_tn * edges_tn
+        S_tn.diagonal(offset=rows.start).fill_(0)
+        return S_tn
+
+    @cached_property
+    def _degree_n(self) -> torch.Tensor:
+        degree_n = self._per_node()
+        for tile in self.tiles:
+            torch.sum(self._affinities(tile), 1, out=degree_n[tile])
+        return degree_n
+
+    @cached_property
+    def _scale_n(self) -> torch.Tensor:
+        return self._degree_n.masked_fill(self.isolated_n, 1).rsqrt()
+
+    @cached_property
+    def _reach(self) -> torch.Tensor:
+        """Longest row of S over the temperature."""
+        length_n = self._per_node()
+        for tile in self.tiles:
+            torch.linalg.vector_norm(self.similarities(tile), dim=1, out=length_n[tile])
+        return length_n.max() / self.diffusion.temperature
 
     def _sharpened(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return S after clipping and power [t, n], and its mask of edges or None."""
@@ -93,7 +138,7 @@ class Graph(ABC):
         if self._nearest_n is not None:
             mine_tn, theirs_tn = S_tn >= self._nearest_n[rows, None], S_tn >= self._nearest_n
             edges_tn = mine_tn & theirs_tn if self.diffusion.mutual else mine_tn | theirs_tn
-        if self.diffusion.clip:
+        if self.clips or self.diffusion.clip:
             S_tn = S_tn.clamp_min(0)
         if self.diffusion.power != 1:
             S_tn = S_tn**self.diffusion.power
@@ -123,6 +168,8 @@ class WalkGraph(Graph):
     1/t = 200, where float32 is coarse. Differences of near ones are exact, so the logarithm of a degree is kept in two
     parts, m + log s. The shift by S = 1 keeps the logits of close rows small.
     """
+
+    clips = False
 
     def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         super().__init__(T_nD, diffusion)
@@ -214,65 +261,6 @@ class WalkGraph(Graph):
         if self._nearest_n is None:
             return target_bn
         return torch.where(self.isolated_n[rows, None], self.start(rows), target_bn)
-
-
-class SymmetricGraph(Graph):
-    """A = D^-1/2 S0 D^-1/2, where S0 = max(S, 0) without its diagonal."""
-
-    def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
-        super().__init__(T_nD, replace(diffusion, clip=True))
-        degree_n, length_n = self._per_node(), self._per_node()
-        for tile in self.tiles:
-            torch.sum(self._affinities(tile), 1, out=degree_n[tile])
-            torch.linalg.vector_norm(self.similarities(tile), dim=1, out=length_n[tile])
-        self._scale_n = degree_n.masked_fill(degree_n == 0, 1).rsqrt()
-        self._reach = length_n.max() / diffusion.temperature
-        self._degree_n = degree_n
-
-    @property
-    def isolated_n(self) -> torch.Tensor:
-        return self._degree_n == 0
-
-    @cached_property
-    def top_eigenvector_n(self) -> torch.Tensor:
-        return self._degree_n.sqrt() / self._degree_n.sum().sqrt().clamp_min(torch.finfo(self._degree_n.dtype).tiny)
-
-    def _affinities(self, rows: slice) -> torch.Tensor:
-        S_tn, edges_tn = self._sharpened(rows)
-        if edges_tn is not None:
-            S_tn = S_tn * edges_tn
-        S_tn.diagonal(offset=rows.start).fill_(0)
-        return S_tn
-
-    def symmetric(self, rows: slice) -> torch.Tensor:
-        return self._affinities(rows).mul_(self._scale_n[rows, None]).mul_(self._scale_n)
-
-    def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
-        """As k grows, A^k tends to u u^T, where u is the leading eigenvector."""
-        omega, u_n = self.diffusion.omega, self.top_eigenvector_n
-        guess_bn = torch.addr(A_nn[rows], u_n[rows], u_n, beta=omega, alpha=omega**2 / (1 - omega))
-        guess_bn.diagonal(offset=rows.start).add_(1)
-        return guess_bn
-
-    def transition(self, rows: slice) -> torch.Tensor:
-        return self.symmetric(rows)
-
-    def to_walk_coordinates(self, rows: slice) -> None:
-        return None
-
-    def error(self, residual_bn: torch.Tensor) -> torch.Tensor:
-        """Scale the residual's L2 norm to a bound.
-
-        A's eigenvalues lie in [-1, 1], so y's error is at most 1/(1 - omega) times its residual. A logit's error is at
-        most that times (1 - omega) |S_j| / temperature, and softmax does not enlarge it (from max norm to L1).
-        """
-        return residual_bn.norm(dim=1) * self._reach
-
-    def target(self, Y_bn: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Row i is softmax((1 - omega) y S / temperature), and P_i where i is isolated."""
-        diffused_bn = times_matrix(self.tiles, Y_bn, self.similarities, alpha=1 - self.diffusion.omega)
-        diffused_bn = torch.where(self.isolated_n[rows, None], self.similarities(rows), diffused_bn)
-        return softmax(diffused_bn, self.diffusion.temperature, rows.start, self.diffusion.mask_self)
 
 
 def times_matrix(

@@ -25,6 +25,8 @@ NEUMANN_STEPS = 3
 """Products with A after which an inverse by Cholesky would have been cheaper."""
 FIXED_STEPS = 8
 """Most products with A where the host reads no error in between."""
+FIXED_ITERATIONS = 10
+"""Iterations of conjugate gradients that are queued before it is known how many a batch needs."""
 GPU_CHOLESKY = 2048
 """Nodes up to which a GPU factors the whole matrix: an estimate, 1 ms or so, beside 15 kernels an iteration."""
 CPU = torch.device("cpu")

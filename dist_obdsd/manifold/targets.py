@@ -5,7 +5,7 @@ Every rank computes the target of its own rows only, from the teacher's embeddin
 Legend: b own rows, B rows of the batch, n >= B nodes, D embedding dimension; S = T T^T; e_i is a unit vector.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from dist_obdsd.config.registry import TARGETS
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.manifold import solvers
 from dist_obdsd.manifold.diffusion import Diffusion
-from dist_obdsd.manifold.graph import Graph, SymmetricGraph, WalkGraph, softmax
+from dist_obdsd.manifold.graph import Graph, WalkGraph, softmax
 from dist_obdsd.manifold.similarity import similarity, without_autocast
 from dist_obdsd.transfer import AsyncHostCopy
 
@@ -69,7 +69,7 @@ class OBDSD(Target):
 class SymmetricOBDSD(Target):
     """softmax((1 - omega) (I - omega A)^-1 S / temperature) with a symmetric A."""
 
-    graph = SymmetricGraph
+    graph = Graph
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class QueuePlan:
     """True once these were not enough: then a solver is queued, with"""
     corrections: int = 0
     iterations: int | None = None
-    """and, for conjugate gradients, a number of iterations, which only a solve that is looked at can tell."""
+    """and as many iterations of conjugate gradients as a solve took that the host looked at."""
 
 
 @dataclass(frozen=True)
@@ -106,24 +106,21 @@ class PendingTarget:
     plan: QueuePlan
     graph: Graph | None
     """The graph where it is small enough to be kept for another solve."""
-    goal: float = 0.0
+    goal: float
     """The result is accepted if its largest error is at most this."""
-    result: DiffusionTarget | None = None
-    """None where nothing could be queued yet."""
-    worst: AsyncHostCopy | None = None
+    result: DiffusionTarget
+    worst: AsyncHostCopy
     """The largest error; of a series of unknown length, that after each product."""
 
     def read(self) -> DiffusionTarget | None:
         """Return the result if it is accurate enough, and learn for the next step."""
-        if self.worst is None:
-            return None
         errors, plan = self.worst.read(), self.plan
         if errors[-1] <= self.goal:
             if len(errors) > 1:  # one more than this batch needed, as the next one may need it
                 enough = next(taken for taken, error in enumerate(errors, 1) if error <= self.goal)
                 plan.products = min(enough + 1, len(errors))
             return self.result
-        if self.result is not None and errors[-1] == errors[-1]:  # NaN says nothing about the series
+        if errors[-1] == errors[-1]:  # NaN says nothing about the series
             plan.rejected, plan.products = plan.rejected or self.result.iterations == solvers.FIXED_STEPS, None
         return None
 
@@ -198,24 +195,21 @@ def start_async(
     if b * len(T_nD) > PART_ENTRIES or not diffusion.fits(len(T_nD), dtype.itemsize, T_nD.device):
         return None
     with without_autocast(T_BD.device):
-        graph = _graph(T_nD, diffusion)
-        pending = PendingTarget(plan, graph if graph.n**2 <= PART_ENTRIES else None)
-        goal = _goal(T_nD, diffusion)
+        graph, goal = _graph(T_nD, diffusion), _goal(T_nD, diffusion)
         if diffusion.solver == "auto" and not plan.rejected:
             products = plan.products or solvers.FIXED_STEPS
             inverse, worst = solvers.neumann_fixed_steps(graph, rows, products, every=plan.products is None)
             goal = solvers.neumann_goal(graph.T_nD.dtype, diffusion.omega, goal)
         else:
             solver = solvers.choose_solver(graph.n, b, diffusion, dtype.itemsize, T_nD.device)
-            if solver == "cg" and plan.iterations is None:
-                return pending
-            solve = solvers.Solve(graph, rows, solver, goal, plan.iterations)
+            solve = solvers.Solve(graph, rows, solver, goal, plan.iterations or solvers.FIXED_ITERATIONS)
             for _ in range(plan.corrections):
                 solve.correct()
             inverse, worst = solve.inverse, solve.inverse.error_b.max()[None]
             del solve  # and N with it
         result = DiffusionTarget(graph.target(inverse.Y_bn, rows), inverse.error_b, inverse.iterations)
-        return replace(pending, goal=goal, result=result, worst=AsyncHostCopy(worst))
+        kept = graph if graph.n**2 <= PART_ENTRIES else None
+        return PendingTarget(plan, kept, goal, result, AsyncHostCopy(worst))
 
 
 @torch.no_grad()

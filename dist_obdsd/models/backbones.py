@@ -132,11 +132,9 @@ def build_backbone(
     """Build a network and its pooling, and count its features.
 
     Args:
-        name: as ``model.backbone``.
         pretrained: ``torchvision``, ``timm``, either with ``:TAG``, else no published weights.
         state: a state dict with the network's own names.
         size: rows and columns of the images.
-        pooling: as ``model.pooling``.
 
     Raises:
         InputError: there is no such network, its weights are missing or do not fit, or it cannot take such images.
@@ -169,9 +167,6 @@ def build_backbone(
     return net, pool, pool(x).shape[1]
 
 
-# ---- what a library says of a network -------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LibraryWeights:
     """Published weights, and where their file is or would be."""
@@ -183,7 +178,7 @@ class LibraryWeights:
     path: Callable[[], Path | None]
     """Finds the file in the cache."""
     variable: str
-    """Moves the cache, as an environment variable."""
+    """The environment variable that moves the cache."""
     server: str
 
 
@@ -219,16 +214,18 @@ def library_weights(name: str, pretrained: str) -> LibraryWeights:
 
 
 def _by_url(entry: Any, url: str) -> LibraryWeights:
-    folder, file = Path(torch.hub.get_dir()) / "checkpoints", url.rpartition("/")[2]
-    path = folder / file
-    return LibraryWeights(entry, file, folder, lambda: path if path.is_file() else None, "TORCH_HOME", url)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    return LibraryWeights(
+        entry, path.name, path.parent, lambda: path if path.is_file() else None, "TORCH_HOME", url
+    )  # fmt: skip
 
 
 def _downloaded(build: Callable[[], Any], found: LibraryWeights | None) -> Any:
     """Build a network; where its weights are not cached, a failure is the download's."""
     try:
         if found is not None and found.path() is None:
-            _reach(found.server)
+            with contextlib.suppress(urllib.error.HTTPError):  # it answers; without a network this fails at once
+                urllib.request.urlopen(urllib.request.Request(found.server, method="HEAD"), timeout=20).close()
         return build()
     except Exception as error:
         if found is None or found.path() is not None:
@@ -239,12 +236,6 @@ def _downloaded(build: Callable[[], Any], found: LibraryWeights | None) -> Any:
             f"where there is a network with dist-obdsd doctor CONFIG --download and set {found.variable}, or set "
             f"model.pretrained to a file of weights, a run, or none"
         ) from error
-
-
-def _reach(server: str) -> None:
-    """Raise at once where there is no network; a library's attempts take a minute."""
-    with contextlib.suppress(urllib.error.HTTPError):  # it answers
-        urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=20).close()
 
 
 def input_defaults(name: str, pretrained: str) -> Mapping[str, Any]:

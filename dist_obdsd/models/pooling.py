@@ -41,11 +41,7 @@ class Pool(nn.Module):
 
 
 def exchange_pool(net: nn.Module, name: str, kind: str) -> None:
-    """Exchange a classifier's own pooling; what follows, such as a LayerNorm, stays.
-
-    Raises:
-        InputError: the network has no pooling of its own that could be exchanged for this one.
-    """
+    """Exchange a classifier's own pooling, or raise InputError; what follows stays."""
     pools = [(path, module) for path, module in net.named_modules() if _pools_all(module)]
     if pools and kind != "cls":
         path, old = pools[-1]

@@ -61,8 +61,7 @@ def compile_networks(config: Config, runtime: Runtime, student: nn.Module, teach
 def compile_in_place(networks: Mapping[nn.Module, AbstractContextManager[object]], images_bCss: torch.Tensor) -> None:
     """Compile the networks' calls, on every rank or on none. Collective.
 
-    Each is tried, forward and, where gradients flow, backward, since compilers fail when they are first used: a machine
-    may have no C++ compiler, or a GPU that its own does not know.
+    Each is tried, forward and, where gradients flow, backward, since compilers fail when they are first used.
 
     Args:
         networks: and the precision that each runs in.

@@ -21,9 +21,8 @@ class ProgressiveTeacher(nn.Module):
     >>> T_bD = teacher(images)  # without gradient
     >>> teacher.update(student)  # at the end of an epoch; takes DDP-wrapped and compiled students, too
 
-    As a submodule it moves and is saved with its parent. It stays in eval mode whatever the parent's ``train()`` says,
-    and no optimizer changes it, since its parameters never have a gradient. Before the first update it is the initial
-    student; the published ramp epoch / epochs leaves it out until then.
+    As a submodule it moves and is saved with its parent, stays in eval mode, and is changed by no optimizer. Before the
+    first update it is the initial student; the published ramp epoch / epochs leaves it out until then.
     """
 
     updates: torch.Tensor
@@ -74,8 +73,7 @@ class ProgressiveTeacher(nn.Module):
 
         Args:
             student: the network that this is a copy of, plain or wrapped.
-            verify: compare the bytes across the ranks, since teachers that drift apart would distil different targets
-                without any visible sign.
+            verify: compare the bytes across the ranks.
 
         Raises:
             InputError: the student has other tensors than the teacher.

@@ -105,9 +105,8 @@ def about(device: Any) -> Row:
     described |= {"commit": provenance.git()["git_commit"][:12], "python": platform.python_version()}
     described |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
         described |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        described |= {"gpus": torch.cuda.device_count(), "memory_gib": round(properties.total_memory / 2**30, 1)}
+        described |= {"gpus": torch.cuda.device_count(), "gib": torch.cuda.mem_get_info(device)[1] >> 30}
     return described
 
 
@@ -121,10 +120,8 @@ def run(name: str, check: Callable[..., str | list[Row]], device: Any, quick: bo
         found = check(device, quick)
         verdict, rows = "ok", found if isinstance(found, list) else []
         said = f"{len(rows)} rows" if rows else str(found)
-    except Skipped as reason:
-        verdict, said = "skipped", str(reason)
-    except CheckError as error:
-        verdict, said = "failed", str(error)
+    except (Skipped, CheckError) as reason:
+        verdict, said = "skipped" if isinstance(reason, Skipped) else "failed", str(reason)
     except Exception as error:  # a defect, or a device that lacks something; the other checks go on
         traceback.print_exc()
         verdict, said = "failed", [line for line in format_error(error).splitlines() if line.strip()][-1][:300]
@@ -133,33 +130,22 @@ def run(name: str, check: Callable[..., str | list[Row]], device: Any, quick: bo
 
 def report(folder: Path) -> str:
     """Put together in Markdown what the parts wrote; what cannot be read is a line."""
-    from benchmarks.common import cell
-    from tests.gpu.speed import aims
-
-    def table(rows: list[Row], columns: list[str] | None = None) -> str:
-        columns = columns or list(dict.fromkeys(name for row in rows for name in row))
-        cells = [[cell(row.get(name)).replace("|", "/") for name in columns] for row in rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
+    from benchmarks.common import table
 
     parts, checked, measured = [], list[Row](), list[Row]()
     for part in PARTS:
         path = folder / f"gpu-{part}.json"
         try:
             written = json.loads(path.read_text())
-            head = ", ".join(f"{name} {value}" for name, value in written["meta"].items())
-            parts += [f"### {head}"] * (f"### {head}" not in parts)
+            parts.append(f"{part}: {', '.join(f'{name} {value}' for name, value in written['meta'].items())}")
             checked += [{"part": part} | row for row in written["rows"]]
-            measured += [row for check in written["rows"] for row in check["rows"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             parts.append(f"{path.name}: nothing to read ({type(error).__name__})")
-    if checked:
-        parts.append(table(checked, ["part", "check", "verdict", "seconds", "found"]))
-    for kind in ("ms", "data wait"):
-        if rows := [row for row in measured if kind in row]:
-            parts.append(table(rows))
-    if found := aims(measured):
-        parts.append(table(found))
-    failed = [str(row.get("check")) for row in checked if row.get("verdict") == "failed"]
+    for row in checked:
+        measured += row.pop("rows", [])
+    speeds, waits = ([row for row in measured if kind in row] for kind in ("ms", "data wait"))
+    parts += [f"```\n{table(rows)}\n```" for rows in (checked, speeds, waits) if rows]
+    failed = [row["check"] for row in checked if row["verdict"] == "failed"]
     return "\n\n".join([*parts, f"failed: {', '.join(failed)}" if failed else "all that ran is as it must be"])
 
 

@@ -1,6 +1,9 @@
-"""Losses and gradients beside float64 on the CPU, and of one step beside itself in another way."""
+"""Losses and gradients of one step, in several ways, beside float64 on the CPU."""
 
+import itertools
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,26 +38,30 @@ LIMITS = {
 SECONDS = 60.0
 
 
-def step_is_exact(device: torch.device, quick: bool) -> str:
-    """Losses and gradients of one step beside those of the same step in float64 on the CPU."""
-    found = []
+def step_is_exact(device: torch.device, quick: bool, ways: Sequence[str] = ()) -> str:
+    """Losses and gradients of one step beside those of the same step in float64 on the CPU.
+
+    Args:
+        ways: settings that change no number, each by itself; without any, all targets and precisions.
+    """
+    if "model.compile=true" in ways and quick and device.type == "cpu":
+        raise Skipped("compiling for a CPU takes half a minute; it is checked without --quick")
+    precisions = ("float32",) if ways else ("float32", "bf16", *(["tf32"] if device.type == "cuda" else []))
+    targets = ("obdsd",) if ways else ("none", "psd", "obdsd", "obdsd_symmetric")
+    said = []
     for backbone in ("small_cnn",) if quick else ("small_cnn", "resnet18"):
-        for variant in ("none", "psd", "obdsd", "obdsd_symmetric"):
-            target = f"distillation.target={variant}"
-            wanted, wanted_gradients = _one_step(CPU, backbone, target, "precision=float64")
-            for precision in ("float32", "bf16", *(["tf32"] if device.type == "cuda" else [])):
-                more = [target, f"precision={'bf16' if precision == 'bf16' else 'float32'}"]
+        for target in targets:
+            wanted, wanted_gradients = _one_step(CPU, backbone, f"distillation.target={target}", "precision=float64")
+            for precision, way in itertools.product(precisions, ways or [f"distillation.target={target}"]):
                 with convolutions_in_float32(precision == "float32"):
-                    numbers, gradients = _one_step(device, backbone, *more)
-                losses, slopes = LIMITS[backbone, precision]
+                    wide = "bf16" if precision == "bf16" else "float32"
+                    numbers, gradients = _one_step(device, backbone, way, f"precision={wide}")
+                (losses, slopes), case = LIMITS[backbone, precision], f"{backbone} {way.partition('=')[2]} {precision}"
                 for name in [name for name in ("ranking", "distillation") if name in wanted]:
-                    error = abs(numbers[name] - wanted[name]) / abs(wanted[name])
-                    within(f"{backbone} {variant} {precision}: error of {name}", error, losses)
-                error = distance(gradients, wanted_gradients)
-                said = within(f"{backbone} {variant} {precision}: error of the gradient", error, slopes)
-                if variant == "obdsd":
-                    found.append(said.replace("error of the ", ""))
-    return "; ".join(found)
+                    within(f"{case}: error of {name}", abs(numbers[name] / wanted[name] - 1), losses)
+                error = within(f"{case}: error of the gradient", distance(gradients, wanted_gradients), slopes)
+                said += [error] * (target == "obdsd")
+    return "; ".join(said)
 
 
 def _one_step(device: torch.device, backbone: str, *overrides: str) -> tuple[Numbers, Gradients]:
@@ -63,46 +70,6 @@ def _one_step(device: torch.device, backbone: str, *overrides: str) -> tuple[Num
     if numbers["masked"]:
         raise CheckError(f"the step with {', '.join(overrides)} was masked")
     return numbers, rig.gradients
-
-
-def layout_and_chunks_change_nothing(device: torch.device, quick: bool) -> str:
-    """channels_last beside contiguous images, chunks beside a whole batch: one gradient. And the memory they take."""
-    backbone = "small_cnn" if quick else "resnet18"
-    gradients, peaks = {}, {}
-    for way, overrides in {
-        "plain": [], "contiguous": ["model.channels_last=false"], "chunks": ["batch.chunk=8"]
-    }.items():  # fmt: skip
-        with convolutions_in_float32():
-            rig = Rig(settings(backbone, *overrides), device)
-            rig.take()
-            gradients[way] = rig.gradients
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                rig.take()
-                peaks[way] = torch.cuda.max_memory_allocated() >> 20
-    slopes = LIMITS[backbone, "float32"][1]
-    said = [
-        within(f"{backbone} {way}: difference", distance(gradients[way], gradients["plain"]), slopes)
-        for way in ("contiguous", "chunks")
-    ]
-    if peaks:
-        said.append(f"peak {peaks['plain']} MiB at once, {peaks['chunks']} MiB in chunks")
-    return "; ".join(said)
-
-
-def compiled_step_is_the_same(device: torch.device, quick: bool) -> str:
-    """The gradient of a compiled student that learns from a compiled teacher, beside that of both as they are."""
-    if quick and device.type == "cpu":
-        raise Skipped("compiling for a CPU takes half a minute; it is checked without --quick")
-    backbone = "small_cnn" if quick else "resnet18"
-    with convolutions_in_float32():
-        plain, compiled = (
-            _one_step(device, backbone, "precision=float32", f"model.compile={choice}") for choice in ("false", "true")
-        )
-    losses, slopes = LIMITS[backbone, "float32"]
-    error = abs(compiled[0]["distillation"] / plain[0]["distillation"] - 1)
-    said = within(f"{backbone}: difference of the distillation", error, losses)
-    return f"{said}; {within('of the gradient', distance(compiled[1], plain[1]), slopes)}"
 
 
 def ranks_are_one_batch(device: torch.device, quick: bool) -> str:
@@ -144,8 +111,8 @@ def errors(rank: Runtime, variants: dict[str, str], folder: str) -> dict[str, fl
 
 
 CHECKS = {
-    "layout": layout_and_chunks_change_nothing,
+    "layout": partial(step_is_exact, ways=("model.channels_last=false", "batch.chunk=8")),
     "exact": step_is_exact,
     "ranks": ranks_are_one_batch,
-    "compiled": compiled_step_is_the_same,
+    "compiled": partial(step_is_exact, ways=("model.compile=true",)),
 }

@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.step import made_up_images, spread
 from dist_obdsd.config import Config, override_config, parse_config
@@ -70,18 +69,12 @@ def settings(backbone: str, *overrides: str) -> Config:
 
 
 @cache
-def _spread_weights(settings: str) -> dict[str, torch.Tensor]:
-    config = parse_config(yaml.safe_load(settings), "the check")
+def spread_weights(backbone: str) -> dict[str, torch.Tensor]:
+    """Initial weights in float64 whose embeddings of a batch point in all directions."""
+    config = settings(backbone, "precision=float64")
     network = build_embedder(config, CPU)
     spread(network, made_up_images(config))
     return network.state_dict()
-
-
-def spread_weights(config: Config) -> dict[str, torch.Tensor]:
-    """Initial weights in float64 whose embeddings of a batch point in all directions."""
-    plain = {"name": "spread", "epochs": 2, "precision": "float64", "device": "cpu"}
-    parts = config.model_dump(mode="json", include={"data", "model"})
-    return _spread_weights(yaml.safe_dump(plain | {"batch": {"global_size": B}} | parts))
 
 
 class Rig:
@@ -95,7 +88,7 @@ class Rig:
         self.config, self.device = config, device
         self.rank = rank or Runtime(Launch("check"), device)
         self.student = build_embedder(config, device)
-        self.student.load_state_dict(spread_weights(config))
+        self.student.load_state_dict(spread_weights(config.model.backbone))
         self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -114,13 +107,10 @@ class Rig:
         self.taken = 0
         self.gradients: Gradients = {}
         self.strategy.optimizer.register_step_pre_hook(lambda *_: self._keep_gradients())
-        self.keeps_gradients = True
 
     def _keep_gradients(self) -> None:
-        if self.keeps_gradients:
-            self.gradients = {
-                name: p.grad.detach().clone() for name, p in self.strategy.parameters if p.grad is not None
-            }
+        found = {name: p.grad for name, p in self.strategy.parameters if p.grad is not None}
+        self.gradients = {name: grad.detach().clone() for name, grad in found.items()}
 
     def batch(self, seed: int = 0) -> TrainBatch:
         """The next step's, in memory that a GPU can read while the host goes on."""

@@ -104,7 +104,6 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
         ["distillation.target=obdsd_symmetric"], ["batch.chunk=8", "optim.clip_norm=1"],
     ):  # fmt: skip
         rig = Rig(settings("small_cnn", "precision=bf16", *overrides), device)
-        rig.keeps_gradients = False
         for t in range(3):
             rig.take(rig.batch(t))
         ahead = [rig.batch(t) for t in range(min(steps, 10))]

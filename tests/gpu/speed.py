@@ -1,4 +1,4 @@
-"""The training step's bench at the sizes that the targets are stated for, and what it found beside them."""
+"""The training step's bench at the sizes that the targets are stated for."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -21,7 +21,6 @@ CASES = {
 """Backbone, batch and more arguments; the last one compiles for a minute or more. ``obdsd 0.005`` is SOP's setting."""
 BUDGET = 24.0
 """Seconds of a case, besides what starting takes."""
-OVERHEAD, SHARE, WAIT = 1.30, 0.02, 0.02
 
 
 def measure(backbone: str, batch: int, more: Sequence[str], device: torch.device, quick: bool) -> list[Row]:
@@ -44,26 +43,6 @@ def measure(backbone: str, batch: int, more: Sequence[str], device: torch.device
     if "skipped" in rows[0]:
         raise RunError(str(rows[0]["skipped"]))
     return [about | row | {"objective share": row["objective"] / row["ms"]} for row in rows]
-
-
-def aims(rows: Sequence[Row]) -> list[Row]:
-    """What was aimed at for ResNet-50 on a GPU beside what was found."""
-    found = []
-    for row in rows:
-        if row.get("backbone") != "resnet50":
-            continue
-        case = f"{row.get('variant')}, ResNet-50, B={row.get('B', 112)}{', compiled' * bool(row.get('compiled'))}"
-        if "data wait" in row:
-            found.append(_aim(f"wait for data, {case}", WAIT, row["data wait"]))
-        if str(row.get("variant")).startswith("obdsd") and "overhead" in row:
-            found.append(_aim(f"step / step of none, {case}", OVERHEAD, row["overhead"]))
-            if row["B"] == 448:
-                found.append(_aim(f"objective's share of the step, {case}", SHARE, row["objective share"]))
-    return found
-
-
-def _aim(what: str, limit: float, found: float) -> Row:
-    return {"target": what, "at most": limit, "found": found, "verdict": "met" if found <= limit else "missed"}
 
 
 CHECKS: dict[str, Callable[[torch.device, bool], list[Row]]] = {

@@ -1,6 +1,7 @@
 """The checks of a device: on a GPU where there is one, and their code on a CPU; and that each can fail."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from dist_obdsd.training import strategy
 from dist_obdsd.training.checkpoint_manager import CheckpointManager
 from tests import bare, harness, runs
 from tests.gpu import __main__ as program
-from tests.gpu import exact, smoke, speed
+from tests.gpu import exact, smoke
 from tests.gpu import runs as whole
 from tests.gpu.rig import CPU, CheckError, Rig, Skipped, settings, within
 
@@ -142,7 +143,7 @@ def test_each_check_is_written_at_once_and_the_rest_goes_on(monkeypatch, capsys,
     assert "failed  broken (0.0 s): RuntimeError: no kernel image is available" in said.out
     assert "failed  off (0.0 s): error 2.0e+00 (at most 1e+00)" in said.out
     assert "skipped missing (0.0 s): there is one GPU" in said.out
-    assert "| smoke | fine | ok |" in (tmp_path / "gpu-check.md").read_text()
+    assert re.search(r"smoke +fine +ok", (tmp_path / "gpu-check.md").read_text())
     assert said.out.rstrip().endswith("failed: broken, off")
     assert "Traceback" in said.err
     assert program.main([*arguments, "--only", "missing"]) == 0
@@ -156,17 +157,3 @@ def test_bad_usage_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setitem(program.NEEDED, "no_such_module", "no-such-package")
     assert program.main(["smoke"]) == 2
     assert "no-such-package is not installed; pip install no-such-package" in capsys.readouterr().err
-
-
-def test_targets_stand_beside_what_was_found():
-    about = {"backbone": "resnet50", "compiled": False}
-    rows = [
-        about | {"B": 112, "variant": "obdsd 1", "overhead": 1.4, "objective share": 0.5},
-        about | {"B": 448, "variant": "obdsd 0.005", "overhead": 1.3, "objective share": 0.021},
-        about | {"B": 448, "variant": "none", "overhead": 1.0, "objective share": 0.1},
-        {"backbone": "small_cnn", "variant": "none", "data wait": 0.5},
-        {"backbone": "resnet50", "variant": "obdsd", "data wait": 0.015},
-    ]
-    assert [(row["at most"], row["found"], row["verdict"]) for row in speed.aims(rows)] == [
-        (1.3, 1.4, "missed"), (1.3, 1.3, "met"), (0.02, 0.021, "missed"), (0.02, 0.015, "met"),
-    ]  # fmt: skip

@@ -108,7 +108,6 @@ WAYS = {
 def look_at_steps(*overrides: str, steps: int = 2) -> tuple[list[str], list[int]]:
     """Take steps of a small network: what waited or mixed in each, and how often each looked at an event."""
     rig = Rig(settings("small_cnn", *overrides), CPU)
-    rig.keeps_gradients = False
     rig.step.early_diffusion = True
     for t in range(2):  # makes the optimizer's state, and finds out how the diffusion is to be queued
         rig.take(rig.batch(t))

@@ -5,21 +5,25 @@ Legend: B rows, C classes, D embedding dimension.
 
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional
 
 from dist_obdsd.config.ranking import SECTIONS, RankingConfig
+from dist_obdsd.distributed import collectives
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.losses.build import build_ranking
-from tests.manifold.data import B
+from tests.manifold.data import B, unit_rows
 
 LABELS = {
-    "pairs": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
     "mixed": [0, 1, 0, 0, 2, 1, 3, 0, 4, 1, 2, 2],
     "some alone": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
 }
 CLASSES = 13
 """More than a batch holds."""
+FEATURES = 9
 
 
 def ranking(name: str, **settings: Any) -> RankingConfig:
@@ -45,3 +49,32 @@ def parts(
 def mean(terms: dict[str, PartialMean]) -> torch.Tensor:
     """What one process makes of the parts."""
     return sum((term.sum / term.count.clamp(min=1) for term in terms.values()), torch.zeros((), dtype=torch.float64))
+
+
+class Embedder(nn.Module):
+    """From features to unit rows of five dimensions, in float64."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+
+    def forward(self, x_bF: torch.Tensor) -> torch.Tensor:
+        return functional.normalize(self.layers(x_bF), dim=1)
+
+
+def images(step: int = 0) -> torch.Tensor:
+    return unit_rows(100 + step, B, FEATURES)
+
+
+def own_rows() -> slice:
+    b = B // collectives.world_size()
+    return slice(collectives.rank() * b, (collectives.rank() + 1) * b)
+
+
+def mean_gradient(student: nn.Module) -> list[np.ndarray]:
+    """What DDP makes of the ranks' gradients."""
+    return [
+        (collectives.sum_across(parameter.grad) / collectives.world_size()).numpy()
+        for parameter in student.parameters()
+    ]

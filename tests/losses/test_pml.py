@@ -30,28 +30,22 @@ def build(name: str, kwargs: dict[str, Any] | None = None, seed: int = 0, **more
     return loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [name for name in names(losses) if name not in REFUSED])
-def test_every_loss_trains(name: str, dtype: torch.dtype) -> None:
+def test_every_loss_trains(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the histogram loss indexes in an old way
-        loss = build(f"pml.{name}", NEEDS.get(name)).to(dtype)
-        for step in range(3):  # a loss that held on to a step's graph would fail in the second
-            E_BD = unit_rows(step).to(dtype).requires_grad_()
+        loss = build(f"pml.{name}", NEEDS.get(name))
+        for step in range(2):  # a loss that held on to a step's graph would fail in the second
+            E_BD = unit_rows(step).float().requires_grad_()
             term = parts(loss, E_BD, LABELS["mixed"], seed=step)["ranking"]
             term.sum.backward()
-            assert term.sum.dtype == dtype
-            assert term.count.item() == 1
-            assert E_BD.grad is not None
+            assert (term.sum.dtype, term.count.item()) == (torch.float32, 1)
             assert E_BD.grad.any()
-            for parameter in loss.parameters():
-                assert parameter.dtype == dtype
-                assert parameter.grad is not None
-                assert parameter.grad.isfinite().all()
-        broken_BD = unit_rows(0).to(dtype)
+            assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
+        broken_BD = unit_rows(0).float()
         broken_BD[3, 1] = float("nan")
         assert parts(loss, broken_BD, LABELS["mixed"])["ranking"].sum.isnan()
-        again = parts(loss, unit_rows(0).to(dtype), LABELS["mixed"])["ranking"]
+        again = parts(loss, unit_rows(0).float(), LABELS["mixed"])["ranking"]
         assert again.sum.isfinite()  # what it remembers was not spoiled
 
 
@@ -69,32 +63,20 @@ def test_every_miner_works_and_draws_what_the_seed_says(name: str) -> None:
 
 CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "pml.ArcFaceLoss": ({"margin": 20.0}, lambda: losses.ArcFaceLoss(CLASSES, D, margin=20.0), None),
-    "pml.CosFaceLoss": ({"scale": 10}, lambda: losses.CosFaceLoss(CLASSES, D, scale=10), None),
-    "pml.ProxyNCALoss": ({}, lambda: losses.ProxyNCALoss(CLASSES, D), None),
-    "pml.SubCenterArcFaceLoss": (
-        {"sub_centers": 2},
-        lambda: losses.SubCenterArcFaceLoss(num_classes=CLASSES, embedding_size=D, sub_centers=2),
-        None,
-    ),
     "pml.SoftTripleLoss": (
-        {"centers_per_class": 3},
-        lambda: losses.SoftTripleLoss(CLASSES, D, centers_per_class=3),
-        None,
+        {"centers_per_class": 3}, lambda: losses.SoftTripleLoss(CLASSES, D, centers_per_class=3), None
     ),
     "pml.TripletMarginLoss": (
         {"distance": "pml.CosineSimilarity"},
-        lambda: losses.TripletMarginLoss(distance=distances.CosineSimilarity()),
-        None,
+        lambda: losses.TripletMarginLoss(distance=distances.CosineSimilarity()), None,
     ),
     "pml.CircleLoss": (
         {"embedding_regularizer": "pml.LpRegularizer", "embedding_reg_weight": 0.5},
-        lambda: losses.CircleLoss(embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.5),
-        None,
+        lambda: losses.CircleLoss(embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.5), None,
     ),
     "pml.MultiSimilarityLoss": ({"beta": 40}, lambda: losses.MultiSimilarityLoss(beta=40), miners.MultiSimilarityMiner),
-    "pml.FastAPLoss": ({}, losses.FastAPLoss, None),
     "pml.SupConLoss": ({}, losses.SupConLoss, miners.BatchHardMiner),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,19 +95,6 @@ def test_figures_are_the_librarys_own(name: str) -> None:
         got = torch.autograd.grad(term.sum / term.count, [E_BD, *ours.parameters()])
         assert all((mine - other).abs().max() < 1e-13 for mine, other in zip(got, expected, strict=True))
         assert expected[0].abs().max() > 1e-3
-
-
-def test_parameters_are_the_modules_own_and_depend_on_the_seed_alone() -> None:
-    torch.manual_seed(1)
-    first = build("pml.ProxyNCALoss")
-    torch.manual_seed(2)
-    state = torch.get_rng_state()
-    again, other = build("pml.ProxyNCALoss"), build("pml.ProxyNCALoss", seed=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    (ours,), (same,), (different,) = (list(loss.parameters()) for loss in (first, again, other))
-    assert ours.shape == (CLASSES, D)
-    assert torch.equal(ours, same)
-    assert not torch.equal(ours, different)
 
 
 def test_what_a_loss_remembers_is_in_its_state() -> None:
@@ -148,29 +117,21 @@ def test_the_number_of_classes_is_filled_in_but_not_over() -> None:
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"name": "pml.ArcfaceLos"}, "ranking.name is pml.ArcfaceLos, which .* its losses; did you mean pml.ArcFaceLoss"),
     ({"name": "pml.Xyz"}, "does not have among its losses; it has AngularLoss, ArcFaceLoss"),
-    ({"name": "pml.BaseMetricLossFunction"}, "does not have among its losses"),
     ({"name": "pml.SupConLoss", "miner": "pml.TripletMarginMinr"}, "miner is .* did you mean pml.TripletMarginMiner"),
     ({"name": "pml.ArcFaceLoss", "kwargs": {"scal": 3}}, "ranking.kwargs: pml.ArcFaceLoss cannot be made of .*'scal'"),
     (
         {"name": "pml.SupConLoss", "miner": "pml.TripletMarginMiner", "miner_kwargs": {"margn": 1}},
         "ranking.miner_kwargs: pml.TripletMarginMiner cannot be made of .*'margn'",
     ),
-    ({"name": "pml.RankedListLoss"}, r"cannot be made of \{\}: .*missing 2 required positional arguments"),
-    ({"name": "pml.PNPLoss", "kwargs": {"variant": "Q"}}, "cannot be made of .*variant=Q but must be one of"),
     (
         {"name": "pml.TripletMarginLoss", "kwargs": {"distance": "pml.CosinSimilarity"}},
         "ranking.kwargs.distance is .* did you mean pml.CosineSimilarity",
     ),
-    ({"name": "pml.SmoothAPLoss"}, "pml.SmoothAPLoss cannot work here: .* take FastAPLoss"),
-    ({"name": "pml.CrossBatchMemory"}, "cannot work here: .* earlier steps"),
-    ({"name": "pml.DistributedLossWrapper"}, "cannot work here: the batch is gathered already"),
-    ({"name": "pml.SupConLoss", "miner": "pml.EmbeddingsAlreadyPackagedAsTriplets"}, "cannot work here"),
     ({"name": "pml.SupConLoss", "miner_kwargs": {"margin": 1}}, "miner_kwargs are given without a miner"),
     (
         {"name": "pml.InstanceLoss", "miner": "pml.BatchHardMiner"},
         "pml.InstanceLoss with BatchHardMiner does not work with .*: ValueError: indices_tuple is not supported",
     ),
-    ({"name": "pml.TripletMarginLoss", "kwargs": {"reducer": "pml.DoNothingReducer"}}, "does not work with these"),
     ({"name": "pml.TripletMarginLoss", "kwargs": {"margin": "wide"}}, "does not work with these settings"),
 ]
 
@@ -187,7 +148,7 @@ def test_refused_names_exist_and_are_refused(name: str) -> None:
 
     assert any(hasattr(module, name) for module in (losses, miners, distributed))
     key = {"miner": f"pml.{name}"} if "Miner" in name or "Packaged" in name else {}
-    with pytest.raises(InputError, match="cannot work here"):
+    with pytest.raises(InputError, match=f"cannot work here: {REFUSED[name][:20]}"):
         build("pml.SupConLoss" if key else f"pml.{name}", **key)
 
 

@@ -141,7 +141,7 @@ class Idle(solvers.ConjugateGradients):
 
 def test_what_float32_cannot_solve_is_solved_in_float64_also_without_room() -> None:
     T_BD, chosen = MANIFOLDS["outliers"].float(), options("obdsd_symmetric", 0.1, 1.0, 0.99)
-    narrow = graph.SymmetricGraph(T_BD, Diffusion(**chosen, memory_gib=1e-9))
+    narrow = graph.Graph(T_BD, Diffusion(**chosen, memory_gib=1e-9))
     assert solvers.solve_rows(narrow, ALL, "cg", TOLERANCE).worst > TOLERANCE
     solve = target_rows(T_BD, ALL, **chosen, memory_gib=1e-9)
     assert solve.target_bB.dtype == torch.float32
@@ -235,7 +235,7 @@ def test_where_the_series_is_slow_or_broken_a_solver_takes_over(monkeypatch: pyt
 
 def test_the_known_eigenvector_is_kept_out_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     T_BD = unit_rows(5, 112, 128).float()
-    for target in (graph.WalkGraph, graph.SymmetricGraph):
+    for target in (graph.WalkGraph, graph.Graph):
         made = target(T_BD, Diffusion(omega=0.99))
         N_BB = made.symmetric(slice(0, 112))
         assert (N_BB @ made.top_eigenvector_n - made.top_eigenvector_n).abs().max() < 1e-6

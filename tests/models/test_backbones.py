@@ -1,6 +1,5 @@
 """Architectures of timm and torchvision, small and untrained, through what a run does with a network."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from tests import harness, runs
 
 CPU = torch.device("cpu")
 ARCHITECTURES = {
-    "timm/test_resnet": 32, "timm/resnet10t": 32, "timm/resnext50_32x4d": 32, "timm/tf_efficientnet_lite0": 32,
+    "timm/test_resnet": 32, "timm/resnet10t": 32, "timm/resnext26ts": 32, "timm/tf_efficientnet_lite0": 32,
     "timm/mobilenetv3_small_050": 32, "timm/mobilenetv4_conv_small_035": 32, "timm/convnext_atto": 32,
     "timm/convnextv2_atto": 32, "timm/regnetx_002": 32, "timm/test_nfnet": 32, "timm/vit_tiny_patch16_224": 32,
     "timm/deit_tiny_patch16_224": 32, "timm/deit_tiny_distilled_patch16_224": 32,
@@ -59,9 +58,9 @@ def step(config: Config) -> tuple[float, list[torch.Tensor]]:
     out.loss.backward()
     parameters = [p for p in student.parameters() if p.grad is not None]
     gradients = [collectives.sum_across(p.grad) / collectives.world_size() for p in parameters]
-    before = copy.deepcopy(student.state_dict())
+    before = {name: p.detach().clone() for name, p in student.trunk.named_parameters()}
     build_optimizer(config.optim, student.named_parameters(), student.layer_depths()).step()
-    assert any(not torch.equal(p, before[name]) for name, p in student.trunk.named_parameters(prefix="trunk"))
+    assert any(not torch.equal(p, before[name]) for name, p in student.trunk.named_parameters())
     teacher.update(student, verify=False)  # of other ranks, as no wrapper averaged the gradients
     with torch.no_grad():
         torch.testing.assert_close(teacher(images), student.eval()(images))
@@ -75,9 +74,9 @@ def test_an_architecture_steps_and_its_teacher_follows(backbone: str) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backbone", ["timm/tf_efficientnet_lite0", "timm/test_vit3", "timm/convnext_atto"])
+@pytest.mark.parametrize("backbone", ["timm/test_efficientnet", "timm/test_vit3", "timm/test_convnext"])
 def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
-    config = settings(backbone, ARCHITECTURES[backbone], "precision=float64")
+    config = settings(backbone, 32, "precision=float64")
     ((loss, gradients),) = harness.run(1, step, config)
     for other, theirs in harness.run(2, step, config):
         assert other == pytest.approx(loss, abs=1e-10)
@@ -138,12 +137,12 @@ RUN = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "
        "data.augment=crop", "precision=float32", "data.workers=0")  # fmt: skip
 
 
-@pytest.mark.parametrize("backbone", ["timm/test_vit3", "timm/test_efficientnet"])
-def test_a_run_learns_resumes_and_is_exported(folder: Path, backbone: str) -> None:
+def test_a_run_learns_resumes_and_is_exported(folder: Path) -> None:
+    backbone = "timm/test_vit3"
     more = (*RUN, f"model.backbone={backbone}", "optim.layer_decay=0.7", "optim.warmup_steps=2")
-    runs.train(folder, "name=whole", *more, ranks=2)
-    runs.train(folder, "name=cut", *more, "max_steps=4", ranks=2)
-    runs.train(folder, "name=cut", *more, ranks=2)
+    runs.train(folder, "name=whole", *more)
+    runs.train(folder, "name=cut", *more, "max_steps=4")
+    runs.train(folder, "name=cut", *more)
     assert all(row["distillation"] > 0 for row in runs.metrics(folder / "runs" / "whole", "step")[6:])
     whole, cut = (checkpoint.load(folder / "runs" / name) for name in ("whole", "cut"))
     assert all(torch.equal(whole["student"][name], value) for name, value in cut["student"].items())

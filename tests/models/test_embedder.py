@@ -25,9 +25,8 @@ def noise(count: int, side: int, channels: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max", "avg+max", "gem"])
-@pytest.mark.parametrize("backbone", ["resnet18", "squeezenet1_0"])
-def test_backbones_give_unit_rows_in_float32(backbone: str, pooling: str) -> None:
-    net = build(f"model.backbone={backbone}", f"model.pooling={pooling}").eval()
+def test_backbones_give_unit_rows_in_float32(pooling: str) -> None:
+    net = build("model.backbone=squeezenet1_0", f"model.pooling={pooling}").eval()
     with torch.autocast("cpu", torch.bfloat16):
         E = net(noise(2, 64))
     assert (E.shape, E.dtype) == ((2, 16), torch.float32)

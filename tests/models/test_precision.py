@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from dist_obdsd import checkpoint
 from dist_obdsd.config import override_config, parse_config
+from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.errors import InputError
 from dist_obdsd.models.precision import blank_images, check_precision, compile_in_place
@@ -32,53 +32,33 @@ def network() -> torch.nn.Module:
     )
 
 
-def settle(broken: int, path: str | None = None) -> tuple[list[str], bool, bool]:
+def settle(broken: int) -> tuple[list[str], bool, bool]:
     """On each rank: what is said, whether calls run the network itself, and whether trying left no trace.
 
     Args:
-        broken: the rank that cannot compile; the others only seem to, which costs nothing.
-        path: where that rank looks for a compiler; None: its torch.compile fails at once.
+        broken: the rank that finds no compiler; the others only seem to compile, which costs nothing.
     """
-    import torch.distributed as dist
-
     said = logging.handlers.BufferingHandler(99)
     logging.getLogger("dist_obdsd.models.precision").addHandler(said)
     logging.getLogger("dist_obdsd").setLevel("INFO")
     net, images = network(), torch.zeros(2, 1, 8, 8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-
-    def refuse(**options: object) -> None:
-        raise RuntimeError("no compiler\nsecond line")
-
-    if dist.get_rank() != broken:
+    here = collectives.rank() == broken
+    if not here:
         net.compile = lambda **options: None
-    elif path is None:
-        net.compile = refuse
-    with patch.dict(os.environ, {"PATH": path} if path is not None else {}):
+    with patch.dict(os.environ, {"PATH": "/no/such/folder"} if here else {}):
         compile_in_place({net: nullcontext()}, images)
     clean = all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    return (
-        [record.getMessage() for record in said.buffer],
-        net._compiled_call_impl is None,
-        clean and all(p.grad is None for p in net.parameters()),
-    )
+    clean = clean and all(p.grad is None for p in net.parameters())
+    return [record.getMessage() for record in said.buffer], net._compiled_call_impl is None, clean
 
 
 def test_where_one_rank_cannot_compile_all_go_on_without() -> None:
-    for said, plain, clean in harness.run(2, settle, 1):
-        assert said == [
-            "model.compile=true does not work on rank 1 (RuntimeError: no compiler); all ranks go on without it"
-        ]
+    for (line,), plain, clean in harness.run(2, settle, 1):
+        assert re.fullmatch(r"model.compile=true does not work on rank 1 \(.+: .+\); all ranks go on without it", line)
         assert plain
         assert clean
     assert [said for said, _, _ in harness.run(2, settle, 2)] == [[], []]
-
-
-def test_a_machine_without_a_compiler_goes_on_without() -> None:
-    (((line,), plain, clean),) = harness.run(1, settle, 0, "/no/such/folder")
-    assert re.fullmatch(r"model.compile=true does not work on rank 0 \(.+: .+\); all ranks go on without it", line)
-    assert plain
-    assert clean
 
 
 def test_blank_images_have_the_shape_of_a_step_s() -> None:
@@ -106,14 +86,12 @@ def test_bf16_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch)
 
 @NO_COMPILER
 def test_a_compiled_run_is_the_same_up_to_rounding(folder: Path) -> None:
-    common = ("precision=float32", "epochs=2", "optim.lr=1e-5", "distillation.target=none")
+    common = ("precision=float32", "epochs=2", "max_steps=6", "optim.lr=1e-5", "distillation.target=none")
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     runs.train(folder, "name=plain", *common)
-    done = runs.train(folder, "name=compiled", *common, "model.compile=true", ranks=2, env=cache)
+    done = runs.train(folder, "name=compiled", *common, "model.compile=true", env=cache)
     assert "does not work" not in done.stdout
     assert any((folder / "cache").rglob("*.so"))  # something was compiled
-    plain, compiled = (checkpoint.load(folder / "runs" / name)["student"] for name in ("plain", "compiled"))
-    for name, value in plain.items():
-        assert (compiled[name] - value).abs().max() < 1e-5
     rows = [[row["ranking"] for row in runs.metrics(folder / "runs" / name, "step")] for name in ("plain", "compiled")]
     assert rows[1] == pytest.approx(rows[0], abs=1e-4)
+    assert len(set(rows[0])) > 1

@@ -44,24 +44,19 @@ class Parent(torch.nn.Module):
 
 
 def test_as_a_submodule_it_is_saved_and_neither_trained_nor_moved_by_an_optimizer():
-    parent = Parent()
+    parent, again = Parent(), Parent()
     before = fingerprints(parent.teacher)
     parent.train()
     parent.requires_grad_()
     assert not parent.teacher.network.training
     optimizer = torch.optim.AdamW(parent.parameters(), 0.1, weight_decay=0.5)
-    for _ in range(2):
-        x = torch.randn(5, 4)
-        loss = (parent.student(x) - parent.teacher(x)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    (parent.student(torch.randn(5, 4)) - parent.teacher(torch.randn(5, 4))).square().mean().backward()
+    optimizer.step()
     assert fingerprints(parent.teacher) == before
     parent.teacher.update(parent.student)
-    again = Parent()
     again.load_state_dict(parent.state_dict())
     assert again.teacher.epoch == 1
-    assert fingerprints(again.teacher) == fingerprints(parent.teacher)
+    assert fingerprints(again.teacher) == fingerprints(parent.teacher) != before
     assert parent.to(torch.float64).teacher.network[0].weight.dtype == torch.float64
 
 
@@ -115,10 +110,9 @@ def promote_on_ranks(differ: bool) -> str:
     return ""
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_teacher_that_differs_on_one_rank_stops_all_with_its_name(world_size):
-    assert harness.run(world_size, promote_on_ranks, False) == [""] * world_size
-    for message in harness.run(world_size, promote_on_ranks, True):
+def test_a_teacher_that_differs_on_one_rank_stops_all_with_its_name():
+    assert harness.run(2, promote_on_ranks, False) == ["", ""]
+    for message in harness.run(2, promote_on_ranks, True):
         assert "1 tensors (1.bias)" in message
 
 

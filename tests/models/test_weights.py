@@ -120,7 +120,7 @@ def test_freezing_stops_at_a_block(backbone: str) -> None:
         build(backbone, "model.freeze=99")
 
 
-@pytest.mark.parametrize("backbone", ["timm/test_vit", "mobilenet_v3_small", "squeezenet1_0"])
+@pytest.mark.parametrize("backbone", ["timm/test_vit", "squeezenet1_0"])
 def test_activation_checkpointing_changes_no_gradient(backbone: str) -> None:
     saved, gradients = [], []
     for choice in ("false", "true"):
