@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.manifold import targets as manifold
 from dist_obdsd.training import strategy
 from dist_obdsd.training.checkpoint_manager import CheckpointManager
@@ -55,24 +57,14 @@ def test_a_bare_machine_runs_the_checks(tmp_path):
     assert text in done.stdout
 
 
-def test_ranks_are_one_batch_and_are_told_from_another(tmp_path):
-    target = "distillation.target=obdsd"
-    for variant, weight in (("obdsd", 3), ("other", 30)):
-        alone = Rig(settings("small_cnn", target, f"distillation.weight={weight}"), CPU)
-        alone.take()
-        torch.save(alone.gradients, tmp_path / variant)
-    for found in harness.run(2, _errors, {"obdsd": target, "other": target}, str(tmp_path)):
-        assert found["obdsd"] < smoke.LIMIT
-        assert found["other"] > 100 * smoke.LIMIT
-
-
-def _errors(variants: dict[str, str], folder: str) -> dict[str, float]:
-    import torch.distributed as dist
-
-    from dist_obdsd.distributed.launch import Launch, Runtime
-
+def _error(*alone: str) -> float:
     rank, world = dist.get_rank(), dist.get_world_size()
-    return exact.errors(Runtime(Launch("test", rank, world, rank, world), CPU), variants, folder)
+    return exact.error(Runtime(Launch("test", rank, world, rank, world), CPU), alone=alone)
+
+
+def test_ranks_are_one_batch_and_are_told_from_another():
+    assert max(harness.run(2, _error)) < smoke.LIMIT
+    assert min(harness.run(2, _error, "distillation.weight=30")) > 100 * smoke.LIMIT
 
 
 def test_a_step_that_is_not_masked_is_found(monkeypatch):
@@ -120,25 +112,29 @@ def test_what_would_wait_for_a_gpu_is_found(monkeypatch):
         smoke.step_does_not_wait(CPU, True)
 
 
-def broken(*given: object) -> str:
-    raise RuntimeError("no kernel image is available")
+@pytest.fixture
+def main(monkeypatch):
+    """The program, whose changes of the environment end with the test."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    return program.main
 
 
-def missing(*given: object) -> str:
-    raise Skipped("there is one GPU")
+def test_each_check_is_written_at_once_and_the_rest_goes_on(main, monkeypatch, capsys, tmp_path):
+    def broken(*given: object) -> str:
+        raise RuntimeError("no kernel image is available")
 
+    def missing(*given: object) -> str:
+        raise Skipped("there is one GPU")
 
-def test_each_check_is_written_at_once_and_the_rest_goes_on(monkeypatch, capsys, tmp_path):
-    def died(*given: object) -> str:
+    def fine(*given: object) -> str:
         assert len(json.loads((tmp_path / "gpu-smoke.json").read_text())["rows"]) == 3  # what came before is on disk
         return "1"
 
-    short = {"broken": broken, "off": lambda *_: within("error", 2.0, 1.0), "missing": missing, "fine": died}
+    short = {"broken": broken, "off": lambda *_: within("error", 2.0, 1.0), "missing": missing, "fine": fine}
     monkeypatch.setattr(program, "checks", lambda part: short)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("PYTHONPATH", "")
     arguments = ["smoke", "--device", "cpu", "--out", str(tmp_path)]
-    assert program.main([*arguments, "--report"]) == 1
+    assert main([*arguments, "--report"]) == 1
     said = capsys.readouterr()
     assert "failed  broken (0.0 s): RuntimeError: no kernel image is available" in said.out
     assert "failed  off (0.0 s): error 2.0e+00 (at most 1e+00)" in said.out
@@ -146,14 +142,12 @@ def test_each_check_is_written_at_once_and_the_rest_goes_on(monkeypatch, capsys,
     assert re.search(r"smoke +fine +ok", (tmp_path / "gpu-check.md").read_text())
     assert said.out.rstrip().endswith("failed: broken, off")
     assert "Traceback" in said.err
-    assert program.main([*arguments, "--only", "missing"]) == 0
+    assert main([*arguments, "--only", "missing"]) == 0
 
 
-def test_bad_usage_is_a_sentence(monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("PYTHONPATH", "")
-    assert program.main(["smoke", "--device", "cpu", "--out", "/dev/null/x"]) == 2
+def test_bad_usage_is_a_sentence(main, monkeypatch, capsys):
+    assert main(["smoke", "--device", "cpu", "--out", "/dev/null/x"]) == 2
     assert "cannot write to /dev/null/x: Not a directory" in capsys.readouterr().err
     monkeypatch.setitem(program.NEEDED, "no_such_module", "no-such-package")
-    assert program.main(["smoke"]) == 2
+    assert main(["smoke"]) == 2
     assert "no-such-package is not installed; pip install no-such-package" in capsys.readouterr().err
