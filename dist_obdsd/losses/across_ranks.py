@@ -68,11 +68,7 @@ class InputChecks:
     _pending: tuple[list[str], AsyncHostCopy] | None = None
 
     def shapes(self, embeddings_bD: torch.Tensor, labels: torch.Tensor) -> None:
-        """Check types and shapes, also across the ranks.
-
-        Raises:
-            InputError, RunError: on every rank that has a bad one, or on all where they differ.
-        """
+        """Check types and shapes, also across the ranks, or raise InputError or RunError."""
         self.raise_pending()
         if embeddings_bD.dim() != 2 or not embeddings_bD.is_floating_point():
             raise InputError(
@@ -88,14 +84,9 @@ class InputChecks:
         self.sizes("embeddings", embeddings_bD, labels)
 
     def sizes(self, what: str, *tensors: torch.Tensor) -> None:
-        """Compare the ranks' shapes before a gather, which would hang. Collective.
-
-        Raises:
-            RunError: on every rank, where they differ.
-        """
-        if collectives.world_size() > 1 and (
-            what not in self._compared or (self.values and not collectives.needs_cuda())
-        ):
+        """Compare the ranks' shapes before a gather, or raise RunError. Collective."""
+        again = self.values and not collectives.needs_cuda()
+        if collectives.world_size() > 1 and (again or what not in self._compared):
             collectives.assert_equal_across_ranks(
                 f"the shape of the {what}",
                 ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in tensors),
@@ -104,7 +95,7 @@ class InputChecks:
             self._compared.add(what)
 
     def unit_rows(self, what: str, rows_bD: torch.Tensor) -> tuple[torch.Tensor, list[Note]]:
-        """Make rows [b, D] of length 1, or check that they are; the loss itself shows what is not finite."""
+        """Normalize rows [b, D], or check their length; the loss shows what is not finite."""
         if self.normalize:
             return functional.normalize(rows_bD.to(torch.promote_types(rows_bD.dtype, torch.float32))), []
         if not self.values:
@@ -136,11 +127,7 @@ class InputChecks:
         return torch.where(counts.sum() > 0, torch.zeros_like(loss), loss)
 
     def raise_pending(self) -> None:
-        """Raise what the latest step on a GPU was refused for.
-
-        Raises:
-            InputError: on every rank.
-        """
+        """Raise what the latest step was refused for, an InputError on every rank."""
         if self._pending is not None:
             (messages, counts), self._pending = self._pending, None
             for message, count in zip(messages, counts.read(), strict=True):
@@ -149,13 +136,9 @@ class InputChecks:
 
 
 def combine(
-    view: BatchView,
-    terms: Mapping[str, PartialMean],
-    factors: Mapping[str, float],
-    checks: InputChecks,
-    also_sum: Sequence[float] = (),
-    teacher_BD: torch.Tensor | None = None,
-) -> LossOutput:
+    view: BatchView, terms: Mapping[str, PartialMean], factors: Mapping[str, float], checks: InputChecks,
+    also_sum: Sequence[float] = (), teacher_BD: torch.Tensor | None = None,
+) -> LossOutput:  # fmt: skip
     """Make the loss of all ranks' terms. Collective, one small all-reduce.
 
     Args:
@@ -181,11 +164,9 @@ def combine(
 
 
 def local_loss(
-    terms: Mapping[str, PartialMean],
-    global_counts: Mapping[str, torch.Tensor],
-    factors: Mapping[str, float],
+    terms: Mapping[str, PartialMean], global_counts: Mapping[str, torch.Tensor], factors: Mapping[str, float],
     world_size: int,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Compute this rank's scalar for backward; its mean over ranks is the loss.
 
     With the gathered rows' gradients summed over the ranks, rank r's parameter gradient is that of everyone's loss

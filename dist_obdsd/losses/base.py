@@ -98,8 +98,7 @@ def squared_distances(view: BatchView) -> torch.Tensor:
 
         |x - y|^2 = |x - c|^2 + |y - c|^2 - 2 (x - c).(y - c)
 
-    The centre c, the batch's mean without gradient, keeps digits where all rows lie close together, as those of an
-    untrained network do. Rounding may leave a value slightly below 0.
+    The centre c, the batch's mean, keeps digits where all rows lie close together. Rounding may give values below 0.
     """
     return _squares(*_centred(view))
 

@@ -54,7 +54,7 @@ def distilled(ranking: RankingLoss, section: DistillationConfig) -> OBDSDLoss:
 
 
 def log_objective(config: Config, world_size: int) -> None:
-    """Log what depends on the sizes of a run, or raise InputError as ``choose_solver``."""
+    """Log what depends on a run's sizes, or raise InputError as ``choose_solver``."""
     B, section = config.batch.global_size, config.distillation
     own = B // world_size
     if section.scope == "rank" and world_size > 1:

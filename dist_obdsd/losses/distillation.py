@@ -61,13 +61,9 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        S_bB: torch.Tensor,
-        target_bB: torch.Tensor,
-        t_log_t_bB: torch.Tensor,
-        sum_b: torch.Tensor,
+        ctx: Any, S_bB: torch.Tensor, target_bB: torch.Tensor, t_log_t_bB: torch.Tensor, sum_b: torch.Tensor,
         temperature: float,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         log_p_bB = (S_bB if temperature == 1 else S_bB / temperature).log_softmax(1)
         total = t_log_t_bB.addcmul_(target_bB, log_p_bB, value=-1).sum()
         p_bB = log_p_bB.mul_(LOG2_E).exp2_()

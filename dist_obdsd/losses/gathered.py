@@ -56,13 +56,9 @@ class GatheredLoss(LearnableLoss):
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, which a loss may draw from, alike on every rank."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.random.default_generator.manual_seed(derive(seed, "miner"))
-        for cuda in devices:
-            with torch.cuda.device(cuda):
-                torch.cuda.manual_seed(derive(seed, "miner"))
+    """Seed torch's global generators, which a loss may draw from."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, "miner"))
         yield
 
 

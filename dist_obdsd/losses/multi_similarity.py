@@ -94,7 +94,7 @@ class _MultiSimilarity(torch.autograd.Function):
 def _soft(
     S_bB: torch.Tensor, kept_bB: torch.Tensor, hardest_b1: torch.Tensor, threshold: float, k: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute log(1 + sum exp(k (S - threshold))) [b, 1] over kept entries, in place of S.
+    """Compute log(1 + sum exp(k (S - threshold))) [b, 1] over kept entries, in S.
 
     Also returns two factors, [b, 1] and [b, B], whose product, times k, is its slope.
     """

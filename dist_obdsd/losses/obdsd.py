@@ -185,7 +185,7 @@ class OBDSDLoss(nn.Module):
     def terms(
         self, view: BatchView, T_BD: torch.Tensor | None = None, pending: manifold.PendingTarget | None = None
     ) -> dict[str, PartialMean]:
-        """Compute this rank's share of every term, by names that are the same on every rank.
+        """Compute this rank's share of every term, by names that all ranks share.
 
         Args:
             view: the student's rows.

@@ -60,5 +60,5 @@ class ProxyAnchorLoss(LearnableLoss):
 
 
 def _log1p_sum_exp(x_cB: torch.Tensor, keep_cB: torch.Tensor) -> torch.Tensor:
-    """Compute log(1 + sum of exp(x) over the kept entries) per row [c]; the 1 is a column exp(0)."""
+    """Compute log(1 + sum of exp(x) over kept entries) [c]; the 1 is a column exp(0)."""
     return functional.pad(x_cB.masked_fill(~keep_cB, -torch.inf), (1, 0)).logsumexp(1)

@@ -29,7 +29,7 @@ differently, always fall on the same side."""
 
 
 class Graph:
-    """A batch manifold with the symmetric A = N of ``obdsd_symmetric``: K = max(S, 0) without its diagonal.
+    """A batch manifold with a symmetric A = N: K is max(S, 0) without its diagonal.
 
     Computed in the precision of ``T_nD`` and at least float32.
     """
@@ -63,7 +63,8 @@ class Graph:
 
     def symmetric(self, rows: slice) -> torch.Tensor:
         """Return N [t, n], the caller's own."""
-        return self._affinities(rows).mul_(self._scale_n[rows, None]).mul_(self._scale_n)
+        scale_n = self._scale_n  # whose matrices are gone before the next one is made
+        return self._affinities(rows).mul_(scale_n[rows, None]).mul_(scale_n)
 
     @property
     def isolated_n(self) -> torch.Tensor:
@@ -154,19 +155,15 @@ class Graph:
         return nearest_n
 
     def _per_node(self) -> torch.Tensor:
-        """Allocate a number per node [n], to be filled tile by tile in place.
-
-        Small results that outlive their tile would keep the allocator from reusing the tiles' blocks.
-        """
+        """Allocate a number per node [n]; a small tensor a tile would fragment memory."""
         return torch.empty(self.n, dtype=self.T_nD.dtype, device=self.T_nD.device)
 
 
 class WalkGraph(Graph):
     """A random walk, A = softmax(S / transition_temperature) without its diagonal.
 
-    K_ij = exp(S_ij / t) overflows at sharp temperatures, so only logarithms of degrees exist here. Logits reach
-    1/t = 200, where float32 is coarse. Differences of near ones are exact, so the logarithm of a degree is kept in two
-    parts, m + log s. The shift by S = 1 keeps the logits of close rows small.
+    K_ij = exp(S_ij / t) overflows at sharp temperatures, so only logarithms of degrees exist here, in two parts,
+    m + log s, since float32 is coarse at 1/t = 200. The shift by S = 1 keeps the logits of close rows small.
     """
 
     clips = False
@@ -274,10 +271,7 @@ def times_matrix(
 
 
 def softmax(S_tn: torch.Tensor, temperature: float, first_row: int, mask_self: bool) -> torch.Tensor:
-    """Compute softmax(S / temperature) over each row [t, n].
-
-    With ``mask_self`` a row's own node, on the diagonal from ``first_row``, is left out.
-    """
+    """Compute softmax(S / temperature) [t, n], if ``mask_self`` without the own node."""
     logits_tn = S_tn if temperature == 1 else S_tn / temperature
     if mask_self:
         logits_tn = logits_tn.clone()

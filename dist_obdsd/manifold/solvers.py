@@ -128,7 +128,7 @@ def solve_rows(graph: Graph, rows: slice, solver: str, tolerance: float) -> Inve
 
 
 def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
-    """Compute rows [b, n] of (I - omega A)^-1 by Neumann's series; None where it is long.
+    """Compute rows of (I - omega A)^-1 by Neumann's series; None where it is long.
 
         y' = e_i + omega y A  differs from y by y's residual, and its own residual is omega times that one times A
 
@@ -151,11 +151,7 @@ def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
 def neumann_fixed_steps(graph: Graph, rows: slice, products: int, every: bool) -> tuple[Inverse, torch.Tensor]:
     """Compute the same rows with a fixed number of products, reading no error.
 
-    Args:
-        every: bound the error after every product, not after the last alone.
-
-    Returns:
-        The rows, and the largest bounds after the products, [1] or [products].
+    Returns the rows, and the largest bound [1] after the last product or, with ``every``, after each [products].
     """
     largest = []
     for taken, (Y_bn, before_bn) in enumerate(_series(graph, rows, products), 1):

@@ -179,12 +179,9 @@ def diffusion_targets(
 
 @torch.no_grad()
 def start_async(
-    T_BD: torch.Tensor,
-    rows: slice,
-    diffusion: Diffusion,
-    memory_MD: torch.Tensor | None = None,
+    T_BD: torch.Tensor, rows: slice, diffusion: Diffusion, memory_MD: torch.Tensor | None = None,
     plan: QueuePlan | None = None,
-) -> PendingTarget | None:
+) -> PendingTarget | None:  # fmt: skip
     """Queue what is mostly enough of a diffusion, before the student's forward pass.
 
     The arguments are those of ``target_rows``, which reads the error when the device has other work, and the epoch's
@@ -214,12 +211,9 @@ def start_async(
 
 @torch.no_grad()
 def target_rows(
-    T_BD: torch.Tensor,
-    rows: slice,
-    diffusion: Diffusion,
-    memory_MD: torch.Tensor | None = None,
+    T_BD: torch.Tensor, rows: slice, diffusion: Diffusion, memory_MD: torch.Tensor | None = None,
     pending: PendingTarget | None = None,
-) -> DiffusionTarget:
+) -> DiffusionTarget:  # fmt: skip
     """Compute the target of this rank's rows (arXiv 2211.07566, PSD and OBDP).
 
     A row without an edge keeps its own P_i. ``mask_self`` takes the diagonal out of P (for ``obdsd_symmetric``, out of
@@ -317,8 +311,7 @@ def _solve(
 def _within_batch(result: DiffusionTarget, T_BD: torch.Tensor, rows: slice, diffusion: Diffusion) -> DiffusionTarget:
     """Restrict the target to the batch's columns.
 
-    Dividing by the mass that is left multiplies errors, too. So a row with next to nothing left keeps its P_i over the
-    batch, as an isolated one does.
+    Dividing by the mass that is left multiplies errors, so a row with next to nothing left keeps its P_i.
     """
     target_bB = result.target_bB[:, : T_BD.shape[0]]
     left_b = target_bB.sum(1)

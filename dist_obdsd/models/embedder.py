@@ -99,11 +99,7 @@ def _drop_caches(model: nn.Module, _: object) -> None:
 
 
 def build_embedder(config: Config, device: torch.device) -> Embedder:
-    """Build the network that training begins with, by the run's seed alone.
-
-    Raises:
-        InputError: there is no such backbone, its weights are missing or do not fit, or SyncBatchNorm without a GPU.
-    """
+    """Build the network that training begins with, by the seed, or raise InputError."""
     section, data = config.model, config.data
     assert section.pooling
     assert data.mean

@@ -49,10 +49,7 @@ class _Checkpointed(nn.Module):
 
 
 def checkpoint_blocks(net: nn.Module) -> None:
-    """Keep no activations inside the blocks of a network, or raise InputError.
-
-    timm's networks do that themselves when they are told to, which an embedder does in training.
-    """
+    """Keep no activations inside the blocks of a network, or raise InputError."""
     switch: Any = getattr(net, "set_grad_checkpointing", None)
     row = [block for _, block in blocks(net)]
     try:

@@ -1,8 +1,4 @@
-"""Precision and compilation of the networks in a training step.
-
-Only training calls are compiled: an evaluation's numbers must not depend on what a compiler makes of the network, so it
-calls ``forward`` itself.
-"""
+"""Precision and compilation of the networks in a training step."""
 
 import logging
 from collections.abc import Mapping
@@ -59,13 +55,9 @@ def compile_networks(config: Config, runtime: Runtime, student: nn.Module, teach
 
 
 def compile_in_place(networks: Mapping[nn.Module, AbstractContextManager[object]], images_bCss: torch.Tensor) -> None:
-    """Compile the networks' calls, on every rank or on none. Collective.
+    """Compile networks, each in its precision, on every rank or on none. Collective.
 
     Each is tried, forward and, where gradients flow, backward, since compilers fail when they are first used.
-
-    Args:
-        networks: and the precision that each runs in.
-        images_bCss: uint8, on the networks' device; the shape of a training step's.
     """
     failure = None
     try:

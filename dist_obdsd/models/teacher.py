@@ -119,11 +119,7 @@ def fingerprints(network: nn.Module) -> dict[str, str]:
 
 
 def check_identical(what: str, network: nn.Module, group: Group = None) -> None:
-    """Compare a network's bytes across the ranks; ``what`` names it. Collective.
-
-    Raises:
-        RunError: on every rank, with the names of the tensors that differ.
-    """
+    """Compare a network's bytes across ranks, or raise RunError on each. Collective."""
     with collectives.within(group):
         all_prints = collectives.gather_json(fingerprints(network))
     values: dict[str, set[str]] = {}

@@ -24,14 +24,7 @@ def split_source(pretrained: str) -> tuple[str | None, str]:
 
 
 def read(pretrained: str) -> tuple[State | None, dict[str, Any] | None]:
-    """Read what ``model.pretrained`` names.
-
-    Returns:
-        The state dict of a file, or a checkpoint's content; two None where it names neither.
-
-    Raises:
-        InputError: there is no such file, or it cannot be read.
-    """
+    """Read a file's state dict or a checkpoint's content, or raise InputError."""
     if pretrained == "none" or split_source(pretrained)[0]:
         return None, None
     path = Path(pretrained).expanduser()
@@ -66,10 +59,7 @@ def read(pretrained: str) -> tuple[State | None, dict[str, Any] | None]:
 
 
 def fit(net: nn.Module, state: State | None, backbone: str) -> Any:
-    """Load a state dict, if one is given, into a network and return that.
-
-    The classifier may be missing or left over; anything else that does not fit is an InputError.
-    """
+    """Load a state dict, with or without a classifier, or raise InputError."""
     if state is None:
         return net
     try:

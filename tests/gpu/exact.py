@@ -103,6 +103,7 @@ def error(rank: Runtime, *overrides: str, alone: Sequence[str] = ()) -> float:
     with convolutions_in_float32():
         with collectives.within(groups[rank.rank]):
             one = Rig(settings("small_cnn", *overrides, *alone), rank.device)
+            one.objective.group = groups[rank.rank]
             one.take()
         rig = Rig(settings("small_cnn", *overrides), rank.device, rank)
         rig.take()

@@ -18,7 +18,7 @@ from tests import bare, harness, runs
 from tests.gpu import __main__ as program
 from tests.gpu import exact, smoke
 from tests.gpu import runs as whole
-from tests.gpu.rig import CPU, CheckError, Rig, Skipped, settings, within
+from tests.gpu.rig import CPU, CheckError, Skipped, within
 
 ALL = [(part, name) for part in program.PARTS for name in program.checks(part)]
 
