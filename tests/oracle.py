@@ -119,14 +119,9 @@ def sampled_triplets(
 
 
 def margin(
-    E_BD: torch.Tensor,
-    labels: list[int],
-    triplets: list[tuple[int, int, int | None]],
-    beta_B: torch.Tensor,
-    *,
-    alpha: float,
-    nu: float,
-) -> tuple[torch.Tensor, int]:
+    E_BD: torch.Tensor, labels: list[int], triplets: list[tuple[int, int, int | None]], beta_B: torch.Tensor, *,
+    alpha: float, nu: float,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
     """Sum over the triplets, with each anchor's beta, and the number of hinges above 0."""
     E_BD = E_BD.double()
     total, count = _zero(E_BD) + _zero(beta_B), 0
@@ -168,37 +163,20 @@ def kl(E_BD: torch.Tensor, target_BB: np.ndarray | torch.Tensor, temperature: fl
 
 
 def target(
-    T_BD: Any,
-    *,
-    target: str,
-    temperature: float,
-    transition_temperature: float,
-    omega: float,
-    mask_self: bool = False,
-    neighbours: int | None = None,
-    mutual: bool = False,
-    clip: bool = False,
-    power: float = 1.0,
-) -> Any:
+    T_BD: Any, *, target: str, temperature: float, transition_temperature: float, omega: float, mask_self: bool = False,
+    neighbours: int | None = None, mutual: bool = False, clip: bool = False, power: float = 1.0,
+) -> Any:  # fmt: skip
     """All B rows of a target, [B, B]: an array where an array is given, which is taken in float64, else a tensor."""
-    if isinstance(T_BD, np.ndarray):
-        options = {"target": target, "temperature": temperature, "transition_temperature": transition_temperature,
-                   "omega": omega, "mask_self": mask_self, "neighbours": neighbours, "mutual": mutual, "clip": clip,
-                   "power": power}  # fmt: skip
-        return globals()["target"](torch.from_numpy(T_BD).double(), **options).numpy()
+    is_array = isinstance(T_BD, np.ndarray)
+    T_BD = torch.from_numpy(T_BD).double() if is_array else T_BD
     B, S_BB = len(T_BD), T_BD @ T_BD.T
     eye_BB = torch.eye(B, dtype=T_BD.dtype, device=T_BD.device)
     self_BB = eye_BB.bool()
+    hidden_BB = self_BB & mask_self
 
     def softmax(S: torch.Tensor, left_out: torch.Tensor, t: float) -> torch.Tensor:
         return (S / t).masked_fill(left_out, -math.inf).softmax(1).nan_to_num(0)
 
-    if target == "uniform":
-        return torch.full_like(S_BB, 1 / B)
-    hidden_BB = self_BB & mask_self
-    P_BB = softmax(S_BB, hidden_BB, temperature)
-    if target == "psd":
-        return P_BB
     edge_BB = ~self_BB
     if neighbours is not None:  # those that tie with the last one are near, too
         others_BB = S_BB.masked_fill(self_BB, -math.inf).sort(1, descending=True).values
@@ -206,14 +184,20 @@ def target(
         edge_BB &= near_BB & near_BB.T if mutual else near_BB | near_BB.T
     sharp_BB = S_BB.clamp_min(0) if clip or target == "obdsd_symmetric" else S_BB
     sharp_BB = sharp_BB**power if power != 1 else sharp_BB
-    if target == "obdsd":
-        A_BB = softmax(sharp_BB, ~edge_BB, transition_temperature)
-        isolated_B = ~edge_BB.any(1)
-        F_BB = (1 - omega) * torch.linalg.inv(eye_BB - omega * A_BB) @ P_BB
-        return torch.where(isolated_B[:, None], P_BB, F_BB)
-    assert target == "obdsd_symmetric"
-    S0_BB = torch.where(edge_BB, sharp_BB, 0)
-    degree_B = S0_BB.sum(1)
-    A_BB = (S0_BB / (degree_B[:, None] * degree_B).sqrt()).nan_to_num(0)
-    F_BB = (1 - omega) * torch.linalg.inv(eye_BB - omega * A_BB) @ S_BB
-    return torch.where(degree_B[:, None] == 0, P_BB, softmax(F_BB, hidden_BB, temperature))
+    P_BB = softmax(S_BB, hidden_BB, temperature)
+    match target:
+        case "uniform":
+            found_BB = torch.full_like(S_BB, 1 / B)
+        case "psd":
+            found_BB = P_BB
+        case "obdsd":
+            A_BB = softmax(sharp_BB, ~edge_BB, transition_temperature)
+            F_BB = (1 - omega) * torch.linalg.inv(eye_BB - omega * A_BB) @ P_BB
+            found_BB = torch.where(edge_BB.any(1)[:, None], F_BB, P_BB)
+        case "obdsd_symmetric":
+            S0_BB = torch.where(edge_BB, sharp_BB, 0)
+            degree_B = S0_BB.sum(1)
+            A_BB = (S0_BB / (degree_B[:, None] * degree_B).sqrt()).nan_to_num(0)
+            F_BB = (1 - omega) * torch.linalg.inv(eye_BB - omega * A_BB) @ S_BB
+            found_BB = torch.where(degree_B[:, None] == 0, P_BB, softmax(F_BB, hidden_BB, temperature))
+    return found_BB.numpy() if is_array else found_BB

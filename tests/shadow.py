@@ -1,10 +1,9 @@
 """Finds on a CPU where a step would make a GPU's host wait, or would mix tensors of the two.
 
-A GPU works through a queue. Whoever asks for a number waits until the queue is empty, and a copy from pageable memory
-waits, too. On a CPU nobody notices. So a shadow follows by provenance which tensors would lie on the device: those it
-is given, what is made with ``device=``, what ``.to(device)`` returns, and all that is computed from them. ``found`` has
-the places of waits and mixes, such as ``manifold/solvers.py:141 _local_scalar_dense``, in the real backward, too.
-``transfer.py`` may wait: for an event in the queue, not for what comes after it. ``looks`` counts that.
+A shadow follows by provenance which tensors would lie on the device: those it is given, what is made with ``device=``,
+what ``.to(device)`` returns, and all that is computed from them. ``found`` has the places of waits and mixes, such as
+``manifold/solvers.py:141 _local_scalar_dense``, in the real backward, too. ``transfer.py`` may wait: for an event in
+the queue, not for what comes after it. ``looks`` counts that.
 """
 
 import traceback

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_metric_learning import distances, losses, miners, regularizers
+from pytorch_metric_learning import losses, miners, regularizers
 
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.losses.build import build_ranking
@@ -66,16 +66,11 @@ CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "pml.SoftTripleLoss": (
         {"centers_per_class": 3}, lambda: losses.SoftTripleLoss(CLASSES, D, centers_per_class=3), None
     ),
-    "pml.TripletMarginLoss": (
-        {"distance": "pml.CosineSimilarity"},
-        lambda: losses.TripletMarginLoss(distance=distances.CosineSimilarity()), None,
-    ),
     "pml.CircleLoss": (
         {"embedding_regularizer": "pml.LpRegularizer", "embedding_reg_weight": 0.5},
         lambda: losses.CircleLoss(embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.5), None,
     ),
     "pml.MultiSimilarityLoss": ({"beta": 40}, lambda: losses.MultiSimilarityLoss(beta=40), miners.MultiSimilarityMiner),
-    "pml.SupConLoss": ({}, losses.SupConLoss, miners.BatchHardMiner),
 }  # fmt: skip
 
 
@@ -107,11 +102,6 @@ def test_what_a_loss_remembers_is_in_its_state() -> None:
     expected = parts(loss, unit_rows(3), LABELS["mixed"])["ranking"].sum.item()
     assert parts(resumed, unit_rows(3), LABELS["mixed"])["ranking"].sum.item() == expected
     assert fresh != pytest.approx(expected, rel=1e-3)
-
-
-def test_the_number_of_classes_is_filled_in_but_not_over() -> None:
-    assert build("pml.MarginLoss", {"learn_beta": True}).loss.beta.shape == (CLASSES,)
-    assert build("pml.MarginLoss", {"learn_beta": True, "num_classes": None}).loss.beta.shape == (1,)
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [

@@ -93,14 +93,6 @@ def test_a_rejected_series_is_tried_in_the_next_epoch():
     assert manifold.start_async(T_BD, rows, gentle, None, QueuePlan()).result.iterations > 0
 
 
-def test_the_graph_is_built_once(monkeypatch):
-    built, real = [], manifold._graph
-    monkeypatch.setattr(manifold, "_graph", lambda *given: built.append(1) or real(*given))
-    T_BD, rows, chosen = clustered(0), slice(0, 112), settings(transition_temperature=0.005)
-    manifold.target_rows(T_BD, rows, chosen, pending=manifold.start_async(T_BD, rows, chosen))
-    assert len(built) == 1
-
-
 def test_with_a_memory_the_queued_target_is_cut_to_the_batch():
     T_nD = MANIFOLDS["ordinary"].double()
     T_BD, memory_MD = T_nD[:8], T_nD[8:]

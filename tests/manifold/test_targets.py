@@ -368,15 +368,6 @@ def test_half_precision_is_widened_and_autocast_has_no_say(target: str) -> None:
     assert l1(inside, expected) < 1e-4
 
 
-@pytest.mark.parametrize("target", ["psd", "obdsd", "obdsd_symmetric"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_embeddings_give_nan_targets_on_every_rank(target: str, bad: float) -> None:
-    T_BD = MANIFOLDS["ordinary"].float()
-    T_BD[5, 2] = bad
-    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
-        assert target_rows(T_BD, rows, **options(target)).target_bB.isnan().any()
-
-
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="B > 1"):
         target_rows(torch.ones(1, D), slice(0, 1), **options("psd"))

@@ -33,14 +33,6 @@ def test_backbones_give_unit_rows_in_float32(pooling: str) -> None:
     assert torch.allclose(E.norm(dim=1), torch.ones(2), atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_small_cnn_in_float64(channels: int) -> None:
-    grey = (f"data.channels={channels}", "data.mean=[0.5]", "data.std=[0.5]", "precision=float64")
-    E = build("model.backbone=small_cnn", *grey)(noise(2, 32, channels))
-    assert E.dtype == torch.float64
-    assert torch.allclose(E.norm(dim=1), torch.ones(2, dtype=torch.float64), atol=1e-12)
-
-
 def test_rows_do_not_depend_on_their_batch_mates() -> None:
     images, exact = noise(6, 32), "precision=float64"
     for backbone in ("small_cnn", "resnet18"):

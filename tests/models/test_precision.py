@@ -15,9 +15,8 @@ import yaml
 
 from dist_obdsd.config import override_config, parse_config
 from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.errors import InputError
-from dist_obdsd.models.precision import blank_images, check_precision, compile_in_place
+from dist_obdsd.models.precision import check_precision, compile_in_place
 from tests import harness, runs
 
 NO_COMPILER = pytest.mark.skipif(
@@ -59,14 +58,6 @@ def test_where_one_rank_cannot_compile_all_go_on_without() -> None:
         assert plain
         assert clean
     assert [said for said, _, _ in harness.run(2, settle, 2)] == [[], []]
-
-
-def test_blank_images_have_the_shape_of_a_step_s() -> None:
-    raw = yaml.safe_load(runs.CONFIG)
-    for overrides, ranks, rows in ([], 2, 8), (["batch.chunk=3"], 2, 3), (["batch.chunk=100"], 4, 4):
-        config = parse_config(override_config(raw, overrides), "x")
-        runtime = Runtime(Launch("test", 0, ranks), torch.device("cpu"))
-        assert blank_images(config, runtime).shape == (rows, 1, 16, 16)
 
 
 def test_bf16_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

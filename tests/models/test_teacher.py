@@ -5,9 +5,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_obdsd.config import override_config, parse_config
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher, fingerprints
 from tests import harness
 
@@ -114,18 +112,3 @@ def test_a_teacher_that_differs_on_one_rank_stops_all_with_its_name():
     assert harness.run(2, promote_on_ranks, False) == ["", ""]
     for message in harness.run(2, promote_on_ranks, True):
         assert "1 tensors (1.bias)" in message
-
-
-def test_fingerprints_are_of_values_whatever_the_layout():
-    """Kernels of 1 x 1 are contiguous by name in either layout, and have other strides."""
-    prints = []
-    for layout in ("true", "false"):
-        raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "model": {"backbone": "squeezenet1_0"}}
-        config = parse_config(override_config(raw, [f"model.channels_last={layout}"]), "x")
-        net = build_embedder(config, torch.device("cpu"))
-        ProgressiveTeacher(net).update(net)
-        prints.append(fingerprints(net))
-    assert prints[0] == prints[1]
-    with torch.no_grad():
-        next(net.parameters()).flatten()[3] += 1
-    assert fingerprints(net) != prints[1]

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torchvision import models
 
 from dist_obdsd import checkpoint
 from dist_obdsd.errors import InputError
@@ -62,13 +61,6 @@ def test_files_that_hold_no_weights_are_refused(content: Any, fact: str, tmp_pat
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(InputError, match=fact):
         build("resnet18", f"model.pretrained={path}")
-
-
-def test_a_classifier_may_be_missing(tmp_path: Path) -> None:
-    source = models.resnet18()
-    torch.save({name: t for name, t in source.state_dict().items() if not name.startswith("fc.")}, tmp_path / "x.pth")
-    net = build("resnet18", f"model.pretrained={tmp_path / 'x.pth'}")
-    assert torch.equal(net.trunk[0].weight, source.conv1.weight)
 
 
 def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
