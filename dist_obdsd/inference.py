@@ -75,6 +75,7 @@ def inference_config(state: dict[str, Any], overrides: Sequence[str] = (), shard
     """
     raw = state["config"]
     raw["data"]["shards"] = shards
+    raw["data"].pop("sampling", None)  # of training only; it may be one that has gone
     # The checkpoint's own weights replace any that the backbone was started from.
     raw["model"]["pretrained"] = "none"
     if raw["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only

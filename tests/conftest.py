@@ -70,11 +70,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 classes of 8 images, half of them to train on, packed by the real program."""
+    """24 classes of 8 images, half of them to train on, packed."""
     folder = tmp_path_factory.mktemp("shards")
     runs.make_images(folder / "images")
-    done = runs.program("pack", "folder", "--source", "images", "--out", "packed", "--workers", "1", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert main(["pack", "folder", "--source", f"{folder}/images", "--out", f"{folder}/packed", "--workers", "1"]) == 0
     return folder / "packed"
 
 

@@ -71,6 +71,7 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("optim.milestones=[3]", "optim.schedule is constant and optim.milestones [3]"),
         ("data.resize=100", "set data.resize to at least 224"),
         ("data.decode=gpu", "data.decode is 'gpu'"),
+        ("data.sampling=class_uniform", "input should be 'epoch' or 'released'"),
         ("data.std=[0, 1, 1]", "data.std.0 is 0: input should be greater than 0"),
         ("name=../up", "name is '../up'"),
         ("optim.lr=.nan", "optim.lr is nan"),

@@ -6,7 +6,6 @@ import time
 from dist_obdsd import console
 from dist_obdsd.cli.output import show
 from dist_obdsd.data import manifest as manifests
-from dist_obdsd.data.from_config import describe_diversity
 from dist_obdsd.data.packing import pack as packing
 from dist_obdsd.data.packing import verify as verifying
 from dist_obdsd.data.packing.recipes import load_recipe
@@ -28,7 +27,6 @@ def pack(options: argparse.Namespace) -> int:
         show(f"{split}: {manifest.images(split)} images of {classes} classes in {len(shards)} shards")
     images, size = sum(map(len, manifest.shards())), sum(shard.bytes for shard in manifest.shards())
     show(f"{options.out}: {console.rate(images, size, seconds)}")
-    show(describe_diversity(manifest))
     return 0
 
 
@@ -43,5 +41,4 @@ def verify(options: argparse.Namespace) -> int:
     images, size = sum(map(len, shards)), sum(shard.bytes for shard in shards)
     show(f"{options.shards}: {images} images in {len(shards)} shards, all as the manifest says")
     show(f"{options.shards}: {console.rate(images, size, seconds)}")
-    show(describe_diversity(manifest))
     return 0

@@ -63,10 +63,10 @@ class DataConfig(Section):
     power of two up to 64 that divides the batch's groups, kept with the run as that number."""
     window: Count = 8
     """Shards of one lane that are held in memory as encoded bytes at a time."""
-    sampling: Literal["epoch", "class_uniform", "released"] = "epoch"
-    """`epoch`: each image at most once an epoch, so a class stands in batches as often as it has images;
-    `class_uniform`: in as many steps, every class about equally often (data/class_uniform.py says how equally);
-    `released`: classes and images drawn with replacement, as the released code does; every rank reads all shards."""
+    sampling: Literal["epoch", "released"] = "epoch"
+    """`epoch`: each image at most once an epoch, so a class stands in batches as often as it has images; `released`:
+    classes, each as likely as any other, and images drawn with replacement, as the released code does; every rank
+    reads all shards."""
     exif: bool = True
     """Turn images as their EXIF orientation says; false: leave them as they are stored, as the released code does."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0

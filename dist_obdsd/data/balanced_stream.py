@@ -63,7 +63,7 @@ class BalancedStream:
             InputError: a setting is impossible, the shards are missing or too few, or the ranks do not divide the
                 lanes.
         """
-        # The images stay bytes, so the mean has no effect; one value fits any number of channels.
+        # The mean has no effect on images that stay bytes; one value fits any number of channels.
         section = {"shards": shards, "augment": transform, "workers": num_workers, "mean": [0.5], "std": [0.5], **data}
         batch = {"global_size": global_batch_size, "samples_per_class": samples_per_class}
         # Some number of epochs that nobody reaches: the stream reads ahead over the end of each.

@@ -5,8 +5,8 @@ path (the classic algorithm for bipartite matching) exchanges classes between la
 repeats. At the end, each repetition is exchanged with a group of a near step, if one fits. Letters as in ``schedule``.
 """
 
+from bisect import insort
 from collections import Counter, deque
-from heapq import heapify, heappop, heappush
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -23,8 +23,6 @@ class Group(NamedTuple):
     ids: tuple[int, ...]
     oldest: int
     """The earliest window that an image of the group is from: ``window`` or the one before."""
-    instead_of: "Group | None" = None
-    """The planned group whose place this one has, in class-uniform sampling."""
 
 
 Plan = list[list[list[Group]]]
@@ -32,24 +30,16 @@ Plan = list[list[list[Group]]]
 
 
 class LaneQueue:
-    """A lane's open groups: a queue per class, and a heap of the queues' first times."""
+    """A lane's groups that are still to be taken: a queue per class."""
 
-    def __init__(self, groups: list[Group], capacity: dict[tuple[int, int], int] | None = None) -> None:
-        """
-        Args:
-            capacity: class-uniform sampling only, whose groups have no images yet: (window, class) -> how many groups
-                without a common image one step can have there. Every window has as many as a step takes from a lane.
-        """
-        self.capacity = capacity
+    def __init__(self, groups: list[Group]) -> None:
         self.queues: dict[int, list[Group]] = {}  # the next group last
         # Window -> groups still to be taken that have an image of it as oldest.
         self.needs = Counter([group.oldest for group in groups])
         for group in sorted(groups, key=attrgetter("time"), reverse=True):
             self.queues.setdefault(group.label, []).append(group)
-        self.heap = [(queue[-1].time, label) for label, queue in self.queues.items()]
-        heapify(self.heap)
+        self.heads = sorted((queue[-1].time, label) for label, queue in self.queues.items())
         self.last_open = 0
-        self.start_step()
 
     def start_step(self) -> None:
         """Find the last window that may be open while the oldest one is still needed."""
@@ -60,42 +50,31 @@ class LaneQueue:
         queue = self.queues.get(label)
         return queue[-1] if queue and queue[-1].window <= self.last_open else None
 
+    def earliest(self, excluded: dict[int, int]) -> int | None:
+        """Return the class of the earliest open group, but for excluded classes."""
+        for time, label in self.heads:
+            if time >= self.last_open + 1:
+                break
+            if label not in excluded:
+                return label
+        return None
+
     def take(self, label: int) -> Group:
         queue = self.queues[label]
         group = queue.pop()
         self.needs[group.oldest] -= 1
+        self.heads.remove((group.time, label))
         if queue:
-            heappush(self.heap, (queue[-1].time, label))
+            insort(self.heads, (queue[-1].time, label))
         return group
 
     def put_back(self, group: Group) -> None:
-        group = group.instead_of or group
-        self.queues[group.label].append(group)
+        queue = self.queues[group.label]
         self.needs[group.oldest] += 1
-        heappush(self.heap, (group.time, group.label))
-
-    def fits(self, window: int, label: int, taken: list[Group]) -> bool:
-        """Tell if a step can take one more group of the class with no image twice."""
-        if self.capacity is None:  # then no two groups share an image
-            return True
-        return sum((g.window, g.label) == (window, label) for g in taken) < self.capacity[window, label]
-
-    def earliest(self, excluded: dict[int, int]) -> int | None:
-        """Return the class of the earliest open group, but for excluded classes."""
-        passed: list[tuple[float, int]] = []
-        found = None
-        while found is None and self.heap and self.heap[0][0] < self.last_open + 1:
-            time, label = entry = self.heap[0]
-            queue = self.queues[label]
-            if not queue or queue[-1].time != time or entry in passed[-1:]:
-                heappop(self.heap)  # the group was taken meanwhile, or put back and so entered twice
-            elif label in excluded:
-                passed.append(heappop(self.heap))
-            else:
-                found = label
-        for entry in passed:
-            heappush(self.heap, entry)
-        return found
+        if queue:
+            self.heads.remove((queue[-1].time, group.label))
+        queue.append(group)
+        insort(self.heads, (group.time, group.label))
 
 
 def take_steps(queues: list[LaneQueue], steps: int, per_lane: int) -> Plan:
@@ -115,7 +94,7 @@ def take_steps(queues: list[LaneQueue], steps: int, per_lane: int) -> Plan:
                 owner[label] = lane
                 chosen[lane].append(queues[lane].take(label))
             elif not _exchange(lane, queues, chosen, owner):
-                group = _repeat(queues[lane], chosen[lane], chosen)
+                group = _repeat(queues[lane], chosen)
                 owner.setdefault(group.label, lane)
                 chosen[lane].append(group)
         plan.append(chosen)
@@ -143,32 +122,18 @@ def _exchange(lane: int, queues: list[LaneQueue], chosen: list[list[Group]], own
                 here, label = wants, given
             return True
         for label, other in owner.items():
-            first = None if other in came_from else queues[here].first(label)
-            if first is not None and queues[here].fits(first.window, label, chosen[here]):
+            if other not in came_from and queues[here].first(label) is not None:
                 came_from[other] = (here, label)
                 waiting.append(other)
     return False
 
 
-def _repeat(queue: LaneQueue, taken: list[Group], chosen: list[list[Group]]) -> Group:
+def _repeat(queue: LaneQueue, chosen: list[list[Group]]) -> Group:
     """Take the earliest group of the open class that this step holds least often."""
     held = Counter(group.label for groups in chosen for group in groups)
-    while True:
-        firsts = [group for group in map(queue.first, queue.queues) if group is not None]
-        fitting = [group for group in firsts if queue.fits(group.window, group.label, taken)]
-        if fitting:
-            return queue.take(min(fitting, key=lambda group: (held[group.label], group.time)).label)
-        if firsts:
-            return _substitute(queue, min(firsts, key=lambda group: group.time), taken, held)
+    while not (firsts := [group for group in map(queue.first, queue.queues) if group is not None]):
         queue.last_open += 1  # the windows are smaller than what a step takes
-
-
-def _substitute(queue: LaneQueue, planned: Group, taken: list[Group], held: Counter[int]) -> Group:
-    """Exchange a class whose images in the window are all in the step already."""
-    assert queue.capacity is not None
-    labels = [c for window, c in queue.capacity if window == planned.window and queue.fits(window, c, taken)]
-    label = min(labels, key=lambda c: (held[c], c))
-    return queue.take(planned.label)._replace(label=label, instead_of=planned)
+    return queue.take(min(firsts, key=lambda group: (held[group.label], group.time)).label)
 
 
 def _spread_repeats(plan: Plan) -> None:

@@ -1,15 +1,14 @@
 """A folder of remote shards that were read before, shared by processes and nodes.
 
 A shard's file is called by its SHA-256, so two data sets never collide. It is downloaded beside its place, checked and
-renamed: a file ``SHA256.tar`` is whole. A lock lets one process download while others wait. A shard that is evicted
-can still be read by whoever has it open.
+renamed. A lock lets one process download while others wait. A shard that is evicted can still be read by whoever has it
+open.
 """
 
 import os
 import re
-import socket
-import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,11 +26,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class Cache:
     def __init__(self, folder: Path, limit: int | None = None) -> None:
-        """Make the folder, for at most ``limit`` bytes, and remove dead downloads.
-
-        Raises:
-            InputError: the folder cannot be made or written to.
-        """
+        """Make the folder, for at most ``limit`` bytes, and remove dead downloads; or raise InputError."""
         self.folder, self._limit = folder, limit
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +77,7 @@ class Cache:
 
     def _download(self, path: Path, shard: Shard, url: str) -> None:
         # Unique, since some file systems have no locks.
-        part = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}.part")
+        part = path.with_suffix(f".{uuid.uuid4().hex}.part")
         with ExitStack() as stack:
             stack.callback(part.unlink, missing_ok=True)
             with suppress(OSError, NotImplementedError):
@@ -102,9 +97,9 @@ class Cache:
         if self._limit is None:
             return
         found = []
-        for entry in os.scandir(self.folder):
+        for path in self.folder.iterdir():
             with suppress(FileNotFoundError):  # another process removed it
-                found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total > self._limit and path.suffix == ".tar":

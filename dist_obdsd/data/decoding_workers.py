@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from dist_obdsd.config import Config
 from dist_obdsd.data.images import decode
+from dist_obdsd.data.parallel import end_with_parent
 from dist_obdsd.data.transforms import eval_transform, train_transform
 from dist_obdsd.errors import RunError, UserError
 from dist_obdsd.rng import rng
@@ -55,9 +57,10 @@ class DecodeFailure(NamedTuple):
 
 
 class DecodeJob(NamedTuple):
-    """The images of one batch, and what comes back beside the pixels."""
+    """The images of one batch."""
 
     meta: Any
+    """Comes back beside the pixels."""
     tasks: list[DecodeTask]
 
 
@@ -71,8 +74,7 @@ class DecodedJob(NamedTuple):
 def decode_tasks(tasks: list[DecodeTask], out: Tensor, config: Config, group: int) -> list[DecodeFailure]:
     """Decode and transform every task into its row of ``out`` [n or more, C, s, s].
 
-    Args:
-        group: a broken image is replaced by the next good one of its ``group`` consecutive rows (1: never).
+    A broken image is replaced by the next good one of its ``group`` consecutive rows (1: never).
     """
     # All generators at once: among the decoding, code and tables that they need would be out of the cache every time.
     generators = [None if task.place is None else rng(config.seed, "augment", *task.place) for task in tasks]
@@ -101,7 +103,7 @@ def _decode_task(
     return DecodeFailure(i, task.id, reason, None)
 
 
-class Decoder:
+class Decoder(Iterator[DecodedJob]):
     """An iterator over ``jobs``, decoded."""
 
     def __init__(self, jobs: Iterator[DecodeJob], rows: int, config: Config, group: int, pinned: bool = False) -> None:
@@ -119,38 +121,36 @@ class Decoder:
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._ready: queue.Queue[Any] = queue.Queue()
         self._lent: set[int] = set()
-        for slot in range(SLOTS):
-            self._free.put(slot)
-        self._closed = False
+        self._closed = self._pinned = False
         self._processes: list[Any] = []
         self._idle: queue.Queue[tuple[Any, Connection]] = queue.Queue()
         self._executor: ThreadPoolExecutor | None = None
+        slots = SLOTS
         if config.data.workers:
+            slots += LENT
             # Processes before threads: a fork copies locks in whatever state other threads have them.
-            self._start_processes()
+            self._start_processes(slots)
             self._executor = ThreadPoolExecutor(config.data.workers, "decoding")
             self._pinned = pinned and self._pin_slots()
+        for slot in range(slots):
+            self._free.put(slot)
         self._thread = threading.Thread(target=self._feed, name="feeding", daemon=True)
         self._thread.start()
 
-    def _start_processes(self) -> None:
-        for slot in range(SLOTS, SLOTS + LENT):
-            self._free.put(slot)
-        shape = (SLOTS + LENT, *self._shape)
+    def _start_processes(self, slots: int) -> None:
+        shape = (slots, *self._shape)
         self._slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
         context = multiprocessing.get_context("fork")
-        connections: list[Connection] = []
         for _ in range(self._config.data.workers):
             ours, theirs = context.Pipe()
-            connections.append(ours)
-            arguments = (theirs, list(connections), os.getpid(), self._slots, self._config, self._group)
+            arguments = (theirs, self._slots, self._config, self._group)
             process = context.Process(target=_work, args=arguments, name="dist-obdsd decoding", daemon=True)
             process.start()
-            theirs.close()
+            theirs.close()  # so that the end of the process is the end of its answers
             self._processes.append(process)
             self._idle.put((process, ours))
         # The processes ignore SIGTERM, so the interpreter's own clean-up at exit would wait for them for ever.
-        self._end = util.Finalize(None, _end_processes, args=(self._processes, connections), exitpriority=20)
+        self._end = util.Finalize(None, _kill, args=(self._processes,), exitpriority=20)
 
     def _pin_slots(self) -> bool:
         try:
@@ -177,8 +177,8 @@ class Decoder:
     def _submit(self, job: DecodeJob, slot: int) -> list[Future[list[DecodeFailure]]]:
         if self._executor is None:
             return []
-        n, workers = len(job.tasks), self._config.data.workers
-        part = -(-n // (workers * self._group)) * self._group
+        n = len(job.tasks)
+        part = -(-n // (self._config.data.workers * self._group)) * self._group
         return [
             self._executor.submit(self._decode_elsewhere, slot, start, job.tasks[start : start + part])
             for start in range(0, n, part)
@@ -200,9 +200,6 @@ class Decoder:
         if isinstance(reply, str):
             raise RunError(f"a decoding process failed: {reply}")
         return [failure._replace(row=failure.row + start) for failure in reply]
-
-    def __iter__(self) -> "Decoder":
-        return self
 
     def __next__(self) -> DecodedJob:
         """Wait for the next job's images, or raise what failed elsewhere."""
@@ -245,9 +242,9 @@ class Decoder:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
             self._end()
-            if self._pinned:
-                unpin(self._slots)
-                self._pinned = False
+        if self._pinned:
+            unpin(self._slots)
+            self._pinned = False
 
 
 def _take_back(lent: set[int], free: "queue.SimpleQueue[int]", slot: int) -> None:
@@ -255,44 +252,28 @@ def _take_back(lent: set[int], free: "queue.SimpleQueue[int]", slot: int) -> Non
     free.put(slot)
 
 
-def _work(
-    connection: Connection, inherited: list[Connection], parent: int, slots: np.ndarray, config: Config, group: int
-) -> None:
-    """Run a decoding process until the parent closes the connection or is gone."""
+def _work(connection: Connection, slots: np.ndarray, config: Config, group: int) -> None:
+    """Run a decoding process until it is killed or its parent is gone."""
     # The parent decides when to end: launchers send these signals to every process of the job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # The parent's ends, inherited by the fork, would keep a dead parent's connections open.
-    for other in inherited:
-        other.close()
+    end_with_parent()
     # libjpeg prints a line, which names no file, for damage that it can pass over. Python's own messages still arrive.
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
     images = torch.from_numpy(slots)
-    while True:
-        try:
-            while not connection.poll(5):
-                if os.getppid() != parent:
-                    return
+    with suppress(EOFError, OSError):  # a parent that is gone
+        while True:
             slot, start, tasks = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            reply: Any = decode_tasks(tasks, images[slot, start:], config, group)
-        except Exception as error:
-            reply = f"{type(error).__name__}: {error}"
-        try:
+            try:
+                reply: Any = decode_tasks(tasks, images[slot, start:], config, group)
+            except Exception as error:
+                reply = f"{type(error).__name__}: {error}"
             connection.send(reply)
-        except OSError:
-            return
 
 
-def _end_processes(processes: list[Any], connections: list[Connection]) -> None:
-    for connection in connections:
-        connection.close()
+def _kill(processes: list[Any]) -> None:
     for process in processes:
-        process.join(1)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()

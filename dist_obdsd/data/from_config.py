@@ -2,7 +2,6 @@
 
 from dist_obdsd.config import Config
 from dist_obdsd.config.schema import auto_lanes
-from dist_obdsd.config.sections import BatchConfig, DataConfig
 from dist_obdsd.data.manifest import Manifest, split_classes
 from dist_obdsd.data.schedule import EpochPlan, allowed_world_sizes, plan_epoch
 from dist_obdsd.errors import InputError
@@ -35,20 +34,3 @@ def plan_from(config: Config, manifest: Manifest, classes: list[int], epoch: int
     sizes = config.batch.model_dump(include={"global_size", "samples_per_class"})
     how = config.data.model_dump(include={"lanes", "window", "sampling"})
     return plan_epoch(manifest, classes, seed=config.seed, epoch=epoch, **sizes, **how)
-
-
-def describe_diversity(manifest: Manifest) -> str:
-    """Describe the class diversity with the default batch settings and the packed K."""
-    if not manifest.splits.get("train"):
-        return "class diversity: there are no training images"
-    batch, data = BatchConfig.model_fields, DataConfig.model_fields
-    K, lanes, window = manifest.samples_per_class, data["lanes"].default, data["window"].default
-    # The multiple of what the lanes take that is nearest to the default batch.
-    B = max(1, round(batch["global_size"].default / (K * lanes))) * K * lanes
-    text = f"batches of {B} ({K} per class, {lanes} lanes, windows of {window} shards)"
-    sizes = {"global_size": B, "samples_per_class": K, "lanes": lanes, "window": window}
-    try:
-        plan = plan_epoch(manifest, manifest.class_ids("train"), seed=0, epoch=0, **sizes)
-    except InputError:
-        return f"class diversity: too few training images for {text}; `dist-obdsd doctor CONFIG` says what fits"
-    return f"class diversity: {plan.diversity}, with {text}"

@@ -4,17 +4,14 @@ An image's id is its place in the sorted list of paths, its class the folder tha
 """
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dist_obdsd.config import Config
-from dist_obdsd.data.decoding_workers import DecodeJob, Decoder, DecodeTask
+from dist_obdsd.data.decoding_workers import DecodeJob, DecodeTask
 from dist_obdsd.data.packing.readers.base import images_among
 from dist_obdsd.data.packing.sources import File, walk
-from dist_obdsd.data.stream import EvalBatch, near_equal
+from dist_obdsd.data.stream import EvalBatch, decoded_batches, near_equal
 from dist_obdsd.errors import InputError, RunError
 
 
@@ -83,19 +80,6 @@ def folder_batches(
                 except OSError as error:
                     leave_out(image_id, f"read: {error.strerror}")
             if tasks:
-                yield DecodeJob([task.id for task in tasks], tasks)
+                yield DecodeJob([(task.id, 0, "both") for task in tasks], tasks)
 
-    if not starts:
-        return
-    with closing(Decoder(jobs(), size, config, 1)) as decoder:
-        for decoded in decoder:
-            for failure in decoded.failures:
-                leave_out(failure.id, f"decoded: {failure.reason}")
-            failed = {failure.row for failure in decoded.failures}
-            rows = [row for row in range(len(decoded.meta)) if row not in failed]
-            images = decoded.images
-            if failed:
-                images = torch.zeros_like(images)
-                images[: len(rows)] = decoded.images[rows]
-            ids = torch.tensor(decoded.meta, dtype=torch.int64)[rows]
-            yield EvalBatch(images, ids, torch.zeros_like(ids), ("both",) * len(ids))
+    return decoded_batches(jobs(), size, config, lambda i, why: leave_out(i, f"decoded: {why}")) if starts else iter(())

@@ -13,15 +13,10 @@ class ShardSlice:
     def __init__(self, shard: int, ids_n: np.ndarray, labels_n: np.ndarray, K: int) -> None:
         """``shard`` is an index into the manifest's training shards."""
         self.shard, self.ids_n, self.labels_n = shard, ids_n, labels_n
-        self.groups = count_groups(labels_n, K)  # that these images make by themselves
+        self.groups = int((np.unique(labels_n, return_counts=True)[1] // K).sum())  # that these images make alone
 
 
 Lanes = list[list[ShardSlice]]
-
-
-def count_groups(labels_n: np.ndarray, K: int) -> int:
-    """Count the groups of K images of one class that labels make."""
-    return int((np.unique(labels_n, return_counts=True)[1] // K).sum())
 
 
 def shard_slices(manifest: Manifest, classes: list[int], K: int) -> list[ShardSlice]:

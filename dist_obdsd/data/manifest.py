@@ -123,23 +123,21 @@ def from_json(text: str, origin: str = "manifest") -> Manifest:
     """
     try:
         raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{origin} is not valid JSON ({error}); pack the data again") from error
-    found = raw.get("format") if isinstance(raw, dict) else None
-    if found != FORMAT:
-        raise InputError(f"{origin} has format {found!r} but this program reads {FORMAT!r}; pack the data again")
-    try:
+        found = raw.get("format") if isinstance(raw, dict) else None
+        if found != FORMAT:
+            raise InputError(f"{origin} has format {found!r} but this program reads {FORMAT!r}; pack the data again")
         manifest = _MANIFEST.validate_python(raw | {"digest": hashlib.sha256(text.encode()).hexdigest()})
     except ValidationError as error:
         item = error.errors()[0]
         where = ".".join(str(part) for part in item["loc"])
         raise InputError(f"{origin}: {mistake(where, item)}; pack the data again") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{origin} is not valid JSON ({error}); pack the data again") from error
     _check(manifest, origin)
     return manifest
 
 
 def _check(manifest: Manifest, origin: str) -> None:
-    """Refuse a manifest that contradicts itself."""
     for shard in manifest.shards():
         where = f"{origin}: shard {shard.file}"
         if not len(shard.ids) == len(shard.classes) == len(shard.roles):

@@ -46,11 +46,7 @@ def is_remote(root: str) -> bool:
 
 
 def location(root: str, file: str) -> str:
-    """Return a file's URL or ``pipe:`` command, or its absolute path below a folder.
-
-    Raises:
-        InputError: the name could do harm in a command.
-    """
+    """Return a file's URL or ``pipe:`` command, or its absolute path below a folder."""
     if not is_remote(root):
         return str((Path(expanduser(root)) / file).absolute())
     if root.startswith(("http://", "https://")):
@@ -115,8 +111,12 @@ def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None
         time.sleep(PAUSE * 2 ** (failures - 1))
 
 
-def faults_of(urls: Sequence[str], sizes: Sequence[int]) -> tuple[dict[int, str], int]:
-    """Find files that are missing, forbidden or of another size, unread.
+def faults_of(places: Sequence[str], sizes: Sequence[int | None]) -> tuple[dict[int, str], int]:
+    """Find files, here or elsewhere, that are missing, forbidden or of another size.
+
+    Args:
+        places: as ``location`` gives them.
+        sizes: expected bytes; None: any.
 
     Returns:
         The faults, by index; and the number of files that nothing is known of, since a server says no size, fails for
@@ -126,38 +126,42 @@ def faults_of(urls: Sequence[str], sizes: Sequence[int]) -> tuple[dict[int, str]
         InputError: nothing can open such a URL.
     """
     pool = ThreadPoolExecutor(ASKERS)
-    answers = [pool.submit(_fault, url, size) for url, size in zip(urls, sizes, strict=True)]
+    answers = [pool.submit(_fault, place, size) for place, size in zip(places, sizes, strict=True)]
     done = wait(answers, ASKING).done
-    pool.shutdown(wait=False, cancel_futures=True)
+    pool.shutdown(wait=len(done) == len(answers), cancel_futures=True)
     faults = {i: answer.result() for i, answer in enumerate(answers) if answer in done}
     known = {i: fault for i, fault in faults.items() if fault is not None}
-    return {i: fault for i, fault in known.items() if fault}, len(urls) - len(known)
+    return {i: fault for i, fault in known.items() if fault}, len(places) - len(known)
 
 
-def _fault(url: str, size: int) -> str | None:
+def _fault(place: str, size: int | None) -> str | None:
     """Say what is wrong with a file: "" for nothing, None where that is not known."""
     try:
-        found = _size_of(url)
+        found = _size_of(place)
     except InputError:
         raise
     except Exception as error:
         cause, final = _cause(error)
-        return cause if final or url.startswith("pipe:") else None
-    return None if found is None else "" if found in (size, -1) else f"it has {found} bytes and not {size}"
+        return cause if final or place.startswith("pipe:") else None
+    return (
+        None if found is None else "" if size is None or found in (size, -1) else f"it has {found} bytes and not {size}"
+    )
 
 
-def _size_of(url: str) -> int | None:
-    """Ask for the size of a file. A command only begins to read it, and gives -1."""
-    if url.startswith("pipe:"):
-        with _opened(url, 0) as (_, read):
+def _size_of(place: str) -> int | None:
+    """Find the size of a file. A command only begins to read it, and gives -1."""
+    if not is_remote(place):
+        return Path(place).stat().st_size
+    if place.startswith("pipe:"):
+        with _opened(place, 0) as (_, read):
             read()
         return -1
-    if not url.startswith(("http://", "https://")):
-        system, path = _file_system(url)
+    if not place.startswith(("http://", "https://")):
+        system, path = _file_system(place)
         size: int | None = system.info(path)["size"]
         return size
     # Not HEAD, which signed addresses and some servers refuse.
-    with _request(url, "bytes=0-0") as response:
+    with _request(place, "bytes=0-0") as response:
         partly = response.status == http.HTTPStatus.PARTIAL_CONTENT
         found = response.headers["Content-Range"].rpartition("/")[2] if partly else response.headers["Content-Length"]
         return int(found) if found and found.isdecimal() else None

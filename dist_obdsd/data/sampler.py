@@ -44,12 +44,12 @@ class BalancedBatchSampler(Sampler[list[int]]):
             global_batch_size: B, images in one step over all ranks; a multiple of the ranks and of K.
             samples_per_class: K, images of one class in a group.
             seed: the same on every rank.
-            sampling: ``epoch``, each image at most once an epoch; ``class_uniform``, classes equally often; or
-                ``released``, classes and images drawn with replacement.
+            sampling: ``epoch``, each image at most once an epoch; or ``released``, classes, each as likely as any
+                other, and images drawn with replacement.
             rank, world_size: this process's; None: those of the default process group.
 
         Raises:
-            InputError: the sizes do not divide, or the data is too small for one batch.
+            InputError: the sizes do not divide, there is no such sampling, or the data is too small for one batch.
         """
         self.rank = collectives.rank() if rank is None else rank
         self.world_size = collectives.world_size() if world_size is None else world_size

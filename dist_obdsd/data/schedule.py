@@ -7,36 +7,31 @@ in lane order. A rank owns L/W consecutive lanes, so the global batches are the 
 Letters: L lanes, B global rows, K images of one class in a group, G = B/K groups in a step, g = G/L of them from each
 lane, S steps, W ranks, C classes.
 
-A lane reads its shards in *windows* of a few. The m groups of a class in one window get the times (i + u) / m,
-i = 0..m-1, with one random u per class. So every class is spread evenly over the window, and the order is random all
-the same. A step takes the earliest groups whose classes it does not hold yet (``batch_composer``).
-
-With sampling ``epoch`` the groups are those that the images of the window make, each image in one at most. Images left
-over may make a group with the next window. With ``class_uniform`` as many groups are planned over all classes alike
-(``class_uniform``). Both have the same number of steps: what the lane with the fewest groups allows.
+A lane reads its shards in *windows* of a few. With sampling ``epoch`` the groups are those that the images of a window
+make, each image in one at most; images left over may make a group with the next window. The m groups of a class in one
+window get the times (i + u) / m, i = 0..m-1, with one random u per class. So every class is spread evenly over the
+window, and the order is random all the same. A step takes the earliest groups whose classes it does not hold yet
+(``batch_composer``). The lane with the fewest groups decides the number of steps.
 
 With ``released`` every group is drawn by itself, as by the released code's ``class_random`` sampler: a class, each as
 likely as any other, and K of its images, all with replacement. So a class may come several times in a batch, and an
-image several times, even in one group. An epoch of n images has n // B steps. The law is exact for every data set and
-number of lanes, since no window narrows the choice. Instead every rank reads all shards of the epoch and keeps what
-stands in its rows. Where the shards are more than all lanes' windows hold, it does so several times an epoch, each time
-for a part of the steps. Only the random numbers are others than in the released code, which draws from Python's global
-generator.
+image several times, even in one group. An epoch of n images has n // B steps. No window narrows the choice: every rank
+reads the images of its rows from all shards, several times an epoch where these are more than all lanes' windows hold.
+The random numbers are not the released code's, which draws from Python's global generator.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from dist_obdsd.data.batch_composer import Group, LaneQueue, Plan, take_steps
-from dist_obdsd.data.class_uniform import draw_images, uniform_queues
-from dist_obdsd.data.lanes import ShardSlice, assign_to_lanes, count_groups, shard_slices
+from dist_obdsd.data.lanes import ShardSlice, assign_to_lanes, shard_slices
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 
-Sampling = Literal["epoch", "class_uniform", "released"]
+Sampling = Literal["epoch", "released"]
 Windows = list[list[ShardSlice]]
 """The windows of one lane, in reading order."""
 Steps = tuple[tuple[int, ...], ...]
@@ -49,7 +44,7 @@ class EpochPlan:
 
     epoch: int
     ids_SB: np.ndarray
-    """[S, B] int64 sample ids in global row order: lane by lane, every K consecutive rows one group."""
+    """[S, B] int64 sample ids in global row order: lane by lane, K consecutive rows a group."""
     labels_SB: np.ndarray
     """[S, B] int64 class ids."""
     windows: tuple[tuple[tuple[int, ...], ...], ...]
@@ -59,8 +54,7 @@ class EpochPlan:
     closes: Steps
     """The last such step; -1 for a window that no step uses."""
     reachable: int
-    """Images that an epoch could show at best: the sum over the classes of K * floor(n_c / K). With class-uniform
-    sampling: the sum of n_c over the classes with K images or more. With released sampling: all."""
+    """Images that an epoch could show at best: the sum over the classes of K * floor(n_c / K); ``released``: all."""
     too_small: int
     """Number of classes that no batch of any epoch shows, having fewer than K images."""
     groups: int
@@ -111,22 +105,24 @@ def plan_epoch(
         global_size: B, rows in a global batch over all ranks.
         samples_per_class: K, images of one class in a group.
         lanes: L; the B/K groups of a step must divide evenly over them.
-        window: shards in a window. A lane needs at most two neighbouring windows at a time (more only where a window is
-            used up before the largest class of the one before it). Class-uniform sampling puts windows together that
-            are too small for what a step takes from a lane.
-        sampling: ``epoch``, ``class_uniform`` or ``released``, see above.
+        window: shards in a window. A lane needs two neighbouring windows at a time, more only where one is used up
+            before the largest class of the one before it.
+        sampling: ``epoch`` or ``released``, see above.
 
     Raises:
         InputError: B, K and L do not divide, there are fewer shards than lanes, or fewer groups than one batch.
     """
     K, L = samples_per_class, lanes
+    if sampling not in get_args(Sampling):
+        raise InputError(
+            f"sampling is {sampling!r}; give 'epoch', or 'released', which draws all classes equally often"
+        )
     if global_size % (K * L):
         raise InputError(
             f"batch.global_size={global_size} does not divide into {L} lanes of groups of {K}; set it to a multiple of "
             f"{K * L}, or change data.lanes or batch.samples_per_class"
         )
-    draw = rng(seed, "schedule", epoch)
-    slices = shard_slices(manifest, classes, K)
+    draw, slices = rng(seed, "schedule", epoch), shard_slices(manifest, classes, K)
     if sampling == "released":
         return _released_plan(slices, epoch, global_size, K, L, window, draw)
     per_lane = global_size // (K * L)
@@ -152,19 +148,8 @@ def plan_epoch(
             + (f"set batch.global_size to at most {fewest * K * L}" if fewest else "set data.lanes=1")
             + f", use fewer data.lanes, or pack again with --samples-per-class {K}"
         )
-    if sampling == "epoch":
-        plan = take_steps([LaneQueue(lane) for lane in groups], steps, per_lane)
-    else:
-        reachable = int(counts_C[counts_C >= K].sum())
-        windows = [_joined(lane, K, per_lane) for lane in windows]
-        images = [
-            [{c: ids for c, ids in _by_class(window, draw).items() if len(ids) >= K} for window in lane]
-            for lane in windows
-        ]
-        plan = take_steps(uniform_queues(images, steps * per_lane, per_lane, K, draw), steps, per_lane)
-        draw_images(plan, images, K, draw)
-
-    ids_SB = np.array([[i for lane in step for group in lane for i in group.ids] for step in plan], dtype=np.int64)
+    plan = take_steps([LaneQueue(lane) for lane in groups], steps, per_lane)
+    ids_SB = np.array([[group.ids for lane in step for group in lane] for step in plan]).reshape(steps, global_size)
     labels_SG = np.array([[group.label for lane in step for group in lane] for step in plan], dtype=np.int64)
     opens, closes = _window_steps(plan, windows)
     return EpochPlan(
@@ -224,21 +209,11 @@ def _lane_groups(windows: Windows, K: int, draw: np.random.Generator) -> list[Gr
             carried = before.get(label, [])
             pool = carried + ids  # the older images first, so that what is left over is of this window
             m = len(pool) // K
-            if m:
-                groups += [
-                    Group(
-                        window=number,
-                        # Carried images go first, so that the window they are from can be closed.
-                        time=number + (i + (u / 2 if carried and i == 0 else u)) / m,
-                        label=label,
-                        ids=tuple(pool[i * K : (i + 1) * K]),
-                        oldest=number - 1 if carried and i == 0 else number,
-                    )
-                    for i in range(m)
-                ]
-                left[label] = pool[m * K :]
-            else:
-                left[label] = ids
+            for i in range(m):
+                mixed = bool(carried) and i == 0  # comes early, so that the window before can be closed
+                time, oldest = number + (i + (u / 2 if mixed else u)) / m, number - mixed
+                groups.append(Group(number, time, label, tuple(pool[i * K : (i + 1) * K]), oldest))
+            left[label] = pool[m * K :] if m else ids
     return groups
 
 
@@ -252,18 +227,6 @@ def _by_class(window: list[ShardSlice], draw: np.random.Generator) -> dict[int, 
     ids = ids_n[order_n].tolist()
     starts = [*starts_c.tolist(), len(ids)]
     return {label: ids[a:b] for label, a, b in zip(labels_c.tolist(), starts, starts[1:], strict=False)}
-
-
-def _joined(windows: Windows, K: int, per_lane: int) -> Windows:
-    """Put neighbours together until every window has the groups of one step."""
-    joined: Windows = [[]]
-    for window in windows:
-        joined[-1] = joined[-1] + window
-        if count_groups(np.concatenate([part.labels_n for part in joined[-1]]), K) >= per_lane:
-            joined.append([])
-    rest = joined.pop()
-    joined[-1] = joined[-1] + rest
-    return joined
 
 
 def _window_steps(plan: Plan, windows: list[Windows]) -> tuple[Steps, Steps]:

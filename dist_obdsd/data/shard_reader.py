@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import IO
 
+import numpy as np
+
 from dist_obdsd.config.sections import DataConfig
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.images import MEMBERS
@@ -29,38 +31,28 @@ HELD_WINDOWS = 2  # of a lane, as encoded bytes
 IN_MEMORY = 2**28  # bytes of a downloaded shard that no cache keeps, beyond which it waits in a temporary file
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
+Sample = dict[str, tuple[int, int]]
+"""A member's suffix -> its first byte in the tar, and its length."""
+Places = dict[str, np.ndarray]
+"""A shard's file -> first byte and length [n, 2] of its images, in their order."""
+
 
 class ShardError(Exception):
     """A difference from the manifest, as a clause: ``ends before sample 00000003``."""
 
 
 def check_files(root: str, shards: tuple[Shard, ...], sizes: bool = False) -> None:
-    """Raise InputError where local shards are missing.
+    """Raise InputError where shards are missing.
 
     Args:
-        sizes: compare the files' sizes with the manifest, too, and ask the server of remote ones.
+        sizes: compare the files' sizes with the manifest, too, and ask the server of remote ones, which else pass.
     """
-    if is_remote(root):
-        if sizes:
-            # A command cannot be asked, so only the first file is begun.
-            _check_remote(root, shards[:1] if root.startswith("pipe:") else shards)
+    if is_remote(root) and not sizes:
         return
-    paths = [Path(location(root, shard.file)) for shard in shards]
-    missing = [shard.file for shard, path in zip(shards, paths, strict=True) if not path.is_file()]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(shards)} shards are missing in {root}, the first is {missing[0]}; copy them there "
-            f"or pack the data again"
-        )
-    for shard, path in zip(shards, paths, strict=True) if sizes else ():
-        if (found := path.stat().st_size) != shard.bytes:
-            raise InputError(
-                f"the shard {path} has {found} bytes and not {shard.bytes} as its manifest says; copy it there again"
-            )
-
-
-def _check_remote(root: str, shards: tuple[Shard, ...]) -> None:
-    faults, unknown = faults_of([location(root, shard.file) for shard in shards], [shard.bytes for shard in shards])
+    if root.startswith("pipe:"):  # a command cannot be asked, so only the first file is begun
+        shards = shards[:1]
+    wanted = [shard.bytes if sizes else None for shard in shards]
+    faults, unknown = faults_of([location(root, shard.file) for shard in shards], wanted)
     if faults:
         first = min(faults)
         raise InputError(
@@ -68,7 +60,7 @@ def _check_remote(root: str, shards: tuple[Shard, ...]) -> None:
             f"{shards[first].file} ({faults[first]}); copy them there again, or check the address and your access"
         )
     if unknown:
-        logger.info("%d of %d remote shards could not be checked before they are read", unknown, len(shards))
+        logger.info("%d of %d shards could not be checked before they are read", unknown, len(shards))
 
 
 def cache_of(data: DataConfig) -> Cache | None:
@@ -95,8 +87,8 @@ def open_shard(root: str, shard: Shard, cache: Cache | None = None) -> Iterator[
             yield copy
 
 
-def samples_of(file: IO[bytes], shard: Shard) -> Iterator[dict[str, bytes]]:
-    """Read a tar's samples, suffix -> bytes, by webdataset's naming rule.
+def samples_of(file: IO[bytes], shard: Shard) -> Iterator[Sample]:
+    """Find a tar's samples, by webdataset's naming rule.
 
     Raises:
         ShardError: the tar is broken, or its keys are not the manifest's, in their order.
@@ -114,14 +106,11 @@ def samples_of(file: IO[bytes], shard: Shard) -> Iterator[dict[str, bytes]]:
                     raise ShardError(f"goes on with {name} after the {done} samples that the manifest lists")
                 if name != key(shard.ids[done]):
                     raise ShardError(f"holds {name} where the manifest has {key(shard.ids[done])}")
-                sample: dict[str, bytes] = {}
+                sample: Sample = {}
                 for (_, _, suffix), member in group:
                     if suffix.lower() in sample:
                         raise ValueError(f"it has two files {member.name}")
-                    file.seek(member.offset_data)  # quicker than a file object a member
-                    sample[suffix.lower()] = file.read(member.size)
-                    if len(sample[suffix.lower()]) < member.size:
-                        raise EOFError("unexpected end of data")
+                    sample[suffix.lower()] = member.offset_data, member.size
                 done += 1
                 yield sample
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
@@ -131,19 +120,27 @@ def samples_of(file: IO[bytes], shard: Shard) -> Iterator[dict[str, bytes]]:
         raise ShardError(f"ends before sample {key(shard.ids[done])}, with {done} of {len(shard)} samples")
 
 
-def sample_faults(sample: dict[str, bytes], class_id: int) -> Iterator[str]:
+def read_member(file: IO[bytes], start: int, size: int) -> bytes:
+    file.seek(start)
+    data = file.read(size)
+    if len(data) < size:
+        raise ShardError(f"ends after {start + len(data)} bytes, within a file of {size}")
+    return data
+
+
+def sample_faults(file: IO[bytes], sample: Sample, class_id: int) -> Iterator[str]:
     """Name the faults of a sample's members, a clause each, without decoding."""
     images = len(images_of(sample))
     if images != 1:
         yield f"has {images or 'no'} image{'s' * (images > 1)} (.{', .'.join(MEMBERS)}) but needs exactly one"
     if "cls" not in sample:
         yield "has no class file (.cls)"
-    elif sample["cls"].strip() != str(class_id).encode():
-        yield f"has class {sample['cls'][:20]!r} where the manifest has {class_id}"
+    elif (label := read_member(file, *sample["cls"])).strip() != str(class_id).encode():
+        yield f"has class {label[:20]!r} where the manifest has {class_id}"
 
 
-def images_of(sample: dict[str, bytes]) -> list[bytes]:
-    """List the encoded images of a sample; one that is sound has exactly one."""
+def images_of(sample: Sample) -> list[tuple[int, int]]:
+    """List the places of a sample's images; one that is sound has exactly one."""
     return [sample[member] for member in MEMBERS if member in sample]
 
 
@@ -153,26 +150,47 @@ def short_reason(error: BaseException) -> str:
 
 
 def read_shard(
-    root: str, shard: Shard, wanted: Container[int], cache: Cache | None = None
+    root: str, shard: Shard, wanted: Container[int], cache: Cache | None = None, places: Places | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """Read a tar from begin to end: (id, encoded image) of the wanted samples.
+    """Read (id, encoded image) of the wanted samples, in the tar's order.
+
+    Args:
+        places: of the images of shards that were read to their end before, where no others are looked at; is filled.
 
     Raises:
         RunError: the tar is not what the manifest says, naming the shard and the sample.
     """
-    url = shown(location(root, shard.file))
-    advice = f"check the data with `dist-obdsd verify {shown(root)}`"
-    try:
-        with open_shard(root, shard, cache) as file:
-            for sample, sample_id, class_id in zip(samples_of(file, shard), shard.ids, shard.classes, strict=True):
-                for fault in sample_faults(sample, class_id):
-                    raise RunError(f"sample {key(sample_id)} of shard {url} {fault}; {advice}")
+    places = {} if places is None else places
+    with _explained(root, shard), open_shard(root, shard, cache) as file:
+        if shard.file in places:
+            for sample_id, place in zip(shard.ids, places[shard.file].tolist(), strict=True):
                 if sample_id in wanted:
-                    yield sample_id, images_of(sample)[0]
-    except ShardError as error:
-        raise RunError(f"shard {url} {error}; {advice}") from error
+                    yield sample_id, read_member(file, *place)
+            return
+        found: list[tuple[int, int]] = []
+        for sample, sample_id, class_id in zip(samples_of(file, shard), shard.ids, shard.classes, strict=True):
+            for fault in sample_faults(file, sample, class_id):
+                raise ShardError(f"holds sample {key(sample_id)}, which {fault}")
+            found += images_of(sample)
+            if sample_id in wanted:
+                yield sample_id, read_member(file, *found[-1])
+        places[shard.file] = np.array(found, dtype=np.int64)
+
+
+@contextmanager
+def _explained(root: str, shard: Shard) -> Iterator[None]:
+    """Turn what is wrong with a shard into a RunError that says what to do."""
+    try:
+        yield
+    except (ShardError, ValueError) as error:
+        reason = str(error)
     except OSError as error:
-        raise RunError(f"shard {url} cannot be opened ({short_reason(error)}); {advice}") from error
+        reason = f"cannot be opened ({short_reason(error)})"
+    else:
+        return
+    raise RunError(
+        f"shard {shown(location(root, shard.file))} {reason}; check the data with `dist-obdsd verify {shown(root)}`"
+    )
 
 
 def image_names(
@@ -190,22 +208,15 @@ def image_names(
     """
     names: dict[int, str] = {}
     for shard in shards:
-        wanted = {key(i): i for i in shard.ids if ids is None or i in ids}
+        wanted = {i for i in shard.ids if ids is None or i in ids}
         if not wanted:
             continue
-        try:
-            with open_shard(root, shard, cache) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    sample, _, suffix = member.name.partition(".")
-                    if suffix == "json" and sample in wanted and (content := tar.extractfile(member)) is not None:
-                        meta = json.loads(content.read())
-                        if isinstance(meta, dict) and isinstance(name := meta.get("name"), str):
-                            names[wanted[sample]] = name
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise RunError(
-                f"shard {shown(location(root, shard.file))} cannot be read ({short_reason(error)}); "
-                f"check the data with `dist-obdsd verify {shown(root)}`"
-            ) from error
+        with _explained(root, shard), open_shard(root, shard, cache) as file:
+            for sample, sample_id in zip(samples_of(file, shard), shard.ids, strict=True):
+                named = sample_id in wanted and "json" in sample
+                meta = json.loads(read_member(file, *sample["json"])) if named else None
+                if isinstance(meta, dict) and isinstance(name := meta.get("name"), str):
+                    names[sample_id] = name
     return names
 
 
@@ -227,6 +238,7 @@ class WindowReader:
 
     def __init__(self, root: str, windows: Iterator[Window], cache: Cache | None = None) -> None:
         self._root, self._windows, self._cache = root, windows, cache
+        self._places: Places = {}  # so that an image of released sampling is found without reading the others again
         self._changed = threading.Condition()
         self._images: dict[tuple[int, int], tuple[bytes, int]] = {}  # (epoch, id) -> encoded, rows to come
         self._held: list[Window] = []
@@ -268,7 +280,7 @@ class WindowReader:
                 self._wait_for_room(window)
                 images: dict[int, bytes] = {}
                 for shard in window.shards:
-                    images |= dict(read_shard(self._root, shard, window.uses, self._cache))
+                    images |= read_shard(self._root, shard, window.uses, self._cache, self._places)
                     if self._failure:
                         return
                 with self._changed:
@@ -277,24 +289,20 @@ class WindowReader:
                         before = self._images.get((window.epoch, sample_id), (image, 0))[1]
                         self._images[window.epoch, sample_id] = image, before + window.uses[sample_id]
                     self._held.append(window)
-            self._reach(math.inf, math.inf)
+            with self._changed:
+                self._next = (math.inf, math.inf)
+                self._changed.notify_all()
         except BaseException as error:
             self.close(error)
 
-    def _reach(self, epoch: float, opens: float) -> None:
-        with self._changed:
-            self._next = (epoch, opens)
-            self._changed.notify_all()
-
     def _wait_for_room(self, window: Window) -> None:
-        self._reach(window.epoch, window.opens)
+        def room() -> bool:
+            held = sum(held.lane == window.lane for held in self._held)
+            return held < HELD_WINDOWS or self._needed >= self._next
+
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._failure
-                    or sum(held.lane == window.lane for held in self._held) < HELD_WINDOWS
-                    or self._needed >= (window.epoch, window.opens)
-                )
-            )
+            self._next = (window.epoch, window.opens)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failure or room())
             if self._failure:
                 raise self._failure

@@ -10,7 +10,7 @@ Letters: b local rows, B global rows, C channels, s image size.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -61,7 +61,7 @@ class EvalBatch:
     """n roles."""
 
 
-class TrainStream:
+class TrainStream(Iterator[TrainBatch]):
     """This rank's batches from a position on; reading runs ahead over epochs' ends."""
 
     def __init__(
@@ -79,11 +79,10 @@ class TrainStream:
 
         Args:
             classes: the class ids to train on.
-            pinned: let the images lie in memory that a GPU can fetch by itself.
+            pinned: let the images lie where a GPU can fetch them (see ``transfer``).
 
         Raises:
-            InputError: a shard file is missing, the world size does not divide the lanes, the data is too small for
-                the batch, or the position lies beyond the epoch.
+            InputError: a shard is missing, ranks, data and batch do not fit, or the position lies beyond the epoch.
         """
         self._manifest, self._config = manifest, config
         self._start = (start_epoch, start_step)
@@ -108,9 +107,6 @@ class TrainStream:
         """Plan an epoch; the latest plans are kept."""
         with self._planning:
             return self._plan(epoch)
-
-    def __iter__(self) -> "TrainStream":
-        return self
 
     def __next__(self) -> TrainBatch:
         """Wait for the next step's rows; RunError for what is broken."""
@@ -235,35 +231,51 @@ def near_equal(n: int, most: int) -> int:
 def _evaluate(
     chunks: list[list[Shard]], rows: int, chosen: set[int], config: Config, cache: Cache | None
 ) -> Iterator[EvalBatch]:
-    if not chunks:
-        return
-    with closing(Decoder(_evaluation_jobs(chunks, chosen, config, cache), rows, config, 1)) as decoder:
+    def jobs() -> Iterator[DecodeJob]:
+        for chunk in chunks:
+            meta = {
+                sample_id: (sample_id, label, role)
+                for shard in chunk
+                for sample_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
+                if label in chosen
+            }
+            images = chain.from_iterable(read_shard(config.data.shards, shard, meta, cache) for shard in chunk)
+            size = near_equal(len(meta), config.evaluation.batch_size)
+            while found := list(islice(images, size)):
+                yield DecodeJob([meta[i] for i, _ in found], [DecodeTask(i, image, None) for i, image in found])
+
+    def refuse(sample_id: int, reason: str) -> None:
+        raise RunError(
+            f"sample {key(sample_id)} of shard {_shard_of(sample_id, chain(*chunks))} cannot be decoded: {reason}; an "
+            f"evaluation leaves nothing out: repair the data (`dist-obdsd verify {config.data.shards}`)"
+        )
+
+    return decoded_batches(jobs(), rows, config, refuse) if chunks else iter(())
+
+
+def decoded_batches(
+    jobs: Iterator[DecodeJob], rows: int, config: Config, on_broken: Callable[[int, str], None]
+) -> Iterator[EvalBatch]:
+    """Decode jobs, whose ``meta`` has (id, class, role) of every image.
+
+    Args:
+        rows: that a batch is padded to.
+        on_broken: is called with id and reason of an image that cannot be decoded. It raises an error, or returns so
+            that the image is left out.
+    """
+    with closing(Decoder(jobs, rows, config, 1)) as decoder:
         for decoded in decoder:
             for failure in decoded.failures:
-                raise RunError(
-                    f"sample {key(failure.id)} of shard {_shard_of(failure.id, chain(*chunks))} cannot be decoded: "
-                    f"{failure.reason}; an evaluation leaves nothing out: repair the data (`dist-obdsd verify "
-                    f"{config.data.shards}`)"
-                )
-            ids, labels, roles = zip(*decoded.meta, strict=True)
-            yield EvalBatch(decoded.images, torch.tensor(ids), torch.tensor(labels), roles)
-
-
-def _evaluation_jobs(
-    chunks: list[list[Shard]], chosen: set[int], config: Config, cache: Cache | None
-) -> Iterator[DecodeJob]:
-    """Yield a job a batch; ``meta`` has each row's (id, class, role)."""
-    for chunk in chunks:
-        meta = {
-            sample_id: (sample_id, label, role)
-            for shard in chunk
-            for sample_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
-            if label in chosen
-        }
-        images = chain.from_iterable(read_shard(config.data.shards, shard, meta, cache) for shard in chunk)
-        size = near_equal(len(meta), config.evaluation.batch_size)
-        while rows := list(islice(images, size)):
-            yield DecodeJob([meta[i] for i, _ in rows], [DecodeTask(i, image, None) for i, image in rows])
+                on_broken(failure.id, failure.reason)
+            failed = {failure.row for failure in decoded.failures}
+            kept = [row for row in range(len(decoded.meta)) if row not in failed]
+            images = decoded.images
+            if failed:
+                images = torch.zeros_like(images)
+                images[: len(kept)] = decoded.images[kept]
+            ids_labels = torch.tensor([decoded.meta[row][:2] for row in kept], dtype=torch.int64).reshape(-1, 2)
+            roles = tuple(decoded.meta[row][2] for row in kept)
+            yield EvalBatch(images, ids_labels[:, 0], ids_labels[:, 1], roles)
 
 
 def _shard_of(sample_id: int, shards: Iterable[Shard]) -> str:

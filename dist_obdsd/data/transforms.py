@@ -1,8 +1,5 @@
 """Transforms of a decoded image to the uint8 image that the network takes.
 
-A colour image stays as it was decoded, with the channels of a pixel side by side in memory: torch resizes that layout
-quickest.
-
 Every random parameter of a row comes from the generator that is handed in, and every row is transformed by itself, so
 the result does not depend on the batch that a row stands in.
 """
@@ -59,11 +56,7 @@ def _bounded(image: Tensor) -> Tensor:
 
 
 def train_transform(image: Tensor, config: DataConfig, generator: np.random.Generator) -> Tensor:
-    """Augment an image as ``config.augment`` says: uint8 [C, H, W] -> [C, h, w].
-
-    Args:
-        generator: this row's own; all its random parameters are drawn from it.
-    """
+    """Augment an image as ``config.augment`` says: uint8 [C, H, W] -> [C, h, w]."""
     if config.augment == "none":
         return eval_transform(image, config)
     if ":" in config.augment:
@@ -85,11 +78,7 @@ def train_transform(image: Tensor, config: DataConfig, generator: np.random.Gene
 
 @cache
 def load_augment(name: str) -> Callable[[Tensor, np.random.Generator, tuple[int, int]], Tensor]:
-    """Import the plug-in ``package:function``.
-
-    Raises:
-        InputError: it is not there.
-    """
+    """Import the plug-in ``package:function``, or raise InputError."""
     found: Callable[..., Tensor] = import_object(name, "data.augment")
     return found
 
@@ -107,16 +96,14 @@ def _padded(image: Tensor, config: DataConfig) -> Tensor:
     (h, w), (height, width) = config.size, image.shape[1:]
     rows, columns = max(height, round(width * h / w)), max(width, round(height * w / h))
     assert config.mean is not None, "a Config fills it in"
-    colour = (255 * torch.tensor(config.mean)).round().to(torch.uint8)
-    padded = colour[:, None, None].expand(config.channels, rows, columns).contiguous()
+    colour = (255 * torch.tensor(config.mean)).round().tolist()
     top, left = (rows - height) // 2, (columns - width) // 2
-    padded[:, top : top + height, left : left + width] = image
-    return padded
+    return functional.pad(image, [left, top, columns - width - left, rows - height - top], fill=colour)
 
 
 def _resized(image: Tensor, rows: int, columns: int) -> Tensor:
     """uint8 [C, H, W] -> [C, rows, columns], antialiased."""
-    # Copied for the resize, which else works in a slower layout.
+    # A pixel's channels side by side, as they were decoded: the layout that is resized quickest.
     image = image[None].contiguous(memory_format=torch.channels_last)
     return functional.resize(image, [rows, columns], antialias=True)[0]
 
@@ -142,11 +129,7 @@ def _random_colours(image: Tensor, generator: np.random.Generator) -> Tensor:
 def _crop_box(
     height: int, width: int, scale: tuple[float, float], generator: np.random.Generator, proportion: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """Draw top, left, height, width.
-
-    The share of the area is uniform in ``scale``, width / height log-uniform in CROP_RATIO times ``proportion``; ten
-    tries.
-    """
+    """Draw top, left, height, width: a share of the area uniform in ``scale``, width / height log-uniform."""
     narrow, wide = (ratio * proportion for ratio in CROP_RATIO)
     low, high = math.log(narrow), math.log(wide)
     for _ in range(10):

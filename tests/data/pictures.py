@@ -17,6 +17,12 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
+def noise(seed: int, kind: str = "PNG", size: tuple[int, int] = (12, 10), **options: object) -> bytes:
+    """An encoded image that no other seed gives; ``size`` is its width and height."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels), kind, **options)
+
+
 def chunk(name: bytes, data: bytes) -> bytes:
     """One of the parts that a PNG consists of."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

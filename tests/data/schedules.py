@@ -5,22 +5,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from dist_obdsd.data.lanes import assign_to_lanes, shard_slices
 from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.data.packing.shard_assignment import FEWEST_GROUPS, assign_training, shard_count
 from dist_obdsd.data.schedule import EpochPlan, plan_epoch
-from dist_obdsd.rng import rng
 
 LONG = int(os.environ.get("DIST_OBDSD_EXAMPLES", "1"))
 """Multiplies the number of examples of the property tests, which are then drawn anew in every run."""
-
-SAMPLINGS = st.sampled_from(["epoch", "class_uniform"])
 
 
 def examples(n: int) -> settings:
@@ -62,24 +57,19 @@ def plan_of(manifest: Manifest, epoch: int = 0, classes: list[int] | None = None
     return plan_epoch(manifest, wanted, epoch=epoch, **options)
 
 
-def check_plan(
-    plan: EpochPlan, manifest: Manifest, K: int, lanes: int, B: int, classes: set[int], sampling: str = "epoch"
-) -> None:
-    """Everything that must hold of every plan."""
+def check_plan(plan: EpochPlan, manifest: Manifest, K: int, lanes: int, B: int, classes: set[int]) -> None:
+    """Everything that must hold of every plan of the sampling ``epoch``."""
     label_of = {i: c for s in manifest.splits["train"] for i, c in zip(s.ids, s.classes, strict=True)}
     shard_of = {i: n for n, s in enumerate(manifest.splits["train"]) for i in s.ids}
     assert plan.ids_SB.shape == plan.labels_SB.shape == (plan.steps, B)
     assert plan.steps >= 1
     everything = plan.ids_SB.ravel().tolist()
-    assert all(len(set(row)) == B for row in plan.ids_SB.tolist())  # no image twice in a global batch
-    if sampling == "epoch":
-        assert len(set(everything)) == len(everything)  # nor in the epoch
+    assert len(set(everything)) == len(everything)  # no image twice
     assert [label_of[i] for i in everything] == plan.labels_SB.ravel().tolist()
     assert {label_of[i] for i in everything} <= classes
     groups_SGK = plan.labels_SB.reshape(plan.steps, -1, K)
     assert (groups_SGK == groups_SGK[:, :, :1]).all()
-    repeated = sum(groups_SGK.shape[1] - len(set(row)) for row in groups_SGK[:, :, 0].tolist())
-    assert plan.repeated == repeated
+    assert plan.repeated == sum(groups_SGK.shape[1] - len(set(row)) for row in groups_SGK[:, :, 0].tolist())
     # Each lane gives its own rows of every step from its own shards, within the steps in which their window is open.
     share = B // lanes
     lane_of: dict[int, int] = {}
@@ -92,41 +82,13 @@ def check_plan(
                 number = window_of[shard_of[i]]
                 opens[number], closes[number] = min(opens[number], step), step
                 assert lane_of.setdefault(i, lane) == lane
-        assert tuple(opens) == plan.opens[lane]
-        assert tuple(closes) == plan.closes[lane]
+        assert (tuple(opens), tuple(closes)) == (plan.opens[lane], plan.closes[lane])
     counts = Counter(c for c in label_of.values() if c in classes)
-    if sampling == "epoch":
-        assert plan.reachable == sum(n // K * K for n in counts.values())
-        # A class that one lane has no K images of at a time still gives what windows allow, so not all can be promised.
-        assert plan.steps <= plan.reachable // B
-    else:
-        assert plan.reachable == sum(n for n in counts.values() if n >= K)
-    assert plan.coverage == len(set(everything)) / plan.reachable
+    assert plan.reachable == sum(n // K * K for n in counts.values())
+    # A class that one lane has no K images of at a time still gives what windows allow, so not all can be promised.
+    assert plan.steps <= plan.reachable // B
+    assert plan.coverage == len(everything) / plan.reachable
     assert plan.too_small == sum(counts[c] < K for c in classes)
-
-
-def most_open(steps: int, opens: tuple[int, ...], closes: tuple[int, ...]) -> int:
-    return max(sum(a <= step <= b for a, b in zip(opens, closes, strict=True)) for step in range(steps))
-
-
-def lane_counts(case: "Case", plan: EpochPlan) -> list[list[Counter[int]]]:
-    """Lane -> window -> class -> images, as the shards were assigned."""
-    K, L, B = case.shape
-    draw = rng(case.options["seed"], "schedule", case.options["epoch"])
-    assigned = assign_to_lanes(shard_slices(case.manifest, case.classes, K), L, B // K // L, K, draw)
-    wide = case.options["window"]
-    assert plan.windows == tuple(
-        tuple(tuple(part.shard for part in lane[i : i + wide]) for i in range(0, len(lane), wide)) for lane in assigned
-    )
-    have = sorted(i for lane in assigned for part in lane for i in part.ids_n.tolist())
-    wanted = {
-        i for s in case.manifest.splits["train"] for i, c in zip(s.ids, s.classes, strict=True) if c in case.classes
-    }
-    assert have == sorted(wanted)  # every image in one lane
-    return [
-        [Counter(c for part in lane[i : i + wide] for c in part.labels_n.tolist()) for i in range(0, len(lane), wide)]
-        for lane in assigned
-    ]
 
 
 def most_groups(windows: list[Counter[int]], K: int) -> int:
@@ -166,34 +128,33 @@ class Case:
     manifest: Manifest = field(repr=False)  # a long text
     about: str
     classes: list[int]
-    options: dict[str, Any]
-    world: int = 1
+    options: dict[str, int]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """K, L, B."""
         return self.options["samples_per_class"], self.options["lanes"], self.options["global_size"]
 
-    def plan(self, **changes: object) -> EpochPlan:
+    def plan(self, **changes: int) -> EpochPlan:
         return plan_epoch(self.manifest, self.classes, **self.options | changes)
+
+
+def options(draw: st.DrawFn, K: int, lanes: int) -> dict[str, int]:
+    return {
+        "samples_per_class": K, "lanes": lanes, "global_size": K * lanes * draw(st.integers(1, 4)),
+        "window": draw(st.integers(1, 9)), "seed": draw(st.integers(0, 99)), "epoch": draw(st.integers(0, 9)),
+    }  # fmt: skip
 
 
 @st.composite
 def packed_cases(draw: st.DrawFn) -> Case:
-    """Assigned as ``pack`` does, for world sizes of 1 to 8."""
-    world, K = draw(st.integers(1, 8)), draw(st.integers(2, 8))
-    lanes = world * draw(st.integers(1, 3 if world < 4 else 2))
+    """Assigned as ``pack`` does."""
+    K, lanes = draw(st.integers(2, 8)), draw(st.integers(1, 16))
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
-    spread = draw(st.sampled_from([0, 3, 30]))
-    classes = draw(st.integers(10, 250))
+    spread, classes, seed = draw(st.sampled_from([0, 3, 30])), draw(st.integers(10, 250)), draw(st.integers(0, 3))
     counts = (K + draw(st.integers(0, 25)) + random.integers(0, spread + 1, classes)).tolist()
-    options = {
-        "samples_per_class": K, "lanes": lanes, "global_size": K * lanes * draw(st.integers(1, 4)),
-        "window": draw(st.integers(1, 9)), "seed": draw(st.integers(0, 99)), "epoch": draw(st.integers(0, 9)),
-        "sampling": draw(SAMPLINGS),
-    }  # fmt: skip
-    seed = draw(st.integers(0, 3))
-    return Case(packed(counts, K, seed), f"packed({counts}, {K}, {seed})", list(range(classes)), options, world)
+    about = f"packed({counts}, {K}, {seed})"
+    return Case(packed(counts, K, seed), about, list(range(classes)), options(draw, K, lanes))
 
 
 @st.composite
@@ -207,13 +168,7 @@ def foreign_cases(draw: st.DrawFn) -> Case:
     drawn = [random.choice(classes, n, p=shares) for n in sizes]
     if draw(st.booleans()):  # sorted by class: one or two classes in a shard
         drawn = np.split(np.sort(np.concatenate(drawn)), np.cumsum(sizes)[:-1])
-    manifest = manifest_of([shard.tolist() for shard in drawn])
-    every = draw(st.integers(2, 9))
+    shards = [shard.tolist() for shard in drawn]
+    manifest, every = manifest_of(shards), draw(st.integers(2, 9))
     kept = [c for c in all_classes(manifest) if c % every]
-    options = {
-        "samples_per_class": K, "lanes": lanes, "global_size": K * lanes * draw(st.integers(1, 3)),
-        "window": draw(st.integers(1, 5)), "seed": draw(st.integers(0, 99)), "epoch": draw(st.integers(0, 9)),
-        "sampling": draw(SAMPLINGS),
-    }  # fmt: skip
-    about = f"manifest_of({[shard.tolist() for shard in drawn]})"
-    return Case(manifest, about, kept, options)
+    return Case(manifest, f"manifest_of({shards})", kept, options(draw, K, lanes))

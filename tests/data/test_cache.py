@@ -21,11 +21,6 @@ from tests.data.server import Server, serving
 SIZE = 300_000
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "data").mkdir()
@@ -170,7 +165,6 @@ def test_a_really_full_disk(server: Server, small_disk: Path) -> None:
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match=r"cannot use data.cache=.*file: File exists; choose another folder"):
-        Cache(tmp_path / "file")
-    with pytest.raises(InputError, match="Not a directory"):
-        Cache(tmp_path / "file" / "cache")
+    for path, why in (("file", "File exists; choose another folder"), ("file/cache", "Not a directory")):
+        with pytest.raises(InputError, match=f"cannot use data.cache=.*: {why}"):
+            Cache(tmp_path / path)

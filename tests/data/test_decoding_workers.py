@@ -66,21 +66,6 @@ def test_a_part_of_a_batch_holds_its_place(decoder: Decoder) -> None:
     assert [part.unique().tolist() for part in parts] == [[i] for i in range(LENT)]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_rows_beyond_the_job_are_zero(workers: int) -> None:
-    mixed = (job for i in range(1, 12) for job in jobs(1, 1 + i % ROWS))
-    decoder = Decoder(
-        (DecodeJob(len(j.tasks), [r._replace(data=picture(200)) for r in j.tasks]) for j in mixed),
-        ROWS,
-        config(workers),
-        1,
-    )
-    for batch in decoder:
-        assert values(batch, batch.meta) == {200}
-        assert not batch.images[batch.meta :].any()
-    decoder.close()
-
-
 def test_damage_that_is_passed_over_is_not_printed_about(capfd: pytest.CaptureFixture[str]) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = bytearray(encoded(Image.fromarray(noise), "JPEG"))

@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811 - the fixtures of another module
 """The stream, the evaluation, ``verify`` and ``doctor`` on shards that are not here."""
 
 import threading
@@ -11,27 +10,19 @@ import torch
 from dist_obdsd.cli import doctor
 from dist_obdsd.cli.main import main
 from dist_obdsd.data import remote
-from dist_obdsd.data.manifest import Manifest, to_json
 from dist_obdsd.data.packing.verify import verify
 from dist_obdsd.data.shard_reader import check_files
-from dist_obdsd.data.stream import TrainStream, evaluation_batches
+from dist_obdsd.data.stream import evaluation_batches
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.errors import InputError, RunError
 from tests.data.server import Server, serving
-from tests.data.test_stream import CLASSES, SHARDS, alone, assert_same, batches, config_of, data
+from tests.data.shards import SHARDS, Data, batches, config_of, same
 
-Data = tuple[Path, Manifest]
 HERE = Runtime(Launch("single"), torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
 
 
 @pytest.fixture
 def server(data: Data) -> Iterator[Server]:
-    (data[0] / "manifest.json").write_text(to_json(data[1]))
     with serving(data[0]) as running:
         yield running
 
@@ -41,15 +32,12 @@ def files(data: Data, split: str) -> list[str]:
 
 
 def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
-    data: Data,
-    alone: list,
-    server: Server,
-    tmp_path: Path,
+    data: Data, alone: list, server: Server, tmp_path: Path
 ) -> None:
     for file in files(data, "train"):
         server.faults[file] = [30, 503, 80]
     config = config_of(data[0], shards=server.url, cache=str(tmp_path / "cache"), workers=1)
-    assert_same([batches(data, config, rank, 2) for rank in range(2)], [alone])
+    assert same([batches(data, config, rank, 2) for rank in range(2)], [alone])
     assert all(server.faults[file] == [] for file in files(data, "train"))
     assert [server.count(file) for file in files(data, "train")] == [4] * SHARDS  # in two epochs
     # Training and evaluation share it, and so do later runs.
@@ -63,14 +51,14 @@ def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
     small = config_of(
         data[0], shards=server.url, cache=str(tmp_path / "small"), cache_gib=2.5 * largest / 2**30, workers=0
     )
-    assert_same([batches(data, small)], [alone])
+    assert same([batches(data, small)], [alone])
     assert 1 <= len(list((tmp_path / "small").glob("*.tar"))) <= 3
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_shards_behind_a_command(data: Data, alone: list, tmp_path: Path, cached: bool) -> None:
     cache = str(tmp_path / "cache") if cached else None
-    assert_same([batches(data, config_of(data[0], shards=f"pipe:cat {data[0]}/{{file}}", cache=cache))], [alone])
+    assert same([batches(data, config_of(data[0], shards=f"pipe:cat {data[0]}/{{file}}", cache=cache))], [alone])
     with pytest.raises(
         RunError, match=r"cannot download pipe:false .*train-00000\d.tar .*: its command ended with exit"
     ):
@@ -108,25 +96,22 @@ def test_a_server_that_is_busy_or_slow_refuses_nothing(
     shards, go_on = data[1].splits["test"], threading.Event()
     server.faults[shards[0].file] = [503]
     check_files(server.url, shards, sizes=True)
-    assert "1 of 8 remote shards could not be checked" in caplog.text
+    assert "1 of 8 shards could not be checked" in caplog.text
     monkeypatch.setattr(remote, "ASKING", 0.1)
     monkeypatch.setattr(remote, "_size_of", lambda url: go_on.wait(60))
     check_files(server.url, shards, sizes=True)
     go_on.set()
-    assert "8 of 8 remote shards could not be checked" in caplog.text
+    assert "8 of 8 shards could not be checked" in caplog.text
 
 
 def test_verify_reads_a_url(data: Data, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = verify(server.url, workers=2)
-    # The samples of this module have no id in their .json, which verify is the one to mind.
-    assert all(".json that cannot be used" in problem for problem in whole)
-    server.faults["train-000003.tar"] = [404]
-    problems = [problem for problem in verify(server.url) if ".json" not in problem]
-    (problem,) = problems
+    assert verify(server.url, workers=2) == []
+    server.faults["train-000003.tar"] = [404, 404]
+    (problem,) = verify(server.url)
     assert problem.startswith(f"train-000003.tar: cannot download {server.url}/train-000003.tar ")
     assert "404 Not Found" in problem
     assert main(["verify", server.url, "--workers", "1"]) == 2
-    assert f"{server.url} has {len(whole)} problems" in capsys.readouterr().err
+    assert f"{server.url} has 1 problems" in capsys.readouterr().err
 
 
 def test_doctor_reads_a_url(data: Data, server: Server, tmp_path: Path) -> None:
@@ -134,9 +119,6 @@ def test_doctor_reads_a_url(data: Data, server: Server, tmp_path: Path) -> None:
     assert any("16 remote shards of" in line and "; 0 are in" in line for line in doctor.where_it_runs(HERE, config))
     list(evaluation_batches(data[1], "test", config, 0, 1))
     assert any(f"; {SHARDS} are in" in line for line in doctor.where_it_runs(HERE, config))
-    assert any(
-        "data.cache is unset" in line for line in doctor.where_it_runs(HERE, config_of(data[0], shards=server.url))
-    )
     server.faults["train-000000.tar"] = [403]
     with pytest.raises(InputError, match="train-000000.tar .the server answers 403"):
         doctor.where_it_runs(HERE, config)

@@ -10,7 +10,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_obdsd import BalancedBatchSampler, BalancedStream
+from dist_obdsd.config import changed_settings, parse_config
 from dist_obdsd.errors import InputError
+from dist_obdsd.inference import inference_config
 
 LABELS = np.random.default_rng(0).integers(0, 30, 700)
 STREAM = {"global_batch_size": 16, "image_size": 16, "channels": 1, "transform": "affine", "lanes": 4, "num_workers": 0}
@@ -114,6 +116,22 @@ def test_a_stream_goes_on_from_its_state(shards: Path) -> None:
         assert torch.equal(a[0], b[0])
     with pytest.raises(InputError, match="digest ffff"):
         other.load_state_dict({**state, "manifest": "f" * 64})
+
+
+def test_the_sampling_that_has_gone_names_its_successor(shards: Path) -> None:
+    for make in (
+        lambda: sampler(sampling="class_uniform"),
+        lambda: BalancedStream(str(shards), **STREAM, sampling="class_uniform"),
+    ):
+        with pytest.raises(InputError, match="class_uniform.*released"):
+            make()
+    old = parse_config({"name": "x", "epochs": 2, "data": {"shards": "x", "mean": [0.5], "std": [0.5]}}, "x")
+    new = old.model_dump(mode="json")
+    new["data"]["sampling"] = "released"
+    raw = old.model_dump(mode="json")
+    raw["data"]["sampling"] = "class_uniform"
+    assert changed_settings(raw, new) == ["data.sampling: class_uniform -> released"]  # a run that resumes
+    assert inference_config({"config": raw}).data.shards == "none"  # its weights serve
 
 
 def test_a_stream_refuses_what_the_settings_refuse(shards: Path, tmp_path: Path) -> None:

@@ -3,17 +3,17 @@ import pytest
 
 from dist_obdsd.data import batch_composer, lanes
 from dist_obdsd.errors import InputError
-from tests.data.schedules import check_plan, manifest_of, most_open, packed, plan_of
+from tests.data.schedules import check_plan, manifest_of, packed, plan_of
 
 
-def test_coverage_with_the_sizes_of_the_published_benchmarks() -> None:
-    for counts in ([82] * 98, [58 + i % 3 for i in range(100)], [20] * 964):
-        manifest = packed(counts)
-        plan = plan_of(manifest, global_size=112, lanes=8, window=8)
-        best = plan.reachable // 112 * 112 / plan.reachable
-        assert plan.coverage >= max(0.95, best - 0.02)
-        assert plan.repeated <= plan.steps // 20
-        assert max(map(most_open, [plan.steps] * 8, plan.opens, plan.closes)) <= 2
+def test_two_windows_of_a_lane_are_open_at_a_time() -> None:
+    """With the sizes of the published benchmarks, most of whose images an epoch shows."""
+    for counts in ([58 + i % 3 for i in range(100)], [20] * 964):
+        plan = plan_of(packed(counts), global_size=112, lanes=8, window=8)
+        assert plan.coverage >= 0.95
+        for opens, closes in zip(plan.opens, plan.closes, strict=True):
+            for step in range(plan.steps):
+                assert sum(a <= step <= b for a, b in zip(opens, closes, strict=True)) <= 2
 
 
 def test_lanes_share_a_shard_where_whole_ones_would_lose_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,24 +54,11 @@ def test_lanes_exchange_classes_where_order_gets_stuck(monkeypatch: pytest.Monke
 def test_every_epoch_is_another_and_the_remainders_rotate() -> None:
     manifest = packed([9] * 40, shards=16)
     plans = [plan_of(manifest, epoch) for epoch in range(12)]
-    orders = {plan.ids_SB.tobytes() for plan in plans}
-    assert len(orders) == 12
-    assignments = {plan.windows for plan in plans}
-    assert len(assignments) == 12
-    assert plan_of(manifest, 0, seed=1).ids_SB.tobytes() not in orders
+    assert len({plan.ids_SB.tobytes() for plan in plans} | {plan_of(manifest, seed=1).ids_SB.tobytes()}) == 13
+    assert len({plan.windows for plan in plans}) == 12
     seen = {i for plan in plans for i in plan.ids_SB.ravel().tolist()}
     assert len(seen) == 40 * 9  # 9 is odd: one of a class stays out of every epoch, not always the same
     assert all(plan.ids_SB.size < 40 * 9 for plan in plans)
-
-
-def test_leftover_images_join_the_next_window() -> None:
-    # Every shard has one image of each class: without carrying over, windows of one shard would hold no group at all.
-    manifest = manifest_of([list(range(10))] * 8)
-    plan = plan_of(manifest, global_size=4, lanes=1, window=1)
-    check_plan(plan, manifest, 2, 1, 4, set(range(10)))
-    assert plan.coverage == 1.0
-    with pytest.raises(InputError, match="one lane has 0"):
-        plan_of(manifest_of([list(range(10))] * 8), global_size=32, lanes=8, window=1)
 
 
 def test_classes_are_spread_over_the_epoch() -> None:
@@ -94,6 +81,8 @@ def test_refusals_name_the_numbers() -> None:
         plan_of(manifest, global_size=34)
     with pytest.raises(InputError, match="0 training shards"):
         plan_of(manifest, classes=[])
+    with pytest.raises(InputError, match="one lane has 0"):
+        plan_of(manifest_of([list(range(10))] * 8), global_size=32, lanes=8, window=1)
     few = manifest_of([[0, 0, 1, 2, 2]] * 4)
     assert plan_of(few, global_size=8, classes=[0, 1, 2]).too_small == 0  # class 1 has four, in four shards
     assert plan_of(few, global_size=10, lanes=1, window=4, samples_per_class=5).too_small == 1

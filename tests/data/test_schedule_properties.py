@@ -15,16 +15,7 @@ from hypothesis import strategies as st
 from dist_obdsd.data.lanes import ShardSlice
 from dist_obdsd.data.schedule import EpochPlan, _lane_groups
 from dist_obdsd.errors import InputError
-from tests.data.schedules import (
-    Case,
-    check_plan,
-    examples,
-    foreign_cases,
-    lane_counts,
-    most_groups,
-    most_open,
-    packed_cases,
-)
+from tests.data.schedules import Case, check_plan, examples, foreign_cases, most_groups, packed_cases
 
 
 def check_same_again(case: Case, plan: EpochPlan) -> None:
@@ -33,18 +24,9 @@ def check_same_again(case: Case, plan: EpochPlan) -> None:
     assert (plan.windows, plan.opens, plan.closes) == (again.windows, again.opens, again.closes)
 
 
-def check_memory(plan: EpochPlan, lanes: list[list[Counter[int]]], K: int, per_lane: int) -> None:
-    """A lane never needs three windows at once, as long as a window outlasts the largest class of the one before."""
-    for windows, opens, closes in zip(lanes, plan.opens, plan.closes, strict=True):
-        groups = [sum(n // K for n in window.values()) for window in windows]
-        largest = [max(window.values(), default=0) // K + 1 for window in windows]
-        if all(following > per_lane * (most + 1) for most, following in zip(largest, groups[1:], strict=False)):
-            assert most_open(plan.steps, opens, closes) <= 2
-
-
-@examples(50)
+@examples(30)
 @given(packed_cases())
-def test_packed_data_is_covered_on_any_world_size(case: Case) -> None:
+def test_packed_data_is_covered_with_any_lanes(case: Case) -> None:
     K, L, B = case.shape
     counts = Counter(c for s in case.manifest.splits["train"] for c in s.classes)
     reachable = sum(n // K * K for n in counts.values())
@@ -54,20 +36,16 @@ def test_packed_data_is_covered_on_any_world_size(case: Case) -> None:
             case.plan()
         return
     plan = case.plan()
-    check_plan(plan, case.manifest, K, L, B, set(case.classes), case.options["sampling"])
+    check_plan(plan, case.manifest, K, L, B, set(case.classes))
     check_same_again(case, plan)
     # 95 % of the whole batches, and so of the images but for what the last batch leaves over.
     assert plan.steps >= 0.95 * (reachable // B)
-    if case.options["sampling"] == "epoch" and reachable >= 40 * B:
+    if reachable >= 40 * B:
         event("covered")
         assert plan.coverage >= 0.95
-    # Another epoch and another seed are another order.
-    for other in ("epoch", "seed"):
-        changed = case.plan(**{other: case.options[other] + 1})
-        assert changed.steps < 3 or not np.array_equal(changed.ids_SB, plan.ids_SB)
 
 
-@examples(60)
+@examples(40)
 @given(foreign_cases())
 def test_any_manifest_gives_a_sound_plan_or_a_clear_refusal(case: Case) -> None:
     try:
@@ -78,16 +56,10 @@ def test_any_manifest_gives_a_sound_plan_or_a_clear_refusal(case: Case) -> None:
             raise
         return
     K, L, B = case.shape
-    check_plan(plan, case.manifest, K, L, B, set(case.classes), case.options["sampling"])
+    check_plan(plan, case.manifest, K, L, B, set(case.classes))
     check_same_again(case, plan)
-    if case.options["sampling"] == "epoch":
-        lanes = lane_counts(case, plan)
-        check_memory(plan, lanes, K, B // K // L)
-        # Exactly as many steps as the poorest lane can give, found by trying every way to make groups.
-        assert plan.steps == min(most_groups(windows, K) for windows in lanes) * K * L // B
-        assert plan.coverage == plan.steps * B / plan.reachable
-        shards = [shard for lane in plan.windows for window in lane for shard in window]
-        event("lanes share a shard" if len(set(shards)) < len(shards) else "lanes of whole shards")
+    shards = [shard for lane in plan.windows for window in lane for shard in window]
+    event("lanes share a shard" if len(set(shards)) < len(shards) else "lanes of whole shards")
 
 
 @examples(60)

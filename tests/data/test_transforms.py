@@ -54,16 +54,12 @@ def test_pixels_are_those_that_pillow_resizes() -> None:
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "strong", "affine"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_an_image_smaller_than_the_crop_fills_it(augment: str, channels: int) -> None:
-    config = settings(augment=augment, channels=channels, image_size=20, resize=24)
-    for height, width in ((1, 1), (2, 3), (1, 40), (19, 5)):
-        image = torch.full((channels, height, width), 130, dtype=torch.uint8)
-        found = train_transform(image, config, rng(0, augment))
+def test_an_image_smaller_than_the_crop_fills_it(augment: str) -> None:
+    for channels, height, width in ((1, 1, 1), (3, 2, 3), (1, 1, 40), (3, 19, 5)):
+        config = settings(augment=augment, channels=channels, image_size=20, resize=24)
+        found = train_transform(torch.full((channels, height, width), 130, dtype=torch.uint8), config, rng(0, augment))
         assert found.shape == (channels, 20, 20)
         assert found.flatten(1).float().std(dim=1).max() <= 1  # one colour, however it was changed
-        if augment != "strong":
-            assert (found.int() - 130).abs().max() <= 1
 
 
 class Scripted:

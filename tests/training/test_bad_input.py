@@ -63,7 +63,7 @@ def test_a_cut_test_shard_is_met_before_training(folder, shards):
     for command in ("train", "doctor"):
         done = runs.program(command, "tiny.yaml", f"data.shards={cut}", cwd=folder)
         assert done.returncode == 2
-        assert f"{victim} has {victim.stat().st_size} bytes" in done.stderr
+        assert f"{victim.name} (it has {victim.stat().st_size} bytes" in done.stderr
     assert not (folder / "runs" / "tiny" / "status.json").exists()
 
 

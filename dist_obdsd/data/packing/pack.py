@@ -7,7 +7,6 @@ complete whenever the program was stopped. Packing the same data twice gives the
 import logging
 import os
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -19,16 +18,16 @@ from dist_obdsd import console
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.images import examine
 from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.data.packing.parallel import in_order, processes
 from dist_obdsd.data.packing.readers.base import Sample, open_samples, raise_missing
 from dist_obdsd.data.packing.recipes import Recipe
 from dist_obdsd.data.packing.writer import UsableImage, write_shards
+from dist_obdsd.data.parallel import in_order, processes
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.files import new_folder
 
 MAX_WARNINGS = 20  # about single images; the manifest lists all of them
-CHUNK = 16  # images that go to a decoding process at a time
-_Examined = tuple[str, int, int, bytes | None]  # suffix, size, checksum and, where made smaller, bytes of an image
+AHEAD = 32  # images a process that are read or decoded at a time
+_Examined = tuple[str, int, bytes | None]  # suffix, size and, where made smaller, bytes of an image
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def pack(
 
     Raises:
         InputError: the source does not fit the recipe, or the target cannot be used.
-        RunError: the disk is full, or the source changed meanwhile.
+        RunError: the disk is full, or a file of the source is gone meanwhile.
     """
     if samples_per_class < 2:
         raise InputError(f"samples per class is {samples_per_class}; a group needs at least 2 images")
@@ -113,19 +112,14 @@ def pack(
 def _check_target(out: Path, source: Path | None, overwrite: bool) -> None:
     if source is not None and out.is_relative_to(source.resolve()):
         raise InputError(f"--out {out} lies inside the source {source}; choose a folder outside of it")
-    if not out.exists():
-        return
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; choose a folder")
-    present = {path.name for path in out.iterdir()}
-    if "manifest.json" not in present:
-        if present:
-            raise InputError(f"--out {out} is not empty and holds no shards; choose another --out")
-        return
-    if not overwrite:
+    present = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if present and "manifest.json" not in present:
+        raise InputError(f"--out {out} is not empty and holds no shards; choose another --out")
+    if present and not overwrite:
         raise InputError(f"{out} is already packed; remove it or choose another --out")
-    foreign = sorted(name for name in present if name != "manifest.json" and not name.endswith(".tar"))
-    if foreign:
+    if foreign := [name for name in present if name != "manifest.json" and not name.endswith(".tar")]:
         raise InputError(f"{out} also holds {foreign[0]}, which is no shard; move it away before overwriting")
 
 
@@ -155,30 +149,23 @@ def _count_differences(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
 def _examine_all(
     samples: Sequence[Sample], resize: int | None, pool: Executor | None, workers: int, spool: IO[bytes]
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
-    """Decode every image; those that were made smaller go into a file.
-
-    Returns:
-        The usable images, and name and reason of each other one.
-    """
+    """Decode every image: the usable ones, and name and reason of each other; smaller copies go into a file."""
     images: list[UsableImage] = []
     left_out: list[dict[str, str]] = []
-    chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
-    # Read here, where the archive is open, and decoded elsewhere.
-    encoded = ([_read(sample) for sample in chunk] for chunk in chunks)
     with console.bar(len(samples), "images", "examining") as bar:
-        examined = in_order(pool, partial(_examine, resize=resize), encoded, 2 * workers)
-        for chunk, results in zip(chunks, examined, strict=True):
-            for sample, found in zip(chunk, results, strict=True):
-                if isinstance(found, str):
-                    left_out.append({"name": sample.name, "reason": found})
-                    continue
-                suffix, size, checksum, smaller = found
-                read = sample.read
-                if smaller is not None:
-                    read = partial(os.pread, spool.fileno(), size, spool.tell())
-                    spool.write(smaller)
-                images.append(UsableImage(sample, suffix, read, size, checksum))
-            bar.update(len(chunk))
+        # Read here, where the archive is open, and decoded elsewhere.
+        examined = in_order(pool, partial(_examine, resize=resize), map(_read, samples), AHEAD * workers)
+        for sample, found in zip(samples, examined, strict=True):
+            bar.update(1)
+            if isinstance(found, str):
+                left_out.append({"name": sample.name, "reason": found})
+                continue
+            suffix, size, smaller = found
+            read = sample.read
+            if smaller is not None:
+                read = partial(os.pread, spool.fileno(), size, spool.tell())
+                spool.write(smaller)
+            images.append(UsableImage(sample, suffix, read, size))
     spool.flush()
     return images, left_out
 
@@ -191,21 +178,15 @@ def _read(sample: Sample) -> bytes | str:
         return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def _examine(encoded: Sequence[bytes | str], resize: int | None) -> list[_Examined | str]:
-    """Examine some images; a text says why one cannot be used."""
-    results: list[_Examined | str] = []
-    for data in encoded:
-        if isinstance(data, str):
-            results.append(data)
-            continue
-        try:
-            suffix, smaller = examine(data, resize)
-        except ValueError as error:
-            results.append(f"cannot be decoded: {error}")
-            continue
-        final = smaller or data
-        results.append((suffix, len(final), zlib.crc32(final), smaller))
-    return results
+def _examine(data: bytes | str, resize: int | None) -> _Examined | str:
+    """Examine an image; a text says why it cannot be used."""
+    if isinstance(data, str):
+        return data
+    try:
+        suffix, smaller = examine(data, resize)
+    except ValueError as error:
+        return f"cannot be decoded: {error}"
+    return suffix, len(smaller or data), smaller
 
 
 def _drop_small_classes(
@@ -213,8 +194,7 @@ def _drop_small_classes(
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
     """Leave out training classes too small for a group; name lonely test classes.
 
-    Args:
-        trains: whether the source has training images, usable or not; without any, test images alone will do.
+    Without any training image, usable or not (``trains``), test images alone will do.
     """
     test_sizes = Counter(image.sample.class_name for image in images if image.sample.split == "test")
     if lonely := sorted(name for name, size in test_sizes.items() if size == 1):

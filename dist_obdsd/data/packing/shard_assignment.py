@@ -17,13 +17,9 @@ FEWEST_IMAGES = 16  # per test shard
 
 
 def cut_blocks(images: int, k: int) -> list[int]:
-    """Size a class's blocks: near-equal, from K, multiples of K but for the rest.
+    """Size the blocks of a class of K images or more: near-equal, multiples of K but for the rest.
 
     The sum of ``size // k`` over the blocks is ``images // k``: cutting loses no group.
-
-    Args:
-        images: how many the class has; at least K.
-        k: samples per class (K).
     """
     groups, rest = divmod(images, k)
     count = min(groups, -(-images // max(BLOCK, k)))
@@ -38,7 +34,7 @@ def shard_count(units: int, total_bytes: int, fewest: int) -> int:
 
     Args:
         units: groups or images in all.
-        total_bytes: of all encoded images; a large set gets more than 64 shards, of about SHARD_BYTES or more.
+        total_bytes: of all images; a large set gets more than 64 shards, of about SHARD_BYTES or more.
         fewest: units that a shard should have.
     """
     most = units // fewest
@@ -53,9 +49,6 @@ def assign_training(members: Mapping[int, Sequence[int]], k: int, shards: int, s
 
     Args:
         members: class id -> ids of its images, at least K.
-        k: samples per class (K).
-        shards: how many.
-        seed: of every choice.
 
     Returns:
         Per shard the ids of its images, shuffled. The shards' group counts differ by at most one.

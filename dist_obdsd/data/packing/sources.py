@@ -45,16 +45,11 @@ class Tree:
     """The files of a source. Names are relative, with forward slashes."""
 
     def __init__(self, source: Path, archives: Sequence[str], scratch: Path | None, stack: ExitStack) -> None:
-        """Open a source, which stays open with ``stack``.
+        """Open a source, which stays open with ``stack``; see ``open_samples`` for ``scratch`` and errors.
 
         Args:
             source: a folder, an archive, or a file in a folder (``given`` is then its name, the tree its folder).
             archives: see ``FileReader.archives``.
-            scratch: folder for the temporary file of a compressed tar; None lets the system choose.
-
-        Raises:
-            InputError: the source or an archive cannot be read, or an archive holds a path that points outside of it.
-            RunError: there is no room for what a compressed tar holds.
         """
         self.source = source
         self.folder: Path | None = None
@@ -111,11 +106,7 @@ def inside(name: str) -> str | None:
 
 
 def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[File]:
-    """List the files below a folder but hidden ones; links are followed once.
-
-    Raises:
-        InputError: a folder cannot be read.
-    """
+    """List the files below a folder but hidden ones; links are followed once."""
     entries = _entries(folder)
     here = folder.stat()
     place = (here.st_dev, here.st_ino)
@@ -150,7 +141,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> dict[str, File]:
-    """List an archive's files below ``prefix``; later members replace earlier ones."""
+    """List an archive's files below ``prefix``; the last of a name counts."""
     found = {}
     try:
         zipped = _start(path).startswith(ZIP_MARKS)

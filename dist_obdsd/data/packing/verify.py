@@ -1,7 +1,6 @@
 """Checks of shards against their manifest, to the last pixel."""
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -13,12 +12,14 @@ from dist_obdsd import console
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.images import examine
 from dist_obdsd.data.manifest import Shard, key
-from dist_obdsd.data.packing.parallel import in_order, processes
+from dist_obdsd.data.parallel import in_order, processes
 from dist_obdsd.data.remote import is_remote
 from dist_obdsd.data.shard_reader import (
+    Sample,
     ShardError,
     images_of,
     open_shard,
+    read_member,
     sample_faults,
     samples_of,
     short_reason,
@@ -44,8 +45,7 @@ def verify(root: str | Path, workers: int = 1) -> list[str]:
         RunError: the manifest cannot be downloaded, or a process was killed.
     """
     root = str(root)
-    manifest = manifests.load(root)
-    shards = list(manifest.shards())
+    shards = list(manifests.load(root).shards())
     problems: list[str] = []
 
     def add(problem: str) -> None:
@@ -67,51 +67,31 @@ def verify(root: str | Path, workers: int = 1) -> list[str]:
 
 
 def _check_shard(root: str, shard: Shard) -> list[str]:
+    problems: list[str] = []
     try:
         with open_shard(root, shard) as file:
-            return [*_check_bytes(file, shard), *_check_samples(file, shard)]
-    except RunError as error:
-        return [str(error)]  # of a download, which was checked on the way
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            if size != shard.bytes:
+                problems.append(f"has {size} bytes but the manifest says {shard.bytes}")
+            elif (digest := hashlib.file_digest(file, "sha256").hexdigest()) != shard.sha256:  # type: ignore[arg-type]
+                problems.append(f"has SHA-256 {digest[:12]}... but the manifest says {shard.sha256[:12]}...")
+            file.seek(0)
+            for sample, sample_id, class_id in zip(samples_of(file, shard), shard.ids, shard.classes, strict=True):
+                faults = [*sample_faults(file, sample, class_id), *_image_faults(file, sample)]
+                problems += [f"sample {key(sample_id)} {fault}" for fault in faults]
+    except (RunError, ShardError) as error:  # of a download, which was checked on the way; of all samples that follow
+        problems.append(str(error))
     except FileNotFoundError:
-        return ["is missing"]
+        problems.append("is missing")
     except OSError as error:
-        return [f"cannot be read: {short_reason(error)}"]
+        problems.append(f"cannot be read: {short_reason(error)}")
+    return problems
 
 
-def _check_bytes(file: IO[bytes], shard: Shard) -> Iterator[str]:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if size != shard.bytes:
-        yield f"has {size} bytes but the manifest says {shard.bytes}"
-        return
-    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    file.seek(0)
-    if digest != shard.sha256:
-        yield f"has SHA-256 {digest[:12]}... but the manifest says {shard.sha256[:12]}..."
-
-
-def _check_samples(file: IO[bytes], shard: Shard) -> Iterator[str]:
-    try:
-        for sample, sample_id, class_id in zip(samples_of(file, shard), shard.ids, shard.classes, strict=True):
-            for fault in (*sample_faults(sample, class_id), *_content_faults(sample, sample_id, class_id)):
-                yield f"sample {key(sample_id)} {fault}"
-    except ShardError as error:  # the samples after it would be reported, too
-        yield str(error)
-
-
-def _content_faults(sample: dict[str, bytes], sample_id: int, class_id: int) -> Iterator[str]:
-    """Check what training does not read: every pixel, and the labels in the .json."""
-    for image in images_of(sample):
+def _image_faults(file: IO[bytes], sample: Sample) -> Iterator[str]:
+    for place in images_of(sample):
         try:
-            examine(image)
+            examine(read_member(file, *place))
         except ValueError as error:
             yield f"has an image that cannot be decoded: {error}"
-    if "json" in sample:
-        try:
-            meta = json.loads(sample["json"])
-            labels = (meta["id"], meta["class"])
-        except (ValueError, KeyError, TypeError) as error:
-            yield f"has a .json that cannot be used: {error}"
-            return
-        if labels != (sample_id, class_id):
-            yield f"has id and class {labels} in its .json but the manifest says {(sample_id, class_id)}"

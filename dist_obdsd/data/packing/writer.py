@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -13,16 +12,9 @@ from webdataset import TarWriter
 
 from dist_obdsd import console
 from dist_obdsd.data.manifest import Shard, key
-from dist_obdsd.data.packing.parallel import in_order
+from dist_obdsd.data.packing import shard_assignment as assignment
 from dist_obdsd.data.packing.readers.base import Sample
-from dist_obdsd.data.packing.shard_assignment import (
-    FEWEST_GROUPS,
-    FEWEST_IMAGES,
-    assign_evenly,
-    assign_training,
-    shard_count,
-)
-from dist_obdsd.errors import RunError
+from dist_obdsd.data.parallel import in_order
 
 WRITERS = 4  # shards in memory at a time, of 64 MiB or somewhat more each
 Row = tuple[int, int, str, str, bytes]  # id, class, name, suffix, encoded image
@@ -36,17 +28,12 @@ class UsableImage:
     suffix: str
     read: Callable[[], bytes]
     bytes: int
-    checksum: int
 
 
 def write_shards(
     images: Sequence[UsableImage], samples_per_class: int, seed: int, folder: Path, pool: Executor | None, workers: int
 ) -> tuple[dict[str, tuple[Shard, ...]], tuple[str, ...]]:
-    """Number images and classes in their order, and write the shards.
-
-    Returns:
-        The shards of each split, and the classes' names.
-    """
+    """Number images and classes in their order, and write the shards: those of each split, the classes' names."""
     classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
     numbers = {name: number for number, name in enumerate(classes)}
     members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -57,16 +44,17 @@ def write_shards(
         size = sum(images[i].bytes for ids in by_class.values() for i in ids)
         if split == "train":
             groups = sum(len(ids) // samples_per_class for ids in by_class.values())
-            count = shard_count(groups, size, FEWEST_GROUPS)
-            assigned = assign_training(by_class, samples_per_class, count, seed)
+            count = assignment.shard_count(groups, size, assignment.FEWEST_GROUPS)
+            assigned = assignment.assign_training(by_class, samples_per_class, count, seed)
         else:
             ids = [i for ids in by_class.values() for i in ids]
-            assigned = assign_evenly(ids, shard_count(len(ids), size, FEWEST_IMAGES), seed, split)
+            count = assignment.shard_count(len(ids), size, assignment.FEWEST_IMAGES)
+            assigned = assignment.assign_evenly(ids, count, seed, split)
         shards += [(split, f"{split}-{n:06d}.tar", ids) for n, ids in enumerate(assigned)]
 
     def row(i: int) -> Row:
         image = images[i]
-        return i, numbers[image.sample.class_name], image.sample.name, image.suffix, _read_again(image)
+        return i, numbers[image.sample.class_name], image.sample.name, image.suffix, image.read()
 
     splits: dict[str, list[Shard]] = {split: [] for split in members}
     with console.bar(len(images), "images", "writing") as bar:
@@ -79,13 +67,6 @@ def write_shards(
             splits[split].append(Shard(file, size, sha256, tuple(ids), labels, roles))
             bar.update(len(ids))
     return {split: tuple(found) for split, found in splits.items()}, classes
-
-
-def _read_again(image: UsableImage) -> bytes:
-    data = image.read()
-    if zlib.crc32(data) != image.checksum:
-        raise RunError(f"{image.sample.name} changed while it was packed; pack again when nothing writes there")
-    return data
 
 
 def _write_tar(task: tuple[Path, list[Row]]) -> tuple[int, str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dist_obdsd.data.packing.pack import pack
-from tests.data.packing.sources import FOLDER, encoded, write
+from tests.data.packing.sources import FOLDER, write
+from tests.data.pictures import noise
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def source(tmp_path: Path) -> Path:
             for i in range(images):
                 n += 1
                 kind, suffix = ("JPEG", "jpeg") if i % 2 else ("PNG", "png")
-                write(root / split / name / f"{i}.{suffix}", encoded(n, kind=kind))
+                write(root / split / name / f"{i}.{suffix}", noise(n, kind=kind))
     return root
 
 

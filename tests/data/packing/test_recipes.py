@@ -1,20 +1,13 @@
-import io
 import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from dist_obdsd.data.packing.readers.base import Sample, open_samples
 from dist_obdsd.data.packing.recipes import Recipe, load_recipe, recipe_names
 from dist_obdsd.errors import InputError
 from tests.data.packing.sources import write
-
-
-def png(value: int = 0, side: int = 8) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (side, side), value).save(stream, "PNG")
-    return stream.getvalue()
+from tests.data.pictures import noise
 
 
 def read(recipe: Recipe, source: Path | None) -> list[Sample]:
@@ -24,9 +17,6 @@ def read(recipe: Recipe, source: Path | None) -> list[Sample]:
 
 def folder_recipe(**options: object) -> Recipe:
     return Recipe(name="mine", reader="folder", description="", options=options)
-
-
-# --- recipes
 
 
 def test_every_recipe_of_the_repository_loads() -> None:
@@ -71,16 +61,10 @@ def test_sources_that_are_missing_or_superfluous_are_refused(tmp_path) -> None:
         read(load_recipe("folder"), tmp_path / "none")
 
 
-# --- omniglot
-
-
-# --- folder
-
-
 def class_folders(root: Path, names: str, images: int = 2) -> None:
     for name in names:
         for i in range(images):
-            write(root / name / f"{i}.{'PNG' if i else 'png'}", png())
+            write(root / name / f"{i}.{'PNG' if i else 'png'}", noise(0))
 
 
 def test_a_folder_is_split_by_class_and_by_its_seed(tmp_path) -> None:
@@ -117,26 +101,21 @@ def test_images_outside_of_class_folders_are_refused(tmp_path) -> None:
         read(folder_recipe(depth=2), tmp_path)
     write(tmp_path / "a" / "deep" / "readme.txt", b"")
     assert len(read(folder_recipe(), tmp_path)) == 4
-    write(tmp_path / "a" / "deep" / "x.jpg", png())
+    write(tmp_path / "a" / "deep" / "x.jpg", noise(0))
     with pytest.raises(InputError, match="lies in the subfolder deep/ of the class folder a/; a class is one folder"):
         read(folder_recipe(), tmp_path)
     (tmp_path / "a" / "deep" / "x.jpg").unlink()
-    write(tmp_path / "x.webp", png())
+    write(tmp_path / "x.webp", noise(0))
     with pytest.raises(InputError, match="lies beside the class folders"):
         read(folder_recipe(), tmp_path)
 
 
-def test_class_folders_may_come_in_an_archive(tmp_path) -> None:
+@pytest.mark.parametrize("around", [True, False])  # with a folder of its own name around everything, and without
+def test_class_folders_may_come_in_an_archive(tmp_path, around: bool) -> None:
     class_folders(tmp_path / "photos" / "train", "abc")
     class_folders(tmp_path / "photos" / "test", "de")
     expected = [(s.name, s.class_name, s.split, s.role) for s in read(folder_recipe(), tmp_path / "photos")]
     assert len(expected) == 10
-    # With a folder of its own name around everything, and without.
-    for root in (tmp_path, tmp_path / "photos"):
-        for kind in ("zip", "gztar", "tar"):
-            archive = Path(
-                shutil.make_archive(str(tmp_path / "packed"), kind, root, "photos" if root == tmp_path else ".")
-            )
-            found = read(folder_recipe(), archive)
-            assert [(s.name, s.class_name, s.split, s.role) for s in found] == expected
-            archive.unlink()
+    root, base = (tmp_path, "photos") if around else (tmp_path / "photos", ".")
+    archive = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root, base))
+    assert [(s.name, s.class_name, s.split, s.role) for s in read(folder_recipe(), archive)] == expected

@@ -17,10 +17,11 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.manifest import Manifest, Shard, key, to_json
 from dist_obdsd.data.packing.verify import verify
 from dist_obdsd.data.shard_reader import read_shard
-from dist_obdsd.data.stream import TrainStream, evaluation_batches
+from dist_obdsd.data.stream import evaluation_batches
 from dist_obdsd.errors import RunError
-from tests.data.packing.sources import encoded, write
-from tests.data.test_stream import config_of, picture
+from tests.data.packing.sources import write
+from tests.data.pictures import noise
+from tests.data.shards import config_of, picture
 
 Members = list[tuple[str, bytes]]
 
@@ -103,7 +104,7 @@ FAULTS: dict[str, tuple[Callable[[Members], object], str]] = {
     "interleaved": (lambda m: move(m, 7, 9), "has no image"),
     "split in two": (lambda m: move(m, 7, 11), "has no image"),
     "no image": (lambda m: m.pop(7), "has no image"),
-    "two images": (lambda m: put(m, 8, (f"{key(3)}.gif", encoded(0, kind="GIF"))), "has 2 images"),
+    "two images": (lambda m: put(m, 8, (f"{key(3)}.gif", noise(0, kind="GIF"))), "has 2 images"),
     "no class": (lambda m: m.pop(6), "has no class file"),
     "another class": (lambda m: put(m, 6, (m.pop(6)[0], b"7")), "has class b'7' where the manifest has 0"),
     "member twice": (lambda m: put(m, 8, m[7]), "it has two files 00000003.png"),
@@ -137,7 +138,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes, int], bytes], str]] = {
     "cut in a header": (lambda data, image: data[: image + 200], "sample 00000003 .*has no image"),
     "cut in an image": (lambda data, image: data[: image + 552], "sample 00000003 .*unexpected end of data"),
     "a wrong sum": (lambda data, image: flipped(data, image + 150), "sample 00000003 .*has no image"),
-    "gzip": (lambda data, _: gzip.compress(data), "cannot be read at sample 00000000 .*it is compressed"),
+    "gzip": (lambda data, _: gzip.compress(data), "cannot be read at sample 00000000"),
     "empty": (lambda *_: b"", "sample 00000000"),
     "another file": (lambda *_: b"<html>not found</html>" * 100, "sample 00000000"),
 }
@@ -166,39 +167,23 @@ class Payload:
 def test_nothing_in_a_shard_is_executed(one: OneShard, tmp_path: Path) -> None:
     trace = tmp_path / "ran"
     payload = pickle.dumps(Payload(str(trace)))
-    program = f"import os; os.mkdir({str(trace)!r})".encode()
     pickle.loads(payload)  # the control: it works
     trace.rmdir()
-    suffixes = ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "mp", "msg", "ten", "tb", "json")
-    members: Members = []
-    for place in range(0, 32, 2):
-        name = one.members[place][0].removesuffix(".cls")
-        members += one.members[place : place + 2]
-        members += [(f"{name}.{suffix}", payload) for suffix in suffixes] + [(f"{name}.py", program)]
-    members += [(f"__{name}__", payload) for name in ("init", "main")]
-    one = pack_again(one.folder, members)
-    config = config_of(one.folder, lanes=1, workers=1).model_copy(
-        update={"batch": config_of(one.folder).batch.model_copy(update={"global_size": 8})}
-    )
-    source = TrainStream(one.manifest, [0, 1, 2, 3], config, 0, 1)
-    try:
-        assert len(list(source)) == 4
-    finally:
-        source.close()
-    assert sum(len(batch.ids) for batch in evaluation_batches(one.manifest, "train", config, 0, 1)) == 16
-    assert all("has a .json that cannot be used" in problem for problem in verify(one.folder))
-    assert not trace.exists()
+    names = [name.removesuffix(".cls") for name, _ in one.members[::2]]
+    suffixes = ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "mp", "msg", "ten", "tb", "json", "py")
+    extra = [(f"{name}.{suffix}", payload) for name in names for suffix in suffixes]
+    order = {name: n for n, name in enumerate(names)}
+    whole = pack_again(one.folder, sorted([*one.members, *extra], key=lambda member: order[member[0].split(".")[0]]))
+    config = config_of(one.folder, workers=1)
+    assert sum(len(batch.ids) for batch in evaluation_batches(whole.manifest, "train", config, 0, 1)) == 16
+    assert len(read(whole)) == 16
+    assert verify(one.folder) == []
     # Nor is it where an image or a class should be.
-    bad = [(name, payload if name == "00000003.png" else data) for name, data in one.members]
-    with pytest.raises(RunError, match=r"sample 00000003 .* cannot be decoded"):
-        list(evaluation_batches(pack_again(one.folder, bad).manifest, "train", config, 0, 1))
-    bad = [(name, payload if name == "00000003.cls" else data) for name, data in one.members]
-    with pytest.raises(RunError, match=r"sample 00000003 .* has class b'"):
-        read(pack_again(one.folder, bad))
+    for place, words in (("00000003.png", "cannot be decoded"), ("00000003.cls", "has class b'")):
+        bad = pack_again(one.folder, [(name, payload if name == place else data) for name, data in one.members])
+        with pytest.raises(RunError, match=rf"sample 00000003.* {words}"):
+            list(evaluation_batches(bad.manifest, "train", config, 0, 1))
     assert not trace.exists()
-
-
-# --- verify
 
 
 def test_a_sound_folder_has_no_problems(packed: Path) -> None:

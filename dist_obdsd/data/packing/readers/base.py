@@ -1,7 +1,6 @@
 """Readers: from a download to (image, class, split, role), ordered by names.
 
-There is one reader for every kind of layout, listed in ``config.registry.READERS``. Two data sets of one kind differ
-in options, which recipes hold.
+There is one for every kind of layout. Two data sets of one kind differ in options, which recipes hold.
 """
 
 import logging
@@ -41,7 +40,7 @@ class Sample:
     split: str
     """train or test."""
     role: str
-    """train, both, query, gallery or gallery:NAME."""
+    """See ``manifest``."""
     read: Callable[[], bytes]
     """Returns the encoded image."""
 
@@ -80,7 +79,7 @@ class FileReader(Reader):
 
 
 def raise_missing(clause: str) -> None:
-    """Refuse an incomplete source; the strict ``OnMissing``."""
+    """Refuse an incomplete source."""
     raise InputError(f"{clause}; complete the data, or pass --allow-partial to pack what is there")
 
 
@@ -96,7 +95,7 @@ def open_samples(
         scratch: folder for the temporary file that a compressed tar is unpacked into; None lets the system choose.
 
     Raises:
-        InputError: the source is missing, superfluous or not laid out as the reader needs.
+        InputError: the source is missing, superfluous, unreadable or not laid out as the reader needs.
         RunError: there is no room for the temporary file.
     """
     with ExitStack() as stack:

@@ -11,7 +11,6 @@ import unicodedata
 from collections import defaultdict
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -19,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
 from dist_obdsd.data.packing.readers.base import Reader, Sample, default_role
-from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
 
 # The DejaVu faces with letters. The two Display faces of the family hold only mathematical symbols.
@@ -63,17 +61,10 @@ class GlyphsReader(Reader):
 
 
 def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:
-    """Draw the whole set.
-
-    Args:
-        seed: of the sizes and shifts.
-        variants: images of a letter in a face; the first is the plain one.
+    """Draw the whole set; the first of the variants of a letter in a face is the plain one.
 
     Returns:
         (name, class name, split, PNG bytes) of every image, sorted by split, class and name; no bitmap twice.
-
-    Raises:
-        InputError: matplotlib's folder lacks a face.
     """
     plain = {face: _draw_face(face) for face in FACES}
     fonts = {(face, size): _font(face, size) for face in FACES for size in SIZES}
@@ -92,12 +83,9 @@ def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:
                 if variant > 0:
                     ink = _ink(fonts[face, SIZES[choice.integers(len(SIZES))]], letter)
                     dx, dy = choice.integers(-SHIFT, SHIFT + 1, size=2).tolist()
-                if ink is None:
-                    continue
-                image = _place(ink, dx, dy)
                 # Merged letters, and upright and slanted faces, can give the same bitmap: a copy in the gallery
                 # would make retrieval trivial.
-                if image.tobytes() not in seen:
+                if ink is not None and (image := _place(ink, dx, dy)).tobytes() not in seen:
                     seen.add(image.tobytes())
                     name = f"{class_name}/U+{ord(letter):04X}-{face}-{variant}.png"
                     found.append((name, class_name, split, _png(image)))
@@ -116,18 +104,15 @@ def _inside(letter: str, ranges: tuple[tuple[int, int], ...]) -> bool:
     return any(first <= ord(letter) <= last for first, last in ranges)
 
 
-def _path(face: str) -> Path:
+def _path(face: str) -> str:
     import matplotlib
 
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
-    if not path.is_file():
-        raise InputError(f"matplotlib {matplotlib.__version__} lacks the font {path}; reinstall matplotlib")
-    return path
+    return f"{matplotlib.get_data_path()}/fonts/ttf/{face}.ttf"
 
 
 def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
     # The basic layout draws one glyph per letter, with or without the optional shaping library.
-    return ImageFont.truetype(str(_path(face)), size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(_path(face), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _ink(font: ImageFont.FreeTypeFont, letter: str) -> Ink | None:
@@ -145,7 +130,7 @@ def _draw_face(face: str) -> dict[str, Ink]:
     from matplotlib.ft2font import FT2Font
 
     font = _font(face, POINTS)
-    letters = map(chr, sorted(FT2Font(str(_path(face))).get_charmap()))
+    letters = map(chr, sorted(FT2Font(_path(face)).get_charmap()))
     known = (x for x in letters if unicodedata.category(x).startswith("L") and _inside(x, (*LATIN, *OTHERS)))
     return {letter: ink for letter in known if (ink := _ink(font, letter)) is not None}
 

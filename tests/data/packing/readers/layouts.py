@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy.io import savemat
 
 from dist_obdsd.data.packing.readers.base import open_samples
 from dist_obdsd.data.packing.recipes import Recipe
+from tests.data.packing.sources import write
+from tests.data.pictures import noise
 
 Files = dict[str, bytes]
 
 
 def image(seed: int) -> bytes:
-    """A small JPEG that no other seed gives."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG")
-    return stream.getvalue()
+    return noise(seed, "JPEG", (8, 8))
 
 
 def matlab(**variables: object) -> bytes:
@@ -115,9 +112,7 @@ def inshop() -> Files:
 
 def write_files(folder: Path, files: Files) -> Path:
     for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write(folder / name, data)
     return folder
 
 
@@ -144,7 +139,7 @@ def part(files: Files, *starts: str) -> Files:
 
 def below(files: Files, folder: str) -> Files:
     """The files of a folder, as it looks from inside."""
-    return {name.removeprefix(folder): data for name, data in files.items() if name.startswith(folder)}
+    return {name.removeprefix(folder): data for name, data in part(files, folder).items()}
 
 
 def listed(recipe: Recipe, source: Path | None, **how: Any) -> list[tuple[str, str, str, str, bytes]]:

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from dist_obdsd.cli.main import main
-from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.packing.recipes import Recipe, load_recipe
 from dist_obdsd.errors import InputError
 from tests.data.packing.readers.layouts import image, listed, write_archive, write_files
@@ -125,20 +123,6 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, text: str, message: str) 
     table(tmp_path, text)
     with pytest.raises(InputError, match=message):
         rows_of(load_recipe("csv"), tmp_path)
-
-
-def test_the_command_packs_a_csv_with_options(tmp_path, capsys) -> None:
-    text = "file,class\n" + "".join(f"pics/{name}.jpg,{i // 2}\n" for i, name in enumerate("abcdefgh"))
-    source = table(tmp_path / "in", text, "list.csv") / "list.csv"
-    command = ["pack", "csv", "--source", str(source), "--out", str(tmp_path / "out")]
-    assert main([*command, "options.path_column=file"]) == 0
-    assert capsys.readouterr().out.startswith("train: 4 images of 2 classes in 1 shards\ntest: 4 images of 2 classes")
-    packed = manifests.load(tmp_path / "out")
-    assert packed.recipe["options"]["path_column"] == ["file"]
-    assert main([*command, "options.path_columns=file"]) == 2
-    assert "unknown key options.path_columns" in capsys.readouterr().err
-    assert main([*command, "--out", str(tmp_path / "two")]) == 2
-    assert "list.csv has no column path but file, class" in capsys.readouterr().err
 
 
 def test_a_recipe_of_ones_own_needs_no_code(tmp_path) -> None:

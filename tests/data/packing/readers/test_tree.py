@@ -27,14 +27,14 @@ def test_an_archive_is_read_like_the_folder_it_was_made_from(tmp_path, suffix: s
     assert contents(folder) == contents(archive) == FILES | {"4": b"4"}
 
 
-@pytest.mark.parametrize("suffix", ["zip", "tar", "tgz"])
+@pytest.mark.parametrize("suffix", ["zip", "tgz"])
 @pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/x.png", "a\\..\\x.png", "C:/x.png", "../folder/"])
 def test_an_archive_with_a_path_that_points_outside_is_refused(tmp_path, suffix: str, name: str) -> None:
     path = tmp_path / f"x.{suffix}"
     write_archive(path, FILES)
     assert contents(path) == FILES
     if name.endswith("/") and suffix != "zip":
-        with tarfile.open(path, "w:gz" if suffix == "tgz" else "w") as tar:
+        with tarfile.open(path, "w:gz") as tar:
             folder = tarfile.TarInfo(name)
             folder.type = tarfile.DIRTYPE
             tar.addfile(folder)
@@ -45,9 +45,8 @@ def test_an_archive_with_a_path_that_points_outside_is_refused(tmp_path, suffix:
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind: bytes, mode: str) -> None:
-    with tarfile.open(tmp_path / "x.tar", mode) as tar:
+def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
         member = tarfile.TarInfo("a/1.png")
         member.type, member.linkname = kind, "/etc/passwd"
         tar.addfile(member)
@@ -71,15 +70,19 @@ def test_an_archive_that_is_cut_anywhere_is_refused(tmp_path, suffix: str) -> No
             contents(path)
 
 
-def test_an_unreadable_source_is_refused(tmp_path) -> None:
-    with pytest.raises(InputError, match="none does not exist; give the folder or the archive"):
-        contents(tmp_path / "none")
-    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(InputError, match="cannot open .*x.zip: File is not a zip file"):
-        contents(tmp_path / "x.zip")
-    (tmp_path / "x.tgz").write_bytes(b"\x1f\x8b and no more")
-    with pytest.raises(InputError, match="cannot open .*x.tgz: "):
-        contents(tmp_path / "x.tgz")
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("none", None, "none does not exist; give the folder or the archive"),
+        ("x.zip", b"PK\x03\x04 and no more", "cannot open .*x.zip: File is not a zip file"),
+        ("x.tgz", b"\x1f\x8b and no more", "cannot open .*x.tgz: "),
+    ],
+)
+def test_an_unreadable_source_is_refused(tmp_path, name: str, data: bytes | None, words: str) -> None:
+    if data:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=words):
+        contents(tmp_path / name)
 
 
 def test_archives_are_read_unless_they_are_extracted(tmp_path) -> None:

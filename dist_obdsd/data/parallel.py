@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
@@ -21,11 +22,7 @@ R = TypeVar("R")
 
 @contextmanager
 def processes(workers: int) -> Iterator[Executor | None]:
-    """Start processes that end with this one; None where one would do.
-
-    Raises:
-        RunError: one of them was killed.
-    """
+    """Start processes that end with this one; None where one would do. RunError: one was killed."""
     if workers <= 1:
         yield None
         return
@@ -42,15 +39,20 @@ def processes(workers: int) -> Iterator[Executor | None]:
 
 def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everybody; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    # A killed parent's children would wait for work for ever, and keep its locks.
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is gone, even if killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def wait() -> None:
+        while os.getppid() == parent.pid:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def in_order(pool: Executor | None, function: Callable[[T], R], tasks: Iterable[T], ahead: int) -> Iterator[R]:
