@@ -273,9 +273,10 @@ def decoded_batches(
             if failed:
                 images = torch.zeros_like(images)
                 images[: len(kept)] = decoded.images[kept]
-            ids_labels = torch.tensor([decoded.meta[row][:2] for row in kept], dtype=torch.int64).reshape(-1, 2)
-            roles = tuple(decoded.meta[row][2] for row in kept)
-            yield EvalBatch(images, ids_labels[:, 0], ids_labels[:, 1], roles)
+            meta = [decoded.meta[row] for row in kept]
+            ids = torch.tensor([sample_id for sample_id, _, _ in meta], dtype=torch.int64)
+            labels = torch.tensor([label for _, label, _ in meta], dtype=torch.int64)
+            yield EvalBatch(images, ids, labels, tuple(role for _, _, role in meta))
 
 
 def _shard_of(sample_id: int, shards: Iterable[Shard]) -> str:
