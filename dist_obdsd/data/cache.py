@@ -26,7 +26,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class Cache:
     def __init__(self, folder: Path, limit: int | None = None) -> None:
-        """Make the folder, for at most ``limit`` bytes, and remove dead downloads; or raise InputError."""
+        """Make the folder, for at most ``limit`` bytes, and remove dead downloads."""
         self.folder, self._limit = folder, limit
         try:
             folder.mkdir(parents=True, exist_ok=True)

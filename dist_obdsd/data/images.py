@@ -82,7 +82,7 @@ def decode(data: bytes, channels: int, exif: bool = True) -> Tensor:
 
 @_explained()
 def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
-    """Decode an image to the last pixel as training will, and shrink a shorter side above ``resize`` pixels.
+    """Decode an image as training will; shrink a shorter side above ``resize`` pixels.
 
     Returns:
         The suffix and, only where the image was too large, the new encoded image. That is a WebP where it was one, a
@@ -101,7 +101,7 @@ def examine(data: bytes, resize: int | None = None) -> tuple[str, bytes | None]:
 
 
 def pixels(image: Image.Image, channels: int) -> Tensor:
-    """Convert an upright image to uint8 [channels, H, W], as ``decode`` says, or raise what Pillow raises."""
+    """Convert an upright image as ``decode`` says, or raise what Pillow raises."""
     tensor = torch.from_numpy(np.array(_converted(image, "L" if channels == 1 else "RGB")))
     return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
 

@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @contextmanager
 def processes(workers: int) -> Iterator[Executor | None]:
-    """Start processes that end with this one; None where one would do. RunError: one was killed."""
+    """Start processes that end with this one; None where one would do."""
     if workers <= 1:
         yield None
         return

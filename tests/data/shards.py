@@ -34,10 +34,14 @@ def write_shard(
 
 
 def config_of(folder: Path, epochs: int = 2, workers: int = 0, batch_size: int = 5, **changes: object) -> Config:
-    settings = {"shards": str(folder), "image_size": SIZE, "lanes": 4, "window": 1, "workers": workers} | changes
+    settings = {
+        "shards": str(folder), "image_size": SIZE, "mean": [0.5], "std": [0.5], "lanes": 4, "window": 1,
+        "workers": workers,
+    } | changes  # fmt: skip
     raw = {
         "name": "test",
         "epochs": epochs,
+        "model": {"backbone": "small_cnn"},
         "data": settings,
         "batch": {"global_size": 16},
         "evaluation": {"batch_size": batch_size},

@@ -30,7 +30,7 @@ from dist_obdsd.errors import UserError
 from tests.data.pictures import colours, encoded
 from tests.data.pictures import settings as data_settings
 
-NUMBER = int(os.environ.get("FUZZ", "60"))
+NUMBER = int(os.environ.get("FUZZ", "40"))
 SECONDS, BYTES = 10, 2**30
 fuzz = settings(
     max_examples=NUMBER, deadline=None, derandomize="FUZZ" not in os.environ, database=None,

@@ -95,8 +95,9 @@ METADATA = {
 @pytest.mark.parametrize("name", METADATA)
 def test_large_metadata_of_a_png_cost_nothing(name: str) -> None:
     plain = encoded(Image.fromarray(colours()), "PNG")
+    part = chunk(name.encode(), METADATA[name]) * (12 if name == "tEXt" else 2)  # so that Pillow's limits are passed
     for at in (33, len(plain) - 12):  # after the header, before the end
-        data = plain[:at] + 12 * chunk(name.encode(), METADATA[name]) + plain[at:]
+        data = plain[:at] + part + plain[at:]
         assert_close(decode(data, 3), colours())
         assert examine(data) == ("png", None)
     broken = bytearray(data)

@@ -119,7 +119,7 @@ def test_crop_keeps_the_share_that_was_asked_for_and_flips_half() -> None:
     y, x = np.mgrid[:64, :96]
     image = torch.from_numpy(np.stack([x * 2, y * 3, x * 0]).astype(np.uint8))  # pixels tell where they come from
     flipped, areas = 0, []
-    for i in range(300):
+    for i in range(150):
         found = train_transform(image, settings(crop_scale=(0.2, 0.5)), rng(i)).float()
         width = float(found[0].max() - found[0].min()) / 2 * 16 / 15
         height = float(found[1].max() - found[1].min()) / 3 * 16 / 15
@@ -127,7 +127,7 @@ def test_crop_keeps_the_share_that_was_asked_for_and_flips_half() -> None:
         flipped += bool(found[0, 0, 0] > found[0, 0, -1])
     assert 0.15 < min(areas) < 0.25
     assert 0.44 < max(areas) < 0.56
-    assert 110 < flipped < 190
+    assert 50 < flipped < 100
 
 
 def test_affine_fills_with_the_background_and_moves_within_its_bounds() -> None:
@@ -135,7 +135,7 @@ def test_affine_fills_with_the_background_and_moves_within_its_bounds() -> None:
     blank = torch.full((1, 50, 40), 230, dtype=torch.uint8)
     blank[:, 20:30, 16:24] = 10
     angles, centres = [], []
-    for i in range(200):
+    for i in range(120):
         found = train_transform(blank, config, rng(i))[0].float()
         assert found[0].eq(230).all()  # a gap would be 0
         ink = (230 - found).numpy()

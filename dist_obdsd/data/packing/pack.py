@@ -149,7 +149,7 @@ def _count_differences(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
 def _examine_all(
     samples: Sequence[Sample], resize: int | None, pool: Executor | None, workers: int, spool: IO[bytes]
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
-    """Decode every image: the usable ones, and name and reason of each other; smaller copies go into a file."""
+    """Decode all: the usable images, and name and reason of each other one."""
     images: list[UsableImage] = []
     left_out: list[dict[str, str]] = []
     with console.bar(len(samples), "images", "examining") as bar:

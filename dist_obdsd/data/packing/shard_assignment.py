@@ -17,7 +17,7 @@ FEWEST_IMAGES = 16  # per test shard
 
 
 def cut_blocks(images: int, k: int) -> list[int]:
-    """Size the blocks of a class of K images or more: near-equal, multiples of K but for the rest.
+    """Size the blocks of a class: near-equal, from K, multiples of K but for the rest.
 
     The sum of ``size // k`` over the blocks is ``images // k``: cutting loses no group.
     """

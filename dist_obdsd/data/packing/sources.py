@@ -45,7 +45,7 @@ class Tree:
     """The files of a source. Names are relative, with forward slashes."""
 
     def __init__(self, source: Path, archives: Sequence[str], scratch: Path | None, stack: ExitStack) -> None:
-        """Open a source, which stays open with ``stack``; see ``open_samples`` for ``scratch`` and errors.
+        """Open a source until ``stack`` ends; see ``open_samples`` for the rest.
 
         Args:
             source: a folder, an archive, or a file in a folder (``given`` is then its name, the tree its folder).

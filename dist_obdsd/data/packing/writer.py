@@ -33,7 +33,7 @@ class UsableImage:
 def write_shards(
     images: Sequence[UsableImage], samples_per_class: int, seed: int, folder: Path, pool: Executor | None, workers: int
 ) -> tuple[dict[str, tuple[Shard, ...]], tuple[str, ...]]:
-    """Number images and classes in their order, and write the shards: those of each split, the classes' names."""
+    """Number images and classes in their order, and write the shards of each split."""
     classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
     numbers = {name: number for number, name in enumerate(classes)}
     members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))

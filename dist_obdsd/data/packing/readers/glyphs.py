@@ -61,7 +61,7 @@ class GlyphsReader(Reader):
 
 
 def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:
-    """Draw the whole set; the first of the variants of a letter in a face is the plain one.
+    """Draw the whole set; the first variant of a letter in a face is the plain one.
 
     Returns:
         (name, class name, split, PNG bytes) of every image, sorted by split, class and name; no bitmap twice.

@@ -1,4 +1,5 @@
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import pytest
 
@@ -6,22 +7,25 @@ from dist_obdsd.data.packing.readers import glyphs
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[tuple[str, str, str, bytes]]:
-    return glyphs.draw_glyphs(0, 2)
+def drawn() -> Iterator[list[tuple[str, str, str, bytes]]]:
+    """With four of the twelve faces, for speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "FACES", glyphs.FACES[4:8])
+        yield glyphs.draw_glyphs(0, 2)
 
 
 def letters_of(rows: list[tuple[str, str, str, bytes]], split: str) -> set[str]:
     return {chr(int(name.split("/U+")[1].split("-")[0], 16)) for name, _, side, _ in rows if side == split}
 
 
-def test_glyphs_are_about_twelve_thousand_images_on_each_side(drawn) -> None:
+def test_there_are_thousands_of_images_on_each_side(drawn) -> None:
     images = Counter(row[2] for row in drawn)
     classes = {split: {row[1] for row in drawn if row[2] == split} for split in images}
     # The exact numbers depend on the last bit of the font renderer; these bounds do not.
-    assert 11_500 < images["train"] < 13_000
-    assert 11_500 < images["test"] < 13_000
-    assert len(classes["train"]) > 400
-    assert len(classes["test"]) > 550
+    assert 2_500 < images["train"] < 5_000
+    assert 3_000 < images["test"] < 5_000
+    assert len(classes["train"]) > 300
+    assert len(classes["test"]) > 400
     assert not classes["train"] & classes["test"]
 
 
@@ -45,7 +49,7 @@ def test_letters_that_look_the_same_are_one_class_on_one_side(drawn) -> None:
         for letters in by_bitmap.values():
             same += len(letters) - 1
             assert len({class_of[letter] for letter in letters}) == 1, letters
-    assert same > 500  # the test saw look-alikes in plenty
+    assert same > 150  # the test saw look-alikes in plenty
     for latin, greek, cyrillic in ("AΑА", "OΟО", "HΗН", "oοо"):
         assert class_of[latin] == class_of[greek] == class_of[cyrillic]
         assert class_of[latin][1] == "train"
@@ -53,9 +57,10 @@ def test_letters_that_look_the_same_are_one_class_on_one_side(drawn) -> None:
     assert class_of["Ш"][0] != class_of["Щ"][0]
 
 
-def test_glyphs_are_drawn_alike_every_time(monkeypatch) -> None:
-    monkeypatch.setattr(glyphs, "FACES", glyphs.FACES[4:8])  # some faces, for speed
+def test_glyphs_are_drawn_alike_every_time(drawn, monkeypatch) -> None:
+    monkeypatch.setattr(glyphs, "LATIN", ((0x41, 0x7A),))
+    monkeypatch.setattr(glyphs, "OTHERS", ((0x391, 0x3C9),))
     first = glyphs.draw_glyphs(0, 2)
+    assert len(first) > 500
     assert glyphs.draw_glyphs(0, 2) == first
-    other = glyphs.draw_glyphs(1, 2)
-    assert {row[3] for row in other} != {row[3] for row in first}
+    assert {row[3] for row in glyphs.draw_glyphs(1, 2)} != {row[3] for row in first}
