@@ -129,7 +129,7 @@ def _random_colours(image: Tensor, generator: np.random.Generator) -> Tensor:
 def _crop_box(
     height: int, width: int, scale: tuple[float, float], generator: np.random.Generator, proportion: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """Draw top, left, height, width: share of the area and log(width / height) uniform."""
+    """Draw top, left, height, width, with a ratio in CROP_RATIO times ``proportion``."""
     narrow, wide = (ratio * proportion for ratio in CROP_RATIO)
     low, high = math.log(narrow), math.log(wide)
     for _ in range(10):
