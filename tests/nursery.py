@@ -10,6 +10,8 @@ the start and of many kills (``tests.chaos``) start real processes.
 """
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -122,6 +124,8 @@ def _serve(control: socket.socket) -> dict[str, Any]:
                 os.kill(pid, signal.SIGKILL)
             os._exit(0)
         *streams, tell = files
+        if b"strategy=deepspeed" in message:
+            _import("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
         pid = os.fork()
         if pid == 0:
             for number, stream in enumerate(streams):
@@ -138,6 +142,13 @@ def _serve(control: socket.socket) -> dict[str, Any]:
 def _say(tell: int, number: int) -> None:
     with contextlib.suppress(BrokenPipeError):  # nobody waits for this program any more
         os.write(tell, b"%d\n" % number)
+
+
+def _import(*names: str) -> None:
+    """Import modules, and keep the garbage collections of all programs from looking at them."""
+    for name in names:
+        importlib.import_module(name)
+    gc.freeze()
 
 
 def _become(request: dict[str, Any]) -> None:
@@ -164,14 +175,10 @@ def _become(request: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever uses this process decides when it ends
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-    import sklearn.manifold  # noqa: F401
-    import torch.distributed.fsdp  # noqa: F401
-
-    import dist_obdsd.cli.evaluate
-    import dist_obdsd.data.packing.pack
-    import dist_obdsd.training.trainer  # noqa: F401
-
+    _import(
+        "mlflow.store.tracking.sqlalchemy_store", "sklearn.manifold", "torch.distributed.fsdp", "faiss",
+        "dist_obdsd.cli.evaluate", "dist_obdsd.data.packing.pack", "dist_obdsd.training.trainer",
+    )  # fmt: skip
     threads = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")[1:]}
     # The allocator that pyarrow brings along starts a thread which it stops and starts around forks.
     assert threads <= {"jemalloc_bg_thd"}, f"a process with threads cannot be forked soundly: {threads}"
