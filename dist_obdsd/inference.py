@@ -78,6 +78,7 @@ def inference_config(state: dict[str, Any], overrides: Sequence[str] = (), shard
     raw["data"].pop("sampling", None)  # of training only; it may be one that has gone
     # The checkpoint's own weights replace any that the backbone was started from.
     raw["model"]["pretrained"] = "none"
+    raw["deepspeed"] = {}  # an earlier version took stage 0
     if raw["model"]["norm"] == "sync":  # which needs GPUs, and differs from frozen in training only
         raw["model"]["norm"] = "frozen"
     return parse_config(override_config(raw, overrides), "the checkpoint")

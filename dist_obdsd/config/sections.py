@@ -10,10 +10,11 @@ from dist_obdsd.config.registry import BACKBONES, METRICS, TARGETS
 SELECT_BY = ("map@r", "r_precision", "map@1000", "map@c", "nmi", "f1")  # of which more is better, as of Recall@k
 AUGMENTATIONS = ("none", "crop", "strong", "affine")
 Metric = Annotated[str, AfterValidator(METRICS.check)]
-NO_ZERO_3 = (
-    "ZeRO stage 3 would cut up the weights, of which the progressive teacher is a copy; set stage 0, 1 or 2, or "
-    "strategy=fsdp, which cuts up both networks"
-)
+REFUSED_STAGES = {
+    0: "ZeRO stage 0 spreads nothing over the ranks, as DDP; set strategy=ddp, or stage 1 or 2",
+    3: "ZeRO stage 3 would cut up the weights, of which the progressive teacher is a copy; set stage 1 or 2, or "
+    "strategy=fsdp, which cuts up both networks",
+}
 
 
 def _check_select_by(name: str) -> str:
@@ -236,8 +237,8 @@ class DeepSpeedConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.stage == 3:
-            raise ValueError(NO_ZERO_3)
+        if self.stage in REFUSED_STAGES:
+            raise ValueError(REFUSED_STAGES[self.stage])
         return self
 
 

@@ -1,9 +1,9 @@
-"""DeepSpeed's engine, ZeRO stage 0 to 2. The only module that knows DeepSpeed.
+"""DeepSpeed's engine, ZeRO stage 1 or 2. The only module that knows DeepSpeed.
 
 Weights and gradients stay in float32 (``precision: bf16`` is autocast inside the network, as under DDP), so a step is
-the same as DDP's up to the order of sums. From stage 1 on a rank holds the optimizer's state of its share of the
-weights only; it is collected by parameter name for checkpoints, so a run can change between DDP and any stage.
-DeepSpeed's own checkpoints, which are pickles, are neither written nor read.
+the same as DDP's up to the order of sums. A rank holds the optimizer's state of its share of the weights only; it is
+collected by parameter name for checkpoints. DeepSpeed's own checkpoints, which are pickles, are neither written nor
+read.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_obdsd.config.sections import NO_ZERO_3
+from dist_obdsd.config.sections import REFUSED_STAGES
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
@@ -47,7 +47,6 @@ class DeepSpeedStrategy(Strategy):
         with raise_on_all_ranks("reading the DeepSpeed file"):
             options = engine_options(self.config.deepspeed.config, self.config.deepspeed.stage)
         assert_equal_across_ranks("the DeepSpeed file", json.dumps(options, sort_keys=True), InputError)
-        self.stage = options["zero_optimization"]["stage"]
         try:
             import deepspeed
             from deepspeed.utils import logger
@@ -94,8 +93,6 @@ class DeepSpeedStrategy(Strategy):
             self._engine.set_gradient_accumulation_boundary(True)
 
     def _clipped_norm(self, own: list[nn.Parameter]) -> torch.Tensor:
-        if self.stage == 0:
-            return super()._clipped_norm(own)
         zero, limit = self._engine.optimizer, self.config.optim.clip_norm
         student = torch.as_tensor(zero.scaled_global_norm(), device=self.device)
         student = torch.where(student < 0, torch.nan, student)  # DeepSpeed's -1 stands for NaN or infinity
@@ -115,8 +112,6 @@ class DeepSpeedStrategy(Strategy):
         self._engine.step()
 
     def _optimizer_state(self) -> States:
-        if self.stage == 0:
-            return super()._optimizer_state()
         from deepspeed.utils import safe_get_full_optimizer_state
 
         # DeepSpeed links weights with their state after its first group's first step, when the others have none.
@@ -135,9 +130,6 @@ class DeepSpeedStrategy(Strategy):
         return {name: state for name, state in states.items() if state}
 
     def _load_optimizer(self, states: States) -> None:
-        if self.stage == 0:
-            super()._load_optimizer(states)
-            return
         self._engine.optimizer.refresh_fp32_params()  # the weights were loaded beside its own copy of them
         for name, p in self.parameters:
             flat = self._flat(p)
@@ -175,7 +167,7 @@ def engine_options(path: str | None, stage: int | None) -> dict[str, Any]:
 
     Args:
         path: a DeepSpeed JSON file; None for DeepSpeed's defaults.
-        stage: of ZeRO; None takes the file's, or 1.
+        stage: of ZeRO, 1 or 2; None takes the file's, or 1.
 
     Raises:
         InputError: the file cannot be read, sets what the config decides, or asks for another or an unsupported stage.
@@ -196,9 +188,9 @@ def engine_options(path: str | None, stage: int | None) -> dict[str, Any]:
     found = zero.get("stage")
     if stage is not None and found not in (None, stage):
         raise InputError(f"deepspeed.stage is {stage} but {path} has stage {found}; set one of them")
-    zero["stage"] = stage if stage is not None else 1 if found is None else found
-    if zero["stage"] not in (0, 1, 2):
-        raise InputError(f"{path} has ZeRO stage {zero['stage']}: {NO_ZERO_3}")
+    zero["stage"] = stage or (1 if found is None else found)
+    if zero["stage"] not in (1, 2):
+        raise InputError(f"{path} has ZeRO stage {zero['stage']}: {REFUSED_STAGES.get(zero['stage'], 'set 1 or 2')}")
     for key in zero.keys() & {"offload_optimizer", "offload_param", "cpu_offload"}:
         raise InputError(f"{path} sets zero_optimization.{key}, which is not supported; take it out")
     return options | {

@@ -45,12 +45,12 @@ def estimate(config: Config, world_size: int, zero_stage: int = 1) -> dict[str, 
     trained = [p for p in weights if p.requires_grad]
     kept = STATES[config.optim.name] if config.optim.name != "sgd" or config.optim.momentum else 0
     activations = saved_bytes(network, config, mode, config.batch.global_size // world_size)
-    zero = world_size if zero_stage else 1
+    shards = world_size // math.gcd(world_size, config.fsdp.replicate)
     ways = {  # strategy: (over how many ranks each part is cut, and numbers of the optimizer)
         "ddp": (1, 1, 1, kept),
         # ZeRO's optimizer works on a copy of the weights.
-        "deepspeed": (1, zero if zero_stage == 2 else 1, zero, kept + (zero_stage > 0)),
-        "fsdp": (*[world_size // math.gcd(world_size, config.fsdp.replicate)] * 3, kept),
+        "deepspeed": (1, world_size if zero_stage == 2 else 1, world_size, kept + 1),
+        "fsdp": (shards, shards, shards, kept),
     }
     return {
         strategy: {
