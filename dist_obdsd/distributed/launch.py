@@ -74,9 +74,9 @@ def read_launch(env: Mapping[str, str]) -> Launch:
             )
         marks = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
         launcher = next((name for mark, name in marks.items() if mark in env), "environment")
-        numbers = [env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]]
-        numbers.append(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")))
-        return _checked(launcher, numbers, env["MASTER_ADDR"], env["MASTER_PORT"])
+        rank, world, local_rank, host, port = (env[name] for name in needed)
+        local_world = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+        return _checked(launcher, [rank, world, local_rank, local_world], host, port)
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
         # Every rank must find the same free port without talking: jobs on one node differ by their id.
@@ -143,14 +143,6 @@ def choose_device(wanted: str, launch: Launch, gpus: int) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
-def _waiting_for(launch: Launch, address: str) -> str:
-    nodes, node = launch.world_size // launch.local_world_size, launch.rank // launch.local_world_size
-    if nodes == 1:
-        return f"rank {launch.rank} waits at {address} for the other ranks of {launch.world_size}"
-    others = ", ".join(str(other + 1) for other in range(nodes) if other != node)
-    return f"node {node + 1} of {nodes} waits at {address} for node {others}"
-
-
 @contextmanager
 def start(
     device: str = "auto", threads: int = 1, timeout_seconds: float = 600.0, group_of_one: bool = False
@@ -181,7 +173,9 @@ def start(
         os.environ.setdefault("MASTER_ADDR", launch.master[0] if launch.master else "")
         os.environ.setdefault("MASTER_PORT", str(launch.master[1]) if launch.master else "")
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        waiting = threading.Timer(PATIENCE, logger.warning, [_waiting_for(launch, address)])
+        nodes, node = launch.world_size // launch.local_world_size, launch.rank // launch.local_world_size + 1
+        who = f"node {node} of {nodes}" if nodes > 1 else f"rank {launch.rank} of {launch.world_size}"
+        waiting = threading.Timer(PATIENCE, logger.warning, [f"{who} waits at {address} for the others"])
         if launch.local_rank == 0:
             waiting.start()
         try:

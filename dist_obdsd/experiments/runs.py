@@ -121,7 +121,7 @@ class Comparison:
         memory = self.folder / "tracked.json"
         config = self._config.model_copy(update={"name": f"{self._config.name}-comparison"})
         run_id, tags = run_status.read_json(memory).get("run_id"), {"comparison": self._command_line}
-        tracker = build_tracker(config, self.folder, "", run_id, tags, is_main=True)
+        tracker = build_tracker(config, self.folder, "", run_id, tags)
         if (run_id := tracker.await_run_id()) is not None:
             write_atomically(memory, (json.dumps({"run_id": run_id}) + "\n").encode())
         return tracker

@@ -24,7 +24,7 @@ from dist_obdsd.tracking.event_log import LOCAL, Event, UploadState
 
 LOCAL_ID = "dist_obdsd.local_id"
 LOGGED_MODEL = "dist_obdsd.models"  # the checkpoint that was logged as a model
-NUMBERS, TEXTS = 1000, 100  # metrics and parameters or tags that MLflow takes in one call
+AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}  # that MLflow takes in one call
 KEY, PARAM, TAG, DIGEST = 250, 6000, 8000, 36  # MLflow's limits, in characters
 CHARTS = (
     (r"(ranking\w*|distillation)", r"curves/loss_\1"),
@@ -151,8 +151,7 @@ class MLflowBackend:
 
     def terminate(self, status: str, time: int) -> None:
         """End the run; ``time`` in milliseconds since 1970."""
-        if self._state.run_id is not None:
-            self._client.set_terminated(self._state.run_id, status=status, end_time=time)
+        self._client.set_terminated(self._state.run_id, status=status, end_time=time)
 
     def _leave_out(self, what: str, error: Exception) -> None:
         """Go on without what MLflow refused, unless the run is gone or the server away."""
@@ -198,12 +197,12 @@ class MLflowBackend:
         self._tags(run_id, [{"values": tags}])
 
     def _tags(self, run_id: str, events: list[Event]) -> None:
-        rows = [self._entities.RunTag(name[:KEY], value[:TAG]) for name, value in events[0]["values"].items()]
-        self._log(run_id, "tags", rows, TEXTS)
+        made = self._entities.RunTag
+        self._log(run_id, "tags", [made(name[:KEY], value[:TAG]) for name, value in events[0]["values"].items()])
 
     def _params(self, run_id: str, events: list[Event]) -> None:
-        rows = [self._entities.Param(_key(name), value[:PARAM]) for name, value in events[0]["values"].items()]
-        self._log(run_id, "params", rows, TEXTS)
+        made = self._entities.Param
+        self._log(run_id, "params", [made(_key(name), value[:PARAM]) for name, value in events[0]["values"].items()])
 
     def _metrics(self, run_id: str, events: list[Event]) -> None:
         rows = [
@@ -211,11 +210,11 @@ class MLflowBackend:
             for event in events
             for name, value in event["values"].items()
         ]
-        self._log(run_id, "metrics", rows, NUMBERS)
+        self._log(run_id, "metrics", rows)
 
-    def _log(self, run_id: str, kind: str, rows: list[Any], size: int) -> None:
-        for start in range(0, len(rows), size):
-            self._client.log_batch(run_id, **{kind: rows[start : start + size]})
+    def _log(self, run_id: str, kind: str, rows: list[Any]) -> None:
+        for start in range(0, len(rows), AT_ONCE[kind]):
+            self._client.log_batch(run_id, **{kind: rows[start : start + AT_ONCE[kind]]})
 
     def _dataset(self, run_id: str, events: list[Event]) -> None:
         data, made = events[0], self._entities

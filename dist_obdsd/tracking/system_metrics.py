@@ -20,7 +20,7 @@ class SystemMetrics:
         with suppress(Exception):  # no pynvml, or no driver
             import pynvml
 
-            self._pynvml: Any = pynvml
+            self._nvml: Any = pynvml
             pynvml.nvmlInit()
             self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
 
@@ -29,23 +29,17 @@ class SystemMetrics:
         numbers: dict[str, float] = {}
         if self._psutil is not None:
             memory = self._psutil.virtual_memory()
-            numbers = {
-                "cpu_utilization_percentage": self._psutil.cpu_percent(),
-                "system_memory_usage_megabytes": memory.used / MEGA,
-                "system_memory_usage_percentage": memory.percent,
-            }
+            numbers["cpu_utilization_percentage"] = self._psutil.cpu_percent()
+            numbers["system_memory_usage_megabytes"] = memory.used / MEGA
+            numbers["system_memory_usage_percentage"] = memory.percent
         for i, gpu in enumerate(self._gpus):
-            numbers |= {f"gpu_{i}_{name}": value for name, value in self._read_gpu(gpu).items()}
-        return numbers
-
-    def _read_gpu(self, gpu: object) -> dict[str, float]:
-        nvml, numbers = self._pynvml, {}
-        with suppress(nvml.NVMLError):  # some cards do not report everything
-            memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
-            numbers["memory_usage_megabytes"] = memory.used / MEGA
-            numbers["memory_usage_percentage"] = 100 * memory.used / memory.total
-            numbers["utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
-            numbers["power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+            nvml, name = self._nvml, f"gpu_{i}"
+            with suppress(nvml.NVMLError):  # some cards do not report everything
+                memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
+                numbers[f"{name}_memory_usage_megabytes"] = memory.used / MEGA
+                numbers[f"{name}_memory_usage_percentage"] = 100 * memory.used / memory.total
+                numbers[f"{name}_utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+                numbers[f"{name}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
         return numbers
 
 

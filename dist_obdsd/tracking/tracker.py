@@ -97,9 +97,7 @@ class Tracker:
             _log_failure(error)
 
 
-def build_tracker(
-    config: Config, folder: Path, manifest: str, run_id: str | None, tags: Mapping[str, str], is_main: bool
-) -> Tracker:
+def build_tracker(config: Config, folder: Path, manifest: str, run_id: str | None, tags: Mapping[str, str]) -> Tracker:
     """Start or continue tracking a run; the null tracker where it is not wanted.
 
     Args:
@@ -107,7 +105,7 @@ def build_tracker(
         manifest: digest of the shards' manifest.
         run_id: the run's id in the checkpoint that it resumes from.
     """
-    if config.tracking.kind == "none" or not is_main:
+    if config.tracking.kind == "none":
         return Tracker()
     uri = absolute(config.tracking.uri)
     try:
@@ -139,16 +137,16 @@ def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: 
         except InputError as error:
             changes = [str(error)]
         aside = next(to for n in itertools.count(1) if not (to := path.with_name(f"tracking-{n}.jsonl")).exists())
-        for old, new in ((path, aside), (UploadState.path(path), UploadState.path(aside))):
-            if old.exists():
-                old.rename(new)
+        path.rename(aside)
+        if (sent := UploadState.path(path)).exists():
+            sent.rename(UploadState.path(aside))
         differs = "; ".join(changes)
         logger.log(NOTICE, f"tracking: {path} is not of this run ({differs}), so it is kept as {aside.name}")
-    local = run_id if run_id is not None and run_id.startswith(event_log.LOCAL) else None
-    run = local or event_log.LOCAL + uuid.uuid4().hex
-    header = {"format": event_log.FORMATS[0], "run": run, "uri": uri, "config": dumped, "manifest": manifest}
-    state = UploadState(run, uri, None if local else run_id)
+    state = UploadState(event_log.LOCAL + uuid.uuid4().hex, uri, run_id)
+    if run_id is not None and run_id.startswith(event_log.LOCAL):
+        state = UploadState(run_id, uri)
     state.save(path)
+    header = {"format": event_log.FORMATS[0], "run": state.run, "uri": uri, "config": dumped, "manifest": manifest}
     return EventLog(path, header), state
 
 

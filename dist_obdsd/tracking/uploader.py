@@ -69,7 +69,11 @@ class Uploader:
                 try:
                     self._send()
                 except Exception as error:  # whatever the server does, the run goes on
-                    self._failed(short_reason(error))
+                    self.trouble = short_reason(error)
+                    self.answered.set()
+                    if not self._warned and not self._stop.is_set():
+                        self._warned, more = True, "the run goes on, and the rest is sent later"
+                        logger.log(NOTICE, f"tracking at {self._uri}: {self.trouble}; {more}")
                     pause = min(max(PATIENCE[0], 2 * pause), PATIENCE[0] if closing else PATIENCE[1])
                 else:
                     self.trouble, pause = "", INTERVAL
@@ -90,13 +94,6 @@ class Uploader:
             self.state.save(self._path)
             self._backend = MLflowBackend(self.state, header, self._path.parent)
         upload(self._path, self.state, self._backend, self._stop.is_set)
-
-    def _failed(self, trouble: str) -> None:
-        self.trouble = trouble
-        self.answered.set()
-        if not self._warned and not self._stop.is_set():
-            self._warned = True
-            logger.log(NOTICE, f"tracking at {self._uri}: {trouble}; the run goes on, and the rest is sent later")
 
 
 def replay(path: Path, uri: str | None = None, new_run: bool = False) -> None:

@@ -46,8 +46,8 @@ def embed_all(
         RunError: ``embed`` returned another number of rows than it was given, or rows that are not finite.
     """
     embeddings = []
-    ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     roles: list[str] = []
+    ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     upload = DeviceUploader(device)
     with torch.no_grad():
         for batch in batches:
@@ -59,8 +59,8 @@ def embed_all(
                 )
             # They stay where they are until the end: a copy here would let a GPU wait for the next batch's decoding.
             embeddings.append(rows[: batch.ids.numel()].float())
-            ids.append(batch.ids.cpu())
-            labels.append(batch.labels.cpu())
+            ids.append(batch.ids)
+            labels.append(batch.labels)
             roles.extend(batch.roles)
     rows_nD, ids_n = torch.cat([rows.cpu() for rows in embeddings] or [torch.empty(0, 0)]), torch.cat(ids)
     if found := not_finite(rows_nD, ids_n):
@@ -97,13 +97,9 @@ def evaluate_split(
                 # Not a call of the network, which model.compile may have replaced.
                 embedded = embed_all(network.forward, between(batches), runtime.device)
             result = measure(
-                *embedded,
-                settings_from(config, _train_classes(manifest, config)),
-                expected_count=expected.total(),
-                expected_classes=expected,
-                device=runtime.device,
-                sample=sample,
-            )
+                *embedded, settings_from(config, _train_classes(manifest, config)), expected_count=expected.total(),
+                expected_classes=expected, device=runtime.device, sample=sample,
+            )  # fmt: skip
     finally:
         network.train(training)
     return replace(result, seconds=max(collectives.gather_json(time.perf_counter() - started)))

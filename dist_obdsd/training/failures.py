@@ -20,30 +20,30 @@ def report_failure(config: Config, attempt: Attempt, rank: int, progress: TrainP
     """
     try:
         yield
-    except BaseException as error:  # Ctrl-C as well
+    except Exception as error:
         here = f"rank {rank} on {platform.node()} at step {progress.global_step}"
-        failure = _located(error, here, config.timeout_seconds)
+        failure = _explained(error, config.timeout_seconds)
+        if isinstance(failure, UserError):
+            failure.where = here
+        else:
+            failure.add_note(here)
         # The first rank to fail has the cause; the others only notice that it is gone.
         attempt.write_failure(f"{here}: {format_error(failure)}")
         raise failure from (None if failure is error else error)
 
 
-def _located(error: BaseException, here: str, timeout_seconds: float) -> BaseException:
-    """The error with ``here`` in it."""
+def _explained(error: Exception, timeout_seconds: float) -> Exception:
+    """The error itself, unless a collective failed for another rank's sake."""
     if is_timeout(error):
         missing = unresponsive_ranks()
         who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
-        error = RunError(
+        return RunError(
             f"{who} did not answer within timeout_seconds={timeout_seconds:g} and hangs or cannot be "
             f"reached; look at what it does there (py-spy dump), or raise timeout_seconds if it is only slow"
         )
-    elif is_lost_peer(error):
-        error = RunError(
+    if is_lost_peer(error):
+        return RunError(
             "the connection to another rank is lost; that rank or its launcher says why, and the same command goes on "
             "from the last checkpoint"
         )
-    if isinstance(error, UserError):
-        error.where = here
-    elif isinstance(error, Exception):
-        error.add_note(here)
     return error

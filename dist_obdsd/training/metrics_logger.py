@@ -22,9 +22,10 @@ from dist_obdsd.training.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-
 FLAT = 0.01
 """Nats from uniform below which a target has next to nothing to distil."""
+FROM_UNIFORM = "target_kl_to_uniform"
+"""How far a step's targets were from uniform, in nats."""
 
 
 class MetricsLogger:
@@ -39,14 +40,17 @@ class MetricsLogger:
         self._tracked = config.tracking.kind != "none"
         self._system = SystemMetrics() if self._tracked and runtime.launch.local_rank == 0 else None
         self._masked_in_a_row = self._defective = 0
-        self._losses: dict[str, list[float]] = {}
-        self._from_uniform: list[float] | None = [] if config.distillation.needs_teacher else None
-        """How far each step's target of the epoch was from uniform, in nats; None where a line need not be written."""
+        self._epoch: dict[str, list[float]] = {}
+        """Each step's value in this epoch, of what ``log_epoch`` takes the mean."""
+        self._warns_of_flat_target = config.distillation.needs_teacher
 
     @contextmanager
     def tracking(self, manifest: Manifest) -> Iterator[None]:
         """Write what the run is made from, and track it while the block lasts."""
         config, run_dir = self.config, self.run_dir
+        if run_dir is None:
+            yield
+            return
         tags = {
             "launcher": self.runtime.launch.launcher,
             "world_size": str(self.runtime.world_size),
@@ -55,22 +59,16 @@ class MetricsLogger:
             "hardware": provenance.hardware(self.runtime.device),
         }
         versions = provenance.versions()
-        self.tracker = tracker = build_tracker(
-            config, config.run_dir, manifest.digest, self._run_id, tags, self.runtime.is_main
-        )
+        self.tracker = tracker = build_tracker(config, run_dir.path, manifest.digest, self._run_id, tags)
         status = "FAILED"
         try:
-            if run_dir is not None:
-                path = run_dir.write_text("config.yaml", config.to_yaml())
-                run_dir.write_json("provenance.json", tags | versions)
-                tracker.params(provenance.flatten(config.model_dump(mode="json")) | versions)
-                tracker.dataset(**provenance.dataset(manifest, config.data.shards))
-                tracker.artifact(path)
+            path = run_dir.write_text("config.yaml", config.to_yaml())
+            run_dir.write_json("provenance.json", tags | versions)
+            tracker.params(provenance.flatten(config.model_dump(mode="json")) | versions)
+            tracker.dataset(**provenance.dataset(manifest, config.data.shards))
+            tracker.artifact(path)
             yield
             status = "KILLED" if self.preempted else "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
         finally:
             tracker.close(status)
 
@@ -102,13 +100,10 @@ class MetricsLogger:
             logger.log(console.NOTICE, "step %d: %s", step, complaint)
         if self.run_dir is not None:
             self.run_dir.log("step", step, values)
-        if self._from_uniform is not None and "target_kl_to_uniform" in values:
-            self._from_uniform.append(values["target_kl_to_uniform"])
         self.tracker.metrics(values, step)
         self.display.step(step, values)
-        for name in LOSSES:
-            if name in values:
-                self._losses.setdefault(name, []).append(values[name])
+        for name in values.keys() & {*LOSSES, FROM_UNIFORM}:
+            self._epoch.setdefault(name, []).append(values[name])
         if complaint is not None and self.config.debug:
             raise RunError(f"step {step}: {complaint}; debug=true stops here, debug=false goes on")
         if self._masked_in_a_row >= self.config.max_nonfinite_steps:
@@ -137,23 +132,18 @@ class MetricsLogger:
         """Log mean losses and speed of the part of an epoch that this process trained."""
         rate, share = steps * self.config.batch.global_size / seconds, waited / seconds
         self.log("epoch", {"seconds": seconds, "images_per_s": rate, "data_wait_share": share}, epoch, global_step)
-        losses = format_losses({name: math.fsum(values) / len(values) for name, values in self._losses.items()})
-        self._losses.clear()
+        means = {name: math.fsum(values) / len(values) for name, values in self._epoch.items()}
+        self._epoch.clear()
+        losses = format_losses({name: means[name] for name in LOSSES if name in means})
         logger.info("%s: %s, %.1f s, %.0f images/s, %.1f%% data wait", title, losses, seconds, rate, 100 * share)
-        self._warn_of_flat_target()
-
-    def _warn_of_flat_target(self) -> None:
-        """Say once that there is nothing in the targets to distil."""
-        if self._from_uniform and (nats := sum(self._from_uniform) / len(self._from_uniform)) < FLAT:
-            section = self.config.distillation
+        if self._warns_of_flat_target and (nats := means.get(FROM_UNIFORM, FLAT)) < FLAT:
+            self._warns_of_flat_target = False  # once says it
+            temperature = self.config.distillation.temperature
             logger.log(
                 console.NOTICE,
                 f"the targets are {nats:.4f} nats from uniform, so they act much like distillation.target=uniform; "
-                f"lower distillation.temperature from {section.temperature:g} to {min(0.1, section.temperature / 4):g}",
+                f"lower distillation.temperature from {temperature:g} to {min(0.1, temperature / 4):g}",
             )
-            self._from_uniform = None
-        elif self._from_uniform:
-            self._from_uniform = []
 
     def log_evaluation(
         self, what: str, result: EvaluationResult, epoch: int, global_step: int, best: bool = False

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 NOTES = {"best_test": "as in the papers: the epoch was chosen on the test set"}
 """Note that stands beside a protocol's numbers."""
-
+REMEMBERED = ("best_validation", "best_test", "untrained")
 Choice = dict[str, Any]
 """{"value": of the selection metric, "epoch": after so many epochs}; of the test set with all "metrics", too."""
 
@@ -59,15 +59,11 @@ class ModelSelector:
         self.select_by = config.evaluation.select_by
         self.runtime, self.on_result, self.preemption = runtime, on_result, preemption
         self.classes = validation_subset(manifest, validation_classes, config)
+        self.uses_test = config.evaluation.test and "test" in manifest.splits
         self.best_validation: Choice | None = None
         self.best_test: Choice | None = None
         self.untrained: dict[str, float] | None = None
         self._last_test: tuple[int, dict[str, float]] | None = None
-
-    @property
-    def uses_test(self) -> bool:
-        """True when there is a test set and it may be evaluated."""
-        return self.config.evaluation.test and "test" in self.manifest.splits
 
     def is_better(self, metrics: Mapping[str, float], best: Choice | None) -> bool:
         """Compare an epoch with the best one so far."""
@@ -149,25 +145,24 @@ class ModelSelector:
         if self.untrained is None:
             return None
         known = [name.rpartition("/")[2] for name in metrics]
-        fell: list[str] = []
-        rose: list[str] = []
+        changes = {}
         for metric in {self.select_by, next((n for n in known if "recall@" in n), "")} & {*known}:
             before, after = selection_value(self.untrained, metric), selection_value(metrics, metric)
-            (fell if after < before else rose).append(f"{metric} from {before:.4f} to {after:.4f}")
-        if not fell:
+            changes[f"{metric} from {before:.4f} to {after:.4f}"] = after < before
+        if not any(changes.values()):
             return None
-        though = f", though it raised {rose[0]}" if rose else ""
+        fell = " and ".join(sorted(change for change, lower in changes.items() if lower))
+        though = "".join(f", though it raised {change}" for change, lower in changes.items() if not lower)
         return (
-            f"training made it worse: it lowered {' and '.join(sorted(fell))}{though}; lower optim.lr "
+            f"training made it worse: it lowered {fell}{though}; lower optim.lr "
             f"({self.config.optim.lr:g}), or keep layers as they are (model.freeze)"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("best_validation", "best_test", "untrained")}
+        return {name: getattr(self, name) for name in REMEMBERED}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("best_validation", "best_test", "untrained"):
-            setattr(self, name, state[name])
+        vars(self).update({name: state[name] for name in REMEMBERED})
 
     def _evaluate(self, what: str, split: str, classes: list[int] | None, epoch: int) -> dict[str, float]:
         # Figures show the test set or, where it must not be used, the validation classes.

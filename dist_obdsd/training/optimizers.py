@@ -76,10 +76,9 @@ def build_objective_optimizer(config: Config, parameters: Sequence[Named]) -> to
     assert isinstance(ranking, LearnableConfig), "a loss with parameters has settings for them"
     released = getattr(ranking, "conventions", "correct") == "released"
     rate = ranking.lr or (RELEASED_RATE if released else OBJECTIVE_RATE * optim.lr)
-    own = {"lr": rate, "weight_decay": ranking.weight_decay}
-    optimizer = build_optimizer(optim.model_copy(update=own), parameters)
+    optimizer = build_optimizer(optim.model_copy(update={"lr": rate, "weight_decay": ranking.weight_decay}), parameters)
     for group in optimizer.param_groups:  # whatever the parameters are called
-        group["scale"] = own["lr"] / optim.lr
+        group["scale"] = rate / optim.lr
     return optimizer
 
 
@@ -103,19 +102,15 @@ def learning_rate(config: OptimConfig, epoch: int, epochs: int, epoch_share: flo
 
 def state_by_name(optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named]) -> dict[str, dict[str, Any]]:
     """Return the optimizer's state by parameter name, however these are grouped."""
-    if optimizer is None:
-        return {}
-    return {name: dict(optimizer.state[p]) for name, p in parameters if p in optimizer.state}
+    return {name: dict(optimizer.state[p]) for name, p in parameters if optimizer and p in optimizer.state}
 
 
 def load_state_by_name(
     optimizer: torch.optim.Optimizer | None, parameters: Iterable[Named], state: dict[str, dict[str, Any]]
 ) -> None:
     """Restore what ``state_by_name`` gave, on each parameter's device and layout."""
-    if optimizer is None:
-        return
     for name, p in parameters:
-        if name in state:
+        if optimizer and name in state:
             optimizer.state[p] = {key: _placed_like(p, value) for key, value in state[name].items()}
 
 

@@ -46,6 +46,7 @@ class PreemptionHandler:
 
     @property
     def requested(self) -> bool:
+        """True once this process was asked to stop."""
         if not self.reason and self._file is not None and time.monotonic() - self._looked >= POLL_SECONDS:
             self._looked = time.monotonic()
             if self._file.exists():

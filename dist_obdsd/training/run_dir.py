@@ -1,7 +1,6 @@
 """The run folder ``runs/NAME``: its lock, status and growing file of metrics."""
 
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -54,20 +53,15 @@ class RunDir:
 
     def cut_metrics(self, global_step: int) -> None:
         """Open the metrics without the lines of what follows ``global_step``."""
-        path = self.path / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # the line that was being written when the run was killed
-                    continue
+        path, kept = self.path / "metrics.jsonl", ""
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(ValueError):  # of the line that was being written when the run was killed
+                row = json.loads(line)
                 # A step's line is written after it, an epoch's and a validation's before the checkpoint at their end.
-                if row["step"] < global_step or (
-                    row["step"] == global_step > 0 and not row["kind"].startswith(("step", "test"))
-                ):
-                    kept.append(line)
-        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+                ended = row["step"] == global_step > 0 and not row["kind"].startswith(("step", "test"))
+                if row["step"] < global_step or ended:
+                    kept += line + "\n"
+        write_atomically(path, kept.encode())
         self._metrics = path.open("a", buffering=1)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -92,10 +86,9 @@ class RunDir:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    try:
+    with suppress(OSError, ValueError):
         return json.loads((path / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return {}
 
 
 @dataclass(frozen=True)
@@ -124,5 +117,7 @@ class Attempt:
 
 def free_name(output: Path, name: str) -> str:
     """The first of NAME, NAME-2, NAME-3, ... whose folder does not exist."""
-    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(candidate for candidate in candidates if not (output / candidate).exists())
+    free, number = name, 2
+    while (output / free).exists():
+        free, number = f"{name}-{number}", number + 1
+    return free
