@@ -2,12 +2,15 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dist_obdsd.cli.main import main
+from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.machine import usable_cores
+from dist_obdsd.training.train_step import TrainProgress, TrainStep
 from tests import harness, nursery, runs
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,6 +80,21 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
+@pytest.fixture(scope="session")
+def untouched(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Callable[..., Path]:
+    """The folder of a finished run that nobody touched, by its settings and ranks; each is trained once."""
+    folder, done = tmp_path_factory.mktemp("untouched"), dict[tuple[object, ...], Path]()
+    (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(shards)))
+
+    def finished(*overrides: str, ranks: int = 0) -> Path:
+        run = folder / "runs" / f"run-{len(done)}"
+        if (overrides, ranks) not in done:
+            runs.train(folder, f"name={run.name}", *overrides, ranks=ranks)
+        return done.setdefault((overrides, ranks), run)
+
+    return finished
+
+
 @pytest.fixture
 def folder(tmp_path: Path, shards: Path) -> Path:
     """An empty working folder with a config for the shards."""
@@ -100,6 +118,22 @@ def train(
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Have runs in this process do something before an optimizer step."""
+
+    def arrange(step: int, what: Callable[[], object]) -> None:
+        def call(self: TrainStep, batch: TrainBatch, progress: TrainProgress, *rest: Any) -> Any:
+            if progress.global_step == step:
+                what()
+            return once(self, batch, progress, *rest)
+
+        once = TrainStep.__call__
+        monkeypatch.setattr(TrainStep, "__call__", call)
+
+    return arrange
 
 
 @pytest.fixture

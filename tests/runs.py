@@ -138,6 +138,21 @@ def train(
     return done
 
 
+def two_ranks(
+    folder: Path, arguments: list[list[str]], code: list[str | None] | None = None
+) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of two ranks that are started differently; one whose code sleeps is killed at the end."""
+    code, logs, processes = code or [None, None], [folder / "0.log", folder / "1.log"], []
+    for log, env, own, its_code in zip(logs, group_environments(2), arguments, code, strict=True):
+        with log.open("wb") as out:
+            words = ["train", "tiny.yaml", "data.workers=0", *own]
+            processes.append(Program(words, cwd=folder, env=environment(env), stdout=out, stderr=out, code=its_code))
+    processes[0].wait(timeout=SECONDS)
+    if "sleep" in (code[1] or ""):
+        processes[1].kill()
+    return [process.wait(timeout=SECONDS) for process in processes], [log.read_text() for log in logs]
+
+
 def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]

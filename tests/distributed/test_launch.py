@@ -80,7 +80,7 @@ def test_every_rank_of_a_node_gets_the_same_kind_of_device():
 
 @pytest.mark.parametrize(
     ("rank", "local_world", "words"),
-    [(0, 1, "node 1 of 2 waits at 127.0.0.1:{} for node 2"), (0, 2, "rank 0 waits at 127.0.0.1:{} for the other")],
+    [(0, 1, "node 1 of 2 waits at 127.0.0.1:{}"), (0, 2, "rank 0 of 2 waits at 127.0.0.1:{}")],
 )
 def test_a_node_says_whom_it_waits_for(rank, local_world, words, monkeypatch, caplog):
     env = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(local_world)}

@@ -1,16 +1,17 @@
-"""Real runs through launch/*.sh: several nodes, DeepSpeed's launcher, signals, and doctor on several ranks."""
+"""Real runs through launch/*.sh: several nodes, a killed rank, signals; and doctor on several ranks."""
 
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests import runs
+from tests import chaos, runs
 from tests.launch.hosts import two_hosts
 from tests.runs import ROOT
 
@@ -47,56 +48,76 @@ def wait_for(process: subprocess.Popen[str], event: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_two_hosts_train_with_a_torchrun_rendezvous(folder):
+def test_two_hosts_train_with_a_torchrun_rendezvous(folder, untouched):
     with two_hosts() as hosts:
         master = f"{hosts[0].address}:{runs.free_port()}"
         processes = [
             start(
                 "torchrun.sh", *SHORT, "name=hosts", cwd=folder,
-                env={"NNODES": "2", "MASTER": master, "NPROC": "2", "GLOO_SOCKET_IFNAME": host.card},
+                env={"NNODES": "2", "MASTER": master, "NPROC": "1", "GLOO_SOCKET_IFNAME": host.card},
                 inside=host.inside,
             )
             for host in hosts
         ]  # fmt: skip
         outputs = [finished(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "4 x cpu (torchrun)" in "".join(outputs)
-    runs.train(folder, *SHORT, "name=alone")
-    found, expected = (runs.metrics(folder / "runs" / name, "step") for name in ("hosts", "alone"))
-    assert [row["ranking"] for row in found] == pytest.approx([row["ranking"] for row in expected], rel=1e-5)
+    assert "2 x cpu (torchrun)" in "".join(outputs)
+    assert rankings(folder / "runs" / "hosts") == pytest.approx(rankings(untouched(*SHORT)), rel=1e-5)
 
 
-def test_deepspeed_s_launcher_trains_with_zero(folder):
-    process = start("deepspeed.sh", *SHORT, "name=zero", cwd=folder, env={"MASTER": f"127.0.0.1:{runs.free_port()}"})
-    output = finished(process)
-    assert process.returncode == 0, output
-    assert "2 x cpu (deepspeed)" in output
-    runs.train(folder, *SHORT, "name=alone")
-    found, expected = (runs.metrics(folder / "runs" / name, "step") for name in ("zero", "alone"))
-    assert [row["ranking"] for row in found] == pytest.approx([row["ranking"] for row in expected], rel=1e-5)
-    # Another stage and strategy go on from its checkpoint.
-    runs.train(folder, "precision=float32", "epochs=2", "name=zero", ranks=0)
-    assert runs.status(folder / "runs" / "zero")["state"] == "finished"
+def rankings(run: Path) -> list[float]:
+    return [row["ranking"] for row in runs.metrics(run, "step")]
 
 
-@pytest.mark.parametrize(
-    ("script", "number"),
-    [("torchrun.sh", signal.SIGUSR1), ("deepspeed.sh", signal.SIGTERM)],
-    ids=["torchrun", "deepspeed"],
-)
-def test_a_signal_saves_and_leaves_no_process(folder, script, number):
-    env = {"MASTER": f"127.0.0.1:{runs.free_port()}"} if script == "deepspeed.sh" else {}
-    process = start(script, "precision=float32", "epochs=400", cwd=folder, env=env)
-    metrics = folder / "runs" / "tiny" / "metrics.jsonl"
-    wait_for(process, lambda: metrics.exists() and '"step": 5,' in metrics.read_text())
+def ranks_below(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # one that ends just now
+            found[child.environ().get("RANK", "")] = child
+    found.pop("", None)
+    return found
+
+
+def stopped(process: subprocess.Popen[str], number: int, run: Path) -> str:
+    """Send a launcher a signal, and check that the run is saved and no process left; return the output."""
     members = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(number)
     output = finished(process)
-    assert runs.status(folder / "runs" / "tiny")["state"] == "preempted", output
+    assert runs.status(run)["state"] == "preempted", output
     assert "the same command goes on from there" in output
     _, alive = psutil.wait_procs(members, timeout=runs.SECONDS)
     assert not alive
-    assert process.returncode == (75 if script == "deepspeed.sh" else 1)
+    return output
+
+
+def test_torchrun_restarts_a_killed_rank_and_saves_on_a_signal(folder, untouched):
+    settings, run = ("epochs=12", "data.workers=0", "checkpoint.every_steps=2"), folder / "runs" / "tiny"
+    process = start("torchrun.sh", *settings, cwd=folder, env={"RESTARTS": "1"})
+    wait_for(process, lambda: chaos._steps(run) >= 5)
+    first = ranks_below(process)
+    first["1"].kill()
+    psutil.wait_procs(list(first.values()), timeout=runs.SECONDS)
+    done = chaos._steps(run)
+    wait_for(process, lambda: len(ranks_below(process)) == 2)
+    # In a store that outlived them, the new ranks could find the addresses of the old ones, and wait for ghosts.
+    stores = {rank.environ()["TORCHELASTIC_USE_AGENT_STORE"] for rank in ranks_below(process).values()}
+    assert stores == {"False"}
+    wait_for(process, lambda: chaos._steps(run) > done)
+    output = stopped(process, signal.SIGUSR1, run)
+    assert process.returncode == 1, output
+    assert "resuming runs/tiny from " in output
+    runs.train(folder, *settings, ranks=2)
+    assert chaos.difference(chaos.result(untouched(*settings, ranks=2)), chaos.result(run)) is None
+
+
+def test_deepspeed_s_launcher_trains_with_zero_and_saves_on_a_signal(folder, untouched):
+    settings, run = ("precision=float32", "epochs=400"), folder / "runs" / "tiny"
+    process = start("deepspeed.sh", *settings, cwd=folder, env={"MASTER": f"127.0.0.1:{runs.free_port()}"})
+    wait_for(process, lambda: chaos._steps(run) >= 5)
+    output = stopped(process, signal.SIGTERM, run)
+    assert process.returncode == 75, output
+    assert "2 x cpu (deepspeed)" in output
+    assert rankings(run)[:5] == pytest.approx(rankings(untouched(*settings, "max_steps=5")), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +140,10 @@ def test_a_hostfile_that_cannot_be_used_is_refused(folder, content, fact):
 
 
 def test_doctor_measures_what_lies_between_the_ranks(folder):
-    done = runs.program("doctor", "tiny.yaml", ranks=2, cwd=folder, anew=True)
+    done = runs.program("doctor", "tiny.yaml", ranks=2, cwd=folder)
     assert done.returncode == 0, done.stderr
     rows = {line[:14].strip(): line[15:] for line in done.stdout.splitlines()}
-    assert rows["launcher"] == "torchrun, rank 0 of 2"
+    assert rows["launcher"] == "environment, rank 0 of 2"
     assert "ranks 0, 1" in rows["hosts"]
     assert rows["versions"] == "alike"
     assert rows["all-reduce"].endswith("GiB/s")

@@ -1,4 +1,4 @@
-"""A real MLflow server that can be killed and started again."""
+"""A real MLflow server that can be made to hang."""
 
 import os
 import signal
@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -17,24 +19,19 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> "Server":
-        """Start it, unless it runs, and wait until it answers."""
-        if self._process is None:
-            arguments = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts",
-                         "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]  # fmt: skip
-            with (self.folder / "server.log").open("ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "mlflow", "server", *arguments], cwd=self.folder, stdout=log, stderr=log,
-                    env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, start_new_session=True,
-                )  # fmt: skip
+        arguments = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts",
+                     "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]  # fmt: skip
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *arguments], cwd=self.folder, stdout=log, stderr=log,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, start_new_session=True,
+            )  # fmt: skip
         deadline = time.monotonic() + 120
         while not self._answers():
             assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        return self
 
     def _answers(self) -> bool:
         try:
@@ -43,16 +40,15 @@ class Server:
         except OSError:
             return False
 
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Let it take connections and never answer."""
+        os.killpg(self._process.pid, signal.SIGSTOP)  # it has a worker process
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # it has a worker process
-            self._process.wait()
-            self._process = None
-        deadline = time.monotonic() + 20
-        while True:  # until the worker's socket is gone, too
-            try:
-                socket.create_server(("127.0.0.1", self.port)).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

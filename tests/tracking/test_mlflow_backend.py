@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ class Job:
             "test",
         )
         self.run_dir.mkdir(exist_ok=True)
-        return build_tracker(config, self.run_dir, MANIFEST, run_id, TAGS, is_main=True)
+        return build_tracker(config, self.run_dir, MANIFEST, run_id, TAGS)
 
     def said(self):
         """The messages since the last call."""
@@ -254,8 +255,9 @@ def test_a_database_that_cannot_be_opened_is_told_at_once(job):
 def test_a_full_disk_never_stops_a_run(job, small_disk):
     job.folder, job.run_dir = small_disk, small_disk / "x"
     tracker = job.tracker(wait_seconds=0.5)
-    for step in range(100):
-        tracker.metrics({f"metric {i}": step for i in range(1000)}, step)
+    with suppress(OSError):
+        (small_disk / "filler").write_bytes(bytes(2**20))
+    tracker.metrics({f"metric {i}": i for i in range(1000)}, 0)
     tracker.close("FINISHED")
     assert "metrics.jsonl has the numbers" in job.said()[0]
     tracker.uploader._thread.join(PATIENCE)  # it may be inside of a call, and has the log open

@@ -1,5 +1,6 @@
 """Which images are measured, decided from the manifest alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.training.evaluation import _train_classes, check_evaluable, embed_all, validation_subset
 
 
-def settings(max_images: int | None = None, seed: int = 0, **evaluation: object) -> Config:
+def settings(max_images: int | None = None, seed: int = 0, classes: Sequence[str] = (), **evaluation: object) -> Config:
     raw = {
-        "name": "x", "epochs": 2, "seed": seed, "data": {"shards": "x"}, "validation": {"max_images": max_images},
+        "name": "x", "epochs": 2, "seed": seed, "data": {"shards": "x"},
+        "validation": {"max_images": max_images, "classes": list(classes)},
         "evaluation": {"recall_at": [1], **evaluation},
     }  # fmt: skip
     return parse_config(raw, "x")
@@ -80,45 +82,35 @@ def test_each_named_gallery_must_offer_something() -> None:
     check_evaluable(manifest(IMAGES, test), settings(recall_at=[1, 3], metrics=["map@r"]), [])
 
 
-def manifest_of(test: list[int], roles: list[str] | None = None) -> Manifest:
-    """One class 0 of ten images to train on, and test images of the given classes."""
-    train = Shard("a.tar", 0, "", tuple(range(10)), (0,) * 10, ("train",) * 10)
-    ids = tuple(range(10, 10 + len(test)))
-    shard = Shard("b.tar", 0, "", ids, tuple(test), tuple(roles or ["both"] * len(test)))
-    return Manifest({}, 0, 2, tuple("abcdef"), {"train": (train,), "test": (shard,)})
-
-
 @pytest.mark.parametrize(
     ("test", "roles", "sentence"),
     [
-        ([1, 2, 3, 4, 5], None, "no query of the test images has another"),
-        ([1, 1, 2, 2], None, "asks for 4 neighbours but a query of the test images has 3 others"),
+        ([1, 2, 3, 4, 5], ["both"] * 5, "no query of the test images has another"),
+        ([1, 1, 2, 2], ["both"] * 4, "asks for 4 neighbours but a query of the test images has 3 others"),
         ([1, 1, 2, 2, 2], ["query", "query", "gallery", "gallery", "gallery"], "no query of the test images"),
     ],
 )
 def test_a_test_set_that_cannot_be_measured_is_refused_before_training(test, roles, sentence):
-    raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "evaluation": {"recall_at": [1, 4]}}
+    images = list(zip(test, roles, strict=True))
     with pytest.raises(InputError, match=sentence):
-        check_evaluable(manifest_of(test, roles), parse_config(raw, "x"), [])
-    raw["evaluation"]["test"] = False
-    check_evaluable(manifest_of(test, roles), parse_config(raw, "x"), [])
-    raw["evaluation"]["test"] = True
-    check_evaluable(manifest_of([1, 1, 2, 2, 2]), parse_config(raw, "x"), [0])
-    raw["evaluation"]["recall_at"] = [1]
-    check_evaluable(manifest_of([1, 1], ["query", "gallery"]), parse_config(raw, "x"), [])
+        check_evaluable(manifest([0] * 10, images), settings(recall_at=[1, 4]), [])
+    check_evaluable(manifest([0] * 10, images), settings(recall_at=[1, 4], test=False), [])
+
+
+def test_a_test_set_that_can_be_measured_is_taken():
+    check_evaluable(manifest([0] * 10, [(c, "both") for c in (1, 1, 2, 2, 2)]), settings(recall_at=[1, 4]), [0])
+    check_evaluable(manifest([0] * 10, [(1, "query"), (1, "gallery")]), settings(), [])
 
 
 def test_the_number_of_trained_classes_is_asked_for_only_where_it_counts():
     """So shards without a training split, or with other classes than a run held out, can be evaluated."""
-    raw = {"name": "x", "epochs": 2, "data": {"shards": "x"}, "validation": {"classes": ["gone", "too"]}}
-    manifest = manifest_of([1, 1])
-    assert _train_classes(manifest, parse_config(raw, "x")) is None
-    raw["evaluation"] = {"conventions": "released"}
+    shards, gone = manifest([0] * 10, [(1, "both"), (1, "both")]), ["gone", "too"]
+    assert _train_classes(shards, settings(classes=gone)) is None
     with pytest.raises(InputError, match="holds 'gone', which is no training class"):
-        _train_classes(manifest, parse_config(raw, "x"))
-    assert _train_classes(replace(manifest, splits={"test": ()}), parse_config(raw, "x")) is None
-    del raw["validation"]
-    assert _train_classes(manifest, parse_config(raw, "x")) == 1
+        _train_classes(shards, settings(classes=gone, conventions="released"))
+    without = replace(shards, splits={"test": shards.splits["test"]})
+    assert _train_classes(without, settings(classes=gone, conventions="released")) is None
+    assert _train_classes(shards, settings(conventions="released")) == 1
 
 
 # ---- embedding ----

@@ -1,6 +1,5 @@
 """Checkpoints that do not belong to a run, and ranks that do not belong together: refused by all, with what differs."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import assert_same_config
 from dist_obdsd.errors import InputError
 from tests import harness, runs
-from tests.nursery import Program
 
 
 def without_a_weight(state: dict[str, Any]) -> dict[str, Any]:
@@ -96,15 +94,8 @@ def test_different_settings_are_told_by_name_value_and_rank():
     ],
 )
 def test_a_rank_that_was_started_differently_ends_all_at_once(folder, of_rank_1, sentence):
-    logs = [folder / "0.log", folder / "1.log"]
-    processes = []
-    for log, env, more in zip(logs, runs.group_environments(2), ([], [of_rank_1]), strict=True):
-        with log.open("wb") as err, open(os.devnull, "wb") as out:
-            arguments = ["train", "tiny.yaml", "timeout_seconds=3600", *more]
-            processes.append(Program(arguments, cwd=folder, env=runs.environment(env), stdout=out, stderr=err))
-    codes = [process.wait(timeout=runs.SECONDS) for process in processes]  # nobody waits for the other
-    said = [log.read_text() for log in logs]
-    assert codes == [2, 2], said
+    codes, said = runs.two_ranks(folder, [["timeout_seconds=3600"], ["timeout_seconds=3600", of_rank_1]])
+    assert codes == [2, 2], said  # nobody waits for the other
     assert sentence in said[0]
     assert said[1] == ""  # by one of them
     assert not (folder / "runs").exists()

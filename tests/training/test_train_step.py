@@ -1,4 +1,4 @@
-"""The real training step on 2 and 3 processes against one: losses, gradient norms and weights after 10 steps."""
+"""The real training step on several processes against one: losses, gradient norms and weights after 10 steps."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -119,40 +119,32 @@ def test_ten_steps_in_float64_do_not_depend_on_the_ranks(target):
 
 WHOLE = ("precision=float64", "optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.01", "optim.clip_norm=1")
 WAYS = {
-    "chunks": ["batch.chunk=3"],
     "chunks that do not divide": ["batch.chunk=5", "ranking.name=proxy_anchor", "ranking.lr=0.1"],
-    "memory": ["distillation.memory=40"],
+    "memory, tiles": ["distillation.memory_gib=1e-9", "distillation.memory=40", "distillation.neighbours=4"],
     "symmetric memory": ["distillation.memory=40", "distillation.target=obdsd_symmetric"],
     "conjugate gradients": ["distillation.solver=cg", "distillation.omega=0.9"],
-    "tiles": ["distillation.memory_gib=1e-9", "distillation.memory=40", "distillation.neighbours=4"],
-    "mutual": ["distillation.neighbours=6", "distillation.mutual=true", "distillation.target=obdsd_symmetric"],
-    "contrastive": ["ranking.name=contrastive"],
-    "triplet": ["ranking.name=triplet"],
     "margin": ["ranking.name=margin", "ranking.lr=0.1", "ranking.nu=0.01", "ranking.weight_decay=0.1"],
-    "proxy anchor": ["ranking.name=proxy_anchor", "ranking.lr=0.1", "optim.name=adam", "optim.lr=1e-4"],
-    "arcface": ["ranking.name=pml.ArcFaceLoss", "ranking.lr=0.1"],
+    "proxies, adam": ["ranking.name=proxy_anchor", "ranking.lr=0.1", "optim.name=adam", "optim.lr=1e-4"],
     "mined": ["ranking.name=pml.MarginLoss", "ranking.miner=pml.DistanceWeightedMiner"],
 }
+"""Each part alone is compared with one process in tests/losses and tests/manifold."""
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_the_objective_is_exact_on_any_ranks(way):
-    losses, weights = same_on((2, 3), settings(*WHOLE, *WAYS[way]))
+    losses, _ = same_on((3,), settings(*WHOLE, *WAYS[way]))
     assert len({step["ranking"] for step in losses}) > 1
-    # The control: one step of another kind ends elsewhere.
-    ((_, elsewhere),) = harness.run(1, take_steps, settings(*WHOLE, *WAYS[way], "optim.weight_decay=0.01"))
-    assert distance(weights, elsewhere) > 1e-7
 
 
-@pytest.mark.parametrize("ranking", ["multi_similarity", "contrastive", "triplet", "margin", "proxy_anchor"])
+@pytest.mark.parametrize("ranking", ["multi_similarity", "margin"])
 def test_the_host_reads_nothing_within_a_step(ranking):
+    """Of every other loss and option: tests/gpu."""
     gentle = settings(
         "precision=float32", "optim.lr=1e-5", "optim.clip_norm=1", f"ranking.name={ranking}",
         "distillation.temperature=1", "distillation.transition_temperature=1", "distillation.omega=0.3",
     )  # fmt: skip
-    for world_size in (1, 2):
-        now, later = (harness.run(world_size, take_steps, gentle, None, later)[0] for later in (False, True))
-        assert distance(now[1], later[1]) < 1e-6
+    now, later = (harness.run(2, take_steps, gentle, None, later)[0] for later in (False, True))
+    assert distance(now[1], later[1]) < 1e-6
     # The control: where no matrix is kept, a solver that iterates looks at what it has so far.
     iterating = settings("precision=float32", "distillation.memory_gib=1e-9", f"ranking.name={ranking}")
     with pytest.raises(Exception, match="_local_scalar_dense"):
@@ -170,9 +162,9 @@ def test_a_teacher_in_bf16_changes_the_target_by_rounding():
 
 def test_chunks_change_nothing_and_a_memory_does():
     ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
-    for _, chunked in harness.run(2, take_steps, settings(*WHOLE, "batch.chunk=5")):
-        assert distance(whole, chunked) < 1e-10
-    losses, remembered = harness.run(2, take_steps, settings(*WHOLE, "distillation.memory=40"))[0]
+    ((_, chunked),) = harness.run(1, take_steps, settings(*WHOLE, "batch.chunk=5"))
+    assert distance(whole, chunked) < 1e-10
+    ((losses, remembered),) = harness.run(1, take_steps, settings(*WHOLE, "distillation.memory=40"))
     assert distance(whole, remembered) > 1e-8
     dropped = [step["target_dropped_mass"] for step in losses]
     assert dropped[0] == 0  # nothing to remember yet
@@ -207,7 +199,7 @@ def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
 def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
     plain = ("precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=1")
     config = settings(*plain)
-    losses, weights = same_on((2, 3), settings(*plain, "optim.clip_norm=1e-3"))
+    losses, weights = same_on((2,), settings(*plain, "optim.clip_norm=1e-3"))
     initial = {name: p.detach().numpy() for name, p in build_embedder(config, CPU).named_parameters()}
     # Ten steps of length 1e-3 at most, where the unclipped gradient is longer.
     moved = np.sqrt(sum(((weights[name] - initial[name]) ** 2).sum() for name in weights))
@@ -221,7 +213,7 @@ def test_the_gradient_s_norm_is_clipped_alike_on_all_ranks():
 def test_ten_steps_in_float32_agree_to_1e_5(optimizer):
     # Adam divides by the gradient's size, so rounding in gradients near 0 becomes a part of lr: hence a small lr there.
     config = settings(optimizer, f"optim.lr={1e-2 if optimizer.endswith('sgd') else 1e-5}")
-    same_on((2, 3), config, apart=1e-5, rel=1e-4, abs=1e-5)
+    same_on((2,), config, apart=1e-5, rel=1e-4, abs=1e-5)
 
 
 ZERO_WAYS = {
@@ -233,24 +225,23 @@ ZERO_WAYS = {
 
 
 @pytest.mark.parametrize(
-    ("way", "stage"), [*((way, 1) for way in ZERO_WAYS), ("with proxies", 0), ("adam, clipped", 2), ("with proxies", 2)]
+    ("way", "stage"), [*((way, 1) for way in ZERO_WAYS), ("adam, clipped", 2), ("with proxies", 2)]
 )
 def test_deepspeed_takes_the_steps_of_ddp(way, stage):
     ((losses, weights),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way]))
     config = settings(*ZERO_WAYS[way], "strategy=deepspeed", f"deepspeed.stage={stage}")
-    for world_size in (2, 3):
-        for other_losses, other_weights in harness.run(world_size, take_steps, config):
-            assert distance(weights, other_weights) < 1e-5
-            for mine, other in zip(losses, other_losses, strict=True):
-                assert other["ranking"] == pytest.approx(mine["ranking"], abs=1e-5)
-                assert other["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
+    for other_losses, other_weights in harness.run(2, take_steps, config):
+        assert distance(weights, other_weights) < 1e-5
+        for mine, other in zip(losses, other_losses, strict=True):
+            assert other["ranking"] == pytest.approx(mine["ranking"], abs=1e-5)
+            assert other["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
     # The control: what DeepSpeed does by default, a norm clipped at 1, ends elsewhere.
     if way == "sgd":
         ((_, clipped),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way], "optim.clip_norm=1"))
         assert distance(weights, clipped) > 1e-3
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeed_masks_a_step_with_a_nan_on_all_ranks(stage):
     more = ["ranking.name=proxy_anchor", "batch.chunk=5"]
     config = settings(*more, "strategy=deepspeed", f"deepspeed.stage={stage}")
@@ -270,7 +261,6 @@ def test_deepspeed_s_bf16_is_that_of_ddp():
 @pytest.mark.parametrize(
     ("optimizer", "spoil", "more"),
     [
-        ("sgd", 0, []),
         ("adam", 0, ["ranking.name=proxy_anchor", "batch.chunk=5"]),
         ("sgd", 4, ["ranking.name=pml.ArcFaceLoss"]),
         ("adamw", 4, []),
