@@ -59,7 +59,7 @@ try:
 except OSError:
     from datetime import timedelta
     from torch.distributed import TCPStore  # whose timeout does not bound an answer that never comes
-    threading.Timer(20, os._exit, [1]).start()
+    threading.Timer(10, os._exit, [1]).start()
     TCPStore(*address, timeout=timedelta(seconds=5))
     os._exit(0)
 ' "$master" "${MASTER##*:}" 2>/dev/null; then

@@ -32,12 +32,10 @@ def settings_from(config: Config, train_classes: int | None = None) -> Settings:
 def embed_all(
     embed: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[EvalBatch], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-    """Embed this rank's batches, without gradient.
+    """Embed this rank's batches, which may be none, without gradient.
 
     Args:
         embed: uint8 images [rows, C, s, s] on ``device`` -> unit rows [rows, D].
-        batches: this rank's share; may be empty.
-        device: where ``embed`` runs.
 
     Returns:
         (embeddings [n, D] float32, ids [n], labels [n], roles n), on the CPU; D is 0 where there is no batch.
@@ -138,11 +136,10 @@ def validation_subset(manifest: Manifest, classes: Sequence[int], config: Config
 
 
 def check_evaluable(manifest: Manifest, config: Config, validation_classes: Sequence[int]) -> None:
-    """Find out before training what an evaluation after it would refuse.
+    """Raise InputError before training for what an evaluation after it would refuse.
 
-    Raises:
-        InputError: the test split or the validation classes have no two images of one class, or fewer images than the
-            longest Recall@k looks at.
+    The test split and the validation classes need two images of one class, and those that the longest Recall@k
+    looks at.
     """
     parts = [("validation", "train", set(validation_classes))] if validation_classes else []
     if config.evaluation.test and "test" in manifest.splits:

@@ -42,9 +42,8 @@ class FSDPStrategy(Strategy):
         batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
         low = in_bf16(self.config, teacher) and not batch_norm
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
-        row = [block for _, block in blocks(network)]
-        for module in row:
-            fully_shard(module, mesh=self._mesh, mp_policy=policy, ignored_params=numbers)
+        for _, block in blocks(network):
+            fully_shard(block, mesh=self._mesh, mp_policy=policy, ignored_params=numbers)
         # The student's backward pass begins with the outermost weights, so it keeps those gathered.
         fully_shard(network, mesh=self._mesh, mp_policy=policy, ignored_params=numbers, reshard_after_forward=teacher)
 
@@ -80,18 +79,11 @@ class FSDPStrategy(Strategy):
         }
 
     def _load_optimizer(self, states: States) -> None:
-        whole = dict(self.parameters)
-
         def cut(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
             return shards.local(shards.shard_like(value, like)) if value.shape == like.shape else value
 
-        super()._load_optimizer(
-            {
-                name: {key: cut(value, whole[name]) for key, value in state.items()}
-                for name, state in states.items()
-                if name in whole
-            }
-        )
+        own = [(name, p) for name, p in self.parameters if name in states]
+        super()._load_optimizer({name: {key: cut(value, p) for key, value in states[name].items()} for name, p in own})
 
     def whole_student(self) -> nn.Module:
         """Make a plain student in full precision that a rank can call. Collective."""

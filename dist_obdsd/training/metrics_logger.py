@@ -62,8 +62,8 @@ class MetricsLogger:
         self.tracker = tracker = build_tracker(config, run_dir.path, manifest.digest, self._run_id, tags)
         status = "FAILED"
         try:
-            path = run_dir.write_text("config.yaml", config.to_yaml())
-            run_dir.write_json("provenance.json", tags | versions)
+            path = run_dir.write("config.yaml", config.to_yaml())
+            run_dir.write("provenance.json", tags | versions)
             tracker.params(provenance.flatten(config.model_dump(mode="json")) | versions)
             tracker.dataset(**provenance.dataset(manifest, config.data.shards))
             tracker.artifact(path)
@@ -74,7 +74,7 @@ class MetricsLogger:
 
     @property
     def run_id(self) -> str | None:
-        """Return the tracked run's id; a checkpoint's counts until the tracker has one."""
+        """The tracked run's id; a checkpoint's counts until the tracker has one."""
         return self.tracker.run_id or self._run_id
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,11 +84,7 @@ class MetricsLogger:
         self._run_id = state["tracker"]
 
     def log_step(self, host: Mapping[str, float], numbers: Mapping[str, float]) -> None:
-        """Log one optimizer step.
-
-        Args:
-            host: what the host knows of it; "step" counts from 0 over the whole run.
-            numbers: what ``TrainStep`` returned.
+        """Log one optimizer step, by what the host knows of it and ``TrainStep`` returned.
 
         Raises:
             RunError: on every rank, after too many non-finite steps in a row, or at the first in debug mode.

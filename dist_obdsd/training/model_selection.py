@@ -17,8 +17,6 @@ from dist_obdsd.training.preemption import PreemptionHandler
 
 logger = logging.getLogger(__name__)
 
-NOTES = {"best_test": "as in the papers: the epoch was chosen on the test set"}
-"""Note that stands beside a protocol's numbers."""
 REMEMBERED = ("best_validation", "best_test", "untrained")
 Choice = dict[str, Any]
 """{"value": of the selection metric, "epoch": after so many epochs}; of the test set with all "metrics", too."""
@@ -78,16 +76,10 @@ class ModelSelector:
     def out_of_patience(self, epoch: int) -> bool:
         """Tell if ``validation.patience`` is at its end. Not collective."""
         section, best = self.config.validation, self.best_validation
-        if section.patience is None or best is None:
-            return False
-        return epoch - best["epoch"] >= section.patience * section.every
+        return bool(section.patience and best and epoch - best["epoch"] >= section.patience * section.every)
 
     def after_epoch(self, epoch: int) -> bool:
-        """Validate, and test if asked for, when it is time after ``epoch`` epochs.
-
-        Returns:
-            Whether this is the best epoch by validation so far.
-        """
+        """Validate and test when it is time; return whether this is the best epoch so far."""
         if epoch % self.config.validation.every and epoch != self.config.epochs:
             return False
         validated = self._evaluate("validation", "train", self.classes, epoch) if self.classes else None
@@ -110,9 +102,6 @@ class ModelSelector:
             epoch: whole epochs trained.
             whole: whether the student is as it was after that epoch; false where steps of the next one followed.
             load_best: loads the weights of the best epoch by validation into the student.
-
-        Returns:
-            The summary's rows.
         """
         results: list[tuple[str, int, dict[str, float]]] = []
         if self.untrained is not None and self.uses_test:
@@ -132,7 +121,8 @@ class ModelSelector:
             logger.log(NOTICE, "validation: %s", note)
         if self.best_test is not None:
             results.append(("best_test", self.best_test["epoch"], self.best_test["metrics"]))
-        notes = {protocol: self._made_worse(metrics) for protocol, _, metrics in results} | NOTES
+        notes = {protocol: self._made_worse(metrics) for protocol, _, metrics in results}
+        notes["best_test"] = "as in the papers: the epoch was chosen on the test set"
         return [
             {"protocol": protocol, "split": "test", "epoch": after, "metric": name, "value": value}
             | ({"note": note} if (note := notes[protocol]) else {})

@@ -44,12 +44,11 @@ class RunDir:
             ) from error
         self._metrics: TextIO | None = None
 
-    def write_text(self, name: str, text: str) -> Path:
+    def write(self, name: str, content: Any) -> Path:
+        """Write a file of text, or of anything JSON can hold; return its path."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
         write_atomically(self.path / name, text.encode())
         return self.path / name
-
-    def write_json(self, name: str, value: Any) -> Path:
-        return self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def cut_metrics(self, global_step: int) -> None:
         """Open the metrics without the lines of what follows ``global_step``."""

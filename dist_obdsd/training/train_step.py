@@ -76,10 +76,7 @@ class TrainStep:
         objective: OBDSDLoss,
         classes: Sequence[int],
     ) -> None:
-        """
-        Args:
-            classes: the training classes, sorted.
-        """
+        """Take the parts; ``classes`` are the training classes, sorted."""
         self.config, self.runtime, self.strategy = config, runtime, strategy
         self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)
         self.upload = DeviceUploader(runtime.device)
@@ -99,9 +96,8 @@ class TrainStep:
             save: whether this rank wants a checkpoint, likewise.
 
         Returns:
-            Names, and the [n] numbers that they name, still on the device: the ranking loss, global means of every
-            term, the gradient's norm, whether the step was masked, how many ranks requested to stop and to save, the
-            learning rate and the number of anchors (of what the ranking loss's first part is a mean over).
+            Names, and the [n] numbers that they name, still on the device; ``anchors`` is the number of what the
+            ranking loss's first part is a mean over.
         """
         if (batch.epoch, batch.step) != (progress.epoch, progress.step):
             raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {progress}; this is a defect")

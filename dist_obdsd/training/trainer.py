@@ -292,7 +292,7 @@ class Trainer:
         }
         tracker = self.metrics.tracker
         if self.run_dir is not None:
-            tracker.artifact(self.run_dir.write_json("summary.json", summary))
+            tracker.artifact(self.run_dir.write("summary.json", summary))
         with raise_on_all_ranks("drawing the figures"):
             for path in self.figures.draw():
                 tracker.artifact(path)

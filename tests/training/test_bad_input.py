@@ -34,18 +34,16 @@ def test_a_wrong_setting(folder, override, sentence):
     assert not (folder / "runs" / "tiny" / "checkpoints").exists()
 
 
-def test_a_world_size_that_does_not_divide_the_lanes(folder):
-    done = runs.program("train", "tiny.yaml", ranks=3, cwd=folder)
+@pytest.mark.parametrize(
+    ("ranks", "override", "facts"),
+    [(3, "epochs=3", ("3", "1, 2, 4")), (2, "data.shards=nowhere", ("there is no shard folder",))],
+    ids=["ranks that do not divide the lanes", "a missing folder"],
+)
+def test_what_all_ranks_meet_is_told_once(folder, ranks, override, facts):
+    done = runs.program("train", "tiny.yaml", override, ranks=ranks, cwd=folder)
     assert done.returncode != 0
     line = one_line(done.stderr)
-    assert "3" in line
-    assert "1, 2, 4" in line
-
-
-def test_a_missing_folder_is_told_once_by_all_ranks(folder):
-    done = runs.program("train", "tiny.yaml", "data.shards=nowhere", ranks=2, cwd=folder)
-    assert done.returncode != 0
-    assert "there is no shard folder" in one_line(done.stderr)
+    assert all(fact in line for fact in facts)
 
 
 def test_a_run_folder_in_use(folder):
@@ -77,11 +75,13 @@ def test_a_broken_shard_ends_every_rank_with_its_name(folder, shards):
     assert done.returncode != 0
     assert victim in done.stderr
     assert "verify" in done.stderr
-    assert runs.status(folder / "runs" / "tiny")["state"] == "failed"
-    assert victim in runs.status(folder / "runs" / "tiny")["message"]
+    status = runs.status(folder / "runs" / "tiny")
+    assert status["state"] == "failed"
+    assert victim in status["message"]
 
 
-def test_a_loss_that_stays_not_finite_stops_the_run(folder):
-    done = runs.train(folder, "optim.lr=1e300", "max_nonfinite_steps=2", code=1)
-    assert "2 steps in a row" in done.stderr
+def test_a_loss_that_stays_not_finite_stops_the_run(train, folder):
+    code, _, err = train("optim.lr=1e300", "max_nonfinite_steps=2")
+    assert code == 1
+    assert "2 steps in a row" in err
     assert runs.status(folder / "runs" / "tiny")["state"] == "failed"

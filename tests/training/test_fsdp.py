@@ -10,7 +10,7 @@ from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.models.teacher import ProgressiveTeacher, load_teacher_state
 from dist_obdsd.training.strategy import build_strategy
 from tests import harness
-from tests.training.test_train_step import CPU, WHOLE, check_masked, distance, results, settings, take_steps
+from tests.training.test_train_step import CPU, WHOLE, alone, check_masked, distance, results, settings, take_steps
 
 FSDP = "strategy=fsdp"
 WAYS = {
@@ -34,7 +34,7 @@ WAYS = {
 def test_ten_steps_are_those_of_ddp(way):
     world_sizes, more = WAYS[way]
     close = 1e-5 if way == "float32" else 1e-10
-    ((losses, weights),) = harness.run(1, take_steps, settings(*more))
+    losses, weights = alone(*more)
     for world_size in world_sizes:
         for other_losses, other_weights in harness.run(world_size, take_steps, settings(*more, FSDP)):
             assert distance(weights, other_weights) < close

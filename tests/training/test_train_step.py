@@ -1,5 +1,6 @@
 """The real training step on several processes against one: losses, gradient norms and weights after 10 steps."""
 
+import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -81,6 +82,12 @@ def take_steps(
     return read, {name: whole(p.detach()).numpy().copy() for name, p in [*student.named_parameters(), *own.items()]}
 
 
+@functools.cache
+def alone(*overrides: str) -> Any:
+    """What ``take_steps`` returns in one process."""
+    return harness.run(1, take_steps, settings(*overrides))[0]
+
+
 def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return max(float(abs(a[name] - b[name]).max()) for name in a)
 
@@ -113,7 +120,7 @@ def test_ten_steps_in_float64_do_not_depend_on_the_ranks(target):
     initial = dict(build_embedder(config, CPU).named_parameters())
     assert distance(weights, {name: p.detach().numpy() for name, p in initial.items()}) > 1e-3
     # The control: another objective ends elsewhere.
-    ((_, elsewhere),) = harness.run(1, take_steps, settings("precision=float64", "distillation.weight=9"))
+    _, elsewhere = alone("precision=float64", "distillation.weight=9")
     assert distance(weights, elsewhere) > 1e-6
 
 
@@ -153,18 +160,18 @@ def test_the_host_reads_nothing_within_a_step(ranking):
 
 def test_a_teacher_in_bf16_changes_the_target_by_rounding():
     common = ("precision=float32", "optim.lr=1e-5")
-    ((full, _),) = harness.run(1, take_steps, settings(*common))
-    ((low, _),) = harness.run(1, take_steps, settings(*common, "distillation.teacher_precision=bf16"))
+    full, _ = alone(*common)
+    low, _ = alone(*common, "distillation.teacher_precision=bf16")
     assert low[0]["ranking"] == full[0]["ranking"]
     assert low[0]["distillation"] != full[0]["distillation"]
     assert low[0]["distillation"] == pytest.approx(full[0]["distillation"], abs=0.01)
 
 
 def test_chunks_change_nothing_and_a_memory_does():
-    ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
-    ((_, chunked),) = harness.run(1, take_steps, settings(*WHOLE, "batch.chunk=5"))
+    _, whole = alone(*WHOLE)
+    _, chunked = alone(*WHOLE, "batch.chunk=5")
     assert distance(whole, chunked) < 1e-10
-    ((losses, remembered),) = harness.run(1, take_steps, settings(*WHOLE, "distillation.memory=40"))
+    losses, remembered = alone(*WHOLE, "distillation.memory=40")
     assert distance(whole, remembered) > 1e-8
     dropped = [step["target_dropped_mass"] for step in losses]
     assert dropped[0] == 0  # nothing to remember yet
@@ -177,7 +184,7 @@ def test_chunks_change_nothing_and_a_memory_does():
 )
 def test_a_part_learns_at_its_own_rate(part, rates):
     sgd = "precision=float64", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "ranking.name=proxy_anchor"
-    ((_, weights),) = harness.run(1, take_steps, settings(*sgd, *rates))
+    _, weights = alone(*sgd, *rates)
     config = settings(*sgd)
     start = {name: p.detach().numpy() for name, p in build_embedder(config, CPU).named_parameters()}
     start["ranking.proxies"] = build_objective(config, range(9), CPU).ranking.proxies.detach().numpy()
@@ -188,9 +195,9 @@ def test_a_part_learns_at_its_own_rate(part, rates):
 
 def test_one_rank_s_manifold_is_its_own_where_the_scope_says_so():
     scoped = settings(*WHOLE, "distillation.scope=rank")
-    ((_, whole),) = harness.run(1, take_steps, settings(*WHOLE))
-    ((_, alone),) = harness.run(1, take_steps, scoped)
-    assert distance(whole, alone) == 0
+    _, whole = alone(*WHOLE)
+    _, own = alone(*WHOLE, "distillation.scope=rank")
+    assert distance(whole, own) == 0
     halves = harness.run(2, take_steps, scoped)
     assert distance(halves[0][1], halves[1][1]) == 0
     assert distance(whole, halves[0][1]) > 1e-7
@@ -228,7 +235,7 @@ ZERO_WAYS = {
     ("way", "stage"), [*((way, 1) for way in ZERO_WAYS), ("adam, clipped", 2), ("with proxies", 2)]
 )
 def test_deepspeed_takes_the_steps_of_ddp(way, stage):
-    ((losses, weights),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way]))
+    losses, weights = alone(*ZERO_WAYS[way])
     config = settings(*ZERO_WAYS[way], "strategy=deepspeed", f"deepspeed.stage={stage}")
     for other_losses, other_weights in harness.run(2, take_steps, config):
         assert distance(weights, other_weights) < 1e-5
@@ -237,7 +244,7 @@ def test_deepspeed_takes_the_steps_of_ddp(way, stage):
             assert other["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
     # The control: what DeepSpeed does by default, a norm clipped at 1, ends elsewhere.
     if way == "sgd":
-        ((_, clipped),) = harness.run(1, take_steps, settings(*ZERO_WAYS[way], "optim.clip_norm=1"))
+        _, clipped = alone(*ZERO_WAYS[way], "optim.clip_norm=1")
         assert distance(weights, clipped) > 1e-3
 
 
@@ -249,10 +256,10 @@ def test_deepspeed_masks_a_step_with_a_nan_on_all_ranks(stage):
 
 
 def test_deepspeed_s_bf16_is_that_of_ddp():
-    ((_, weights),) = harness.run(1, take_steps, settings("precision=bf16", "optim.lr=1e-5"))
+    _, weights = alone("precision=bf16", "optim.lr=1e-5")
     config = settings("precision=bf16", "optim.lr=1e-5", "strategy=deepspeed")
     ((losses, zero),) = harness.run(1, take_steps, config)
-    ((exact, _),) = harness.run(1, take_steps, settings("optim.lr=1e-5"))
+    exact, _ = alone("optim.lr=1e-5")
     assert distance(weights, zero) < 1e-6
     assert losses[0]["ranking"] != exact[0]["ranking"]
     assert all(w.dtype == np.float32 for w in zero.values())
@@ -278,8 +285,8 @@ def check_masked(ranks, spoil):
 
 
 def test_bf16_trains_and_keeps_the_objective_in_float32():
-    ((losses, weights),) = harness.run(1, take_steps, settings("precision=bf16"))
-    ((exact, _),) = harness.run(1, take_steps, settings())
+    losses, weights = alone("precision=bf16")
+    exact, _ = alone()
     assert all(np.isfinite(w).all() and w.dtype == np.float32 for w in weights.values())
     assert losses[0]["ranking"] == pytest.approx(exact[0]["ranking"], rel=0.05)
     assert losses[0]["ranking"] != exact[0]["ranking"]
