@@ -217,7 +217,7 @@ class OBDSDLoss(nn.Module):
             terms["target_residual"] = PartialMean(found.error_b.sum(), count)
             terms["target_iterations"] = PartialMean(torch.full_like(count, found.iterations), torch.ones_like(count))
             if self.memory:
-                dropped = count.new_zeros(()) if found.dropped_b is None else found.dropped_b.sum()
+                dropped = torch.zeros_like(count) if found.dropped_b is None else found.dropped_b.sum()
                 terms["target_dropped_mass"] = PartialMean(dropped, count)
         return terms
 
@@ -244,11 +244,7 @@ def is_ranking(name: str) -> bool:
 
 
 def class_indices(labels_B: torch.Tensor, classes_C: torch.Tensor) -> torch.Tensor:
-    """Turn class ids [B], on the CPU, into indices of the sorted classes [C].
-
-    Raises:
-        InputError: a label is no training class, or the batch has fewer than two classes.
-    """
+    """Turn class ids [B], on the CPU, into indices of the sorted classes [C], or raise InputError."""
     index_B = torch.searchsorted(classes_C, labels_B).clamp_(max=len(classes_C) - 1)
     unknown_B = classes_C[index_B] != labels_B
     if unknown_B.any():

@@ -42,8 +42,7 @@ class PMLLoss(GatheredLoss):
     step follows from ``view.seed``.
 
     Raises:
-        InputError: if the library is missing, or a name or an argument is unknown, cannot work here or fails on a small
-            batch, with names that are near.
+        InputError: the library is missing, or a name or an argument is unknown, or fails on a small batch.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import inspect
 import urllib.error
 import urllib.request
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,32 +29,17 @@ from dist_obdsd.models.pooling import Pool, exchange_pool
 from dist_obdsd.models.weights import State, fit, split_source
 
 
-class SmallCNN(nn.Module):
-    """Four 3 x 3 convolutions with GroupNorm, for small images."""
-
-    widths = (48, 64, 96, 128)
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for width in self.widths:
-            layers += [
-                nn.Conv2d(channels, width, 3, padding=1, bias=False),
-                nn.GroupNorm(8, width),
-                nn.MaxPool2d(2),
-                nn.ReLU(inplace=True),  # after the pooling, with which it commutes, it has a quarter of the work
-            ]
-            channels = width
-        del layers[-2]  # the last map is pooled globally, so it keeps its resolution
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        return self.layers(images_bCss)
-
-
 def small_cnn(*, channels: int, state: State | None) -> nn.Module:
     """Four convolutions with GroupNorm, for small images of one or three channels."""
-    return fit(SmallCNN(channels), state, "small_cnn")
+    parts: list[nn.Module] = []
+    for width in (48, 64, 96, 128):
+        # After the pooling, with which it commutes, the ReLU has a quarter of the work.
+        parts += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.GroupNorm(8, width), nn.MaxPool2d(2),
+                  nn.ReLU(inplace=True)]  # fmt: skip
+        channels = width
+    del parts[-2]  # the last map is pooled globally, so it keeps its resolution
+    net = nn.Sequential(OrderedDict(layers=nn.Sequential(*parts)))
+    return fit(net, state, "small_cnn")
 
 
 def torchvision_model(*, name: str, weights: str | None, state: State | None, pooling: str) -> nn.Module:

@@ -43,8 +43,7 @@ class Embedder(nn.Module):
         channels_last: bool = True,
         checkpoint_blocks: bool = False,
     ) -> None:
-        """Put an embedding layer on a network.
-
+        """
         Args:
             trunk: from normalised images to a map [b, F, h, w], tokens [b, n, F] or features [b, F].
             features: F.

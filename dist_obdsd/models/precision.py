@@ -45,7 +45,10 @@ def blank_images(config: Config, runtime: Runtime) -> torch.Tensor:
 
 
 def compile_networks(config: Config, runtime: Runtime, student: nn.Module, teacher: ProgressiveTeacher | None) -> None:
-    """Compile what the settings say, before anything wraps the student. Collective."""
+    """Compile what the settings say, before anything wraps the student. Collective.
+
+    Only training calls are compiled: an evaluation's numbers must not depend on a compiler.
+    """
     if not config.model.compile:
         return
     networks = {student.train(): autocast(config, runtime.device)}
