@@ -244,7 +244,7 @@ def is_ranking(name: str) -> bool:
 
 
 def class_indices(labels_B: torch.Tensor, classes_C: torch.Tensor) -> torch.Tensor:
-    """Turn class ids [B], on the CPU, into indices of the sorted classes [C], or raise InputError."""
+    """Turn class ids [B] into indices of the sorted classes [C], or raise InputError."""
     index_B = torch.searchsorted(classes_C, labels_B).clamp_(max=len(classes_C) - 1)
     unknown_B = classes_C[index_B] != labels_B
     if unknown_B.any():

@@ -74,7 +74,7 @@ class Inverse:
 
 
 class Solve:
-    """An ``inverse`` that corrections make better. The host waits for nothing."""
+    """An ``inverse`` that corrections make better."""
 
     def __init__(self, graph: Graph, rows: slice, solver: str, tolerance: float, iterations: int | None = None) -> None:
         """Solve for the unit vectors of the own rows.

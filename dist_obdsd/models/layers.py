@@ -68,15 +68,10 @@ def turn_off_dropout(net: nn.Module, name: str) -> None:
     """Set dropout and stochastic depth to 0: their masks would depend on the ranks."""
     found = 0
     for module in net.modules():
-        for attribute in _rates(module):
-            found += getattr(module, attribute) > 0
-            setattr(module, attribute, 0.0)
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth"
+        for rate in ("p",) if dropout else ("drop_prob", "drop_rate", "dropout", "attention_dropout"):
+            if dropout or type(getattr(module, rate, None)) is float:
+                found += getattr(module, rate) > 0
+                setattr(module, rate, 0.0)
     if found:
         logger.info("%s: dropout and stochastic depth are set to 0 in %d layers", name, found)
-
-
-def _rates(module: nn.Module) -> list[str]:
-    if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
-        return ["p"]
-    names = ("drop_prob", "drop_rate", "dropout", "attention_dropout")
-    return [name for name in names if type(getattr(module, name, None)) is float]

@@ -33,32 +33,6 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> int:
     """Returns: the exit code."""
-    options = _parser().parse_args(arguments)
-    if missing := [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]:
-        return _refuse(f"{', '.join(missing)} is not installed; pip install {' '.join(missing)}")
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, and for the processes that are started
-    # The ranks that checks and benches start import this repository from any folder.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    import torch
-
-    if options.device == "cuda" and options.parts and not torch.cuda.is_available():
-        return _refuse("torch finds no CUDA device here; --device cpu --quick checks what a CPU can")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return _refuse(f"cannot write to {options.out}: {error.strerror}; choose another folder")
-    torch.set_num_threads(1 if options.device == "cpu" else max(1, min(8, len(os.sched_getaffinity(0)))))
-    device = torch.device("cpu") if options.device == "cpu" else torch.device("cuda", 0)
-    failed = [name for part in options.parts for name in _take(part, options, device)]
-    if options.report:
-        text = report(options.out)
-        print(f"\n{text}", flush=True)
-        (options.out / "gpu-check.md").write_text(text + "\n")
-    return 1 if failed else 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,12 +42,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="default: gpu-check")
     parser.add_argument("--only", metavar="NAME,...", help="some checks of the parts")
     parser.add_argument("--report", action="store_true", help="merge what is in DIR into gpu-check.md")
-    return parser
+    options = parser.parse_args(arguments)
+    if missing := [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]:
+        parser.error(f"{', '.join(missing)} is not installed; pip install {' '.join(missing)}")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, and for the processes that are started
+    # The ranks that checks and benches start import this repository from any folder.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    import torch
 
-
-def _refuse(sentence: str) -> int:
-    print(f"gpu-check: {sentence}", file=sys.stderr)
-    return 2
+    if options.device == "cuda" and options.parts and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; --device cpu --quick checks what a CPU can")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write to {options.out}: {error.strerror}; choose another folder")
+    torch.set_num_threads(1 if options.device == "cpu" else max(1, min(8, len(os.sched_getaffinity(0)))))
+    device = torch.device("cpu") if options.device == "cpu" else torch.device("cuda", 0)
+    failed = [name for part in options.parts for name in _take(part, options, device)]
+    if options.report:
+        text = report(options.out)
+        print(f"\n{text}", flush=True)
+        (options.out / "gpu-check.md").write_text(text + "\n")
+    return 1 if failed else 0
 
 
 def _take(part: str, options: argparse.Namespace, device: Any) -> list[str]:
