@@ -84,18 +84,15 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
             more than a request to stop.
     """
     failure: Exception | None = None
+    report = None
     try:
         yield
     except Exception as error:
-        failure = error
+        failure, report = error, {"kind": type(error).__name__, "message": format_error(error)}
         if not isinstance(error, UserError):
             traceback.print_exc()  # a defect, of which the other ranks learn only the last line
     if not int(sum_across(torch.tensor(int(failure is not None)))):
         return
-    report = None
-    if failure is not None:
-        name = type(failure).__name__ if isinstance(failure, InputError | StoppedError) else "RunError"
-        report = {"kind": name, "message": format_error(failure)}
     failed = {number: found for number, found in enumerate(gather_json(report)) if found is not None}
     number, first = min(failed.items(), key=lambda item: item[1]["kind"] == "StoppedError")
     # A cause that all ranks met (a missing file, say) needs no rank in its message.

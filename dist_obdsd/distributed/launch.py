@@ -74,18 +74,27 @@ def read_launch(env: Mapping[str, str]) -> Launch:
             )
         marks = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
         launcher = next((name for mark, name in marks.items() if mark in env), "environment")
-        rank, world, local_rank, host, port = (env[name] for name in needed)
+        numbers = [env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]]
         local_world = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
-        return _checked(launcher, [rank, world, local_rank, local_world], host, port)
-    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        host, port = env["MASTER_ADDR"], env["MASTER_PORT"]
+    elif "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        launcher = "srun"
+        numbers = [env.get("SLURM_PROCID", ""), env["SLURM_NTASKS"], env.get("SLURM_LOCALID", "")]
+        # SLURM compresses this list, too: "4(x2)" is four tasks on each of two nodes.
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1"))
+        local_world = re.split(r"[(,]", tasks)[0]
         host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
         # Every rank must find the same free port without talking: jobs on one node differ by their id.
         port = env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
-        # SLURM compresses this list, too: "4(x2)" is four tasks on each of two nodes.
-        tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")))
-        numbers = [env.get("SLURM_PROCID", ""), env["SLURM_NTASKS"], env.get("SLURM_LOCALID", "")]
-        return _checked("srun", [*numbers, tasks[0] if tasks else "1"], host, port)
-    return Launch("single")
+    else:
+        return Launch("single")
+    try:
+        rank, world, local_rank, local, number = map(int, [*numbers, local_world, port])
+    except ValueError as error:
+        raise InputError(f"the {launcher} environment holds a rank, size or port that is no number: {error}") from error
+    if not 0 <= rank < world:
+        raise InputError(f"rank {rank} is not within the world size {world}; check the launcher")
+    return Launch(launcher, rank, world, local_rank, local, (host, number))
 
 
 def restart_trap(env: Mapping[str, str]) -> str | None:
@@ -100,17 +109,6 @@ def restart_trap(env: Mapping[str, str]) -> str | None:
         "torchrun --max-restarts lets restarted ranks wait for ranks that are gone; export "
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, as launch/torchrun.sh does"
     )
-
-
-def _checked(launcher: str, numbers: list[str], host: str, port: str) -> Launch:
-    try:
-        rank, world, local_rank, local_world = map(int, numbers)
-        launch = Launch(launcher, rank, world, local_rank, local_world, (host, int(port)))
-    except ValueError as error:
-        raise InputError(f"the {launcher} environment holds a rank, size or port that is no number: {error}") from error
-    if not 0 <= launch.rank < launch.world_size:
-        raise InputError(f"rank {launch.rank} is not within the world size {launch.world_size}; check the launcher")
-    return launch
 
 
 def _first_host(nodelist: str) -> str:

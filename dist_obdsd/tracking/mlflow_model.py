@@ -29,8 +29,8 @@ NEEDS = ("mlflow", "torch", "torchvision", "numpy", "pillow", "pydantic", "pyyam
 """Packages that loading the model imports."""
 
 
-def log_model(client: "MlflowClient", run_id: str, path: Path) -> str:
-    """Log a checkpoint as the model of a run, and return its address, ``models:/...``.
+def log_model(client: "MlflowClient", run_id: str, path: Path) -> None:
+    """Log a checkpoint as the model of a run.
 
     MLflow's global client is not touched, so this may run in any thread.
     """
@@ -48,7 +48,6 @@ def log_model(client: "MlflowClient", run_id: str, path: Path) -> str:
         client.log_model_artifacts(logged.model_id, str(folder))
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=state["position"]["global_step"])])
-    return str(logged.model_uri)
 
 
 def _write_model(state: dict[str, Any], folder: Path, model: Any) -> None:

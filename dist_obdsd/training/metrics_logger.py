@@ -109,10 +109,9 @@ class MetricsLogger:
             )
 
     def _complaint(self, numbers: Mapping[str, float]) -> str | None:
+        self._masked_in_a_row = self._masked_in_a_row + 1 if numbers["masked"] else 0
         if numbers["masked"]:
-            self._masked_in_a_row += 1
             return "the loss or its gradient is not finite, so the step was left out"
-        self._masked_in_a_row = 0
         if share := numbers.get("target_defects", 0):
             self._defective += 1
             return f"{share:.1%} of the target's rows are not distributions (step {self._defective} so)"

@@ -135,17 +135,14 @@ class ModelSelector:
         if self.untrained is None:
             return None
         known = [name.rpartition("/")[2] for name in metrics]
-        changes = {}
-        for metric in {self.select_by, next((n for n in known if "recall@" in n), "")} & {*known}:
-            before, after = selection_value(self.untrained, metric), selection_value(metrics, metric)
-            changes[f"{metric} from {before:.4f} to {after:.4f}"] = after < before
-        if not any(changes.values()):
+        looked_at = {self.select_by, next((name for name in known if "recall@" in name), "")} & {*known}
+        values = {name: (selection_value(self.untrained, name), selection_value(metrics, name)) for name in looked_at}
+        fell = sorted(f"{name} from {a:.4f} to {b:.4f}" for name, (a, b) in values.items() if b < a)
+        if not fell:
             return None
-        fell = " and ".join(sorted(change for change, lower in changes.items() if lower))
-        though = "".join(f", though it raised {change}" for change, lower in changes.items() if not lower)
         return (
-            f"training made it worse: it lowered {fell}{though}; lower optim.lr "
-            f"({self.config.optim.lr:g}), or keep layers as they are (model.freeze)"
+            f"training made it worse: it lowered {' and '.join(fell)}; lower optim.lr ({self.config.optim.lr:g}), or "
+            f"keep layers as they are (model.freeze)"
         )
 
     def state_dict(self) -> dict[str, Any]:
