@@ -30,6 +30,10 @@ from dist_obdsd.errors import InputError, RunError, format_error
 from dist_obdsd.files import replacing, why_not_written, write_atomically
 
 FORMAT = "dist-obdsd checkpoint 1"
+UNREADABLE = {
+    zipfile.BadZipFile: "it is cut short or another kind of file",
+    pickle.UnpicklingError: "it holds more than tensors and plain containers, which would have to be executed",
+}
 ENTRIES = frozenset(
     """format config manifest validation_classes student teacher optimizer objective objective_optimizer
     manifold_memory scaler position best_validation untrained tracker""".split()  # noqa: SIM905
@@ -118,7 +122,11 @@ def load(path: Path) -> dict[str, Any]:
     if found is None:
         raise InputError(f"there is no checkpoint at {path}; give a .pt file or a run folder")
     try:
-        state = _read(found)
+        with zipfile.ZipFile(found) as archive:
+            # torch does not look at the checksums that it writes, so to it a damaged weight is a weight like any other.
+            if (damaged := archive.testzip()) is not None:
+                raise InputError(f"{damaged} in it is damaged")
+        state = torch.load(found, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = UNREADABLE.get(type(error), format_error(error))
         raise InputError(
@@ -134,17 +142,3 @@ def load(path: Path) -> dict[str, Any]:
     state.setdefault("pending_validation", state.pop("unjudged", False))
     state.setdefault("best_test", None)
     return state
-
-
-UNREADABLE = {
-    zipfile.BadZipFile: "it is cut short or another kind of file",
-    pickle.UnpicklingError: "it holds more than tensors and plain containers, which would have to be executed",
-}
-
-
-def _read(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        # torch does not look at the checksums that it writes, so to it a damaged weight is a weight like any other.
-        if (damaged := archive.testzip()) is not None:
-            raise InputError(f"{damaged} in it is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -36,7 +36,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     The block writes into ``PATH.writing``, which a lock holds: a second process meets an InputError.
     """
-    folder = path.with_name(path.name + ".writing")
+    folder, previous = path.with_name(path.name + ".writing"), path.with_name(path.name + ".replaced")
     folder.mkdir(parents=True, exist_ok=True)
     with _opened(folder) as handle:
         try:
@@ -50,7 +50,6 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield folder
             for file in (*(found for found in folder.rglob("*") if found.is_file()), folder):
                 _sync(file)
-            previous = path.with_name(path.name + ".replaced")
             _remove(previous)
             if path.exists():
                 path.rename(previous)
@@ -95,7 +94,7 @@ def why_not_written(error: OSError, folder: Path, needed: int) -> str:
     if error.errno != errno.ENOSPC:
         return error.strerror or str(error)
     free = shutil.disk_usage(folder).free
-    return f"{error.strerror}, since {_size(needed)} are needed and {_size(free)} are free"
+    return f"{error.strerror}, since {needed:,} bytes are needed and {free:,} bytes are free"
 
 
 @contextmanager
@@ -118,7 +117,3 @@ def _remove(*paths: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count:,} bytes"

@@ -45,22 +45,21 @@ def load(
     Raises:
         InputError: there is no such checkpoint, or no such device.
     """
-    path = Path(path)
     for name, value, known in (("which", which, ("last", "best")), ("device", device, ("auto", "cpu", "cuda"))):
         if value not in known:
             raise InputError(f"{name}={value!r} is none of {', '.join(known)}; give one of them")
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} embeds nothing; give a number from 1")
-    found = checkpoint.find(path, which)
-    if found is None and checkpoint.find(path) is not None:
+    path = checkpoint.find(Path(path), which) or Path(path)
+    if path.is_dir() and checkpoint.find(path) is not None:
         raise InputError(
             f"{path} has no best checkpoint: no classes were held out (validation.fraction), or it ended before the "
             f"first validation; take 'last'"
         )
-    state = checkpoint.load(found or path)
+    state = checkpoint.load(path)
     config = inference_config(state)
     chosen = choose_device(device, Launch("single"), torch.cuda.device_count())
-    return ImageEmbedder(build_network(state, config, chosen, found or path), config, batch_size, found or path)
+    return ImageEmbedder(build_network(state, config, chosen, path), config, batch_size, path)
 
 
 def inference_config(state: dict[str, Any], overrides: Sequence[str] = (), shards: str = "none") -> Config:
@@ -125,7 +124,7 @@ class ImageEmbedder:
         rows = [torch.empty(0, self.dim)]
         numbered = enumerate(_as_list(images))
         while batch := list(islice(numbered, self.batch_size)):
-            rows.append(self.embed_prepared(torch.stack([self._prepare(image, f"image {i}") for i, image in batch])))
+            rows.append(self.embed_prepared(torch.stack([self.prepare(image, f"image {i}") for i, image in batch])))
         return torch.cat(rows)
 
     def embed_prepared(self, images_nCss: Tensor) -> Tensor:
@@ -133,13 +132,14 @@ class ImageEmbedder:
         with torch.no_grad():
             return self.network(images_nCss.to(self.device)).float().cpu()
 
-    def prepare(self, image: Any) -> Tensor:
+    def prepare(self, image: Any, name: str = "the image") -> Tensor:
         """Decode, resize and crop one image as the evaluation does.
 
         Args:
             image: the path of an image file; the bytes of one; a Pillow image; a tensor [H, W] or [C, H, W], uint8 or
                 floating point from 0 to 1 and not normalised; or an array [H, W] or [H, W, C] of such numbers. C is 1
                 or 3; grey becomes RGB and RGB grey where the network wants it.
+            name: in the error, of an image that is no path.
 
         Returns:
             uint8 [C, s, s].
@@ -147,10 +147,6 @@ class ImageEmbedder:
         Raises:
             InputError: it is none of these, or cannot be decoded.
         """
-        return self._prepare(image, "the image")
-
-    def _prepare(self, image: Any, name: str) -> Tensor:
-        """Prepare an image; ``name`` stands in the error for an image that is no path."""
         data = self.config.data
         try:
             return eval_transform(_decode(image, data.channels, data.exif), data)
@@ -182,23 +178,26 @@ def _decode(image: Any, channels: int, exif: bool) -> Tensor:
             return pixels(upright(image, exif), channels)
         except Exception as error:  # Pillow may read the file only now, and raises nearly anything on a broken one
             raise ValueError(str(error) or type(error).__name__) from error
-    if isinstance(image, np.ndarray):
+    if isinstance(image, Tensor):
+        image, layout = image.detach().cpu(), "the tensor has shape {}; it must be [H, W] or [C, H, W] with C 1 or 3"
+        planes = image[None] if image.ndim == 2 else image
+    elif isinstance(image, np.ndarray):
         if image.dtype.kind not in "uif":
             raise ValueError(PIXEL_TYPE.format(image.dtype))
-        if image.ndim == 3 and image.shape[2] not in (1, 3):
-            raise ValueError(f"the array has shape {list(image.shape)}; it must be [H, W] or [H, W, C] with C 1 or 3")
-        image = torch.from_numpy(np.array(image))  # a copy, since torch wants arrays that may be written to
-        image = image.permute(2, 0, 1) if image.ndim == 3 else image
-    if not isinstance(image, Tensor):
+        layout = "the array has shape {}; it must be [H, W] or [H, W, C] with C 1 or 3"
+        planes = torch.from_numpy(np.array(image))  # a copy, since torch wants arrays that may be written to
+        planes = planes.permute(2, 0, 1) if image.ndim == 3 else planes[None]
+    else:
         raise ValueError(f"it is of type {type(image).__name__}; {WANTED}")
-    return _with_channels(_as_bytes(image.detach().cpu()), channels)
+    if planes.ndim != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
+        raise ValueError(layout.format(list(image.shape)))
+    planes = _as_bytes(planes)
+    if len(planes) == channels:
+        return planes
+    return planes.expand(3, -1, -1) if channels == 3 else pixels(Image.fromarray(planes.movedim(0, -1).numpy()), 1)
 
 
 def _as_bytes(image: Tensor) -> Tensor:
-    """Return uint8 [C, H, W] with C 1 or 3."""
-    image = image[None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        raise ValueError(f"the tensor has shape {list(image.shape)}; it must be [H, W] or [C, H, W] with C 1 or 3")
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():
@@ -210,11 +209,3 @@ def _as_bytes(image: Tensor) -> Tensor:
         )
     # In float32, where half precision would be off by more than a step.
     return (image.float() * 255).round().to(torch.uint8)
-
-
-def _with_channels(image: Tensor, channels: int) -> Tensor:
-    if image.shape[0] == channels:
-        return image
-    if channels == 3:
-        return image.expand(3, -1, -1)
-    return pixels(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), channels)

@@ -21,8 +21,6 @@ from dist_obdsd.inference import ImageEmbedder
 from dist_obdsd.machine import usable_cores
 
 logger = logging.getLogger(__name__)
-
-
 Stamp = tuple[int, int]
 """When a file was changed, in ns, and its size in bytes."""
 
@@ -48,12 +46,10 @@ class SearchIndex:
         Raises:
             InputError: there is no readable image in the gallery, or the file cannot be written.
         """
-        stat = embedder.path.stat()
+        stat, folder, whole = embedder.path.stat(), embedder.path.parent, gallery.absolute()
         self._network = f"{embedder.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        digest = hashlib.sha256(os.fsencode(gallery.absolute())).hexdigest()
-        name = f"{gallery.absolute().name}-{digest[:8]}.npz"
-        folder = embedder.path.parent
         run = folder.parent if folder.name == "checkpoints" else folder
+        name = f"{whole.name}-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}.npz"
         self.embedder, self.gallery, self.file = embedder, gallery, file or run / "search" / name
         self.files: dict[str, Path] = {}  # of ``paths``; a name that is no UTF-8 has another path
         self._entries: list[tuple[str, Stamp]] = []
@@ -128,11 +124,10 @@ class SearchIndex:
     def _read(self) -> None:
         try:
             with np.load(self.file) as stored:
-                paths, stamps, rows_nD = (stored[name] for name in ("paths", "stamps", "rows"))
-                fits = rows_nD.shape == (len(paths), self.embedder.dim) and stamps.shape == (len(paths), 2)
-                if fits and str(stored["network"]) == self._network:
-                    self._entries = list(zip(paths.tolist(), map(tuple, stamps.tolist()), strict=True))
-                    self._rows_nD = rows_nD
+                if str(stored["network"]) == self._network:
+                    stamps = map(tuple, stored["stamps"].tolist())
+                    self._entries = list(zip(stored["paths"].tolist(), stamps, strict=True))
+                    self._rows_nD = stored["rows"]
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return  # there is none, or one of another program: it is made anew
 

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from dist_obdsd.config import changed_settings, load_config, override_config, parse_config, ranking, registry
-from dist_obdsd.config.load import setting_names
+from dist_obdsd.config.load import setting_types
 from dist_obdsd.config.signature import read_source
 from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.data.packing.recipes import load_recipe
@@ -307,7 +307,7 @@ def test_mutated_settings_are_read_or_refused_in_one_sentence(seed, tmp_path):
             at, gone = random.randrange(len(text)), random.choice((0, 0, 1, 30))
             text = text[:at] + random.choice([*HOSTILE, "\n", text[at:][:40]]) + text[at + gone :]
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        key = random.choice([*setting_names(), "options.x", "ranking.kwargs.a", "a..b"])
+        key = random.choice([*setting_types(), "options.x", "ranking.kwargs.a", "a..b"])
         override = f"{key}={random.choice(HOSTILE)}"
         texts = [refusal(load_config, path), refusal(load_recipe, path), refusal(parse, override),
                  refusal(load_recipe, "folder", [override])]  # fmt: skip

@@ -15,13 +15,13 @@ import pytest
 
 from dist_obdsd.cli import parser as cli
 from dist_obdsd.config import Config
-from dist_obdsd.config.load import setting_names
+from dist_obdsd.config.load import setting_types
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "dist_obdsd").rglob("*.py"))
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "shards" / "README.md"])
 
-SECTIONS = [name for name in Config.model_fields if f"{name}." in " ".join(setting_names())]
+SECTIONS = [name for name in Config.model_fields if f"{name}." in " ".join(setting_types())]
 SETTING = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z_]+)(?![\w/(])(?!\.[a-z]*\d)")
 SUFFIXES = ("yaml", "jsonl", "json", "md", "py", "onnx", "sh")
 FREE = ("ranking.kwargs", "ranking.miner_kwargs")
@@ -74,7 +74,7 @@ def missing_names(text: str, page: Path) -> Iterator[str]:
 
 
 def unknown_settings(text: str, page: Path) -> Iterator[str]:
-    known = setting_names()
+    known = setting_types()
     for match in SETTING.finditer(text):
         name = match.group(0)
         if match.group(2) not in SUFFIXES and name not in known and not name.startswith(FREE):
@@ -119,7 +119,7 @@ def refused_commands(text: str, page: Path) -> Iterator[str]:
         for override in getattr(options, "overrides", []):
             key = override.partition("=")[0]
             inner = key.startswith(("options.", *FREE))  # of a recipe; of another library
-            if "=" not in override or not (inner or key in setting_names()):
+            if "=" not in override or not (inner or key in setting_types()):
                 yield shlex.join(arguments)
 
 

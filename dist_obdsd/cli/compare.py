@@ -12,11 +12,7 @@ from dist_obdsd.training.preemption import PreemptionHandler
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Train the runs that are not finished, and report how far the variants differ.
-
-    Raises:
-        RunError: runs are not finished; the others are reported.
-    """
+    """Train the runs that are not finished, and report how far the variants differ."""
     check_writable(options.json)
     flags = [flag for flag in ("--quiet", "--verbose") if getattr(options, flag[2:])]
     comparison = Comparison(

@@ -52,11 +52,7 @@ PROBE_MIB = 16
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Print what the machines have and, for a config, where it can run. Collective.
-
-    Raises:
-        InputError: on every rank: the config cannot run here, with the reason.
-    """
+    """Print what the machines have and, for a config, where it can run. Collective."""
     with joined(options) as (config, rank):
         rows = machine(rank)
         if rank.world_size > 1:

@@ -18,11 +18,7 @@ def show(text: str) -> None:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Check before the work that its results have a place to go.
-
-    Raises:
-        InputError: a file's folder does not exist, or a folder has its name.
-    """
+    """Check before the work that its results have a place to go, or raise InputError."""
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"cannot write {path}: its folder does not exist; make it or choose another")

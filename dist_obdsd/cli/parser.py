@@ -13,10 +13,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     top = parser()
     options, rest = top.parse_known_args(arguments)
     strays = [text for text in rest if text.startswith("-") or "=" not in text]
-    if strays or (rest and not hasattr(options, "overrides")):
+    if strays or (rest and "overrides" not in options):
         top.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
-        options.overrides = [*options.overrides, *rest]
+        options.overrides += rest
     options.arguments = arguments
     return options
 

@@ -35,8 +35,7 @@ def on_every_rank() -> Iterator[None]:
 def joined(options: argparse.Namespace) -> "Iterator[tuple[Config | None, Runtime]]":
     """Load the config, if one is given, and join the process group that it asks for.
 
-    Raises:
-        InputError: on every rank, also where one rank alone cannot read its config: the others would wait for it.
+    Where one rank alone cannot read its config, all fail: the others would wait for it.
     """
     config, failure = None, None
     try:

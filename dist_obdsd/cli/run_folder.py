@@ -26,11 +26,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-    """Ask a run to stop in good order, from any machine that sees its folder.
-
-    Raises:
-        InputError: there is no such folder.
-    """
+    """Ask a run to stop in good order, from any machine that sees its folder."""
     file = load_config(options.config, options.overrides).run_dir / STOP_FILE
     try:
         file.touch()

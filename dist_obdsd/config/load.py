@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from dist_obdsd.config.base import flatten
 from dist_obdsd.config.ranking import SECTIONS
 from dist_obdsd.config.schema import CHANGEABLE_ON_RESUME, Config
 from dist_obdsd.config.yaml_file import PLAIN, mistake, parse_value, read_mapping
@@ -33,7 +34,7 @@ def override_config(raw: dict[str, Any], overrides: Sequence[str], section: type
     Raises:
         InputError: an override is malformed.
     """
-    raw = copy.deepcopy(raw)
+    raw, types = copy.deepcopy(raw), setting_types(section)
     for override in overrides:
         key, equals, text = override.partition("=")
         *parents, leaf = key.split(".")
@@ -44,10 +45,11 @@ def override_config(raw: dict[str, Any], overrides: Sequence[str], section: type
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise InputError(f"override {override!r}: {parent} is a single value, not a section")
-        annotation = _annotation(section, [*parents, leaf])
-        unset = NoneType in get_args(annotation) and re.fullmatch(PLAIN["null"], text)
+        above = types.get(".".join(parents))
+        kind = get_args(above)[1] if get_origin(above) is dict else types.get(key)
+        unset = NoneType in get_args(kind) and re.fullmatch(PLAIN["null"], text)
         try:
-            node[leaf] = text if _is_text(annotation) and not unset else parse_value(text)
+            node[leaf] = text if _is_text(kind) and not unset else parse_value(text)
         except ValueError as error:
             raise InputError(f"override {override!r} is not valid YAML: {error}") from error
     return raw
@@ -59,17 +61,6 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise InputError(f"{origin}: " + "; ".join(_sentences(error))) from error
-
-
-def _annotation(section: type[BaseModel], parts: Sequence[str]) -> Any:
-    """Find the type of a dotted setting; None where there is no such setting."""
-    field = section.model_fields.get(parts[0])
-    if field is None or len(parts) == 1:
-        return None if field is None else field.annotation
-    if get_origin(field.annotation) is dict:
-        return get_args(field.annotation)[1]
-    found = [_annotation(inner, parts[1:]) for inner in _sections(field.annotation)]
-    return next((annotation for annotation in found if annotation is not None), None)
 
 
 def _is_text(annotation: Any) -> bool:
@@ -93,7 +84,7 @@ def _sentences(error: ValidationError) -> Iterable[str]:
         if item["type"] == "extra_forbidden" and loss is not None:
             yield f"unknown setting {where}; the loss {loss} has {', '.join(SECTIONS[loss].model_fields)}"
         elif item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, setting_names(), n=1, cutoff=0.0)
+            near = difflib.get_close_matches(where, setting_types(), n=1, cutoff=0.0)
             yield f"unknown setting {where}; did you mean {near[0]}?"
         elif item["type"] == "ranking_name":
             yield item["msg"]
@@ -101,14 +92,14 @@ def _sentences(error: ValidationError) -> Iterable[str]:
             yield mistake(where, item)
 
 
-def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """List every dotted setting name, sections included."""
-    names = []
+def setting_types(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Map every dotted setting, sections included, to its type."""
+    found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        names.append(prefix + name)
+        found.setdefault(prefix + name, field.annotation)
         for inner in _sections(field.annotation):
-            names += setting_names(inner, f"{prefix}{name}.")
-    return list(dict.fromkeys(names))
+            found = setting_types(inner, f"{prefix}{name}.") | found
+    return found
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -118,22 +109,16 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(inner)
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List what must not differ between two dumped configs, as ``name: old -> new``.
 
     A setting that the old version did not know has its default there.
     """
-    changes = []
-    if not prefix:
-        with contextlib.suppress(ValueError):
-            old = Config.model_validate(old).model_dump(mode="json")
-    for key in sorted(old.keys() | new.keys()):
-        name = prefix + key
-        if name in CHANGEABLE_ON_RESUME:
-            continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes += changed_settings(a, b, f"{name}.")
-        elif a != b:
-            changes.append(f"{name}: {a} -> {b}")
-    return changes
+    with contextlib.suppress(ValueError):
+        old = Config.model_validate(old).model_dump(mode="json")
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{name}: {before.get(name)} -> {after.get(name)}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not {name, name.partition(".")[0]} & CHANGEABLE_ON_RESUME
+    ]

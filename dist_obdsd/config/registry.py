@@ -29,8 +29,6 @@ class Registry:
     """The setting that chooses one, such as ``ranking.name``."""
     paths: Mapping[str, str]
     """Name -> ``module:attribute``."""
-    optional: bool = False
-    """Whether ``none`` chooses no part."""
 
     @property
     def names(self) -> list[str]:
@@ -39,7 +37,7 @@ class Registry:
     @property
     def choices(self) -> list[str]:
         """The values that the setting takes."""
-        return ["none", *self.paths] if self.optional else self.names
+        return self.names
 
     def check(self, name: str) -> str:
         """Return ``name``, or raise ValueError with the names that are registered."""
@@ -130,7 +128,11 @@ class _OwnTarget:
 
 
 class TargetRegistry(Registry):
-    """Targets by name or, as ``package.module:function``, by import path."""
+    """Targets by name or, as ``package.module:function``, by import path; ``none`` is no target."""
+
+    @property
+    def choices(self) -> list[str]:
+        return ["none", *self.paths]
 
     def check(self, name: str) -> str:
         return name if ":" in name else super().check(name)
@@ -148,7 +150,6 @@ TARGETS = TargetRegistry(
         "obdsd": "dist_obdsd.manifold.targets:OBDSD",
         "obdsd_symmetric": "dist_obdsd.manifold.targets:SymmetricOBDSD",
     },
-    optional=True,
 )
 
 METRICS = Registry(

@@ -65,23 +65,9 @@ class Config(Section):
     tracking: sections.TrackingConfig = sections.TrackingConfig()
     checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _choose_lanes(cls, raw: Any) -> Any:
-        """Replace ``data.lanes: auto`` by a number, so that a checkpoint holds the number."""
-        data = raw.get("data") if isinstance(raw, dict) else None
-        if not isinstance(data, dict) or data.get("lanes") != "auto":
-            return raw
-        try:
-            batch = sections.BatchConfig.model_validate(raw.get("batch", {}))
-            lanes = auto_lanes(batch.global_size // batch.samples_per_class)
-        except ValueError:
-            lanes = 1  # the batch's own mistake is told below
-        return raw | {"data": data | {"lanes": lanes}}
-
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
-        """Take what is left open from the backbone, so that dumps and checkpoints hold it."""
+        """Take what is left open from batch and backbone, so that dumps and checkpoints hold it."""
         data, model = self.data, self.model
         found: dict[str, Any] = {}
         if None in (data.image_size, data.mean, data.std):
@@ -94,6 +80,9 @@ class Config(Section):
         pooling = "avg" if BACKBONES.gives_map(model.backbone) else "own"
         # Copies, since configs share the sections that none of them sets.
         vars(self)["data"] = data = _filled(data, found)
+        if data.lanes == 0:  # auto
+            lanes = auto_lanes(self.batch.global_size // self.batch.samples_per_class)
+            vars(self)["data"] = data = data.model_copy(update={"lanes": lanes})
         vars(self)["model"] = _filled(model, {"pooling": pooling})
         vars(self)["evaluation"] = _filled(self.evaluation, {"untrained": model.pretrained != "none"})
         if data.resize is not None and data.resize < min(data.size):
@@ -104,7 +93,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_batch(self) -> Self:
         size, k, lanes = self.batch.global_size, self.batch.samples_per_class, self.data.lanes
         if size % k:
             raise ValueError(
@@ -123,51 +112,46 @@ class Config(Section):
                 f"data.lanes={lanes} does not divide the {groups} groups of a batch "
                 f"({size} images / {k} per class); set data.lanes to one of {fitting}"
             )
-        if self.distillation.target != "none" and self.epochs == 1:
-            raise ValueError(
-                "epochs=1 with distillation has no effect, since the ramp epoch/epochs is 0 throughout; "
-                "set epochs to 2 or more, or distillation.target=none"
-            )
-        for given, setting in (
-            (self.batch.chunk is not None, "batch.chunk"),
-            (self.model.checkpoint_blocks, "model.checkpoint_blocks"),
-        ):
-            if given and self.model.norm != "frozen":
-                raise ValueError(
-                    f"with {setting} BatchNorm would not see each image once, as model.norm={self.model.norm} needs; "
-                    f"set model.norm=frozen, or leave {setting} out"
-                )
-        if self.model.compile and self.model.norm == "sync":
-            raise ValueError(
-                "model.compile=true would be cut in two at every SyncBatchNorm; set model.norm=frozen or "
-                "model.compile=false"
-            )
-        takes = BACKBONES.source(self.model.backbone).arguments
-        if "channels" not in takes and self.data.channels != 3:
-            raise ValueError(f"model.backbone={self.model.backbone} reads RGB images; set data.channels=3")
-        library = self.model.library
-        if library and library != BACKBONES.library(self.model.backbone):
-            raise ValueError(
-                f"{library} has no weights for {self.model.backbone}; set model.pretrained=none or to a file"
-            )
-        chooses = self.validation.holds_out or self.evaluation.best_test
-        recalls = [f"recall@{k}" for k in self.evaluation.recall_at] if "recall" in self.evaluation.metrics else []
-        if chooses and self.evaluation.select_by not in (*recalls, *self.evaluation.metrics):
-            raise ValueError(
-                f"the best epoch is chosen by {self.evaluation.select_by}; add it to evaluation.metrics (a recall@k "
-                f"also to evaluation.recall_at), set evaluation.select_by to one that is measured, or hold out no "
-                f"validation classes and set evaluation.best_test=false"
-            )
-        if self.evaluation.best_test and not self.evaluation.test:
-            raise ValueError("evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false")
-        if self.model.compile and self.strategy == "fsdp":
-            raise ValueError("strategy=fsdp cannot run compiled networks; set model.compile=false or strategy=ddp")
-        if self.precision == "float64" and self.strategy == "deepspeed":
-            raise ValueError("DeepSpeed has no float64; set precision=float32 or strategy=ddp")
-        if self.precision == "float64" and self.distillation.teacher_precision == "bf16":
-            raise ValueError("distillation.teacher_precision=bf16 cannot prove anything; set it to same for float64")
-        if self.precision == "float64" and self.device == "cuda":
-            raise ValueError("precision=float64 is for proofs on CPU; set device=cpu or precision=float32")
+        return self
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        data, model, evaluation = self.data, self.model, self.evaluation
+        chooses = self.validation.holds_out or evaluation.best_test
+        recalls = [f"recall@{k}" for k in evaluation.recall_at] if "recall" in evaluation.metrics else []
+        float64, reads = self.precision == "float64", BACKBONES.source(model.backbone).arguments
+        twice = "batch.chunk" if self.batch.chunk else "model.checkpoint_blocks" if model.checkpoint_blocks else None
+        for wrong, sentence in (
+            (self.distillation.target != "none" and self.epochs == 1,
+             "epochs=1 with distillation has no effect, since the ramp epoch/epochs is 0 throughout; set epochs to 2 "
+             "or more, or distillation.target=none"),
+            (twice and model.norm != "frozen",
+             f"with {twice} BatchNorm would not see each image once, as model.norm={model.norm} needs; set "
+             f"model.norm=frozen, or leave {twice} out"),
+            (model.compile and model.norm == "sync",
+             "model.compile=true would be cut in two at every SyncBatchNorm; set model.norm=frozen or "
+             "model.compile=false"),
+            (model.compile and self.strategy == "fsdp",
+             "strategy=fsdp cannot run compiled networks; set model.compile=false or strategy=ddp"),
+            ("channels" not in reads and data.channels != 3,
+             f"model.backbone={model.backbone} reads RGB images; set data.channels=3"),
+            (model.library and model.library != BACKBONES.library(model.backbone),
+             f"{model.library} has no weights for {model.backbone}; set model.pretrained=none or to a file"),
+            (chooses and evaluation.select_by not in (*recalls, *evaluation.metrics),
+             f"the best epoch is chosen by {evaluation.select_by}; add it to evaluation.metrics (a recall@k also to "
+             f"evaluation.recall_at), set evaluation.select_by to one that is measured, or hold out no validation "
+             f"classes and set evaluation.best_test=false"),
+            (evaluation.best_test and not evaluation.test,
+             "evaluation.best_test measures the test set; set evaluation.test=true, or best_test=false"),
+            (float64 and self.strategy == "deepspeed",
+             "DeepSpeed has no float64; set precision=float32 or strategy=ddp"),
+            (float64 and self.distillation.teacher_precision == "bf16",
+             "distillation.teacher_precision=bf16 cannot prove anything; set it to same for float64"),
+            (float64 and self.device == "cuda",
+             "precision=float64 is for proofs on CPU; set device=cpu or precision=float32"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(sentence)
         return self
 
     @property
@@ -188,9 +172,9 @@ def _filled(section: S, values: Mapping[str, Any]) -> S:
 
 
 # Settings that may differ between a run and its continuation: none of them can change a result.
-CHANGEABLE_ON_RESUME = (
+CHANGEABLE_ON_RESUME = {
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
     "data.workers", "data.shards", "data.cache", "data.cache_gib", "data.max_bad_samples", "evaluation.backend",
     "evaluation.untrained", "tracking", "checkpoint", "strategy", "deepspeed", "fsdp", "distillation.memory_gib",
     "model.fallback",
-)  # fmt: skip
+}  # fmt: skip

@@ -59,7 +59,7 @@ class DataConfig(Section):
     """Smallest and largest share of the image's area that `crop` and `strong` keep."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; 0 decodes in the training process. Never changes a result."""
-    lanes: Count = 8
+    lanes: Annotated[int, BeforeValidator(lambda lanes: 0 if lanes == "auto" else lanes), Field(ge=0)] = 8
     """Streams that a global batch is put together from, which the number of ranks must divide; or `auto`: the largest
     power of two up to 64 that divides the batch's groups, kept with the run as that number."""
     window: Count = 8

@@ -8,36 +8,28 @@ import importlib.util
 import re
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_obdsd.config import base
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One argument of a part that a user may set."""
 
     name: str
     annotation: Any
-    default: Any
-    """An Ellipsis where the argument has none."""
+    default: Any  # ... where the argument has none
     meaning: str
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A part as its source file describes it."""
 
-    summary: str
-    """First line of its docstring."""
-    bases: frozenset[str]
-    """Names of a class's direct bases."""
-    settings: tuple[Setting, ...]
-    """Positional arguments: the user sets them."""
-    arguments: frozenset[str]
-    """Keyword-only arguments: the program fills them in."""
+    summary: str  # first line of its docstring
+    bases: frozenset[str]  # names of a class's direct bases
+    settings: tuple[Setting, ...]  # positional arguments: the user sets them
+    arguments: frozenset[str]  # keyword-only arguments: the program fills them in
 
 
 @cache

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_obdsd.config import Config
+from dist_obdsd.config.base import flatten
 from dist_obdsd.data.manifest import Manifest, asks, gallery_of
 from dist_obdsd.experiments.run_status import RunStatus
-from dist_obdsd.tracking.provenance import flatten
 
 SETTINGS = (
     "model.backbone", "model.embedding_dim", "model.pooling", "data.image_size", "data.augment", "batch.global_size",

@@ -15,14 +15,6 @@ from dist_obdsd.data.remote import is_remote, shown
 from dist_obdsd.machine import usable_cores
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def versions() -> dict[str, str]:
     import torchvision  # takes more than a second
 

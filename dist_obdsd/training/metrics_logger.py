@@ -9,6 +9,7 @@ from typing import Any
 
 from dist_obdsd import console
 from dist_obdsd.config import Config
+from dist_obdsd.config.base import flatten
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
@@ -64,7 +65,7 @@ class MetricsLogger:
         try:
             path = run_dir.write("config.yaml", config.to_yaml())
             run_dir.write("provenance.json", tags | versions)
-            tracker.params(provenance.flatten(config.model_dump(mode="json")) | versions)
+            tracker.params(flatten(config.model_dump(mode="json")) | versions)
             tracker.dataset(**provenance.dataset(manifest, config.data.shards))
             tracker.artifact(path)
             yield

@@ -10,6 +10,7 @@ import torch
 
 from dist_obdsd import machine
 from dist_obdsd.config import Config
+from dist_obdsd.config.base import flatten
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.from_config import check_world_size, classes_from
 from dist_obdsd.data.shard_reader import check_files
@@ -26,7 +27,6 @@ from dist_obdsd.losses.build import build_objective, log_objective
 from dist_obdsd.models.embedder import build_embedder, log_batch_norm
 from dist_obdsd.models.precision import check_precision, compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher, check_identical
-from dist_obdsd.tracking.provenance import flatten
 from dist_obdsd.training.checkpoint_manager import CheckpointManager, TrainState
 from dist_obdsd.training.evaluation import check_evaluable, validation_subset
 from dist_obdsd.training.failures import report_failure

@@ -25,9 +25,9 @@ def test_a_full_disk_ends_the_run_and_later_it_goes_on(train, small_disk, untouc
     assert code == 1
     (line,) = said.splitlines()
     kept, lost = ("step-00000005", "epoch-0001") if background else ("epoch-0001", "epoch-0002")
-    assert f"cannot write the checkpoint {run}/checkpoints/{lost}.pt: No space left on device, since 3." in line
-    assert "MiB are needed and " in line
-    assert "MiB are free; the previous one is intact, so free some space and start the same command again" in line
+    assert f"cannot write the checkpoint {run}/checkpoints/{lost}.pt: No space left on device, since 3," in line
+    assert " bytes are needed and " in line
+    assert "bytes are free; the previous one is intact, so free some space and start the same command again" in line
     status = runs.status(run)
     assert status["state"] == "failed"
     assert lost in status["message"]
