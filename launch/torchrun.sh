@@ -51,20 +51,37 @@ with socket.socket(family, kind) as probe:
     print(probe.getsockname()[0], address[0])
 ' "$MASTER")
   # A port that is taken is another agent of this machine, which answers, or another program.
-  if [[ $own == "$master" ]] && ! python3 -c '
-import os, socket, sys, threading
-address = sys.argv[1], int(sys.argv[2])
+  if [[ $own == "$master" ]]; then
+    refusal=$(python3 -c '
+import errno, os, socket, sys, threading
+from datetime import timedelta
+where, address = f"MASTER={sys.argv[3]}", (sys.argv[1], int(sys.argv[2]))
+def end(refusal=""):
+    print(refusal, flush=True)
+    os._exit(0)
 try:
     socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET).close()
-except OSError:
-    from datetime import timedelta
-    from torch.distributed import TCPStore  # whose timeout does not bound an answer that never comes
-    threading.Timer(10, os._exit, [1]).start()
+    end()
+except OSError as error:
+    if error.errno != errno.EADDRINUSE:
+        end(f"cannot listen at {where}: {error.strerror}; choose another address or port on every node")
+try:
+    from torch.distributed import TCPStore
+except ImportError as error:
+    end(f"{where} is taken, and {sys.executable} cannot ask by whom ({error}); put the python3 that has torch first on "
+        "PATH, or choose another port on every node")
+other = f"another program listens at {where}; choose another port on every node"
+threading.Timer(10, end, [other]).start()  # the timeout below does not bound an answer that never comes
+try:
     TCPStore(*address, timeout=timedelta(seconds=5))
-    os._exit(0)
-' "$master" "${MASTER##*:}" 2>/dev/null; then
-    echo "launch/torchrun.sh: another program listens at MASTER=$MASTER; choose another port on every node" >&2
-    exit 1
+except RuntimeError:
+    end(other)
+end()
+' "$master" "${MASTER##*:}" "$MASTER" 2>/dev/null) || true
+    if [[ -n $refusal ]]; then
+      echo "launch/torchrun.sh: $refusal" >&2
+      exit 1
+    fi
   fi
   echo "waiting for $NNODES nodes at $MASTER, of which this is one" >&2
   rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER"

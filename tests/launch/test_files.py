@@ -1,6 +1,7 @@
 """The launch files: shell without known traps, YAML that Kubernetes takes, settings that DeepSpeed and we take."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -57,6 +58,23 @@ def test_a_taken_port_is_a_sentence():
     assert script.returncode == 1
     assert f"another program listens at MASTER={master}" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_taken_port_is_not_blamed_on_a_program_that_nobody_asked(tmp_path):
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without torch
+    python.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        master = f"127.0.0.1:{taken.getsockname()[1]}"
+        env = environment({"NNODES": "2", "MASTER": master})
+        env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
+        script = subprocess.run(
+            ["bash", LAUNCH / "torchrun.sh", "x.yaml"], env=env, capture_output=True, text=True, check=False
+        )
+    assert script.returncode == 1
+    assert f"MASTER={master} is taken" in script.stderr
+    assert "No module named 'torch'" in script.stderr
+    assert len(script.stderr.splitlines()) == 1
 
 
 def load_kind(file: str, kind: str) -> dict[str, Any]:
