@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from dist_obdsd.cli.main import main
 from dist_obdsd.data.stream import TrainBatch
@@ -29,13 +31,16 @@ SLOW = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Limit ``pytest -n auto`` to four processes: more would mostly wait for each other's ranks."""
-    return min(4, usable_cores())
+    """One process more than there are cores, since tests wait for programs, and at most four, for the memory."""
+    return min(4, usable_cores() + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with long tests first, so that workers end together, and mark what starts runs or programs as slow."""
-    first = ["training", "launch", "experiments", "benchmarks", "tracking", "figures", "evaluation"]
+    first = [
+        "training", "launch", "experiments", "benchmarks", "tracking", "gpu", "models", "cli", "examples", "figures",
+        "evaluation", "tests",
+    ]  # fmt: skip
     items.sort(key=lambda item: first.index(name) if (name := item.path.parent.name) in first else len(first))
     for item in items:
         if item.path.parent.name in SLOW or item.path.name in SLOW:
@@ -58,26 +63,38 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all of the session's processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def shards(shared: Path) -> Path:
+    """24 classes of 8 images, half of them to train on, packed by the real program. To be read only, as ``images``."""
+    folder = shared / "shards"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            runs.make_images(folder / "images")
+            done = runs.program("pack", "folder", "--source", "images", "--out", "packed", "--workers", "1", cwd=folder)
+            assert done.returncode == 0, done.stderr
+    return folder / "packed"
+
+
+@pytest.fixture(scope="session")
+def trained(shared: Path, shards: Path) -> Path:
     """A folder with ``images/``, their ``packed/`` shards and the finished run ``runs/tiny``, to be read only.
 
     The run held out classes, so it has a best epoch, and is tracked in ``mlflow.db``.
     """
-    folder = tmp_path_factory.mktemp("trained")
-    runs.make_images(folder / "images")
-    assert main(["pack", "folder", "--source", f"{folder}/images", "--out", f"{folder}/packed", "--workers", "1"]) == 0
-    (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", "packed"))
-    runs.train(folder, "data.resize=18", "validation.fraction=0.25", "evaluation.test=false", "tracking.kind=mlflow")
+    folder = shared / "trained"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            shutil.copytree(shards.parent, folder)
+            (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", "packed"))
+            settings = ("data.resize=18", "validation.fraction=0.25", "evaluation.test=false", "tracking.kind=mlflow")
+            runs.train(folder, *settings)
     return folder
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 classes of 8 images, half of them to train on, packed."""
-    folder = tmp_path_factory.mktemp("shards")
-    runs.make_images(folder / "images")
-    assert main(["pack", "folder", "--source", f"{folder}/images", "--out", f"{folder}/packed", "--workers", "1"]) == 0
-    return folder / "packed"
 
 
 @pytest.fixture(scope="session")

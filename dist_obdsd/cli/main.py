@@ -6,6 +6,7 @@ to go on (EX_TEMPFAIL of sysexits.h).
 
 import argparse
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from dist_obdsd import console
 from dist_obdsd.cli.parser import parse
 from dist_obdsd.cli.ranks import env_rank
 from dist_obdsd.errors import InputError, StoppedError, UserError, format_error, is_lost_peer
+from dist_obdsd.machine import start_collecting
 
 COMMANDS = {
     "pack": "data", "verify": "data", "train": "train", "status": "run_folder", "stop": "run_folder",
@@ -37,6 +39,7 @@ def program() -> None:
     The interpreter's own end would take torch's modules apart, which costs a second of each rank and now and then
     aborts in a process group's threads. So what is registered for the end is done, and the rest left to the kernel.
     """
+    gc.disable()  # until everything is imported
     code = main(sys.argv[1:])
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -87,6 +90,8 @@ def main(arguments: list[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     try:
         module = importlib.import_module(f"dist_obdsd.cli.{COMMANDS[options.command]}")
+        if options.command != "train":  # which imports most of it later
+            start_collecting()
         code: int = getattr(module, options.command)(options)
         return code
     except ModuleNotFoundError as error:

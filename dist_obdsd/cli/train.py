@@ -9,6 +9,7 @@ from pathlib import Path
 from dist_obdsd import console
 from dist_obdsd.cli.output import show, table
 from dist_obdsd.cli.ranks import joined
+from dist_obdsd.machine import start_collecting
 from dist_obdsd.training.preemption import PreemptionHandler
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def train(options: argparse.Namespace) -> int:
         from dist_obdsd.training.run_dir import free_name
         from dist_obdsd.training.trainer import Trainer
 
+        start_collecting()
         assert given is not None
         if (trap := restart_trap(os.environ)) is not None:
             show(trap)

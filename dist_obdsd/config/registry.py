@@ -128,7 +128,7 @@ class _OwnTarget:
 
 
 class TargetRegistry(Registry):
-    """Targets by name or, as ``package.module:function``, by import path; ``none`` is no target."""
+    """Targets by name, by import path ``package.module:function``, or ``none``."""
 
     @property
     def choices(self) -> list[str]:

@@ -67,7 +67,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
-        """Take what is left open from batch and backbone, so that dumps and checkpoints hold it."""
+        """Take what is left open from batch and backbone; checkpoints hold it, too."""
         data, model = self.data, self.model
         found: dict[str, Any] = {}
         if None in (data.image_size, data.mean, data.std):

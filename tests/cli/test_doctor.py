@@ -33,15 +33,10 @@ def test_the_template_serves_twelve_classes_of_eight_photos(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     shutil.copy(ROOT / "configs" / "folder.yaml", tmp_path)
     alone = {"HF_HOME": f"{tmp_path}/hub", "https_proxy": "http://127.0.0.1:9"}  # where nobody answers
-    losses = []
-    for ranks in (0, 2):
-        short = (f"name=run-{ranks}", "epochs=2", "tracking.kind=none", "tracking.figures=false")
-        done = runs.program("train", "folder.yaml", *short, cwd=tmp_path, ranks=ranks, env=alone)
-        assert done.returncode == 0, done.stderr
-        assert "until then small_cnn is trained from random weights" in done.stdout
-        assert "optim.lr=0.0009" in done.stdout
-        run = tmp_path / "runs" / f"run-{ranks}"
-        rows = json.loads((run / "summary.json").read_text())["rows"]
-        assert {row["protocol"] for row in rows} == {"untrained", "last", "best_validation"}
-        losses.append([row["ranking"] for row in runs.metrics(run, "step")])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    short = ("name=run", "epochs=2", "tracking.kind=none", "tracking.figures=false")
+    done = runs.program("train", "folder.yaml", *short, cwd=tmp_path, env=alone)
+    assert done.returncode == 0, done.stderr
+    assert "until then small_cnn is trained from random weights" in done.stdout
+    assert "optim.lr=0.0009" in done.stdout
+    rows = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["rows"]
+    assert {row["protocol"] for row in rows} == {"untrained", "last", "best_validation"}
