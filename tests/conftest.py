@@ -71,13 +71,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(shared: Path) -> Path:
-    """24 classes of 8 images, half of them to train on, packed by the real program. To be read only, as ``images``."""
+    """24 classes of 8 images, half of them to train on, packed; beside them ``images``. To be read only."""
     folder = shared / "shards"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             runs.make_images(folder / "images")
-            done = runs.program("pack", "folder", "--source", "images", "--out", "packed", "--workers", "1", cwd=folder)
-            assert done.returncode == 0, done.stderr
+            places = ("--source", f"{folder}/images", "--out", f"{folder}/packed")
+            assert main(["pack", "folder", *places, "--workers", "1"]) == 0
     return folder / "packed"
 
 

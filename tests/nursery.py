@@ -177,7 +177,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever uses this process decides when it ends
     _import(
         "mlflow.store.tracking.sqlalchemy_store", "mlflow.pyfunc", "sklearn.manifold", "matplotlib.figure", "faiss",
-        "torch.distributed.fsdp", "dist_obdsd.cli.evaluate", "dist_obdsd.data.packing.pack", "dist_obdsd.training.trainer",
+        "torch.distributed.fsdp", "dist_obdsd.cli.evaluate", "dist_obdsd.data.packing.pack",
+        "dist_obdsd.training.trainer",
     )  # fmt: skip
     threads = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")[1:]}
     # The allocator that pyarrow brings along starts a thread which it stops and starts around forks.
