@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, again and again, until they finish; and what differs from an untouched one.
 
-``python -m tests.chaos`` prints a table over many moments (``make chaos``); the suite takes a few.
+``python -m tests.chaos`` prints a table over many moments (``make chaos``).
 
     kill   one rank or all ranks get SIGKILL between two steps or inside one, inside a checkpoint's write, or inside an
            evaluation; the same command goes on, and at the end every bit must be that of a run that nobody touched
@@ -8,6 +8,7 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,7 +27,6 @@ import torch
 
 from dist_obdsd import checkpoint
 from tests import runs
-from tests.nursery import Program
 
 SETTINGS = (
     "precision=float32", "epochs=20", "timeout_seconds=20", "checkpoint.every_steps=2", "validation.fraction=0.25",
@@ -45,25 +45,24 @@ TIMES = ("seconds", "data_wait", "images_per_s", "data_wait_share")
 class Job:
     """The ranks of one run, started one by one or by torchrun."""
 
-    processes: list[subprocess.Popen[bytes] | Program]
+    processes: list[subprocess.Popen[bytes]]
     log: Path
 
     @classmethod
-    def start(
-        cls, folder: Path, name: str, ranks: int, *overrides: str, torchrun: bool = False, forked: bool = False
-    ) -> "Job":
-        """Start it; ``forked`` ranks (``tests.nursery``) start at once."""
-        arguments = ("train", "tiny.yaml", f"name={name}", *SETTINGS, *overrides)
+    def start(cls, folder: Path, name: str, ranks: int, *overrides: str, torchrun: bool = False) -> "Job":
         log = folder / f"{name}.log"
+        line = runs.command("train", "tiny.yaml", f"name={name}", *SETTINGS, *overrides, ranks=ranks if torchrun else 0)
+        own = [{}] if torchrun else runs.group_environments(ranks)
         with log.open("ab") as out:
-            if torchrun:
-                command = runs.command(*arguments, ranks=ranks)
-                return cls([_spawn(command, folder, out, {})], log)
-            own = runs.group_environments(ranks)
-            if forked:
-                env = [runs.environment(mine) for mine in own]
-                return cls([Program(arguments, cwd=folder, env=one, stdout=out, stderr=out) for one in env], log)
-            return cls([_spawn(runs.command(*arguments), folder, out, mine) for mine in own], log)
+            return cls(
+                [
+                    subprocess.Popen(
+                        line, cwd=folder, env=runs.environment(mine), stdout=out, stderr=out, start_new_session=True
+                    )
+                    for mine in own
+                ],
+                log,
+            )
 
     def alive(self) -> bool:
         return any(process.poll() is None for process in self.processes)
@@ -71,11 +70,9 @@ class Job:
     def members(self) -> list[psutil.Process]:
         found = []
         for process in self.processes:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 one = psutil.Process(process.pid)
                 found += [one, *one.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                continue
         return found
 
     def wait(self, seconds: float = runs.SECONDS) -> list[int]:
@@ -87,12 +84,6 @@ class Job:
             for member in self.members():
                 member.kill()
             raise AssertionError(f"still running after {seconds:.0f} s:\n{self.log.read_text()[-3000:]}") from None
-
-
-def _spawn(command: list[str], folder: Path, out: Any, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command, cwd=folder, env=runs.environment(env), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-    )
 
 
 def result(run: Path) -> dict[str, Any]:
@@ -158,15 +149,17 @@ def _steps(run: Path) -> int:
         return 0
 
 
-def untouched(folder: Path, name: str, ranks: int, *overrides: str, forked: bool = False) -> dict[str, Any]:
-    job = Job.start(folder, name, ranks, *overrides, forked=forked)
+def finished(folder: Path, name: str, ranks: int, *overrides: str) -> dict[str, Any]:
+    """Start a run, or go on with it, to its end."""
+    job = Job.start(folder, name, ranks, *overrides)
     codes = job.wait()
     assert not any(codes), job.log.read_text()[-3000:]
     return result(folder / "runs" / name)
 
 
-def killed(folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan: list[tuple[str, int | None]],
-           seed: int, forked: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+def killed(
+    folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan: list[tuple[str, int | None]], seed: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Kill and restart one run.
 
     Args:
@@ -177,7 +170,7 @@ def killed(folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan
     """
     draw, run, rows = random.Random(seed), folder / "runs" / name, []
     for moment, victim in plan:
-        job = Job.start(folder, name, ranks, *overrides, forked=forked)
+        job = Job.start(folder, name, ranks, *overrides)
         if not wait_for(moment, job, run, draw, 10**6):
             job.wait()
             break
@@ -189,17 +182,13 @@ def killed(folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan
         job.wait()
         others = time.monotonic() - killed_at
         rows.append({"moment": moment, "victim": "all" if victim is None else victim, "step": steps, "others": others})
-    job = Job.start(folder, name, ranks, *overrides, forked=forked)
-    codes = job.wait()
-    assert not any(codes), job.log.read_text()[-3000:]
-    return result(run), rows
+    return finished(folder, name, ranks, *overrides), rows
 
 
-def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random.Random, settings: tuple[str, ...] = ()
-               ) -> dict[str, Any]:  # fmt: skip
+def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random.Random) -> dict[str, Any]:
     """Send SIGTERM at a random moment, to one rank or to torchrun, and look at what is left."""
     run = folder / "runs" / name
-    job = Job.start(folder, name, ranks, "epochs=400", *settings, torchrun=torchrun)
+    job = Job.start(folder, name, ranks, "epochs=400", torchrun=torchrun)
     moment = draw.choice(("start", "step", "evaluation"))
     if moment == "start":
         deadline = time.monotonic() + runs.SECONDS
@@ -250,7 +239,7 @@ def main() -> int:
     for way in chosen.ways:
         ranks, overrides = WAYS[way]
         draw = random.Random(f"{chosen.seed} {way}")
-        reference = untouched(folder, f"whole-{len(way)}-{ranks}", ranks, *overrides)
+        reference = finished(folder, f"whole-{len(way)}-{ranks}", ranks, *overrides)
         done = 0
         while done < chosen.kills:
             plan = [(MOMENTS[(done + i) % len(MOMENTS)], draw.choice([None, *range(ranks)])) for i in range(5)]

@@ -15,16 +15,6 @@ def test_every_name_its_type_and_its_place_count() -> None:
     assert len({derive(*variant) for variant in variants}) == len(variants)
 
 
-def test_seeds_fill_63_bits_without_collisions() -> None:
-    seeds = [derive(0, "augment", epoch, row) for epoch in range(20) for row in range(250)]
-    assert len(set(seeds)) == len(seeds)
-    assert min(seeds) >= 0
-    assert max(seeds) < 2**63
-    shares = [np.mean([seed >> bit & 1 for seed in seeds]) for bit in range(63)]
-    assert min(shares) > 0.45
-    assert max(shares) < 0.55
-
-
 def test_generators_are_fresh_and_their_draws_independent() -> None:
     first, again, other = (rng(7, "mining", step).standard_normal(2000) for step in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
