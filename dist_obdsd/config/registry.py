@@ -51,7 +51,8 @@ class Registry:
             module, _, attribute = self.paths[self.check(name)].partition(":")
         except ValueError as error:
             raise InputError(str(error)) from error
-        return getattr(importlib.import_module(module), attribute)
+        with plug_in(f"{self.setting}={name}"):
+            return getattr(importlib.import_module(module), attribute)
 
     def build(self, name: str, settings: Mapping[str, Any], /, **arguments: Any) -> Any:
         """Make the part called ``name`` of its settings and the arguments it takes."""
@@ -92,14 +93,14 @@ def plug_in(choice: str) -> Iterator[None]:
         yield
     except (UserError, ModuleNotFoundError):
         raise
-    except SyntaxError as error:  # which says where
-        raise InputError(f"{choice} fails with {format_error(error)}; mend it there") from error
     except Exception as error:
         libraries = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
         frames = traceback.extract_tb(error.__traceback__)
-        place = [frame for frame in frames if not frame.filename.startswith(libraries)][-1]
+        last = ([frame for frame in frames if not frame.filename.startswith(libraries)] or frames)[-1]
+        # A syntax error says its place itself.
+        place = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
         raise InputError(
-            f"{choice} fails with {format_error(error)} ({place.filename}, line {place.lineno}); mend it there"
+            f"{choice} fails with {' '.join(format_error(error).split())}{place}; mend it there"
         ) from error
 
 
