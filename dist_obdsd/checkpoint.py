@@ -65,7 +65,8 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
         cause = error if isinstance(error, OSError) else error.__context__
         reason = str(error).splitlines()[0]
         if isinstance(cause, OSError):
-            reason = why_not_written(cause, folder if folder.exists() else folder.parent, _bytes(state))
+            needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+            reason = why_not_written(cause, folder if folder.exists() else folder.parent, needed)
         before = "the previous one is intact" if (folder / "last").exists() else "there is none before it"
         raise RunError(
             f"cannot write the checkpoint {path}: {reason}; {before}, so free some space "
@@ -79,12 +80,6 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     for old in [file for file in files if file.name not in pointed][: -keep if keep else None]:
         old.unlink()
     return path
-
-
-def _bytes(state: Any) -> int:
-    """Count the bytes that a state's tensors take in a file."""
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def find(path: Path, which: str = "last") -> Path | None:

@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from dist_obdsd.machine import usable_cores
 from dist_obdsd.training.train_step import TrainProgress, TrainStep
 from tests import harness, nursery, runs
 
+gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
@@ -45,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in SLOW or item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Keep garbage collections from looking at a million objects of imports and tests, which stay."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
