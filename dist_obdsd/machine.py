@@ -13,7 +13,7 @@ def usable_cores() -> int:
 
 
 def start_collecting() -> None:
-    """Collect garbage from here on, where that was put off, but not among what is there.
+    """Collect garbage from here on, where that was put off, but not what is there.
 
     torch and what it brings along are a million objects that stay. Looking through them takes a fifth of the time that
     their import takes, and more in the first epochs.

@@ -60,6 +60,7 @@ def _processes() -> Iterator[None]:
     yield
     harness.close()
     nursery.close()
+    gc.unfreeze()  # or libraries complain at the end that their objects are never freed
 
 
 @pytest.fixture(scope="session")
