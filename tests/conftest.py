@@ -11,9 +11,7 @@ import torch
 from filelock import FileLock
 
 from dist_obdsd.cli.main import main
-from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.machine import usable_cores
-from dist_obdsd.training.train_step import TrainProgress, TrainStep
 from tests import harness, nursery, runs
 
 gc.disable()
@@ -151,7 +149,9 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], 
     """Have runs in this process do something before an optimizer step."""
 
     def arrange(step: int, what: Callable[[], object]) -> None:
-        def call(self: TrainStep, batch: TrainBatch, progress: TrainProgress, *rest: Any) -> Any:
+        from dist_obdsd.training.train_step import TrainStep  # takes seconds
+
+        def call(self: Any, batch: Any, progress: Any, *rest: Any) -> Any:
             if progress.global_step == step:
                 what()
             return once(self, batch, progress, *rest)

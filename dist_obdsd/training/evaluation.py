@@ -23,9 +23,12 @@ from dist_obdsd.rng import rng
 from dist_obdsd.transfer import DeviceUploader
 
 
-def settings_from(config: Config, train_classes: int | None = None) -> Settings:
-    """Take an evaluation's settings from a config."""
+def settings_from(config: Config, manifest: Manifest | None = None) -> Settings:
+    """Take an evaluation's settings from a config and the shards that it trains on."""
     section = config.evaluation.model_dump(include={"metrics", "recall_at", "conventions", "distance", "backend"})
+    train_classes = None
+    if manifest is not None and section["conventions"] == "released" and "train" in manifest.splits:
+        train_classes = len(classes_from(config, manifest)[0])
     return Settings(**section, seed=config.seed, train_classes=train_classes)
 
 
@@ -95,19 +98,12 @@ def evaluate_split(
                 # Not a call of the network, which model.compile may have replaced.
                 embedded = embed_all(network.forward, between(batches), runtime.device)
             result = measure(
-                *embedded, settings_from(config, _train_classes(manifest, config)), expected_count=expected.total(),
+                *embedded, settings_from(config, manifest), expected_count=expected.total(),
                 expected_classes=expected, device=runtime.device, sample=sample,
             )  # fmt: skip
     finally:
         network.train(training)
     return replace(result, seconds=max(collectives.gather_json(time.perf_counter() - started)))
-
-
-def _train_classes(manifest: Manifest, config: Config) -> int | None:
-    """Count the classes that were trained on, where a metric asks for it."""
-    if config.evaluation.conventions != "released" or "train" not in manifest.splits:
-        return None
-    return len(classes_from(config, manifest)[0])
 
 
 def validation_subset(manifest: Manifest, classes: Sequence[int], config: Config) -> list[int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dist_obdsd import checkpoint
 from tests import chaos, runs
 from tests.launch.hosts import two_hosts
 from tests.runs import ROOT
@@ -91,7 +92,7 @@ def stopped(process: subprocess.Popen[str], number: int, run: Path) -> str:
 
 
 def test_torchrun_restarts_a_killed_rank_and_saves_on_a_signal(folder, untouched):
-    settings, run = ("epochs=12", "data.workers=0", "checkpoint.every_steps=2"), folder / "runs" / "tiny"
+    settings, run = ("epochs=400", "data.workers=0", "checkpoint.every_steps=2"), folder / "runs" / "tiny"
     process = start("torchrun.sh", *settings, cwd=folder, env={"RESTARTS": "1"})
     wait_for(process, lambda: chaos._steps(run) >= 5)
     first = ranks_below(process)
@@ -106,6 +107,7 @@ def test_torchrun_restarts_a_killed_rank_and_saves_on_a_signal(folder, untouched
     output = stopped(process, signal.SIGUSR1, run)
     assert process.returncode == 1, output
     assert "resuming runs/tiny from " in output
+    settings = (*settings, f"max_steps={checkpoint.load(run)['position']['global_step'] + 2}")
     runs.train(folder, *settings, ranks=2)
     assert chaos.difference(chaos.result(untouched(*settings, ranks=2)), chaos.result(run)) is None
 

@@ -11,7 +11,7 @@ from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.data.stream import EvalBatch
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.training.evaluation import _train_classes, check_evaluable, embed_all, validation_subset
+from dist_obdsd.training.evaluation import check_evaluable, embed_all, settings_from, validation_subset
 
 
 def settings(max_images: int | None = None, seed: int = 0, classes: Sequence[str] = (), **evaluation: object) -> Config:
@@ -105,12 +105,12 @@ def test_a_test_set_that_can_be_measured_is_taken():
 def test_the_number_of_trained_classes_is_asked_for_only_where_it_counts():
     """So shards without a training split, or with other classes than a run held out, can be evaluated."""
     shards, gone = manifest([0] * 10, [(1, "both"), (1, "both")]), ["gone", "too"]
-    assert _train_classes(shards, settings(classes=gone)) is None
+    assert settings_from(settings(classes=gone), shards).train_classes is None
     with pytest.raises(InputError, match="holds 'gone', which is no training class"):
-        _train_classes(shards, settings(classes=gone, conventions="released"))
+        settings_from(settings(classes=gone, conventions="released"), shards)
     without = replace(shards, splits={"test": shards.splits["test"]})
-    assert _train_classes(without, settings(classes=gone, conventions="released")) is None
-    assert _train_classes(shards, settings(conventions="released")) == 1
+    assert settings_from(settings(classes=gone, conventions="released"), without).train_classes is None
+    assert settings_from(settings(conventions="released"), shards).train_classes == 1
 
 
 # ---- embedding ----
