@@ -161,16 +161,21 @@ def gather_ragged(x_n: torch.Tensor, counts: Sequence[int] | None = None) -> tor
     Args:
         counts: rows of each rank; None: they are asked for, which costs a small collective.
     """
-    x_n = x_n.detach()
+    return torch.cat(_gather_parts(x_n.detach(), counts))
+
+
+def _gather_parts(x_n: torch.Tensor, counts: Sequence[int] | None = None) -> list[torch.Tensor]:
+    """Gather each rank's rows, which travel padded to the most that any rank has."""
     if world_size() == 1:
-        return x_n
-    counts = counts or gather_json(x_n.shape[0])
+        return [x_n]
+    device = sends_from(x_n.device)
+    counts = counts or _GatherRows.apply(torch.tensor([len(x_n)], device=device)).tolist()
     if not any(counts):
-        return x_n
-    padded = x_n.new_zeros(max(counts), *x_n.shape[1:], device=sends_from(x_n.device))
-    padded[: x_n.shape[0]] = x_n
+        return [x_n]
+    padded = x_n.new_zeros(max(counts), *x_n.shape[1:], device=device)
+    padded[: len(x_n)] = x_n
     parts = _GatherRows.apply(padded).to(x_n.device).split(max(counts))
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    return [part[:n] for part, n in zip(parts, counts, strict=True)]
 
 
 def sum_across(x: torch.Tensor) -> torch.Tensor:
@@ -196,18 +201,8 @@ def gather_json(value: Any) -> list[Any]:
     """Gather every rank's value, in rank order, as JSON, which executes nothing."""
     if world_size() == 1:
         return [value]
-    device = torch.device("cuda" if needs_cuda() else "cpu")
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = torch.empty(world_size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([data.numel()], device=device), group=_GROUP.get())
-    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device)
-    padded[: data.numel()] = data.to(device)
-    parts = torch.empty(world_size() * padded.numel(), dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(parts, padded, group=_GROUP.get())
-    return [
-        json.loads(part[:size].cpu().numpy().tobytes())
-        for part, size in zip(parts.view(world_size(), -1), sizes.tolist(), strict=True)
-    ]
+    return [json.loads(part.numpy().tobytes()) for part in _gather_parts(data)]
 
 
 def broadcast_object(value: Any) -> Any:

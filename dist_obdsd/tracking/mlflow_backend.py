@@ -137,17 +137,18 @@ class MLflowBackend:
 
     def send(self, events: list[Event]) -> None:
         """Send events of one kind; after an exception they can be sent again."""
-        from mlflow.exceptions import MlflowException
-
         kind = self.kind = events[0]["kind"]
+        is_file = kind in ("artifact", "model")
         try:
             if self._state.run_id is None:
                 self._state.run_id = self._find(self._header["run"]) or self._create(events[0])
-            getattr(self, f"_{kind}")(self._state.run_id, events)
-        except MlflowException as error:
-            if error.error_code not in REFUSALS or self._state.run_id is None:
+            getattr(self, f"_{kind}")(self._state.run_id, *events)
+        except Exception as error:
+            # Files may have a store of their own, and metrics must not wait for it.
+            refused = is_file or getattr(error, "error_code", None) in REFUSALS
+            if not refused or self._state.run_id is None:
                 raise
-            self._leave_out(kind, error)
+            self._leave_out(f"the {kind} {Path(events[0]['path']).name}" if is_file else kind, error)
 
     def terminate(self, status: str, time: int) -> None:
         """End the run; ``time`` in milliseconds since 1970."""
@@ -189,22 +190,22 @@ class MLflowBackend:
         name = self._header["config"]["name"]
         return self._client.create_run(self._experiment(), event["time"], tags, run_name=name).info.run_id
 
-    def _start(self, run_id: str, events: list[Event]) -> None:
+    def _start(self, run_id: str, event: Event) -> None:
         self._client.update_run(run_id, status="RUNNING")
-        tags = dict(events[0]["tags"])
+        tags = dict(event["tags"])
         if tags.get("git_commit", "unknown") != "unknown":
             tags["mlflow.source.git.commit"] = tags["git_commit"]  # the UI shows this one
-        self._tags(run_id, [{"values": tags}])
+        self._tags(run_id, {"values": tags})
 
-    def _tags(self, run_id: str, events: list[Event]) -> None:
+    def _tags(self, run_id: str, event: Event) -> None:
         made = self._entities.RunTag
-        self._log(run_id, "tags", [made(name[:KEY], value[:TAG]) for name, value in events[0]["values"].items()])
+        self._log(run_id, "tags", [made(name[:KEY], value[:TAG]) for name, value in event["values"].items()])
 
-    def _params(self, run_id: str, events: list[Event]) -> None:
+    def _params(self, run_id: str, event: Event) -> None:
         made = self._entities.Param
-        self._log(run_id, "params", [made(_key(name), value[:PARAM]) for name, value in events[0]["values"].items()])
+        self._log(run_id, "params", [made(_key(name), value[:PARAM]) for name, value in event["values"].items()])
 
-    def _metrics(self, run_id: str, events: list[Event]) -> None:
+    def _metrics(self, run_id: str, *events: Event) -> None:
         rows = [
             self._entities.Metric(metric_name(name), value, event["time"], event["step"])
             for event in events
@@ -216,36 +217,30 @@ class MLflowBackend:
         for start in range(0, len(rows), AT_ONCE[kind]):
             self._client.log_batch(run_id, **{kind: rows[start : start + AT_ONCE[kind]]})
 
-    def _dataset(self, run_id: str, events: list[Event]) -> None:
-        data, made = events[0], self._entities
-        source, profile = json.dumps({"uri": data["source"], "sha256": data["digest"]}), json.dumps(data["profile"])
-        dataset = made.Dataset(data["name"][:KEY], data["digest"][:DIGEST], "local", source, profile=profile)
+    def _dataset(self, run_id: str, event: Event) -> None:
+        made = self._entities
+        source, profile = json.dumps({"uri": event["source"], "sha256": event["digest"]}), json.dumps(event["profile"])
+        dataset = made.Dataset(event["name"][:KEY], event["digest"][:DIGEST], "local", source, profile=profile)
         context = made.InputTag("mlflow.data.context", "training")
         self._client.log_inputs(run_id, [made.DatasetInput(dataset, [context])])
 
-    def _artifact(self, run_id: str, events: list[Event]) -> None:
-        relative = Path(events[0]["path"])
+    def _artifact(self, run_id: str, event: Event) -> None:
+        relative = Path(event["path"])
         path = self._folder / relative
-        folder = None if relative.is_absolute() or relative.parent == Path() else relative.parent.as_posix()
-        try:
-            if path.is_dir():
-                self._client.log_artifacts(run_id, str(path), path.name)
-            else:
-                self._client.log_artifact(run_id, str(path), folder)
-        except Exception as error:  # files may have a store of their own, and metrics must not wait for it
-            self._leave_out(f"the artifact {path.name}", error)
+        if path.is_dir():
+            self._client.log_artifacts(run_id, str(path), path.name)
+        else:
+            inside = not relative.is_absolute() and relative.parent != Path()
+            self._client.log_artifact(run_id, str(path), relative.parent.as_posix() if inside else None)
 
-    def _model(self, run_id: str, events: list[Event]) -> None:
-        path = self._folder / events[0]["path"]
+    def _model(self, run_id: str, event: Event) -> None:
+        path = self._folder / event["path"]
         if self._client.get_run(run_id).data.tags.get(LOGGED_MODEL) == path.name:
             return
         from dist_obdsd.tracking.mlflow_model import log_model
 
-        try:
-            log_model(self._client, run_id, path)
-            self._client.set_tag(run_id, LOGGED_MODEL, path.name)
-        except Exception as error:  # as of an artifact
-            self._leave_out(f"the model {path.name}", error)
+        log_model(self._client, run_id, path)
+        self._client.set_tag(run_id, LOGGED_MODEL, path.name)
 
-    def _end(self, run_id: str, events: list[Event]) -> None:
-        self.terminate(events[0]["status"], events[0]["time"])
+    def _end(self, run_id: str, event: Event) -> None:
+        self.terminate(event["status"], event["time"])
