@@ -52,15 +52,6 @@ def in_process(function: Callable[[], None]) -> multiprocessing.process.BaseProc
     return process
 
 
-def test_a_shard_is_downloaded_once(server: Server, tmp_path: Path) -> None:
-    (shard,) = shards_of(server, 1)
-    for _ in range(3):
-        cache = Cache(tmp_path / "deep" / "cache")
-        assert read(cache, server, shard) == bytes(SIZE)
-    assert server.count("0.tar") == 1
-    assert names(cache) == [f"{shard.sha256}.tar"]
-
-
 def test_what_is_not_the_manifest_s_is_not_kept(server: Server, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     (shard,) = shards_of(server, 1)

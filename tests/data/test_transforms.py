@@ -1,4 +1,4 @@
-import colorsys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -62,57 +62,23 @@ def test_an_image_smaller_than_the_crop_fills_it(augment: str) -> None:
         assert found.flatten(1).float().std(dim=1).max() <= 1  # one colour, however it was changed
 
 
-class Scripted:
-    """A generator that gives what it is told to."""
-
-    def __init__(self, order: list[int], values: list[float], chances: list[float]) -> None:
-        self.order, self.values, self.chances = order, iter(values), iter(chances)
-
-    def random(self) -> float:
-        return next(self.chances)
-
-    def permutation(self, n: int) -> np.ndarray:
-        assert sorted(self.order) == list(range(n))
-        return np.array(self.order)
-
-    def uniform(self, low: float, high: float) -> float:
-        value = next(self.values)
-        assert low <= value <= high
-        return value
-
-
-def test_colours_are_changed_as_the_definitions_say() -> None:
-    """Two columns of one colour each, so that the contrast's mean grey is known; worked out by hand in float."""
+def test_colours_change_as_often_and_as_far_as_in_moco(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The changes are torchvision's; which come, in which order and how far, is ours."""
+    drawn: list[tuple[str, float]] = []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        change = lambda image, by, name=name: drawn.append((name, by)) or image  # noqa: E731
+        monkeypatch.setattr(functional, f"adjust_{name}", change)
     image = torch.tensor([[100, 40], [150, 60], [50, 200]], dtype=torch.uint8)[:, None]
-    grey_of = np.array([0.2989, 0.587, 0.114])
-
-    def changed(order: list[int], factors: list[float]) -> np.ndarray:
-        x = image[:, 0].numpy().astype(float)
-        for change, factor in zip(order, factors, strict=True):
-            grey = grey_of @ x
-            if change == 0:
-                x = x * factor
-            elif change == 1:
-                x = factor * x + (1 - factor) * grey.mean()
-            elif change == 2:
-                x = factor * x + (1 - factor) * grey
-            else:
-                for column in x.T:
-                    h, s, v = colorsys.rgb_to_hsv(*column / 255)
-                    column[:] = 255 * np.array(colorsys.hsv_to_rgb((h + factor) % 1, s, v))
-            x = x.clip(0, 255)
-        return x
-
-    for order, factors in (
-        ([0, 1, 2, 3], [1.2, 0.7, 1.3, 0.08]),
-        ([3, 2, 1, 0], [-0.1, 0.6, 1.4, 0.6]),
-        ([2, 0, 3, 1], [1.4, 0.9, 0.05, 1.1]),
-    ):
-        found = transforms._random_colours(image, Scripted(order, factors, [0.79, 0.5]))  # type: ignore[arg-type]
-        assert np.abs(found[:, 0].numpy() - changed(order, factors)).max() <= 4  # each change rounds down
-    grey = transforms._random_colours(image, Scripted([], [], [0.81, 0.19]))  # type: ignore[arg-type]
-    assert np.abs(grey[:, 0].numpy() - grey_of @ image[:, 0].numpy()).max() <= 1
-    assert torch.equal(transforms._random_colours(image, Scripted([], [], [0.81, 0.21])), image)  # type: ignore[arg-type]
+    grey, orders = 0, Counter[tuple[str, ...]]()
+    for i in range(1000):
+        drawn.clear()
+        found = transforms._random_colours(image, rng(i))
+        grey += torch.equal(found[0], found[1])
+        orders[tuple(name for name, _ in drawn)] += 1
+        assert all(abs(by) <= 0.1 if name == "hue" else 0.6 <= by <= 1.4 for name, by in drawn)
+    assert 150 < grey < 250
+    assert 150 < orders.pop(()) < 250
+    assert len(orders) == 24  # every order of the four
 
 
 def test_crop_keeps_the_share_that_was_asked_for_and_flips_half() -> None:

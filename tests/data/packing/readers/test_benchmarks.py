@@ -9,7 +9,7 @@ from dist_obdsd.data.packing.pack import pack
 from dist_obdsd.data.packing.recipes import Recipe, load_recipe
 from dist_obdsd.errors import InputError
 from tests.data.packing.readers import layouts
-from tests.data.packing.readers.layouts import Files, below, listed, part, write_archive, write_files
+from tests.data.packing.readers.layouts import below, listed, part, write_archive, write_files
 
 CUB = "CUB_200_2011/"
 SOP = "Stanford_Online_Products/"
@@ -140,23 +140,6 @@ def test_a_download_is_read_as_it_comes(tmp_path, benchmark: str, way: str) -> N
     assert [row[:4] for row in found] == expected
     images = {layouts.image(i) for i in range(12)}
     assert len({row[4] for row in found} & images) == len(found)  # all images, each with its own bytes
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "files", "base", "name"),
-    [
-        ("cub200", layouts.cub200, CUB, "images.txt"),
-        ("cars196", layouts.cars_in_two_halves, "", "devkit/cars_train_annos.mat"),
-        ("sop", layouts.sop, SOP, "Ebay_test.txt"),
-        ("inshop", layouts.inshop, "", "Eval/list_eval_partition.txt"),
-    ],
-)
-def test_a_missing_list_is_named(tmp_path, benchmark: str, files: Callable[[], Files], base: str, name: str) -> None:
-    source = write_files(tmp_path, files())
-    assert listed(load_recipe(benchmark), source)
-    (source / base / name).unlink()
-    with pytest.raises(InputError, match=f"holds no .*{name}"):
-        listed(load_recipe(benchmark), source)
 
 
 @pytest.mark.parametrize(
