@@ -6,6 +6,7 @@ From a shard only images, integers and JSON are parsed; nothing in it can execut
 import json
 import logging
 import math
+import os
 import tarfile
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -33,8 +34,8 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bz
 
 Sample = dict[str, tuple[int, int]]
 """A member's suffix -> its first byte in the tar, and its length."""
-Places = dict[str, np.ndarray]
-"""A shard's file -> first byte and length [n, 2] of its images, in their order."""
+Places = dict[tuple[str, int], np.ndarray]
+"""A shard's file and size -> first byte and length [n, 2] of its images, in their order."""
 
 
 class ShardError(Exception):
@@ -155,15 +156,17 @@ def read_shard(
     """Read (id, encoded image) of the wanted samples, in the tar's order.
 
     Args:
-        places: of the images of shards that were read to their end before, where no others are looked at; is filled.
+        places: is filled with those of all images. In a shard that it holds, only the wanted images are read.
 
     Raises:
         RunError: the tar is not what the manifest says, naming the shard and the sample.
     """
     places = {} if places is None else places
     with _explained(root, shard), open_shard(root, shard, cache) as file:
-        if shard.file in places:
-            for sample_id, place in zip(shard.ids, places[shard.file].tolist(), strict=True):
+        name = shard.file, file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if name in places:
+            for sample_id, place in zip(shard.ids, places[name].tolist(), strict=True):
                 if sample_id in wanted:
                     yield sample_id, read_member(file, *place)
             return
@@ -174,7 +177,7 @@ def read_shard(
             found += images_of(sample)
             if sample_id in wanted:
                 yield sample_id, read_member(file, *found[-1])
-        places[shard.file] = np.array(found, dtype=np.int64)
+        places[name] = np.array(found, dtype=np.int64)
 
 
 @contextmanager
