@@ -172,7 +172,7 @@ def measure(backbone: str, world: int, options: argparse.Namespace) -> Row:
         for _ in range(2):  # the optimizer has its state from the first one on
             meter.begin()
             images = torch.zeros(b, config.data.channels, *config.data.size, dtype=torch.uint8)
-            batch = TrainBatch(1, 0, images, torch.arange(b), torch.arange(B) // 2, [])
+            batch = TrainBatch(1, 0, images, torch.arange(b), torch.arange(B) // 2)
             step(batch, TrainProgress(1, 0, 1), 0.0)
         embeddings = sum(meter.sent.values())
         row: Row = {"network": backbone.removeprefix("timm/"), "strategy": options.strategy, "W": world, "B": B}

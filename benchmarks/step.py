@@ -201,7 +201,7 @@ class Variant:
         strategy = build_strategy(student, config, rank, [])
         strategy.network.train()
         self.step = TrainStep(config, rank, strategy, teacher, objective, classes)
-        self.batch = TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(B) // 2, [])
+        self.batch = TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(B) // 2)
         self.times, self.parts, self.peak_mib = list[float](), list[dict[str, float]](), 0.0
         # The gradient reaches the embeddings where the objective's backward ends and the network's begins.
         timer.time_calls(

@@ -260,16 +260,15 @@ class WindowReader:
             self._changed.wait_for(lambda: self._failure or self._next > (epoch, step))
             if self._failure:
                 raise self._failure
-            images = [self._use(epoch, i) for i in ids]
+            images = []
+            for i in ids:
+                image, uses = self._images.pop((epoch, i))
+                images.append(image)
+                if uses > 1:
+                    self._images[epoch, i] = image, uses - 1
             self._held = [w for w in self._held if (w.epoch, w.closes) > (epoch, step)]
             self._changed.notify_all()
             return images
-
-    def _use(self, epoch: int, sample_id: int) -> bytes:
-        image, uses = self._images.pop((epoch, sample_id))
-        if uses > 1:
-            self._images[epoch, sample_id] = image, uses - 1
-        return image
 
     def close(self, error: BaseException | None = None) -> None:
         """Stop reading; whoever waits for images gets the error."""

@@ -40,11 +40,9 @@ class TrainBatch:
     images_b: Tensor
     """uint8 [b, C, s, s], on the CPU."""
     ids_b: Tensor
-    """int64 [b], the images that are really there."""
+    """int64 [b], the images that are really there: in the row of a broken one another of its class."""
     labels_B: Tensor
     """int64 [B], class ids of the global batch in rank order."""
-    replaced: list[str]
-    """Names of this batch's broken images, in whose rows another image of the class stands."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,7 @@ class TrainStream(Iterator[TrainBatch]):
         ids_b = torch.tensor(ids)
         for failure in decoded.failures:
             ids_b[failure.row] = self._replacement(failure)
-        replaced = [key(failure.id) for failure in decoded.failures]
-        return TrainBatch(epoch, step, decoded.images, ids_b, labels_B, replaced)
+        return TrainBatch(epoch, step, decoded.images, ids_b, labels_B)
 
     def close(self) -> None:
         """Stop the threads and processes. Harmless when called again."""

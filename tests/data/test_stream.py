@@ -49,7 +49,6 @@ def test_the_batches_are_those_of_the_plan(data: Data, alone: list[TrainBatch]) 
         assert batch.images_b.shape == (16, 3, SIZE, SIZE)
         assert batch.images_b.dtype == torch.uint8
         assert [i // PER_CLASS for i in batch.ids_b.tolist()] == batch.labels_B.tolist()
-        assert batch.replaced == []
 
 
 def assert_pixels_of_ids(batch: TrainBatch, config: Config) -> None:
@@ -229,7 +228,6 @@ def test_a_broken_image(
                 assert i == planned
                 assert torch.equal(found[2][row], wanted[2][row])
     assert shown == 2
-    assert [name for part in parts for batch in part for name in batch.replaced] == [key(bad)] * 2
 
 
 def test_a_killed_decoding_process_is_an_error_not_a_hang(data: Data) -> None:

@@ -140,7 +140,7 @@ def step(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dict[str
         taken = TrainStep(config, runtime, strategy, teacher, loss, CLASSES)
         taken.early_diffusion = True
         images_b = torch.empty(b, 1, 32, 32, dtype=torch.uint8)
-        taken(TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(W * b), []), TrainProgress(1, 0, 0), 0.0)
+        taken(TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(W * b)), TrainProgress(1, 0, 0), 0.0)
     return meter.figures()
 
 

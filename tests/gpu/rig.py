@@ -120,7 +120,7 @@ class Rig:
         images_b = images_B[own].contiguous(memory_format=torch.contiguous_format)
         if self.device.type == "cuda":
             images_b, labels_B = images_b.pin_memory(), labels_B.pin_memory()
-        return TrainBatch(1, self.taken, images_b, torch.arange(b), labels_B, [])
+        return TrainBatch(1, self.taken, images_b, torch.arange(b), labels_B)
 
     def take(self, batch: TrainBatch | None = None) -> tuple[list[str], torch.Tensor]:
         """One step of the second epoch, at half the ramp: names and the numbers that they name, on the device."""

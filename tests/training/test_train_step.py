@@ -69,7 +69,7 @@ def take_steps(
             kept = student.head.bias.detach().clone()
             if rank == world - 1:
                 student.head.bias.data.fill_(torch.nan)
-        batch = TrainBatch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels, [])
+        batch = TrainBatch(1, t, images[rank * b : (rank + 1) * b], torch.arange(b), labels)
         with Shadow(tensors_of(step)) if later else nullcontext() as shadow:
             names, numbers = step(batch, TrainProgress(1, t, t), t / STEPS)
         # The first step compares sizes between the ranks; another finds out how the diffusion is to be queued.
