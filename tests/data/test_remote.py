@@ -58,21 +58,22 @@ def test_messages_keep_secrets() -> None:
     assert shown("pipe:cat /a?b") == "pipe:cat /a?b"
 
 
-def test_a_transfer_that_breaks_off_goes_on_where_it_was(server: Server) -> None:
-    assert fetched(f"{server.url}/a.tar", None, None) == DATA
-    assert server.requests == [("a.tar", 0)]
-    server.requests.clear()
-    server.faults["a.tar"] = [40, 503, 70]
-    assert fetched(f"{server.url}/a.tar") == DATA
-    assert [100 * start // len(DATA) for _, start in server.requests] == [0, 39, 39, 69]
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_a_server_that_cannot_go_on_starts_again(server: Server, known: bool) -> None:
-    server.ranges = False
-    server.faults["a.tar"] = [40, 20]
+@pytest.mark.parametrize(
+    ("faults", "ranges", "known", "percents"),
+    [
+        ([], True, True, [0]),
+        ([], True, False, [0]),
+        ([40, 503, 70], True, True, [0, 39, 39, 69]),  # goes on where it was
+        ([40, 20], False, True, [0, 0, 0]),  # the server cannot go on
+        ([40, 20], False, False, [0, 0, 0]),
+    ],
+)
+def test_a_transfer_that_breaks_off_is_resumed(
+    server: Server, faults: list[object], ranges: bool, known: bool, percents: list[int]
+) -> None:
+    server.ranges, server.faults["a.tar"] = ranges, faults
     assert fetched(f"{server.url}/a.tar", *(() if known else (None, None))) == DATA
-    assert [start for _, start in server.requests] == [0, 0, 0]
+    assert [100 * start // len(DATA) for _, start in server.requests] == percents
 
 
 def test_progress_earns_patience_and_none_ends_it(server: Server) -> None:

@@ -103,13 +103,10 @@ def test_classes_that_cannot_be_used_are_refused(tmp_path) -> None:
     for name in "ab":
         write(tmp_path / "source/train" / name / "0.png", noise(0))
     (tmp_path / "source/test").mkdir()
-    with pytest.raises(
-        InputError, match="has 0 training classes with 2 usable images or more; training needs at least 2"
-    ):
-        pack(FOLDER, tmp_path / "source", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="has 0 training classes"):
-        pack(FOLDER, tmp_path / "empty", tmp_path / "out")
+    for source in ("source", "empty"):
+        with pytest.raises(InputError, match="has 0 training classes with 2 usable images or more; training needs at"):
+            pack(FOLDER, tmp_path / source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "source"]
     write(tmp_path / "source/test/a/0.png", noise(0))
     with pytest.raises(InputError, match="in training and in test, such as 'a'"):
