@@ -121,36 +121,33 @@ class Decoder(Iterator[DecodedJob]):
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._ready: queue.Queue[Any] = queue.Queue()
         self._lent: set[int] = set()
-        self._closed = self._pinned = False
+        self._closed = False
+        shape = (SLOTS + LENT, *self._shape)
+        self._slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
+        for slot in range(len(self._slots)):
+            self._free.put(slot)
         self._processes: list[Any] = []
         self._idle: queue.Queue[tuple[Any, Connection]] = queue.Queue()
-        self._executor: ThreadPoolExecutor | None = None
-        slots = SLOTS
-        if config.data.workers:
-            slots += LENT
-            # Processes before threads: a fork copies locks in whatever state other threads have them.
-            self._start_processes(slots)
-            self._executor = ThreadPoolExecutor(config.data.workers, "decoding")
-            self._pinned = pinned and self._pin_slots()
-        for slot in range(slots):
-            self._free.put(slot)
+        # Processes before threads: a fork copies locks in whatever state other threads have them.
+        for _ in range(config.data.workers):
+            self._start_process()
+        # The processes ignore SIGTERM, so the interpreter's own clean-up at exit would wait for them for ever.
+        self._end = util.Finalize(None, _kill, args=(self._processes,), exitpriority=20)
+        self._threads = max(1, config.data.workers)
+        self._executor = ThreadPoolExecutor(self._threads, "decoding")
+        self._pinned = pinned and self._pin_slots()
         self._thread = threading.Thread(target=self._feed, name="feeding", daemon=True)
         self._thread.start()
 
-    def _start_processes(self, slots: int) -> None:
-        shape = (slots, *self._shape)
-        self._slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
+    def _start_process(self) -> None:
         context = multiprocessing.get_context("fork")
-        for _ in range(self._config.data.workers):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, self._slots, self._config, self._group)
-            process = context.Process(target=_work, args=arguments, name="dist-obdsd decoding", daemon=True)
-            process.start()
-            theirs.close()  # so that the end of the process is the end of its answers
-            self._processes.append(process)
-            self._idle.put((process, ours))
-        # The processes ignore SIGTERM, so the interpreter's own clean-up at exit would wait for them for ever.
-        self._end = util.Finalize(None, _kill, args=(self._processes,), exitpriority=20)
+        ours, theirs = context.Pipe()
+        arguments = (theirs, self._slots, self._config, self._group)
+        process = context.Process(target=_work, args=arguments, name="dist-obdsd decoding", daemon=True)
+        process.start()
+        theirs.close()  # so that the end of the process is the end of its answers
+        self._processes.append(process)
+        self._idle.put((process, ours))
 
     def _pin_slots(self) -> bool:
         try:
@@ -175,16 +172,17 @@ class Decoder(Iterator[DecodedJob]):
             self._ready.put(error)
 
     def _submit(self, job: DecodeJob, slot: int) -> list[Future[list[DecodeFailure]]]:
-        if self._executor is None:
-            return []
         n = len(job.tasks)
-        part = -(-n // (self._config.data.workers * self._group)) * self._group
+        part = -(-n // (self._threads * self._group)) * self._group
         return [
-            self._executor.submit(self._decode_elsewhere, slot, start, job.tasks[start : start + part])
+            self._executor.submit(self._decode, slot, start, job.tasks[start : start + part])
             for start in range(0, n, part)
         ]
 
-    def _decode_elsewhere(self, slot: int, start: int, tasks: list[DecodeTask]) -> list[DecodeFailure]:
+    def _decode(self, slot: int, start: int, tasks: list[DecodeTask]) -> list[DecodeFailure]:
+        """Decode a part of a job, in a process that is idle or, without any, here."""
+        if not self._processes:
+            return decode_tasks(tasks, torch.from_numpy(self._slots[slot]), self._config, self._group)
         process, connection = self._idle.get()
         try:
             connection.send((slot, start, tasks))
@@ -212,14 +210,8 @@ class Decoder(Iterator[DecodedJob]):
                 raise StopIteration
             raise item if isinstance(item, UserError) else RunError(f"reading failed: {type(item).__name__}: {item}")
         job, slot, parts = item
-        if self._executor is None:
-            images = torch.zeros(self._shape, dtype=torch.uint8)
-            failures = decode_tasks(job.tasks, images, self._config, self._group)
-            self._free.put(slot)
-        else:
-            failures = [failure for part in parts for failure in part.result()]
-            images = self._deliver(slot, len(job.tasks))
-        return DecodedJob(job.meta, images, failures)
+        failures = [failure for part in parts for failure in part.result()]
+        return DecodedJob(job.meta, self._deliver(slot, len(job.tasks)), failures)
 
     def _deliver(self, slot: int, n: int) -> Tensor:
         """Lend the n images that were decoded in a slot until nobody holds them."""
@@ -239,9 +231,8 @@ class Decoder(Iterator[DecodedJob]):
         self._closed = True
         self._free.put(-1)  # wakes the thread
         self._thread.join(timeout=5)
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-            self._end()
+        self._executor.shutdown(cancel_futures=True)
+        self._end()
         if self._pinned:
             unpin(self._slots)
             self._pinned = False
