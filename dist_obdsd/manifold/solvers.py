@@ -205,6 +205,7 @@ class Cholesky:
 class ConjugateGradients:
     """Conjugate gradients for own rows: 2 b n^2 operations an iteration, by tiles.
 
+    Without a number of iterations the host looks at each one's error in A's coordinates.
     The part along N's known leading eigenvector u, of eigenvalue 1, is solved directly, (c.u) / (1 - omega) u. The
     iteration is left with the rest of the spectrum, N - u u^T (deflation).
     """
@@ -212,11 +213,6 @@ class ConjugateGradients:
     def __init__(
         self, graph: Graph, to_walk_bn: torch.Tensor | None, tolerance: float, iterations: int | None = None
     ) -> None:
-        """
-        Args:
-            tolerance: of the error that a residual stands for in A's coordinates.
-            iterations: to be taken; None for as many as are needed, with the host looking at each.
-        """
         self._graph, self._to_walk_bn, self._tolerance, self._fixed = graph, to_walk_bn, tolerance, iterations
         self._u_n = graph.top_eigenvector_n
         # One tile is the whole matrix: made once, not in every iteration.

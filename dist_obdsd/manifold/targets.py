@@ -177,8 +177,8 @@ def start_async(
 ) -> PendingTarget | None:  # fmt: skip
     """Queue what is mostly enough of a diffusion, before the student's forward pass.
 
-    The arguments are those of ``target_rows``, which reads the error when the device has other work, and the epoch's
-    plan. None where the matrices are not kept whole, or the own rows would be solved in parts.
+    ``target_rows`` reads the error, when the device has other work. None where the matrices are not kept whole, or the
+    own rows would be solved in parts.
     """
     plan, T_nD, b = plan or QueuePlan(), _nodes(T_BD, memory_MD), rows.stop - rows.start
     dtype = torch.promote_types(T_nD.dtype, torch.float32)

@@ -115,12 +115,7 @@ def build_backbone(
     name: str, *, pretrained: str = "none", state: State | None = None, channels: int = 3,
     size: tuple[int, int] = (224, 224), pooling: str = "own",
 ) -> tuple[nn.Module, Pool, int]:  # fmt: skip
-    """Build a network and its pooling, and count its features.
-
-    Args:
-        pretrained: ``torchvision``, ``timm``, either with ``:TAG``, else no published weights.
-        state: a state dict with the network's own names.
-        size: rows and columns of the images.
+    """Build a network for images of a size and its pooling, and count its features.
 
     Raises:
         InputError: there is no such network, its weights are missing or do not fit, or it cannot take such images.

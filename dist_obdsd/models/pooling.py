@@ -17,8 +17,7 @@ class Pool(nn.Module):
         Args:
             kind: ``avg``, ``max``, ``avg+max``, ``gem`` or ``cls``, the first token.
             prefix: tokens before those of the image's patches.
-            dims: of a map's rows and columns.
-            keepdim: leave them, with length 1.
+            dims: of a map's rows and columns, left with length 1 if ``keepdim``.
         """
         super().__init__()
         self.kind, self.prefix, self.dims, self.keepdim = kind, prefix, dims, keepdim
