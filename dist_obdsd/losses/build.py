@@ -54,11 +54,12 @@ def distilled(ranking: RankingLoss, section: DistillationConfig) -> OBDSDLoss:
 
 
 def log_objective(config: Config, world_size: int) -> None:
-    """Log that results depend on the ranks, or raise InputError as ``choose_solver``."""
+    """Log what depends on a run's sizes, or raise InputError as ``choose_solver``."""
     B, section = config.batch.global_size, config.distillation
     own = B // world_size
     if section.scope == "rank" and world_size > 1:
         logger.info(f"distillation.scope=rank: {world_size} manifolds of {own} images, so results depend on the ranks")
     if section.diffuses:
         nodes = (own if section.scope == "rank" else B) + section.memory
-        choose_solver(nodes, own, Diffusion.of(section), 8 if config.precision == "float64" else 4)
+        solver = choose_solver(nodes, own, Diffusion.of(section), 8 if config.precision == "float64" else 4)
+        logger.debug(f"diffusion over {nodes} images for {own} rows a rank: {solver}")
