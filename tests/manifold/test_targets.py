@@ -253,7 +253,7 @@ def test_the_known_eigenvector_is_kept_out_of_the_iteration(monkeypatch: pytest.
 @pytest.mark.parametrize(
     "sharpening",
     [
-        {"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"neighbours": 1, "mutual": True}, {"neighbours": 50},
+        {}, {"neighbours": 3}, {"neighbours": 3, "mutual": True}, {"neighbours": 1, "mutual": True}, {"neighbours": 50},
         {"clip": True}, {"clip": True, "power": 3.0}, {"neighbours": 4, "clip": True, "power": 0.5},
     ],
     ids=str,
@@ -270,22 +270,10 @@ def test_sharpened_targets_equal_the_oracle(
         assert l1(solve.target_bB, expected) < 1e-9
         np.testing.assert_allclose(solve.target_bB.sum(1).numpy(), 1, rtol=1e-9)
     monkeypatch.setitem(graph.TILE_ENTRIES, "cpu", 5 * B)
-    assert l1(target_rows(T_BD, ALL, **chosen, **sharpening, memory_gib=1e-9).target_bB, expected) < 1e-9
-
-
-@pytest.mark.parametrize("target", ["obdsd", "obdsd_symmetric"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tiles_and_parts_give_the_whole(monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype) -> None:
-    T_BD, rows = unit_rows(7, 40, 8, 0.4).to(dtype), slice(10, 30)
-    chosen = options(target, 0.1, 0.05, 0.9)
-    whole = target_rows(T_BD, rows, **chosen, solver="cholesky").target_bB
-    monkeypatch.setattr(manifold, "PART_ENTRIES", 7 * 40)
-    parts = target_rows(T_BD, rows, **chosen, solver="cg").target_bB
-    monkeypatch.setitem(graph.TILE_ENTRIES, "cpu", 9 * 40)
-    tiles = target_rows(T_BD, rows, **chosen, memory_gib=1e-9).target_bB
-    limit = 1e-9 if dtype == torch.float64 else 2 * TOLERANCE
-    assert (parts - whole).abs().sum(1).max() < limit
-    assert (tiles - whole).abs().sum(1).max() < limit
+    monkeypatch.setattr(manifold, "PART_ENTRIES", 3 * B)
+    rows = slice(2, 10)
+    tiles_and_parts = target_rows(T_BD, rows, **chosen, **sharpening, memory_gib=1e-9).target_bB
+    assert l1(tiles_and_parts, expected[rows]) < 1e-9
 
 
 def test_without_room_no_matrix_over_all_pairs_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
