@@ -16,9 +16,8 @@ logger = logging.getLogger(__name__)
 def blocks(net: nn.Module) -> list[tuple[str, nn.Module]]:
     """List a network's blocks: elements of its containers that have parts."""
     found = list(_elements(net, ""))
-    return [(name, module) for name, module in found if any(True for _ in module.children())] or [
-        (name, module) for name, module in found if any(True for _ in module.parameters())
-    ]
+    with_parts = [(name, module) for name, module in found if list(module.children())]
+    return with_parts or [(name, module) for name, module in found if list(module.parameters())]
 
 
 def _elements(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

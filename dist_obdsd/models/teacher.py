@@ -122,10 +122,9 @@ def check_identical(what: str, network: nn.Module, group: Group = None) -> None:
     """Compare a network's bytes across ranks, or raise RunError on each. Collective."""
     with collectives.within(group):
         all_prints = collectives.gather_json(fingerprints(network))
-    values: dict[str, set[str]] = {}
-    for name, digest in (item for prints in all_prints for item in prints.items()):
-        values.setdefault(name, set()).add(digest)
-    differing = sorted(name for name, found in values.items() if len(found) > 1)
+    first: dict[str, str] = {}
+    items = (item for prints in all_prints for item in prints.items())
+    differing = sorted({name for name, digest in items if first.setdefault(name, digest) != digest})
     if differing:
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
         raise RunError(
