@@ -69,7 +69,7 @@ def solvers_agree(device: torch.device, quick: bool) -> str:
 def masked_step_changes_nothing(device: torch.device, quick: bool) -> str:
     """A step with a NaN leaves every bit of weights and optimizer as it was; the next step goes on from there."""
     tensors = 0
-    for name in ("adam", "adamw", "sgd"):
+    for name in ("adam",) if quick else ("adam", "adamw", "sgd"):
         for precision in ("float32", "bf16"):
             rig = Rig(settings("small_cnn", f"optim.name={name}", f"precision={precision}"), device)
             rig.take()
@@ -87,7 +87,7 @@ def masked_step_changes_nothing(device: torch.device, quick: bool) -> str:
                 raise CheckError(f"{name} in {precision}: masked is {masked:.0f} and {changed[:3]} changed")
             if rig.numbers()["masked"] or same_bits(rig.state(), before):
                 raise CheckError(f"{name} in {precision}: the step after the masked one did nothing")
-    return f"the same bits in {tensors} tensors, with Adam, AdamW and SGD"
+    return f"the same bits in {tensors} tensors"
 
 
 def step_does_not_wait(device: torch.device, quick: bool) -> str:
@@ -96,13 +96,13 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
     A GPU itself complains where something waits for it (``torch.cuda.set_sync_debug_mode``); a CPU has the shadow. The
     first steps find out how the diffusion is to be queued, and may wait.
     """
-    steps, count = (2 if quick else 50), 0
+    steps, count = (1 if quick else 50), 0
     for overrides in (
         ["distillation.target=none"], ["distillation.target=psd"], [], ["distillation.transition_temperature=0.005"],
         ["distillation.target=obdsd_symmetric"], ["batch.chunk=8", "optim.clip_norm=1"],
     ):  # fmt: skip
         rig = Rig(settings("small_cnn", "precision=bf16", *overrides), device)
-        for t in range(3):
+        for t in range(2):
             rig.take(rig.batch(t))
         ahead = [rig.batch(t) for t in range(min(steps, 10))]
         waits = _waits_of_gpu(rig, ahead, steps) if device.type == "cuda" else _waits_of_shadow(rig, ahead, steps)

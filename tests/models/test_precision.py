@@ -75,9 +75,18 @@ def test_bf16_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch)
     check_precision(parse_config(raw, "x"), torch.device("cuda", 0))
 
 
+TINY = """
+from torch import nn
+def tiny(channels):
+    return nn.Sequential(nn.Conv2d(channels, 8, 4, stride=4), nn.ReLU())
+"""
+
+
 @NO_COMPILER
 def test_a_compiled_run_is_the_same_up_to_rounding(folder: Path) -> None:
-    common = ("precision=float32", "epochs=2", "max_steps=6", "optim.lr=1e-5", "distillation.target=none")
+    (folder / "tiny_net.py").write_text(TINY)
+    common = ("precision=float32", "epochs=2", "max_steps=6", "optim.lr=1e-5", "distillation.target=none",
+              "model.backbone=tiny_net:tiny")  # fmt: skip
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     runs.train(folder, "name=plain", *common)
     done = runs.train(folder, "name=compiled", *common, "model.compile=true", env=cache)
