@@ -102,7 +102,7 @@ def step_does_not_wait(device: torch.device, quick: bool) -> str:
         ["distillation.target=obdsd_symmetric"], ["batch.chunk=8", "optim.clip_norm=1"],
     ):  # fmt: skip
         rig = Rig(settings("small_cnn", "precision=bf16", *overrides), device)
-        for t in range(2):
+        for t in range(3):
             rig.take(rig.batch(t))
         ahead = [rig.batch(t) for t in range(min(steps, 10))]
         waits = _waits_of_gpu(rig, ahead, steps) if device.type == "cuda" else _waits_of_shadow(rig, ahead, steps)
