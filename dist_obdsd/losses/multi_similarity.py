@@ -94,9 +94,9 @@ class _MultiSimilarity(torch.autograd.Function):
 def _soft(
     S_bB: torch.Tensor, kept_bB: torch.Tensor, hardest_b1: torch.Tensor, threshold: float, k: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute log(1 + sum exp(k (S - threshold))) [b, 1] over kept entries, in S.
+    """Compute log(1 + sum exp(k (S - threshold))) [b, 1] over kept entries.
 
-    Also returns two factors, [b, 1] and [b, B], whose product, times k, is its slope.
+    Overwrites S. Also returns two factors, [b, 1] and [b, B], whose product, times k, is its slope.
     """
     exponents_bB = torch.add(hardest_b1 * (-k * LOG2_E), S_bB, alpha=k * LOG2_E, out=S_bB)
     above_bB = exponents_bB.clamp_min_(LEAST_EXPONENT).exp2_().mul_(kept_bB)
