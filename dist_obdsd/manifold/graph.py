@@ -77,7 +77,7 @@ class Graph:
         return self._degree_n.sqrt() / self._degree_n.sum().sqrt().clamp_min(torch.finfo(self._degree_n.dtype).tiny)
 
     def initial_guess(self, rows: slice, A_nn: torch.Tensor) -> torch.Tensor:
-        """Sum two terms of (I - omega A)^-1 [b, n], and guess the rest: A^k tends to u u^T."""
+        """Sum two terms of (I - omega A)^-1 [b, n]; for the rest, A^k tends to u u^T."""
         omega, u_n = self.diffusion.omega, self.top_eigenvector_n
         guess_bn = torch.addr(A_nn[rows], u_n[rows], u_n, beta=omega, alpha=omega**2 / (1 - omega))
         guess_bn.diagonal(offset=rows.start).add_(1)
