@@ -53,12 +53,16 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter's end free everything, or libraries complain."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _processes() -> Iterator[None]:
     yield
     harness.close()
     nursery.close()
-    gc.unfreeze()  # or libraries complain at the end that their objects are never freed
 
 
 @pytest.fixture(scope="session")
