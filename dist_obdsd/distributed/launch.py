@@ -165,12 +165,13 @@ def start(
         # A gather runs beside the student's forward pass, whose kernels it must not queue behind.
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     if launch.world_size > 1:
-        if launch.master and launch.master[0] in ("127.0.0.1", "localhost"):
+        assert launch.master is not None
+        host, port = launch.master
+        address = f"{host}:{port}"
+        if host in ("127.0.0.1", "localhost"):
             # gloo asks the resolver for this host's name, which fails or is slow on many laptops and containers.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("MASTER_ADDR", launch.master[0] if launch.master else "")
-        os.environ.setdefault("MASTER_PORT", str(launch.master[1]) if launch.master else "")
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         nodes, node = launch.world_size // launch.local_world_size, launch.rank // launch.local_world_size + 1
         who = f"node {node} of {nodes}" if nodes > 1 else f"rank {launch.rank} of {launch.world_size}"
         waiting = threading.Timer(PATIENCE, logger.warning, [f"{who} waits at {address} for the others"])
