@@ -79,7 +79,7 @@ def _evaluate_embeddings(options: argparse.Namespace) -> int:
         found = embedding_files.read(options.embeddings)
         result = measure(
             found.rows_nD, found.ids_n, found.labels_n, found.roles, settings_from(config), normalize=True,
-            expected_count=found.count, device=rank.device,
+            device=rank.device,
         )  # fmt: skip
         meta = {"embeddings": str(options.embeddings)}
         _report(options, result, rank, {"protocol": "embeddings"}, meta, manifest, found.class_names)
@@ -154,7 +154,7 @@ def embed(options: argparse.Namespace) -> int:
         if options.index is not None:
             faiss_index.write(options.index, rows_nD, ids_n, columns)
         for path in filter(None, (options.out, options.index)):
-            show(f"{path}: {len(columns.ids)} embeddings of {config.model.embedding_dim} numbers")
+            show(f"{path}: {len(columns['ids'])} embeddings of {config.model.embedding_dim} numbers")
     return 0
 
 
@@ -175,11 +175,11 @@ def _without_broken(columns: Table, broken: dict[int, str]) -> Table:
     """Name the images that any rank left out, and drop them. Collective."""
     reasons = {int(image_id): reason for found in gather_json(broken) for image_id, reason in found.items()}
     for image_id in sorted(reasons):
-        logger.log(NOTICE, "left out %s: it cannot be %s", columns.columns["keys"][image_id], reasons[image_id])
-    if len(reasons) == len(columns.ids):
+        logger.log(NOTICE, "left out %s: it cannot be %s", columns["keys"][image_id], reasons[image_id])
+    if len(reasons) == len(columns["ids"]):
         raise met_by_all(InputError(f"none of the {len(reasons)} images can be read; the reasons stand above"))
-    keep = ~np.isin(columns.ids, list(reasons))
-    return Table(columns.ids[keep], {name: column[keep] for name, column in columns.columns.items()})
+    keep = ~np.isin(columns["ids"], list(reasons))
+    return {name: column[keep] for name, column in columns.items()}
 
 
 def _columns_of_split(manifest: Manifest, options: argparse.Namespace, config: Config, is_main: bool) -> Table:
@@ -188,21 +188,21 @@ def _columns_of_split(manifest: Manifest, options: argparse.Namespace, config: C
     ids, labels, roles = zip(*images, strict=True)
     # The main rank writes.
     names = image_names(options.shards, shards, cache=cache_of(config.data)) if is_main else {}
-    columns = {
+    return {
+        "ids": np.array(ids, dtype=np.int64),
         "labels": np.array(labels, dtype=np.int64),
         "classes": np.array([manifest.classes[label] for label in labels]),
         "roles": np.array(roles),
         "keys": np.array([names.get(image_id, manifests.key(image_id)) for image_id in ids]),
     }
-    return Table(np.array(ids, dtype=np.int64), columns)
 
 
 def _columns_of_paths(paths: list[str], classes: list[str]) -> Table:
-    columns = {"keys": np.array(paths)}
+    columns = {"ids": np.arange(len(paths), dtype=np.int64), "keys": np.array(paths)}
     if classes:
         columns["labels"] = np.unique(classes, return_inverse=True)[1].astype(np.int64)
         columns["classes"] = np.array(classes)
-    return Table(np.arange(len(paths), dtype=np.int64), columns)
+    return columns
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------

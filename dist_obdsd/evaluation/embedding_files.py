@@ -30,7 +30,10 @@ from dist_obdsd.files import read_file, replacing
 
 SUFFIXES = (".npz", ".parquet")
 DTYPES = ("float16", "float32")
-COLUMNS = ("ids", "labels", "classes", "roles")
+COLUMNS = {
+    "ids": ("iu", "integers"), "labels": ("iuU", "integers"), "classes": ("Uiu", "texts"), "roles": ("U", "texts"),
+}  # fmt: skip
+"""What evaluations read beside the embeddings: the kinds of dtype that are allowed, and those in words."""
 BLOCK = 16384  # rows read, gathered or written at a time
 
 
@@ -44,19 +47,13 @@ class Embeddings:
     labels_n: torch.Tensor
     """int64, numbered by name where the file has texts."""
     roles: list[str]
-    count: int
-    """N."""
     class_names: dict[int, str] = field(default_factory=dict)
     """label -> name, where the file says."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Columns about all N images, by ascending id; the same on every rank."""
-
-    ids: np.ndarray
-    columns: dict[str, np.ndarray]
-    """``labels``, ``classes``, ``roles``, ``keys``: those that are known, N entries each."""
+Table = dict[str, np.ndarray]
+"""Columns about all N images, by ascending id: ``ids``, and where known ``labels``, ``classes``, ``roles``, ``keys``.
+"""
 
 
 def check_suffix(path: Path) -> None:
@@ -66,7 +63,6 @@ def check_suffix(path: Path) -> None:
 
 
 # ---- writing ----
-
 
 Writer = Callable[[BinaryIO, Table, int, str, Iterator[np.ndarray]], None]
 """Writes (file, table, D, dtype, blocks of rows by ascending id)."""
@@ -81,16 +77,16 @@ def write(
 
     Args:
         rows_nD: this rank's embeddings; an id may be on several ranks.
-        table: of all ranks; every one of its ids must be on some rank.
+        table: the same on every rank; every one of its ids must be on some rank.
         dtype: float16 or float32.
-        writer: of the file's format; None: as its suffix says, which ``check_suffix`` has accepted.
+        writer: None: as the suffix says, which ``check_suffix`` has accepted.
 
     Raises:
         InputError: on every rank: the file cannot be written.
     """
     dim = max([dim for n, dim in collectives.gather_json(list(rows_nD.shape)) if n], default=0)
     rows_nD = rows_nD if len(rows_nD) else rows_nD.new_empty(0, dim)
-    blocks = _blocks(rows_nD, ids_n, torch.from_numpy(table.ids), dtype)
+    blocks = _blocks(rows_nD, ids_n, torch.from_numpy(table["ids"]), dtype)
     failure: Exception | None = None
     try:
         if collectives.rank() == 0:
@@ -118,11 +114,11 @@ def _blocks(rows_nD: torch.Tensor, ids_n: torch.Tensor, ids_N: torch.Tensor, dty
 def _write_npz(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: Iterator[np.ndarray]) -> None:
     # As numpy.savez does, but the embeddings row by row; zipfile dates members 1980 unless told otherwise.
     with zipfile.ZipFile(file, "w") as archive:
-        for name, column in {"ids": table.ids, **table.columns}.items():
+        for name, column in table.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, column, allow_pickle=False)
         with archive.open("embeddings.npy", "w", force_zip64=True) as member:
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (len(table.ids), dim)}
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (len(table["ids"]), dim)}
             np.lib.format.write_array_header_1_0(member, header)
             for rows in blocks:
                 member.write(rows.tobytes())
@@ -132,7 +128,7 @@ def _write_parquet(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: I
     import pyarrow as pa
     from pyarrow import parquet
 
-    columns = pa.table({"ids": table.ids, **table.columns})
+    columns = pa.table(table)
     kind = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), dim)
     start = 0
     with parquet.ParquetWriter(file, columns.schema.append(pa.field("embeddings", kind))) as writer:
@@ -152,82 +148,85 @@ def read(path: Path) -> Embeddings:
         InputError: on every rank: the file is missing, not of its format or lacks what is needed; columns differ in
             length; an id occurs twice.
     """
+    found: Embeddings | None = None
     with raise_on_all_ranks(f"reading {path}"):
         check_suffix(path)
         try:
             read_file(path, 1)  # a named pipe would keep the readers waiting for ever
-            columns, rows, total, start = (_read_npz if path.suffix == ".npz" else _read_parquet)(path)
+            columns, rows, own, total = (_read_npz if path.suffix == ".npz" else _read_parquet)(path)
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"cannot read {path}: {reason}; give the path of an embeddings file") from error
         except (ValueError, KeyError, zipfile.BadZipFile) as error:  # pyarrow's errors are ValueErrors
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path} is not a sound {path.suffix} file of embeddings: {reason}") from error
-        if not total:
-            raise InputError(f"{path} has no embeddings; embed some images first")
-        if rows.dtype.kind != "f" or rows.ndim != 2:
-            raise InputError(
-                f"{path} has embeddings of type {rows.dtype} and shape {rows.shape}; they must be float16, float32 or "
-                f"float64, one row of D numbers per image"
-            )
-        columns.setdefault("ids", np.arange(total))
-        kinds = {"ids": ("iu", "integers"), "labels": ("iuU", "integers"), "roles": ("U", "texts")}
-        for name, column in columns.items():
-            if column.shape != (total,):
-                raise InputError(
-                    f"{path} has {total} embeddings but {name} of shape {column.shape}; it needs {total} entries"
-                )
-            allowed, words = kinds.get(name, ("Uiu", "texts"))
-            if column.dtype.kind not in allowed:
-                raise InputError(f"{path} has {name} of type {column.dtype}; they must be {words}")
-        distinct, counts = np.unique(columns["ids"], return_counts=True)
-        if len(distinct) < total:
-            twice = distinct[counts > 1]
-            raise InputError(
-                f"{path} has {len(twice)} ids more than once, the first is {twice[0]}; give each image its own"
-            )
-        if not {"labels", "classes"} & columns.keys():
-            raise InputError(f"{path} has neither labels nor classes, so nothing can be measured; add one of them")
+        _check(path, columns, rows, total)
         labels = columns["labels" if "labels" in columns else "classes"]
         values, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
         texts = values.dtype.kind == "U"
         names = values if texts else columns["classes"][first] if "classes" in columns else ()
-        own = slice(start, start + len(rows))
-        return Embeddings(
+        found = Embeddings(
             torch.from_numpy(rows if rows.dtype == np.float64 else rows.astype(np.float32)),
-            torch.from_numpy(columns["ids"][own].astype(np.int64)),
+            torch.from_numpy(columns["ids"][own].astype(np.int64)) if "ids" in columns else torch.arange(total)[own],
             torch.from_numpy((numbers if texts else labels)[own].astype(np.int64)),
             columns["roles"][own].tolist() if "roles" in columns else ["both"] * len(rows),
-            total,
             dict(zip(range(len(values)) if texts else values.tolist(), map(str, names), strict=False)),
         )
-    raise AssertionError("raise_on_all_ranks raises what the block raised")
+    assert found is not None  # or the block would have raised
+    return found
 
 
-Read = tuple[dict[str, np.ndarray], np.ndarray, int, int]
-"""(columns of all rows, embeddings of this rank's rows, number of all rows, this rank's first row)."""
+def _check(path: Path, columns: dict[str, np.ndarray], rows: np.ndarray, total: int) -> None:
+    if not total:
+        raise InputError(f"{path} has no embeddings; embed some images first")
+    if rows.dtype.kind != "f" or rows.ndim != 2:
+        raise InputError(
+            f"{path} has embeddings of type {rows.dtype} and shape {rows.shape}; they must be float16, float32 or "
+            f"float64, one row of D numbers per image"
+        )
+    for name, column in columns.items():
+        if column.shape != (total,):
+            raise InputError(
+                f"{path} has {total} embeddings but {name} of shape {column.shape}; it needs {total} entries"
+            )
+        kinds, words = COLUMNS[name]
+        if column.dtype.kind not in kinds:
+            raise InputError(f"{path} has {name} of type {column.dtype}; they must be {words}")
+    if "ids" in columns:
+        distinct, counts = np.unique(columns["ids"], return_counts=True)
+        twice = distinct[counts > 1]
+        if len(twice):
+            raise InputError(
+                f"{path} has {len(twice)} ids more than once, the first is {twice[0]}; give each image its own"
+            )
+    if not {"labels", "classes"} & columns.keys():
+        raise InputError(f"{path} has neither labels nor classes, so nothing can be measured; add one of them")
 
 
-def _share(names: list[str], total: int) -> tuple[list[str], int, int]:
-    """The columns to read, the first row of this rank, and that of the next one."""
+Read = tuple[dict[str, np.ndarray], np.ndarray, slice, int]
+"""(columns of all rows, embeddings of this rank's rows, which those are, number of all rows)."""
+
+
+def _share(names: list[str], total: int) -> tuple[list[str], slice]:
+    """The columns to read, and the rows of this rank."""
     if "embeddings" not in names:
         raise ValueError(f"it has no embeddings, only {', '.join(sorted(names)) or 'nothing'}")
     rank, world = collectives.rank(), collectives.world_size()
-    return [name for name in COLUMNS if name in names], total * rank // world, total * (rank + 1) // world
+    return [name for name in COLUMNS if name in names], slice(total * rank // world, total * (rank + 1) // world)
 
 
 def _read_npz(path: Path) -> Read:
     with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:  # else any pickle might be named so
         rows = np.atleast_1d(arrays["embeddings"]) if "embeddings" in arrays else np.empty(0)
-        names, start, stop = _share(list(arrays), len(rows))
-        return {name: arrays[name] for name in names}, rows[start:stop], len(rows), start
+        names, own = _share(list(arrays), len(rows))
+        return {name: arrays[name] for name in names}, rows[own], own, len(rows)
 
 
 def _read_parquet(path: Path) -> Read:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        names, start, stop = _share(file.schema_arrow.names, file.metadata.num_rows)
+        names, own = _share(file.schema_arrow.names, file.metadata.num_rows)
         columns = {}
         for name in names:
             column = file.read([name]).column(0)
@@ -237,7 +236,7 @@ def _read_parquet(path: Path) -> Read:
             columns[name] = array.astype(str) if array.dtype == object and isinstance(array[0], str) else array
         at, parts = 0, [np.empty((0, 0), np.float32)]
         for batch in file.iter_batches(BLOCK, columns=["embeddings"]):
-            own = batch.column(0)[max(start - at, 0) : max(stop - at, 0)]
-            parts += [np.stack(own.to_numpy(zero_copy_only=False))] if len(own) else []
+            rows = batch.column(0)[max(own.start - at, 0) : max(own.stop - at, 0)]
+            parts += [np.stack(rows.to_numpy(zero_copy_only=False))] if len(rows) else []
             at += len(batch)
-        return columns, np.concatenate(parts[1:] or parts), at, start
+        return columns, np.concatenate(parts[1:] or parts), own, at

@@ -118,26 +118,21 @@ def gather_by_id(rows_nD: torch.Tensor, index: EvalIndex) -> torch.Tensor:
     return rows_ND
 
 
-def check_counts(index: EvalIndex, expected_count: int | None, expected_classes: Mapping[int, int] | None) -> None:
-    """Compare with what the manifest promises, in all and by label.
+def check_counts(index: EvalIndex, expected: Mapping[int, int] | None) -> None:
+    """Compare with the images that the manifest promises, by label.
 
     Raises:
         RunError: on every rank: there is no image, or another number of images.
     """
-    if not len(index) or (expected_count is not None and len(index) != expected_count):
-        wanted = "at least 1 is" if expected_count is None else f"{expected_count} are"
+    if not len(index) or (expected is not None and len(index) != sum(expected.values())):
+        wanted = "at least 1 is" if expected is None else f"{sum(expected.values())} are"
+        message = f"{len(index)} images were embedded but {wanted} expected; check that every rank reads its share of "
+        raise collectives.met_by_all(RunError(f"{message}the same shards"))
+    found = Counter(index.labels_N.tolist())
+    if expected is not None and (wrong := [c for c in expected if found[c] != expected[c]]):
+        c = min(wrong)
         message = (
-            f"{len(index)} images were embedded but {wanted} expected; check that every rank reads its share of the "
+            f"{len(wrong)} classes have another number of images than the manifest says, the first class {c} with "
+            f"{found[c]} instead of {expected[c]}; check that the labels belong to these shards"
         )
-        raise collectives.met_by_all(RunError(f"{message}same shards"))
-    if expected_classes is not None:
-        found = Counter(index.labels_N.tolist())
-        wrong = sorted(c for c in found.keys() | expected_classes if found[c] != expected_classes.get(c, 0))
-        if wrong:
-            raise collectives.met_by_all(
-                RunError(
-                    f"{len(wrong)} classes have another number of images than the manifest says, the first class "
-                    f"{wrong[0]} with {found[wrong[0]]} instead of {expected_classes.get(wrong[0], 0)}; check "
-                    f"that the labels belong to these shards"
-                )
-            )
+        raise collectives.met_by_all(RunError(message))

@@ -22,8 +22,9 @@ from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.evaluation.embedding_sample import EmbeddingSample, sample_embeddings
 from dist_obdsd.evaluation.eval_index import build_eval_index, check_counts, check_roles, gather_by_id
 from dist_obdsd.evaluation.knn import unit_rows
-from dist_obdsd.evaluation.metric_parts import EmbeddingSet, QueryMetric, Settings
-from dist_obdsd.evaluation.retrieval import ClassRecall, Counts, RankedQuery, retrieve
+from dist_obdsd.evaluation.metric_parts import EmbeddingSet, Settings
+from dist_obdsd.evaluation.metrics import QueryMetric
+from dist_obdsd.evaluation.retrieval import ClassRecall, RankedQuery, retrieve
 
 LARGEST, SMALLEST = 1e15, 1e-15
 """Entries of embeddings whose squared distances float32 holds."""
@@ -38,15 +39,13 @@ class EvaluationResult:
     metrics: dict[str, float]
     """``recall@1``, ..., ``map@r``: means over ``queries``. Those of a named gallery are ``NAME/recall@1``, ..."""
     queries: int
-    """``queries``, ``gallery``, ``excluded`` as in ``Counts``, summed over the galleries (mostly one)."""
+    """``queries``, ``gallery``, ``excluded`` as in ``Retrieval``, summed over the galleries (mostly one)."""
     gallery: int
     excluded: int
     duplicates: int
     """Images that arrived again under an id already seen, and were dropped."""
     seconds: float = field(compare=False)
     """Wall time on this rank."""
-    galleries: dict[str, Counts] = field(default_factory=dict)
-    """By name; the gallery without a name is ""."""
     per_class: tuple[ClassRecall, ...] = ()
     """By gallery, then label; classes without a query that counts are missing."""
     failures: tuple[RankedQuery, ...] = ()
@@ -137,8 +136,8 @@ def _as_rows(embeddings: Any) -> torch.Tensor:
         array = np.asarray(embeddings)
         if array.dtype.kind != "f":
             raise InputError(f"the embeddings have type {array.dtype}; they must be floating-point numbers")
-        embeddings = torch.from_numpy(array.copy())
-    rows_nD = embeddings.detach()
+        embeddings = torch.tensor(array)
+    rows_nD: torch.Tensor = embeddings.detach()
     return rows_nD.float() if rows_nD.dtype in (torch.float16, torch.bfloat16) else rows_nD
 
 
@@ -178,8 +177,7 @@ def measure(
     settings: Settings,
     *,
     normalize: bool = False,
-    expected_count: int | None = None,
-    expected_classes: Mapping[int, int] | None = None,
+    expected: Mapping[int, int] | None = None,
     device: torch.device | None = None,
     sample: bool = False,
 ) -> EvaluationResult:
@@ -193,8 +191,7 @@ def measure(
         ids_n, labels_n: [n] int64, on the CPU; an image that arrives twice counts once.
         settings: the same on every rank.
         normalize: bring the rows to unit length first, if the distance is the cosine.
-        expected_count, expected_classes: images of all ranks, duplicates not counted, in all and by label; None:
-            whatever there is.
+        expected: images of all ranks, duplicates not counted, by label; None: whatever there is.
         device: where the search runs; None: on the CPU.
         sample: whether to keep what figures are drawn from.
 
@@ -220,24 +217,23 @@ def measure(
         dim, dtype, where = different[0]
         rows_nD = torch.empty(0, dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=where)
     index = build_eval_index(ids_n, labels_n, roles, counts, sorted(set().union(*known)))
-    check_counts(index, expected_count, expected_classes)
+    check_counts(index, expected)
     rows_ND = gather_by_id(rows_nD, index).to(device or "cpu")
     of_queries = [metric for metric in metrics if isinstance(metric, QueryMetric)]
-    found = {name: retrieve(name, rows_ND, index, of_queries, settings) for name in index.galleries or ("",)}
-    values = {f"{name}/{m}" if name else m: value for name, of in found.items() for m, value in of.metrics.items()}
+    found = [retrieve(name, rows_ND, index, of_queries, settings) for name in index.galleries or ("",)]
+    values = {name: value for of in found for name, value in of.metrics.items()}
     images = EmbeddingSet(rows_ND, index.classes[1], settings)
     for metric in metrics:
         values |= {} if isinstance(metric, QueryMetric) else metric(images)
     return EvaluationResult(
         metrics=values,
-        queries=sum(of.counts.queries for of in found.values()),
-        gallery=sum(of.counts.gallery for of in found.values()),
-        excluded=sum(of.counts.excluded for of in found.values()),
+        queries=sum(of.queries for of in found),
+        gallery=sum(of.gallery for of in found),
+        excluded=sum(of.excluded for of in found),
         duplicates=index.duplicates,
-        galleries={name: of.counts for name, of in found.items()},
-        per_class=tuple(one for of in found.values() for one in of.per_class),
-        failures=tuple(one for of in found.values() for one in of.failures),
-        successes=tuple(one for of in found.values() for one in of.successes),
+        per_class=tuple(one for of in found for one in of.per_class),
+        failures=tuple(one for of in found for one in of.failures),
+        successes=tuple(one for of in found for one in of.successes),
         sample=sample_embeddings(rows_ND, index, settings.seed) if sample else None,
         seconds=time.perf_counter() - started,
     )

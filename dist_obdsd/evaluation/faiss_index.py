@@ -44,7 +44,7 @@ def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) 
 
     Args:
         rows_nD: this rank's unit rows; an id may be on several ranks.
-        table: of all ranks; every one of its ids must be on some rank.
+        table: the same on every rank; every one of its ids must be on some rank.
 
     Raises:
         InputError: on every rank: a file cannot be written.
@@ -56,11 +56,10 @@ def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) 
         if collectives.rank() == 0:  # first: who sees the index finds its keys
             try:
                 with replacing(keys_path(path)) as file:
-                    parquet.write_table(pa.table({"ids": table.ids, **table.columns}), file)
+                    parquet.write_table(pa.table(table), file)
             except OSError as error:
-                raise InputError(
-                    f"cannot write {keys_path(path)}: {error}; free some space or choose another"
-                ) from error
+                message = f"cannot write {keys_path(path)}: {error}; free some space or choose another"
+                raise InputError(message) from error
     embedding_files.write(path, rows_nD, ids_n, table, "float32", _write_index)
 
 
@@ -70,6 +69,6 @@ def _write_index(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: Ite
     index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
     start = 0
     for rows in blocks:
-        index.add_with_ids(rows, table.ids[start : start + len(rows)])
+        index.add_with_ids(rows, table["ids"][start : start + len(rows)])
         start += len(rows)
     faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]

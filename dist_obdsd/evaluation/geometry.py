@@ -54,38 +54,30 @@ def class_distances(rows_ND: torch.Tensor, class_N: torch.Tensor, *, cosine: boo
     if len(sizes_C) < 2 or not (sizes_C > 1).any():
         message = "evaluation.metrics asks for distances, which need two classes and a class of two images; take "
         raise collectives.met_by_all(InputError(message + "distances out of evaluation.metrics"))
-    rank, world, C = collectives.rank(), collectives.world_size(), len(sizes_C)
+    C, own = len(sizes_C), slice(collectives.rank(), None, collectives.world_size())
     measured_ND = unit_rows(rows_ND.double()) if cosine else rows_ND.double()
+    means_CD, _ = group_means(measured_ND, class_N.to(rows_ND.device), C)
+    means_CD = unit_rows(means_CD) if cosine else means_CD
     members = class_N.argsort(stable=True).to(rows_ND.device).split(sizes_C.tolist())
     within = [
-        (c, _sum_of_distances(measured_ND[members[c]], cosine) / (n * (n - 1)))
-        for c in range(rank, C, world)
-        if (n := len(members[c])) > 1
+        math.fsum(_sum_of_distances(some_rD, measured_ND[of], cosine) for some_rD in measured_ND[of].split(ROWS))
+        / (len(of) * (len(of) - 1))
+        for of in [of for of in members if len(of) > 1][own]
     ]
-    everyone = sorted(pair for of_rank in collectives.gather_json(within) for pair in of_rank)
-    intra = math.fsum(value for _, value in everyone) / len(everyone)
-    means_CD, _ = group_means(measured_ND, class_N.to(rows_ND.device), C)
-    inter = _sum_of_distances(unit_rows(means_CD) if cosine else means_CD, cosine, over_ranks=True) / (C * (C - 1))
+    between = [_sum_of_distances(some_rD, means_CD, cosine) for some_rD in means_CD.split(ROWS)[own]]
+    # fsum is exact, so that no order of the ranks matters.
+    withins, betweens = (
+        [x for of in column for x in of] for column in zip(*collectives.gather_json([within, between]), strict=True)
+    )
+    intra, inter = math.fsum(withins) / len(withins), math.fsum(betweens) / (C * (C - 1))
     return {"distance_intra": intra, "distance_inter": inter, "distance_ratio": intra / max(inter, 1e-8)}
 
 
-def _sum_of_distances(rows_cD: torch.Tensor, cosine: bool, over_ranks: bool = False) -> float:
-    """Sum over all ordered pairs of rows.
-
-    Args:
-        over_ranks: the ranks hold the same rows and share the work. Collective.
-    """
-    rank, world = (collectives.rank(), collectives.world_size()) if over_ranks else (0, 1)
-    sums = []
-    for number, some_rD in enumerate(rows_cD.split(ROWS)):
-        if number % world == rank:
-            distance_rc = torch.cdist(some_rD, rows_cD, compute_mode="donot_use_mm_for_euclid_dist")
-            # Of unit rows, 1 - cos = |x - y|^2 / 2.
-            distance_rc = distance_rc.square() / 2 if cosine else distance_rc
-            sums.append((number, math.fsum(distance_rc.cpu().numpy().sum(axis=1).tolist())))
-    if over_ranks:
-        sums = sorted(pair for of_rank in collectives.gather_json(sums) for pair in of_rank)
-    return math.fsum(value for _, value in sums)
+def _sum_of_distances(some_rD: torch.Tensor, rows_cD: torch.Tensor, cosine: bool) -> float:
+    distance_rc = torch.cdist(some_rD, rows_cD, compute_mode="donot_use_mm_for_euclid_dist")
+    # Of unit rows, 1 - cos = |x - y|^2 / 2.
+    distance_rc = distance_rc.square() / 2 if cosine else distance_rc
+    return math.fsum(distance_rc.cpu().numpy().sum(axis=1).tolist())
 
 
 def rho_spectrum(rows_ND: torch.Tensor, *, leave_out: int = 0) -> float:

@@ -33,10 +33,8 @@ def build_backend(rows_nD: torch.Tensor, distance: str, name: str, k: int) -> tu
     ``auto`` is faiss on a CPU where it is installed, but for many neighbours, and torch on a GPU.
 
     Raises:
-        InputError: an unknown name, or faiss is asked for and missing.
+        InputError: faiss is asked for and missing.
     """
-    if name not in ("auto", "faiss", "torch"):
-        raise InputError(f"the search backend is {name!r}; it must be auto, faiss or torch")
     many = k >= MANY and not rows_nD.is_cuda
     faiss = None
     if name == "faiss" or (name == "auto" and not many and not rows_nD.is_cuda):
@@ -91,16 +89,12 @@ def _largest(scores_mn: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tenso
     """Find the c largest of each row, descending, and their places."""
     if scores_mn.is_cuda:
         return scores_mn.topk(c, dim=1)
-    scores, width = scores_mn.numpy(), scores_mn.shape[1]
-    best_mc, found_mc = np.empty((len(scores), c), scores.dtype), np.empty((len(scores), c), np.int64)
-    least_m = np.partition(scores, width - c, axis=1)[:, width - c]
-    for row_n, least, best_c, found_c in zip(scores, least_m, best_mc, found_mc, strict=True):
-        enough = np.flatnonzero(row_n >= least)
-        if len(enough) > c:  # equals at the end
-            enough = np.argpartition(-row_n, c - 1)[:c]
-        values = row_n[enough]
-        order = values.argsort()[::-1]
-        best_c[:], found_c[:] = values[order], enough[order]
+    # Where c is large, NumPy takes a third of torch's time.
+    scores = scores_mn.numpy()
+    found_mc = scores.argpartition(-c, axis=1)[:, -c:]
+    best_mc = np.take_along_axis(scores, found_mc, axis=1)
+    order_mc = best_mc.argsort(axis=1)[:, ::-1]
+    best_mc, found_mc = (np.take_along_axis(of_mc, order_mc, axis=1) for of_mc in (best_mc, found_mc))
     return torch.from_numpy(best_mc), torch.from_numpy(found_mc)
 
 

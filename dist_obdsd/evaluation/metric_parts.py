@@ -1,9 +1,8 @@
-"""Metrics that ``config/registry.py`` names, and the settings of an evaluation.
+"""Settings of an evaluation, and metrics of all embeddings together.
 
-A metric is a function that makes a ``QueryMetric`` or an ``EmbeddingMetric``. Its arguments are keywords, those of
-``recall_at`` and ``released`` that it needs.
+Like those of ``metrics``, a metric is a function whose arguments are keywords; it makes an ``EmbeddingMetric``.
 
-Shapes: q queries of this rank, k neighbours, N images of all ranks, C classes, D embedding dimension.
+Shapes: N images of all ranks, C classes, D embedding dimension.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ import torch
 
 from dist_obdsd.config.registry import METRICS
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation import clustering, geometry, metrics
+from dist_obdsd.evaluation import clustering, geometry
+from dist_obdsd.evaluation.metrics import QueryMetric
 
 
 @dataclass(frozen=True)
@@ -50,66 +50,9 @@ class Settings:
         return self.conventions == "released"
 
     def build(self) -> list["QueryMetric | EmbeddingMetric"]:
-        """Make the metrics, in their order.
-
-        Raises:
-            InputError: there is no metric of that name.
-        """
+        """Make the metrics in their order, or raise InputError for an unknown one."""
         given = {"recall_at": self.recall_at, "released": self.released}
         return [METRICS.build(name, {}, **given) for name in dict.fromkeys(self.metrics)]
-
-
-# ---- means over the queries ----
-
-
-@dataclass(frozen=True)
-class QueryMetric:
-    """A metric that has one value per query; the mean over the queries is reported."""
-
-    values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
-    """(neighbour is of the query's class [q, k] bool, R [q], class size [q]) -> printed name -> [q] float64. The class
-    size is R, or by the released conventions includes the query."""
-    neighbours: Callable[[int, int], int]
-    """(largest R, largest class size) -> neighbours that it needs."""
-    refuses_less: bool = False
-    """Whether a gallery with fewer images is an error. An average precision has seen all there is."""
-
-
-def recall(*, recall_at: Sequence[int]) -> QueryMetric:
-    """Recall@k: an image of the query's class is among the k nearest (Jegou, 2011)."""
-    return QueryMetric(
-        lambda right, r, size: {f"recall@{k}": value for k, value in metrics.recall_at_k(right, recall_at).items()},
-        lambda r, size: max(recall_at),
-        refuses_less=True,
-    )
-
-
-def map_at_r() -> QueryMetric:
-    """Mean average precision over as many places as images to find (Musgrave, 2020)."""
-    return QueryMetric(lambda right, r, size: {"map@r": metrics.map_at_r(right, r)}, lambda r, size: r)
-
-
-def r_precision() -> QueryMetric:
-    """Share of the query's class among the first R places (Manning, section 8.4)."""
-    return QueryMetric(lambda right, r, size: {"r_precision": metrics.r_precision(right, r)}, lambda r, size: r)
-
-
-def map_at_1000(*, released: bool) -> QueryMetric:
-    """Mean average precision over the first 1,000 places (Weyand et al., CVPR 2020)."""
-    return QueryMetric(
-        lambda right, r, size: {"map@1000": metrics.map_at_k(right, r, 1000, size if released else None)},
-        lambda r, size: 1000,
-    )
-
-
-def map_at_class_size() -> QueryMetric:
-    """The authors' mAP_c: average precision over the class's size; else `map@r`."""
-    # In file metrics/mAP_c.py of github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch the class includes the
-    # query, so that even a perfect ranking reaches only (c - 1) / c.
-    return QueryMetric(lambda right, r, size: {"map@c": metrics.map_at_r(right, size)}, lambda r, size: size)
-
-
-# ---- of all embeddings ----
 
 
 @dataclass(frozen=True)
@@ -123,11 +66,7 @@ class EmbeddingSet:
 
     @cached_property
     def cluster_N(self) -> torch.Tensor:
-        """Clusters of k-means, as many as classes. Collective at first use.
-
-        Raises:
-            InputError: on every rank: the conventions are ``released``, and the number of training classes is unknown.
-        """
+        """Clusters of k-means, as many as classes. Collective at first use."""
         k = self.settings.train_classes if self.settings.released else int(self.class_N.max()) + 1
         if k is None:
             raise InputError(

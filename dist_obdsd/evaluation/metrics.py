@@ -1,141 +1,123 @@
 """Retrieval metrics: from a ranked search to one value **per query**.
 
-The mean over all ranks' queries is taken by the evaluator, which also leaves out, and counts, the queries that have
-nothing to find; a metric never shrinks its denominator by itself.
+A metric is a function that makes a ``QueryMetric``; its arguments are keywords, those of ``recall_at`` and ``released``
+that it needs. ``config/registry.py`` names it. ``retrieval`` takes the mean over all ranks' queries, leaves out and
+counts those that have nothing to find, and searches for as many neighbours as the metrics look at.
 
-Shapes: q queries, k neighbours, best first.
+Shapes: q queries of this rank, k neighbours, best first; h hits. ``R`` is the number of gallery images of a query's
+class, the query itself excluded, and ``relevant_i`` is 1 if the i-th neighbour is of its class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from dist_obdsd.errors import InputError
+
+@dataclass(frozen=True)
+class QueryMetric:
+    """A metric that has one value per query; the mean over the queries is reported."""
+
+    values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+    """(relevant [q, k] bool, R [q], class size [q]) -> printed name -> [q] float64 in [0, 1]. The class size is R, or
+    by the released conventions includes the query. Both are at least 1."""
+    neighbours: Callable[[int, int], int]
+    """(largest R, largest class size) -> neighbours that it needs."""
+    refuses_less: bool = False
+    """Whether a gallery with fewer images is an error. An average precision has seen all there is."""
 
 
-def recall_at_k(relevant_qk: torch.Tensor, ks: Sequence[int]) -> dict[int, torch.Tensor]:
-    """Compute Recall@K: an image of the query's class is among the K nearest.
+def recall(*, recall_at: Sequence[int]) -> QueryMetric:
+    """Recall@k: an image of the query's class is among the k nearest (Jegou, 2011).
 
-    ``Recall@K(query) = 1 if any(relevant_1 .. relevant_K) else 0``
+    ``Recall@k(query) = 1 if any(relevant_1 .. relevant_k) else 0``
     (Jegou et al., Product quantization for nearest neighbor search, 2011; Song et al., Deep metric learning via lifted
     structured feature embedding, CVPR 2016).
-
-    Args:
-        relevant_qk: [q, k] bool; entry i is True where the i-th neighbour is of the query's class.
-        ks: the values of K, each at most k.
-
-    Returns:
-        K -> [q] float64 of zeros and ones.
-
-    Raises:
-        InputError: a K is below 1 or above the number of neighbours.
 
     The first query finds its class at place 2, the second nowhere:
 
     >>> relevant = torch.tensor([[False, True, True, False], [False, False, False, False]])
-    >>> {k: values.tolist() for k, values in recall_at_k(relevant, (1, 2, 4)).items()}
-    {1: [0.0, 0.0], 2: [1.0, 0.0], 4: [1.0, 0.0]}
+    >>> found = recall(recall_at=(1, 2, 4)).values(relevant, torch.tensor([2, 1]), torch.tensor([2, 1]))
+    >>> {name: values.tolist() for name, values in found.items()}
+    {'recall@1': [0.0, 0.0], 'recall@2': [1.0, 0.0], 'recall@4': [1.0, 0.0]}
     """
-    width = relevant_qk.shape[1]
-    for k in ks:
-        if not 1 <= k <= width:
-            raise InputError(f"Recall@{k} needs a k of 1 to {width}, the number of neighbours; search for {k} or more")
-    return {k: relevant_qk[:, :k].any(dim=1).double() for k in ks}
+    return QueryMetric(
+        lambda relevant_qk, r_q, size_q: {f"recall@{k}": relevant_qk[:, :k].any(dim=1).double() for k in recall_at},
+        lambda r, size: max(recall_at),
+        refuses_less=True,
+    )
 
 
-def map_at_r(relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor) -> torch.Tensor:
-    """Compute MAP@R: it rewards a class that stands together at the front.
+def map_at_r() -> QueryMetric:
+    """Mean average precision over as many places as images to find (Musgrave, 2020).
 
-    ``MAP@R(query) = 1/R sum_{i=1..R} P(i) relevant_i`` with ``P(i) = (relevant_1 + .. + relevant_i) / i``, and R the
-    number of gallery images of the query's class, the query itself excluded (Musgrave, Belongie, Lim, A metric learning
-    reality check, ECCV 2020).
-
-    Args:
-        relevant_qk: [q, k] bool; entry i is True where the i-th neighbour is of the query's class.
-        relevant_count_q: [q] int, R of each query; at least 1 and at most k.
-
-    Returns:
-        [q] float64 in [0, 1].
-
-    Raises:
-        InputError: k is below the largest R, or an R is 0.
+    ``MAP@R(query) = 1/R sum_{i=1..R} P(i) relevant_i`` with ``P(i) = (relevant_1 + .. + relevant_i) / i`` rewards a
+    class that stands together at the front (Musgrave, Belongie, Lim, A metric learning reality check, ECCV 2020).
 
     R = 3 and the class stands at places 1 and 3, so (1/1 + 2/3) / 3; the second query has R = 1 and misses place 1:
 
     >>> relevant = torch.tensor([[True, False, True, True], [False, True, False, False]])
-    >>> [round(value, 6) for value in map_at_r(relevant, torch.tensor([3, 1])).tolist()]
+    >>> found = map_at_r().values(relevant, torch.tensor([3, 1]), torch.tensor([3, 1]))
+    >>> [round(value, 6) for value in found["map@r"].tolist()]
     [0.555556, 0.0]
     """
-    _check("MAP@R", relevant_qk, relevant_count_q, relevant_count_q)
-    return _precision_sums(relevant_qk, relevant_count_q) / relevant_count_q
+    return QueryMetric(
+        lambda relevant_qk, r_q, size_q: {"map@r": _precision_sums(relevant_qk, r_q) / r_q}, lambda r, size: r
+    )
 
 
-def r_precision(relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor) -> torch.Tensor:
-    """R-precision: the share of the query's class among the first R.
-
-    ``R-precision(query) = 1/R sum_{i=1..R} relevant_i``, R the number of gallery images of the query's class, the query
-    itself excluded (Manning, Raghavan, Schuetze, Introduction to Information Retrieval, section 8.4; for metric
-    learning Musgrave, Belongie, Lim, ECCV 2020).
-
-    Args, Raises:
-        As in ``map_at_r``.
-
-    Returns:
-        [q] float64 in [0, 1].
-
-    R = 3 with places 1 and 3, R = 1 with place 2, and R = 2 with nothing:
-
-    >>> relevant = torch.tensor([[True, False, True], [False, True, False], [False, False, True]])
-    >>> [round(value, 6) for value in r_precision(relevant, torch.tensor([3, 1, 2])).tolist()]
-    [0.666667, 0.0, 0.0]
-    """
-    _check("R-precision", relevant_qk, relevant_count_q, relevant_count_q)
-    place_k = torch.arange(relevant_qk.shape[1], device=relevant_qk.device)
-    return (relevant_qk & (place_k < relevant_count_q[:, None])).sum(dim=1).double() / relevant_count_q
+def map_at_class_size() -> QueryMetric:
+    """The authors' mAP_c: average precision over the class's size; else `map@r`."""
+    # In file metrics/mAP_c.py of github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch the class includes the
+    # query, so that even a perfect ranking reaches only (c - 1) / c.
+    return QueryMetric(
+        lambda relevant_qk, r_q, size_q: {"map@c": _precision_sums(relevant_qk, size_q) / size_q},
+        lambda r, size: size,
+    )
 
 
-def map_at_k(
-    relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor, k: int, divisor_q: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Compute mAP@k, with k = 1000 in the released code, over the first k places.
+def map_at_1000(*, released: bool, k: int = 1000) -> QueryMetric:
+    """Mean average precision over the first 1,000 places (Weyand et al., CVPR 2020).
 
-    ``mAP@k(query) = 1/min(R, k) sum_{i=1..k} P(i) relevant_i`` with P and R as in ``map_at_r`` (Weyand et al., Google
+    ``mAP@k(query) = 1/min(R, k) sum_{i=1..k} P(i) relevant_i`` with P as in ``map_at_r`` (Weyand et al., Google
     Landmarks Dataset v2, CVPR 2020, equation 3, there with k = 100). Unlike MAP@R it also rewards what stands behind
-    place R.
-
-    Args:
-        relevant_qk: [q, width] bool, width at least k.
-        relevant_count_q: [q] int, R of each query; at least 1.
-        k: places looked at.
-        divisor_q: [q] instead of min(R, k); the released code divides by the class size, the query included.
-
-    Returns:
-        [q] float64 in [0, 1].
-
-    Raises:
-        InputError: the width is below k, or an R is 0.
+    place R. The released code divides by the class size, the query included.
 
     R = 2 and the class stands at places 2 and 4, so (1/2 + 2/4) / 2; R = 3 beyond k = 4 with places 1 and 2, so
     (1 + 1) / 3; R = 9 is more than k can show, and k is full; a class that is not found:
 
     >>> relevant = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
-    >>> [round(value, 6) for value in map_at_k(relevant, torch.tensor([2, 3, 9, 1]), 4).tolist()]
+    >>> R = torch.tensor([2, 3, 9, 1])
+    >>> [round(value, 6) for value in map_at_1000(released=False, k=4).values(relevant, R, R)["map@4"].tolist()]
     [0.5, 0.666667, 1.0, 0.0]
     """
-    limit_q = torch.full_like(relevant_count_q, k)
-    _check(f"mAP@{k}", relevant_qk, relevant_count_q, limit_q)
-    divisor_q = relevant_count_q.clamp(max=k) if divisor_q is None else divisor_q
-    return _precision_sums(relevant_qk, limit_q) / divisor_q
+
+    def values(relevant_qk: torch.Tensor, r_q: torch.Tensor, size_q: torch.Tensor) -> dict[str, torch.Tensor]:
+        divisor_q = size_q if released else r_q.clamp(max=k)
+        return {f"map@{k}": _precision_sums(relevant_qk, torch.full_like(r_q, k)) / divisor_q}
+
+    return QueryMetric(values, lambda r, size: k)
 
 
-def _check(name: str, relevant_qk: torch.Tensor, relevant_count_q: torch.Tensor, limit_q: torch.Tensor) -> None:
-    width, needed = relevant_qk.shape[1], int(limit_q.max()) if limit_q.numel() else 0
-    if needed > width:
-        raise InputError(f"{name} needs {needed} neighbours, but {width} were searched; search for more")
-    if (relevant_count_q < 1).any():
-        raise InputError(
-            f"{name} is undefined for {int((relevant_count_q < 1).sum())} queries without a match; leave them out first"
-        )
+def r_precision() -> QueryMetric:
+    """Share of the query's class among the first R places (Manning, section 8.4).
+
+    ``R-precision(query) = 1/R sum_{i=1..R} relevant_i`` (Manning, Raghavan, Schuetze, Introduction to Information
+    Retrieval, section 8.4; for metric learning Musgrave, Belongie, Lim, ECCV 2020).
+
+    R = 3 with places 1 and 3, R = 1 with place 2, and R = 2 with nothing:
+
+    >>> relevant = torch.tensor([[True, False, True], [False, True, False], [False, False, True]])
+    >>> found = r_precision().values(relevant, torch.tensor([3, 1, 2]), torch.tensor([3, 1, 2]))
+    >>> [round(value, 6) for value in found["r_precision"].tolist()]
+    [0.666667, 0.0, 0.0]
+    """
+
+    def values(relevant_qk: torch.Tensor, r_q: torch.Tensor, size_q: torch.Tensor) -> dict[str, torch.Tensor]:
+        place_k = torch.arange(relevant_qk.shape[1], device=relevant_qk.device)
+        return {"r_precision": (relevant_qk & (place_k < r_q[:, None])).sum(dim=1).double() / r_q}
+
+    return QueryMetric(values, lambda r, size: r)
 
 
 def _precision_sums(relevant_qk: torch.Tensor, limit_q: torch.Tensor) -> torch.Tensor:
@@ -144,7 +126,7 @@ def _precision_sums(relevant_qk: torch.Tensor, limit_q: torch.Tensor) -> torch.T
     Only the relevant places add to it, and there are few: the j-th of them, at place i, adds j / i. In order of j, one
     at a time, a query's value has the same bits in whatever batch it stands.
     """
-    query_h, place_h = relevant_qk.nonzero(as_tuple=True)  # the hits, by query, then place
+    query_h, place_h = relevant_qk.nonzero(as_tuple=True)  # by query, then place
     counts = place_h < limit_q[query_h]
     query_h, place_h = query_h[counts], place_h[counts].double()
     hits_q = torch.bincount(query_h, minlength=relevant_qk.shape[0])

@@ -2,8 +2,8 @@
 
 With ``conventions: released`` the means are those of the public code (github.com/Confusezius/
 Revisiting_Deep_Metric_Learning_PyTorch, folder ``metrics``): the class size in mAP@1000 and mAP_c includes the query
-where it stands in the gallery, and a query with nothing to find counts as 0. One thing is not repeated: that code drops
-each query's first hit for the query itself, which among duplicates may be another image; here it is dropped by id.
+where it stands in the gallery, and a query with nothing to find counts as 0. But that code drops each query's first hit
+for the query itself, which among duplicates may be another image; here it is dropped by id.
 
 Every rank knows all rows and asks its share of the queries.
 
@@ -25,25 +25,14 @@ from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.eval_index import EvalIndex
 from dist_obdsd.evaluation.knn import Gallery
-from dist_obdsd.evaluation.metric_parts import QueryMetric, Settings
+from dist_obdsd.evaluation.metric_parts import Settings
+from dist_obdsd.evaluation.metrics import QueryMetric
 from dist_obdsd.rng import rng
 
 SHOWN = 16
 """Queries kept as failures, and as many as successes."""
 SHOWN_NEIGHBOURS = 8
 """Neighbours kept of each."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of queries and images of one gallery."""
-
-    queries: int
-    """Queries that the metrics are means over."""
-    gallery: int
-    """Images searched."""
-    excluded: int
-    """Further queries that have no other image of their class in the gallery, and so nothing to find."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,13 @@ class Retrieval:
     """The answers of one gallery; the same on every rank."""
 
     metrics: dict[str, float]
-    counts: Counts
+    """Means over the queries, by name; the gallery's name stands before it."""
+    queries: int
+    """Queries that the metrics are means over."""
+    gallery: int
+    """Images searched."""
+    excluded: int
+    """Further queries that have no other image of their class in the gallery, and so nothing to find."""
     per_class: tuple[ClassRecall, ...]
     """By label; classes without a counted query are missing."""
     failures: tuple[RankedQuery, ...]
@@ -163,12 +158,15 @@ def retrieve(
         RankedQuery(gallery, query_id, label, tuple(ids), tuple(labels), tuple(scores))
         for query_id, label, ids, labels, scores in zip(*(of.tolist() for of in columns), strict=True)
     ]
-    queries_C, hits_C = (np.bincount(of, minlength=len(classes_C)) for of in (class_Q, class_Q[hit_Q == 0]))
+    prefix = f"{gallery}/" if gallery else ""
+    queries_C, hits_C = (np.bincount(of, minlength=len(classes_C)).tolist() for of in (class_Q, class_Q[hit_Q == 0]))
     return Retrieval(
-        metrics={name: math.fsum(of.tolist()) / Q for name, of in zip(values, values_Q, strict=True)},
-        counts=Counts(queries=Q, gallery=offered, excluded=asked - Q),
+        metrics={prefix + name: math.fsum(of.tolist()) / Q for name, of in zip(values, values_Q, strict=True)},
+        queries=Q,
+        gallery=offered,
+        excluded=asked - Q,
         per_class=tuple(
-            ClassRecall(gallery, label, int(queries), int(hits) / int(queries))
+            ClassRecall(gallery, label, queries, hits / queries)
             for label, queries, hits in zip(classes_C.tolist(), queries_C, hits_C, strict=True)
             if queries
         ),

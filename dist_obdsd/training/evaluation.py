@@ -98,9 +98,8 @@ def evaluate_split(
                 # Not a call of the network, which model.compile may have replaced.
                 embedded = embed_all(network.forward, between(batches), runtime.device)
             result = measure(
-                *embedded, settings_from(config, manifest), expected_count=expected.total(),
-                expected_classes=expected, device=runtime.device, sample=sample,
-            )  # fmt: skip
+                *embedded, settings_from(config, manifest), expected=expected, device=runtime.device, sample=sample
+            )
     finally:
         network.train(training)
     return replace(result, seconds=max(collectives.gather_json(time.perf_counter() - started)))

@@ -12,7 +12,6 @@ import dist_obdsd
 from dist_obdsd.cli.main import main
 from dist_obdsd.distributed import collectives
 from dist_obdsd.evaluation import faiss_index
-from dist_obdsd.evaluation.embedding_files import Table
 from tests import harness
 
 N, D = 50, 8
@@ -25,7 +24,7 @@ def _rows() -> torch.Tensor:
 def _write_share(folder: str) -> None:
     rank, world = collectives.rank(), collectives.world_size()
     ids = torch.arange(N)[rank::world]
-    table = Table(np.arange(N) + 1000, {"keys": np.array([f"k{i}" for i in range(N)])})
+    table = {"ids": np.arange(N) + 1000, "keys": np.array([f"k{i}" for i in range(N)])}
     faiss_index.write(Path(folder) / f"{world}.faiss", _rows()[rank::world], ids + 1000, table)
 
 
