@@ -27,7 +27,8 @@ from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import embedding_files, faiss_index
 from dist_obdsd.evaluation.embedding_files import Table
-from dist_obdsd.evaluation.evaluator import EvaluationResult, measure
+from dist_obdsd.evaluation.evaluator import measure
+from dist_obdsd.evaluation.retrieval import EvaluationResult
 from dist_obdsd.figures import retrieval_grid
 from dist_obdsd.files import write_atomically
 from dist_obdsd.inference import build_network, inference_config

@@ -29,8 +29,8 @@ def k_means(
     """Cluster rows by Lloyd's k-means (1982). Collective.
 
     It starts from k rows drawn without replacement, as faiss does and so the released code; clusters are numbered by
-    their start's place. A cluster that ends up empty is given the row farthest from its own centre (ties: the first).
-    It stays empty where every row lies on its centre. The iterations end when no row changes its cluster.
+    their start's place. A cluster that ends up empty is given the row farthest from its own centre (ties: the first),
+    if one lies off its centre. The iterations end when no row changes its cluster.
 
     Args:
         rows_ND: finite rows, by ascending id and the same on every rank.
@@ -90,11 +90,7 @@ def group_means(rows_ND: torch.Tensor, group_N: torch.Tensor, k: int) -> tuple[t
 def nearest_centre(rows_rD: torch.Tensor, norm_r: torch.Tensor, centres_kD: torch.Tensor) -> torch.Tensor:
     """Find each row's nearest centre (Euclidean, ties to the first): [r] int64.
 
-    |x - c|^2 is smallest where s = x.c - |c|^2/2 is largest.
-
-    Args:
-        norm_r: float64 lengths of the rows.
-        centres_kD: float64.
+    |x - c|^2 is smallest where s = x.c - |c|^2/2 is largest. ``norm_r`` and ``centres_kD`` are float64.
     """
     # Equal centres would be a tie for every row, so only the first of each is asked.
     _, first = np.unique(centres_kD.cpu().numpy(), axis=0, return_index=True)

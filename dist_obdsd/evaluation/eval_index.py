@@ -7,8 +7,7 @@ Roles say what an image does: ``both``, ``query`` and ``train`` ask, ``both``, `
 Shapes: n images of this rank, N different images of all ranks, C classes.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +15,8 @@ import torch
 
 from dist_obdsd.data.manifest import ROLES, asks, gallery_of
 from dist_obdsd.distributed import collectives
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.distributed.collectives import met_by_all
+from dist_obdsd.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -79,25 +79,14 @@ def build_eval_index(
     if contradicts_M.any():
         at = int(contradicts_M.nonzero()[0])
         (one, label, role), (_, other_label, other_role) = all_M3[[int(first_N[place_M[at]]), at]].tolist()
-        raise collectives.met_by_all(
-            InputError(
-                f"image id {one} arrives as class {label}, role {known[role]} and as class {other_label}, role "
-                f"{known[other_role]}; give every image an id of its own"
-            )
-        )
+        message = f"image id {one} arrives as class {label}, role {known[role]} and as class {other_label}, role "
+        raise met_by_all(InputError(f"{message}{known[other_role]}; give every image an id of its own"))
     _, labels_N, role_N = all_M3[first_N].T.contiguous()
-    galleries = tuple(sorted({name for role in known if (name := gallery_of(role)) is not None}))
-    gallery_by_code = [-1 if (name := gallery_of(role)) is None else galleries.index(name) for role in known]
-    return EvalIndex(
-        ids_N=ids_N,
-        labels_N=labels_N,
-        asks_N=torch.tensor([asks(role) for role in known], dtype=torch.bool)[role_N],
-        gallery_N=torch.tensor(gallery_by_code, dtype=torch.int64)[role_N],
-        galleries=galleries,
-        duplicates=M - len(ids_N),
-        first_N=first_N,
-        counts=counts,
-    )
+    gallery = [gallery_of(role) for role in known]
+    galleries = tuple(sorted({name for name in gallery if name is not None}))
+    number = torch.tensor([-1 if name is None else galleries.index(name) for name in gallery], dtype=torch.int64)
+    asking = torch.tensor([asks(role) for role in known], dtype=torch.bool)
+    return EvalIndex(ids_N, labels_N, asking[role_N], number[role_N], galleries, M - len(ids_N), first_N, counts)
 
 
 def gather_by_id(rows_nD: torch.Tensor, index: EvalIndex) -> torch.Tensor:
@@ -116,23 +105,3 @@ def gather_by_id(rows_nD: torch.Tensor, index: EvalIndex) -> torch.Tensor:
         collectives.broadcast_([rows_mD], source)
         rows_ND[place_m.to(rows_nD.device)] = rows_mD
     return rows_ND
-
-
-def check_counts(index: EvalIndex, expected: Mapping[int, int] | None) -> None:
-    """Compare with the images that the manifest promises, by label.
-
-    Raises:
-        RunError: on every rank: there is no image, or another number of images.
-    """
-    if not len(index) or (expected is not None and len(index) != sum(expected.values())):
-        wanted = "at least 1 is" if expected is None else f"{sum(expected.values())} are"
-        message = f"{len(index)} images were embedded but {wanted} expected; check that every rank reads its share of "
-        raise collectives.met_by_all(RunError(f"{message}the same shards"))
-    found = Counter(index.labels_N.tolist())
-    if expected is not None and (wrong := [c for c in expected if found[c] != expected[c]]):
-        c = min(wrong)
-        message = (
-            f"{len(wrong)} classes have another number of images than the manifest says, the first class {c} with "
-            f"{found[c]} instead of {expected[c]}; check that the labels belong to these shards"
-        )
-        raise collectives.met_by_all(RunError(message))

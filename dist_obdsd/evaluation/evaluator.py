@@ -8,8 +8,7 @@ Shapes: n images of this rank, N of all ranks, D embedding dimension.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,41 +18,17 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import met_by_all, values_by_rank
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.embedding_sample import EmbeddingSample, sample_embeddings
-from dist_obdsd.evaluation.eval_index import build_eval_index, check_counts, check_roles, gather_by_id
+from dist_obdsd.evaluation.eval_index import build_eval_index, check_roles, gather_by_id
+from dist_obdsd.evaluation.geometry import sample_embeddings
 from dist_obdsd.evaluation.knn import unit_rows
 from dist_obdsd.evaluation.metric_parts import EmbeddingSet, Settings
 from dist_obdsd.evaluation.metrics import QueryMetric
-from dist_obdsd.evaluation.retrieval import ClassRecall, RankedQuery, retrieve
+from dist_obdsd.evaluation.retrieval import EvaluationResult, retrieve
 
 LARGEST, SMALLEST = 1e15, 1e-15
 """Entries of embeddings whose squared distances float32 holds."""
 ROLES = ("", "query", "gallery", "both")
 """By whether an image asks, plus twice whether it is searched."""
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Result of one evaluation; the same on every rank."""
-
-    metrics: dict[str, float]
-    """``recall@1``, ..., ``map@r``: means over ``queries``. Those of a named gallery are ``NAME/recall@1``, ..."""
-    queries: int
-    """``queries``, ``gallery``, ``excluded`` as in ``Retrieval``, summed over the galleries (mostly one)."""
-    gallery: int
-    excluded: int
-    duplicates: int
-    """Images that arrived again under an id already seen, and were dropped."""
-    seconds: float = field(compare=False)
-    """Wall time on this rank."""
-    per_class: tuple[ClassRecall, ...] = ()
-    """By gallery, then label; classes without a query that counts are missing."""
-    failures: tuple[RankedQuery, ...] = ()
-    """By gallery, the worst first; see ``Retrieval.failures``."""
-    successes: tuple[RankedQuery, ...] = ()
-    """By gallery, the best first; see ``Retrieval.successes``."""
-    sample: EmbeddingSample | None = field(default=None, compare=False)
-    """What figures show of the embeddings, if it was asked for."""
 
 
 def evaluate(
@@ -107,7 +82,8 @@ def evaluate(
     with collectives.within(group):
         with raise_on_all_ranks("the images to evaluate"):
             settings = Settings(metrics, recall_at, conventions, distance, backend, seed, train_classes)
-            rows_nD = _as_rows(embeddings)
+            rows_nD = torch.as_tensor(embeddings).detach()
+            rows_nD = rows_nD.float() if rows_nD.dtype in (torch.float16, torch.bfloat16) else rows_nD
             rows_nD = rows_nD.to(collectives.sends_from(rows_nD.device))
             n = len(rows_nD)
             asks_n, searched_n = (_as_mask("queries", queries, n), _as_mask("gallery", gallery, n))
@@ -129,16 +105,6 @@ def evaluate(
         result = measure(rows_nD, ids_n, labels_n, roles, settings, normalize=True, device=rows_nD.device)
         counts = {name: getattr(result, name) for name in ("queries", "gallery", "excluded", "duplicates")}
         return result.metrics | counts
-
-
-def _as_rows(embeddings: Any) -> torch.Tensor:
-    if not isinstance(embeddings, torch.Tensor):
-        array = np.asarray(embeddings)
-        if array.dtype.kind != "f":
-            raise InputError(f"the embeddings have type {array.dtype}; they must be floating-point numbers")
-        embeddings = torch.tensor(array)
-    rows_nD: torch.Tensor = embeddings.detach()
-    return rows_nD.float() if rows_nD.dtype in (torch.float16, torch.bfloat16) else rows_nD
 
 
 def _as_array(values: Any) -> np.ndarray:
@@ -177,21 +143,21 @@ def measure(
     settings: Settings,
     *,
     normalize: bool = False,
-    expected: Mapping[int, int] | None = None,
+    expected: int | None = None,
     device: torch.device | None = None,
     sample: bool = False,
 ) -> EvaluationResult:
     """Search and measure embedded images. Collective; the same result on every rank.
 
-    Roles (see ``eval_index``) say which images are queries and which are searched. An image never finds itself. Every
-    named gallery is searched and reported alone.
+    An image never finds itself. Every named gallery is searched and reported alone.
 
     Args:
         rows_nD: [n, D] float32 or float64 embeddings of this rank; n may be 0 and may differ.
         ids_n, labels_n: [n] int64, on the CPU; an image that arrives twice counts once.
+        roles: of the n images, see ``eval_index``.
         settings: the same on every rank.
         normalize: bring the rows to unit length first, if the distance is the cosine.
-        expected: images of all ranks, duplicates not counted, by label; None: whatever there is.
+        expected: images of all ranks, duplicates not counted; None: whatever there is.
         device: where the search runs; None: on the CPU.
         sample: whether to keep what figures are drawn from.
 
@@ -217,7 +183,9 @@ def measure(
         dim, dtype, where = different[0]
         rows_nD = torch.empty(0, dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=where)
     index = build_eval_index(ids_n, labels_n, roles, counts, sorted(set().union(*known)))
-    check_counts(index, expected)
+    if not len(index) or (expected is not None and len(index) != expected):
+        message = f"{len(index)} images were embedded but {expected or 'at least 1'} expected; check that every rank "
+        raise met_by_all(RunError(f"{message}reads its share of the same shards"))
     rows_ND = gather_by_id(rows_nD, index).to(device or "cpu")
     of_queries = [metric for metric in metrics if isinstance(metric, QueryMetric)]
     found = [retrieve(name, rows_ND, index, of_queries, settings) for name in index.galleries or ("",)]
@@ -234,7 +202,7 @@ def measure(
         per_class=tuple(one for of in found for one in of.per_class),
         failures=tuple(one for of in found for one in of.failures),
         successes=tuple(one for of in found for one in of.successes),
-        sample=sample_embeddings(rows_ND, index, settings.seed) if sample else None,
+        sample=sample_embeddings(rows_ND, index.labels_N, settings.seed) if sample else None,
         seconds=time.perf_counter() - started,
     )
 

@@ -1,20 +1,23 @@
-"""Geometry of an embedding: spread of classes, and directions in use.
+"""Geometry of an embedding: spread of classes, directions in use, and a sample for figures.
 
-Every rank knows all rows, by ascending id, and measures its share of the classes or of blocks of rows. Sums are taken
-in the order of the classes or blocks. So the numbers are the same for any number of ranks.
+Every rank knows all rows, by ascending id, and measures its share of the classes or of blocks of rows. Sums do not
+depend on the order of the ranks. So the numbers are the same for any number of ranks.
 
-Shapes: N images of all ranks, C classes, D embedding dimension.
+Shapes: N images of all ranks, m images of the sample, C classes, D embedding dimension.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.clustering import group_means
 from dist_obdsd.evaluation.knn import unit_rows
+from dist_obdsd.rng import rng
 
 ROWS = 1024
 """Rows whose distances to others are held at a time."""
@@ -22,6 +25,8 @@ BLOCKS = 8
 """Blocks of rows whose Gram matrices are added up."""
 RESOLUTION = 2.0**-24
 """Of float32: singular values below this share of the largest cannot be told from zero."""
+SAMPLED_CLASSES, SAMPLED_IMAGES = 20, 1000
+"""t-SNE of so many images takes about three seconds on a CPU core."""
 
 
 def class_distances(rows_ND: torch.Tensor, class_N: torch.Tensor, *, cosine: bool) -> dict[str, float]:
@@ -80,22 +85,28 @@ def _sum_of_distances(some_rD: torch.Tensor, rows_cD: torch.Tensor, cosine: bool
     return math.fsum(distance_rc.cpu().numpy().sum(axis=1).tolist())
 
 
-def rho_spectrum(rows_ND: torch.Tensor, *, leave_out: int = 0) -> float:
-    """Measure how unevenly the embedding uses its directions: 0 if evenly. Collective.
+def rho_spectrum(singular: Sequence[float], *, leave_out: int = 0) -> float:
+    """Measure how unevenly the embedding uses its directions: 0 if evenly.
 
     ``rho = KL(U || S) = sum_i 1/m log((1/m) / s_i)``, s the m = min(N, D) singular values of the matrix of all
     embeddings (not centred), divided by their sum (Roth et al., ICML 2020, section 5.3). A singular value below 2^-24
     of the largest counts as that, since float32 rows cannot tell it from zero and the logarithm could not take it.
 
     Args:
-        leave_out: smallest singular values to leave out.
+        singular: the largest first.
+        leave_out: smallest ones to leave out.
 
     Both axes used alike; one four times as much as the other, so log(0.5/0.8)/2 + log(0.5/0.2)/2:
 
-    >>> [round(rho_spectrum(rows), 6) for rows in (torch.eye(2), torch.tensor([[4.0, 0.0], [0.0, 1.0]]))]
+    >>> [round(rho_spectrum(singular), 6) for singular in ([1.0, 1.0], [4.0, 1.0])]
     [0.0, 0.223144]
     """
-    return rho(singular_values(rows_ND), leave_out=leave_out)
+    kept = singular[: max(1, len(singular) - leave_out)]
+    if kept[0] <= 0:
+        return 0.0
+    values = [max(value, RESOLUTION * kept[0]) for value in kept]
+    total = math.fsum(values)
+    return max(0.0, math.fsum(math.log(total / (len(values) * value)) for value in values) / len(values))
 
 
 def singular_values(rows_ND: torch.Tensor) -> list[float]:
@@ -122,11 +133,28 @@ def _gram(rows_rD: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(threads)
 
 
-def rho(singular: Sequence[float], *, leave_out: int = 0) -> float:
-    """``rho_spectrum`` from the singular values, the largest first."""
-    kept = singular[: max(1, len(singular) - leave_out)]
-    if kept[0] <= 0:
-        return 0.0
-    values = [max(value, RESOLUTION * kept[0]) for value in kept]
-    total = math.fsum(values)
-    return max(0.0, math.fsum(math.log(total / (len(values) * value)) for value in values) / len(values))
+# ---- for figures ----
+
+
+@dataclass(frozen=True)
+class EmbeddingSample:
+    """A few classes' embeddings; the same on every rank, on the CPU."""
+
+    rows_mD: torch.Tensor
+    """By class and within it by id."""
+    labels_m: torch.Tensor
+    """int64, ascending."""
+    singular: tuple[float, ...]
+    """Singular values of the matrix of all N embeddings, the largest first."""
+
+
+def sample_embeddings(rows_ND: torch.Tensor, labels_N: torch.Tensor, seed: int) -> EmbeddingSample:
+    """Draw ``SAMPLED_CLASSES`` classes, at most ``SAMPLED_IMAGES`` images in all. Collective."""
+    labels_C, class_N = np.unique(labels_N.numpy(), return_inverse=True)
+    generator = rng(seed, "portrait")
+    classes = np.sort(generator.permutation(len(labels_C))[:SAMPLED_CLASSES])
+    drawn_N = generator.permutation(len(class_N))
+    most = SAMPLED_IMAGES // len(classes)
+    place_m = torch.from_numpy(np.concatenate([np.sort(drawn_N[class_N[drawn_N] == c][:most]) for c in classes]))
+    rows_mD = rows_ND[place_m.to(rows_ND.device)].cpu()
+    return EmbeddingSample(rows_mD, labels_N[place_m], tuple(singular_values(rows_ND)))

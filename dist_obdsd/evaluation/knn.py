@@ -106,12 +106,7 @@ class Gallery:
         return Gallery(self.rows_nD[kept_n], self.k, distance=self.distance, backend=self.backend), kept_n
 
     def _rescore(
-        self,
-        rows_mD: torch.Tensor,
-        scores_mc: torch.Tensor,
-        found_mc: torch.Tensor,
-        close_m: torch.Tensor,
-        exact: int,
+        self, rows_mD: torch.Tensor, scores_mc: torch.Tensor, found_mc: torch.Tensor, close_m: torch.Tensor, exact: int
     ) -> None:
         """Score close candidates, and the first ``exact``, in float64. In place."""
         near_mc = scores_mc[:, :-1] - scores_mc[:, 1:] <= close_m[:, None]

@@ -97,4 +97,6 @@ def distances(*, released: bool) -> EmbeddingMetric:
 
 def rho_spectrum(*, released: bool) -> EmbeddingMetric:
     """Unevenness of the embedding's directions; 0 is even (Roth, ICML 2020)."""
-    return lambda of: {"rho_spectrum": geometry.rho_spectrum(of.rows_ND, leave_out=int(released))}
+    return lambda of: {
+        "rho_spectrum": geometry.rho_spectrum(geometry.singular_values(of.rows_ND), leave_out=int(released))
+    }

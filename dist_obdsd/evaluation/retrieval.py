@@ -13,7 +13,7 @@ C classes, D embedding dimension.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from dist_obdsd.distributed.collectives import met_by_all
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation.eval_index import EvalIndex
+from dist_obdsd.evaluation.geometry import EmbeddingSample
 from dist_obdsd.evaluation.knn import Gallery
 from dist_obdsd.evaluation.metric_parts import Settings
 from dist_obdsd.evaluation.metrics import QueryMetric
@@ -58,30 +59,36 @@ class RankedQuery:
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """The answers of one gallery; the same on every rank."""
+class EvaluationResult:
+    """Result of one evaluation, or of one of its galleries; the same on every rank."""
 
     metrics: dict[str, float]
-    """Means over the queries, by name; the gallery's name stands before it."""
+    """``recall@1``, ..., ``map@r``: means over ``queries``. Those of a named gallery are ``NAME/recall@1``, ..."""
     queries: int
-    """Queries that the metrics are means over."""
+    """Queries that the metrics are means over; like ``gallery`` and ``excluded`` summed over the galleries."""
     gallery: int
     """Images searched."""
     excluded: int
     """Further queries that have no other image of their class in the gallery, and so nothing to find."""
     per_class: tuple[ClassRecall, ...]
-    """By label; classes without a counted query are missing."""
+    """By gallery, then label; classes without a query that counts are missing."""
     failures: tuple[RankedQuery, ...]
-    """The ``SHOWN`` worst queries: those whose class comes latest among the neighbours searched (or not at all); among
-    equals those with the higher score of the first neighbour; then by id."""
+    """By gallery the ``SHOWN`` worst queries: those whose class comes latest among the neighbours searched (or not at
+    all); among equals those with the higher score of the first neighbour; then by id."""
     successes: tuple[RankedQuery, ...]
-    """The ``SHOWN`` best queries, one of a class at most: those with the most images of their class among the first
-    ``SHOWN_NEIGHBOURS``; among equals in an order drawn at random, but always the same."""
+    """By gallery the ``SHOWN`` best queries, one of a class at most: those with the most images of their class among
+    the first ``SHOWN_NEIGHBOURS``; among equals in an order drawn at random, but always the same."""
+    duplicates: int = 0
+    """Images that arrived again under an id already seen, and were dropped."""
+    seconds: float = field(default=0.0, compare=False)
+    """Wall time on this rank."""
+    sample: EmbeddingSample | None = field(default=None, compare=False)
+    """What figures show of the embeddings, if it was asked for."""
 
 
 def retrieve(
     gallery: str, rows_ND: torch.Tensor, index: EvalIndex, metrics: Sequence[QueryMetric], settings: Settings
-) -> Retrieval:
+) -> EvaluationResult:
     """Ask one gallery all queries. Collective; the same result on every rank.
 
     Args:
@@ -160,7 +167,7 @@ def retrieve(
     ]
     prefix = f"{gallery}/" if gallery else ""
     queries_C, hits_C = (np.bincount(of, minlength=len(classes_C)).tolist() for of in (class_Q, class_Q[hit_Q == 0]))
-    return Retrieval(
+    return EvaluationResult(
         metrics={prefix + name: math.fsum(of.tolist()) / Q for name, of in zip(values, values_Q, strict=True)},
         queries=Q,
         gallery=offered,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dist_obdsd.config.registry import TARGETS
-from dist_obdsd.evaluation.geometry import rho
+from dist_obdsd.evaluation.geometry import rho_spectrum
 from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.graph import softmax
 from dist_obdsd.manifold.similarity import similarity
@@ -74,7 +74,7 @@ def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffus
     Args:
         T_BD: unit rows, of the teacher where there is one.
         labels_B: their classes.
-        diffusion: the target. ``none`` has similarities alone.
+        diffusion: the target.
 
     Raises:
         RunError: the diffusion cannot be solved.
@@ -93,16 +93,15 @@ def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffus
     target = None if diffusion.target == "none" else TARGETS.load(diffusion.target)
     if target is not None and target.needs_teacher:
         before_tB = softmax(similarity(T_BD[rows], T_BD), diffusion.temperature, 0, diffusion.mask_self)
-        name, targets = f"Target (temperature {diffusion.temperature:g})", {}
+        named = "Target" if target.graph is None else "Target before the diffusion"
+        targets = {f"{named} (temperature {diffusion.temperature:g})": before_tB}
         if target.graph is not None:
             A_tB = target.graph(T_BD, diffusion).transition(rows)
             how = f"temperature {diffusion.transition_temperature:g}" if diffusion.target == "obdsd" else "symmetric"
             shades = {"cmap": colours, "norm": _log_norm(A_tB)}
             panels.append((f"Transition A ({how})", A_tB, shades, "weight of the edge (grey: 0)"))
-            name = name.replace("Target", "Target before the diffusion")
             after_tB = target_rows(T_BD, rows, diffusion).target_bB
-            targets = {f"Target after the diffusion (ω = {diffusion.omega:g})": after_tB}
-        targets = {name: before_tB} | targets
+            targets[f"Target after the diffusion (ω = {diffusion.omega:g})"] = after_tB
         shades = {"cmap": colours, "norm": _log_norm(*targets.values())}
         panels += [(name, matrix_tB, shades, "probability (grey: 0)") for name, matrix_tB in targets.items()]
 
@@ -126,10 +125,8 @@ def recall_curves(lines: Mapping[str, Mapping[int, float]], title: str) -> "Figu
         lines: at least one, protocol -> {k: recall}.
     """
     percent = {name: {k: 100 * line[k] for k in sorted(line)} for name, line in lines.items()}
-    figure = _line_chart(
-        {f"{name}: {', '.join(f'{value:.1f}' for value in line.values())}": line for name, line in percent.items()},
-        title,
-    )
+    named = {f"{name}: {', '.join(f'{v:.1f}' for v in line.values())}": line for name, line in percent.items()}
+    figure = _line_chart(named, title)
     (axes,) = figure.axes
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks := sorted({k for line in lines.values() for k in line}), [str(k) for k in ks])
@@ -160,7 +157,7 @@ def spectrum(singular: Sequence[float], title: str) -> "Figure":
     values = np.maximum(np.array(singular) / (math.fsum(singular) or 1.0), 1e-12)
     figure = _figure(6.4, 4.6, title)
     axes = figure.subplots()
-    label = f"these embeddings, rho = {rho(singular):.3f}"
+    label = f"these embeddings, rho = {rho_spectrum(singular):.3f}"
     axes.plot(range(1, len(values) + 1), values, color=COLOURS[0], marker=".", label=label)
     axes.axhline(1 / len(values), color=COLOURS[1], linestyle="dashed", label="all directions equally, rho = 0")
     axes.set_yscale("log")
@@ -193,18 +190,16 @@ def loss_curves(
     distils = any("distillation" in step for step in steps)
     figure = _figure(11, 7.2 if distils else 3.9, title)
     panels = list(np.atleast_1d(figure.subplots(1 + distils, 2, sharex=True)).flat)
-    place = column("step")
-    loss, rate = panels[:2]
+    place, (loss, rate, *more) = column("step"), panels
     _curve(loss, place, column("ranking"), "ranking loss", COLOURS[0])
     loss.set(title="Ranking loss", ylabel="loss (no unit)")
-    loss.legend(fontsize=8)
     rate.plot(place, column("lr"), color=COLOURS[2], label="network" if head_scale == 1 else "backbone")
     if head_scale != 1:
         label = f"embedding layer ({head_scale:g} times as high)"
         rate.plot(place, column("lr") * head_scale, color=COLOURS[4], label=label)
     rate.set(title="Learning rate", ylabel="learning rate")
     if distils:
-        divergence, entropy = panels[2:]
+        divergence, entropy = more
         _curve(divergence, place, column("distillation"), "KL(target || student)", COLOURS[1])
         divergence.set(title="Distillation and its ramp", ylabel="divergence (nats)")
         ramp = divergence.twinx()
@@ -216,12 +211,12 @@ def loss_curves(
             uniform = f"log {batch}, a uniform target's"
             entropy.axhline(math.log(batch), color="grey", linestyle="dotted", label=uniform)
         entropy.set(title="Entropy of the target", ylabel="nats")
-    for axes in panels[1:]:
-        axes.set_ylim(0, axes.get_ylim()[1] * HEADROOM)
-        axes.legend(fontsize=8, loc="upper left")
     borders = [step["step"] for before, step in pairwise(steps) if before["epoch"] != step["epoch"]]
     borders = borders if len(borders) < MOST_EPOCHS else []
     for axes in panels:
+        if axes is not loss:
+            axes.set_ylim(0, axes.get_ylim()[1] * HEADROOM)
+        axes.legend(fontsize=8, loc="best" if axes is loss else "upper left")
         axes.grid(visible=True, alpha=0.25)
         for border in borders:
             axes.axvline(border - 0.5, color="grey", linewidth=0.6, alpha=0.6, zorder=0)
@@ -231,7 +226,7 @@ def loss_curves(
     return figure
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------------
+# ---- helpers ----
 
 
 def _line_chart(lines: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
@@ -266,17 +261,16 @@ def _project(rows_mD: np.ndarray, seed: int) -> np.ndarray:
     """Compute the t-SNE map [m, 2]."""
     from sklearn.manifold import TSNE  # van der Maaten and Hinton, JMLR 2008
 
-    # Equal rows, as of a collapsed network, have no principal components, and scikit-learn would divide by zero.
     # The map depends on the ratios of distances alone; near rows keep their digits this way.
     centred_mD = rows_mD - rows_mD.mean(axis=0)
     spread = float(np.abs(centred_mD).max())
-    if spread > 1e-9:
-        centred_mD /= spread
+    # Equal rows, as of a collapsed network, have no principal components, and scikit-learn would divide by zero.
     init = "pca" if spread > 1e-9 and min(rows_mD.shape) > 1 else "random"
     perplexity = min(30.0, max(1.0, (len(rows_mD) - 1) / 3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return TSNE(perplexity=perplexity, init=init, random_state=seed, n_jobs=1).fit_transform(centred_mD)
+        tsne = TSNE(perplexity=perplexity, init=init, random_state=seed, n_jobs=1)
+        return tsne.fit_transform(centred_mD / max(spread, 1e-9))
 
 
 def _log_norm(*matrices: torch.Tensor) -> Any:
@@ -290,10 +284,9 @@ def _log_norm(*matrices: torch.Tensor) -> Any:
 
 def _shares(matrix_tB: torch.Tensor, labels_B: torch.Tensor) -> str:
     """Describe where a row's mass lies, on average over the rows shown."""
-    same_tB = labels_B[: len(matrix_tB), None] == labels_B
-    mass = matrix_tB.double().sum() or 1.0
-    own = float(matrix_tB.diagonal().double().sum() / mass)
-    of_class = float(matrix_tB.double()[same_tB].sum() / mass) - own
+    share_tB = matrix_tB.double() / (matrix_tB.double().sum() or 1.0)
+    own = float(share_tB.diagonal().sum())
+    of_class = float(share_tB[labels_B[: len(matrix_tB), None] == labels_B].sum()) - own
     return f"itself {own:.0%}, its class {of_class:.0%}, others {1 - own - of_class:.0%}"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from dist_obdsd.config import Config, load_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.shard_reader import cache_of
 from dist_obdsd.errors import InputError, format_error
-from dist_obdsd.evaluation.evaluator import EvaluationResult
-from dist_obdsd.evaluation.retrieval import RankedQuery
+from dist_obdsd.evaluation.retrieval import EvaluationResult, RankedQuery
 from dist_obdsd.figures import figures, retrieval_grid
 from dist_obdsd.figures.run_report import FIGURES, run_report
 from dist_obdsd.files import write_atomically
@@ -169,9 +168,9 @@ class RunFolder:
         return figures.recall_curves(lines, f"{self.config.name}: Recall@k, test") if lines else None
 
     def retrieval_grid(self) -> "Figure | None":
-        if self._evaluation is None:
+        if (kept := self._evaluation) is None:
             return None
-        about, data = self._evaluation.about, self.config.data
+        about, data = kept.about, self.config.data
         best, worst = ([RankedQuery(**entry) for entry in about["answers"][name]] for name in ("best", "worst"))
         if not (ids := retrieval_grid.shown([*best, *worst])):
             return None
@@ -180,21 +179,18 @@ class RunFolder:
             "Best: all or most neighbours are of the query's class": best,
             "Worst: the first neighbour of the query's class comes latest": worst,
         }
-        return retrieval_grid.retrieval_grid(
-            sections, images, self._evaluation.names, self._title("nearest neighbours")
-        )
+        return retrieval_grid.retrieval_grid(sections, images, kept.names, self._title("nearest neighbours", kept))
 
     def embedding_map(self) -> "Figure | None":
         if (kept := self._evaluation) is None:
             return None
-        return figures.embedding_map(
-            kept.rows_nD, kept.labels_n, kept.names, self._title("embeddings"), self.config.seed
-        )
+        title = self._title("embeddings", kept)
+        return figures.embedding_map(kept.rows_nD, kept.labels_n, kept.names, title, self.config.seed)
 
     def spectrum(self) -> "Figure | None":
-        if self._evaluation is None:
+        if (kept := self._evaluation) is None:
             return None
-        return figures.spectrum(self._evaluation.about["singular"], self._title("rho-spectrum of all embeddings"))
+        return figures.spectrum(kept.about["singular"], self._title("rho-spectrum of all embeddings", kept))
 
     def batch_manifold(self) -> "Figure | None":
         if (kept := _load(self.path / "figures" / "batch.npz")) is None:
@@ -204,10 +200,8 @@ class RunFolder:
         title += f"the last batch of epoch {kept.about['epoch']} as the {kept.about['whose']} embedded it"
         return figures.batch_manifold(kept.rows_nD, kept.labels_n, Diffusion.of(target), title)
 
-    def _title(self, subject: str) -> str:
-        assert self._evaluation is not None
-        about = self._evaluation.about
-        what = f"{about['what']}, {about['queries']} queries, after epoch {about['epoch']}"
+    def _title(self, subject: str, kept: "_Kept") -> str:
+        what = "{what}, {queries} queries, after epoch {epoch}".format(**kept.about)
         return f"{self.config.name}: {subject}\n{what}"
 
     @cached_property
@@ -227,21 +221,19 @@ class RunFolder:
         return _load(self.path / "figures" / "evaluation.npz")
 
 
-@dataclass(frozen=True)
-class _Kept:
+class _Kept(NamedTuple):
     """The content of a file that ``RunFigures`` wrote."""
 
     about: dict[str, Any]
+    names: dict[int, str]
     rows_nD: torch.Tensor
     labels_n: torch.Tensor
-
-    @property
-    def names(self) -> dict[int, str]:
-        return {int(label): name for label, name in self.about["names"].items()}
 
 
 def _load(path: Path) -> _Kept | None:
     if not path.is_file():
         return None
     with np.load(path) as kept:
-        return _Kept(json.loads(str(kept["about"])), torch.from_numpy(kept["rows"]), torch.from_numpy(kept["labels"]))
+        about = json.loads(str(kept["about"]))
+        names = {int(label): name for label, name in about.get("names", {}).items()}
+        return _Kept(about, names, torch.from_numpy(kept["rows"]), torch.from_numpy(kept["labels"]))

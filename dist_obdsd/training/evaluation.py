@@ -17,8 +17,9 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.evaluation.evaluator import EvaluationResult, measure, not_finite
+from dist_obdsd.evaluation.evaluator import measure, not_finite
 from dist_obdsd.evaluation.metric_parts import Settings
+from dist_obdsd.evaluation.retrieval import EvaluationResult
 from dist_obdsd.rng import rng
 from dist_obdsd.transfer import DeviceUploader
 
@@ -87,7 +88,7 @@ def evaluate_split(
     """
     started = time.perf_counter()
     wanted = None if classes is None else set(classes)
-    expected = Counter(c for shard in manifest.splits[split] for c in shard.classes if wanted is None or c in wanted)
+    expected = sum(wanted is None or c in wanted for shard in manifest.splits[split] for c in shard.classes)
     training = network.training
     network.eval()
     try:

@@ -14,7 +14,7 @@ from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import RunError
-from dist_obdsd.evaluation.evaluator import EvaluationResult
+from dist_obdsd.evaluation.retrieval import EvaluationResult
 from dist_obdsd.tracking import provenance
 from dist_obdsd.tracking.system_metrics import SystemMetrics, by_node
 from dist_obdsd.tracking.tracker import Tracker, build_tracker

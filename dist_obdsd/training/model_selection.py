@@ -11,7 +11,7 @@ from dist_obdsd.config import Config
 from dist_obdsd.console import NOTICE
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.distributed.launch import Runtime
-from dist_obdsd.evaluation.evaluator import EvaluationResult
+from dist_obdsd.evaluation.retrieval import EvaluationResult
 from dist_obdsd.training.evaluation import evaluate_split, validation_subset
 from dist_obdsd.training.preemption import PreemptionHandler
 

@@ -21,7 +21,7 @@ from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import assert_same_config, raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, StoppedError
-from dist_obdsd.evaluation.evaluator import EvaluationResult
+from dist_obdsd.evaluation.retrieval import EvaluationResult
 from dist_obdsd.figures.run_figures import RunFigures
 from dist_obdsd.losses.build import build_objective, log_objective
 from dist_obdsd.models.embedder import build_embedder, log_batch_norm

@@ -8,7 +8,7 @@ import torch
 
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import geometry
-from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum
+from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum, singular_values
 from tests import harness
 from tests.evaluation import oracle
 
@@ -37,9 +37,9 @@ def data(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 def worker(kind: str, cosine: bool, threads: int = 1) -> tuple[dict[str, float], float, float]:
     rows, classes = data(kind)
     torch.set_num_threads(threads)
-    found = class_distances(rows, classes, cosine=cosine), rho_spectrum(rows), rho_spectrum(rows, leave_out=1)
+    distances, singular = class_distances(rows, classes, cosine=cosine), singular_values(rows)
     torch.set_num_threads(1)
-    return found
+    return distances, rho_spectrum(singular), rho_spectrum(singular, leave_out=1)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
