@@ -106,8 +106,8 @@ def _report(
             text = io.StringIO()
             lines = csv.writer(text, lineterminator="\n")
             lines.writerow(["gallery", "label", "class", "queries", "recall@1"])
-            for one in result.per_class:
-                lines.writerow([one.gallery, one.label, class_names.get(one.label, ""), one.queries, one.recall])
+            for (gallery, label), (queries, recall) in result.per_class.items():
+                lines.writerow([gallery, label, class_names.get(label, ""), queries, recall])
             write_atomically(options.per_class, text.getvalue().encode())
         failures = retrieval_grid.wrong_at_first(result.failures)
         if options.failures is not None and manifest is not None and failures:

@@ -52,8 +52,7 @@ class Embeddings:
 
 
 Table = dict[str, np.ndarray]
-"""Columns about all N images, by ascending id: ``ids``, and where known ``labels``, ``classes``, ``roles``, ``keys``.
-"""
+"""``ids`` of all N images, ascending, and where known ``labels``, ``classes``, ``roles``, ``keys``."""
 
 
 def check_suffix(path: Path) -> None:
@@ -84,7 +83,7 @@ def write(
     Raises:
         InputError: on every rank: the file cannot be written.
     """
-    dim = max([dim for n, dim in collectives.gather_json(list(rows_nD.shape)) if n], default=0)
+    dim = max(dim for _, dim in collectives.gather_json(list(rows_nD.shape)))  # where a rank has no rows, 0
     rows_nD = rows_nD if len(rows_nD) else rows_nD.new_empty(0, dim)
     blocks = _blocks(rows_nD, ids_n, torch.from_numpy(table["ids"]), dtype)
     failure: Exception | None = None

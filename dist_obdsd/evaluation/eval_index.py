@@ -40,9 +40,6 @@ class EvalIndex:
     counts: Sequence[int]
     """Images of each rank, duplicates too."""
 
-    def __len__(self) -> int:
-        return len(self.ids_N)
-
     @cached_property
     def classes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(class labels [C] ascending, each image's place among them [N])."""
@@ -93,7 +90,7 @@ def gather_by_id(rows_nD: torch.Tensor, index: EvalIndex) -> torch.Tensor:
     """Gather all ranks' rows by ascending id, [N, D]. Collective."""
     if collectives.world_size() == 1 and torch.equal(index.first_N, torch.arange(len(rows_nD))):
         return rows_nD
-    rows_ND, end = rows_nD.new_empty(len(index), rows_nD.shape[1]), 0
+    rows_ND, end = rows_nD.new_empty(len(index.ids_N), rows_nD.shape[1]), 0
     for source, count in enumerate(index.counts):
         # One rank's at a time, so that no second copy of all is held.
         start, end = end, end + count

@@ -183,8 +183,9 @@ def measure(
         dim, dtype, where = different[0]
         rows_nD = torch.empty(0, dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=where)
     index = build_eval_index(ids_n, labels_n, roles, counts, sorted(set().union(*known)))
-    if not len(index) or (expected is not None and len(index) != expected):
-        message = f"{len(index)} images were embedded but {expected or 'at least 1'} expected; check that every rank "
+    N = len(index.ids_N)
+    if not N or expected not in (None, N):
+        message = f"{N} images were embedded but {expected or 'at least 1'} expected; check that every rank "
         raise met_by_all(RunError(f"{message}reads its share of the same shards"))
     rows_ND = gather_by_id(rows_nD, index).to(device or "cpu")
     of_queries = [metric for metric in metrics if isinstance(metric, QueryMetric)]
@@ -199,7 +200,7 @@ def measure(
         gallery=sum(of.gallery for of in found),
         excluded=sum(of.excluded for of in found),
         duplicates=index.duplicates,
-        per_class=tuple(one for of in found for one in of.per_class),
+        per_class={key: value for of in found for key, value in of.per_class.items()},
         failures=tuple(one for of in found for one in of.failures),
         successes=tuple(one for of in found for one in of.successes),
         sample=sample_embeddings(rows_ND, index.labels_N, settings.seed) if sample else None,

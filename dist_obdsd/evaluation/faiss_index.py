@@ -18,8 +18,6 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import embedding_files
 from dist_obdsd.evaluation.embedding_files import Table
@@ -49,26 +47,18 @@ def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) 
     Raises:
         InputError: on every rank: a file cannot be written.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
 
-    with raise_on_all_ranks("writing the keys"):
-        if collectives.rank() == 0:  # first: who sees the index finds its keys
-            try:
-                with replacing(keys_path(path)) as file:
-                    parquet.write_table(pa.table(table), file)
-            except OSError as error:
-                message = f"cannot write {keys_path(path)}: {error}; free some space or choose another"
-                raise InputError(message) from error
-    embedding_files.write(path, rows_nD, ids_n, table, "float32", _write_index)
+    def write_index(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: Iterator[np.ndarray]) -> None:
+        import faiss
+        import pyarrow as pa
+        from pyarrow import parquet
 
+        with replacing(keys_path(path)) as keys:  # first: who sees the index finds its keys
+            parquet.write_table(pa.table(table), keys)
+        index, start = faiss.IndexIDMap2(faiss.IndexFlatIP(dim)), 0
+        for rows in blocks:
+            index.add_with_ids(rows, table["ids"][start : start + len(rows)])
+            start += len(rows)
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
 
-def _write_index(file: BinaryIO, table: Table, dim: int, dtype: str, blocks: Iterator[np.ndarray]) -> None:
-    import faiss
-
-    index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
-    start = 0
-    for rows in blocks:
-        index.add_with_ids(rows, table["ids"][start : start + len(rows)])
-        start += len(rows)
-    faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+    embedding_files.write(path, rows_nD, ids_n, table, "float32", write_index)

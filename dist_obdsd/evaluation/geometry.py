@@ -133,9 +133,6 @@ def _gram(rows_rD: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(threads)
 
 
-# ---- for figures ----
-
-
 @dataclass(frozen=True)
 class EmbeddingSample:
     """A few classes' embeddings; the same on every rank, on the CPU."""

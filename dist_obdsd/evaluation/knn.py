@@ -37,8 +37,7 @@ class Gallery:
     """Rows to be searched."""
 
     def __init__(self, rows_nD: torch.Tensor, k: int, *, distance: str = "cosine", backend: str = "auto") -> None:
-        """Make the rows ready to be searched.
-
+        """
         Args:
             rows_nD: [n, D] float32 or float64 finite rows.
             k: the most neighbours that will be asked for; the backend ``auto`` goes by it.

@@ -3,7 +3,6 @@
 Shapes: m queries, n rows, c candidates, D columns.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,18 +35,15 @@ def build_backend(rows_nD: torch.Tensor, distance: str, name: str, k: int) -> tu
         InputError: faiss is asked for and missing.
     """
     many = k >= MANY and not rows_nD.is_cuda
-    faiss = None
     if name == "faiss" or (name == "auto" and not many and not rows_nD.is_cuda):
         try:
-            faiss = importlib.import_module("faiss")
+            return _faiss_backend(rows_nD, distance), ROUNDING[torch.float32]
         except (ImportError, OSError) as error:  # OSError: a shared library that faiss needs is missing
             if name == "faiss":
                 raise InputError(
                     f"evaluation.backend=faiss but faiss cannot be imported ({error}); install faiss-gpu, or set "
                     f"evaluation.backend=torch, which gives the same result"
                 ) from error
-    if faiss is not None:
-        return _faiss_backend(rows_nD, distance, faiss), ROUNDING[torch.float32]
     dtype = torch.float64 if many else torch.float32
     return _torch_backend(rows_nD, distance, dtype), ROUNDING[dtype]
 
@@ -98,8 +94,10 @@ def _largest(scores_mn: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tenso
     return torch.from_numpy(best_mc), torch.from_numpy(found_mc)
 
 
-def _faiss_backend(rows_nD: torch.Tensor, distance: str, faiss: Any) -> Backend:
+def _faiss_backend(rows_nD: torch.Tensor, distance: str) -> Backend:
     """Search with faiss, on the rank's own GPU or on the CPU."""
+    import faiss
+
     device, products_nD = rows_nD.device, _as_products(rows_nD, distance, torch.float32).cpu().numpy()
     if rows_nD.is_cuda:
         options = faiss.GpuIndexFlatConfig()

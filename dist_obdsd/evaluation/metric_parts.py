@@ -51,8 +51,8 @@ class Settings:
 
     def build(self) -> list["QueryMetric | EmbeddingMetric"]:
         """Make the metrics in their order, or raise InputError for an unknown one."""
-        given = {"recall_at": self.recall_at, "released": self.released}
-        return [METRICS.build(name, {}, **given) for name in dict.fromkeys(self.metrics)]
+        names = dict.fromkeys(self.metrics)
+        return [METRICS.build(name, {}, recall_at=self.recall_at, released=self.released) for name in names]
 
 
 @dataclass(frozen=True)

@@ -37,16 +37,6 @@ SHOWN_NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
-class ClassRecall:
-    """Recall@1 of the queries of one class."""
-
-    gallery: str
-    label: int
-    queries: int
-    recall: float
-
-
-@dataclass(frozen=True)
 class RankedQuery:
     """A query with its nearest neighbours, best first."""
 
@@ -70,8 +60,8 @@ class EvaluationResult:
     """Images searched."""
     excluded: int
     """Further queries that have no other image of their class in the gallery, and so nothing to find."""
-    per_class: tuple[ClassRecall, ...]
-    """By gallery, then label; classes without a query that counts are missing."""
+    per_class: dict[tuple[str, int], tuple[int, float]]
+    """(gallery, label) -> (queries that count, their Recall@1), ascending; classes without such a query are missing."""
     failures: tuple[RankedQuery, ...]
     """By gallery the ``SHOWN`` worst queries: those whose class comes latest among the neighbours searched (or not at
     all); among equals those with the higher score of the first neighbour; then by id."""
@@ -152,7 +142,7 @@ def retrieve(
     places, class_Q = place_Q.numpy(), class_N[place_Q].numpy()
 
     worst = np.lexsort((places, -score_Q, -hit_Q))[:SHOWN]  # by the last key first
-    ranked = np.lexsort((rng(0, "best queries").permutation(len(index))[places], -right_Q))
+    ranked = np.lexsort((rng(0, "best queries").permutation(len(index.ids_N))[places], -right_Q))
     best = ranked[np.sort(np.unique(class_Q[ranked], return_index=True)[1])[:SHOWN]]
 
     # Search once more for these few queries, with exact scores.
@@ -172,11 +162,11 @@ def retrieve(
         queries=Q,
         gallery=offered,
         excluded=asked - Q,
-        per_class=tuple(
-            ClassRecall(gallery, label, queries, hits / queries)
+        per_class={
+            (gallery, label): (queries, hits / queries)
             for label, queries, hits in zip(classes_C.tolist(), queries_C, hits_C, strict=True)
             if queries
-        ),
+        },
         failures=tuple(shown[: len(worst)]),
         successes=tuple(shown[len(worst) :]),
     )
