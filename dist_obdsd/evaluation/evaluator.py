@@ -49,8 +49,6 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure embeddings with exact neighbours over all ranks. Collective.
 
-    The numbers are the same on any number of ranks.
-
     >>> numbers = evaluate(embeddings, labels, ids=range(8), recall_at=(1, 2))  # on every rank, with its own share
     >>> numbers["recall@1"], numbers["map@r"]
     (1.0, 1.0)

@@ -58,7 +58,7 @@ def test_loops_say_the_same_on_any_ranks(kind: str) -> None:
     drawn = sorted(rng(1, "k-means").permutation(N)[:k].tolist())
     expected, centres = oracle.k_means(rows.double().tolist(), rows.double()[drawn].tolist())
     first = None
-    for world in harness.MORE_WORLD_SIZES:
+    for world in harness.WORLD_SIZES:
         for cells, threads in ((1 << 22, 1), (1, 1), (100, 2)):
             for answer in harness.run(world, worker, kind, k, cells, threads):
                 first = first or answer
