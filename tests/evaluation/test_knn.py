@@ -101,12 +101,6 @@ def test_copies_without_the_limit_take_every_row(monkeypatch: pytest.MonkeyPatch
     assert max(asked) == N
 
 
-def test_the_distances_differ_but_for_unit_rows() -> None:
-    for case, same in (("double", True), ("sparse", False)):
-        ids = [{i: found for i, (_, found) in expected(case, d).items()} for d in ("cosine", "euclidean")]
-        assert (ids[0] == ids[1]) == same
-
-
 def test_no_queries_and_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     x = data("random")
     assert all(not len(scores) for scores, _ in Gallery(x, K).search(x[:0], torch.arange(0), K))

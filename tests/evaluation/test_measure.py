@@ -213,16 +213,12 @@ def test_a_class_larger_than_a_thousand_and_a_small_gallery() -> None:
     rows = torch.nn.functional.normalize(torch.randn(1100, 3, generator=random) + labels[:, None])
     settings = Settings(metrics=("map@1000",))
     found = measure(rows, torch.arange(1100), labels, ["both"] * 1100, settings)
-    total = 0.0
-    scores = (rows.double() @ rows.double().T).fill_diagonal_(-9)
-    for query, order in enumerate(scores.argsort(dim=1, descending=True)[:, :1000].tolist()):
-        relevant = [int(labels[i] == labels[query]) for i in order]
-        hits, precisions = 0, 0.0
-        for place, is_relevant in enumerate(relevant, start=1):
-            hits += is_relevant
-            precisions += is_relevant * hits / place
-        total += precisions / min(1000, int((labels == labels[query]).sum()) - 1)
-    assert found.metrics == {"map@1000": pytest.approx(total / 1100, abs=1e-12)}
+    order = (rows.double() @ rows.double().T).fill_diagonal_(-9).argsort(dim=1, descending=True)[:, :1000]
+    right = (labels[order] == labels[:, None]).double()
+    precisions = right.cumsum(1) / torch.arange(1, 1001)
+    divisor = torch.where(labels == 0, 1000, 59)
+    expected = ((precisions * right).sum(1) / divisor).mean().item()
+    assert found.metrics == {"map@1000": pytest.approx(expected, abs=1e-12)}
     few = measure(rows[1030:1050], torch.arange(20), labels[1030:1050], ["both"] * 20, settings)
     by_id, label_of = (dict(enumerate(x[1030:1050].tolist())) for x in (rows.double(), labels))
     expected_few, *_ = oracle.evaluate(by_id, label_of, dict.fromkeys(by_id, "both"), (1,), more=True)
@@ -237,17 +233,11 @@ def refusal_worker(fault: str) -> tuple[str, str]:
     last = collectives.rank() == collectives.world_size() - 1
     mine = own("even")
     settings: dict[str, Any] = {"recall_at": RECALL_AT, "train_classes": N + 1}
-    if fault == "nan":
-        rows[mine[-1], 2] = torch.nan
     of_labels = labels[mine]
     if fault == "two labels" and last:  # it also brings the first image, under another label
         mine, of_labels = torch.cat([mine, torch.tensor([0])]), torch.cat([of_labels, torch.tensor([77])])
-    if fault == "columns" and last:
-        of_labels = of_labels[:-1]
     if fault == "images" and last:
         mine, of_labels = mine[:-2], of_labels[:-2]
-    if fault == "gallery":
-        settings["recall_at"] = (1, 90)
     if fault == "role":
         roles = ["probe"] * N
     if fault == "no match":
@@ -268,11 +258,8 @@ def refusal_worker(fault: str) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("fault", "kind", "words"),
     [
-        ("nan", "InputError", ["NaN", "id"]),
         ("two labels", "InputError", ["image id 1000 arrives as class", "77"]),
-        ("columns", "InputError", ["labels", "equally many"]),
         ("images", "RunError", ["88 images", "90 expected"]),
-        ("gallery", "InputError", ["k=90", "offers 89"]),
         ("role", "InputError", ["'probe'", "both, gallery, query, train"]),
         ("no match", "InputError", ["none of the 90 queries"]),
         ("a gallery lacks every class", "InputError", ["none of the", "gallery images of east"]),
