@@ -1,14 +1,11 @@
-"""The whole objective, forward and backward, beside a plain script and another library.
+"""The time of the whole objective, forward and backward, beside a plain script and another library.
 
 On one rank, every variant of the objective; on several, which have their rows of one batch, the ranking loss. A call is
 what a training step adds to the network: all messages, the loss and its backward. The implementations of a case take
 turns, so that a machine whose speed drifts slows all of them down alike, and the fastest call of each counts, on the
 slowest rank. A turn is a block of calls in a row: no training step runs another implementation in between, whose code
-and data would fill the processor's caches and cost the fastest one most.
-
-    error    of the gradient at a rank's own rows, as DDP's mean over the ranks makes it, beside that of one process
-             with the whole batch (of ours, the loop's); relative to the latter's norm, on the worst rank
-    cosine   of the angle between the two, on the worst rank: whether more than the length is off
+and data would fill the processor's caches and cost the fastest one most. ``benchmarks.gradients`` says which gradients
+across ranks are exact.
 
 Legend: b rows of a rank, B rows of the batch, D embedding dimension, W ranks.
 """
@@ -74,28 +71,18 @@ def findings(rows: list[Row]) -> dict[str, float]:
 
 
 def run_rank(rank: launch.Runtime, case: Row) -> list[Row]:
-    """``variant``, ``implementation``, ``seconds``, ``ratio`` to ours, ``error``, ``cosine``. Collective."""
+    """``variant``, ``implementation``, ``seconds`` and ``ratio`` to ours. Collective."""
     B, W = case["B"], rank.world_size
     own = slice(rank.rank * B // W, (rank.rank + 1) * B // W)
     E_BD, T_BD = (embeddings(B, case["dim"], seed, str(rank.device)) for seed in (0, 1))
     labels_B = torch.arange(B, device=rank.device) // 2
-    rows = []
+    rows: list[Row] = []
     for variant in VARIANTS if W == 1 else VARIANTS[:1]:
-        alone = implementations(variant, T_BD, labels_B, slice(B))
-        ways = implementations(variant, T_BD, labels_B, own) if W > 1 else alone
-        seconds = fastest(ways, E_BD[own], case["budget"] / 10)
-        for name, way in ways.items():
-            whole_bD = _gradient(alone[LOOP if name in (OURS, LOOP) else LIBRARY], E_BD)[own].double()
-            gradient_bD = _gradient(way, E_BD[own]).double() / W  # DDP takes the mean
-            error = float((gradient_bD - whole_bD).norm() / whole_bD.norm())
-            off = 1 - float((gradient_bD * whole_bD).sum() / (gradient_bD.norm() * whole_bD.norm()))
-            error, off = (max(of) for of in zip(*collectives.gather_json([error, off]), strict=True))
-            rows.append(
-                {
-                    "variant": variant, "implementation": name, "seconds": seconds[name],
-                    "ratio": seconds[name] / seconds[OURS], "error": error, "cosine": 1 - off,
-                }
-            )  # fmt: skip
+        seconds = fastest(implementations(variant, T_BD, labels_B, own), E_BD[own], case["budget"] / 10)
+        rows += [
+            {"variant": variant, "implementation": name, "seconds": taken, "ratio": taken / seconds[OURS]}
+            for name, taken in seconds.items()
+        ]
     return rows
 
 
@@ -151,22 +138,14 @@ def naive_target(T_BD: torch.Tensor, settings: DistillationConfig | Diffusion) -
     return target_BB
 
 
-def _gradient(way: Implementation, E_bD: torch.Tensor) -> torch.Tensor:
-    """The gradient at the rows that are given."""
-    leaf_bD = E_bD.clone().requires_grad_()
-    way(leaf_bD).backward()
-    if leaf_bD.is_cuda:
-        torch.cuda.synchronize()
-    assert leaf_bD.grad is not None
-    return leaf_bD.grad
-
-
 def fastest(ways: dict[str, Implementation], E_bD: torch.Tensor, seconds: float) -> dict[str, float]:
     """Seconds of the fastest call of each on the slowest rank; some rounds within ``seconds``. Collective."""
 
     def timed(way: Implementation) -> float:
-        started = time.perf_counter()
-        _gradient(way, E_bD)
+        leaf_bD, started = E_bD.clone().requires_grad_(), time.perf_counter()
+        way(leaf_bD).backward()
+        if leaf_bD.is_cuda:
+            torch.cuda.synchronize()
         return time.perf_counter() - started
 
     # Every rank makes the same calls. The first one costs more, and so is no measure of what fits a block.
