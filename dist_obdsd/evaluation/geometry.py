@@ -1,4 +1,4 @@
-"""Geometry of an embedding: spread of classes, directions in use, and a sample for figures.
+"""Geometry of an embedding: spread of classes, directions in use, a sample.
 
 Every rank knows all rows, by ascending id, and measures its share of the classes or of blocks of rows. Sums do not
 depend on the order of the ranks. So the numbers are the same for any number of ranks.
@@ -146,7 +146,7 @@ class EmbeddingSample:
 
 
 def sample_embeddings(rows_ND: torch.Tensor, labels_N: torch.Tensor, seed: int) -> EmbeddingSample:
-    """Draw ``SAMPLED_CLASSES`` classes, at most ``SAMPLED_IMAGES`` images in all. Collective."""
+    """Draw some classes, at most ``SAMPLED_IMAGES`` images in all. Collective."""
     labels_C, class_N = np.unique(labels_N.numpy(), return_inverse=True)
     generator = rng(seed, "portrait")
     classes = np.sort(generator.permutation(len(labels_C))[:SAMPLED_CLASSES])
