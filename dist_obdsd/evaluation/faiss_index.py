@@ -38,11 +38,7 @@ def check_faiss() -> None:
 
 
 def write(path: Path, rows_nD: torch.Tensor, ids_n: torch.Tensor, table: Table) -> None:
-    """Write an index and its keys; the same bytes on any ranks. Collective.
-
-    Args:
-        rows_nD: this rank's unit rows; an id may be on several ranks.
-        table: the same on every rank; every one of its ids must be on some rank.
+    """Write an index and its keys, as ``embedding_files.write`` does. Collective.
 
     Raises:
         InputError: on every rank: a file cannot be written.

@@ -85,12 +85,13 @@ def _largest(scores_mn: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tenso
     """Find the c largest of each row, descending, and their places."""
     if scores_mn.is_cuda:
         return scores_mn.topk(c, dim=1)
-    # Where c is large, NumPy takes a third of torch's time.
+    # NumPy with a threshold takes a third of torch's time where c is large.
     scores = scores_mn.numpy()
-    found_mc = scores.argpartition(-c, axis=1)[:, -c:]
-    best_mc = np.take_along_axis(scores, found_mc, axis=1)
-    order_mc = best_mc.argsort(axis=1)[:, ::-1]
-    best_mc, found_mc = (np.take_along_axis(of_mc, order_mc, axis=1) for of_mc in (best_mc, found_mc))
+    best_mc, found_mc = np.empty((len(scores), c), scores.dtype), np.empty((len(scores), c), np.int64)
+    for m, least in enumerate(np.partition(scores, -c, axis=1)[:, -c]):
+        enough = np.flatnonzero(scores[m] >= least)
+        found_mc[m] = enough[scores[m, enough].argsort()[::-1][:c]]
+        best_mc[m] = scores[m, found_mc[m]]
     return torch.from_numpy(best_mc), torch.from_numpy(found_mc)
 
 
