@@ -8,12 +8,15 @@ WARNING: what this rank alone met; every rank shows it, on standard error.
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, TextIO
 
+logger = logging.getLogger(__name__)
 NOTICE = 25
+LINE_SECONDS = 10.0  # between two lines of progress where there are no bars
 COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 
 
@@ -53,11 +56,24 @@ def log_to_terminal(is_main: bool = True, quiet: bool = False, verbose: bool = F
 
 
 def bar(total: int, unit: str, doing: str, **options: Any) -> Any:
-    """Return a context with ``update(n)``: a bar on a terminal, else nothing visible."""
-    tqdm = _tqdm()
-    if tqdm is None:
-        return nullcontext(SimpleNamespace(update=lambda n: None))
-    return tqdm(total=total, unit=f" {unit}", desc=doing, disable=None, leave=False, dynamic_ncols=True, **options)
+    """Return a context with ``update(n)``: a bar on a terminal, else some lines."""
+    if not has_bars():
+        return _lines(total, unit, doing)
+    return _tqdm()(total=total, unit=f" {unit}", desc=doing, leave=False, dynamic_ncols=True, **options)
+
+
+@contextmanager
+def _lines(total: int, unit: str, doing: str) -> Iterator[SimpleNamespace]:
+    done, told = 0, time.monotonic()
+
+    def update(n: int) -> None:
+        nonlocal done, told
+        done += n
+        if time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            logger.info("%s: %s of %s %s", doing, f"{done:,}", f"{total:,}", unit)
+
+    yield SimpleNamespace(update=update)
 
 
 def print_line(text: str, file: TextIO) -> None:
@@ -71,8 +87,12 @@ def print_line(text: str, file: TextIO) -> None:
 
 
 def has_bars() -> bool:
-    """Tell if standard error is a terminal, and tqdm is installed."""
-    return sys.stderr.isatty() and _tqdm() is not None
+    """Tell if standard error is a terminal of known size, and tqdm is installed."""
+    if not sys.stderr.isatty() or _tqdm() is None:
+        return False
+    with suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno()).lines > 0  # without, tqdm shows nothing
+    return True
 
 
 def _tqdm() -> Any:

@@ -1,6 +1,8 @@
 import io
 import logging
+import os
 import sys
+import termios
 
 import pytest
 
@@ -19,7 +21,8 @@ def test_a_bar_is_shown_on_a_terminal_alone(screen: io.StringIO, monkeypatch: py
     monkeypatch.setattr(sys, "stderr", screen)
     with console.log_to_terminal(), console.bar(3, "images", "verifying") as bar:
         bar.update(2)
-        bar.refresh()
+        if screen.isatty():
+            bar.refresh()
         logger.warning("a warning")
     text = screen.getvalue()
     assert "a warning\n" in text
@@ -28,6 +31,21 @@ def test_a_bar_is_shown_on_a_terminal_alone(screen: io.StringIO, monkeypatch: py
         assert "2/3" in text
     else:
         assert text == "dist-obdsd: a warning\n"
+
+
+@pytest.mark.parametrize("lines", [0, 24])
+def test_lines_stand_in_where_a_terminal_has_no_size(
+    lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen, other = os.openpty()
+    termios.tcsetwinsize(screen, (lines, 80))
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    with open(other, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        with console.log_to_terminal(), console.bar(3000, "images", "verifying") as bar:
+            bar.update(2000)
+    os.close(screen)
+    assert capsys.readouterr().out == ("" if lines else "verifying: 2,000 of 3,000 images\n")
 
 
 @pytest.mark.parametrize(
