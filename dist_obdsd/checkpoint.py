@@ -31,7 +31,7 @@ from dist_obdsd.files import replacing, why_not_written, write_atomically
 
 FORMAT = "dist-obdsd checkpoint 1"
 UNREADABLE = {
-    zipfile.BadZipFile: "it is cut short or another kind of file",
+    zipfile.BadZipFile: "it is cut short or another kind of file (plain weights serve as model.pretrained of a config)",
     pickle.UnpicklingError: "it holds more than tensors and plain containers, which would have to be executed",
 }
 ENTRIES = frozenset(
@@ -129,6 +129,11 @@ def load(path: Path) -> dict[str, Any]:
             f"name into {found.parent / 'last'}"
         ) from error
     version = state.get("format") if isinstance(state, dict) else None
+    if version is None and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(state)):
+        raise InputError(
+            f"{found} holds plain weights, not a run's checkpoint; train from them with model.pretrained={found} in a "
+            f"config, then give the run's folder"
+        )
     if version != FORMAT:
         raise InputError(f"{found} has format {version!r} but this program reads {FORMAT!r}; give a run folder")
     missing = ENTRIES - state.keys()

@@ -21,8 +21,8 @@ from dist_obdsd.inference import ImageEmbedder
 from dist_obdsd.machine import usable_cores
 
 logger = logging.getLogger(__name__)
-Stamp = tuple[int, int]
-"""When a file was changed, in ns, and its size in bytes."""
+Entry = tuple[str, tuple[int, int]]
+"""A file's path in the gallery, when it was changed, in ns, and its size in bytes."""
 
 
 class Match(NamedTuple):
@@ -52,15 +52,17 @@ class SearchIndex:
         name = f"{whole.name}-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}.npz"
         self.embedder, self.gallery, self.file = embedder, gallery, file or run / "search" / name
         self.files: dict[str, Path] = {}  # of ``paths``; a name that is no UTF-8 has another path
-        self._entries: list[tuple[str, Stamp]] = []
-        self._rows_nD = np.empty((0, embedder.dim), np.float32)  # NaN where an image is broken
+        self.left_out = 0
+        self._broken: set[Entry] = set()  # kept in memory alone: the next start tries and names them again
+        self._entries: list[Entry] = []
+        self._rows_nD = np.empty((0, embedder.dim), np.float32)
         self._lock = threading.Lock()
         self._read()
         self.refresh()
 
     @property
     def paths(self) -> list[str]:
-        """Images relative to the gallery, broken ones too."""
+        """Images relative to the gallery; ``left_out`` more cannot be read."""
         return [path for path, _ in self._entries]
 
     @property
@@ -72,21 +74,24 @@ class SearchIndex:
     def refresh(self) -> None:
         """Embed files that are new or have changed, and forget those that are gone."""
         stamps, files = {}, {}
-        for file in find_images(self.gallery).files:
+        for file in find_images(self.gallery, log=False).files:
             assert file.path is not None
             with suppress(OSError):  # it has just gone
                 stat = file.path.stat()
                 stamps[file.name], files[file.name] = (stat.st_mtime_ns, stat.st_size), file.path
         with self._lock:
             self.files = files
-            if (entries := list(stamps.items())) != self._entries:
+            entries = [entry for entry in stamps.items() if entry not in self._broken]
+            if entries != self._entries:
                 known = dict(zip(self._entries, self._rows_nD, strict=True))
-                new = [entry for entry in entries if entry not in known]
-                known |= zip(new, self._embed([path for path, _ in new]), strict=True)
-                self._rows_nD = np.array([known[entry] for entry in entries]).reshape(-1, self.embedder.dim)
-                self._entries = entries
+                if new := [entry for entry in entries if entry not in known]:
+                    known |= self._embed(new)
+                self._entries = [entry for entry in entries if entry in known]
+                rows = [known[entry] for entry in self._entries]
+                self._rows_nD = np.array(rows, np.float32).reshape(-1, self.embedder.dim)
                 self._write()
-            if np.isnan(self._rows_nD[:, 0]).all():
+            self.left_out = len(stamps) - len(self._entries)
+            if not self._entries:
                 raise InputError(f"no image in {self.gallery} can be read; give a folder of images")
 
     def search(self, image: Any, top: int, class_name: str | None = None) -> list[Match]:
@@ -95,39 +100,40 @@ class SearchIndex:
             paths, rows_nD = self.paths, self._rows_nD
             query_D = self.embedder.embed_prepared(self.embedder.prepare(image)[None])[0].numpy()
         cosines = rows_nD @ query_D
-        usable = ~np.isnan(cosines)
-        if class_name is not None:
-            usable &= np.array([_class_of(path) == class_name for path in paths])
-        found = np.flatnonzero(usable)
+        found = np.array([i for i, path in enumerate(paths) if class_name in (None, _class_of(path))], int)
         best = found[np.argsort(-cosines[found], kind="stable")[:top]]
         return [Match(paths[i], float(cosines[i])) for i in best]
 
-    def _embed(self, paths: list[str]) -> np.ndarray:
-        rows_nD = np.full((len(paths), self.embedder.dim), np.nan, np.float32)
+    def _embed(self, entries: list[Entry]) -> dict[Entry, np.ndarray]:
+        logger.info("embedding %s images of %s ...", f"{len(entries):,}", self.gallery)
+        rows: dict[Entry, np.ndarray] = {}
         size = self.embedder.batch_size
-        with ThreadPoolExecutor(usable_cores()) as pool, console.bar(len(paths), "images", "embedding") as bar:
-            for start in range(0, len(paths), size):
-                images = list(pool.map(self._prepare, paths[start : start + size]))
-                if good := [row for row, image in enumerate(images) if image is not None]:
-                    batch = torch.stack([image for image in images if image is not None])
-                    rows_nD[[start + row for row in good]] = self.embedder.embed_prepared(batch).numpy()
-                bar.update(len(images))
-        return rows_nD
+        with ThreadPoolExecutor(usable_cores()) as pool, console.bar(len(entries), "images", "embedding") as bar:
+            for start in range(0, len(entries), size):
+                batch = entries[start : start + size]
+                prepared = zip(batch, pool.map(self._prepare, batch), strict=True)
+                if good := {entry: image for entry, image in prepared if image is not None}:
+                    embedded = self.embedder.embed_prepared(torch.stack(list(good.values())))
+                    rows |= zip(good, embedded.numpy(), strict=True)
+                bar.update(len(batch))
+        return rows
 
-    def _prepare(self, path: str) -> torch.Tensor | None:
+    def _prepare(self, entry: Entry) -> torch.Tensor | None:
         try:
-            return self.embedder.prepare(self.files[path])
+            return self.embedder.prepare(self.files[entry[0]])
         except InputError as error:
             logger.warning(f"{error}; it is left out")
+            self._broken.add(entry)
             return None
 
     def _read(self) -> None:
         try:
             with np.load(self.file) as stored:
-                if str(stored["network"]) == self._network:
-                    stamps = map(tuple, stored["stamps"].tolist())
+                rows_nD, stamps = stored["rows"], map(tuple, stored["stamps"].tolist())
+                # An earlier version has NaN where an image is broken.
+                if str(stored["network"]) == self._network and not np.isnan(rows_nD).any():
                     self._entries = list(zip(stored["paths"].tolist(), stamps, strict=True))
-                    self._rows_nD = stored["rows"]
+                    self._rows_nD = rows_nD
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return  # there is none, or one of another program: it is made anew
 

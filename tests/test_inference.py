@@ -165,6 +165,7 @@ def odd(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "checkpoints" / file).write_bytes((run / file).read_bytes())
     (folder / "cut.pt").write_bytes((run / name).read_bytes()[:5000])
     torch.save({"weights": torch.zeros(3)}, folder / "other.pt")
+    torch.save({"epoch": 3}, folder / "numbers.pt")
     return folder
 
 
@@ -174,7 +175,8 @@ def odd(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("empty", {}, "there is no checkpoint at"),
         ("config.yaml", {}, "another kind of file"),
         ("cut.pt", {}, "not a readable checkpoint"),
-        ("other.pt", {}, "has format None"),
+        ("other.pt", {}, "holds plain weights.*model.pretrained"),
+        ("numbers.pt", {}, "has format None"),
         (".", {"which": "best"}, "has no best checkpoint"),
         (".", {"which": "newest"}, "which='newest'"),
         (".", {"device": "tpu"}, "device='tpu'"),

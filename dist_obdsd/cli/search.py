@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import socket
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ from PIL import Image
 
 import dist_obdsd
 from dist_obdsd.cli.output import check_writable, show
+from dist_obdsd.data.image_folder import find_images
 from dist_obdsd.data.images import decode
 from dist_obdsd.errors import InputError
-from dist_obdsd.files import write_atomically
+from dist_obdsd.files import read_file, write_atomically
 from dist_obdsd.search_index import SearchIndex
 
-THUMBNAIL = 256  # longer side in pixels
+THUMBNAIL, PHOTO = 256, 2048  # longer side in pixels, at most
 LARGEST = 64 * 2**20  # bytes of an uploaded file
 
 
 def search(options: argparse.Namespace) -> int:
     """Print the images of a gallery that are most like each query."""
     check_writable(options.html)
+    for query in options.query:  # before all that takes time
+        _picture(query)
     index = _open(options)
     results = []
     for query in options.query:
@@ -47,7 +51,6 @@ def serve(options: argparse.Namespace) -> int:
     """Serve a page that shows the neighbours of a photo dropped on it, until Ctrl-C."""
     import uvicorn
 
-    app = build_app(_open(options), options.top)
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -56,6 +59,7 @@ def serve(options: argparse.Namespace) -> int:
         except (OSError, OverflowError) as error:
             where, reason = f"{options.host}:{options.port}", str(getattr(error, "strerror", None) or error).rstrip(".")
             raise InputError(f"cannot listen at {where}: {reason}; choose another --host or --port") from error
+        app = build_app(_open(options), options.top)
         host, port = listening.getsockname()
         show(f"open http://{host}:{port} in a browser; Ctrl-C ends")
         with suppress(KeyboardInterrupt):
@@ -68,6 +72,8 @@ def build_app(index: SearchIndex, top: int) -> Any:
     from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from starlette.datastructures import UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
 
     app = FastAPI(openapi_url=None)
 
@@ -80,24 +86,40 @@ def build_app(index: SearchIndex, top: int) -> Any:
         return HTMLResponse(_page(index, [], live=True))
 
     @app.post("/search")
-    async def find(request: Request, class_name: str = "") -> dict[str, Any]:
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > LARGEST:
-                raise InputError(f"the file has more than {LARGEST >> 20} MiB; make the image smaller")
-        return {"matches": await run_in_threadpool(answer, bytes(data), class_name)}
+    async def find(request: Request, class_name: str | None = None) -> dict[str, Any]:
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            try:
+                form = await MultiPartParser(request.headers, body(request)).parse()
+            except MultiPartException as error:
+                raise InputError(f"the form cannot be read: {error.message}") from error
+            uploads = [value for value in form.values() if isinstance(value, UploadFile)]
+            data = await uploads[0].read() if uploads else b""
+        else:
+            data = b"".join([part async for part in body(request)])
+        if not data:
+            raise InputError("no image came; send an image file as the request's body or as a file of a form")
+        return {"matches": await run_in_threadpool(answer, data, class_name)}
 
-    def answer(data: bytes, class_name: str) -> list[dict[str, Any]]:
+    async def body(request: Request) -> AsyncGenerator[bytes, None]:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > LARGEST:
+                raise InputError(f"the file has more than {LARGEST >> 20} MiB; make the image smaller")
+            yield part
+
+    def answer(data: bytes, class_name: str | None) -> list[dict[str, Any]]:
         index.refresh()
-        matches = index.search(data, top, class_name or None)
+        if class_name is not None and class_name not in index.classes:
+            raise InputError(f"the gallery has no class {class_name!r}; its classes are its subfolders")
+        matches = index.search(data, top, class_name)
         return [match._asdict() | {"image": f"image/{quote(match.path)}"} for match in matches]
 
     @app.get("/image/{path:path}")
-    def image(path: str) -> Response:
+    def image(path: str, large: bool = False) -> Response:
         if path not in index.files:
             raise InputError("there is no such image in the gallery")
-        return Response(_thumbnail(index.files[path]), media_type="image/jpeg")
+        return Response(_jpeg(index.files[path], PHOTO if large else THUMBNAIL), media_type="image/jpeg")
 
     return app
 
@@ -105,29 +127,38 @@ def build_app(index: SearchIndex, top: int) -> Any:
 def _open(options: argparse.Namespace) -> SearchIndex:
     if options.top < 1:
         raise InputError(f"--top is {options.top}; give the number of images to find, 1 or more")
+    check_writable(options.index)
+    find_images(options.gallery)
     index = SearchIndex(dist_obdsd.load(options.checkpoint), options.gallery, options.index)
-    show(f"{options.gallery}: {len(index.paths)} images, embeddings in {index.file}")
+    show(f"{options.gallery}: {_count(index)}; embeddings in {index.file}")
     return index
 
 
+def _count(index: SearchIndex) -> str:
+    return f"{len(index.paths):,} images" + (f", {index.left_out:,} left out" if index.left_out else "")
+
+
 def _page(index: SearchIndex, results: list[dict[str, Any]], live: bool) -> str:
-    about = f"{len(index.paths):,} images of {index.gallery}, by the cosine of their embeddings"
+    about = f"{index.gallery}: {_count(index)}; the numbers are cosines of embeddings"
     data = json.dumps({"about": about, "classes": index.classes, "results": results, "live": live})
     template = Path(__file__).with_name("search.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/null", data.replace("<", "\\u003c"))
 
 
 def _inlined(path: Path) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(_thumbnail(path)).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(_jpeg(path, THUMBNAIL)).decode()}"
 
 
-def _thumbnail(path: Path) -> bytes:
-    """Return a small JPEG of any image that can be embedded."""
+def _picture(path: Path) -> Image.Image:
     try:
-        image = Image.fromarray(decode(path.read_bytes(), 3).permute(1, 2, 0).contiguous().numpy())
+        return Image.fromarray(decode(read_file(path), 3).permute(1, 2, 0).contiguous().numpy())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be shown: {error}") from error
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    stream = io.BytesIO()
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _jpeg(path: Path, side: int) -> bytes:
+    """Return a JPEG, of at most this side, of any image that can be embedded."""
+    image, stream = _picture(path), io.BytesIO()
+    image.thumbnail((side, side))
     image.save(stream, "JPEG", quality=85)
     return stream.getvalue()

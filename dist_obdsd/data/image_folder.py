@@ -33,8 +33,11 @@ class ImageFolder:
         return folders if len(set(folders)) > 1 else []
 
 
-def find_images(root: Path) -> ImageFolder:
+def find_images(root: Path, log: bool = True) -> ImageFolder:
     """List all images below a folder as ``pack`` does: none hidden, links followed.
+
+    Args:
+        log: how many other files there are.
 
     Raises:
         InputError: there is no such folder, no image in it, or a folder in it cannot be read.
@@ -42,7 +45,7 @@ def find_images(root: Path) -> ImageFolder:
     root = root.expanduser()
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; give the folder that holds the images")
-    files = images_among(walk(root))
+    files = images_among(walk(root), log)
     if not files:
         raise InputError(f"{root} holds no image of a kind that is read; give the folder that holds the images")
     return ImageFolder(root, sorted(files, key=lambda file: file.name))

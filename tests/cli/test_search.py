@@ -10,6 +10,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from dist_obdsd.inference import ImageEmbedder
 from dist_obdsd.search_index import SearchIndex
 from tests import runs
 from tests.nursery import Program
+
+RUN = "the trained run"
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_search_prints_the_nearest_and_writes_a_page(
         np.testing.assert_allclose([value for value, _ in found[str(query)]], [value for _, value in wanted], atol=1e-4)
     text = page.read_text()
     assert len(re.findall(r'"data:image/jpeg;base64,', text)) == 2 * (1 + 5)
-    assert not re.search(r'(src|href)="|http:', text)  # self-contained
+    assert not re.search(r'(src|href)="(?!data:)|http:', text)  # self-contained
     assert "<b>photos" not in text
 
 
@@ -97,12 +100,18 @@ def test_the_index_follows_the_gallery(
     assert sorted(embedded) == ["1.png", "broken.png", "new.png"]
     assert "broken.png cannot be embedded" in caplog.text
     assert [match.path for match in index.search(query, 2)] == ["class_01/new.png", "class_03/3.png"]
-    assert {match.path for match in index.search(query, 99)} == set(index.paths) - {"class_02/broken.png"}
+    assert {match.path for match in index.search(query, 99)} == set(index.paths)
+    assert (len(index.paths), index.left_out) == (32, 1)
     ninth = {f"class_01/{name}.png" for name in [*range(8), "new"]}
     assert {match.path for match in index.search(query, 99, "class_01")} == ninth
     embedded.clear()
-    SearchIndex(embedder, gallery, file)
+    index.refresh()
     assert embedded == []  # the broken one is remembered
+    caplog.clear()
+    again = SearchIndex(embedder, gallery, file)  # by another start it is named again
+    assert (embedded, len(again.paths), again.left_out) == (["broken.png"], 32, 1)
+    assert "broken.png cannot be embedded" in caplog.text
+    embedded.clear()
     file.write_bytes(file.read_bytes()[:500])
     SearchIndex(embedder, gallery, file)
     assert len(embedded) == 33
@@ -111,20 +120,24 @@ def test_the_index_follows_the_gallery(
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("run", "change", "words"),
     [
-        (["--gallery", "empty"], "holds no image"),
-        (["--gallery", "broken"], "no image in broken can be read"),
-        (["--gallery", "nowhere"], "nowhere is not a folder"),
-        (["--top", "0"], "--top is 0"),
-        (["--index", "/proc/none/i.npz"], "name another file with --index"),
-        (["--port", "99999"], "choose another --host or --port"),
-        (["none.png"], "none.png cannot be embedded: No such file"),
+        # Only these two are found later than a run that is not there.
+        (RUN, ["--gallery", "broken"], "no image in broken can be read"),
+        (RUN, ["--index", "/proc/i.npz"], "name another file with --index"),
+        ("no/run", [], "there is no checkpoint at no/run"),
+        ("no/run", ["--gallery", "empty"], "holds no image"),
+        ("no/run", ["--gallery", "nowhere"], "nowhere is not a folder"),
+        ("no/run", ["--top", "0"], "--top is 0"),
+        ("no/run", ["--index", "none/i.npz"], "cannot write none/i.npz"),
+        ("no/run", ["--port", "99999"], "choose another --host or --port"),
+        ("no/run", ["none.png"], "none.png cannot be read: No such file"),
+        ("no/run", ["broken/a.png"], "broken/a.png cannot be read: its format"),
     ],
 )
 def test_bad_requests_are_one_sentence(
-    change: list[str], words: str, trained: Path, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: str, change: list[str], words: str, trained: Path, gallery: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -132,7 +145,8 @@ def test_bad_requests_are_one_sentence(
     (tmp_path / "broken" / "a.png").write_bytes(b"x")
     command = "serve" if "--port" in change else "search"
     query = [str(gallery / "class_00" / "0.png")] if command == "search" else []
-    assert main([command, f"{trained}/runs/tiny", "--gallery", str(gallery), "--index", "i.npz", *change, *query]) == 2
+    run = run.replace(RUN, f"{trained}/runs/tiny")
+    assert main([command, run, "--gallery", str(gallery), "--index", "i.npz", *change, *query]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in last
 
@@ -141,66 +155,100 @@ def test_bad_requests_are_one_sentence(
 class Served:
     url: str
     program: Program
+    said: list[str]
 
-    def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def ask(self, path: str, body: bytes | None = None, kind: str = "image/png") -> tuple[int, bytes]:
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, body), timeout=60) as answer:
+            asked = urllib.request.Request(self.url + path, body, {"Content-Type": kind})
+            with urllib.request.urlopen(asked, timeout=60) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
 
-    def find(self, body: bytes, class_name: str = "") -> list[dict[str, Any]]:
-        code, answer = self.ask(f"/search?class_name={class_name}", body)
+    def find(self, body: bytes, options: str = "", kind: str = "image/png") -> list[dict[str, Any]]:
+        code, answer = self.ask(f"/search{options}", body, kind)
         assert code == 200, answer
         matches: list[dict[str, Any]] = json.loads(answer)["matches"]
         return matches
 
 
-@pytest.fixture
-def served(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[Served]:
-    """``dist-obdsd serve`` in a process of its own, beside the four classes with 9,968 more images in another."""
-    (gallery / "many").mkdir()
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (9_968, 4, 4), np.uint8)):
-        Image.fromarray(pixels).save(gallery / "many" / f"{number}.bmp")
+@contextmanager
+def serving(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[Served]:
+    """``dist-obdsd serve`` in a process of its own."""
     reads, writes = os.pipe()
     arguments = ["serve", f"{trained}/runs/tiny", "--gallery", str(gallery), "--port", "0", "--index", "i.npz"]
     with open(writes, "w") as out, (tmp_path / "errors").open("w") as errors:
         program = Program(arguments, cwd=tmp_path, env=runs.environment(), stdout=out, stderr=errors)
-    with open(reads) as said:
-        said.readline()
-        yield Served(said.readline().split()[1], program)
+    with open(reads) as stream:
+        said: list[str] = []
+        while not said or not said[-1].startswith("open http"):
+            said.append(stream.readline())
+            assert said[-1], (tmp_path / "errors").read_text()
+        yield Served(said[-1].split()[1], program, said)
         program.kill()
 
 
-def test_serve_answers_a_browser(served: Served, gallery: Path, tmp_path: Path) -> None:
-    code, page = served.ask("/")
-    assert code == 200
-    assert b"Drop a photo here" in page
-    assert b"10,000 images" in page
-    assert len(page) < 100_000  # the images themselves come when they are asked for
-    assert b'"classes": ["class_00", "class_01", "class_02", "class_03", "many"]' in page
+def expect_refusal(answer: tuple[int, bytes], words: str) -> None:
+    assert answer[0] == 400
+    assert words in json.loads(answer[1])["error"]
+    assert b"\\n" not in answer[1]
+
+
+def test_serve_answers_a_browser(
+    trained: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Beside the four classes 9,968 more images in another, and one that is broken.
+    (gallery / "many").mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (9_968, 4, 4), np.uint8)):
+        Image.fromarray(pixels).save(gallery / "many" / f"{number}.bmp")
+    (gallery / "many" / "broken.bmp").write_bytes(b"no image")
     query = (gallery / "class_01" / "3.png").read_bytes()
-    found = served.find(query)
-    assert (found[0]["path"], round(found[0]["cosine"], 4), len(found)) == ("class_01/3.png", 1.0, 24)
-    code, thumbnail = served.ask("/" + found[1]["image"])
-    assert code == 200
-    assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
-    assert {match["path"].split("/")[0] for match in served.find(query, "class_02")} == {"class_02"}
-    # A file that is no image, none at all, one that is not in the gallery, and a way out of it.
-    for path, body in [("search", b"GIF89a"), ("search", b""), ("image/%C3%BC", None), ("image/..%2Fi.npz", None)]:
-        code, answer = served.ask(f"/{path}", body)
-        assert code == 400
-        assert "\n" not in json.loads(answer)["error"]
-    # What is new in the gallery is found at once.
-    (gallery / "class_00" / "added.png").write_bytes(query)
-    assert {match["path"] for match in served.find(query)[:2]} == {"class_01/3.png", "class_00/added.png"}
-    for path in gallery.iterdir():
-        shutil.rmtree(path)
-    code, answer = served.ask("/search", query)
-    assert code == 400
-    assert "holds no image" in json.loads(answer)["error"]
-    with socket.create_server(("127.0.0.2", int(served.url.rpartition(":")[2]))):  # it listens at 127.0.0.1 alone
-        pass
-    served.program.send_signal(signal.SIGINT)
-    assert served.program.wait(60) == 0
-    assert "Traceback" not in (tmp_path / "errors").read_text()
+    with serving(trained, gallery, tmp_path) as served:
+        assert "embedding 10,001 images" in served.said[0]
+        assert "10,000 images, 1 left out" in served.said[-2]
+        code, page = served.ask("/")
+        assert code == 200
+        assert b"Drop a photo here" in page
+        assert b"10,000 images, 1 left out" in page
+        assert len(page) < 100_000  # the images themselves come when they are asked for
+        assert b'"classes": ["class_00", "class_01", "class_02", "class_03", "many"]' in page
+        found = first = served.find(query)
+        assert (found[0]["path"], round(found[0]["cosine"], 4), len(found)) == ("class_01/3.png", 1.0, 24)
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+        form = head + query + b"\r\n--x--\r\n"
+        assert served.find(form, kind="multipart/form-data; boundary=x") == found
+        for path in (found[1]["image"], found[1]["image"] + "?large=true"):
+            code, thumbnail = served.ask(f"/{path}")
+            assert code == 200
+            assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
+        assert {match["path"].split("/")[0] for match in served.find(query, "?class_name=class_02")} == {"class_02"}
+        expect_refusal(served.ask("/search", b"GIF89a"), "its format is none of")
+        expect_refusal(served.ask("/search", b""), "no image came")
+        expect_refusal(served.ask("/search", b"--x--\r\n", "multipart/form-data; boundary=x"), "no image came")
+        expect_refusal(served.ask("/search", form, "multipart/form-data"), "the form cannot be read")
+        expect_refusal(served.ask("/search?class_name=pear", query), "no class 'pear'")
+        for path in ("image/%C3%BC", "image/..%2Fi.npz"):  # one that is not in the gallery, and a way out of it
+            expect_refusal(served.ask(f"/{path}"), "no such image")
+        # What is new in the gallery is found at once.
+        (gallery / "class_00" / "added.png").write_bytes(query)
+        assert {match["path"] for match in served.find(query)[:2]} == {"class_01/3.png", "class_00/added.png"}
+        (gallery / "class_00" / "added.png").unlink()
+        assert served.find(query) == first
+        port = served.url.rstrip("/").rpartition(":")[2]
+        with socket.create_server(("127.0.0.2", int(port))):  # it listens at 127.0.0.1 alone
+            pass
+        assert main(["serve", "no/run", "--gallery", str(gallery), "--port", port]) == 2
+        assert "choose another --host or --port" in capsys.readouterr().err
+        served.program.send_signal(signal.SIGINT)
+        assert served.program.wait(60) == 0
+        assert "Traceback" not in (tmp_path / "errors").read_text()
+    with serving(trained, gallery, tmp_path) as served:
+        assert "embedding 1 images" in served.said[0]  # the broken one, which is named again
+        assert "10,000 images, 1 left out" in served.said[-2]
+        assert "broken.bmp cannot be embedded" in (tmp_path / "errors").read_text()
+        assert served.find(query) == first
+        for path in gallery.iterdir():
+            shutil.rmtree(path)
+        expect_refusal(served.ask("/search", query), "holds no image")
+        gallery.rmdir()
+        expect_refusal(served.ask("/search", query), "is not a folder")

@@ -114,7 +114,7 @@ def default_role(split: str) -> str:
     return "train" if split == "train" else "both"
 
 
-def images_among(files: Iterable[File]) -> list[File]:
+def images_among(files: Iterable[File], log: bool = True) -> list[File]:
     """Choose the images, by suffix or else by content; log how many others there are."""
     images, others = [], Counter[str]()
     for file in files:
@@ -122,7 +122,7 @@ def images_among(files: Iterable[File]) -> list[File]:
             images.append(file)
         else:
             others[PurePosixPath(file.name).suffix or "without a suffix"] += 1
-    if others:
+    if others and log:
         named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
         logger.info("left out %d files that hold no image: %s", others.total(), named)
     return images
