@@ -1,6 +1,7 @@
 """``dist-obdsd doctor``: the machines of a job, and where a config can run."""
 
 import argparse
+import math
 import os
 import platform
 import resource
@@ -60,8 +61,11 @@ def doctor(options: argparse.Namespace) -> int:
         show("\n".join(f"{name:14} {text}".rstrip() for name, text in rows.items()))
         if config is not None:
             with raise_on_all_ranks("the config"):
-                lines = where_it_runs(rank, config, options.download)
+                lines = where_it_runs(rank, config)
             show("\n" + "\n".join(lines))
+            with raise_on_all_ranks("the network"):
+                line = _weights(config, options.download and rank.launch.local_rank == 0)
+            show(line)
     return 0
 
 
@@ -118,11 +122,8 @@ def job(here: Runtime, config: Config | None) -> dict[str, str]:
     }
 
 
-def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list[str]:
+def where_it_runs(here: Runtime, config: Config) -> list[str]:
     """List the world sizes that a config allows, and what it finds here.
-
-    Args:
-        download: fetch pretrained weights that are missing.
 
     Raises:
         InputError: its device, shards, schedule, run folder or packages do not fit.
@@ -150,7 +151,7 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
         f"{config.name}: runs on {here.device.type} with {', '.join(map(str, sizes))} ranks "
         f"(images per rank: {local}){node}",
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
-        f"{plan.steps} steps an epoch, {plan.coverage:.1%} of the reachable images in it",
+        f"{plan.steps} steps an epoch, which show {plan.coverage:.1%} of the images that could come; each epoch draws anew",
     ]
     if is_remote(config.data.shards):
         lines.append(_remote(config, shards))
@@ -159,11 +160,16 @@ def where_it_runs(here: Runtime, config: Config, download: bool = False) -> list
         K = config.batch.samples_per_class
         lines.append(f"{plan.too_small} classes have fewer than batch.samples_per_class={K} images and are never shown")
     ranks = here.world_size if here.world_size > 1 else sizes[-1]
-    for strategy, parts in estimate(config, ranks, zero).items():
-        listed = ", ".join(f"{part} {size / GIB:.3g}" for part, size in parts.items())
-        total = sum(parts.values()) / GIB
+    needed = estimate(config, ranks, zero)
+    there = torch.cuda.get_device_properties(here.device).total_memory if here.device.type == "cuda" else math.inf
+    too_much = sum(needed[config.strategy].values()) > there
+    for strategy in needed if too_much else [config.strategy]:
+        listed = ", ".join(f"{part} {size / GIB:.3g}" for part, size in needed[strategy].items())
+        total = sum(needed[strategy].values()) / GIB
         lines.append(f"memory of each of {ranks} ranks, strategy={strategy}: {total:.3g} GiB ({listed})")
-    lines += [_weights(config, download and here.launch.local_rank == 0), _run_folder(config)]
+    if too_much:
+        lines.append(f"strategy={config.strategy} needs more than the {there / GIB:.3g} GiB of this GPU")
+    lines.append(_run_folder(config))
     return [*lines, _tracking(config)] if here.is_main else lines
 
 

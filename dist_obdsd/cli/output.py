@@ -43,5 +43,5 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for protocol in protocols:
         cells = (value.get((protocol, name), "").rjust(max(12, len(name) + 2)) for name in metrics)
         lines.append(protocol.ljust(width) + "".join(cells))
-    notes = {row["protocol"]: row["note"] for row in rows if "note" in row}
-    return "\n".join(lines + [f"{protocol}: {note}" for protocol, note in notes.items()])
+    notes = {row["note"]: row["protocol"] for row in reversed(rows) if "note" in row}  # once, of the first that has it
+    return "\n".join(lines + [f"{protocol}: {note}" for note, protocol in reversed(notes.items())])

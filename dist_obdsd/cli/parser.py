@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--images", type=_path, metavar="DIR", help="verify on these images (default: drawn letters)")
     _split(export, "or on images of these shards")
 
-    run = "the run's YAML file, with the overrides it was started with"
+    run = "a run folder, or the run's YAML file with the overrides it was started with"
     status = commands.add_parser("status", help="print a run's state: none, running, finished, preempted or failed")
     _config(status, run)
     status.add_argument("--since", type=float, metavar="SECONDS", help="print none where it is older (date +%%s)")

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from datetime import datetime
+from pathlib import Path
 
 from dist_obdsd.cli.output import show
 from dist_obdsd.config import load_config
@@ -14,9 +15,15 @@ from dist_obdsd.training.run_dir import read_status
 logger = logging.getLogger(__name__)
 
 
+def _run_dir(options: argparse.Namespace) -> Path:
+    """The run folder that was given, or that of the config."""
+    given: Path = options.config
+    return given if (given / "config.yaml").is_file() else load_config(given, options.overrides).run_dir
+
+
 def status(options: argparse.Namespace) -> int:
     """Print a run's state, for scripts."""
-    found = read_status(load_config(options.config, options.overrides).run_dir)
+    found = read_status(_run_dir(options))
     if options.since and datetime.fromisoformat(found.get("time", "1970-01-01")).timestamp() < options.since:
         found = {}
     print(found.get("state", "none"))
@@ -27,7 +34,7 @@ def status(options: argparse.Namespace) -> int:
 
 def stop(options: argparse.Namespace) -> int:
     """Ask a run to stop in good order, from any machine that sees its folder."""
-    file = load_config(options.config, options.overrides).run_dir / STOP_FILE
+    file = _run_dir(options) / STOP_FILE
     try:
         file.touch()
     except OSError as error:

@@ -185,7 +185,8 @@ def load(root: str | Path) -> Manifest:
             fetch(path, stream)
             data = stream.getvalue()
         elif not Path(root).is_dir():
-            raise InputError(f"there is no shard folder {root}; make one with `dist-obdsd pack RECIPE --out {root}`")
+            how = f"`dist-obdsd pack RECIPE --source IMAGES --out {root}`"
+            raise InputError(f"there is no shard folder {root}; make one with {how}")
         else:
             data = read_file(path)
     except RunError as error:  # before anything ran: most likely the address is wrong

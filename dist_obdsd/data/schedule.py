@@ -79,7 +79,7 @@ class EpochPlan:
         """Say how many distinct classes stand in a batch, on average and at most."""
         distinct = self.groups - self.repeated / self.steps
         most = min(self.groups, len(np.unique(self.labels_SB)))
-        return f"{distinct:.1f} distinct classes in a batch, {distinct / most:.1%} of the most possible ({most})"
+        return f"{distinct:.1f} different classes in a batch on average; at most {most} are possible"
 
 
 def allowed_world_sizes(lanes: int) -> list[int]:

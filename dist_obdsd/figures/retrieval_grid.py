@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RIGHT, WRONG, QUERY = "#1a7f37", "#c62828", "#1f4e8c"
-NAME_LENGTH = 18  # characters of a class or file name above an image
+LINE = 15  # characters; a class or file name above an image has two lines at most
 SIDE = 160  # pixels of an image in the picture
 DPI = 150
 # Inches:
-TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAMES, HEADING = 0.62, 0.2, 1.3, 0.14, 0.22, 0.56, 0.3
+TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAMES, HEADING = 0.62, 0.2, 1.3, 0.14, 0.22, 0.88, 0.3
 
 
 def read_images(
@@ -111,8 +111,8 @@ def retrieval_grid(
                 else:
                     colour, line, mark, weight = WRONG, 2.2, f"✗ {score:.3f}", "normal"
                     style = (0, (4, 2))
-                text = f"{mark}\n{shortened(names.get(label, str(label)))}\n{shortened(file.rpartition('/')[2])}"
-                axes.set_title(text, fontsize=7, pad=5 + line / 2, color=colour, fontweight=weight, parse_math=False)
+                text = f"{mark}\n{wrapped(names.get(label, str(label)))}\n{wrapped(file.rpartition('/')[2])}"
+                axes.set_title(text, fontsize=8.5, pad=5 + line / 2, color=colour, fontweight=weight, parse_math=False)
                 for spine in axes.spines.values():
                     spine.set_position(("outward", line / 2))
                     spine.set(color=colour, linewidth=line, linestyle=style, capstyle="projecting")
@@ -156,7 +156,8 @@ def _thumbnail(image_id: int, data: bytes) -> Any:
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def shortened(name: str) -> str:
-    """Cut a long name in its middle: ``Alphabet…racter07``."""
-    kept = NAME_LENGTH - 1
-    return name if len(name) <= NAME_LENGTH else f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}"
+def wrapped(name: str) -> str:
+    """Break a name into two lines; one that is longer is cut in its middle."""
+    if len(name) > 2 * LINE:
+        name = f"{name[: LINE - 1]}…{name[-LINE:]}"
+    return f"{name[:LINE]}\n{name[LINE:]}".rstrip("\n")

@@ -5,10 +5,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from dist_obdsd.config import Config
 
@@ -23,16 +25,20 @@ FIGURES = {
 }
 """The figures of a run in the report's order, with their captions."""
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 78rem; margin: 2rem auto; padding: 0 1rem }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd } .facts { color: #666; margin-top: 0 }
 table { border-collapse: collapse } th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left; padding-left: 0 } td { font-variant-numeric: tabular-nums }
 figure { margin: 1.5rem 0 } figcaption { font-weight: 600; margin-bottom: .4rem } img { max-width: 100% }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px } .wide { overflow-x: auto }
+p, li { max-width: 62rem }
+@media (max-width: 40rem) { th, td { padding: .25rem .4rem; font-size: 12px } .wide { scrollbar-width: thin } }
 """
-FLAT, SHARP, WAITING = 0.05, 0.9, 0.2
-"""Shares that lead to advice: entropy that the target lacks to a uniform one, its mass on the image itself, and
-time that training waits for data."""
+FLAT, SHARP, WAITING, SATURATED = 0.05, 0.9, 0.2, 0.99
+"""Shares that lead to advice: entropy that the target lacks to a uniform one, its mass on the image itself, time that
+training waits for data, and the validation's metric."""
+FEW = 10  # fewer classes tell epochs hardly apart
+QUALITY = 80  # of the pictures, from 0 to 100
 
 Row = Mapping[str, Any]
 
@@ -48,9 +54,9 @@ def run_report(run: Path, config: Config, metrics: Sequence[Row], summary: Row) 
     name, rows = escape(config.name), summary["rows"]
     parts = [f'<h1>{name}</h1><p class="facts">{escape(", ".join(_facts(run, config, summary)))}</p>']
     if rows:
-        notes = dict.fromkeys(f"{row['protocol']}: {row['note']}" for row in rows if "note" in row)
+        notes = {row["note"]: row["protocol"] for row in reversed(rows) if "note" in row}  # of the first that has it
         parts += ["<h2>Results on the test set</h2>", _table(_by_protocol(rows))]
-        parts += [f"<p>{escape(note)}</p>" for note in notes]
+        parts += [f"<p>{escape(f'{protocol}: {note}')}</p>" for note, protocol in reversed(notes.items())]
     if advice := list(what_to_try(config, metrics, summary)):
         parts += ["<h2>What to try next</h2><ul>", *(f"<li>{escape(text)}</li>" for text in advice), "</ul>"]
     parts += ["<h2>Figures</h2>", *_figures(run)]
@@ -70,6 +76,12 @@ def what_to_try(config: Config, metrics: Sequence[Row], summary: Row) -> Iterato
         yield "Set evaluation.untrained=true to see how much training improves on the network that it starts from."
     epochs = {row["epoch"]: _score(row, config) for row in metrics if row["kind"] == "validation"}
     best, last = max(epochs, key=lambda epoch: epochs[epoch], default=0), max(epochs, default=0)
+    classes = summary.get("meta", {}).get("validation_classes", 0)  # 0 while it runs
+    if coarse := bool(epochs and classes) and (classes < FEW or epochs[best] > SATURATED):
+        yield (
+            f"Validation on {classes} classes, {config.evaluation.select_by} {epochs[best]:.4f}, tells epochs hardly "
+            f"apart. Hold out more classes (validation.fraction)."
+        )
     if not epochs and not config.validation.holds_out:
         yield "Set validation.fraction=0.2 to hold out classes, so that the best epoch is known without the test set."
     elif best != last:
@@ -77,7 +89,7 @@ def what_to_try(config: Config, metrics: Sequence[Row], summary: Row) -> Iterato
             f"Validation was best after epoch {best} of {last}; later epochs did not help. Take the weights "
             f"best_validation, and try fewer epochs or a lower optim.lr."
         )
-    elif len(epochs) > 1:
+    elif len(epochs) > 1 and not coarse:
         yield f"Validation was best after the last epoch, {last}. More epochs may improve it further."
     if masked := sum(row.get("masked", 0) > 0 for row in steps):
         yield f"{masked} of {len(steps)} steps were left out, as their loss was not finite. Lower optim.lr."
@@ -141,7 +153,10 @@ def _figures(run: Path) -> Iterator[str]:
     for name, caption in FIGURES.items():
         path = run / "figures" / f"{name}.png"
         if path.is_file():
-            data = path.read_bytes()
-            width = int.from_bytes(data[16:20]) * 2 // 3  # a PNG's width stands there; sharp on good screens
-            image = f'<img alt="{name}" width="{width}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+            small = BytesIO()  # a PNG of many photos has several MB
+            with Image.open(path) as picture:
+                picture.convert("RGB").save(small, "WEBP", quality=QUALITY)
+                width = picture.width * 2 // 3  # sharp on good screens
+            data = base64.b64encode(small.getvalue()).decode()
+            image = f'<img alt="{name}" width="{width}" src="data:image/webp;base64,{data}">'
             yield f"<figure><figcaption>{caption}</figcaption>{image}</figure>"

@@ -136,13 +136,16 @@ class ModelSelector:
             return None
         known = [name.rpartition("/")[2] for name in metrics]
         looked_at = {self.select_by, next((name for name in known if "recall@" in name), "")} & {*known}
-        values = {name: (selection_value(self.untrained, name), selection_value(metrics, name)) for name in looked_at}
-        fell = sorted(f"{name} from {a:.4f} to {b:.4f}" for name, (a, b) in values.items() if b < a)
+        fell, rose = list[str](), list[str]()
+        for name in sorted(looked_at):
+            before, after = selection_value(self.untrained, name), selection_value(metrics, name)
+            (fell if after < before else rose).append(f"{name} from {before:.4f} to {after:.4f}")
         if not fell:
             return None
+        though = f", though it raised {rose[0]}" if rose else ""
         return (
-            f"training made it worse: it lowered {' and '.join(fell)}; lower optim.lr ({self.config.optim.lr:g}), or "
-            f"keep layers as they are (model.freeze)"
+            f"training made it worse: it lowered {' and '.join(fell)}{though}; lower optim.lr "
+            f"({self.config.optim.lr:g}), or keep layers as they are (model.freeze)"
         )
 
     def state_dict(self) -> dict[str, Any]:

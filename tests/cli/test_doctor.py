@@ -23,7 +23,10 @@ def test_doctor_says_whether_weights_are_there(
     assert main([*grey, "model.pretrained=torchvision"]) == 0
     assert f"is not in {folder}/hub/hub/checkpoints; --download fetches it" in capfd.readouterr().out
     assert main([*grey, "model.pretrained=torchvision", "--download"]) == 2
-    assert "cannot be downloaded" in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert "cannot be downloaded" in said.err
+    assert "memory of each" in said.out
+    assert "strategy=fsdp" not in said.out  # another strategy's, where the config's own fits
 
 
 def test_the_template_serves_twelve_classes_of_eight_photos(tmp_path: Path) -> None:

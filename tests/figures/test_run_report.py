@@ -16,9 +16,12 @@ def config(**settings: Any) -> Config:
     return parse_config({"name": "x", "epochs": 3, "data": {"shards": "s"}, **settings}, "test")
 
 
-def summary(**scores: float) -> dict[str, Any]:
+def summary(classes: float = 20, **scores: float) -> dict[str, Any]:
     row = {"split": "test", "epoch": 3, "metric": "map@r"}
-    return {"rows": [row | {"protocol": protocol, "value": value} for protocol, value in scores.items()]}
+    return {
+        "meta": {"epochs": 3, "steps": 6, "validation_classes": classes},
+        "rows": [row | {"protocol": protocol, "value": value} for protocol, value in scores.items()],
+    }
 
 
 def validation(epoch: int, score: float) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def test_a_report_holds_everything_itself(report: str, trained: Path) -> None:
     assert page.open == []
     assert page.links == []
     assert len(page.images) == 2  # losses and validation
-    assert all(image.startswith("data:image/png;base64,iVBOR") for image in page.images)
+    assert all(image.startswith("data:image/webp;base64,UklGR") for image in page.images)
     for row in runs.metrics(trained / "runs" / "tiny", "validation"):
         assert f"after epoch {row['epoch']}" in page.text
         assert f"{row['map@r']:.4f}" in page.text
@@ -82,6 +85,7 @@ def test_a_report_holds_everything_itself(report: str, trained: Path) -> None:
 def test_names_are_escaped_and_a_note_stands_once(tmp_path: Path) -> None:
     row = {"protocol": "last", "epoch": 3, "metric": "<b>/map@r", "value": 0.25, "note": "training made it worse"}
     rows = [row, row | {"metric": "recall@1"}, row | {"protocol": "untrained", "note": "no note"}]
+    rows.append(row | {"protocol": "best_validation"})  # of the same epoch
     text = run_report(tmp_path, config(data={"shards": "a<b>&c"}), [], {"rows": rows})
     assert "<b>" not in text
     assert "<b>/map@r" in Page(text).text
@@ -98,6 +102,8 @@ TRIED = {"untrained": 0.1, "last": 0.4}
     ("metrics", "scores", "words"),
     [
         (FINE, TRIED, "after the last epoch, 2"),
+        ([validation(1, 0.3), validation(2, 0.995)], TRIED, "0.9950"),
+        (FINE, TRIED | {"classes": 4}, "Validation on 4 classes"),
         ([validation(1, 0.5), *FINE[1:]], TRIED, "after epoch 1 of 2"),
         ([step()], TRIED, "validation.fraction"),
         (FINE, {"last": 0.4}, "evaluation.untrained"),

@@ -152,7 +152,7 @@ def test_doctor_measures_what_lies_between_the_ranks(folder):
     assert rows["gather"].startswith("embeddings of 8 x 2 images, 16 dimensions")
     assert rows["clocks"].startswith("apart by ")
     assert "run folder runs/tiny: new" in done.stdout
-    assert "memory of each of 2 ranks, strategy=fsdp: " in done.stdout
+    assert "memory of each of 2 ranks, strategy=ddp: " in done.stdout
     refused = runs.program("doctor", "tiny.yaml", ranks=3, cwd=folder)
     assert refused.returncode != 0
     assert "1, 2, 4" in refused.stderr

@@ -31,7 +31,7 @@ def test_a_request_to_stop_saves_and_exits_with_75(train, before_step, folder, m
         if how == "Ctrl-C":
             os.kill(os.getpid(), signal.SIGINT)
         else:
-            assert runs.program("stop", "tiny.yaml", cwd=folder).returncode == 0
+            assert runs.program("stop", "runs/tiny", cwd=folder).returncode == 0
 
     monkeypatch.setattr(preemption, "POLL_SECONDS", 0.0)
     before_step(4, ask)
@@ -42,9 +42,9 @@ def test_a_request_to_stop_saves_and_exits_with_75(train, before_step, folder, m
     assert ("SIGINT" if how == "Ctrl-C" else "runs/tiny/stop") in status["message"]
     assert not (run / "stop").exists()
     assert 4 < checkpoint.load(run)["position"]["global_step"] < 8
-    for since, state in (("1", "preempted\n"), ("9e9", "none\n")):
-        assert main(["status", "tiny.yaml", "--since", since]) == 0
-        assert capfd.readouterr().out == state
+    for given, since, state in (("tiny.yaml", "1", "preempted"), ("runs/tiny", "9e9", "none")):
+        assert main(["status", given, "--since", since]) == 0
+        assert capfd.readouterr().out == f"{state}\n"
     code, out, _ = train("epochs=2")
     assert code == 0
     assert "resuming" in out

@@ -211,9 +211,11 @@ def _drop_small_classes(
     ]
     _log_left_out("training classes", left_out)
     if (trains or not test_sizes) and len(sizes) - len(small) < 2:
+        drawn = "where the source does not say which, options.test_fraction=0.5 takes half of them"
         raise InputError(
             f"the source has {len(sizes) - len(small)} training classes with {samples_per_class} usable images or "
             f"more; training needs at least 2"
+            + (f" ({len(test_sizes)} others are for testing: {drawn})" if test_sizes else "")
         )
     return [image for image in images if image.sample.class_name not in small], left_out
 

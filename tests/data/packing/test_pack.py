@@ -100,6 +100,11 @@ def make_pair(root: Path) -> Path:
 
 
 def test_classes_that_cannot_be_used_are_refused(tmp_path) -> None:
+    for name in "abc":
+        write(tmp_path / "three" / name / "0.png", noise(0))
+        write(tmp_path / "three" / name / "1.png", noise(1))
+    with pytest.raises(InputError, match=r"has 1 training classes .* \(2 others are .* options.test_fraction"):
+        pack(FOLDER, tmp_path / "three", tmp_path / "out")
     for name in "ab":
         write(tmp_path / "source/train" / name / "0.png", noise(0))
     (tmp_path / "source/test").mkdir()
@@ -107,7 +112,7 @@ def test_classes_that_cannot_be_used_are_refused(tmp_path) -> None:
     for source in ("source", "empty"):
         with pytest.raises(InputError, match="has 0 training classes with 2 usable images or more; training needs at"):
             pack(FOLDER, tmp_path / source, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "source", "three"]
     write(tmp_path / "source/test/a/0.png", noise(0))
     with pytest.raises(InputError, match="in training and in test, such as 'a'"):
         pack(FOLDER, tmp_path / "source", tmp_path / "out")
