@@ -151,7 +151,7 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
         f"{config.name}: runs on {here.device.type} with {', '.join(map(str, sizes))} ranks "
         f"(images per rank: {local}){node}",
         f"{len(classes)} classes to train on, {len(held_out)} held out for validation, "
-        f"{plan.steps} steps an epoch, which show {plan.coverage:.1%} of the images that could come; each epoch draws anew",
+        f"{plan.steps} steps an epoch, showing {plan.coverage:.1%} of the images that could come; each draws anew",
     ]
     if is_remote(config.data.shards):
         lines.append(_remote(config, shards))
