@@ -1,5 +1,6 @@
 """Queries with what they found, as one picture, and how a picture becomes a file."""
 
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import BytesIO
@@ -157,7 +158,9 @@ def _thumbnail(image_id: int, data: bytes) -> Any:
 
 
 def wrapped(name: str) -> str:
-    """Break a name into two lines; one that is longer is cut in its middle."""
+    """Break a name into two lines, after a word if that fits; cut a longer one."""
     if len(name) > 2 * LINE:
         name = f"{name[: LINE - 1]}…{name[-LINE:]}"
-    return f"{name[:LINE]}\n{name[LINE:]}".rstrip("\n")
+    words = re.fullmatch(rf"(.{{1,{LINE - 1}}}[-_ ])(.{{1,{LINE}}})", name)
+    end = words.end(1) if words and len(name) > LINE else LINE
+    return f"{name[:end]}\n{name[end:]}".rstrip("\n")

@@ -32,7 +32,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 } td { font-v
 figure { margin: 1.5rem 0 } figcaption { font-weight: 600; margin-bottom: .4rem } img { max-width: 100% }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px } .wide { overflow-x: auto }
 p, li { max-width: 62rem }
-@media (max-width: 40rem) { th, td { padding: .25rem .4rem; font-size: 12px } .wide { scrollbar-width: thin } }
+.wide::-webkit-scrollbar { height: 6px } .wide::-webkit-scrollbar-thumb { background: #bbb }
+@media (max-width: 40rem) { th, td { padding: .25rem .3rem; font-size: 11px } }
 """
 FLAT, SHARP, WAITING, SATURATED = 0.05, 0.9, 0.2, 0.99
 """Shares that lead to advice: entropy that the target lacks to a uniform one, its mass on the image itself, time that

@@ -55,7 +55,7 @@ def test_frames_tell_the_query_the_right_and_the_wrong(tmp_path: Path) -> None:
     titles = [axes.get_title() for axes in figure.axes]
     assert [title[0] for title in titles] == ["q", "✗", "✓", "q", "✓"]
     assert "0.900" in titles[1]
-    assert titles[0].endswith("\nsevensevenseve…\nvensevensevense\none.png")
+    assert titles[0].endswith("\nsevensevenseve…\nsevensevenseven\none.png")
     assert titles[1].endswith("\n8\ntwo, as it was \ntaken.jpg")
 
 
