@@ -5,7 +5,6 @@ import base64
 import io
 import json
 import socket
-from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,6 @@ def build_app(index: SearchIndex, top: int) -> Any:
     from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import HTMLResponse, JSONResponse, Response
-    from starlette.datastructures import UploadFile
-    from starlette.formparsers import MultiPartException, MultiPartParser
 
     app = FastAPI(openapi_url=None)
 
@@ -87,26 +84,17 @@ def build_app(index: SearchIndex, top: int) -> Any:
 
     @app.post("/search")
     async def find(request: Request, class_name: str | None = None) -> dict[str, Any]:
+        size = int(request.headers.get("content-length", 0))
+        if size > LARGEST or "transfer-encoding" in request.headers:  # of unknown size
+            raise InputError(f"send an image of at most {LARGEST >> 20} MiB, and its size (Content-Length) before it")
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            try:
-                form = await MultiPartParser(request.headers, body(request)).parse()
-            except MultiPartException as error:
-                raise InputError(f"the form cannot be read: {error.message}") from error
-            uploads = [value for value in form.values() if isinstance(value, UploadFile)]
+            uploads = [value for value in (await request.form()).values() if not isinstance(value, str)]
             data = await uploads[0].read() if uploads else b""
         else:
-            data = b"".join([part async for part in body(request)])
+            data = await request.body()
         if not data:
             raise InputError("no image came; send an image file as the request's body or as a file of a form")
         return {"matches": await run_in_threadpool(answer, data, class_name)}
-
-    async def body(request: Request) -> AsyncGenerator[bytes, None]:
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > LARGEST:
-                raise InputError(f"the file has more than {LARGEST >> 20} MiB; make the image smaller")
-            yield part
 
     def answer(data: bytes, class_name: str | None) -> list[dict[str, Any]]:
         index.refresh()

@@ -36,8 +36,7 @@ class ImageFolder:
 def find_images(root: Path, log: bool = True) -> ImageFolder:
     """List all images below a folder as ``pack`` does: none hidden, links followed.
 
-    Args:
-        log: how many other files there are.
+    With ``log`` it is told how many other files there are.
 
     Raises:
         InputError: there is no such folder, no image in it, or a folder in it cannot be read.
