@@ -1,5 +1,9 @@
-"""Architectures of timm and torchvision, small and untrained, through what a run does with a network."""
+"""Architectures of timm and torchvision, small and untrained, through what a run does with a network.
 
+With EVERY_BACKBONE=1 all of them go through two ranks, a resumed run and an export, else a few (ten minutes more).
+"""
+
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,7 @@ ARCHITECTURES = {
     "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32,
 }  # fmt: skip
 """Backbone -> side of its images."""
+EVERY = bool(os.environ.get("EVERY_BACKBONE"))
 
 
 def settings(backbone: str, side: int, *overrides: str) -> Config:
@@ -74,9 +79,11 @@ def test_an_architecture_steps_and_its_teacher_follows(backbone: str) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backbone", ["timm/test_efficientnet", "timm/test_vit3", "timm/test_convnext"])
+@pytest.mark.parametrize(
+    "backbone", ARCHITECTURES if EVERY else ["timm/test_efficientnet", "timm/test_vit3", "timm/test_convnext"]
+)
 def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
-    config = settings(backbone, 32, "precision=float64")
+    config = settings(backbone, ARCHITECTURES.get(backbone, 32), "precision=float64")
     ((loss, gradients),) = harness.run(1, step, config)
     for other, theirs in harness.run(2, step, config):
         assert other == pytest.approx(loss, abs=1e-10)
@@ -133,18 +140,20 @@ def test_a_function_of_another_package_builds_the_network(tmp_path: Path, monkey
             build_embedder(settings(name, 8), CPU)
 
 
-RUN = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "data.image_size=32", "epochs=2",
-       "data.augment=crop", "precision=float32", "data.workers=0")  # fmt: skip
+RUN = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "epochs=2", "data.augment=crop",
+       "precision=float32", "data.workers=0")  # fmt: skip
 
 
-def test_a_run_learns_resumes_and_is_exported(folder: Path) -> None:
-    backbone = "timm/test_vit3"
-    more = (*RUN, f"model.backbone={backbone}", "optim.layer_decay=0.7", "optim.warmup_steps=2")
+@pytest.mark.parametrize("backbone", ARCHITECTURES if EVERY else ["timm/test_vit3"])
+def test_a_run_learns_resumes_and_is_exported(folder: Path, backbone: str) -> None:
+    side = ARCHITECTURES[backbone]
+    more = (*RUN, f"model.backbone={backbone}", f"data.image_size={side}", "optim.warmup_steps=2")
+    more += ("optim.layer_decay=0.7",) * (backbone == "timm/test_vit3")
     runs.train(folder, "name=whole", *more)
     runs.train(folder, "name=cut", *more, "max_steps=4")
     runs.train(folder, "name=cut", *more)
     assert all(row["distillation"] > 0 for row in runs.metrics(folder / "runs" / "whole", "step")[6:])
     whole, cut = (checkpoint.load(folder / "runs" / name) for name in ("whole", "cut"))
     assert all(torch.equal(whole["student"][name], value) for name, value in cut["student"].items())
-    found = export(folder / "runs" / "cut", folder / "ex", ["torch"], [pictures(settings(backbone, 32))[0]], "noise")
+    found = export(folder / "runs" / "cut", folder / "ex", ["torch"], [pictures(settings(backbone, side))[0]], "noise")
     assert found["torch"] <= 1e-5
