@@ -69,7 +69,11 @@ def _torch_backend(rows_nD: torch.Tensor, distance: str, dtype: torch.dtype) -> 
         for start in range(0, len(rows_nD), TILE):
             tile_Dt = _as_products(rows_nD[start : start + TILE], distance, dtype).T
             size = len(query_mD) if query_mD.is_cuda else SLICE
-            parts = [_largest(some_mD @ tile_Dt, min(c, tile_Dt.shape[1])) for some_mD in query_mD.split(size)]
+            held_mt = query_mD.new_empty(min(size, len(query_mD)), tile_Dt.shape[1])  # new memory takes as long as scoring
+            parts = [
+                _largest(torch.mm(some_mD, tile_Dt, out=held_mt[: len(some_mD)]), min(c, tile_Dt.shape[1]))
+                for some_mD in query_mD.split(size)
+            ]
             scores_mc, found_mc = (torch.cat(of) for of in zip(*parts, strict=True))
             best.append((scores_mc, found_mc + start))
         scores_mc, found_mc = (torch.cat(of, dim=1) for of in zip(*best, strict=True))
@@ -88,10 +92,10 @@ def _largest(scores_mn: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tenso
     # NumPy with a threshold takes a third of torch's time where c is large.
     scores = scores_mn.numpy()
     best_mc, found_mc = np.empty((len(scores), c), scores.dtype), np.empty((len(scores), c), np.int64)
-    for m, least in enumerate(np.partition(scores, -c, axis=1)[:, -c]):
-        enough = np.flatnonzero(scores[m] >= least)
-        found_mc[m] = enough[scores[m, enough].argsort()[::-1][:c]]
-        best_mc[m] = scores[m, found_mc[m]]
+    for m, row in enumerate(scores):
+        enough = np.flatnonzero(row >= np.partition(row, -c)[-c])
+        found_mc[m] = enough[row[enough].argsort()[::-1][:c]]
+        best_mc[m] = row[found_mc[m]]
     return torch.from_numpy(best_mc), torch.from_numpy(found_mc)
 
 
