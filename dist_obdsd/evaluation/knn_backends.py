@@ -69,7 +69,9 @@ def _torch_backend(rows_nD: torch.Tensor, distance: str, dtype: torch.dtype) -> 
         for start in range(0, len(rows_nD), TILE):
             tile_Dt = _as_products(rows_nD[start : start + TILE], distance, dtype).T
             size = len(query_mD) if query_mD.is_cuda else SLICE
-            held_mt = query_mD.new_empty(min(size, len(query_mD)), tile_Dt.shape[1])  # new memory takes as long as scoring
+            held_mt = query_mD.new_empty(
+                min(size, len(query_mD)), tile_Dt.shape[1]
+            )  # new memory takes as long as scoring
             parts = [
                 _largest(torch.mm(some_mD, tile_Dt, out=held_mt[: len(some_mD)]), min(c, tile_Dt.shape[1]))
                 for some_mD in query_mD.split(size)
