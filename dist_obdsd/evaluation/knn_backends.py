@@ -27,12 +27,9 @@ RESERVOIR = 20
 
 
 def build_backend(rows_nD: torch.Tensor, distance: str, name: str, k: int) -> tuple[Backend, float]:
-    """Build what searches the rows, and tell its rounding.
+    """Build what searches the rows, and tell its rounding; InputError where faiss is missing.
 
     ``auto`` is faiss on a CPU where it is installed, but for many neighbours, and torch on a GPU.
-
-    Raises:
-        InputError: faiss is asked for and missing.
     """
     many = k >= MANY and not rows_nD.is_cuda
     if name == "faiss" or (name == "auto" and not many and not rows_nD.is_cuda):
@@ -69,13 +66,11 @@ def _torch_backend(rows_nD: torch.Tensor, distance: str, dtype: torch.dtype) -> 
         for start in range(0, len(rows_nD), TILE):
             tile_Dt = _as_products(rows_nD[start : start + TILE], distance, dtype).T
             size = len(query_mD) if query_mD.is_cuda else SLICE
-            held_mt = query_mD.new_empty(
-                min(size, len(query_mD)), tile_Dt.shape[1]
-            )  # new memory takes as long as scoring
-            parts = [
-                _largest(torch.mm(some_mD, tile_Dt, out=held_mt[: len(some_mD)]), min(c, tile_Dt.shape[1]))
-                for some_mD in query_mD.split(size)
-            ]
+            held_mt = query_mD.new_empty(min(size, len(query_mD)), tile_Dt.shape[1])  # new memory costs time
+            parts = []
+            for some_mD in query_mD.split(size):
+                scores_mt = torch.mm(some_mD, tile_Dt, out=held_mt[: len(some_mD)])
+                parts.append(_largest(scores_mt, min(c, tile_Dt.shape[1])))
             scores_mc, found_mc = (torch.cat(of) for of in zip(*parts, strict=True))
             best.append((scores_mc, found_mc + start))
         scores_mc, found_mc = (torch.cat(of, dim=1) for of in zip(*best, strict=True))
