@@ -49,7 +49,7 @@ def test_it_trains_and_finds_images_of_the_query_s_class(
     monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "broken.png")])
     with pytest.raises(SystemExit, match="2"):
         example.main()
-    assert "broken.png cannot be embedded" in capsys.readouterr().err
+    assert "broken.png cannot be read" in capsys.readouterr().err
 
 
 def test_an_empty_folder_ends_it_with_one_sentence(
