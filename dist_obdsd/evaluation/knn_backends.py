@@ -27,9 +27,10 @@ RESERVOIR = 20
 
 
 def build_backend(rows_nD: torch.Tensor, distance: str, name: str, k: int) -> tuple[Backend, float]:
-    """Build what searches the rows, and tell its rounding; InputError where faiss is missing.
+    """Build what searches the rows, and tell its rounding.
 
-    ``auto`` is faiss on a CPU where it is installed, but for many neighbours, and torch on a GPU.
+    ``auto`` is faiss on a CPU where it is installed, but for many neighbours, and torch on a GPU. ``faiss`` raises
+    InputError where it is missing.
     """
     many = k >= MANY and not rows_nD.is_cuda
     if name == "faiss" or (name == "auto" and not many and not rows_nD.is_cuda):
