@@ -87,12 +87,12 @@ def _largest(scores_mn: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tenso
     """Find the c largest of each row, descending, and their places."""
     if scores_mn.is_cuda:
         return scores_mn.topk(c, dim=1)
-    # NumPy with a threshold takes a third of torch's time where c is large.
+    # NumPy row by row takes a third of torch's time where c is large.
     scores = scores_mn.numpy()
     best_mc, found_mc = np.empty((len(scores), c), scores.dtype), np.empty((len(scores), c), np.int64)
     for m, row in enumerate(scores):
-        enough = np.flatnonzero(row >= np.partition(row, -c)[-c])
-        found_mc[m] = enough[row[enough].argsort()[::-1][:c]]
+        largest = row.argpartition(-c)[-c:]
+        found_mc[m] = largest[row[largest].argsort()[::-1]]
         best_mc[m] = row[found_mc[m]]
     return torch.from_numpy(best_mc), torch.from_numpy(found_mc)
 
