@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
 
     _config(commands.add_parser("stop", help="let a run save and end, from any machine that sees its folder"), run)
 
-    figures = commands.add_parser("figures", help="draw the figures of a run folder and write its report anew")
+    figures = commands.add_parser("figures", help="draw the figures of a run folder anew")
     figures.add_argument("run_dir", type=_path, metavar="RUN", help="a run folder; of a running one, what there is yet")
     _overrides(figures, "settings such as data.shards=DIR")
 

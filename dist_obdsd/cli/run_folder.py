@@ -43,10 +43,14 @@ def stop(options: argparse.Namespace) -> int:
 
 
 def figures(options: argparse.Namespace) -> int:
-    """Draw a run's figures and write its report anew."""
+    """Draw a run's figures anew."""
     from dist_obdsd.figures.run_figures import draw
 
     paths, failures = draw(options.run_dir, options.overrides)
+    if not paths and not failures:
+        raise InputError(
+            f"{options.run_dir} kept nothing to draw: that happens at the end of an epoch, with tracking.figures=true"
+        )
     for path in paths:
         show(str(path))
     for failure in failures:

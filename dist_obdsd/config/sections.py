@@ -334,7 +334,7 @@ class TrackingConfig(Section):
     log_model: bool = True
     """At the end log the best epoch, or the last where there is no validation, as a model that MLflow can serve."""
     figures: bool = True
-    """Draw figures at the end of a run and write its report, runs/NAME/report.html; both are tracked."""
+    """Draw figures of retrieval, embeddings and a batch into runs/NAME/figures at the end of a run, and track them."""
 
 
 class CheckpointConfig(Section):

@@ -7,9 +7,7 @@ Shapes: m images of a sample, B images of a batch, t of them shown, D embedding 
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,15 +21,12 @@ from dist_obdsd.manifold.similarity import similarity
 from dist_obdsd.manifold.targets import target_rows
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "^", "s", "P", "X")
 SHOWN_IMAGES = 64  # of a batch in the heat maps: in larger ones a class of two could not be seen
 DECADES = 3  # powers of ten of a logarithmic colour scale
-HEADROOM = 1.4  # factor on the height of an axis, so that its legend lies above the curves
-MOST_EPOCHS = 60  # from which on their borders would only blacken the loss curves
 
 
 def embedding_map(
@@ -118,40 +113,6 @@ def batch_manifold(T_BD: torch.Tensor, labels_B: torch.Tensor, diffusion: Diffus
     return figure
 
 
-def recall_curves(lines: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
-    """Draw Recall@k over k, with a line per protocol.
-
-    Args:
-        lines: at least one, protocol -> {k: recall}.
-    """
-    percent = {name: {k: 100 * line[k] for k in sorted(line)} for name, line in lines.items()}
-    named = {f"{name}: {', '.join(f'{v:.1f}' for v in line.values())}": line for name, line in percent.items()}
-    figure = _line_chart(named, title)
-    (axes,) = figure.axes
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ks := sorted({k for line in lines.values() for k in line}), [str(k) for k in ks])
-    axes.minorticks_off()
-    axes.set(xlabel="k (nearest neighbours)", ylabel="Recall@k (% of the queries)")
-    return figure
-
-
-def validation_curves(lines: Mapping[str, Mapping[int, float]], best: int | None, title: str) -> "Figure":
-    """Draw validation metrics over the epochs.
-
-    Args:
-        lines: at least one, metric -> {epochs trained: value}.
-        best: the epoch that was chosen.
-    """
-    figure = _line_chart(lines, title)
-    (axes,) = figure.axes
-    axes.locator_params("x", integer=True)
-    axes.set(xlabel="epochs trained", ylabel="share (1 is perfect)")
-    if best is not None:
-        axes.axvline(best, color="grey", linestyle="dashed", zorder=0)
-        axes.set_xlabel(f"epochs trained (dashed: the best, {best})")
-    return figure
-
-
 def spectrum(singular: Sequence[float], title: str) -> "Figure":
     """Draw the embeddings' singular values beside those of evenly used directions."""
     values = np.maximum(np.array(singular) / (math.fsum(singular) or 1.0), 1e-12)
@@ -171,77 +132,7 @@ def spectrum(singular: Sequence[float], title: str) -> "Figure":
     return figure
 
 
-def loss_curves(
-    steps: Sequence[Mapping[str, float]], title: str, batch: int | None = None, head_scale: float = 1.0
-) -> "Figure":
-    """Draw losses, ramp, learning rates and target entropy over the optimizer steps.
-
-    Args:
-        steps: at least one, ascending; each with ``step``, ``epoch`` and what was measured of ``ranking``,
-            ``distillation``, ``ramp``, ``lr``, ``target_entropy``. What is missing (a step with an infinite loss, an
-            epoch without distillation) leaves a gap.
-        batch: images in a batch; the logarithm of their number bounds the entropy.
-        head_scale: learning rate of the embedding layer, as a multiple of the backbone's.
-    """
-
-    def column(name: str) -> np.ndarray:
-        return np.array([step.get(name, math.nan) for step in steps])
-
-    distils = any("distillation" in step for step in steps)
-    figure = _figure(11, 7.2 if distils else 3.9, title)
-    panels = list(np.atleast_1d(figure.subplots(1 + distils, 2, sharex=True)).flat)
-    place, (loss, rate, *more) = column("step"), panels
-    _curve(loss, place, column("ranking"), "ranking loss", COLOURS[0])
-    loss.set(title="Ranking loss", ylabel="loss (no unit)")
-    rate.plot(place, column("lr"), color=COLOURS[2], label="network" if head_scale == 1 else "backbone")
-    if head_scale != 1:
-        label = f"embedding layer ({head_scale:g} times as high)"
-        rate.plot(place, column("lr") * head_scale, color=COLOURS[4], label=label)
-    rate.set(title="Learning rate", ylabel="learning rate")
-    if distils:
-        divergence, entropy = more
-        _curve(divergence, place, column("distillation"), "KL(target || student)", COLOURS[1])
-        divergence.set(title="Distillation and its ramp", ylabel="divergence (nats)")
-        ramp = divergence.twinx()
-        ramp.plot(place, column("ramp"), color=COLOURS[6], linestyle="dashed")
-        ramp.set(ylabel="ramp (share of the full weight)", ylim=(0, HEADROOM), yticks=np.linspace(0, 1, 6))
-        divergence.plot([], color=COLOURS[6], linestyle="dashed", label="ramp (right)")  # for the one legend
-        _curve(entropy, place, column("target_entropy"), "entropy", COLOURS[3])
-        if batch is not None:
-            uniform = f"log {batch}, a uniform target's"
-            entropy.axhline(math.log(batch), color="grey", linestyle="dotted", label=uniform)
-        entropy.set(title="Entropy of the target", ylabel="nats")
-    borders = [step["step"] for before, step in pairwise(steps) if before["epoch"] != step["epoch"]]
-    borders = borders if len(borders) < MOST_EPOCHS else []
-    for axes in panels:
-        if axes is not loss:
-            axes.set_ylim(0, axes.get_ylim()[1] * HEADROOM)
-        axes.legend(fontsize=8, loc="best" if axes is loss else "upper left")
-        axes.grid(visible=True, alpha=0.25)
-        for border in borders:
-            axes.axvline(border - 0.5, color="grey", linewidth=0.6, alpha=0.6, zorder=0)
-    loss.locator_params("x", integer=True)  # of all, since they share it
-    for axes in panels[-2:]:
-        axes.set_xlabel("optimizer step" + (" (grey lines: a new epoch)" if borders else ""))
-    return figure
-
-
 # ---- helpers ----
-
-
-def _line_chart(lines: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
-    """Draw lines of few points, so that those that coincide can be told apart."""
-    figure = _figure(6.4, 5, title)
-    axes = figure.subplots()
-    for number, (name, line) in enumerate(lines.items()):
-        axes.plot(
-            list(line), list(line.values()), label=_plain(name), linewidth=1.8, markersize=8, fillstyle="none",
-            linestyle=(0, (4, number % 4)), color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
-        )  # fmt: skip
-    axes.margins(x=0.06, y=0.08)
-    axes.grid(visible=True, alpha=0.25)
-    figure.legend(loc="outside lower center", fontsize=9, ncols=3 if max(map(len, lines)) < 20 else 1)
-    return figure
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
@@ -261,16 +152,11 @@ def _project(rows_mD: np.ndarray, seed: int) -> np.ndarray:
     """Compute the t-SNE map [m, 2]."""
     from sklearn.manifold import TSNE  # van der Maaten and Hinton, JMLR 2008
 
-    # The map depends on the ratios of distances alone; near rows keep their digits this way.
-    centred_mD = rows_mD - rows_mD.mean(axis=0)
-    spread = float(np.abs(centred_mD).max())
     # Equal rows, as of a collapsed network, have no principal components, and scikit-learn would divide by zero.
-    init = "pca" if spread > 1e-9 and min(rows_mD.shape) > 1 else "random"
+    spread = rows_mD.shape[1] > 1 and np.ptp(rows_mD, axis=0).max() > 1e-9
     perplexity = min(30.0, max(1.0, (len(rows_mD) - 1) / 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tsne = TSNE(perplexity=perplexity, init=init, random_state=seed, n_jobs=1)
-        return tsne.fit_transform(centred_mD / max(spread, 1e-9))
+    tsne = TSNE(perplexity=perplexity, init="pca" if spread else "random", random_state=seed, n_jobs=1)
+    return tsne.fit_transform(rows_mD)
 
 
 def _log_norm(*matrices: torch.Tensor) -> Any:
@@ -288,22 +174,3 @@ def _shares(matrix_tB: torch.Tensor, labels_B: torch.Tensor) -> str:
     own = float(share_tB.diagonal().sum())
     of_class = float(share_tB[labels_B[: len(matrix_tB), None] == labels_B].sum()) - own
     return f"itself {own:.0%}, its class {of_class:.0%}, others {1 - own - of_class:.0%}"
-
-
-def _curve(axes: "Axes", place: np.ndarray, values: np.ndarray, name: str, colour: str) -> None:
-    """Draw a value per step, pale, and its mean over some steps round it."""
-    width = max(len(values) // 25, 1)
-    if width > 1:
-        axes.plot(place, values, color=colour, alpha=0.3, linewidth=0.8)
-        name, values = f"{name}, mean of {width} steps", smoothed(values, width)
-    axes.plot(place, values, color=colour, linewidth=1.8, label=name)
-
-
-def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """Average the finite of ``width`` values round each; NaN where it is not finite."""
-    there = np.isfinite(values)
-    start = (width - 1) // 2
-    sums, counts = (
-        np.convolve(x, np.ones(width))[start : start + len(values)] for x in (np.where(there, values, 0.0), there)
-    )
-    return np.where(there, sums / np.maximum(counts, 1), np.nan)

@@ -7,6 +7,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.images import decode
 from dist_obdsd.data.manifest import Manifest
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG, QUERY = "#1a7f37", "#c62828", "#1f4e8c"
 LINE = 15  # characters; a class or file name above an image has two lines at most
-SIDE = 160  # pixels of an image in the picture
+SIDE = 160  # pixels that are drawn of an image, at most
 DPI = 150
 # Inches:
 TITLE, MARGIN, CELL, CELL_GAP, QUERY_GAP, NAMES, HEADING = 0.62, 0.2, 1.3, 0.14, 0.22, 0.88, 0.3
@@ -103,7 +105,7 @@ def retrieval_grid(
                 place = (left / width, 1 - (top + side) / height, side / width, side / height)
                 axes = figure.add_axes(place, xticks=[], yticks=[])
                 data, file = images[image_id]
-                axes.imshow(_thumbnail(image_id, data), cmap="gray", vmin=0, vmax=255)
+                axes.imshow(_thumbnail(image_id, data))
                 style: Any = "solid"
                 if score is None:
                     colour, line, mark, weight = QUERY, 4.5, "query", "bold"
@@ -128,33 +130,25 @@ def write(path: Path, figure: "Figure") -> None:
         InputError: the suffix is not known.
         RunError: the file cannot be written.
     """
-    buffer = BytesIO()
     kind = path.suffix.removeprefix(".") or "png"
-    try:
-        with warnings.catch_warnings():
-            # Names in a script that the font lacks: their boxes are all that can be done.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(buffer, format=kind, dpi=DPI)
-    except ValueError as error:
-        if kind in figure.canvas.get_supported_filetypes():
-            raise
-        raise InputError(f"{path} is of no picture format that matplotlib knows; end it in .png") from error
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise InputError(f"{path} is of no picture format that matplotlib knows; end it in .png")
+    buffer = BytesIO()
+    with warnings.catch_warnings():
+        # Names in a script that the font lacks: their boxes are all that can be done.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format=kind, dpi=DPI)
     write_atomically(path, buffer.getvalue())
 
 
-def _thumbnail(image_id: int, data: bytes) -> Any:
-    """Shrink an image to ``SIDE`` pixels; a small one grows by whole multiples."""
-    from PIL import Image
-
+def _thumbnail(image_id: int, data: bytes) -> Image.Image:
+    """Decode an image and shrink it to ``SIDE`` pixels; a small one stays as it is."""
     try:
         image = Image.fromarray(decode(data, 3).permute(1, 2, 0).numpy())
     except ValueError as error:
         raise InputError(f"image id {image_id} cannot be decoded: {error}; repair the data") from error
-    if max(image.size) > SIDE:
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        return image
-    times = SIDE // max(image.size)
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 def wrapped(name: str) -> str:

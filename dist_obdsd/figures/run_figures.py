@@ -1,4 +1,4 @@
-"""The figures and the report of a run: their data, and how they are made.
+"""The figures of a run: what is kept for them, and how they are drawn from it.
 
 ``runs/NAME/figures/`` holds the PNG files and what they are drawn from: ``evaluation.npz`` (a sample of the last
 evaluation and some of its queries) and ``batch.npz`` (embeddings of the latest epoch's last batch). So a figure can be
@@ -8,10 +8,8 @@ drawn anew without the network.
 import io
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +22,6 @@ from dist_obdsd.data.shard_reader import cache_of
 from dist_obdsd.errors import InputError, format_error
 from dist_obdsd.evaluation.retrieval import EvaluationResult, RankedQuery
 from dist_obdsd.figures import figures, retrieval_grid
-from dist_obdsd.figures.run_report import FIGURES, run_report
 from dist_obdsd.files import write_atomically
 from dist_obdsd.manifold.diffusion import Diffusion
 
@@ -91,143 +88,55 @@ class RunFigures:
             logger.info("nothing is kept for the figures (%s); the run goes on", format_error(error))
 
     def draw(self) -> list[Path]:
-        """Draw the run's figures and write its report; return the files."""
+        """Draw the run's figures; return the files."""
         if self.run is None:
             return []
-        started = time.perf_counter()
         paths, failures = draw(self.run)
         for failure in failures:
             logger.info(failure)
-        seconds = time.perf_counter() - started
-        logger.info("%d figures and report.html in %s (%.1f s)", len(paths) - 1, self.run, seconds)
+        logger.info("%d figures in %s", len(paths), self.run / "figures")
         return paths
 
 
 def draw(run: Path, overrides: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
-    """Draw the figures of a run folder and write its report.
+    """Draw the figures of a run folder for which something was kept.
 
     Args:
         overrides: settings that replace the run's, such as where the shards are now.
 
     Returns:
-        The files written, the report last, and a sentence for each file that failed.
+        The files written, and a sentence for each that failed.
 
     Raises:
         InputError: the folder is that of no run.
     """
-    if not (run / "metrics.jsonl").is_file():
-        raise InputError(f"{run} has no metrics.jsonl; give the folder of a run, such as runs/NAME")
-    folder = RunFolder(run, load_config(run / "config.yaml", overrides))
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} has no config.yaml; give the folder of a run, such as runs/NAME")
+    config = load_config(run / "config.yaml", overrides)
     paths, failures = [], []
-    for path in (*(run / "figures" / f"{name}.png" for name in FIGURES), run / "report.html"):
-        try:
-            if path.suffix == ".html":
-                write_atomically(path, run_report(run, folder.config, folder.metrics, folder.summary).encode())
-            elif (figure := getattr(folder, path.stem)()) is not None:
-                path.parent.mkdir(exist_ok=True)
-                retrieval_grid.write(path, figure)
-            else:
-                continue
-            paths.append(path)
-        except Exception as error:
-            failures.append(f"{path} is missing ({format_error(error)}); `dist-obdsd figures {run}` makes it again")
+    for source, figures_of in SOURCES.items():
+        kept = _load(run / "figures" / source)
+        for name, figure in figures_of.items() if kept else ():
+            path = run / "figures" / f"{name}.png"
+            try:
+                retrieval_grid.write(path, figure(config, kept))
+                paths.append(path)
+            except Exception as error:
+                failures.append(f"{path} is missing ({format_error(error)}); `dist-obdsd figures {run}` makes it again")
     return paths, failures
-
-
-class RunFolder:
-    """Reads a run folder and draws its figures; None where it has no data."""
-
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path, self.config = path, config
-
-    def validation_curves(self) -> "Figure | None":
-        lines: dict[str, dict[int, float]] = {}
-        for row in (row for row in self.metrics if row["kind"] == "validation"):
-            for name, value in row.items():
-                if name not in ("kind", "step", "epoch") and 0 <= value <= 1:
-                    lines.setdefault(name, {})[row["epoch"]] = value
-        best = (self.summary.get("meta", {}).get("best_validation") or {}).get("epoch")
-        title = f"{self.config.name}: validation on classes that are not trained on"
-        return figures.validation_curves(lines, best, title) if lines else None
-
-    def loss_curves(self) -> "Figure | None":
-        steps = [row for row in self.metrics if row["kind"] == "step"]
-        config, size = self.config, self.config.batch.global_size
-        title = f"{config.name}: {config.ranking.name} and {config.distillation.target}, batches of {size} images"
-        return figures.loss_curves(steps, title, size, config.optim.head_scale) if steps else None
-
-    def recall_curves(self) -> "Figure | None":
-        lines: dict[str, dict[int, float]] = {}
-        for row in self.summary["rows"]:
-            gallery, _, metric = row["metric"].rpartition("/")
-            name, _, k = metric.partition("@")
-            if name == "recall":
-                after = f" (after epoch {row['epoch']})" if row["epoch"] else ""
-                line = row["protocol"] + (gallery and f", {gallery}") + after
-                lines.setdefault(line, {})[int(k)] = row["value"]
-        return figures.recall_curves(lines, f"{self.config.name}: Recall@k, test") if lines else None
-
-    def retrieval_grid(self) -> "Figure | None":
-        if (kept := self._evaluation) is None:
-            return None
-        about, data = kept.about, self.config.data
-        best, worst = ([RankedQuery(**entry) for entry in about["answers"][name]] for name in ("best", "worst"))
-        if not (ids := retrieval_grid.shown([*best, *worst])):
-            return None
-        images = retrieval_grid.read_images(data.shards, manifests.load(data.shards), ids, cache_of(data))
-        sections = {
-            "Best: all or most neighbours are of the query's class": best,
-            "Worst: the first neighbour of the query's class comes latest": worst,
-        }
-        return retrieval_grid.retrieval_grid(sections, images, kept.names, self._title("nearest neighbours", kept))
-
-    def embedding_map(self) -> "Figure | None":
-        if (kept := self._evaluation) is None:
-            return None
-        title = self._title("embeddings", kept)
-        return figures.embedding_map(kept.rows_nD, kept.labels_n, kept.names, title, self.config.seed)
-
-    def spectrum(self) -> "Figure | None":
-        if (kept := self._evaluation) is None:
-            return None
-        return figures.spectrum(kept.about["singular"], self._title("rho-spectrum of all embeddings", kept))
-
-    def batch_manifold(self) -> "Figure | None":
-        if (kept := _load(self.path / "figures" / "batch.npz")) is None:
-            return None
-        target = self.config.distillation
-        title = f"{self.config.name}: one batch of {len(kept.rows_nD)} images, target {target.target}\n"
-        title += f"the last batch of epoch {kept.about['epoch']} as the {kept.about['whose']} embedded it"
-        return figures.batch_manifold(kept.rows_nD, kept.labels_n, Diffusion.of(target), title)
-
-    def _title(self, subject: str, kept: "_Kept") -> str:
-        what = "{what}, {queries} queries, after epoch {epoch}".format(**kept.about)
-        return f"{self.config.name}: {subject}\n{what}"
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of ``metrics.jsonl``, without one that is being written."""
-        whole, _, _ = (self.path / "metrics.jsonl").read_text().rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """The content of ``summary.json``; without rows while the run goes on."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else {"rows": []}
-
-    @cached_property
-    def _evaluation(self) -> "_Kept | None":
-        return _load(self.path / "figures" / "evaluation.npz")
 
 
 class _Kept(NamedTuple):
     """The content of a file that ``RunFigures`` wrote."""
 
     about: dict[str, Any]
-    names: dict[int, str]
     rows_nD: torch.Tensor
     labels_n: torch.Tensor
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Class names by label, which JSON made text."""
+        return {int(label): name for label, name in self.about["names"].items()}
 
 
 def _load(path: Path) -> _Kept | None:
@@ -235,5 +144,44 @@ def _load(path: Path) -> _Kept | None:
         return None
     with np.load(path) as kept:
         about = json.loads(str(kept["about"]))
-        names = {int(label): name for label, name in about.get("names", {}).items()}
-        return _Kept(about, names, torch.from_numpy(kept["rows"]), torch.from_numpy(kept["labels"]))
+        return _Kept(about, torch.from_numpy(kept["rows"]), torch.from_numpy(kept["labels"]))
+
+
+def _title(config: Config, subject: str, kept: _Kept) -> str:
+    return f"{config.name}: {subject}\n" + "{what}, {queries} queries, after epoch {epoch}".format(**kept.about)
+
+
+def _retrieval_grid(config: Config, kept: _Kept) -> "Figure":
+    best, worst = ([RankedQuery(**entry) for entry in kept.about["answers"][name]] for name in ("best", "worst"))
+    sections = {
+        "Best: all or most neighbours are of the query's class": best,
+        "Worst: the first neighbour of the query's class comes latest": worst,
+    }
+    data, ids = config.data, retrieval_grid.shown([*best, *worst])
+    images = retrieval_grid.read_images(data.shards, manifests.load(data.shards), ids, cache_of(data))
+    return retrieval_grid.retrieval_grid(sections, images, kept.names, _title(config, "nearest neighbours", kept))
+
+
+def _embedding_map(config: Config, kept: _Kept) -> "Figure":
+    title = _title(config, "embeddings", kept)
+    return figures.embedding_map(kept.rows_nD, kept.labels_n, kept.names, title, config.seed)
+
+
+def _spectrum(config: Config, kept: _Kept) -> "Figure":
+    return figures.spectrum(kept.about["singular"], _title(config, "rho-spectrum of all embeddings", kept))
+
+
+def _batch_manifold(config: Config, kept: _Kept) -> "Figure":
+    target = config.distillation
+    title = f"{config.name}: one batch of {len(kept.rows_nD)} images, target {target.target}\n"
+    title += f"the last batch of epoch {kept.about['epoch']} as the {kept.about['whose']} embedded it"
+    return figures.batch_manifold(kept.rows_nD, kept.labels_n, Diffusion.of(target), title)
+
+
+SOURCES = {
+    "evaluation.npz": {
+        "retrieval_grid": _retrieval_grid, "embedding_map": _embedding_map, "spectrum": _spectrum,
+    },
+    "batch.npz": {"batch_manifold": _batch_manifold},
+}  # fmt: skip
+"""What was kept -> the figures that are drawn from it."""

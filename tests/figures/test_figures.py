@@ -1,6 +1,5 @@
 """The figures' contents, read back from their axes, and that each is a picture."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,26 +115,6 @@ def test_the_map_keeps_classes_apart_and_names_them(tmp_path: Path) -> None:
     assert [text.get_text().strip() for text in legend.get_texts()][:4] == ["_hidden", r"\$x", r"a\$b\$", names[3]]
 
 
-def test_recall_has_a_line_per_protocol(tmp_path: Path) -> None:
-    figure = figures.recall_curves({"last": {1: 0.5, 10: 0.75, 2: 0.6}, "untrained": {1: 0.1}}, "run: Recall@k")
-    is_picture(tmp_path / "a.png", figure)
-    (axes,) = figure.axes
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert drawn == {"last: 50.0, 60.0, 75.0": [[1, 50], [2, 60], [10, 75]], "untrained: 10.0": [[1, 10]]}
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "10"]
-
-
-def test_validation_is_drawn_over_epochs_with_the_best(tmp_path: Path) -> None:
-    line = {1: 0.4, 2: 0.6, 3: 0.5}
-    figure = figures.validation_curves({"recall@1": line, "map@r": line}, 2, "run")  # one hides no other
-    is_picture(tmp_path / "a.png", figure)
-    (axes,) = figure.axes
-    *curves, best = axes.lines
-    assert [dict(curve.get_xydata().tolist()) for curve in curves] == [line, line]
-    assert {curve.get_linestyle() for curve in curves} == {"--"}
-    assert list(best.get_xdata()) == [2, 2]
-
-
 def test_the_spectrum_is_shares_beside_an_even_one(tmp_path: Path) -> None:
     figure = figures.spectrum([4.0, 1.0, 0.0], "run: spectrum")
     is_picture(tmp_path / "a.png", figure)
@@ -144,48 +123,3 @@ def test_the_spectrum_is_shares_beside_an_even_one(tmp_path: Path) -> None:
     assert list(axes.lines[1].get_ydata()) == [1 / 3, 1 / 3]
     assert axes.get_yscale() == "log"
     assert "better" in axes.get_xlabel()
-
-
-def steps() -> list[dict[str, float]]:
-    rows = []
-    for step in range(60):
-        row: dict[str, float] = {"step": step, "epoch": step // 20, "ramp": step // 20 / 3, "lr": 0.1}
-        if step != 30:
-            row["ranking"] = 2 + (-1) ** step
-        if step >= 20:
-            row |= {"distillation": 0.5, "target_entropy": 1.0}
-        rows.append(row)
-    return rows
-
-
-def test_losses_are_drawn_raw_and_smooth_with_the_ramp(tmp_path: Path) -> None:
-    figure = figures.loss_curves(steps(), "run: losses", 16, head_scale=10)
-    is_picture(tmp_path / "a.png", figure)
-    ranking, rate, distillation, target, ramp = figure.axes
-    raw, smooth = ranking.lines[:2]
-    assert list(raw.get_xdata()) == list(range(60))
-    values = np.asarray(raw.get_ydata())
-    assert np.isnan(values[30])
-    assert values[:2].tolist() == [3, 1]
-    assert np.nanstd(smooth.get_ydata()) < np.nanstd(values) / 2
-    assert list(ramp.lines[0].get_ydata()) == [step // 20 / 3 for step in range(60)]
-    assert np.isnan(distillation.lines[0].get_ydata()[:20]).all()
-    assert math.log(16) in target.lines[2].get_ydata()
-    backbone, head, *borders = rate.lines
-    np.testing.assert_allclose([backbone.get_ydata()[0], head.get_ydata()[0]], [0.1, 1.0])
-    assert [line.get_xdata()[0] for line in borders] == [19.5, 39.5]
-    bare = figures.loss_curves([{"step": 0, "epoch": 0, "lr": 0.1, "ranking": 1.0}], "run")
-    assert [axes.get_title() for axes in bare.axes] == ["Ranking loss", "Learning rate"]
-    is_picture(tmp_path / "b.png", bare)
-
-
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")
-@pytest.mark.parametrize("width", [1, 2, 7, 50])
-def test_smoothing_is_the_mean_of_what_is_there(width: int) -> None:
-    values = np.random.default_rng(width).normal(size=20)
-    values[[0, 7, 8]] = np.nan
-    padded = np.concatenate([np.full(width, np.nan), values, np.full(width, np.nan)])
-    start = width - width // 2
-    windows = np.lib.stride_tricks.sliding_window_view(padded, width)[start : start + 20]
-    expected = np.where(np.isnan(values), np.nan, np.nanmean(windows, axis=1))
-    np.testing.assert_allclose(figures.smoothed(values, width), expected)
