@@ -115,8 +115,9 @@ def draw(run: Path, overrides: Sequence[str] = ()) -> tuple[list[Path], list[str
     config = load_config(run / "config.yaml", overrides)
     paths, failures = [], []
     for source, figures_of in SOURCES.items():
-        kept = _load(run / "figures" / source)
-        for name, figure in figures_of.items() if kept else ():
+        if (kept := _load(run / "figures" / source)) is None:
+            continue
+        for name, figure in figures_of.items():
             path = run / "figures" / f"{name}.png"
             try:
                 retrieval_grid.write(path, figure(config, kept))
