@@ -6,7 +6,7 @@ import shlex
 
 from dist_obdsd.cli.output import check_writable, show, write_json
 from dist_obdsd.errors import RunError
-from dist_obdsd.experiments.run_status import state_of
+from dist_obdsd.experiments.run_status import status_of
 from dist_obdsd.experiments.runs import Comparison
 from dist_obdsd.training.preemption import PreemptionHandler
 
@@ -15,13 +15,14 @@ def compare(options: argparse.Namespace) -> int:
     """Train the runs that are not finished, and report how far the variants differ."""
     check_writable(options.json)
     flags = [flag for flag in ("--quiet", "--verbose") if getattr(options, flag[2:])]
+    words = [word for word in options.arguments if word != "--report-only"]  # to reproduce it is to train
     comparison = Comparison(
         options.config, options.overrides, options.variants, options.seeds, options.grid, ranks=options.ranks,
-        out=options.out, flags=flags, command_line=_training(options.arguments),
+        out=options.out, flags=flags, command_line=shlex.join(["dist-obdsd", *words]),
     )  # fmt: skip
     if options.dry_run:
         for spec, line in zip(comparison.specs, comparison.commands(), strict=True):
-            show(f"{state_of(spec):12s}  {line}")
+            show(f"{status_of(spec).state:12s}  {line}")
         return 0
     if options.jobs:
         show("\n".join(comparison.jobs()))
@@ -43,10 +44,3 @@ def compare(options: argparse.Namespace) -> int:
             f"status.json; the same command goes on with them"
         )
     return 0
-
-
-def _training(arguments: list[str]) -> str:
-    """Return the command that trains, also where this one only reports."""
-    flag = argparse.ArgumentParser(add_help=False)
-    flag.add_argument("--report-only", action="store_true")
-    return shlex.join(["dist-obdsd", *flag.parse_known_args(arguments)[1]])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,38 +52,25 @@ class Report:
             spec.label: f"{baseline} {spec.point}".strip() for spec in self.specs if spec.variant != baseline
         }
         self.rows = [row for run in self.finished for row in _rows_of(run)]
-        measured = {row["protocol"] for row in self.rows}
-        self.protocols = [name for name in PROTOCOLS if name in measured]
-        self.statistics = [
-            row for protocol in self.protocols for metric in self.metrics(protocol)
-            for row in self._statistics(protocol, metric)
-        ]  # fmt: skip
+        self.values: dict[tuple[str, str, str], dict[int, float]] = {}
+        """(protocol, metric, variant's label) -> value by seed."""
+        for row in self.rows:
+            self.values.setdefault((row["protocol"], row["metric"], row["variant"]), {})[row["seed"]] = row["value"]
+        keys = itertools.product(PROTOCOLS, _unique(row["metric"] for row in self.rows), self.labels)
+        self.statistics = [self._statistic(*key) for key in keys if key in self.values]
+        self.protocols = _unique(row["protocol"] for row in self.statistics)
 
-    def metrics(self, protocol: str) -> list[str]:
-        return _unique(row["metric"] for row in self.rows if row["protocol"] == protocol)
+    def _statistic(self, protocol: str, metric: str, label: str) -> Row:
+        values, other = self.values[protocol, metric, label], self.baselines.get(label)
+        against = difference(values, self.values.get((protocol, metric, other), {})) if other is not None else None
+        row = {"protocol": protocol, "metric": metric, "variant": label} | asdict(spread(list(values.values())))
+        row |= {f"difference_{name}": getattr(against, name, None) for name in Spread.__dataclass_fields__}
+        return row | {"baseline": other}
 
-    def headline_metrics(self, protocol: str) -> list[str]:
+    def headline_metrics(self) -> list[str]:
         """Return Recall@1 and MAP@R of the first gallery, else the first two metrics."""
-        metrics = self.metrics(protocol)
-        found = [next((m for m in metrics if m.rpartition("/")[2] == name), None) for name in HEADLINES]
-        return [name for name in found if name is not None] or metrics[:2]
-
-    def values(self, protocol: str, metric: str, label: str) -> dict[int, float]:
-        """Return a variant's values by seed."""
-        wanted = (protocol, metric, label)
-        return {r["seed"]: r["value"] for r in self.rows if (r["protocol"], r["metric"], r["variant"]) == wanted}
-
-    def _statistics(self, protocol: str, metric: str) -> list[Row]:
-        rows = []
-        for label in self.labels:
-            if not (values := self.values(protocol, metric, label)):
-                continue
-            other = self.baselines.get(label)
-            against = difference(values, self.values(protocol, metric, other)) if other is not None else None
-            row = {"protocol": protocol, "metric": metric, "variant": label} | asdict(spread(list(values.values())))
-            row |= {f"difference_{name}": getattr(against, name, None) for name in Spread.__dataclass_fields__}
-            rows.append(row | {"baseline": other})
-        return rows
+        metrics = _unique(row["metric"] for row in self.statistics if row["protocol"] == self.protocols[0])
+        return [name for name in metrics if name.rpartition("/")[2] in HEADLINES][:2] or metrics[:2]
 
     def means(self) -> dict[str, float]:
         """Return mean and standard deviation per variant and metric, for a tracker."""
@@ -108,11 +96,11 @@ class Report:
         if self.protocols:
             protocol = self.protocols[0]
             panels = {
-                metric: {label: self.values(protocol, metric, label) for label in self.labels}
-                for metric in self.headline_metrics(protocol)
+                metric: {label: self.values.get((protocol, metric, label), {}) for label in self.labels}
+                for metric in self.headline_metrics()
             }
             files["report.png"] = plot.draw(f"{self.name} ({protocol})", panels, self.baselines)
-        files["report.md"] = self.markdown("report.png" in files).encode()
+        files["report.md"] = self.markdown().encode()
         for name, data in files.items():
             write_atomically(folder / name, data)
         return [folder / name for name in files]
@@ -121,9 +109,9 @@ class Report:
         """Format the first protocol's most telling metrics as a table."""
         if not self.protocols:
             return "the runs measured nothing; set evaluation.test=true or hold out validation classes"
-        return self._table(self.protocols[0], self.headline_metrics(self.protocols[0]))
+        return self._table(self.protocols[0], self.headline_metrics())
 
-    def markdown(self, drawn: bool) -> str:
+    def markdown(self) -> str:
         parts = [
             f"# {self.name}: a comparison of {', '.join(_unique(spec.variant for spec in self.specs))}",
             f"{len(self.finished)} of {len(self.specs)} runs are finished. Differences are to the baseline "
@@ -133,11 +121,11 @@ class Report:
             missing = [f"- `{r.spec.config.name}` {r.state}: {r.message or 'no message'}" for r in self.missing]
             parts.append("**These runs are missing from the numbers below:**\n\n" + "\n".join(missing))
         parts.append("## Results")
-        if drawn:
+        if self.protocols:
             parts.append("![Every seed, the means and their 95 % intervals](report.png)")
         for protocol in self.protocols:
             parts.append(f"### {protocol}\n\n{PROTOCOLS[protocol].capitalize()}.")
-            parts.append(self._table(protocol, self.metrics(protocol)))
+            parts.append(self._table(protocol))
         parts.append(self._legend())
         if choice := self._choice():
             parts.append(f"## Choice of the grid's point\n\n{choice}")
@@ -150,41 +138,34 @@ class Report:
         ]
         return "\n\n".join(parts) + "\n"
 
-    def _table(self, protocol: str, metrics: Sequence[str]) -> str:
-        """Format means, and differences to the baseline, of one protocol."""
+    def _table(self, protocol: str, metrics: Sequence[str] | None = None) -> str:
+        """Format means, and differences to the baseline, of one protocol's metrics or of some of them."""
         header = ["metric", "variant", "n", "mean", "std", "95 % interval", "difference", "95 % interval", "pairs", "p"]
+        rows = [row for row in self.statistics if row["protocol"] == protocol]
+        rows = [row for row in rows if metrics is None or row["metric"] in metrics]
         lines = []
-        for row in self.statistics:
-            if row["protocol"] != protocol or row["metric"] not in metrics:
-                continue
+        for row in rows:
+            std, mean, p = row["std"], row["difference_mean"], row["difference_p"]
             cells = [row["metric"], row["variant"], str(row["n"]), f"{row['mean']:.4f}"]
-            cells.append("-" if row["std"] is None else f"{row['std']:.4f}")
-            cells.append(_interval(row["mean"], row["half"], ".4f"))
-            mean, half = row["difference_mean"], row["difference_half"]
+            cells += ["-" if std is None else f"{std:.4f}", _interval(row["mean"], row["half"], ".4f")]
             if mean is None:
                 cells += ["baseline" if row["baseline"] is None else "-", "", "", ""]
             else:
-                cells += [f"{mean:+.4f}", _interval(mean, half, "+.4f"), str(row["difference_n"])]
-                p = row["difference_p"]
+                cells += [f"{mean:+.4f}", _interval(mean, row["difference_half"], "+.4f"), str(row["difference_n"])]
                 cells.append("-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}")
             lines.append(cells)
-        few = any(int(cells[2]) < FEWEST for cells in lines)
+        few = any(row["n"] < FEWEST for row in rows)
         note = f"\n\nA variant with fewer than {FEWEST} finished seeds has no interval and no p-value." if few else ""
         return aligned(header, lines) + note
 
     def _legend(self) -> str:
-        text = (
+        tests = sum(row["difference_p"] is not None for row in self.statistics)
+        return (
             "n seeds; std is the standard deviation over the seeds (n - 1); intervals are those of the mean by "
             "Student's t; p is of a two-sided paired t-test over the seeds that both variants have, and is left out "
-            "where they all differ by the same."
+            f"where they all differ by the same. The tables hold {tests} tests, uncorrected: of 20 without any "
+            f"effect, about one is below 0.05 by chance."
         )
-        tests = sum(row["difference_p"] is not None for row in self.statistics)
-        if tests > 1:
-            text += (
-                f" The tables hold {tests} tests, uncorrected: of so many, about {max(1, round(0.05 * tests))} would "
-                f"be below 0.05 by chance."
-            )
-        return text
 
     def _choice(self) -> str:
         """Name the grid's point that is best on the validation classes, for each variant."""

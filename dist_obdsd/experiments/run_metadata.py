@@ -1,6 +1,6 @@
 """Conditions of a comparison's runs, which a reader needs to judge their numbers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_obdsd.config import Config
@@ -17,44 +17,40 @@ SETTINGS = (
 
 def run_metadata(runs: Sequence[RunStatus], shards: Mapping[str, Manifest]) -> dict[str, str]:
     """Describe data, settings, machines and versions, by variant where these differ."""
-
-    def by_variant(describe: Callable[[RunStatus], Any]) -> str:
-        owners: dict[str, dict[str, None]] = {}
-        for run in runs:
-            owners.setdefault(str(describe(run)), {})[run.spec.label] = None
-        if len(owners) == 1:
-            return next(iter(owners))
-        return "; ".join(f"{', '.join(labels)}: {value}" for value, labels in owners.items())
-
-    def manifest(run: RunStatus) -> Manifest:
-        return shards[run.spec.config.data.shards]
-
+    found: dict[str, dict[str, dict[str, None]]] = {}  # name -> value -> labels of the variants
+    for run in runs:
+        for name, value in _facts(run, shards[run.spec.config.data.shards]).items():
+            found.setdefault(name, {}).setdefault(str(value), {})[run.spec.label] = None
     seeds = sorted({run.spec.seed for run in runs})
-    held_out = by_variant(lambda run: run.summary["meta"].get("validation_classes", "unknown"))
-    flat = {id(run): flatten(run.spec.config.model_dump(mode="json")) for run in runs}
+    described = {"seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})"}
+    for name, values in found.items():
+        whose = [f"{', '.join(labels)}: {value}" for value, labels in values.items()]
+        described[name] = next(iter(values)) if len(values) == 1 else "; ".join(whose)
+    return described
+
+
+def _facts(run: RunStatus, manifest: Manifest) -> dict[str, Any]:
+    config, provenance = run.spec.config, run.provenance
+    settings = flatten(config.model_dump(mode="json"))
+    held_out = run.summary["meta"].get("validation_classes", "unknown")
+    versions = {name.removeprefix("version."): v for name, v in provenance.items() if name.startswith("version.")}
     return {
-        "dataset": by_variant(lambda run: _dataset(manifest(run))),
-        "manifest": by_variant(lambda run: manifest(run).digest),
-        "test protocol": by_variant(lambda run: _test(manifest(run), run.spec.config)),
-        "model selection": by_variant(lambda run: _selection(run.spec.config)) + f" (validation classes: {held_out})",
-        "seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
-        "pretraining data": by_variant(lambda run: _pretraining(run.spec.config)),
-        **{name: by_variant(lambda run, name=name: flat[id(run)][name]) for name in SETTINGS},  # type: ignore[misc]
-        "ranks": by_variant(lambda run: run.provenance.get("world_size", "not recorded")),
-        "hardware": by_variant(lambda run: run.provenance.get("hardware", "not recorded")),
-        "git commit": by_variant(lambda run: _commit(run.provenance)),
-        "versions": by_variant(lambda run: _versions(run.provenance)),
+        "dataset": _dataset(manifest),
+        "manifest": manifest.digest,
+        "test protocol": _test(manifest, config),
+        "model selection": f"{_selection(config)} (validation classes: {held_out})",
+        "pretraining data": _pretraining(config),
+        **{name: settings[name] for name in SETTINGS},
+        "ranks": provenance.get("world_size", "not recorded"),
+        "hardware": provenance.get("hardware", "not recorded"),
+        "git commit": _commit(provenance),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
 
 def _commit(provenance: Mapping[str, Any]) -> str:
     commit = str(provenance.get("git_commit", "not recorded"))
     return commit + " with uncommitted changes" * (provenance.get("git_dirty") == "true")
-
-
-def _versions(provenance: Mapping[str, Any]) -> str:
-    found = {name.removeprefix("version."): v for name, v in provenance.items() if name.startswith("version.")}
-    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _dataset(manifest: Manifest) -> str:

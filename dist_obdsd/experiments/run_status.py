@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,30 +31,28 @@ class RunStatus:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of a run folder; empty where it is missing or not whole."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def state_of(spec: RunSpec) -> str:
-    if not (spec.run_dir / "config.yaml").exists():
-        return NEW
-    summary = read_json(spec.run_dir / "summary.json")
-    if read_status(spec.run_dir).get("state") != FINISHED or not summary:
-        return HALF_DONE
-    # A run that max_steps ended goes on when there is more to do now.
-    reached = load_config(spec.run_dir / "config.yaml").max_steps == spec.config.max_steps
-    return FINISHED if reached or summary["meta"]["epochs"] == spec.config.epochs else HALF_DONE
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
 
 
 def status_of(spec: RunSpec) -> RunStatus:
-    state, status = state_of(spec), read_status(spec.run_dir)
-    if state == HALF_DONE and status.get("state") in ("failed", "preempted"):
-        state = status["state"]
-    summary = read_json(spec.run_dir / "summary.json") if state == FINISHED else {}
-    return RunStatus(spec, state, status.get("message", ""), summary, read_json(spec.run_dir / "provenance.json"))
+    """Look at a run's folder."""
+    if not (spec.run_dir / "config.yaml").exists():
+        return RunStatus(spec, NEW, "", {}, {})
+    summary, provenance = (read_json(spec.run_dir / f"{name}.json") for name in ("summary", "provenance"))
+    status = read_status(spec.run_dir)
+    state = status.get("state")
+    if state == FINISHED and summary and _reached_end(spec, summary):
+        return RunStatus(spec, FINISHED, status["message"], summary, provenance)
+    stopped = state if state in ("failed", "preempted") else HALF_DONE
+    return RunStatus(spec, stopped, status.get("message", ""), {}, provenance)
+
+
+def _reached_end(spec: RunSpec, summary: dict[str, Any]) -> bool:
+    """A run that max_steps ended goes on when there is more to do now."""
+    reached = load_config(spec.run_dir / "config.yaml").max_steps == spec.config.max_steps
+    return reached or summary["meta"]["epochs"] == spec.config.epochs
 
 
 def check_folders(specs: Sequence[RunSpec], shards: dict[str, Manifest], ranks: int) -> None:

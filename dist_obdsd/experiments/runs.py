@@ -23,7 +23,7 @@ from dist_obdsd.errors import InputError
 from dist_obdsd.experiments import run_status
 from dist_obdsd.experiments import variants as planning
 from dist_obdsd.experiments.report import Report, make_folder
-from dist_obdsd.experiments.run_status import FINISHED, RunStatus, state_of, status_of
+from dist_obdsd.experiments.run_status import FINISHED, RunStatus, status_of
 from dist_obdsd.experiments.variants import RunSpec
 from dist_obdsd.files import write_atomically
 from dist_obdsd.tracking.tracker import Tracker, build_tracker
@@ -31,6 +31,9 @@ from dist_obdsd.training.preemption import PreemptionHandler
 from dist_obdsd.training.run_dir import read_status
 
 logger = logging.getLogger(__name__)
+
+MODULES = {"dist-obdsd": "dist_obdsd", "torchrun": "torch.distributed.run"}
+"""Program -> the module that this Python runs in its place."""
 
 
 class Comparison:
@@ -72,12 +75,12 @@ class Comparison:
 
     def commands(self) -> list[str]:
         """Return the command line of each run."""
-        return [shlex.join(self._command(spec, printed=True)) for spec in self.specs]
+        return [shlex.join(self._command(spec)) for spec in self.specs]
 
     def jobs(self) -> list[str]:
         """Return each run's command line for a scheduler, with its tracked parent."""
-        extra = self._parent_setting(self._parent())
-        return [shlex.join([*self._command(spec, printed=True), *extra]) for spec in self.specs]
+        parent = self._parent()
+        return [shlex.join(self._command(spec, parent)) for spec in self.specs]
 
     def report(self) -> Report | None:
         """Report the runs that are finished; None where there are none."""
@@ -92,13 +95,13 @@ class Comparison:
         parent = self._parent()
         state = "FAILED"
         try:
-            failed = self._train_all(parent, stop)
-            self.statuses = [failed.get(spec.run_dir) or status_of(spec) for spec in self.specs]
+            self.statuses = [status_of(spec) for spec in self.specs]
+            for number, spec in enumerate(self.specs):
+                if not stop.requested:
+                    title = f"[{number + 1}/{len(self.specs)}] {spec.run_dir}"
+                    self.statuses[number] = _finish(spec, self._command(spec, parent), title, stop)
             report = self._write_report(parent)
             state = "KILLED" if stop.requested else "FAILED" if self.missing else "FINISHED"
-        except KeyboardInterrupt:
-            state = "KILLED"
-            raise
         finally:
             parent.close(state)
         return report
@@ -126,45 +129,40 @@ class Comparison:
             write_atomically(memory, (json.dumps({"run_id": run_id}) + "\n").encode())
         return tracker
 
-    def _command(self, spec: RunSpec, printed: bool) -> list[str]:
-        """Return what trains a run: with this Python, or as a person would type it."""
-        arguments = ["dist_obdsd", "train", str(self._path), *spec.overrides, *self._flags]
+    def _command(self, spec: RunSpec, parent: Tracker | None = None) -> list[str]:
+        """Return what trains a run, as a person would type it."""
+        arguments = ["train", str(self._path), *spec.overrides, *self._flags]
+        if parent is not None and parent.run_id:
+            arguments.append(f"tracking.parent={parent.run_id}")
         if self._ranks:
-            launcher = ["torchrun"] if printed else [sys.executable, "-m", "torch.distributed.run"]
-            return [*launcher, "--standalone", "--nproc-per-node", str(self._ranks), "-m", *arguments]
-        return ["dist-obdsd", *arguments[1:]] if printed else [sys.executable, "-m", *arguments]
-
-    @staticmethod
-    def _parent_setting(parent: Tracker) -> list[str]:
-        return [f"tracking.parent={parent.run_id}"] if parent.run_id else []
-
-    def _train_all(self, parent: Tracker, stop: PreemptionHandler) -> dict[Path, RunStatus]:
-        """Train one run after the other; return what did not finish, by its folder."""
-        failed = {}
-        for number, spec in enumerate(self.specs, 1):
-            if stop.requested:
-                break
-            run, state = f"[{number}/{len(self.specs)}] {spec.run_dir}", state_of(spec)
-            logger.info(f"{run}: {state}")
-            if state == FINISHED:
-                continue
-            started = time.monotonic()
-            status = train_run([*self._command(spec, printed=False), *self._parent_setting(parent)], spec, stop)
-            seconds = time.monotonic() - started
-            if status.state == FINISHED:
-                logger.info(f"{run}: finished after {seconds:.0f} s\n")
-            else:
-                failed[spec.run_dir] = status
-                logger.log(NOTICE, f"{run}: {status.state} after {seconds:.0f} s: {status.message}\n")
-        return failed
+            launcher = ["torchrun", "--standalone", "--nproc-per-node", str(self._ranks)]
+            return [*launcher, "-m", "dist_obdsd", *arguments]
+        return ["dist-obdsd", *arguments]
 
 
-def train_run(command: Sequence[str], spec: RunSpec, stop: PreemptionHandler) -> RunStatus:
-    """Train one run in a process of its own, which gets this one's signals."""
+def _finish(spec: RunSpec, command: Sequence[str], title: str, stop: PreemptionHandler) -> RunStatus:
+    """Train a run, unless it is finished."""
+    status = status_of(spec)
+    logger.info(f"{title}: {status.state}")
+    if status.state == FINISHED:
+        return status
+    started = time.monotonic()
+    status = _train(spec, command, stop)
+    seconds = time.monotonic() - started
+    if status.state == FINISHED:
+        logger.info(f"{title}: finished after {seconds:.0f} s\n")
+    else:
+        logger.log(NOTICE, f"{title}: {status.state} after {seconds:.0f} s: {status.message}\n")
+    return status
+
+
+def _train(spec: RunSpec, command: Sequence[str], stop: PreemptionHandler) -> RunStatus:
+    """Train a run in a process of its own, which gets this one's signals."""
     before = read_status(spec.run_dir)
     passed_on = False
-    with subprocess.Popen(command) as process:  # Ctrl-C reaches the run, too, and it is waited for
-        while process.poll() is None:
+    program, *arguments = command
+    with subprocess.Popen([sys.executable, "-m", MODULES[program], *arguments]) as process:
+        while process.poll() is None:  # Ctrl-C reaches the run, too, and it is waited for
             if stop.requested and not passed_on:
                 process.terminate()
                 passed_on = True
@@ -173,9 +171,10 @@ def train_run(command: Sequence[str], spec: RunSpec, stop: PreemptionHandler) ->
     status, after = status_of(spec), read_status(spec.run_dir)
     if status.state == FINISHED:  # launchers have exit codes of their own
         return status
-    ended = f"it ended with exit code {process.returncode}"
     if after in (before, {}):
-        return RunStatus(spec, "failed", f"{ended} before its first step; see its error above", {}, {})
-    if after.get("state") == "running":
-        return RunStatus(spec, "failed", f"{ended} without an error message", {}, {})
-    return status
+        ended = "before its first step; see its error above"
+    elif after.get("state") == "running":
+        ended = "without an error message"
+    else:
+        return status
+    return RunStatus(spec, "failed", f"it ended with exit code {process.returncode} {ended}", {}, {})

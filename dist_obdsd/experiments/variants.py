@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,6 @@ class Variant:
     name: str
     overrides: tuple[str, ...]
     """``key=value``, such as ``distillation.target=psd``."""
-
-    @property
-    def keys(self) -> set[str]:
-        return {override.partition("=")[0] for override in self.overrides}
 
 
 @dataclass(frozen=True)
@@ -124,6 +120,10 @@ def read_grid(texts: Sequence[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*axes))
 
 
+def _keys(overrides: Iterable[str]) -> set[str]:
+    return {override.partition("=")[0] for override in overrides}
+
+
 def _check_unique(names: Sequence[str], what: str) -> None:
     for name in names:
         if names.count(name) > 1:
@@ -139,14 +139,13 @@ def plan(
     Raises:
         InputError: a setting is at fault or is made by two sides, or two variants are the same.
     """
-    common = {override.partition("=")[0] for override in overrides}
-    swept = {override.partition("=")[0] for point in grid for override in point}
-    for key in sorted(swept.union(common - {"name"}, *(variant.keys for variant in variants)) & RESERVED.keys()):
+    common, swept = _keys(overrides), _keys(itertools.chain(*grid))
+    varied = {f"the variant {variant.name}": _keys(variant.overrides) for variant in variants}
+    for key in sorted(swept.union(common - {"name"}, *varied.values()) & RESERVED.keys()):
         raise InputError(f"a comparison sets {key} itself, from {RESERVED[key]}; leave {key}=... out")
-    for key in sorted(swept):
-        owners = [f"the variant {v.name}" for v in variants if key in v.keys] + ["the command line"] * (key in common)
-        if owners:
-            raise InputError(f"{key} is set by --grid and by {owners[0]}; leave one of them out")
+    for owner, keys in (varied | {"the command line": common}).items():
+        for key in sorted(swept & keys):
+            raise InputError(f"{key} is set by --grid and by {owner}; leave one of them out")
     kept = [override for override in overrides if not override.startswith("name=")]
     specs: list[RunSpec] = []
     for variant, point, seed in itertools.product(variants, grid, seeds):

@@ -85,13 +85,13 @@ def test_conditions_name_what_differs(folder: Path) -> None:
     assert conditions["dataset"] == "folder: train 96 images of 12 classes, test 96 images of 12 classes"
     assert conditions["pretraining data"] == "none (random initialization)"
     assert conditions["model selection"].startswith("none: no classes are held out")
-    text = found.markdown(drawn=False)
+    text = found.markdown()
     assert all(f"| {name} " in text for name in ("model.backbone", "epochs", "manifest", "seeds", "hardware"))
     assert "2 tests, uncorrected" in text
 
 
 def test_missing_runs_are_named_and_their_variants_say_less(folder: Path) -> None:
-    text = report(folder, VALUES | {"psd": [0.72, 0.75]}).markdown(drawn=False)
+    text = report(folder, VALUES | {"psd": [0.72, 0.75]}).markdown()
     assert "8 of 9 runs are finished" in text
     assert "- `tiny-psd-seed2` failed: the disk said no" in text
     cells = table_row(text, "recall@1", "psd")
@@ -107,14 +107,14 @@ def test_a_grid_point_is_chosen_by_validation_classes_alone(folder: Path) -> Non
         "psd epochs=3": [0.9] * 3,
         "psd epochs=4": [0.8] * 3,
     }
-    text = report(folder, values, ("epochs=3,4",), "validation.fraction=0.25").markdown(drawn=False)
+    text = report(folder, values, ("epochs=3,4",), "validation.fraction=0.25").markdown()
     chosen = text.split("## Choice of the grid's point")[1]
     assert table_row(chosen.split("##")[0], "none")[1] == "`epochs=3`"
     assert table_row(chosen.split("##")[0], "psd")[1] == "`epochs=4`"
     # Every variant is compared with the baseline at its own point.
     last = text.split("### last")[1].split("###")[0]
     assert table_row(last, "recall@1", "psd epochs=4")[6] == "+0.1000"
-    text = report(folder, values, ("epochs=3,4",)).markdown(drawn=False)
+    text = report(folder, values, ("epochs=3,4",)).markdown()
     assert "nothing here may choose between the points" in text
 
 
