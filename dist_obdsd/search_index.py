@@ -75,7 +75,6 @@ class SearchIndex:
         """Embed files that are new or have changed, and forget those that are gone."""
         stamps, files = {}, {}
         for file in find_images(self.gallery, log=False).files:
-            assert file.path is not None
             with suppress(OSError):  # it has just gone
                 stat = file.path.stat()
                 stamps[file.name], files[file.name] = (stat.st_mtime_ns, stat.st_size), file.path

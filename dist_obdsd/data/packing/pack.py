@@ -5,11 +5,11 @@ complete whenever the program was stopped. Packing the same data twice gives the
 """
 
 import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,7 @@ from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.files import new_folder
 
 MAX_WARNINGS = 20  # about single images; the manifest lists all of them
-AHEAD = 32  # images a process that are read or decoded at a time
+AHEAD = 32  # images a process that are examined at a time
 _Examined = tuple[str, int, bytes | None]  # suffix, size and, where made smaller, bytes of an image
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def pack(
     reader, differences = recipe.make_reader(), list[str]()
     on_missing = differences.append if allow_partial else raise_missing
     scratch = next(folder for folder in out.parents if folder.is_dir())
-    with open_samples(reader, source, on_missing, scratch) as samples:
+    with open_samples(reader, source, scratch, on_missing) as samples:
         record: dict[str, Any] = {**recipe.model_dump(), "options": reader.model_dump(), "resize": resize}
         _check_classes(samples)
         if counts := _count_differences(recipe, samples):
@@ -88,7 +88,7 @@ def pack(
             with (
                 processes(workers) as pool,
                 new_folder(out) as folder,
-                tempfile.TemporaryFile(dir=folder) as smaller,
+                tempfile.NamedTemporaryFile(dir=folder) as smaller,
             ):
                 images, broken = _examine_all(samples, resize, pool, workers, smaller)
                 _log_left_out("images", broken)
@@ -153,8 +153,7 @@ def _examine_all(
     images: list[UsableImage] = []
     left_out: list[dict[str, str]] = []
     with console.bar(len(samples), "images", "examining") as bar:
-        # Read here, where the archive is open, and decoded elsewhere.
-        examined = in_order(pool, partial(_examine, resize=resize), map(_read, samples), AHEAD * workers)
+        examined = in_order(pool, partial(_examine, resize=resize), samples, AHEAD * workers)
         for sample, found in zip(samples, examined, strict=True):
             bar.update(1)
             if isinstance(found, str):
@@ -163,27 +162,26 @@ def _examine_all(
             suffix, size, smaller = found
             read = sample.read
             if smaller is not None:
-                read = partial(os.pread, spool.fileno(), size, spool.tell())
+                read = partial(_read_part, spool.name, spool.tell(), size)
                 spool.write(smaller)
-            images.append(UsableImage(sample, suffix, read, size))
+            images.append(UsableImage(replace(sample, read=read), suffix, size))
     spool.flush()
     return images, left_out
 
 
-def _read(sample: Sample) -> bytes | str:
-    try:
-        return sample.read()
-    except Exception as error:
-        # Archives raise errors of their own for a damaged entry; like a damaged image, it costs this image only.
-        return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+def _read_part(path: str, start: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(size)
 
 
-def _examine(data: bytes | str, resize: int | None) -> _Examined | str:
-    """Examine an image; a text says why it cannot be used."""
-    if isinstance(data, str):
-        return data
+def _examine(sample: Sample, resize: int | None) -> _Examined | str:
+    """Read and examine an image; a text says why it cannot be used."""
     try:
+        data = sample.read()
         suffix, smaller = examine(data, resize)
+    except OSError as error:
+        return f"cannot be read: {error}"
     except ValueError as error:
         return f"cannot be decoded: {error}"
     return suffix, len(smaller or data), smaller

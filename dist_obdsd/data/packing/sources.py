@@ -1,32 +1,28 @@
-"""The files of a folder, an archive, or a folder with archives, not extracted.
+"""The files of a folder, an archive, or a folder with archives.
 
-A compressed tar can only be read from front to back, so it is decompressed once, into a temporary file without a name,
-which the system removes in any case.
+Archives are extracted into temporary folders, so that what follows only reads plain files.
 """
 
-import bz2
-import gzip
-import lzma
+import logging
 import os
 import posixpath
-import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from tempfile import TemporaryDirectory
+from typing import NoReturn
 
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.errors import InputError, RunError, UserError
 from dist_obdsd.files import read_file, readable_name
 
-DECOMPRESSORS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, without
+COMPRESSED_MARKS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,16 +31,17 @@ class File:
     """Within the tree, with forward slashes."""
     where: str
     """Its path on the disk, or the archive's path and the name in it; for messages."""
-    read: Callable[..., bytes]
-    """Returns the content, or its first bytes where it is called with a number of them."""
-    path: Path | None = None
-    """Its path on the disk; None in an archive."""
+    path: Path
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the content, or its first ``size`` bytes."""
+        return read_file(self.path, size)
 
 
 class Tree:
     """The files of a source. Names are relative, with forward slashes."""
 
-    def __init__(self, source: Path, archives: Sequence[str], scratch: Path | None, stack: ExitStack) -> None:
+    def __init__(self, source: Path, archives: Sequence[str], scratch: Path, stack: ExitStack) -> None:
         """Open a source until ``stack`` ends; see ``open_samples`` for the rest.
 
         Args:
@@ -52,50 +49,48 @@ class Tree:
             archives: see ``FileReader.archives``.
         """
         self.source = source
-        self.folder: Path | None = None
         self.given: str | None = None
-        self._packed: dict[str, File] = {}
+        self.is_archive = False
+        # A folder, what its files' names begin with, and where messages say that they are.
+        self._roots: list[tuple[Path, str, Path]] = []
         if source.is_dir():
-            self.folder = source
-            for prefix in ("", *self._subfolders()):
-                for archive in archives:
-                    path = source / prefix / archive
-                    if path.is_file() and not path.with_name(path.name.split(".")[0]).is_dir():
-                        self._packed |= _index(path, posixpath.dirname(prefix + archive), scratch, stack)
+            for name in [base + archive for base in _bases(source) for archive in archives]:
+                path = source / name
+                if path.is_file() and not path.with_name(path.name.split(".")[0]).is_dir():
+                    self._roots.append((_extracted(path, scratch, stack), name.removesuffix(path.name), path))
+            self._roots.append((source, "", source))
         elif not source.is_file():
             if source.exists():
                 raise InputError(f"the source {source} is no plain file; give a folder or an archive")
             raise InputError(f"the source {source} does not exist; give the folder or the archive with the download")
-        elif _start(source).startswith((*ZIP_MARKS, *DECOMPRESSORS)) or tarfile.is_tarfile(source):
-            self._packed = _index(source, "", scratch, stack)
+        elif _start(source).startswith((*ZIP_MARKS, *COMPRESSED_MARKS)) or tarfile.is_tarfile(source):
+            self._roots, self.is_archive = [(_extracted(source, scratch, stack), "", source)], True
         else:
-            self.folder, self.given = source.parent, source.name
-
-    def _subfolders(self) -> list[str]:
-        if self.folder is None:
-            return []
-        return [f"{entry.name}/" for entry in _entries(self.folder) if _is_folder(entry)]
+            self._roots, self.given = [(source.parent, "", source.parent)], source.name
 
     @property
     def bases(self) -> list[str]:
         """List where a download may begin: the top ("") and every folder there ("NAME/")."""
         if self.given is not None:
             return [""]
-        packed = {name.split("/")[0] + "/" for name in self._packed if "/" in name}
-        return ["", *sorted({*self._subfolders(), *packed})]
+        return sorted({base for folder, start, _ in self._roots if not start for base in _bases(folder)})
 
     def find(self, name: str) -> File | None:
         """Find the file of a name that does not point outside (see ``inside``)."""
-        if (packed := self._packed.get(name)) is not None:
-            return packed
-        if self.folder is None or not (path := self.folder / name).is_file():
-            return None
-        return File(name, str(path), partial(read_file, path))
+        for folder, start, where in self._roots:
+            inner = name.removeprefix(start)
+            if name.startswith(start) and (path := folder / inner).is_file():
+                return File(name, str(where / inner), path)
+        return None
 
     def files(self) -> list[File]:
         """List all files, without hidden ones and the folders that macOS adds to archives."""
-        found = [*self._packed.values(), *(walk(self.folder) if self.folder is not None else ())]
-        return [file for file in found if not any(part.startswith((".", "__MACOSX")) for part in file.name.split("/"))]
+        return [
+            File(start + file.name, readable_name(str(where / file.name)), file.path)
+            for folder, start, where in self._roots
+            for file in walk(folder)
+            if "__MACOSX" not in file.name.split("/")
+        ]
 
 
 def inside(name: str) -> str | None:
@@ -107,17 +102,31 @@ def inside(name: str) -> str | None:
 
 def walk(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[File]:
     """List the files below a folder but hidden ones; links are followed once."""
-    entries = _entries(folder)
+    folders, files = _listed(folder)
     here = folder.stat()
     place = (here.st_dev, here.st_ino)
     if place in above:
         return
-    for entry in entries:
-        path, name = folder / entry.name, prefix + readable_name(entry.name)
-        if _is_folder(entry):
-            yield from walk(path, f"{name}/", (*above, place))
-        else:
-            yield File(name, readable_name(str(path)), partial(read_file, path), path)
+    for name in files:
+        yield File(prefix + readable_name(name), readable_name(str(folder / name)), folder / name)
+    for name in folders:
+        yield from walk(folder / name, f"{prefix}{readable_name(name)}/", (*above, place))
+
+
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+    """List the folders and the other files in a folder, sorted, without hidden ones."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}; check its permissions") from error
+
+    _, *kinds = next(os.walk(folder, onerror=refuse))
+    folders, files = (sorted(name for name in names if not name.startswith(".")) for names in kinds)
+    return folders, files
+
+
+def _bases(folder: Path) -> list[str]:
+    """List where a download in a folder may begin: the top ("") and every folder there ("NAME/")."""
+    return ["", *(f"{name}/" for name in _listed(folder)[0])]
 
 
 def _start(path: Path) -> bytes:
@@ -127,97 +136,54 @@ def _start(path: Path) -> bytes:
         raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _extracted(archive: Path, scratch: Path, stack: ExitStack) -> Path:
+    """Extract an archive into a folder that goes when ``stack`` ends."""
+    extract = _extract_zip if _start(archive).startswith(ZIP_MARKS) else _extract_tar
+    logger.info("extracting %s", archive)
     try:
-        found = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error.strerror}; check its permissions") from error
-    return [entry for entry in found if not entry.name.startswith(".")]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # A link that leads nowhere is a file that cannot be read, with its reason.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-
-def _index(path: Path, prefix: str, scratch: Path | None, stack: ExitStack) -> dict[str, File]:
-    """List an archive's files below ``prefix``; the last of a name counts."""
-    found = {}
-    try:
-        zipped = _start(path).startswith(ZIP_MARKS)
-        for name, read in _zip_members(path, stack) if zipped else _tar_members(path, scratch, stack):
-            if (inner := inside(name)) is None:
-                raise InputError(f"{path} holds {name!r}, a path that points outside of it; download the archive again")
-            if read is not None:
-                inner = readable_name(inner)
-                file = File(posixpath.join(prefix, inner), f"{path}/{inner}", read)
-                found[file.name] = file
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise InputError(f"cannot open {path}: {error}; download it again") from error
-    return found
-
-
-Members = Iterator[tuple[str, Callable[..., bytes] | None]]
-"""Names, and how to read a file; None for a folder."""
-
-
-def _zip_members(path: Path, stack: ExitStack) -> Members:
-    archive = stack.enter_context(zipfile.ZipFile(path))
-    for info in archive.infolist():
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise _no_file(path, info.filename)
-        yield info.filename, None if info.is_dir() else partial(_read_member, archive, info)
-
-
-def _tar_members(path: Path, scratch: Path | None, stack: ExitStack) -> Members:
-    file = _decompressed(path, scratch, stack)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            if not (member.isdir() or member.isreg()) or member.issparse():
-                raise _no_file(path, member.name)
-            yield member.name, None if member.isdir() else partial(_read_at, file, member)
-        # The library takes a tar that breaks off between two members for a whole one.
-        if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it breaks off before its end")
-
-
-def _decompressed(path: Path, scratch: Path | None, stack: ExitStack) -> IO[bytes]:
-    """Open a tar, or what it is when decompressed, in a temporary file."""
-    start = _start(path)
-    opener = next((opener for mark, opener in DECOMPRESSORS.items() if start.startswith(mark)), None)
-    if opener is None:
-        return stack.enter_context(path.open("rb"))
-    try:
-        file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115
-        with opener(path) as stream:
-            shutil.copyfileobj(stream, file, 2**20)
-        file.seek(0)
-    except OSError as error:
-        if error.errno is None:  # of the archive
-            raise
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix=f"{archive.name}.extracted-", dir=scratch)))
+        extract(archive, folder)
+    except UserError:
+        raise
+    except Exception as error:  # broken archives raise nearly every built-in type
+        reason = " ".join(str(error).split())
+        if not isinstance(error, OSError) or error.errno is None:
+            raise InputError(f"cannot open {archive}: {reason}; download it again") from error
         raise RunError(
-            f"cannot unpack {path} into a temporary file in {scratch or tempfile.gettempdir()}: {error.strerror}; free "
-            f"some space, choose an --out elsewhere, or extract the archive and give the folder"
+            f"cannot extract {archive} into a temporary folder in {scratch}: {error.strerror}; free some space, choose "
+            f"an --out elsewhere, or extract the archive yourself and give the folder"
         ) from error
-    return file
+    return folder
 
 
-def _no_file(path: Path, name: str) -> InputError:
-    return InputError(
-        f"{path} holds {name!r}, which is a link or another thing that is no plain file and may point outside; "
-        f"download the archive again, or extract it and give the folder"
-    )
+def _extract_zip(path: Path, folder: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            _check_member(path, member.filename, is_plain=not stat.S_ISLNK(member.external_attr >> 16))
+        archive.extractall(folder)
 
 
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int = -1) -> bytes:
-    with archive.open(info) as file:
-        return file.read(size)
+def _extract_tar(path: Path, folder: Path) -> None:
+    def checked(member: tarfile.TarInfo, to: str) -> tarfile.TarInfo:
+        _check_member(path, member.name, is_plain=member.isdir() or member.isreg())
+        return tarfile.data_filter(member, to)
+
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter=checked)
+        # The library takes a tar that breaks off between two members for a whole one.
+        assert archive.fileobj is not None
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it breaks off before its end")
+        while archive.fileobj.read(2**20):  # to the check sum of a compressed one
+            pass
 
 
-def _read_at(file: IO[bytes], member: tarfile.TarInfo, size: int = -1) -> bytes:
-    """Read a member of an open tar, whose position others share."""
-    wanted = member.size if size < 0 else min(size, member.size)
-    data = os.pread(file.fileno(), wanted, member.offset_data)
-    if len(data) != wanted:
-        raise tarfile.ReadError("unexpected end of data")
-    return data
+def _check_member(path: Path, name: str, is_plain: bool) -> None:
+    if inside(name) is None:
+        raise InputError(f"{path} holds {name!r}, a path that points outside of it; download the archive again")
+    if not is_plain:
+        raise InputError(
+            f"{path} holds {name!r}, which is a link or another thing that is no plain file and may point outside; "
+            f"download the archive again, or extract it and give the folder"
+        )

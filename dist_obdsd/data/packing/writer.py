@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,6 @@ from dist_obdsd.data.packing import shard_assignment as assignment
 from dist_obdsd.data.packing.readers.base import Sample
 from dist_obdsd.data.parallel import in_order
 
-WRITERS = 4  # shards in memory at a time, of 64 MiB or somewhat more each
-Row = tuple[int, int, str, str, bytes]  # id, class, name, suffix, encoded image
-
 
 @dataclass(frozen=True)
 class UsableImage:
@@ -26,8 +23,10 @@ class UsableImage:
 
     sample: Sample
     suffix: str
-    read: Callable[[], bytes]
     bytes: int
+
+
+Row = tuple[int, int, UsableImage]  # id, class, image
 
 
 def write_shards(
@@ -36,9 +35,10 @@ def write_shards(
     """Number images and classes in their order, and write the shards of each split."""
     classes = tuple(dict.fromkeys(image.sample.class_name for image in images))
     numbers = {name: number for number, name in enumerate(classes)}
+    labels = [numbers[image.sample.class_name] for image in images]
     members: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i, image in enumerate(images):
-        members[image.sample.split][numbers[image.sample.class_name]].append(i)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        members[image.sample.split][label].append(i)
     shards: list[tuple[str, str, list[int]]] = []  # split, file, ids
     for split, by_class in members.items():
         size = sum(images[i].bytes for ids in by_class.values() for i in ids)
@@ -52,19 +52,13 @@ def write_shards(
             assigned = assignment.assign_evenly(ids, count, seed, split)
         shards += [(split, f"{split}-{n:06d}.tar", ids) for n, ids in enumerate(assigned)]
 
-    def row(i: int) -> Row:
-        image = images[i]
-        return i, numbers[image.sample.class_name], image.sample.name, image.suffix, image.read()
-
     splits: dict[str, list[Shard]] = {split: [] for split in members}
     with console.bar(len(images), "images", "writing") as bar:
-        # Read here, where the archive is open, and written elsewhere.
-        tasks = ((folder / file, [row(i) for i in ids]) for _, file, ids in shards)
-        written = in_order(pool, _write_tar, tasks, min(workers, WRITERS))
+        tasks = [(folder / file, [(i, labels[i], images[i]) for i in ids]) for _, file, ids in shards]
+        written = in_order(pool, _write_tar, tasks, workers)
         for (split, file, ids), (size, sha256) in zip(shards, written, strict=True):
-            labels = tuple(numbers[images[i].sample.class_name] for i in ids)
             roles = tuple(images[i].sample.role for i in ids)
-            splits[split].append(Shard(file, size, sha256, tuple(ids), labels, roles))
+            splits[split].append(Shard(file, size, sha256, tuple(ids), tuple(labels[i] for i in ids), roles))
             bar.update(len(ids))
     return {split: tuple(found) for split, found in splits.items()}, classes
 
@@ -74,8 +68,9 @@ def _write_tar(task: tuple[Path, list[Row]]) -> tuple[int, str]:
     path, rows = task
     # Nothing of the time, the user or the machine goes into the tar.
     with TarWriter(str(path), user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
-        for i, class_id, name, suffix, data in rows:
-            meta = json.dumps({"id": i, "class": class_id, "name": name}, sort_keys=True)
-            tar.write({"__key__": key(i), suffix: data, "cls": str(class_id).encode(), "json": meta.encode()})
+        for i, label, image in rows:
+            meta = json.dumps({"id": i, "class": label, "name": image.sample.name}, sort_keys=True)
+            data = image.sample.read()
+            tar.write({"__key__": key(i), image.suffix: data, "cls": str(label).encode(), "json": meta.encode()})
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

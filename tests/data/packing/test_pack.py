@@ -208,7 +208,7 @@ def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, failure, 
 def test_the_processes_of_a_killed_run_end_with_it(source, tmp_path, monkeypatch) -> None:
     context = multiprocessing.get_context("fork")
     reached = context.Event()
-    monkeypatch.setattr(packing, "_read", lambda sample: reached.set() or time.sleep(600))
+    monkeypatch.setattr(packing, "examine", lambda *args: reached.set() or time.sleep(600))
     process = context.Process(target=pack, args=(FOLDER, source, tmp_path / "out"), kwargs={"workers": 2})
     process.start()
     try:

@@ -67,7 +67,7 @@ class FileReader(Reader):
     """Seed of that choice."""
 
     def read(self, tree: Tree, on_missing: OnMissing) -> list[Sample]:
-        """List all samples, in any order; bytes are read when they are asked for."""
+        """List all samples, in any order."""
         raise NotImplementedError
 
     def test_classes(self, classes: Iterable[str]) -> set[str]:
@@ -85,18 +85,18 @@ def raise_missing(clause: str) -> None:
 
 @contextmanager
 def open_samples(
-    reader: Reader, source: Path | None, on_missing: OnMissing = raise_missing, scratch: Path | None = None
+    reader: Reader, source: Path | None, scratch: Path, on_missing: OnMissing = raise_missing
 ) -> Iterator[list[Sample]]:
-    """List the samples of a source, training first; archives stay open meanwhile.
+    """List the samples of a source, training first; archives stay extracted meanwhile.
 
     Args:
         source: the download: its folder or an archive; None for a reader that draws its images.
+        scratch: a folder that archives are extracted below.
         on_missing: called with what the source should hold and does not.
-        scratch: folder for the temporary file that a compressed tar is unpacked into; None lets the system choose.
 
     Raises:
         InputError: the source is missing, superfluous, unreadable or not laid out as the reader needs.
-        RunError: there is no room for the temporary file.
+        RunError: there is no room to extract an archive.
     """
     with ExitStack() as stack:
         if isinstance(reader, FileReader):
@@ -133,6 +133,6 @@ def _holds_image(file: File) -> bool:
         if not may_be_image(file.read(16)):
             return False
         open_image(file.read())
-    except Exception:  # Pillow and archives raise errors of their own
+    except Exception:  # Pillow raises nearly every built-in type
         return False
     return True

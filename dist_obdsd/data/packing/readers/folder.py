@@ -25,7 +25,7 @@ class FolderReader(FileReader):
             return self._read_splits(tree, images, on_missing)
         # An archive mostly holds one folder of its own name, which is no class.
         tops = {file.name.partition("/")[0] for file in images}
-        base = f"{min(tops)}/" if tree.folder is None and len(tops) == 1 and not tops <= SPLITS else ""
+        base = f"{min(tops)}/" if tree.is_archive and len(tops) == 1 and not tops <= SPLITS else ""
         names = {file.name.removeprefix(base): file for file in images}
         tops = {name.partition("/")[0] for name in names if "/" in name}
         if tops <= SPLITS:

@@ -106,8 +106,8 @@ def matlab_variable(file: File, variable: str) -> np.ndarray:
 def _read(file: File) -> bytes:
     try:
         return file.read()
-    except Exception as error:  # archives raise errors of their own for a damaged member
-        raise InputError(f"cannot read {file.where}: {error}; download it again") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file.where}: {error.strerror}; download it again") from error
 
 
 def _text(value: Any) -> str:

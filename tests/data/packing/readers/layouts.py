@@ -142,7 +142,7 @@ def below(files: Files, folder: str) -> Files:
     return {name.removeprefix(folder): data for name, data in part(files, folder).items()}
 
 
-def listed(recipe: Recipe, source: Path | None, **how: Any) -> list[tuple[str, str, str, str, bytes]]:
+def listed(recipe: Recipe, source: Path) -> list[tuple[str, str, str, str, bytes]]:
     """Name, class, split, role and bytes of every sample."""
-    with open_samples(recipe.make_reader(), source, **how) as samples:
+    with open_samples(recipe.make_reader(), source, source.parent) as samples:
         return [(s.name, s.class_name, s.split, s.role, s.read()) for s in samples]

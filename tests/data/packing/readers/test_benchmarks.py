@@ -131,7 +131,7 @@ EXPECTED = {
 def test_a_download_is_read_as_it_comes(tmp_path, benchmark: str, way: str) -> None:
     source = WAYS[benchmark][way](tmp_path)
     recipe = load_recipe(benchmark.split()[0])
-    found = listed(recipe, source, scratch=tmp_path)
+    found = listed(recipe, source)
     expected = EXPECTED[recipe.name]
     if benchmark == "cars196 in one folder":
         names = {i: f"car_ims/{i:06d}.jpg" for i, _ in layouts.CARS}
