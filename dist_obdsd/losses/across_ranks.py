@@ -30,8 +30,7 @@ class LossOutput:
     """
 
     loss: torch.Tensor
-    """Scalar, that of the global batch. Its gradient is this rank's share times W: DDP's mean over the ranks is exactly
-    the gradient of one process with the whole batch."""
+    """Scalar, that of the global batch. DDP's mean of its gradients over the ranks is exactly that of one process."""
     names: tuple[str, ...]
     """The names of the terms, the same on every rank."""
     means_n: torch.Tensor
@@ -41,7 +40,7 @@ class LossOutput:
     nonfinite: torch.Tensor
     """Scalar, the number of ranks with a sum that is NaN or infinite."""
     summed: torch.Tensor
-    """Sums over the ranks of the numbers that were given as ``also_sum``."""
+    """Sums over the ranks of the numbers given as ``also_sum``."""
     student_BD: torch.Tensor
     """The gathered embeddings, without gradient."""
     teacher_BD: torch.Tensor | None = None
@@ -171,13 +170,10 @@ def local_loss(
 
     With the gathered rows' gradients summed over the ranks, rank r's parameter gradient is that of everyone's loss
     through r's rows. DDP then takes the mean over the W ranks. So each term enters as local_sum * W / global_count, and
-    what DDP makes is exactly d(global_sum / global_count), as in one process with the whole batch.
-
-    Args:
-        global_counts: each term's count, summed over the ranks. A count of 0 gives a loss and a gradient of 0.
+    what DDP makes is exactly d(global_sum / global_count), as in one process with the whole batch. A count of 0 gives a
+    loss and a gradient of 0.
     """
     sums_n = torch.stack([terms[name].sum for name in factors])
-    # A count may be a share of 1 where every rank computes the whole loss; 0 means that nothing counts.
     counts_n = torch.stack([global_counts[name] for name in factors]).to(sums_n.dtype)
     factors_n = torch.stack([sums_n.new_full((), factor * world_size) for factor in factors.values()])
     return sums_n @ (factors_n / (counts_n + (counts_n == 0)))

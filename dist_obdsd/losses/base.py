@@ -61,12 +61,9 @@ class RankingLoss(nn.Module):
     def view(
         self, embeddings_bD: torch.Tensor, labels: torch.Tensor, checks: InputChecks, seed: int | None = None
     ) -> BatchView:
-        """Gather embeddings, with gradient, and labels. Collective.
-
-        At the first call all ranks take rank 0's parameters, as DDP does where it wraps.
-        """
+        """Gather embeddings, with gradient, and labels. Collective."""
         checks.shapes(embeddings_bD, labels)
-        if not self._alike:
+        if not self._alike:  # all ranks begin with rank 0's parameters, as under DDP
             collectives.broadcast_([*self.parameters(), *self.buffers()])
             self._alike = True
         self.calls += 1
@@ -100,7 +97,7 @@ def squared_distances(view: BatchView) -> torch.Tensor:
 
     The centre c, the batch's mean, keeps digits where all rows lie close together. Rounding may give values below 0.
     """
-    return _squares(*_centred(view))
+    return _squares(view)[0]
 
 
 def distances(view: BatchView) -> torch.Tensor:
@@ -109,24 +106,17 @@ def distances(view: BatchView) -> torch.Tensor:
     A distance that rounding cannot tell from 0 (below about 4e-8 for float64 and 1e-3 for float32 unit rows) is 0 with
     gradient 0, since the square root has no slope there.
     """
-    X_bD, Y_BD = _centred(view)
-    d2_bB = _squares(X_bD, Y_BD)
-    noise_bB = _sizes(X_bD.detach(), Y_BD.detach()) * (4 * torch.finfo(d2_bB.dtype).eps)
-    zero_bB = d2_bB.detach() <= noise_bB  # a NaN is not, and stays
+    d2_bB, sizes_bB = _squares(view)
+    zero_bB = d2_bB.detach() <= sizes_bB * (4 * torch.finfo(d2_bB.dtype).eps)  # a NaN is not, and stays
     return d2_bB.masked_fill(zero_bB, 1).sqrt().masked_fill(zero_bB, 0)
 
 
-def _centred(view: BatchView) -> tuple[torch.Tensor, torch.Tensor]:
+def _squares(view: BatchView) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute squared distances, and the sums |x - c|^2 + |y - c|^2 that round them."""
     dtype = torch.promote_types(torch.promote_types(view.E_bD.dtype, view.E_BD.dtype), torch.float32)
     X_bD, Y_BD = view.E_bD.to(dtype), view.E_BD.to(dtype)
     centre_D = Y_BD.detach().mean(0)
-    return X_bD - centre_D, Y_BD - centre_D
-
-
-def _sizes(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
-    return X_bD.square().sum(1, keepdim=True) + Y_BD.square().sum(1)
-
-
-def _squares(X_bD: torch.Tensor, Y_BD: torch.Tensor) -> torch.Tensor:
+    X_bD, Y_BD = X_bD - centre_D, Y_BD - centre_D
+    sizes_bB = X_bD.square().sum(1, keepdim=True) + Y_BD.square().sum(1)
     with without_autocast(X_bD.device):
-        return torch.addmm(_sizes(X_bD, Y_BD), X_bD, Y_BD.T, alpha=-2)
+        return torch.addmm(sizes_bB, X_bD, Y_BD.T, alpha=-2), sizes_bB.detach()

@@ -46,7 +46,7 @@ def build_objective(config: Config, classes: Sequence[int], device: torch.device
 
 def distilled(ranking: RankingLoss, section: DistillationConfig) -> OBDSDLoss:
     """Combine a ranking loss with the distillation that the section describes."""
-    # The network makes unit rows and the stream known labels, so the sizes of the first step are all that is checked.
+    # The network makes unit rows and the stream known labels, so only the sizes of the first step are checked.
     return OBDSDLoss(
         ranking, weight=section.weight, scope=section.scope, memory=section.memory, validate=False,
         **vars(Diffusion.of(section)),

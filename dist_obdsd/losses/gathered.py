@@ -7,8 +7,6 @@ Legend: B rows of the global batch, D embedding dimension.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -34,7 +32,9 @@ class GatheredLoss(LearnableLoss):
 
     def partial_means(self, view: BatchView) -> dict[str, PartialMean]:
         E_BD = view.E_BD.to(torch.promote_types(view.E_BD.dtype, torch.float32))
-        with torch.autocast(E_BD.device.type, enabled=False), seeded(view.seed, E_BD.device):
+        generators = torch.random.fork_rng(devices=[E_BD.device] if E_BD.is_cuda else [])
+        with torch.autocast(E_BD.device.type, enabled=False), generators:
+            torch.manual_seed(derive(view.seed, "miner"))
             # A row that is not finite would stop some losses; here the sum tells of it.
             loss = self.whole_loss(E_BD.nan_to_num(0, 0, 0), view).sum() + graph_zero(view)
         # What a loss remembers of a step (a histogram, say) must not hold on to the step's graph.
@@ -52,14 +52,6 @@ class GatheredLoss(LearnableLoss):
             return loss
         shared = {name: view.shared(parameter) for name, parameter in self.loss.named_parameters()}
         return torch.func.functional_call(self.loss, shared, (E_BD, view.labels_B, *more))
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, which a loss may draw from."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive(seed, "miner"))
-        yield
 
 
 def own_loss(

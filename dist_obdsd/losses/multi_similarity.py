@@ -24,8 +24,7 @@ class MultiSimilarityLoss(RankingLoss):
 
         1/alpha log(1 + sum_p exp(-alpha (S_ip - threshold))) + 1/beta log(1 + sum_n exp(beta (S_in - threshold)))
 
-    An anchor counts if it keeps a positive and a negative; the global loss is the mean over the anchors that count. The
-    anchor itself is left out by its index, so that a duplicate image stays a positive.
+    An anchor counts if it keeps a positive and a negative; the global loss is the mean over the anchors that count.
     """
 
     def __init__(

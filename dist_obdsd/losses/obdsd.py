@@ -2,8 +2,8 @@
 
     loss = ranking(E, labels) + ramp * weight * temperature^2 * KL( target || softmax(E E^T / temperature) )
 
-(arXiv 2211.07566). Every rank computes its own rows against all columns and hands on sums and counts, never means: the
-ranks may keep different numbers of anchors, and a mean of their means is another loss.
+Every rank computes its own rows against all columns and hands on sums and counts, never means: the ranks may keep
+different numbers of anchors, and a mean of their means is another loss.
 
 Legend: b rows of this rank, B rows of the global batch, M of the memory, D embedding dimension, W ranks.
 """
@@ -185,25 +185,15 @@ class OBDSDLoss(nn.Module):
     def terms(
         self, view: BatchView, T_BD: torch.Tensor | None = None, pending: manifold.PendingTarget | None = None
     ) -> dict[str, PartialMean]:
-        """Compute this rank's share of every term, by names that all ranks share.
+        """Compute this rank's share of every term, or raise RunError if it cannot solve.
 
-        Args:
-            view: the student's rows.
-            T_BD: the teacher's unit rows; their D may differ. Left out where ``needs_teacher`` says so.
-            pending: a diffusion that was queued for them.
-
-        Returns:
-            The ranking loss's parts first, named ``ranking`` or ``ranking_...``; ``distillation`` if there is a target;
-            then those that are only logged: ``target_entropy``, ``target_kl_to_uniform``, ``target_self_mass``,
-            ``target_defects`` and, of a diffused target, ``target_residual`` (mean bound on a row's L1 error),
-            ``target_iterations`` and, with a memory, ``target_dropped_mass``.
-
-        Raises:
-            RunError: if the diffusion cannot be solved.
+        The ranking loss's parts come first; then what ``distil`` returns, if there is a target; and, of a diffused one,
+        ``target_residual`` (mean bound on a row's L1 error), ``target_iterations`` and, with a memory,
+        ``target_dropped_mass``.
         """
         terms = self.ranking.partial_means(view)
         if self.target is not None and not self.target.needs_teacher:
-            T_BD = view.E_BD.detach()  # the uniform target reads its shape alone
+            T_BD = view.E_BD.detach()  # whose shape alone is read
         if self.target is None or T_BD is None:
             return terms
         S_bB = view.S_bB[:, view.rows] if self.scope == "rank" else view.S_bB

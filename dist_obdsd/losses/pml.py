@@ -24,8 +24,6 @@ REFUSED = {
     "ManifoldLoss": "it takes no labels",
     "VICRegLoss": "it takes no labels",
     "SmoothAPLoss": "it is wrong unless a batch holds as many classes as images of each; take FastAPLoss",
-    "DistributedLossWrapper": "the batch is gathered already",
-    "DistributedMinerWrapper": "the batch is gathered already",
     "EmbeddingsAlreadyPackagedAsTriplets": "batches here come in groups of one class",
 }
 PARTS = {"distance": "distances", "reducer": "reducers"}
@@ -37,9 +35,6 @@ class PMLLoss(GatheredLoss):
 
     >>> ranking = PMLLoss("pml.ArcFaceLoss", {"margin": 20}, classes=4, embedding_dim=16)
     >>> loss = ranking(embeddings, labels)
-
-    The number of classes and the embedding's length are filled in where a constructor takes them. What is random in a
-    step follows from ``view.seed``.
 
     Raises:
         InputError: the library is missing, or a name or an argument is unknown, or fails on a small batch.
@@ -86,12 +81,12 @@ class PMLLoss(GatheredLoss):
         labels_B = torch.arange(min(classes, 4)).repeat_interleave(2)
         E_BD = torch.randn(len(labels_B), embedding_dim, generator=torch.Generator().manual_seed(0))
         E_BD = nn.functional.normalize(E_BD, dim=1).requires_grad_()
-        chosen = f"ranking.name={self.name}" + ("" if self.miner is None else f" with {type(self.miner).__name__}")
         try:
             (term,) = trial.partial_means(BatchView(E_BD, E_BD, labels_B, 0)).values()
             term.sum.backward()
         except Exception as error:
             reason = error.__cause__ or error
+            chosen = f"ranking.name={self.name}" + ("" if self.miner is None else f" with {type(self.miner).__name__}")
             raise InputError(
                 f"{chosen} does not work with these settings: {type(reason).__name__}: {reason}; change ranking.kwargs "
                 f"or take another loss"
@@ -138,7 +133,8 @@ def _find(kind: str, key: str, given: str) -> Any:
         if inspect.isclass(value) and issubclass(value, nn.Module) and name not in REFUSED and name not in ABSTRACT
     ]  # fmt: skip
     if name not in names:
-        near = [f"pml.{n}" for n in difflib.get_close_matches(name, names, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(names)}"
-        raise InputError(f"{key} is {given}, which pytorch-metric-learning does not have among its {kind}; {hint}")
+        near = " or ".join(f"pml.{n}" for n in difflib.get_close_matches(name, names, cutoff=0))
+        raise InputError(
+            f"{key} is {given}, which pytorch-metric-learning does not have among its {kind}; did you mean {near}?"
+        )
     return getattr(module, name)

@@ -44,15 +44,13 @@ class ProxyAnchorLoss(LearnableLoss):
         C, D = self.proxies.shape
         if view.E_BD.shape[1] != D:
             raise InputError(f"embeddings have {view.E_BD.shape[1]} dimensions but the proxies {D}; make them equal")
-        alpha, delta, zero = self.alpha, self.delta, graph_zero(view)
-        share = view.share(C)
+        zero, share = graph_zero(view), view.share(C)
         proxies_cD = functional.normalize(view.shared(self.proxies)[share], dim=1)
         S_cB = similarity(proxies_cD, view.E_BD)
         own_cB = torch.arange(share.start, share.stop, device=S_cB.device)[:, None] == view.labels_B
-        present_c = own_cB.any(1)
-        positive_c = _log1p_sum_exp(-alpha * (S_cB - delta), own_cB)
-        negative_c = _log1p_sum_exp(alpha * (S_cB + delta), ~own_cB)
-        count = present_c.sum().to(positive_c.dtype)
+        positive_c = _log1p_sum_exp(-self.alpha * (S_cB - self.delta), own_cB)
+        negative_c = _log1p_sum_exp(self.alpha * (S_cB + self.delta), ~own_cB)
+        count = own_cB.any(1).sum().to(positive_c.dtype)
         return {
             "ranking_positive": PartialMean(positive_c.sum() + zero, count),
             "ranking_negative": PartialMean(negative_c.sum() + zero, torch.full_like(count, share.stop - share.start)),

@@ -1,9 +1,8 @@
 """The batch manifold as a graph of the teacher's rows and their similarities.
 
-Rows of S = T T^T are made a tile at a time. The whole matrix is kept only where it fits the memory that the settings
-allow. K is the symmetric matrix of affinities, and D holds its row sums, the degrees. The target is defined in the
-coordinates of A, the diffusion's transition matrix. It is solved in those of N = D^-1/2 K D^-1/2, which is similar to A
-and symmetric, with eigenvalues in [-1, 1].
+K is the symmetric matrix of affinities, and D holds its row sums, the degrees. The target is defined in the coordinates
+of A, the diffusion's transition matrix. It is solved in those of N = D^-1/2 K D^-1/2, which is similar to A and
+symmetric, with eigenvalues in [-1, 1]. Where n x n matrices do not fit the memory, they are made a tile at a time.
 
 Legend: n nodes, the rows of the batch first and then those of the memory; b own rows; t rows of a tile; D embedding
 dimension.
@@ -18,8 +17,7 @@ from dist_obdsd.manifold.diffusion import Diffusion
 from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E, similarity
 
 TILE_ENTRIES = {"cpu": 2**22, "cuda": 2**27}
-"""Entries of a tile where the whole matrix is not kept: a CPU's allocator still reuses 16 MiB; a GPU takes a few large
-kernels faster than many small ones."""
+"""Entries of a tile: a CPU's allocator still reuses 16 MiB; a GPU takes a few large kernels faster than many."""
 SCALE_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
 """Largest exponent by which a solution is scaled back: beyond it the type would overflow. The solver's next
 correction mends what the limit gets wrong."""
@@ -39,8 +37,7 @@ class Graph:
 
     def __init__(self, T_nD: torch.Tensor, diffusion: Diffusion) -> None:
         self.T_nD = T_nD.to(torch.promote_types(T_nD.dtype, torch.float32))
-        self.diffusion = diffusion
-        self.n = T_nD.shape[0]
+        self.diffusion, self.n = diffusion, len(T_nD)
         self.whole = diffusion.fits(self.n, self.T_nD.element_size(), T_nD.device)
         """True where n x n matrices are kept."""
         entries = TILE_ENTRIES["cpu" if T_nD.device.type == "cpu" else "cuda"]

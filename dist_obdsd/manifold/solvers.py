@@ -23,10 +23,8 @@ CG_ITERATIONS = 200
 """Most iterations in one correction."""
 NEUMANN_STEPS = 3
 """Products with A after which an inverse by Cholesky would have been cheaper."""
-FIXED_STEPS = 8
-"""Most products with A where the host reads no error in between."""
-FIXED_ITERATIONS = 10
-"""Iterations of conjugate gradients that are queued before it is known how many a batch needs."""
+FIXED_STEPS, FIXED_ITERATIONS = 8, 10
+"""Products with A, and iterations of conjugate gradients, queued before it is known how many a batch needs."""
 GPU_CHOLESKY = 2048
 """Nodes up to which a GPU factors the whole matrix: an estimate, 1 ms or so, beside 15 kernels an iteration."""
 CPU = torch.device("cpu")
@@ -39,9 +37,6 @@ def choose_solver(
 ) -> str:
     """Choose cholesky or cg, by the settings or, for ``auto``, by speed and memory.
 
-    Where conjugate gradients overtake was measured on a CPU. A GPU factors a small matrix in less time than it takes to
-    start the iterations' kernels.
-
     Raises:
         InputError: cholesky is asked for and does not fit ``memory_gib``.
     """
@@ -53,6 +48,7 @@ def choose_solver(
         )
     if diffusion.solver != "auto":
         return diffusion.solver
+    # Where conjugate gradients overtake was measured on a CPU.
     enough = max(6 * own_rows, 0 if device.type == "cpu" else GPU_CHOLESKY)
     return "cholesky" if fit and nodes <= enough else "cg"
 
@@ -77,13 +73,7 @@ class Solve:
     """An ``inverse`` that corrections make better."""
 
     def __init__(self, graph: Graph, rows: slice, solver: str, tolerance: float, iterations: int | None = None) -> None:
-        """Solve for the unit vectors of the own rows.
-
-        Args:
-            solver: cholesky or cg.
-            tolerance: of ``error_b``, which the caller checks. NaN embeddings give NaN errors.
-            iterations: of cg, a fixed number. Without it the host looks at every iteration's error.
-        """
+        """Solve for the own rows' unit vectors; the caller compares errors with ``tolerance``."""
         self._graph, self._rows, self._to_walk_bn = graph, rows, graph.to_walk_coordinates(rows)
         if solver == "cholesky":
             self._corrector: Cholesky | ConjugateGradients = Cholesky(graph)
@@ -221,7 +211,6 @@ class ConjugateGradients:
             self._N_nn.addr_(self._u_n, self._u_n, alpha=-1)
 
     def unit_rows(self, rows: slice) -> tuple[torch.Tensor, int]:
-        """Solve for the unit vectors of the own rows."""
         return self._solve(unit_rows(rows, self._graph.T_nD), self._u_n[rows], None)
 
     def __call__(self, C_bn: torch.Tensor, size_b1: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:

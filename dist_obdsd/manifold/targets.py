@@ -22,7 +22,7 @@ from dist_obdsd.transfer import AsyncHostCopy
 FLOAT64_TOLERANCE = 1e-10
 """Largest error of a row for float64 embeddings."""
 LEAST_MASS = 1e-3
-"""Share of a row's mass that must be left in the batch's columns for the row to be used."""
+"""Share of a row's mass that must be left in the batch's columns, since dividing by it multiplies errors."""
 PART_ENTRIES = 2**26
 """Entries of one part of the own rows: the solver's state is some ten matrices of this size, 256 MiB each."""
 
@@ -93,10 +93,16 @@ class QueuePlan:
     products: int | None = None
     """Of Neumann's series; None tries as many as may be worth it."""
     rejected: bool = False
-    """True once these were not enough: then a solver is queued, with"""
+    """Whether the series was not enough, so that a solver is queued."""
     corrections: int = 0
+    """The most that a solve took which the host looked at."""
     iterations: int | None = None
-    """and as many iterations of conjugate gradients as a solve took that the host looked at."""
+    """The most of conjugate gradients in one of its corrections."""
+
+    def learn(self, solve: solvers.Inverse) -> None:
+        """Queue as much as this solve took, from the next step on."""
+        self.corrections = max(self.corrections, solve.corrections)
+        self.iterations = max(self.iterations or 0, solve.longest)
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,6 @@ class PendingTarget:
         if errors[-1] == errors[-1]:  # NaN says nothing about the series
             plan.rejected, plan.products = plan.rejected or self.result.iterations == solvers.FIXED_STEPS, None
         return None
-
-    def learn(self, solve: solvers.Inverse) -> None:
-        """Queue as much as this solve took, from the next step on."""
-        self.plan.corrections = max(self.plan.corrections, solve.corrections)
-        self.plan.iterations = max(self.plan.iterations or 0, solve.longest)
 
 
 def diffusion_targets(
@@ -209,13 +210,9 @@ def target_rows(
 ) -> DiffusionTarget:  # fmt: skip
     """Compute the target of this rank's rows (arXiv 2211.07566, PSD and OBDP).
 
-    A row without an edge keeps its own P_i. ``mask_self`` takes the diagonal out of P (for ``obdsd_symmetric``, out of
-    the last softmax). ``neighbours``, ``mutual``, ``clip`` and ``power`` sharpen S in A alone (Iscen et al., CVPR 2017;
-    Yang et al., AAAI 2019). With a memory, the diffusion runs over the batch and the memory, and the target is
-    restricted to the batch's columns.
-
-    The solve is accepted by its residual, which bounds the target's L1 error. Where float32 cannot reach it, it is done
-    again in float64. NaN or infinite embeddings give NaN targets, which the caller's finite check sees.
+    With a memory, the diffusion runs over the batch and the memory, and the target is restricted to the batch's
+    columns. The solve is accepted by its residual, which bounds the target's L1 error. Where float32 cannot reach it,
+    it is done again in float64. NaN or infinite embeddings give NaN targets, which the caller's finite check sees.
 
     Args:
         T_BD: the teacher's unit rows of the whole batch, B of at least 2. ``uniform`` reads only its shape.
@@ -238,9 +235,7 @@ def target_rows(
             target_bB = target.rows(T_BD, rows, diffusion)
             return DiffusionTarget(target_bB, target_bB.new_zeros(target_bB.shape[0]))
         T_nD = _nodes(T_BD, memory_MD)
-        result = pending.read() if pending is not None else None
-        if result is None:
-            result = _diffused(T_nD, rows, diffusion, pending)
+        result = (pending and pending.read()) or _diffused(T_nD, rows, diffusion, pending)
         return result if len(T_nD) == B else _within_batch(result, T_BD, rows, diffusion)
 
 
@@ -259,11 +254,10 @@ def _goal(T_nD: torch.Tensor, diffusion: Diffusion) -> float:
 
 def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion, pending: PendingTarget | None) -> DiffusionTarget:
     """Solve [b, n] in the embeddings' precision; if that fails, in float64."""
-    dtype = torch.promote_types(T_nD.dtype, torch.float32)
-    solver = solvers.choose_solver(len(T_nD), rows.stop - rows.start, diffusion, dtype.itemsize, T_nD.device)
-    goal = _goal(T_nD, diffusion)
-    graph = pending.graph if pending is not None and pending.graph is not None else _graph(T_nD, diffusion)
-    result, error = _solve(graph, rows, solver, goal, pending)
+    graph, goal = (pending and pending.graph) or _graph(T_nD, diffusion), _goal(T_nD, diffusion)
+    dtype = graph.T_nD.dtype
+    solver = solvers.choose_solver(graph.n, rows.stop - rows.start, diffusion, dtype.itemsize, T_nD.device)
+    result, error = _solve(graph, rows, solver, goal, pending.plan if pending else None)
     # NaN compares false, so a failed solve is not accepted either.
     if error <= goal or not bool(T_nD.isfinite().all()):
         return result
@@ -281,19 +275,18 @@ def _diffused(T_nD: torch.Tensor, rows: slice, diffusion: Diffusion, pending: Pe
 
 
 def _solve(
-    graph: Graph, rows: slice, solver: str, tolerance: float, pending: PendingTarget | None = None
+    graph: Graph, rows: slice, solver: str, tolerance: float, plan: QueuePlan | None = None
 ) -> tuple[DiffusionTarget, float]:
     """Solve for own rows, some at a time; return the target and its largest error."""
     height, parts, targets = max(PART_ENTRIES // graph.n, 1), [], []
     for start in range(rows.start, rows.stop, height):
         part = slice(start, min(start + height, rows.stop))
-        # A series that was queued, now or earlier in the epoch, did not do.
-        series = graph.diffusion.solver == "auto" and pending is None
+        # With a plan a series was queued, now or earlier in the epoch, and did not do.
+        series = graph.diffusion.solver == "auto" and plan is None
         found = solvers.neumann_rows(graph, part, tolerance) if series else None
-        if found is None:
-            found = solvers.solve_rows(graph, part, solver, tolerance)
-            if pending is not None:
-                pending.learn(found)
+        found = found or solvers.solve_rows(graph, part, solver, tolerance)
+        if plan is not None:
+            plan.learn(found)
         parts.append(found)
         targets.append(graph.target(found.Y_bn, part))
     error_b, iterations = torch.cat([part.error_b for part in parts]), max(part.iterations for part in parts)
@@ -302,10 +295,7 @@ def _solve(
 
 
 def _within_batch(result: DiffusionTarget, T_BD: torch.Tensor, rows: slice, diffusion: Diffusion) -> DiffusionTarget:
-    """Restrict the target to the batch's columns.
-
-    Dividing by the mass that is left multiplies errors, so a row with next to nothing left keeps its P_i.
-    """
+    """Restrict the target to the batch's columns; a row with next to no mass there is P_i."""
     target_bB = result.target_bB[:, : T_BD.shape[0]]
     left_b = target_bB.sum(1)
     lost_b = left_b < LEAST_MASS

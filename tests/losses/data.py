@@ -3,6 +3,7 @@
 Legend: B rows, C classes, D embedding dimension.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ LABELS = {
     "mixed": [0, 1, 0, 0, 2, 1, 3, 0, 4, 1, 2, 2],
     "some alone": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
 }
+BATCHES = {
+    "uneven": [0, 0, 0, 1, 2, 1, 3, 4, 5, 6, 3, 2],
+    "one rank without an anchor": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
+    "no anchor": list(range(B)),
+}
+"""Labels whose anchors lie unevenly over the ranks."""
 CLASSES = 13
 """More than a batch holds."""
 FEATURES = 9
@@ -72,9 +79,14 @@ def own_rows() -> slice:
     return slice(collectives.rank() * b, (collectives.rank() + 1) * b)
 
 
-def mean_gradient(student: nn.Module) -> list[np.ndarray]:
+def flat(tensors: Iterable[torch.Tensor]) -> np.ndarray:
+    return np.concatenate([np.zeros(0), *(x.detach().numpy().ravel() for x in tensors)])
+
+
+def mean_gradient(student: nn.Module) -> np.ndarray:
     """What DDP makes of the ranks' gradients."""
-    return [
-        (collectives.sum_across(parameter.grad) / collectives.world_size()).numpy()
-        for parameter in student.parameters()
-    ]
+    return flat(collectives.sum_across(p.grad) / collectives.world_size() for p in student.parameters())
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray, least: float = 1e-300) -> float:
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), least))

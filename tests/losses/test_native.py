@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn import functional
 
 from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.losses import margin
@@ -30,28 +29,24 @@ SETTINGS = {
 }
 every = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 SEED = 5
-PAIRS = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 Naive = dict[str, tuple[torch.Tensor, int]]
 
 
 def naive(loss: RankingLoss, settings: RankingConfig, E_BD: torch.Tensor, labels: list[int]) -> Naive:
+    chosen = settings.model_dump(exclude={"name"})
     match settings.name:
         case "multi_similarity":
-            return {"ranking": oracle.multi_similarity(E_BD, labels, **settings.model_dump(exclude={"name"}))}
+            return {"ranking": oracle.multi_similarity(E_BD, labels, **chosen)}
         case "contrastive":
-            return oracle.contrastive(E_BD, labels, **settings.model_dump(exclude={"name"}))
+            return oracle.contrastive(E_BD, labels, **chosen)
         case "triplet":
-            return {"ranking": oracle.triplet(E_BD, labels, margin=settings.margin)}
+            return {"ranking": oracle.triplet(E_BD, labels, **chosen)}
         case "margin":
-            triplets = oracle.sampled_triplets(
-                E_BD, labels, uniforms(SEED, slice(0, B), B, E_BD.device),
-                cutoff=settings.cutoff, nonzero_cutoff=settings.nonzero_cutoff,
-            )  # fmt: skip
+            cutoffs = {name: chosen[name] for name in ("cutoff", "nonzero_cutoff")}
+            triplets = oracle.sampled_triplets(E_BD, labels, uniforms(SEED, slice(0, B), B, E_BD.device), **cutoffs)
             beta_B = loss.beta[labels] if settings.per_class else loss.beta.expand(B)
             return {"ranking": oracle.margin(E_BD, labels, triplets, beta_B, alpha=settings.alpha, nu=settings.nu)}
-        case "proxy_anchor":
-            return oracle.proxy_anchor(E_BD, labels, loss.proxies, alpha=settings.alpha, delta=settings.delta)
-    raise AssertionError(settings)
+    return oracle.proxy_anchor(E_BD, labels, loss.proxies, alpha=settings.alpha, delta=settings.delta)
 
 
 def gradients(total: torch.Tensor, loss: RankingLoss, E_BD: torch.Tensor) -> list[torch.Tensor]:
@@ -72,9 +67,8 @@ def test_value_and_gradient_equal_the_double_loop(settings: RankingConfig, kind:
         assert ours[name].count.item() == count
         assert ours[name].sum.item() == pytest.approx(total.item(), rel=tolerance, abs=tolerance)
     naive_mean = sum((total / max(count, 1) for total, count in theirs.values()), torch.zeros(()))
-    for mine, expected in zip(
-        gradients(mean(ours), loss, E_BD), gradients(naive_mean, loss, naive_BD), strict=True
-    ):  # fmt: skip
+    pairs = zip(gradients(mean(ours), loss, E_BD), gradients(naive_mean, loss, naive_BD), strict=True)
+    for mine, expected in pairs:
         assert (mine - expected).abs().max() <= tolerance * (1 + expected.abs().max())
 
 
@@ -87,33 +81,33 @@ def test_the_cases_above_cost_something(settings: RankingConfig) -> None:
         assert len({round(term[name].sum.item(), 6) for term in terms}) > 6
 
 
-EMPTY = {
-    ("multi_similarity", "different"): "ranking",
-    ("multi_similarity", "same"): "ranking",
-    ("contrastive", "different"): "ranking_positive",
-    ("contrastive", "same"): "ranking_negative",
-    ("triplet", "different"): "ranking",
-    ("triplet", "same"): "ranking",
-    ("margin", "different"): "ranking",
-    ("proxy_anchor", "outside"): "ranking_positive",
-}
+DIFFERENT, SAME = list(range(B)), [7] * B
+OUTSIDE = [CLASSES] * B
+"""What a share of the proxies sees when its classes are elsewhere."""
 
 
-@pytest.mark.parametrize(("name", "labels"), EMPTY)
-def test_a_part_without_anchors_is_zero_with_a_usable_backward(name: str, labels: str) -> None:
-    settings = [settings for settings in SETTINGS.values() if settings.name == name][-1]
-    loss, E_BD = loss_of(settings, D), unit_rows(0).requires_grad_()
-    # The third never comes from a batch: it is what a share of the proxies sees when its classes are elsewhere.
-    classes = {"different": list(range(B)), "same": [7] * B, "outside": [CLASSES] * B}[labels]
-    term = parts(loss, E_BD, classes)[EMPTY[name, labels]]
+@pytest.mark.parametrize(
+    ("name", "labels", "part"),
+    [
+        ("multi-similarity", DIFFERENT, "ranking"), ("multi-similarity", SAME, "ranking"),
+        ("contrastive", DIFFERENT, "ranking_positive"), ("contrastive, wide", SAME, "ranking_negative"),
+        ("triplet", DIFFERENT, "ranking"), ("triplet, wide", SAME, "ranking"), ("margin", DIFFERENT, "ranking"),
+        ("proxy anchor, soft", OUTSIDE, "ranking_positive"),
+    ],
+)  # fmt: skip
+def test_a_part_without_anchors_is_zero_with_a_usable_backward(name: str, labels: list[int], part: str) -> None:
+    loss, E_BD = loss_of(SETTINGS[name], D), unit_rows(0).requires_grad_()
+    term, ordinary = (parts(loss, E_BD, given)[part] for given in (labels, LABELS["mixed"]))
     assert (term.sum.item(), term.count.item()) == (0, 0)
     assert not any(grad.any() for grad in gradients(term.sum, loss, E_BD))
-    ordinary = parts(loss, E_BD, LABELS["mixed"])[EMPTY[name, labels]]
     assert any(grad.any() for grad in gradients(ordinary.sum, loss, E_BD))
 
 
+batches = pytest.mark.parametrize("labels", [DIFFERENT, SAME, LABELS["mixed"]], ids=["different", "same", "mixed"])
+
+
 @every
-@pytest.mark.parametrize("labels", [list(range(B)), [7] * B, LABELS["mixed"]], ids=["different", "same", "mixed"])
+@batches
 def test_nasty_batches_have_finite_gradients(settings: RankingConfig, labels: list[int]) -> None:
     loss = build_ranking(settings, CLASSES, D, 0)
     for kind in ("ordinary", "opposed"):  # duplicates and antipodes
@@ -124,7 +118,7 @@ def test_nasty_batches_have_finite_gradients(settings: RankingConfig, labels: li
 
 
 @every
-@pytest.mark.parametrize("labels", [LABELS["mixed"], list(range(B)), [7] * B], ids=["mixed", "different", "same"])
+@batches
 def test_nan_reaches_a_sum_of_every_rank(settings: RankingConfig, labels: list[int]) -> None:
     loss, E_BD = loss_of(settings, D), unit_rows(0)
     E_BD[5, 1] = float("nan")
@@ -153,9 +147,8 @@ def test_distances_keep_their_digits_where_all_rows_are_close() -> None:
     E_BD = unit_rows(0, spread=1e-4)
     loss = build_ranking(ranking("contrastive"), CLASSES, D, 0)
     ours = parts(loss, E_BD.float(), LABELS["mixed"])["ranking_positive"].sum.item()
-    total, _ = oracle.contrastive(E_BD.float(), LABELS["mixed"], positive_margin=0, negative_margin=0.5)[
-        "ranking_positive"
-    ]
+    expected = oracle.contrastive(E_BD.float(), LABELS["mixed"], positive_margin=0, negative_margin=0.5)
+    total, _ = expected["ranking_positive"]
     assert ours == pytest.approx(total.item(), rel=1e-5)
     S_BB = E_BD.float() @ E_BD.float().T
     same_BB = torch.tensor(LABELS["mixed"])[:, None] == torch.tensor(LABELS["mixed"])
@@ -192,22 +185,19 @@ def test_drawn_negatives_follow_the_weights() -> None:
 
 
 def test_an_anchor_without_a_negative_in_reach_keeps_its_positives() -> None:
-    E_BD = functional.normalize(torch.eye(B, dtype=torch.float64), dim=1)  # all sqrt(2) = 1.41 apart
-    labels = PAIRS
-    term = parts(loss_of(ranking("margin", beta=1.2), B), E_BD, labels)["ranking"]
-    assert term.count.item() == B
-    wide = parts(loss_of(ranking("margin", beta=1.2, nonzero_cutoff=1.5, alpha=0.8), B), E_BD, labels)["ranking"]
-    assert wide.count.item() == 2 * B
+    E_BD, pairs = torch.eye(B, dtype=torch.float64), [i // 2 for i in range(B)]  # all sqrt(2) = 1.41 apart
+    for more, count in (({}, B), ({"nonzero_cutoff": 1.5, "alpha": 0.8}, 2 * B)):
+        assert parts(loss_of(ranking("margin", **more), B), E_BD, pairs)["ranking"].count.item() == count
 
 
 def test_uniforms_are_those_of_splitmix64_on_any_rank() -> None:
     cpu = torch.device("cpu")
-    whole, other = uniforms(3, slice(0, 200), 200, cpu), uniforms(4, slice(0, 200), 200, cpu)
+    whole, other = (uniforms(seed, slice(0, 200), 200, cpu) for seed in (3, 4))
     assert torch.equal(torch.cat([uniforms(3, slice(k, k + 40), 200, cpu) for k in range(0, 200, 40)]), whole)
     assert abs(float(torch.corrcoef(torch.stack([whole.ravel(), other.ravel()]))[0, 1])) < 0.03
     # Its first outputs from seed 0, as other implementations print them.
     words = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
-    assert uniforms(0, slice(0, 1), 4, torch.device("cpu"))[0].tolist() == [(word >> 32) / 2**32 for word in words]
+    assert uniforms(0, slice(0, 1), 4, cpu)[0].tolist() == [(word >> 32) / 2**32 for word in words]
 
 
 @pytest.mark.parametrize("name", ["proxy_anchor", "pml.ProxyNCALoss"])

@@ -1,6 +1,5 @@
 """The whole objective: W processes give the loss, the gradient and, after 10 steps, the weights of one."""
 
-import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,26 +14,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, UserError
-from dist_obdsd.losses import obdsd as objectives
 from dist_obdsd.losses.across_ranks import local_loss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
+from dist_obdsd.losses.obdsd import OBDSDLoss, class_indices
 from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
 from tests import harness, oracle
-from tests.losses.data import Embedder, images, mean_gradient, own_rows
+from tests.losses.data import BATCHES, Embedder, flat, images, mean_gradient, own_rows, relative_error
 from tests.manifold.data import B, unit_rows
 from tests.shadow import Shadow
 
-OBDSDLoss = objectives.OBDSDLoss
 TARGETS = ("none", "uniform", "psd", "obdsd", "obdsd_symmetric")
-LABELS = {
-    "uneven": [0, 0, 0, 1, 2, 1, 3, 4, 5, 6, 3, 2],
-    "one rank without an anchor": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
-    "no anchor": list(range(B)),
-}
+UNEVEN = BATCHES["uneven"]
 RAMP, WEIGHT = 0.5, 30.0
-
-
 SETTINGS = {"temperature": 0.2, "transition_temperature": 0.1, "omega": 0.7}
 
 
@@ -80,7 +72,7 @@ Way = Callable[..., torch.Tensor]
 def step_worker(way: Way, target: str, mask_self: bool = False) -> dict[str, dict[str, Any]]:
     """For each batch: the loss, its mean over the ranks, and DDP's gradient."""
     answers = {}
-    for kind, labels in LABELS.items():
+    for kind, labels in BATCHES.items():
         objective, student = made(target, mask_self=mask_self), Embedder(0)
         loss = way(objective, student, labels)
         loss.backward()
@@ -89,7 +81,7 @@ def step_worker(way: Way, target: str, mask_self: bool = False) -> dict[str, dic
     return answers
 
 
-def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[float, list[np.ndarray]]:
+def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[float, np.ndarray]:
     """Loss and gradient of one process without a process group, from double loops and an explicit inverse."""
     student, ranking = Embedder(0), MultiSimilarityLoss()
     E_BD, T_BD = student(images()), Embedder(1)(images()).detach()
@@ -102,13 +94,7 @@ def reference(target: str, labels: list[int], mask_self: bool = False) -> tuple[
         kl = oracle.kl(E_BD, target_BB, SETTINGS["temperature"]) / B
         loss = loss + RAMP * WEIGHT * SETTINGS["temperature"] ** 2 * kl
     loss.backward()
-    return loss.item(), [p.grad.numpy() for p in student.parameters()]
-
-
-def relative_error(gradient: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    ours, theirs = (np.concatenate([part.ravel() for part in parts]) for parts in (gradient, expected))
-    assert ours.shape == theirs.shape
-    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-300))
+    return loss.item(), flat(p.grad for p in student.parameters())
 
 
 @pytest.mark.parametrize("world", harness.WORLD_SIZES)
@@ -116,21 +102,21 @@ def relative_error(gradient: list[np.ndarray], expected: list[np.ndarray]) -> fl
 def test_loss_and_gradient_are_those_of_one_process(world: int, target: str) -> None:
     target, _, masked = target.partition(",")
     answers = harness.run(world, step_worker, exact, target, bool(masked))
-    for kind, labels in LABELS.items():
+    for kind, labels in BATCHES.items():
         loss, gradient = reference(target, labels, bool(masked))
         for answer in (answers[kind] for answers in answers):
             assert answer["loss"] == pytest.approx(loss, rel=1e-10, abs=1e-12)
-            if np.any(gradient[0]):
+            if gradient.any():
                 assert relative_error(answer["gradient"], gradient) < 1e-10
             else:
-                assert not any(part.any() for part in answer["gradient"])
+                assert not answer["gradient"].any()
 
 
 @pytest.mark.parametrize("target", ["none", "psd", "obdsd"])
 @pytest.mark.parametrize("way", [gather_without_gradient, local_loss_only, mean_of_rank_means])
 def test_the_usual_shortcuts_are_measurably_wrong(target: str, way: Way) -> None:
     # An equal number of rows on every rank makes the mean of rank means right for the KL, wrong for the anchors.
-    loss, gradient = reference(target, LABELS["uneven"])
+    loss, gradient = reference(target, UNEVEN)
     answer = harness.run(3, step_worker, way, target)[0]["uneven"]
     assert relative_error(answer["gradient"], gradient) > 1e-3
     if way is gather_without_gradient:
@@ -139,7 +125,7 @@ def test_the_usual_shortcuts_are_measurably_wrong(target: str, way: Way) -> None
         assert abs(answer["mean"] - loss) > 1e-4
 
 
-def train_worker(wrapper: str = "ddp", way: Way = exact) -> list[np.ndarray]:
+def train_worker(wrapper: str = "ddp", way: Way = exact) -> np.ndarray:
     """The weights after ten optimizer steps; by "accumulated", after such steps of two batches each."""
     objective, student = made("obdsd"), Embedder(0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
@@ -154,8 +140,8 @@ def train_worker(wrapper: str = "ddp", way: Way = exact) -> list[np.ndarray]:
     for step in range(10):
         if wrapper == "accumulated":
             with network.no_sync():
-                way(objective, network, LABELS["uneven"], step + 100).backward()
-        loss = way(objective, network, list(LABELS.values())[step % 3], step)
+                way(objective, network, UNEVEN, step + 100).backward()
+        loss = way(objective, network, list(BATCHES.values())[step % 3], step)
         if wrapper == "deepspeed":
             network.backward(loss)
             network.step()
@@ -163,7 +149,7 @@ def train_worker(wrapper: str = "ddp", way: Way = exact) -> list[np.ndarray]:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    return [(p.full_tensor() if wrapper == "fsdp" else p).detach().numpy() for p in student.parameters()]
+    return flat(p.full_tensor() if wrapper == "fsdp" else p for p in student.parameters())
 
 
 def engine(student: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
@@ -183,7 +169,7 @@ def engine(student: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     ("wrapper", "worlds"), [("ddp", (2, 3)), ("accumulated", (2,)), ("fsdp", (2,)), ("deepspeed", (2,))]
 )
 def test_weights_after_ten_steps_are_those_of_one_process(wrapper: str, worlds: tuple[int, ...]) -> None:
-    start = [parameter.detach().numpy() for parameter in Embedder(0).parameters()]
+    start = flat(Embedder(0).parameters())
     (one,) = harness.run(1, train_worker, "accumulated" if wrapper == "accumulated" else "ddp")
     assert relative_error(one, start) > 1e-2  # they moved
     for world in worlds:
@@ -201,16 +187,15 @@ def subgroup_worker(target: str) -> dict[str, Any] | None:
     with collectives.within(group):
         rows = own_rows()
     student, own_bF = Embedder(0), images()[rows]
-    objective = made(target, group=group)
-    teacher_bD = Embedder(1)(own_bF).detach()
-    out = objective(student(own_bF), torch.tensor(LABELS["uneven"])[rows], teacher_bD, ramp=RAMP)
+    T_bD = Embedder(1)(own_bF).detach()
+    out = made(target, group=group)(student(own_bF), torch.tensor(UNEVEN)[rows], T_bD, ramp=RAMP)
     out.loss.backward()
     with collectives.within(group):
         return {"loss": out.loss.item(), "gradient": mean_gradient(student)}
 
 
 def test_a_subgroup_is_exact_by_itself() -> None:
-    loss, gradient = reference("obdsd", LABELS["uneven"])
+    loss, gradient = reference("obdsd", UNEVEN)
     *answers, outside = harness.run(3, subgroup_worker, "obdsd")
     assert outside is None
     for answer in answers:
@@ -218,70 +203,59 @@ def test_a_subgroup_is_exact_by_itself() -> None:
         assert relative_error(answer["gradient"], gradient) < 1e-10
 
 
+BAD: dict[str, tuple[Callable[..., Any], list[str]]] = {
+    "nothing": (lambda rank, E, labels, T: (E, labels, T), []),
+    "sizes": (
+        lambda rank, E, labels, T: (E[rank:], labels[rank:], T[rank:]), ["(4, 6)", "(3, 6)", "rank 1", "drop_last"]
+    ),
+    "label type": (lambda rank, E, labels, T: (E, labels.float(), T), ["float32", "int64", "(4,)"]),
+    "label range": (lambda rank, E, labels, T: (E, labels + 2 * rank, T), ["2 labels", "0 to 2", "more than 3"]),
+    "negative labels": (lambda rank, E, labels, T: (E, labels - 1, T), ["4 labels", "from 0"]),
+    "lengths": (lambda rank, E, labels, T: (E * (3 - 2 * rank), labels, T), ["4 rows", "length 1", "normalize=True"]),
+    "teacher's lengths": (lambda rank, E, labels, T: (E, labels, T * 3), ["teacher's batch", "8 rows"]),
+    "no teacher": (lambda rank, E, labels, T: (E, labels, None), ["teacher_bD", "ramp=0"]),
+    "other teacher": (lambda rank, E, labels, T: (E, labels, T[:2]), ["2 rows", "student 4"]),
+}  # fmt: skip
+"""What is wrong -> how, and the facts of the message."""
+
+
 def refused_worker(kind: str) -> str:
-    """The message of a batch that is wrong on one rank, or on all."""
-    rank = torch.distributed.get_rank()
-    E_bD = unit_rows(rank, 4).requires_grad_()
-    labels_b, teacher_bD = torch.tensor([0, 0, 1, 1]), unit_rows(5, 4)
-    objective: nn.Module = made("psd")
-    if kind == "sizes" and rank == 1:
-        E_bD, labels_b, teacher_bD = E_bD[:3], labels_b[:3], teacher_bD[:3]
-    if kind == "label type":
-        labels_b = labels_b.float()
-    if kind == "label range":
-        objective = OBDSDLoss(ProxyAnchorLoss(classes=3, embedding_dim=E_bD.shape[1]), target="none")
-        labels_b[1] = 9 if rank == 1 else 0
-    if kind == "negative labels":
-        labels_b = labels_b - 1
-    if kind == "lengths" and rank == 0:
-        E_bD = E_bD * 3
-    if kind == "teacher's lengths":
-        teacher_bD = teacher_bD * 3
-    if kind == "no teacher":
-        teacher_bD = None
-    if kind == "other teacher":
-        teacher_bD = teacher_bD[:2]
+    rank, (change, _) = torch.distributed.get_rank(), BAD[kind]
+    objective = OBDSDLoss(ProxyAnchorLoss(classes=3, embedding_dim=6), target="psd")
+    E_bD, labels_b, T_bD = unit_rows(rank, 4).requires_grad_(), torch.tensor([0, 0, 1, 1]), unit_rows(5, 4)
     try:
-        objective(E_bD, labels_b, teacher_bD)
+        objective(*change(rank, E_bD, labels_b, T_bD))
     except UserError as error:
         return str(error)
     return ""
 
 
-@pytest.mark.parametrize(
-    ("kind", "facts"),
-    [
-        ("good", []),
-        ("sizes", ["(4, 6)", "(3, 6)", "rank 1", "drop_last"]),
-        ("label type", ["float32", "int64", "(4,)"]),
-        ("label range", ["1 labels", "0 to 2", "more than 3 classes"]),
-        ("negative labels", ["4 labels", "from 0"]),
-        ("lengths", ["4 rows", "length 1", "normalize=True"]),
-        ("teacher's lengths", ["teacher's batch", "8 rows"]),
-        ("no teacher", ["teacher_bD", "ramp=0"]),
-        ("other teacher", ["2 rows", "student 4"]),
-    ],
-)
-def test_a_bad_batch_is_refused_on_every_rank(kind: str, facts: list[str]) -> None:
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_batch_is_refused_on_every_rank(kind: str) -> None:
+    _, facts = BAD[kind]
     for message in harness.run(2, refused_worker, kind):
         assert all(fact in message for fact in facts), message
         assert bool(message) == bool(facts)
 
 
+def whole_batch() -> BatchView:
+    E_BD = unit_rows(0).requires_grad_()
+    return BatchView(E_BD, E_BD, torch.tensor(UNEVEN), 0)
+
+
 def test_a_refused_batch_leaves_nothing_behind() -> None:
-    objective, E_BD, labels_B = made("psd"), unit_rows(0), torch.tensor(LABELS["uneven"])
+    objective, E_BD, labels_B = made("psd"), unit_rows(0), torch.tensor(UNEVEN)
     with pytest.raises(InputError, match="labels are torch.float32"):
         objective(E_BD, labels_B.float(), unit_rows(1) * 3)  # its teacher's rows are too long, too
     assert objective(E_BD, labels_B, unit_rows(1)).loss > 0
 
 
 def test_normalize_takes_rows_of_any_length() -> None:
-    E_BD, T_BD, labels_B = unit_rows(0), unit_rows(1), torch.tensor(LABELS["uneven"])
+    E_BD, T_BD, labels_B = unit_rows(0), unit_rows(1), torch.tensor(UNEVEN)
     scales_B1 = torch.linspace(0.1, 9, B, dtype=torch.float64)[:, None]
-    expected = made("obdsd")(E_BD, labels_B, T_BD).loss
-    assert made("obdsd", normalize=True)(E_BD * scales_B1, labels_B, T_BD * 5).loss.item() == pytest.approx(
-        expected.item(), rel=1e-12
-    )
+    expected = made("obdsd")(E_BD, labels_B, T_BD).loss.item()
+    found = made("obdsd", normalize=True)(E_BD * scales_B1, labels_B, T_BD * 5).loss.item()
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_any_module_of_a_whole_batch_can_be_the_ranking_loss() -> None:
@@ -290,7 +264,7 @@ def test_any_module_of_a_whole_batch_can_be_the_ranking_loss() -> None:
             return (E_BD @ E_BD.T).mean(1)
 
     E_BD = unit_rows(0).requires_grad_()
-    out = OBDSDLoss(Spread(), target="none")(E_BD, torch.tensor(LABELS["uneven"]))
+    out = OBDSDLoss(Spread(), target="none")(E_BD, torch.tensor(UNEVEN))
     assert out.loss.item() == pytest.approx((E_BD @ E_BD.T).mean(1).sum().item(), rel=1e-12)
     assert list(out.metrics) == ["ranking", "anchors"]
 
@@ -304,9 +278,9 @@ def test_impossible_settings_are_refused(given: dict[str, Any], fact: str) -> No
         OBDSDLoss(MultiSimilarityLoss(), **given)
 
 
-def rank_scoped_worker(target: str) -> list[np.ndarray]:
+def rank_scoped_worker(target: str) -> np.ndarray:
     student = Embedder(0)
-    exact(made(target, scope="rank"), student, LABELS["no anchor"]).backward()
+    exact(made(target, scope="rank"), student, BATCHES["no anchor"]).backward()
     return mean_gradient(student)
 
 
@@ -320,25 +294,18 @@ def test_the_scope_of_a_rank_is_the_mean_over_the_ranks_own_batches(target: str,
         target_bb = oracle.target(Embedder(1)(own).detach().numpy(), target=target, mask_self=False, **SETTINGS)
         total = total + oracle.kl(student(own), target_bb, SETTINGS["temperature"]) / B
     (RAMP * WEIGHT * SETTINGS["temperature"] ** 2 * total).backward()
-    expected = [p.grad.numpy() for p in student.parameters()]
+    expected = flat(p.grad for p in student.parameters())
     for answer in harness.run(world, rank_scoped_worker, target):
         assert relative_error(answer, expected) < 1e-10
 
 
 def test_the_memory_holds_the_latest_rows_of_the_epoch() -> None:
-    objective = made("obdsd", memory=20)
-    E_BD, labels_B = unit_rows(0).requires_grad_(), torch.tensor(LABELS["uneven"])
-    batches = [unit_rows(seed) for seed in (1, 2, 3)]
-    masses = []
-    for T_BD in batches:
-        terms = objective.terms(BatchView(E_BD, E_BD, labels_B, 0), T_BD)
-        masses.append(terms["target_dropped_mass"].sum.item())
+    objective, other = made("obdsd", memory=20), made("obdsd", memory=20)
+    view, batches = whole_batch(), [unit_rows(seed) for seed in (1, 2, 3)]
+    masses = [objective.terms(view, T_BD)["target_dropped_mass"].sum.item() for T_BD in batches]
     assert torch.equal(objective.memory_MD, torch.cat(batches[::-1])[:20])
-    assert masses[0] == 0
-    assert 0 < masses[1] < masses[2]
-    other = made("obdsd", memory=20)
+    assert masses[0] == 0 < masses[1] < masses[2]
     other.load_state_dict(objective.state_dict())
-    view = BatchView(E_BD, E_BD, labels_B, 0)
     again, resumed = (o.terms(view, batches[0])["distillation"].sum.item() for o in (objective, other))
     assert again == resumed
     objective.reset_memory()
@@ -349,27 +316,23 @@ def test_the_memory_holds_the_latest_rows_of_the_epoch() -> None:
 
 def test_labels_become_indices_among_the_training_classes() -> None:
     classes_C = torch.tensor([3, 5, 8, 100])
-    assert objectives.class_indices(torch.tensor([100, 3, 3, 8]), classes_C).tolist() == [3, 0, 0, 2]
-    for labels in ([4, 3], [3, 101], [2, 3]):
-        unknown = next(label for label in labels if label != 3)
-        with pytest.raises(InputError, match=f"class {unknown}, which is no training class"):
-            objectives.class_indices(torch.tensor(labels), classes_C)
-    with pytest.raises(InputError, match=r"all 2 images of a batch are of class 8; a ranking loss needs two classes"):
-        objectives.class_indices(torch.tensor([8, 8]), classes_C)
+    assert class_indices(torch.tensor([100, 3, 3, 8]), classes_C).tolist() == [3, 0, 0, 2]
+    for labels, fact in (([4, 3], "class 4, which"), ([3, 101], "class 101, which"), ([8, 8], "all 2 .* of class 8")):
+        with pytest.raises(InputError, match=fact):
+            class_indices(torch.tensor(labels), classes_C)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
-    objective, labels_B = made(target), torch.tensor(LABELS["uneven"])
-    E_BD = unit_rows(0).requires_grad_()
-    terms = objective.terms(BatchView(E_BD, E_BD, labels_B, 0), unit_rows(1))
+    objective, view = made(target), whole_batch()
+    terms = objective.terms(view, unit_rows(1))
     logged = ["target_entropy", "target_kl_to_uniform", "target_self_mass", "target_defects"]
     logged += ["target_residual", "target_iterations"] if target.startswith("obdsd") else []
     assert list(terms) == (["ranking"] if target == "none" else ["ranking", "distillation", *logged])
     assert {name for name, term in terms.items() if term.sum.requires_grad} == set(terms) & {"ranking", "distillation"}
     ranking = (terms["ranking"].sum / terms["ranking"].count).item()
-    assert objective(E_BD, labels_B, unit_rows(1), ramp=0).loss.item() == ranking
-    out = objective(E_BD, labels_B, unit_rows(1), ramp=0.25)
+    assert objective(view.E_BD, view.labels_B, unit_rows(1), ramp=0).loss.item() == ranking
+    out = objective(view.E_BD, view.labels_B, unit_rows(1), ramp=0.25)
     assert list(out.metrics) == [*terms, "anchors"]
     assert objective.needs_teacher(0.25) == (target not in ("none", "uniform"))
     assert not objective.needs_teacher(0.0)
@@ -381,24 +344,20 @@ def test_terms_and_what_the_loss_takes_of_them(target: str) -> None:
 @pytest.mark.parametrize("target", ["psd", "obdsd", "obdsd_symmetric"])
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_nan_reaches_a_sum_on_every_rank(target: str, who: str) -> None:
-    objective = made(target)
-    rows = {"student": unit_rows(0), "teacher": unit_rows(1)}
-    broken = copy.deepcopy(rows)
-    broken[who][6, 0] = float("nan")
-    for given, finite in ((rows, True), (broken, False)):
+    objective, rows = made(target), {"student": unit_rows(0), "teacher": unit_rows(1)}
+    for finite in (True, False):
         for first in (0, 4, 8):
-            view = BatchView(
-                given["student"][first : first + 4], given["student"], torch.tensor(LABELS["uneven"]), first
-            )
-            terms = objective.terms(view, given["teacher"])
+            view = BatchView(rows["student"][first : first + 4], rows["student"], torch.tensor(UNEVEN), first)
+            terms = objective.terms(view, rows["teacher"])
             assert all(bool(term.sum.isfinite()) for term in terms.values()) == finite
+        rows[who][6, 0] = torch.nan
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("target", ["none", "uniform", "psd"])
 def test_the_checks_wait_for_no_device(target: str, normalize: bool) -> None:
     objective = made(target, normalize=normalize)
-    E_BD, T_BD, labels_B = unit_rows(0).float().requires_grad_(), unit_rows(1).float(), torch.tensor(LABELS["uneven"])
+    E_BD, T_BD, labels_B = unit_rows(0).float().requires_grad_(), unit_rows(1).float(), torch.tensor(UNEVEN)
     with Shadow([E_BD, T_BD, labels_B]) as shadow:
         for _ in range(2):
             objective(E_BD, labels_B, T_BD).loss.backward()
