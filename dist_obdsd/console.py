@@ -111,8 +111,3 @@ def coloured(file: TextIO) -> bool:
 def paint(text: str, colour: str, file: TextIO) -> str:
     """Colour a text where ``file`` shows colours."""
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if coloured(file) else text
-
-
-def rate(images: int, size: int, seconds: float) -> str:
-    """Format the speed at which ``images`` of ``size`` bytes together were processed."""
-    return f"{seconds:.1f} s, {images / seconds:,.0f} images/s, {size / seconds / 1e6:.1f} MB/s"

@@ -2,8 +2,8 @@
 
 The exported network is in float32, takes uint8 images in batches of any size and normalises them itself. A folder of
 exports holds ``model.pt2``, ``model.onnx``, ``preprocessing.json`` (the steps before the network, and what was
-verified) and ``README.md``; both model files carry the preprocessing, too. The folder appears only after every model
-file was read back and gave the checkpoint's own embeddings on real images.
+verified) and ``README.md`` (those steps as a program); both model files carry the preprocessing, too. The folder
+appears only after every model file was read back and gave the checkpoint's own embeddings on real images.
 
 Legend: n images, C channels, s side, D embedding dimension.
 """
@@ -12,6 +12,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
                 largest[name] = verify(name, read_back, images_nCss, expected_nD)
             verified = {"images": len(images), "source": source, "batch_sizes": BATCHES, "largest_difference": largest}
             (folder / "preprocessing.json").write_text(json.dumps(about | {"verified": verified}, indent=1) + "\n")
-            (folder / "README.md").write_text(_readme(about, formats))
+            shutil.copyfile(Path(__file__).with_name("export_readme.md"), folder / "README.md")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
     return largest
@@ -109,6 +110,7 @@ def preprocessing(embedder: ImageEmbedder) -> dict[str, Any]:
         "decode": {"channels": channels, "formats": FORMATS,
                    "orientation": "as EXIF says" if data.exif else "as stored",
                    "alpha": "on white", "frame": "the first", "16_bit": "the upper 8"},
+        "max_aspect_ratio": LONGEST,
         "fit": data.fit,
         "resize": resize | {"interpolation": "bilinear", "antialias": True},
         "crop": {"size": side, "where": "centre"},
@@ -164,48 +166,3 @@ def _onnx(program: torch.export.ExportedProgram, path: Path, about: str) -> Call
 
 
 _WRITERS = {"torch": _torch, "onnx": _onnx}
-
-
-# ---- the folder's README, of which export_readme.md is the template ----
-
-FIT = {
-    "crop": """
-    side, of = ({covered_h}, rows) if rows * {w} <= columns * {h} else ({covered_w}, columns)
-    rows, columns = side * rows // of, side * columns // of""",
-    "squash": """
-    rows, columns = {h}, {w}""",
-    "pad": """
-    down, right = max(0, round(columns * {h} / {w}) - rows), max(0, round(rows * {w} / {h}) - columns)
-    padded = np.full((rows + down, columns + right, pixels.shape[2]), {fill}, np.uint8)
-    padded[down // 2 : down // 2 + rows, right // 2 : right // 2 + columns] = pixels
-    pixels, rows, columns = padded, {h}, {w}""",
-}
-
-USES = {
-    "torch": """
-import torch
-
-rows = torch.export.load("model.pt2").module()(torch.from_numpy(images))""",
-    "onnx": """
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-rows = session.run(None, {"images": images})[0]""",
-}
-
-
-def _readme(about: dict[str, Any], formats: Sequence[str]) -> str:
-    channels, h, w = about["input"]["shape"][1:]
-    shorter = about["resize"].get("shorter_side", 0)
-    fit = FIT[about["fit"]].strip("\n").format(
-        h=h, w=w, covered_h=shorter * h // min(h, w), covered_w=shorter * w // min(h, w),
-        fill=[round(255 * value) for value in about["normalisation"]["mean"]],
-    )  # fmt: skip
-    as_stored = about["decode"]["orientation"] == "as stored"
-    return Path(__file__).with_name("export_readme.md").read_text(encoding="utf-8").format(
-        files=" and ".join(f"`{FILES[name]}`" for name in formats), channels=channels, h=h, w=w,
-        dim=about["output"]["shape"][1], checkpoint=about["checkpoint"]["file"],
-        mode="RGB" if channels == 3 else "L", fit=fit, longest=LONGEST,
-        opened="Image.open(path)" if as_stored else "ImageOps.exif_transpose(Image.open(path))",
-        uses="\n".join(USES[name] for name in formats).strip(),
-    )  # fmt: skip

@@ -62,7 +62,3 @@ def test_levels_decide_which_rank_prints(
         logger.warning("trouble")
     logger.info("after the block")
     assert capsys.readouterr() == (out, "dist-obdsd: trouble\n")
-
-
-def test_rates() -> None:
-    assert console.rate(3000, 12_500_000, 2.5) == "2.5 s, 1,200 images/s, 5.0 MB/s"

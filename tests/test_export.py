@@ -5,6 +5,7 @@ import re
 import tarfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,22 +72,21 @@ def test_the_preprocessing_is_in_every_file(exported: Path) -> None:
     assert json.loads(extra["preprocessing.json"]) == about
 
 
-def readme_s_program(folder: Path) -> str:
-    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+README = Path(exporting.__file__).with_name("export_readme.md").read_text()
+PREPARING, WITH_TORCH, WITH_ONNX = re.findall("```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_readme_s_program_gives_the_checkpoint_s_rows(
     trained: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = readme_s_program(exported)
-    preparing, with_torch, with_onnx = re.split("import torch\n|import onnxruntime\n", code)
-    assert re.findall(r"^(?:import|from) (\w+)", preparing, re.MULTILINE) == ["numpy", "PIL"]
+    assert (exported / "README.md").read_text() == README
+    assert re.findall(r"^(?:import|from) (\w+)", PREPARING, re.MULTILINE) == ["json", "numpy", "PIL"]
     monkeypatch.chdir(exported)
     some = paths(trained)[::50]
     names: dict[str, Any] = {"paths": some}
-    exec(preparing, names)
+    exec(PREPARING, names)
     wanted = dist_obdsd.load(trained / "runs" / "tiny")(some)
-    for part in ("import torch\n" + with_torch, "import onnxruntime\n" + with_onnx):
+    for part in (WITH_TORCH, WITH_ONNX):
         names.pop("rows", None)
         exec(part, names)
         np.testing.assert_allclose(torch.as_tensor(names["rows"]).detach(), wanted, atol=1e-5)
@@ -101,7 +101,9 @@ MODES = {"RGB": "jpg", "L": "png", "RGBA": "png", "LA": "webp", "P": "gif", "1":
     [(mode, "square") for mode in [*MODES, "palette with transparency", "turned", "tall", "small"]]
     + [("tall", fit) for fit in ("crop", "squash", "pad")],
 )
-def test_the_readme_prepares_every_kind_of_image_to_the_bit(mode: str, fit: str, channels: int, tmp_path: Path) -> None:
+def test_the_readme_prepares_every_kind_of_image_to_the_bit(
+    mode: str, fit: str, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     size = {"tall": (411, 17), "small": (5, 9)}.get(mode, (97, 131))
     if mode == "I;16":
@@ -114,16 +116,13 @@ def test_the_readme_prepares_every_kind_of_image_to_the_bit(mode: str, fit: str,
     image.save(path, exif=exif)
     given = {"image_size": 32, "resize": 40} if fit == "square" else {"image_size": [24, 40], "fit": fit}
     data = DataConfig.model_validate(given | {"shards": "x", "channels": channels, "mean": (0.3,), "std": (0.5,)})
-    resize = {"shorter_side": data.resize or 24} if data.fit == "crop" else {}
-    decoded = {"channels": "RGB" if channels == 3 else "grey", "orientation": "as EXIF says"}
-    about: dict[str, Any] = {"input": {"shape": ["n", channels, *data.size]}, "fit": data.fit, "resize": resize,
-             "output": {"shape": ["n", 1]}, "decode": decoded, "checkpoint": {"file": "x"},
-             "normalisation": {"mean": data.mean}}  # fmt: skip
-    (tmp_path / "README.md").write_text(exporting._readme(about, ["torch"]))
-    names: dict[str, Any] = {}
-    exec(readme_s_program(tmp_path).partition("\nimages =")[0], names)
+    embedder = SimpleNamespace(config=SimpleNamespace(data=data), dim=1, path=path)  # the image plays the checkpoint
+    (tmp_path / "preprocessing.json").write_text(json.dumps(exporting.preprocessing(embedder)))  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"paths": [path]}
+    exec(PREPARING, names)
     wanted = eval_transform(decode(path.read_bytes(), channels), data)
-    np.testing.assert_array_equal(names["prepare"](path), wanted.numpy())
+    np.testing.assert_array_equal(names["images"], wanted[None].numpy())
 
 
 def test_what_does_not_agree_is_not_left_behind(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

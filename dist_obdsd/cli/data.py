@@ -2,10 +2,11 @@
 
 import argparse
 import time
+from pathlib import Path
 
-from dist_obdsd import console
 from dist_obdsd.cli.output import show
 from dist_obdsd.data import manifest as manifests
+from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.packing import pack as packing
 from dist_obdsd.data.packing import verify as verifying
 from dist_obdsd.data.packing.recipes import load_recipe
@@ -25,8 +26,7 @@ def pack(options: argparse.Namespace) -> int:
     for split, shards in manifest.splits.items():
         classes = len(manifest.class_ids(split))
         show(f"{split}: {manifest.images(split)} images of {classes} classes in {len(shards)} shards")
-    images, size = sum(map(len, manifest.shards())), sum(shard.bytes for shard in manifest.shards())
-    show(f"{options.out}: {console.rate(images, size, seconds)}")
+    _show_rate(options.out, manifest, seconds)
     return 0
 
 
@@ -37,8 +37,12 @@ def verify(options: argparse.Namespace) -> int:
         raise InputError(f"{options.shards} has {len(problems)} problems; pack the data again")
     seconds = time.monotonic() - start
     manifest = manifests.load(options.shards)
-    shards = list(manifest.shards())
-    images, size = sum(map(len, shards)), sum(shard.bytes for shard in shards)
-    show(f"{options.shards}: {images} images in {len(shards)} shards, all as the manifest says")
-    show(f"{options.shards}: {console.rate(images, size, seconds)}")
+    counts = [len(shard) for shard in manifest.shards()]
+    show(f"{options.shards}: {sum(counts)} images in {len(counts)} shards, all as the manifest says")
+    _show_rate(options.shards, manifest, seconds)
     return 0
+
+
+def _show_rate(folder: Path | str, manifest: Manifest, seconds: float) -> None:
+    images, size = sum(map(len, manifest.shards())), sum(shard.bytes for shard in manifest.shards())
+    show(f"{folder}: {seconds:.1f} s, {images / seconds:,.0f} images/s, {size / seconds / 1e6:.1f} MB/s")

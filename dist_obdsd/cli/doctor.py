@@ -131,15 +131,11 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
     manifest = manifests.load(config.data.shards)
     classes, held_out = classes_from(config, manifest)
     plan = plan_from(config, manifest, classes, epoch=0)
-    if config.tracking.kind == "mlflow" and version("mlflow") is None:
-        raise InputError("mlflow is not installed; install it or set tracking.kind=none")
-    zero = 1
-    if config.strategy == "deepspeed":
-        if version("deepspeed") is None:
-            raise InputError("deepspeed is not installed; install it or set strategy=ddp")
-        from dist_obdsd.training.deepspeed import engine_options
-
-        zero = engine_options(config.deepspeed.config, config.deepspeed.stage)["zero_optimization"]["stage"]
+    for package, user, other in (
+        ("mlflow", config.tracking.kind, "tracking.kind=none"), ("deepspeed", config.strategy, "strategy=ddp"),
+    ):  # fmt: skip
+        if package == user and version(package) is None:
+            raise InputError(f"{package} is not installed; install it or set {other}")
     check_world_size(config, here.world_size)
     shards = tuple(manifest.shards())
     check_files(config.data.shards, shards, sizes=True)
@@ -159,18 +155,28 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
     if plan.too_small:
         K = config.batch.samples_per_class
         lines.append(f"{plan.too_small} classes have fewer than batch.samples_per_class={K} images and are never shown")
-    ranks = here.world_size if here.world_size > 1 else sizes[-1]
+    lines += [*_memory(here, config, here.world_size if here.world_size > 1 else sizes[-1]), _run_folder(config)]
+    return [*lines, _tracking(config)] if here.is_main else lines
+
+
+def _memory(here: Runtime, config: Config, ranks: int) -> list[str]:
+    """Estimate a rank's memory; where it does not fit the GPU, that of other strategies, too."""
+    zero = 1
+    if config.strategy == "deepspeed":
+        from dist_obdsd.training.deepspeed import engine_options
+
+        zero = engine_options(config.deepspeed.config, config.deepspeed.stage)["zero_optimization"]["stage"]
     needed = estimate(config, ranks, zero)
     there = torch.cuda.get_device_properties(here.device).total_memory if here.device.type == "cuda" else math.inf
     too_much = sum(needed[config.strategy].values()) > there
+    lines = []
     for strategy in needed if too_much else [config.strategy]:
         listed = ", ".join(f"{part} {size / GIB:.3g}" for part, size in needed[strategy].items())
         total = sum(needed[strategy].values()) / GIB
         lines.append(f"memory of each of {ranks} ranks, strategy={strategy}: {total:.3g} GiB ({listed})")
     if too_much:
         lines.append(f"strategy={config.strategy} needs more than the {there / GIB:.3g} GiB of this GPU")
-    lines.append(_run_folder(config))
-    return [*lines, _tracking(config)] if here.is_main else lines
+    return lines
 
 
 def _remote(config: Config, shards: Sequence[Shard]) -> str:
@@ -209,8 +215,6 @@ def _tracking(config: Config) -> str:
     """Ask the tracking store for an answer; a run goes on without it."""
     if config.tracking.kind == "none":
         return "tracking: none"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     uri = config.tracking.uri
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return f"tracking: {uri} will be made by the first run"  # asking would make it
