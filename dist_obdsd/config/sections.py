@@ -346,5 +346,5 @@ class CheckpointConfig(Section):
     """Minutes without a checkpoint after which one is written inside an epoch; null: not by time."""
     keep: Count = 2
     """Checkpoints kept besides those that `last` and `best` point to."""
-    background: bool = False
-    """Copy what is to be saved and write it while training goes on; costs the memory of a copy."""
+    background: Annotated[bool, Field(exclude=True)] = False
+    """Held by checkpoints and configs of earlier versions; training waits while a checkpoint is written."""

@@ -5,13 +5,9 @@ The file format is that of ``dist_obdsd.checkpoint``. Rank 0 alone reads and wri
 
 import logging
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.utils._pytree import tree_map
 
 from dist_obdsd import checkpoint
 from dist_obdsd.config import Config, changed_settings
@@ -51,8 +47,6 @@ class CheckpointManager:
         self.config, self.state, self.is_main = config, state, is_main
         self.folder = config.run_dir / "checkpoints"
         self._saved_at = time.monotonic()
-        self._thread: ThreadPoolExecutor | None = None
-        self._writing: tuple[Future[Path], float] | None = None
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -62,31 +56,32 @@ class CheckpointManager:
         return every is not None and global_step % every == 0
 
     def wants_save(self) -> bool:
-        """Tell if the last checkpoint is too old, or its background write has failed.
-
-        Not collective: this asks rank 0's clock, and false on the other ranks.
-        """
-        if not self.is_main:
-            return False
-        if self._writing is not None and self._writing[0].done() and self._writing[0].exception() is not None:
-            return True
+        """Tell by rank 0's clock if the last checkpoint is too old. Not collective."""
         minutes = self.config.checkpoint.every_minutes
-        return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        return self.is_main and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint, or hand it to the thread that does.
+        """Write a checkpoint.
 
         Args:
             best: whether the epoch that just ended is the best by validation so far.
 
         Raises:
-            RunError: on every rank, when this or the previous checkpoint cannot be written.
+            RunError: on every rank, when it cannot be written.
         """
+        started = self._saved_at = time.monotonic()
         state = self._state_dict()
         with raise_on_all_ranks("saving the checkpoint"):
             if self.is_main:
-                self._await_write()
-                self._write(state, best)
+                path = checkpoint.save(self.folder, state, best=best, keep=self.config.checkpoint.keep)
+                self._log_written(path, time.monotonic() - started)
+
+    def _log_written(self, path: Path, seconds: float) -> None:
+        mib, metrics, progress = path.stat().st_size / 2**20, self.state.metrics, self.state.progress
+        logger.info("saved %s: %.1f MiB, training waited %.2f s for it", path.name, mib, seconds)
+        metrics.log("checkpoint", {"mib": mib, "seconds": seconds}, progress.epoch, progress.global_step)
+        # A tracking server is no place for files of this size, so it learns where they are.
+        metrics.tracker.tags(checkpoint.pointers(self.folder))
 
     def _state_dict(self) -> dict[str, Any]:
         """The entries of a checkpoint; complete on rank 0. Collective."""
@@ -105,45 +100,6 @@ class CheckpointManager:
             **parts.metrics.state_dict(),
         }
         return whole_on_main(state)
-
-    def _write(self, state: dict[str, Any], best: bool) -> None:
-        started = self._saved_at = time.monotonic()
-        options = self.config.checkpoint
-        if options.background:
-            self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
-            state = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, state)
-            future = self._thread.submit(checkpoint.save, self.folder, state, best=best, keep=options.keep)
-            self._writing = future, time.monotonic() - started
-        else:
-            path = checkpoint.save(self.folder, state, best=best, keep=options.keep)
-            self._log_written(path, time.monotonic() - started)
-
-    def _await_write(self) -> None:
-        if self._writing is not None:
-            (future, seconds), self._writing = self._writing, None
-            self._log_written(future.result(), seconds)
-
-    def _log_written(self, path: Path, seconds: float) -> None:
-        mib, parts = path.stat().st_size / 2**20, self.state
-        logger.info("saved %s: %.1f MiB, training waited %.2f s for it", path.name, mib, seconds)
-        values = {"mib": mib, "seconds": seconds}
-        parts.metrics.log("checkpoint", values, parts.progress.epoch, parts.progress.global_step)
-        # A tracking server is no place for files of this size, so it learns where they are.
-        parts.metrics.tracker.tags(checkpoint.pointers(self.folder))
-
-    def wait(self) -> None:
-        """Wait until nothing is being written.
-
-        Raises:
-            RunError: on every rank, when the file could not be written.
-        """
-        with raise_on_all_ranks("saving the checkpoint"):
-            self._await_write()
-
-    def close(self) -> None:
-        """Let a file that is being written become whole, without reporting failure."""
-        if self._thread is not None:
-            self._thread.shutdown()
 
     # ---- restoring --------------------------------------------------------------------------------------------------
 

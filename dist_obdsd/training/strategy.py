@@ -18,7 +18,6 @@ from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.distributed.shards import shard_state
 from dist_obdsd.models.embedder import Embedder
 from dist_obdsd.models.precision import autocast
-from dist_obdsd.training.grad_cache import GradCache
 from dist_obdsd.training.optimizers import (
     Named,
     build_objective_optimizer,
@@ -51,7 +50,8 @@ class Strategy(ABC):
         self.optimizer = build_optimizer(config.optim, self.optimized, depths)
         self.objective_parameters = list(objective_parameters)
         self.objective_optimizer = build_objective_optimizer(config, self.objective_parameters)
-        self._grad_cache: GradCache | None = None
+        self._chunks: Sequence[torch.Tensor] = ()
+        """The images of one step, where they are embedded in chunks."""
         # Only per-rank batch statistics differ between ranks; other buffers need no broadcast at each forward.
         self.buffers_differ = config.model.norm == "batch"
         self.network = self._wrap(runtime)
@@ -73,13 +73,18 @@ class Strategy(ABC):
         return self.parameters
 
     def embed(self, images_bCss: torch.Tensor) -> torch.Tensor:
-        """E_bD with gradient, which ``step`` hands on to the parameters."""
-        chunk = self.config.batch.chunk
-        if chunk is None or images_bCss.shape[0] <= chunk:
-            self._grad_cache = None
+        """E_bD with gradient, which ``step`` hands on to the parameters.
+
+        More than ``batch.chunk`` images are embedded in chunks without a graph, so a big batch needs the memory of a
+        small one. ``step`` embeds each chunk again (Gao et al., Scaling deep contrastive learning batch size under
+        memory limited setup, arXiv 2101.06983). That changes nothing, since no network here draws random numbers.
+        """
+        self._chunks = images_bCss.split(self.config.batch.chunk or len(images_bCss))
+        if len(self._chunks) == 1:
             return self._forward(self.network, images_bCss)
-        self._grad_cache = GradCache(lambda images: self._forward(self.student, images), images_bCss, chunk)
-        return self._grad_cache.E_bD
+        with torch.no_grad():
+            self._E_bD = torch.cat([self._forward(self.student, images) for images in self._chunks])
+        return self._E_bD.requires_grad_()
 
     def _forward(self, network: nn.Module, images_bCss: torch.Tensor) -> torch.Tensor:
         with autocast(self.config, self.device):
@@ -99,14 +104,10 @@ class Strategy(ABC):
         Returns:
             [2]: the gradient's norm, and 1 if the step was masked.
         """
-        if self._grad_cache is None:
+        if len(self._chunks) == 1:
             self._backward(loss)
         else:
-            loss.backward()
-            self._grad_cache.backward(
-                lambda images: self._forward(self.network, images), self._unsynced, self._backward
-            )
-            self._grad_cache = None
+            self._backward_in_chunks(loss)
         own = [p for _, p in self.objective_parameters]
         norm = self._clipped_norm(own)
         masked = ((nonfinite > 0) | ~torch.isfinite(norm)).float()
@@ -117,6 +118,15 @@ class Strategy(ABC):
             self.objective_optimizer.step()
             self.objective_optimizer.zero_grad(set_to_none=False)
         return torch.stack([norm.double(), masked.double()])
+
+    def _backward_in_chunks(self, loss: torch.Tensor) -> None:
+        loss.backward()  # as far as the embeddings
+        assert self._E_bD.grad is not None
+        gradients = self._E_bD.grad.split(len(self._chunks[0]))
+        for images, gradient in zip(self._chunks, gradients, strict=True):
+            with nullcontext() if images is self._chunks[-1] else self._unsynced():
+                # A scalar whose gradient at the embeddings is the loss's.
+                self._backward((self._forward(self.network, images) * gradient).sum())
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Add the student's gradients of a scalar; outside ``_unsynced``, over all ranks."""
@@ -177,10 +187,6 @@ def _prepare(optimizer: torch.optim.Optimizer, masked: torch.Tensor, rate: float
 def build_strategy(
     student: nn.Module, config: Config, runtime: Runtime, objective_parameters: Sequence[Named]
 ) -> Strategy:
-    """Build the strategy that the config names. Collective.
-
-    Raises:
-        InputError: DeepSpeed is asked for and missing, or its own settings do not fit.
-    """
+    """Build the strategy that the config names; InputError where its settings do not fit. Collective."""
     strategy: type[Strategy] = STRATEGIES.load(config.strategy)
     return strategy(student, config, runtime, objective_parameters)

@@ -139,7 +139,6 @@ class Trainer:
                 with self.metrics.tracking(self.manifest):
                     return self._run()
         finally:
-            self.checkpoints.close()
             if self.run_dir is not None:
                 self.run_dir.close()
 
@@ -272,7 +271,6 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test set, once, and write the summary."""
-        self.checkpoints.wait()
         rows = self.model_selector.after_training(
             self.progress.epoch, self.progress.step == 0, self.checkpoints.load_best
         )
@@ -305,7 +303,6 @@ class Trainer:
 
     def _preempted(self) -> dict[str, Any]:
         """Leave a run that the same command can continue."""
-        self.checkpoints.wait()
         self.metrics.preempted = True
         why = self.preemption.reason or "a request to another rank"
         message = f"stopped by {why} after {self.progress.global_step} steps; the same command goes on from there"

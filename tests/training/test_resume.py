@@ -76,7 +76,7 @@ def test_an_epoch_whose_validation_is_stopped_is_validated_later(train, folder, 
 
 def test_checkpoints_inside_an_epoch_by_steps_and_by_time(train, folder):
     more = ("epochs=2", "checkpoint.keep=50")
-    code, out, _ = train("name=steps", *more, "checkpoint.every_steps=4", "checkpoint.background=true")
+    code, out, _ = train("name=steps", *more, "checkpoint.every_steps=4")
     assert code == 0
     names = sorted(path.name for path in (folder / "runs" / "steps" / "checkpoints").glob("*.pt"))
     assert names == ["epoch-0001.pt", "epoch-0002.pt", "step-00000004.pt", "step-00000008.pt"]

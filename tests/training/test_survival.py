@@ -24,7 +24,7 @@ checkpoint.torch.save = save
 cli.program()
 """
 IN_A_STEP = runs.at_step("os.kill(os.getpid(), signal.SIGKILL)", 5, rank=1)
-ZERO = ("strategy=deepspeed", "deepspeed.stage=1", "precision=float32", "checkpoint.background=true")
+ZERO = ("strategy=deepspeed", "deepspeed.stage=1", "precision=float32")
 
 
 @pytest.mark.parametrize(
