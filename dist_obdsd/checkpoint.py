@@ -11,7 +11,7 @@ tensors, loaded with ``weights_only=True``, so that loading never executes anyth
      "position": {"epoch": e, "step": s, "global_step": n},   # the next step to take
      "pending_validation": whether the epoch before it is still to be validated,   # older files: "unjudged", or absent
      "best_validation": {"value": v, "epoch": e} or None, "untrained": {metric: value} or None,
-     "best_test": {"value": v, "epoch": e, "metrics": {metric: value}} or None,     # absent in older files
+     "best_test", "last_test": {"value": v, "epoch": e, "metrics": {metric: value}} or None,   # absent in older files
      "tracker": run id or None}
 
 ``last`` and ``best`` are one-line text files that hold a checkpoint's name. Every file is written under a temporary
@@ -140,5 +140,4 @@ def load(path: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{found} lacks {', '.join(sorted(missing))}; it was not written by this program")
     state.setdefault("pending_validation", state.pop("unjudged", False))
-    state.setdefault("best_test", None)
     return state

@@ -8,6 +8,7 @@ Its arguments are known before that, from its source: the positional ones are a 
 import importlib
 import inspect
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
@@ -97,11 +98,27 @@ def plug_in(choice: str) -> Iterator[None]:
         libraries = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
         frames = traceback.extract_tb(error.__traceback__)
         last = ([frame for frame in frames if not frame.filename.startswith(libraries)] or frames)[-1]
-        # A syntax error says its place itself.
-        place = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
-        raise InputError(
-            f"{choice} fails with {' '.join(format_error(error).split())}{place}; mend it there"
-        ) from error
+        raise _failure(choice, error, last) from error
+
+
+def plug_in_failure(error: Exception, choices: Mapping[str, str]) -> InputError | None:
+    """Explain an error that the code of a plug-in raised while it was used.
+
+    Args:
+        choices: setting -> its value, which may be a name of ours or ``package.module:name``.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    for setting, path in choices.items():
+        module = sys.modules.get(path.partition(":")[0]) if ":" in path else None
+        if own := [frame for frame in frames if module and frame.filename == module.__file__]:
+            return _failure(f"{setting}={path}", error, own[-1])
+    return None
+
+
+def _failure(choice: str, error: Exception, at: traceback.FrameSummary) -> InputError:
+    # A syntax error says its place itself.
+    place = "" if isinstance(error, SyntaxError) else f" ({at.filename}, line {at.lineno})"
+    return InputError(f"{choice} fails with {' '.join(format_error(error).split())}{place}; mend it there")
 
 
 LOSSES = Registry(

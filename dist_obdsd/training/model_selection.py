@@ -17,7 +17,7 @@ from dist_obdsd.training.preemption import PreemptionHandler
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED = ("best_validation", "best_test", "untrained")
+REMEMBERED = ("best_validation", "best_test", "last_test", "untrained")
 Choice = dict[str, Any]
 """{"value": of the selection metric, "epoch": after so many epochs}; of the test set with all "metrics", too."""
 
@@ -60,8 +60,8 @@ class ModelSelector:
         self.uses_test = config.evaluation.test and "test" in manifest.splits
         self.best_validation: Choice | None = None
         self.best_test: Choice | None = None
+        self.last_test: Choice | None = None
         self.untrained: dict[str, float] | None = None
-        self._last_test: tuple[int, dict[str, float]] | None = None
 
     def is_better(self, metrics: Mapping[str, float], best: Choice | None) -> bool:
         """Compare an epoch with the best one so far."""
@@ -83,17 +83,20 @@ class ModelSelector:
         if epoch % self.config.validation.every and epoch != self.config.epochs:
             return False
         validated = self._evaluate("validation", "train", self.classes, epoch) if self.classes else None
-        tests = self.config.evaluation.best_test and self.uses_test
-        tested = self._evaluate("test", "test", None, epoch) if tests else None
-        if tested is not None:
-            self._last_test = epoch, tested
+        if self.config.evaluation.best_test and self.uses_test:
+            tested = self._evaluate("test", "test", None, epoch)
+            value = selection_value(tested, self.select_by)
+            self.last_test = {"value": value, "epoch": epoch, "metrics": tested}
             if self.is_better(tested, self.best_test):
-                value = selection_value(tested, self.select_by)
-                self.best_test = {"value": value, "epoch": epoch, "metrics": tested}
+                self.best_test = self.last_test
         if validated is None or not self.is_better(validated, self.best_validation):
             return False
         self.best_validation = {"value": selection_value(validated, self.select_by), "epoch": epoch}
         return True
+
+    def has_tested(self, epoch: int, whole: bool) -> bool:
+        """Tell if the test set was measured after so many ``whole`` epochs. Not collective."""
+        return whole and self.last_test is not None and self.last_test["epoch"] == epoch
 
     def after_training(self, epoch: int, whole: bool, load_best: Callable[[], None]) -> list[dict[str, Any]]:
         """Evaluate the test set: the last weights, and the best by validation.
@@ -107,9 +110,8 @@ class ModelSelector:
         if self.untrained is not None and self.uses_test:
             results.append(("untrained", 0, self.untrained))
         if self.uses_test:
-            if not whole or self._last_test is None or self._last_test[0] != epoch:
-                self._last_test = epoch, self._evaluate("test", "test", None, epoch)
-            metrics = self._last_test[1]
+            known = self.last_test if self.has_tested(epoch, whole) else None
+            metrics = known["metrics"] if known else self._evaluate("test", "test", None, epoch)
             results.append(("last", epoch, metrics))
             if self.best_validation is not None:
                 best = self.best_validation["epoch"]
@@ -152,7 +154,7 @@ class ModelSelector:
         return {name: getattr(self, name) for name in REMEMBERED}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update({name: state[name] for name in REMEMBERED})
+        vars(self).update({name: state.get(name) for name in REMEMBERED})  # older versions remembered less
 
     def _evaluate(self, what: str, split: str, classes: list[int] | None, epoch: int) -> dict[str, float]:
         # Figures show the test set or, where it must not be used, the validation classes.

@@ -50,14 +50,19 @@ class RunDir:
         write_atomically(self.path / name, text.encode())
         return self.path / name
 
-    def cut_metrics(self, global_step: int) -> None:
-        """Open the metrics without the lines of what follows ``global_step``."""
+    def cut_metrics(self, global_step: int, tested: bool) -> None:
+        """Open the metrics without the lines of what follows ``global_step``.
+
+        Args:
+            tested: whether the checkpoint at this step has a test of its epoch.
+        """
         path, kept = self.path / "metrics.jsonl", ""
         for line in path.read_text().splitlines() if path.exists() else ():
             with suppress(ValueError):  # of the line that was being written when the run was killed
                 row = json.loads(line)
-                # A step's line is written after it, an epoch's and a validation's before the checkpoint at their end.
-                ended = row["step"] == global_step > 0 and not row["kind"].startswith(("step", "test"))
+                # A step's line is written after it, and tests at the run's end after the checkpoint.
+                later = ("step", "test of") if tested else ("step", "test")
+                ended = row["step"] == global_step > 0 and not row["kind"].startswith(later)
                 if row["step"] < global_step or ended:
                     kept += line + "\n"
         write_atomically(path, kept.encode())

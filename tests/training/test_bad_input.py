@@ -80,6 +80,29 @@ def test_a_broken_shard_ends_every_rank_with_its_name(folder, shards):
     assert victim in status["message"]
 
 
+LOSS = """import torch
+class Loss(torch.nn.Module):
+    steps = 0
+    def forward(self, rows, labels):
+        self.steps += 1
+        if self.steps == 3:
+            raise KeyError("temperature")
+        return rows.square().mean()
+"""
+
+
+def test_an_error_of_your_own_loss_in_a_step_is_told_with_its_line(train, folder, monkeypatch):
+    (folder / "own_loss.py").write_text(LOSS)
+    monkeypatch.syspath_prepend(folder)
+    code, out, err = train("ranking.name=own_loss:Loss", "--verbose")
+    assert code == 2
+    fact = f"ranking.name=own_loss:Loss fails with KeyError: 'temperature' ({folder}/own_loss.py, line 7)"
+    assert fact in one_line(err)
+    assert "at step 2" in err
+    assert "Traceback" in out  # for --verbose alone
+    assert "Traceback" not in err + train("ranking.name=own_loss:Loss", "name=again")[1]
+
+
 def test_a_loss_that_stays_not_finite_stops_the_run(train, folder):
     code, _, err = train("optim.lr=1e300", "max_nonfinite_steps=2")
     assert code == 1

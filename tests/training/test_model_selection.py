@@ -29,8 +29,11 @@ def test_the_best_epochs_are_those_of_the_metrics(train, untouched):
     code, said, _ = train(*more)
     assert code == 0
     run = Path("runs/tiny")
-    # What it measures when it is stopped inside an epoch is of no epoch.
-    assert train("name=resumed", *more, "max_steps=8")[0] == train("name=resumed", *more)[0] == 0
+    # It is stopped at an epoch's end, whose lines stay, then inside an epoch: what it measures there is of no epoch.
+    for limit in (["max_steps=6"], ["max_steps=8"], []):
+        assert train("name=resumed", *more, *limit)[0] == 0
+    for kind in ("validation", "test"):
+        assert runs.metrics(Path("runs/resumed"), kind) == runs.metrics(run, kind)
     found = protocols(run)
     assert found.keys() == {"last", "best_validation", "best_test"}
     assert protocols(Path("runs/resumed")) == protocols(untouched(*more, ranks=2)) == found

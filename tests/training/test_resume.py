@@ -121,7 +121,7 @@ def test_a_checkpoint_of_the_version_before_goes_on(train, folder, untouched):
     state = checkpoint.load(run / "checkpoints" / "epoch-0001.pt")
     # As it was when that validation began.
     state |= {"unjudged": True, "best_validation": None}
-    del state["pending_validation"], state["best_test"], state["format"]
+    del state["pending_validation"], state["best_test"], state["last_test"], state["format"]
     checkpoint.save(run / "checkpoints", state, best=False, keep=0)
     assert train(*settings)[0] == 0
     whole, resumed = (result(run) | {"metrics": None} for run in (untouched(*settings), run))
