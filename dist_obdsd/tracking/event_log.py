@@ -18,10 +18,11 @@ it is cut back when a run resumes, but what the server was told cannot be taken 
 """
 
 import fcntl
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,24 +60,18 @@ class UploadState:
         return log.with_suffix(".state.json")
 
     @classmethod
-    def load(cls, log: Path, header: Mapping[str, Any]) -> "UploadState":
-        """Read the state beside a log; a new one where there is none."""
-        new = cls(header["run"], header["uri"])
-        try:
+    def load(cls, log: Path, header: Mapping[str, Any], uri: str | None = None) -> "UploadState":
+        """Read the state beside a log; a new one where there is none, or for another ``uri``."""
+        state = new = cls(header["run"], uri or header["uri"])
+        with suppress(OSError, ValueError, TypeError):  # none, or not whole: what is sent again changes nothing
             state = cls(**json.loads(cls.path(log).read_text()))
-        except (OSError, ValueError, TypeError):  # none, or not whole: what is sent again changes nothing
-            return new
-        if state.run != new.run:  # of a log that lay here before
+        if state.run != new.run or uri not in (None, state.uri):  # of a log that lay here before, or of another server
             return new
         state.sent = min(state.sent, log.stat().st_size)  # a power cut may have taken the log's last lines
         return state
 
     def save(self, log: Path) -> None:
         write_atomically(self.path(log), (json.dumps(asdict(self)) + "\n").encode())
-
-    def restart(self, uri: str) -> None:
-        """Have everything sent again, to a new run at ``uri``."""
-        self.uri, self.run_id, self.sent, self.number = uri, None, 0, 0
 
 
 class EventLog:
@@ -162,16 +157,9 @@ def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
 
 def read_batches(path: Path, start: int) -> Iterator[tuple[list[Event], int]]:
     """Iterate over events to send together (only ``metrics`` are), with their end."""
-    events: list[Event] = []
-    end = start
-    for event, its_end in read_events(path, start):
-        if events and not (events[-1]["kind"] == event["kind"] == "metrics" and len(events) < BATCH):
-            yield events, end
-            events = []
-        events.append(event)
-        end = its_end
-    if events:
-        yield events, end
+    for kind, found in itertools.groupby(read_events(path, start), lambda pair: pair[0]["kind"]):
+        while batch := list(itertools.islice(found, BATCH if kind == "metrics" else 1)):
+            yield [event for event, _ in batch], batch[-1][1]
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def build_tracker(config: Config, folder: Path, manifest: str, run_id: str | Non
         run_id: the run's id in the checkpoint that it resumes from.
     """
     if config.tracking.kind == "none":
-        return Tracker()
+        return Tracker(run_id=run_id)
     uri = absolute(config.tracking.uri)
     try:
         log, state = _open(config, folder, manifest, run_id, uri)
@@ -117,7 +117,7 @@ def build_tracker(config: Config, folder: Path, manifest: str, run_id: str | Non
     uploader = None
     try:
         load_libraries(uri)
-        uploader = Uploader(log.path, state, uri)
+        uploader = Uploader(log.path, state)
     except ImportError as error:
         logger.log(NOTICE, f"tracking: {error}; pip install mlflow, and `dist-obdsd replay {folder}` sends this run")
     return Tracker(log, uploader, state.run_id or state.run, config.tracking.wait_seconds)
@@ -133,7 +133,7 @@ def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: 
             changes = changed_settings(header["config"], dumped)
             changes += ["other shards"] * (header["manifest"] != manifest)
             if not changes:
-                return EventLog(path, header), UploadState.load(path, header)
+                return EventLog(path, header), UploadState.load(path, header, uri)
         except InputError as error:
             changes = [str(error)]
         aside = next(to for n in itertools.count(1) if not (to := path.with_name(f"tracking-{n}.jsonl")).exists())

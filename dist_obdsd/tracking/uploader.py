@@ -35,13 +35,12 @@ def upload(path: Path, state: UploadState, backend: MLflowBackend, stop: Callabl
 class Uploader:
     """A thread that sends a live run's event log. The file itself is the queue."""
 
-    def __init__(self, path: Path, state: UploadState, uri: str) -> None:
+    def __init__(self, path: Path, state: UploadState) -> None:
         """Start the thread, which alone changes ``state`` from now on."""
         self.state, self.trouble = state, ""
         self.answered = threading.Event()
         """Set once the server has taken events, or an attempt has failed."""
-        self._path, self._uri = path, uri
-        self._lock = ExitStack()
+        self._path, self._lock = path, ExitStack()
         self._backend: MLflowBackend | None = None
         self._warned = False
         self._wake, self._closing, self._stop = threading.Event(), threading.Event(), threading.Event()
@@ -73,7 +72,7 @@ class Uploader:
                     self.answered.set()
                     if not self._warned and not self._stop.is_set():
                         self._warned, more = True, "the run goes on, and the rest is sent later"
-                        logger.log(NOTICE, f"tracking at {self._uri}: {self.trouble}; {more}")
+                        logger.log(NOTICE, f"tracking at {self.state.uri}: {self.trouble}; {more}")
                     pause = min(max(PATIENCE[0], 2 * pause), PATIENCE[0] if closing else PATIENCE[1])
                 else:
                     self.trouble, pause = "", INTERVAL
@@ -88,9 +87,8 @@ class Uploader:
             self._lock.close()
             self._lock.enter_context(event_log.upload_lock(self._path))
             header = event_log.read_header(self._path)
-            self.state = UploadState.load(self._path, header)  # a replay may have held the lock until now
-            if self.state.uri != self._uri:
-                self.state.restart(self._uri)  # another server gets everything
+            # Once more: a replay may have held the lock until now.
+            self.state = UploadState.load(self._path, header, self.state.uri)
             self.state.save(self._path)
             self._backend = MLflowBackend(self.state, header, self._path.parent)
         upload(self._path, self.state, self._backend, self._stop.is_set)
@@ -115,9 +113,9 @@ def replay(path: Path, uri: str | None = None, new_run: bool = False) -> None:
     with event_log.upload_lock(path):
         state = UploadState.load(path, header)
         uri = absolute(uri or state.uri)
+        if new_run or uri != state.uri:
+            state = UploadState(state.run, uri)
         try:
-            if new_run or uri != state.uri:
-                state.restart(uri)
             backend = MLflowBackend(state, header, path.parent)
             sent = upload(path, state, backend)
             killed = event_log.time_of_kill(path)

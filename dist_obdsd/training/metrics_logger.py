@@ -37,7 +37,6 @@ class MetricsLogger:
         self.tracker = Tracker()
         self.preempted = False
         """True when the tracked run ends as KILLED although nothing failed."""
-        self._run_id: str | None = None
         self._tracked = config.tracking.kind != "none"
         self._system = SystemMetrics() if self._tracked and runtime.launch.local_rank == 0 else None
         self._masked_in_a_row = self._defective = 0
@@ -60,7 +59,7 @@ class MetricsLogger:
             "hardware": provenance.hardware(self.runtime.device),
         }
         versions = provenance.versions()
-        self.tracker = tracker = build_tracker(config, run_dir.path, manifest.digest, self._run_id, tags)
+        self.tracker = tracker = build_tracker(config, run_dir.path, manifest.digest, self.tracker.run_id, tags)
         status = "FAILED"
         try:
             path = run_dir.write("config.yaml", config.to_yaml())
@@ -73,16 +72,11 @@ class MetricsLogger:
         finally:
             tracker.close(status)
 
-    @property
-    def run_id(self) -> str | None:
-        """The tracked run's id; a checkpoint's counts until the tracker has one."""
-        return self.tracker.run_id or self._run_id
-
     def state_dict(self) -> dict[str, Any]:
-        return {"tracker": self.run_id}
+        return {"tracker": self.tracker.run_id}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._run_id = state["tracker"]
+        self.tracker = Tracker(run_id=state["tracker"])
 
     def log_step(self, host: Mapping[str, float], numbers: Mapping[str, float]) -> None:
         """Log one optimizer step, by what the host knows of it and ``TrainStep`` returned.

@@ -285,7 +285,7 @@ class Trainer:
                 "world_size": self.runtime.world_size,
                 "validation_classes": len(self.model_selector.classes),
                 "best_validation": self.model_selector.best_validation,
-                "tracked_run": self.metrics.run_id,
+                "tracked_run": self.metrics.tracker.run_id,
             },
             "rows": rows,
         }
