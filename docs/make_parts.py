@@ -34,7 +34,7 @@ def parts() -> str:
 
 def _table(table: registry.Registry) -> str:
     lines = [f"\n## `{table.setting}`: {table.kind}\n", "| name | what it is | settings |", "|---|---|---|"]
-    for name in table.names:
+    for name in table.paths:
         part = table.source(name)
         listed = [f"`{s.name}` ({_default(s.default)}){s.meaning and ': ' + s.meaning}" for s in part.settings]
         lines.append(f"| `{name}` | {part.summary} | {'<br>'.join(listed)} |")

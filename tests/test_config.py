@@ -94,7 +94,7 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("data.augment=blur", "'blur' is none of none, crop, strong, affine"),
         ("data.fit=pad data.resize=256", "data.resize is for data.fit=crop"),
         ("ranking.name=triplet ranking.alpha=3", "unknown setting ranking.alpha; the loss triplet has name, margin"),
-        ("ranking.name=tripplet", "ranking.name must be multi_similarity, contrastive"),
+        ("ranking.name=tripplet", "ranking.name must be one of multi_similarity, contrastive"),
         ("ranking.alpha=-1", "ranking.alpha is -1: input should be greater than 0"),
     ],
 )
@@ -237,7 +237,7 @@ def test_reading_a_config_imports_no_torch():
 REGISTRIES = [registry.LOSSES, registry.TARGETS, registry.BACKBONES, registry.STRATEGIES]
 
 
-@pytest.mark.parametrize(("parts", "name"), [(parts, name) for parts in REGISTRIES for name in parts.names])
+@pytest.mark.parametrize(("parts", "name"), [(parts, name) for parts in REGISTRIES for name in parts.paths])
 def test_a_registered_part_is_read_as_it_is_imported(parts, name):
     if name == "deepspeed":
         pytest.importorskip("deepspeed")

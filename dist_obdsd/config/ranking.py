@@ -43,23 +43,18 @@ def _section(name: str) -> type[RankingConfig]:
     return create_model(name, __base__=base, __doc__=part.summary, **fields)
 
 
-SECTIONS = {name: _section(name) for name in LOSSES.names}
-"""Registered name -> its section; ``pml`` stands for every ``pml.NAME``."""
-
-
-def family(name: str) -> str:
-    """Return the registered name of a loss: ``pml`` of ``pml.ArcFaceLoss``."""
-    return "package:Class" if ":" in name else name.partition(".")[0]
+SECTIONS = {name: _section(name) for name in LOSSES.paths}
+"""Registered name -> its section."""
 
 
 def _restore(settings: dict[str, Any]) -> RankingConfig:
-    return SECTIONS[family(settings["name"])](**settings)
+    return SECTIONS[LOSSES.entry(settings["name"])](**settings)
 
 
 def _registered(value: Any) -> str | None:
     default = RankingConfig.model_fields["name"].default
     name = value.get("name", default) if isinstance(value, dict) else getattr(value, "name", None)
-    return name if (name := family(str(name))) in SECTIONS else None
+    return name if (name := LOSSES.entry(str(name))) in SECTIONS else None
 
 
 if TYPE_CHECKING:
@@ -70,9 +65,8 @@ else:
         Discriminator(
             _registered,
             custom_error_type="ranking_name",
-            custom_error_message="ranking.name must be "
-            f"{', '.join(n for n in SECTIONS if n not in ('pml', 'package:Class'))} or, for a loss of "
-            "pytorch-metric-learning, pml.NAME or, for one of your own, package.module:Class",
+            custom_error_message=f"ranking.name must be one of {', '.join(SECTIONS)}; pml.NAME is a loss of "
+            "pytorch-metric-learning, package:Class one of your own",
         ),
     ]
 """What ``Config.ranking`` holds: one of the sections."""

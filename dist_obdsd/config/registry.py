@@ -29,27 +29,32 @@ class Registry:
     setting: str
     """The setting that chooses one, such as ``ranking.name``."""
     paths: Mapping[str, str]
-    """Name -> ``module:attribute``."""
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.paths)
+    """Name -> ``module:attribute``. A name ending in NAME stands for many, one with a colon for every import path."""
 
     @property
     def choices(self) -> list[str]:
         """The values that the setting takes."""
-        return self.names
+        return list(self.paths)
+
+    def entry(self, name: str) -> str:
+        """Return the first registered name that ``name`` is or that stands for it, else ``name``."""
+
+        def stands_for_it(entry: str) -> bool:
+            start, many, _ = entry.partition("NAME")
+            return name == entry or (":" in entry and ":" in name) or bool(many and name.startswith(start))
+
+        return next(filter(stands_for_it, self.paths), name)
 
     def check(self, name: str) -> str:
         """Return ``name``, or raise ValueError with the names that are registered."""
-        if name not in self.choices:
+        if self.entry(name) not in self.choices:
             raise ValueError(f"{self.setting} is {name!r}; set it to one of {', '.join(self.choices)}")
         return name
 
     def load(self, name: str) -> Any:
         """Import the part called ``name``, or raise InputError."""
         try:
-            module, _, attribute = self.paths[self.check(name)].partition(":")
+            module, _, attribute = self.paths[self.entry(self.check(name))].partition(":")
         except ValueError as error:
             raise InputError(str(error)) from error
         with plug_in(f"{self.setting}={name}"):
@@ -59,12 +64,12 @@ class Registry:
         """Make the part called ``name`` of its settings and the arguments it takes."""
         make = self.load(name)
         taken = inspect.signature(make).parameters
-        with plug_in(f"{self.setting}={settings.get('name', arguments.get('name', name))}"):
+        with plug_in(f"{self.setting}={name}"):
             return make(**settings, **{name: value for name, value in arguments.items() if name in taken})
 
     def source(self, name: str) -> Source:
         """Read a part's arguments and docstring without importing it."""
-        return read_source(self.paths[name])
+        return read_source(self.paths[self.entry(name)])
 
 
 def import_object(path: str, setting: str) -> Any:
@@ -130,8 +135,8 @@ LOSSES = Registry(
         "triplet": "dist_obdsd.losses.triplet:TripletLoss",
         "margin": "dist_obdsd.losses.margin:MarginLoss",
         "proxy_anchor": "dist_obdsd.losses.proxy_anchor:ProxyAnchorLoss",
-        "pml": "dist_obdsd.losses.pml:PMLLoss",
         "package:Class": "dist_obdsd.losses.gathered:own_loss",
+        "pml.NAME": "dist_obdsd.losses.pml:PMLLoss",
     },
 )
 
@@ -191,20 +196,11 @@ USUAL = ("small_cnn", "resnet18", "resnet34", "resnet50", "squeezenet1_0")
 
 
 class BackboneRegistry(Registry):
-    """Kinds of backbones: a name of our own, or a pattern that many names follow."""
-
-    def pattern(self, name: str) -> str:
-        """Return the entry that a backbone's name follows."""
-        if name.startswith("timm/"):
-            return "timm/NAME"
-        return "package:function" if ":" in name else name if name in self.paths else "NAME"
-
-    def check(self, name: str) -> str:
-        return name  # only a library knows its names
+    """Backbones, most of which only a library knows by name."""
 
     def library(self, name: str) -> str | None:
         """Return the library that has published weights of a backbone."""
-        return {"NAME": "torchvision", "timm/NAME": "timm"}.get(self.pattern(name))
+        return {"NAME": "torchvision", "timm/NAME": "timm"}.get(self.entry(name))
 
     def gives_map(self, name: str) -> bool:
         """Tell if a backbone of torchvision or ours ends in a map that is pooled here."""
@@ -217,21 +213,15 @@ class BackboneRegistry(Registry):
         backbones: Any = importlib.import_module("dist_obdsd.models.backbones")
         return backbones.input_defaults(name, pretrained)
 
-    def load(self, name: str) -> Any:
-        return super().load(self.pattern(name))
-
-    def source(self, name: str) -> Source:
-        return super().source(self.pattern(name))
-
 
 BACKBONES = BackboneRegistry(
     "backbone",
     "model.backbone",
     {
         "small_cnn": "dist_obdsd.models.backbones:small_cnn",
-        "NAME": "dist_obdsd.models.backbones:torchvision_model",
         "timm/NAME": "dist_obdsd.models.backbones:timm_model",
         "package:function": "dist_obdsd.models.backbones:own_model",
+        "NAME": "dist_obdsd.models.backbones:torchvision_model",
     },
 )
 

@@ -41,7 +41,7 @@ class Settings:
             if value not in choices:
                 raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
         if isinstance(self.metrics, str) or not self.metrics:
-            raise InputError(f"metrics is {self.metrics!r}; give a list of some of {', '.join(METRICS.names)}")
+            raise InputError(f"metrics is {self.metrics!r}; give a list of some of {', '.join(METRICS.choices)}")
         if not self.recall_at or any(k != int(k) or k < 1 for k in self.recall_at):
             raise InputError(f"recall_at is {tuple(self.recall_at)}; give whole numbers from 1 on")
 

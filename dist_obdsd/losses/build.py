@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from dist_obdsd.config import Config
-from dist_obdsd.config.ranking import RankingConfig, family
+from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.config.registry import LOSSES
 from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.losses.base import RankingLoss
@@ -28,12 +28,11 @@ def build_ranking(config: RankingConfig, classes: int, embedding_dim: int, seed:
     Raises:
         InputError: the loss is unknown or cannot take its arguments.
     """
-    part = family(config.name)
-    takes = {setting.name for setting in LOSSES.source(part).settings}
+    takes = {setting.name for setting in LOSSES.source(config.name).settings}
     settings = {name: value for name, value in config if name in takes}
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(derive(seed, "ranking parameters"))
-        loss: RankingLoss = LOSSES.build(part, settings, classes=classes, embedding_dim=embedding_dim)
+        loss: RankingLoss = LOSSES.build(config.name, settings, classes=classes, embedding_dim=embedding_dim)
     return loss
 
 

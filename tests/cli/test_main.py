@@ -30,7 +30,7 @@ def python(code: str, *arguments: str, **options: object) -> subprocess.Complete
 
 
 PARTS = [registry.LOSSES, registry.TARGETS, registry.BACKBONES, registry.STRATEGIES]
-SETTINGS = [text for part in PARTS for text in (part.setting, *part.names)]
+SETTINGS = [text for part in PARTS for text in (part.setting, *part.paths)]
 
 
 @pytest.mark.parametrize(("command", "names", "imported"), [("", list(COMMANDS), ""), ("train", SETTINGS, "pydantic")])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from dist_obdsd.config.ranking import SECTIONS, RankingConfig
+from dist_obdsd.config.registry import LOSSES
 from dist_obdsd.distributed import collectives
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
@@ -34,7 +35,7 @@ FEATURES = 9
 
 
 def ranking(name: str, **settings: Any) -> RankingConfig:
-    return SECTIONS[name.partition(".")[0]](name=name, **settings)
+    return SECTIONS[LOSSES.entry(name)](name=name, **settings)
 
 
 def loss_of(settings: RankingConfig, D: int, seed: int = 0) -> RankingLoss:

@@ -78,7 +78,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     example = "a mapping; see shards/folder.yaml for an example"
     raw = read_mapping(path, "recipe", "give a recipe's name or path", example)
     kind = Recipe
-    if (reader := raw.get("reader")) in READERS.names:  # whose options have types
+    if (reader := raw.get("reader")) in READERS.choices:  # whose options have types
         kind = create_model("Recipe", __base__=Recipe, options=(READERS.load(reader), ...))
     raw = override_config(raw, overrides, kind)
     try:
