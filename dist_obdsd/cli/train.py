@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from dist_obdsd import console
@@ -37,7 +38,7 @@ def train(options: argparse.Namespace) -> int:
         where = f"{rank.world_size} x {rank.device.type} ({rank.launch.launcher})"
         logger.info(f"{config.run_dir}: {where}, {config.precision}")
         every, size = config.tracking.every_steps, config.batch.global_size
-        with build_display(rank.is_main, every, size, options.quiet, options.verbose) as display:
+        with closing(build_display(rank.is_main, every, size, options.quiet, options.verbose)) as display:
             summary = Trainer(config, rank, stop, display).run()
         if summary["rows"]:
             show(("" if options.quiet else "\n") + table(summary["rows"]))

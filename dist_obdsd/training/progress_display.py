@@ -5,7 +5,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from dist_obdsd import console
 
@@ -26,20 +26,10 @@ class ProgressDisplay:
     """Shows the steps of the epochs; as built by default, it shows nothing."""
 
     def __init__(self, every: int = 0, bar_size: int = 0) -> None:
-        """
-        Args:
-            every: steps between two lines; 0 for no lines.
-            bar_size: images in a step, of a display with a bar; 0 for no bar.
-        """
+        """Show a line every ``every`` steps, and a bar of steps of ``bar_size`` images; 0 for none."""
         self.every, self.bar_size = every, bar_size
         self._bar: Any = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.end()
 
     def begin(self, title: str, done: int, steps: int, left: int) -> None:
         """Begin an epoch of ``steps``, ``done`` of them taken, ``left`` in the whole run."""
@@ -67,7 +57,7 @@ class ProgressDisplay:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Draw the bar's last step, however quick it was, and take the bar away."""
         if self._bar is not None:
             self._bar.refresh()
@@ -76,11 +66,9 @@ class ProgressDisplay:
 
 
 def build_display(is_main: bool, every: int, global_size: int, quiet: bool, verbose: bool) -> ProgressDisplay:
-    """Choose the display of a rank: nothing, a bar on a terminal, else lines.
+    """Choose the display of a rank: nothing, a bar on a terminal, else a line ``every`` so many steps.
 
-    Args:
-        every: steps between two lines where there is no bar.
-        verbose: show a line for every step, also above a bar.
+    ``verbose`` shows a line for every step, also above a bar.
     """
     if not is_main or quiet:
         return ProgressDisplay()

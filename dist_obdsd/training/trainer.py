@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -48,10 +49,6 @@ class Trainer:
         self, config: Config, runtime: Runtime, preemption: PreemptionHandler, display: ProgressDisplay
     ) -> None:
         """Check and build everything that a first step needs. Collective.
-
-        Args:
-            preemption: installed already.
-            display: shows the steps on this rank's terminal.
 
         Raises:
             InputError: on every rank, when data, weights or run folder do not fit.
@@ -170,7 +167,7 @@ class Trainer:
                 self.manifest, self.train_classes, self.config, self.runtime.rank, self.runtime.world_size,
                 self.progress.epoch, self.progress.step, pinned=self.runtime.device.type == "cuda",
             )  # fmt: skip
-        try:
+        with closing(stream):
             while not self._is_complete():
                 steps = stream.plan(self.progress.epoch).steps
                 self._train_epoch(stream)
@@ -180,8 +177,6 @@ class Trainer:
                 else:
                     self._promote_teacher()
                     self._validate()
-        finally:
-            stream.close()
 
     def _train_epoch(self, stream: TrainStream) -> None:
         """Take the remaining steps of the current epoch.
@@ -223,7 +218,7 @@ class Trainer:
                 self._log_steps(self.delayed.drain())  # the metrics must reach as far as the checkpoint
                 self._save()
         self._log_steps(self.delayed.drain())
-        self.display.end()
+        self.display.close()
         if progress.step > first:
             self.figures.keep_batch(self.step.latest, epoch)
             seconds = time.perf_counter() - started
@@ -259,12 +254,9 @@ class Trainer:
         best = self.model_selector.after_epoch(self.progress.epoch)
         self.progress.pending_validation = False
         self._save(best)
-        if self.model_selector.out_of_patience(self.progress.epoch):
-            logger.info(
-                "training ends after epoch %d, since %d validations in a row found no better one",
-                self.progress.epoch,
-                self.config.validation.patience,
-            )
+        if self.model_selector.out_of_patience(epoch := self.progress.epoch):
+            patience = self.config.validation.patience
+            logger.info(f"training ends after epoch {epoch}, since {patience} validations in a row found no better one")
 
     def _save(self, best: bool = False) -> None:
         self.save_requested = False
@@ -272,16 +264,15 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test set, once, and write the summary."""
-        rows = self.model_selector.after_training(
-            self.progress.epoch, self.progress.step == 0, self.checkpoints.load_best
-        )
+        progress = self.progress
+        rows = self.model_selector.after_training(progress.epoch, progress.step == 0, self.checkpoints.load_best)
         summary = {
             "meta": {
                 "state": "finished",
                 "name": self.config.name,
                 "manifest": self.manifest.digest,
-                "epochs": self.progress.epoch,
-                "steps": self.progress.global_step,
+                "epochs": progress.epoch,
+                "steps": progress.global_step,
                 "world_size": self.runtime.world_size,
                 "validation_classes": len(self.model_selector.classes),
                 "best_validation": self.model_selector.best_validation,
@@ -298,8 +289,7 @@ class Trainer:
         if self.run_dir is not None:
             if self.config.tracking.log_model and (best := self.checkpoints.best_path()) is not None:
                 tracker.model(best)
-            done = f"{self.progress.epoch} epochs, {self.progress.global_step} steps"
-            self.attempt.write_status("finished", done)
+            self.attempt.write_status("finished", f"{progress.epoch} epochs, {progress.global_step} steps")
         return summary
 
     def _preempted(self) -> dict[str, Any]:
@@ -320,14 +310,14 @@ class Trainer:
 
     def _is_complete(self) -> bool:
         progress = self.progress
-        stops = progress.step == 0 and not progress.pending_validation
-        stops = stops and self.model_selector.out_of_patience(progress.epoch)
-        return stops or progress.epoch == self.config.epochs or self._reached_max_steps()
+        between_epochs = progress.step == 0 and not progress.pending_validation
+        if between_epochs and self.model_selector.out_of_patience(progress.epoch):
+            return True
+        return progress.epoch == self.config.epochs or self._reached_max_steps()
 
     def _finished_before(self) -> dict[str, Any] | None:
         """The summary of a run that is already complete."""
-        summary = None
-        folder = self.config.run_dir
+        folder, summary = self.config.run_dir, None
         if self.runtime.is_main and self._is_complete() and read_status(folder).get("state") == "finished":
             summary = json.loads((folder / "summary.json").read_text())
         summary = collectives.broadcast_object(summary)

@@ -10,6 +10,7 @@ import re
 import struct
 import sys
 import termios
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_the_bar_shortens_and_never_the_numbers(columns: int, monkeypatch: pytes
         display.step(step, {"seconds": 0.09, "data_wait": 0.03, "ranking": 1.23456, "distillation": 0.0123})
     display._bar.refresh()
     last = COLOUR.sub("", sys.stderr.getvalue().split("\r")[-1])
-    display.end()
+    display.close()
     assert len(last) <= columns
     numbers = ["12/30", "1234/4567", "11,378", "33%", "1:58:09", "1.23", "0.0123"]
     assert [number for number in numbers if number not in last] == []
@@ -129,7 +130,7 @@ def test_colours_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch, variable
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys, "stderr", Screen())
-    with ProgressDisplay(1, 8) as display, console.log_to_terminal():
+    with closing(ProgressDisplay(1, 8)) as display, console.log_to_terminal():
         display.begin("epoch 1/1", 0, 4, 4)
         logging.getLogger("dist_obdsd.data").warning("it is cold")
     assert ("\x1b[33m" in sys.stderr.getvalue()) == (value == "xterm")
