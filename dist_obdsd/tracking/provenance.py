@@ -44,14 +44,12 @@ def processor() -> str:
 
 def git() -> dict[str, str]:
     """Return the working folder's commit and whether it is dirty, or ``unknown``."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        answer = ""
-    if not answer:
-        return {"git_commit": "unknown", "git_dirty": "unknown"}
-    return {"git_commit": answer.removesuffix("-dirty"), "git_dirty": str(answer.endswith("-dirty")).lower()}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # with no tag's name
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if answer := subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip():
+            dirty = answer.endswith("-dirty")
+            return {"git_commit": answer.removesuffix("-dirty"), "git_dirty": str(dirty).lower()}
+    return {"git_commit": "unknown", "git_dirty": "unknown"}
 
 
 def dataset(manifest: Manifest, shards: str) -> dict[str, Any]:

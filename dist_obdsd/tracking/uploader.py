@@ -43,21 +43,19 @@ class Uploader:
         self._path, self._lock = path, ExitStack()
         self._backend: MLflowBackend | None = None
         self._warned = False
-        self._wake, self._closing, self._stop = threading.Event(), threading.Event(), threading.Event()
+        self._closing, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
     def close(self, seconds: float) -> None:
         """Send what is left, for at most so long. ``trouble`` says what was in the way."""
         self._closing.set()
-        self._wake.set()
         self._thread.join(seconds)
         if self._backend is not None and self._backend.kind == "model" and not self.trouble:
             self._thread.join(MODEL_PATIENCE * seconds)  # it is our own work that takes so long
         if self._thread.is_alive():
             self.trouble = self.trouble or "it is slow or does not answer"
         self._stop.set()  # from now on the thread prints nothing and begins nothing
-        self._wake.set()
         self._thread.join(0.1)
 
     def _run(self) -> None:
@@ -79,8 +77,7 @@ class Uploader:
                     self.answered.set()
                     if closing:
                         return
-                self._wake.wait(pause)
-                self._wake.clear()
+                (self._stop if closing else self._closing).wait(pause)
 
     def _send(self) -> None:
         if self._backend is None:

@@ -26,9 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TrainState:
-    """The parts of a run that a checkpoint holds."""
+class CheckpointManager:
+    """Saves and restores one run; methods are collective unless they say otherwise."""
 
+    config: Config
+    is_main: bool
     manifest: str
     """Digest of the shards' manifest."""
     validation_classes: list[int]
@@ -39,13 +41,8 @@ class TrainState:
     model_selector: ModelSelector
     metrics: MetricsLogger
 
-
-class CheckpointManager:
-    """Saves and restores one run; methods are collective unless they say otherwise."""
-
-    def __init__(self, config: Config, state: TrainState, is_main: bool) -> None:
-        self.config, self.state, self.is_main = config, state, is_main
-        self.folder = config.run_dir / "checkpoints"
+    def __post_init__(self) -> None:
+        self.folder = self.config.run_dir / "checkpoints"
         self._saved_at = time.monotonic()
 
     # ---- saving -----------------------------------------------------------------------------------------------------
@@ -77,27 +74,26 @@ class CheckpointManager:
                 self._log_written(path, time.monotonic() - started)
 
     def _log_written(self, path: Path, seconds: float) -> None:
-        mib, metrics, progress = path.stat().st_size / 2**20, self.state.metrics, self.state.progress
+        mib, progress = path.stat().st_size / 2**20, self.progress
         logger.info("saved %s: %.1f MiB, training waited %.2f s for it", path.name, mib, seconds)
-        metrics.log("checkpoint", {"mib": mib, "seconds": seconds}, progress.epoch, progress.global_step)
+        self.metrics.log("checkpoint", {"mib": mib, "seconds": seconds}, progress.epoch, progress.global_step)
         # A tracking server is no place for files of this size, so it learns where they are.
-        metrics.tracker.tags(checkpoint.pointers(self.folder))
+        self.metrics.tracker.tags(checkpoint.pointers(self.folder))
 
     def _state_dict(self) -> dict[str, Any]:
         """The entries of a checkpoint; complete on rank 0. Collective."""
-        parts = self.state
         state = {
             "config": self.config.model_dump(mode="json"),
-            "manifest": parts.manifest,
-            "validation_classes": parts.validation_classes,
-            "teacher": None if parts.teacher is None else teacher_state(parts.teacher),
+            "manifest": self.manifest,
+            "validation_classes": self.validation_classes,
+            "teacher": None if self.teacher is None else teacher_state(self.teacher),
             "scaler": None,
-            **parts.strategy.state_dict(),
-            "objective": parts.objective.ranking.state_dict(),
-            "manifold_memory": parts.objective.memory_MD,
-            **parts.progress.state_dict(),
-            **parts.model_selector.state_dict(),
-            **parts.metrics.state_dict(),
+            **self.strategy.state_dict(),
+            "objective": self.objective.ranking.state_dict(),
+            "manifold_memory": self.objective.memory_MD,
+            **self.progress.state_dict(),
+            **self.model_selector.state_dict(),
+            **self.metrics.state_dict(),
         }
         return whole_on_main(state)
 
@@ -119,35 +115,33 @@ class CheckpointManager:
         with raise_on_all_ranks("resuming"):
             saved = checkpoint.load(self.folder / name)
             self._load_state_dict(saved)
-        if self.state.teacher is not None:
-            load_teacher_state(self.state.teacher, saved["teacher"])  # collective
-        logger.info(
-            "resuming %s from %s: %d steps are done", self.config.run_dir, name, self.state.progress.global_step
-        )
+        if self.teacher is not None:
+            load_teacher_state(self.teacher, saved["teacher"])  # collective
+        logger.info("resuming %s from %s: %d steps are done", self.config.run_dir, name, self.progress.global_step)
 
     def _load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore all but the teacher. Not collective."""
-        run_dir, parts = self.config.run_dir, self.state
+        run_dir = self.config.run_dir
         if changes := changed_settings(saved["config"], self.config.model_dump(mode="json")):
             raise InputError(
                 f"{run_dir} was started with other settings ({'; '.join(changes)}); "
                 f"use those, set another name, or start with --fresh"
             )
-        if saved["manifest"] != parts.manifest:
+        if saved["manifest"] != self.manifest:
             raise InputError(
                 f"{run_dir} was trained on shards with manifest {saved['manifest'][:12]} but "
-                f"{self.config.data.shards} has {parts.manifest[:12]}; point data.shards to the same shards"
+                f"{self.config.data.shards} has {self.manifest[:12]}; point data.shards to the same shards"
             )
         try:
-            parts.objective.ranking.load_state_dict(saved["objective"])
-            parts.objective.memory_MD = saved["manifold_memory"]
-            parts.strategy.load_state_dict(saved)
+            self.objective.ranking.load_state_dict(saved["objective"])
+            self.objective.memory_MD = saved["manifold_memory"]
+            self.strategy.load_state_dict(saved)
         except RuntimeError as error:  # torch's first line names a class, the second a parameter
             raise InputError(
                 f"the checkpoint in {run_dir} is of another network than its settings make here "
                 f"({' '.join(str(error).split(chr(10))[1:2]).strip()}); use the versions in its provenance.json"
             ) from error
-        for part in (parts.progress, parts.model_selector, parts.metrics):
+        for part in (self.progress, self.model_selector, self.metrics):
             part.load_state_dict(saved)
 
     def load_best(self) -> None:
@@ -156,7 +150,7 @@ class CheckpointManager:
         with raise_on_all_ranks("reading the best checkpoint"):
             if self.is_main:
                 saved = checkpoint.load(self.folder / "best")["student"]
-        broadcast_state(saved, self.state.strategy.student)  # other nodes may not see rank 0's folder
+        broadcast_state(saved, self.strategy.student)  # other nodes may not see rank 0's folder
 
     def best_path(self) -> Path | None:
         """The best checkpoint by validation, else the last. Not collective."""

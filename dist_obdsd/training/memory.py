@@ -10,9 +10,6 @@ from dist_obdsd.config import Config
 from dist_obdsd.models.embedder import Embedder, build_embedder
 from dist_obdsd.models.precision import autocast
 
-STATES = {"sgd": 1, "adam": 2, "adamw": 2}
-"""Numbers that an optimizer keeps of a weight."""
-
 
 def fake_embedder(config: Config, mode: FakeTensorMode) -> Embedder:
     """Build the network of tensors that have shapes on the CPU but take no memory."""
@@ -43,7 +40,7 @@ def estimate(config: Config, world_size: int, zero_stage: int = 1) -> dict[str, 
     network = fake_embedder(config, mode)
     weights = list(network.parameters())
     trained = [p for p in weights if p.requires_grad]
-    kept = STATES[config.optim.name] if config.optim.name != "sgd" or config.optim.momentum else 0
+    kept = 2 if config.optim.name != "sgd" else int(config.optim.momentum > 0)  # numbers that it has of a weight
     activations = saved_bytes(network, config, mode, config.batch.global_size // world_size)
     shards = world_size // math.gcd(world_size, config.fsdp.replicate)
     ways = {  # strategy: (over how many ranks each part is cut, and numbers of the optimizer)

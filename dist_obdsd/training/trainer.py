@@ -28,7 +28,7 @@ from dist_obdsd.losses.build import build_objective, log_objective
 from dist_obdsd.models.embedder import build_embedder, log_batch_norm
 from dist_obdsd.models.precision import check_precision, compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher, check_identical
-from dist_obdsd.training.checkpoint_manager import CheckpointManager, TrainState
+from dist_obdsd.training.checkpoint_manager import CheckpointManager
 from dist_obdsd.training.evaluation import check_evaluable, validation_subset
 from dist_obdsd.training.failures import report_failure
 from dist_obdsd.training.metrics_logger import MetricsLogger
@@ -74,11 +74,10 @@ class Trainer:
             config, self.manifest, self.validation_classes, self.strategy.whole_student, runtime, self._log_evaluation,
             preemption,
         )  # fmt: skip
-        state = TrainState(
-            self.manifest.digest, self.validation_classes, self.strategy, self.teacher, self.objective, self.progress,
-            self.model_selector, self.metrics,
+        self.checkpoints = CheckpointManager(
+            config, runtime.is_main, self.manifest.digest, self.validation_classes, self.strategy, self.teacher,
+            self.objective, self.progress, self.model_selector, self.metrics,
         )  # fmt: skip
-        self.checkpoints = CheckpointManager(config, state, runtime.is_main)
 
     def _read_shards(self) -> None:
         """Read the manifest and check that it fits the config."""
