@@ -37,7 +37,7 @@ class Registry:
         return list(self.paths)
 
     def entry(self, name: str) -> str:
-        """Return the first registered name that ``name`` is or that stands for it, else ``name``."""
+        """Return the first registered name that stands for ``name``, else ``name``."""
 
         def stands_for_it(entry: str) -> bool:
             start, many, _ = entry.partition("NAME")

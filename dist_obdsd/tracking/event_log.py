@@ -61,7 +61,7 @@ class UploadState:
 
     @classmethod
     def load(cls, log: Path, header: Mapping[str, Any], uri: str | None = None) -> "UploadState":
-        """Read the state beside a log; a new one where there is none, or for another ``uri``."""
+        """Read the state beside a log; a new one without any, or for another ``uri``."""
         state = new = cls(header["run"], uri or header["uri"])
         with suppress(OSError, ValueError, TypeError):  # none, or not whole: what is sent again changes nothing
             state = cls(**json.loads(cls.path(log).read_text()))

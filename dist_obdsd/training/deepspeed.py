@@ -1,9 +1,8 @@
 """DeepSpeed's engine, ZeRO stage 1 or 2. The only module that knows DeepSpeed.
 
 Weights and gradients stay in float32 (``precision: bf16`` is autocast inside the network, as under DDP), so a step is
-the same as DDP's up to the order of sums. A rank holds the optimizer's state of its share of the weights only; it is
-collected by parameter name for checkpoints. DeepSpeed's own checkpoints, which are pickles, are neither written nor
-read.
+DDP's up to the order of sums. A rank holds the optimizer's state of its share of the weights, which checkpoints collect
+by parameter name. DeepSpeed's own checkpoints, which are pickles, are neither written nor read.
 """
 
 import json

@@ -41,17 +41,13 @@ class ModelSelector:
         on_result: Callable[[str, EvaluationResult, int], None],
         preemption: PreemptionHandler,
     ) -> None:
-        """Choose what to validate on.
+        """Choose what to validate on, or raise InputError.
 
         Args:
-            validation_classes: all that are held out; ``validation.max_images`` may leave room for some of them only.
             student: returns the network to evaluate, which each rank can call alone. Collective.
             on_result: called after every evaluation with its name, its result and the number of epochs before it.
-            preemption: when any rank was asked to stop, an evaluation ends with ``StoppedError`` on every rank, and
-                nothing is remembered of it.
-
-        Raises:
-            InputError: ``validation.max_images`` is too small.
+            preemption: a request to stop ends an evaluation with ``StoppedError`` on every rank, and nothing is
+                remembered of it.
         """
         self.config, self.manifest, self.student = config, manifest, student
         self.select_by = config.evaluation.select_by
@@ -95,7 +91,7 @@ class ModelSelector:
         return True
 
     def has_tested(self, epoch: int, whole: bool) -> bool:
-        """Tell if the test set was measured after so many ``whole`` epochs. Not collective."""
+        """Tell if the test set was measured after so many whole epochs. Not collective."""
         return whole and self.last_test is not None and self.last_test["epoch"] == epoch
 
     def after_training(self, epoch: int, whole: bool, load_best: Callable[[], None]) -> list[dict[str, Any]]:

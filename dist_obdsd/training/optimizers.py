@@ -43,9 +43,7 @@ def build_optimizer(
             by_scale.setdefault(rate_scale(config, name, depths), []).append(p)
     if depths and config.layer_decay < 1:
         scales = ", ".join(f"{scale:.3g}" for scale in by_scale)
-        logger.info(
-            f"optim.layer_decay={config.layer_decay}: rates from the first layer to the last: {scales} x optim.lr"
-        )
+        logger.info(f"optim.layer_decay={config.layer_decay}: rates from first to last layer: {scales} x optim.lr")
     groups = [{"params": members, "scale": scale} for scale, members in by_scale.items()]
     if config.name == "sgd":
         optimizer = torch.optim.SGD(

@@ -26,7 +26,7 @@ class ProgressDisplay:
     """Shows the steps of the epochs; as built by default, it shows nothing."""
 
     def __init__(self, every: int = 0, bar_size: int = 0) -> None:
-        """Show a line every ``every`` steps, and a bar of steps of ``bar_size`` images; 0 for none."""
+        """Show a line every so many steps, a bar for steps of so many images; or not."""
         self.every, self.bar_size = every, bar_size
         self._bar: Any = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
@@ -66,7 +66,7 @@ class ProgressDisplay:
 
 
 def build_display(is_main: bool, every: int, global_size: int, quiet: bool, verbose: bool) -> ProgressDisplay:
-    """Choose the display of a rank: nothing, a bar on a terminal, else a line ``every`` so many steps.
+    """Choose the display of a rank: nothing, a bar on a terminal, else some lines.
 
     ``verbose`` shows a line for every step, also above a bar.
     """

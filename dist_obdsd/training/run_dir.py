@@ -51,11 +51,7 @@ class RunDir:
         return self.path / name
 
     def cut_metrics(self, global_step: int, tested: bool) -> None:
-        """Open the metrics without the lines of what follows ``global_step``.
-
-        Args:
-            tested: whether the checkpoint at this step has a test of its epoch.
-        """
+        """Open the metrics without what follows a checkpoint, which may hold a test."""
         path, kept = self.path / "metrics.jsonl", ""
         for line in path.read_text().splitlines() if path.exists() else ():
             with suppress(ValueError):  # of the line that was being written when the run was killed

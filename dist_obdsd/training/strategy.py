@@ -187,6 +187,6 @@ def _prepare(optimizer: torch.optim.Optimizer, masked: torch.Tensor, rate: float
 def build_strategy(
     student: nn.Module, config: Config, runtime: Runtime, objective_parameters: Sequence[Named]
 ) -> Strategy:
-    """Build the strategy that the config names; InputError where its settings do not fit. Collective."""
+    """Build the config's strategy, or raise InputError. Collective."""
     strategy: type[Strategy] = STRATEGIES.load(config.strategy)
     return strategy(student, config, runtime, objective_parameters)

@@ -92,8 +92,7 @@ class TrainStep:
 
         Args:
             epoch_share: share of the epoch's steps that are done.
-            stop: whether this rank was asked to stop; the request of any rank reaches all.
-            save: whether this rank wants a checkpoint, likewise.
+            stop, save: whether this rank was asked to stop, or wants a checkpoint; any rank's request reaches all.
 
         Returns:
             Names, and the [n] numbers that they name, still on the device; ``anchors`` is the number of what the
