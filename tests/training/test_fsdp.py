@@ -1,4 +1,4 @@
-"""FSDP2 against DDP: steps and the teacher. Whole runs, kills and moves between strategies: test_survival."""
+"""FSDP2 against DDP: steps and the teacher. NaN and bf16: test_train_step; whole runs, kills, moves: test_survival."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.models.teacher import ProgressiveTeacher, load_teacher_state
 from dist_obdsd.training.strategy import build_strategy
 from tests import harness
-from tests.training.test_train_step import CPU, WHOLE, alone, check_masked, distance, results, settings, take_steps
+from tests.training.test_train_step import CPU, WHOLE, same_on, settings
 
 FSDP = "strategy=fsdp"
 WAYS = {
@@ -34,27 +34,7 @@ WAYS = {
 def test_ten_steps_are_those_of_ddp(way):
     world_sizes, more = WAYS[way]
     close = 1e-5 if way == "float32" else 1e-10
-    losses, weights = alone(*more)
-    for world_size in world_sizes:
-        for other_losses, other_weights in harness.run(world_size, take_steps, settings(*more, FSDP)):
-            assert distance(weights, other_weights) < close
-            for mine, other in zip(losses, other_losses, strict=True):
-                assert results(other) == pytest.approx(results(mine), rel=10 * close, abs=close)
-
-
-@pytest.mark.parametrize(("spoil", "more"), [(0, ["optim.name=sgd"]), (4, ["ranking.name=proxy_anchor"])])
-def test_a_nan_on_one_rank_masks_the_step_on_all(spoil, more):
-    check_masked(harness.run(2, take_steps, settings(*more, FSDP), spoil), spoil)
-
-
-def test_bf16_is_near_float32_and_keeps_float32_weights():
-    exact, low = (
-        harness.run(2, take_steps, settings("optim.lr=1e-5", FSDP, f"precision={p}"))[0] for p in ("float32", "bf16")
-    )
-    assert low[0][0]["ranking"] == pytest.approx(exact[0][0]["ranking"], rel=0.05)
-    assert low[0][0]["ranking"] != exact[0][0]["ranking"]
-    assert {w.dtype.name for w in low[1].values()} == {"float32"}
-    assert 0 < distance(exact[1], low[1]) < 1e-3
+    same_on(world_sizes, settings(*more, FSDP), close, settings(*more), rel=10 * close, abs=close)
 
 
 def promote(replicate: int) -> str:
