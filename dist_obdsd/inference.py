@@ -20,7 +20,7 @@ from dist_obdsd.files import read_file
 from dist_obdsd.models.embedder import Embedder, build_embedder
 
 WANTED = "give a path, encoded bytes, a Pillow image, a tensor [C, H, W], an array [H, W, C], or a list of them"
-PIXEL_TYPE = "its pixels are of type {}; they must be uint8, or floating point from 0 to 1"
+SHAPES = "a tensor must be [H, W] or [C, H, W], an array [H, W] or [H, W, C], with C 1 or 3"
 
 
 def load(
@@ -179,18 +179,16 @@ def _decode(image: Any, channels: int, exif: bool) -> Tensor:
         except Exception as error:  # Pillow may read the file only now, and raises nearly anything on a broken one
             raise ValueError(str(error) or type(error).__name__) from error
     if isinstance(image, Tensor):
-        image, layout = image.detach().cpu(), "the tensor has shape {}; it must be [H, W] or [C, H, W] with C 1 or 3"
-        planes = image[None] if image.ndim == 2 else image
-    elif isinstance(image, np.ndarray):
-        if image.dtype.kind not in "uif":
-            raise ValueError(PIXEL_TYPE.format(image.dtype))
-        layout = "the array has shape {}; it must be [H, W] or [H, W, C] with C 1 or 3"
+        planes = image.detach().cpu()
+    elif isinstance(image, np.ndarray) and image.dtype.kind in "uif":
         planes = torch.from_numpy(np.array(image))  # a copy, since torch wants arrays that may be written to
-        planes = planes.permute(2, 0, 1) if image.ndim == 3 else planes[None]
+        planes = planes.movedim(-1, 0) if image.ndim == 3 else planes
     else:
-        raise ValueError(f"it is of type {type(image).__name__}; {WANTED}")
+        kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"it is of type {kind}; {WANTED}")
+    planes = planes[None] if planes.ndim == 2 else planes
     if planes.ndim != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
-        raise ValueError(layout.format(list(image.shape)))
+        raise ValueError(f"it has shape {list(image.shape)}; {SHAPES}")
     planes = _as_bytes(planes)
     if len(planes) == channels:
         return planes
@@ -201,7 +199,7 @@ def _as_bytes(image: Tensor) -> Tensor:
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():
-        raise ValueError(PIXEL_TYPE.format(image.dtype))
+        raise ValueError(f"its pixels are of type {image.dtype}; they must be uint8, or floating point from 0 to 1")
     if not ((image >= 0) & (image <= 1)).all().item():
         raise ValueError(
             f"its floating-point pixels are from {image.min():.3g} to {image.max():.3g} but must be from 0 to 1; "

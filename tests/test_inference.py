@@ -119,8 +119,8 @@ def test_batches_do_not_change_a_row(coloured: ImageEmbedder) -> None:
 PREPARED = [
     (7, "of type int"),
     (b"nothing", "its format is none of"),
-    (np.zeros((4, 5, 4), np.uint8), r"shape \[4, 5, 4\]; it must be \[H, W\] or \[H, W, C\] with C 1 or 3"),
-    (torch.zeros(4, 5, 5), r"shape \[4, 5, 5\]; it must be \[H, W\] or \[C, H, W\] with C 1 or 3"),
+    (np.zeros((4, 5, 4), np.uint8), r"shape \[4, 5, 4\]; .* an array \[H, W\] or \[H, W, C\]"),
+    (torch.zeros(4, 5, 5), r"shape \[4, 5, 5\]; a tensor must be \[H, W\] or \[C, H, W\]"),
     (torch.zeros(0, 5), "shape"),
     (torch.full((3, 4, 4), 1.5), "from 1.5 to 1.5 but must be from 0 to 1"),
     (torch.full((3, 4, 4), torch.nan), "must be from 0 to 1"),

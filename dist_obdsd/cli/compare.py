@@ -25,7 +25,7 @@ def compare(options: argparse.Namespace) -> int:
             show(f"{status_of(spec).state:12s}  {line}")
         return 0
     if options.jobs:
-        show("\n".join(comparison.jobs()))
+        show("\n".join(comparison.commands(tracked=True)))
         return 0
     with PreemptionHandler().installed() as stop:
         report = comparison.report() if options.report_only else comparison.train(stop)

@@ -5,7 +5,8 @@ import csv
 import hashlib
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,31 +53,30 @@ def evaluate(options: argparse.Namespace) -> int:
             purpose = "to embed" if options.checkpoint is not None else "for the picture of --failures"
             raise InputError(f"give the shards that hold the images {purpose} with --shards")
         check_writable(options.json, options.per_class, options.failures)
-    return _evaluate_checkpoint(options) if options.embeddings is None else _evaluate_embeddings(options)
+    if options.embeddings is None:
+        _evaluate_checkpoint(options)
+    else:
+        _evaluate_embeddings(options)
+    return 0
 
 
-def _evaluate_checkpoint(options: argparse.Namespace) -> int:
-    state, config = _load_checkpoint(options, options.shards)
-    with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
+def _evaluate_checkpoint(options: argparse.Namespace) -> None:
+    with _started(options, options.shards) as (network, config, rank):
         manifest = load_split(options.shards, options.split)
-        network = _network(state, config, rank, options)
         result = evaluate_split(network, manifest, options.split, config, rank)
         row = {"protocol": "checkpoint", "split": options.split}
         meta = {"checkpoint": str(options.checkpoint), "manifest": manifest.digest}
         _report(options, result, rank, row, meta, manifest, {})
-    return 0
 
 
-def _evaluate_embeddings(options: argparse.Namespace) -> int:
+def _evaluate_embeddings(options: argparse.Namespace) -> None:
     # A Config must name a run and its shards; evaluation reads neither.
     bare = {"name": "embeddings", "epochs": 2, "data": {"shards": "none"}}
     with on_every_rank():
         config = parse_config(override_config(bare, options.overrides), "the command line")
     with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
-        manifest = None
-        if options.shards is not None:
-            with raise_on_all_ranks("reading the shards"):
-                manifest = manifests.load(options.shards)
+        with raise_on_all_ranks("reading the shards"):
+            manifest = None if options.shards is None else manifests.load(options.shards)
         found = embedding_files.read(options.embeddings)
         result = measure(
             found.rows_nD, found.ids_n, found.labels_n, found.roles, settings_from(config), normalize=True,
@@ -84,7 +84,6 @@ def _evaluate_embeddings(options: argparse.Namespace) -> int:
         )  # fmt: skip
         meta = {"embeddings": str(options.embeddings)}
         _report(options, result, rank, {"protocol": "embeddings"}, meta, manifest, found.class_names)
-    return 0
 
 
 def _report(
@@ -112,8 +111,8 @@ def _report(
         failures = retrieval_grid.wrong_at_first(result.failures)
         if options.failures is not None and manifest is not None and failures:
             images = retrieval_grid.read_images(options.shards, manifest, retrieval_grid.shown(failures))
-            title = f"The {len(failures)} worst of {result.queries} queries and their nearest neighbours"
-            grid = retrieval_grid.retrieval_grid({"": failures}, images, class_names, title)
+            sections = {f"The {len(failures)} worst queries and their nearest neighbours": failures}
+            grid = retrieval_grid.retrieval_grid(sections, images, class_names, f"{result.queries} queries")
             retrieval_grid.write(options.failures, grid)
         elif options.failures is not None:
             show(f"{options.failures} is not written: every query's nearest neighbour is of its class")
@@ -130,8 +129,7 @@ def embed(options: argparse.Namespace) -> int:
         if options.skip_broken and options.images is None:
             raise InputError("--skip-broken is for --images; shards hold no broken image, since pack leaves them out")
         _check_embed_outputs(options)
-    state, config = _load_checkpoint(options, options.shards or str(options.images))
-    with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
+    with _started(options, options.shards or str(options.images)) as (network, config, rank):
         broken: dict[int, str] | None = {} if options.skip_broken else None
         if options.shards is not None:
             manifest = load_split(options.shards, options.split)
@@ -145,7 +143,6 @@ def embed(options: argparse.Namespace) -> int:
             assert_equal_across_ranks("the folder of images", digest, InputError)
             columns = _columns_of_paths(folder.paths, folder.classes)
             batches = folder_batches(folder, config, rank.rank, rank.world_size, broken)
-        network = _network(state, config, rank, options)
         with raise_on_all_ranks("embedding the images"):
             rows_nD, ids_n, _, _ = embed_all(network, batches, rank.device)
         if broken is not None:
@@ -209,15 +206,16 @@ def _columns_of_paths(paths: list[str], classes: list[str]) -> Table:
 # ---- both -----------------------------------------------------------------------------------------------------------
 
 
-def _load_checkpoint(options: argparse.Namespace, shards: str) -> tuple[dict[str, Any], Config]:
+@contextmanager
+def _started(options: argparse.Namespace, shards: str) -> Iterator[tuple[Embedder, Config, Runtime]]:
+    """Join the ranks, each with the checkpoint's network."""
     with on_every_rank():
         state = checkpoint.load(options.checkpoint)
-        return state, inference_config(state, options.overrides, shards)
-
-
-def _network(state: dict[str, Any], config: Config, rank: Runtime, options: argparse.Namespace) -> Embedder:
-    with raise_on_all_ranks("reading the checkpoint"):
-        return build_network(state, config, rank.device, options.checkpoint, options.overrides)
+        config = inference_config(state, options.overrides, shards)
+    with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
+        with raise_on_all_ranks("reading the checkpoint"):
+            network = build_network(state, config, rank.device, options.checkpoint, options.overrides)
+        yield network, config, rank
 
 
 def load_split(shards: str, split: str) -> Manifest:

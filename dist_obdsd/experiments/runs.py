@@ -73,13 +73,9 @@ class Comparison:
     def missing(self) -> list[RunStatus]:
         return [status for status in self.statuses if status.state != FINISHED]
 
-    def commands(self) -> list[str]:
-        """Return the command line of each run."""
-        return [shlex.join(self._command(spec)) for spec in self.specs]
-
-    def jobs(self) -> list[str]:
-        """Return each run's command line for a scheduler, with its tracked parent."""
-        parent = self._parent()
+    def commands(self, tracked: bool = False) -> list[str]:
+        """Return each run's command line; one that is ``tracked`` names the comparison's tracked run."""
+        parent = self._parent() if tracked else None
         return [shlex.join(self._command(spec, parent)) for spec in self.specs]
 
     def report(self) -> Report | None:

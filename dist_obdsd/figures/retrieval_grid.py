@@ -75,7 +75,7 @@ def retrieval_grid(
     what else the search ranks by). Below stand the names of the class and of the file.
 
     Args:
-        sections: heading -> answers, at least one in all; a heading of "" is left out.
+        sections: heading -> answers, at least one in all.
         images: id -> (encoded image, its file), of all ids in the answers.
         names: label -> class name; a label without one is shown as a number.
 
@@ -87,15 +87,14 @@ def retrieval_grid(
     sections = {heading: answers for heading, answers in sections.items() if answers}
     columns = 1 + max(len(answer.neighbour_ids) for answers in sections.values() for answer in answers)
     width = 2 * MARGIN + QUERY_GAP + columns * CELL - CELL_GAP
-    height = TITLE + MARGIN + sum(map(bool, sections)) * HEADING + sum(map(len, sections.values())) * (CELL + NAMES)
+    height = TITLE + MARGIN + len(sections) * HEADING + sum(map(len, sections.values())) * (CELL + NAMES)
     # Every place is known, so there is nothing for a layout engine to find out, which with 150 axes takes seconds.
     figure = Figure(figsize=(width, height))
     figure.text(MARGIN / width, 1 - 0.15 / height, title, fontsize=12, va="top", parse_math=False)
     top, side = TITLE, CELL - CELL_GAP  # inches from the upper edge, of an image
     for heading, answers in sections.items():
-        if heading:
-            figure.text(MARGIN / width, 1 - (top + 0.1) / height, heading, fontsize=11, fontweight="bold", va="top")
-            top += HEADING
+        figure.text(MARGIN / width, 1 - (top + 0.1) / height, heading, fontsize=11, fontweight="bold", va="top")
+        top += HEADING
         for answer in answers:
             top += NAMES
             query = (answer.query_id, answer.query_label, None)

@@ -31,7 +31,7 @@ IMAGES = {
 
 
 def draw(path: Path, answers: list[RankedQuery], images: dict[int, tuple[bytes, str]] = IMAGES) -> Figure:
-    figure = pictures.retrieval_grid({"": answers}, images, {7: "seven" * 9}, "title")
+    figure = pictures.retrieval_grid({"Worst": answers}, images, {7: "seven" * 9}, "title")
     pictures.write(path, figure)
     return figure
 
