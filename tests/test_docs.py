@@ -28,7 +28,7 @@ FREE = ("ranking.kwargs", "ranking.miner_kwargs")
 """Settings whose inner names are another library's."""
 SHORTEST = 12
 """Letters that a quoted message needs, so that it can be told from others."""
-STARTS = (["dist-obdsd"], ["-m", "dist_obdsd"], ["--module", "dist_obdsd"])
+COMMAND = re.compile(r"(?<![/\"])(?:dist-obdsd|(?:-m|--module) dist_obdsd) ((?:'[^']*'|\"[^\"]*\"|[^'\"|>;&#])*)")
 FOLDERS = re.compile(r"(?<![\w/.-])((?:dist_obdsd|configs|launch|shards|tests|examples|docs)/[\w./-]*\w)")
 
 
@@ -85,26 +85,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """The arguments of every ``dist-obdsd`` in code, without pipes, redirections and comments."""
     prose, lines = prose_and_code(text)
     for line in [*lines, *re.findall(r"`(dist-obdsd [^`]+)`", prose)]:
-        if not any(f"{start[-1]} " in line for start in STARTS):
-            continue
-        for part in split_at(shlex.split(line, comments=True), ("&&", "|", ";")):
-            words = next(split_at(part, (">",)))
-            for start in STARTS:
-                at = next((i for i in range(len(words)) if words[i : i + len(start)] == start), None)
-                if at is not None:
-                    yield words[at + len(start) :]
-                    break
-
-
-def split_at(words: list[str], marks: tuple[str, ...]) -> Iterator[list[str]]:
-    part: list[str] = []
-    for word in words:
-        if word in marks:
-            yield part
-            part = []
-        else:
-            part.append(word)
-    yield part
+        yield from map(shlex.split, COMMAND.findall(line))
 
 
 def refused_commands(text: str, page: Path) -> Iterator[str]:

@@ -139,27 +139,19 @@ def test_what_does_not_agree_is_not_left_behind(trained: Path, tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["ex"]
 
 
-IDENTICAL = torch.arange(exporting.IMAGES, dtype=torch.float32)[:, None]
-
-
-def shifted(row: int) -> torch.Tensor:
-    return IDENTICAL + 1e-4 * (torch.arange(exporting.IMAGES) == row)[:, None]
+ROWS = torch.arange(exporting.IMAGES, dtype=torch.float32)[:, None]
+SHIFTED = [ROWS + 1e-4 * (row == ROWS) for row in (0, 5, exporting.IMAGES - 1)]
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
-    [
-        (shifted(0), "differs from the checkpoint by"),
-        (shifted(5), "differs from the checkpoint by"),
-        (shifted(exporting.IMAGES - 1), "differs from the checkpoint by"),
-        (IDENTICAL * torch.nan, "by nan"),
-        (IDENTICAL.expand(-1, 2), "gives shape"),
-    ],
-)
+    [*((rows, "differs from the checkpoint by") for rows in SHIFTED), (ROWS * torch.nan, "by nan"),
+     (ROWS.expand(-1, 2), "gives shape")],
+)  # fmt: skip
 def test_verifying_sees_a_difference_in_any_batch(rows: torch.Tensor, words: str) -> None:
-    assert exporting.verify("torch", lambda batch: batch * 1.0, IDENTICAL, IDENTICAL) == 0
+    assert exporting.verify("torch", lambda batch: batch * 1.0, ROWS, ROWS) == 0
     with pytest.raises(RunError, match=words):
-        exporting.verify("torch", lambda batch: batch, rows, IDENTICAL)
+        exporting.verify("torch", lambda batch: batch, rows, ROWS)
 
 
 @pytest.mark.parametrize(
