@@ -110,7 +110,7 @@ def job(here: Runtime, config: Config | None) -> dict[str, str]:
     b = max(config.batch.global_size // here.world_size, 1) if config else 112
     D = config.model.embedding_dim if config else 128
     E_bD = torch.ones(b, D, device=here.device)
-    gathering = _timed(lambda: collectives.gather_rows(E_bD, check_sizes=False), here)
+    gathering = _timed(lambda: collectives.gather_rows(E_bD), here)
     return {
         "hosts": "; ".join(f"{host}: ranks {', '.join(map(str, ranks))}" for host, ranks in hosts.items()),
         "devices": ", ".join(kinds) + _advice(len(kinds) > 1, "ranks must be on one kind of device"),

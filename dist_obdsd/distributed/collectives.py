@@ -119,21 +119,13 @@ def all_gather_rows(x_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:
         RunError: on every rank, when the shapes differ.
     """
     with within(group):
+        assert_equal_across_ranks("the shape of the gathered rows", str(tuple(x_b.shape)))
         return gather_rows(x_b)
 
 
-def gather_rows(x_b: torch.Tensor, check_sizes: bool = True) -> torch.Tensor:
-    """Gather rows as ``all_gather_rows`` does.
-
-    Args:
-        check_sizes: compare the shapes first, which costs a small collective. A training step checks once, since its
-            sizes come from a config that all ranks share.
-    """
-    if world_size() == 1:
-        return x_b
-    if check_sizes:
-        assert_equal_across_ranks("the shape of the gathered rows", str(tuple(x_b.shape)))
-    return _GatherRows.apply(x_b)
+def gather_rows(x_b: torch.Tensor) -> torch.Tensor:
+    """Gather rows as ``all_gather_rows`` does, where the shapes are known to be equal."""
+    return x_b if world_size() == 1 else _GatherRows.apply(x_b)
 
 
 class AsyncAllGather:
@@ -141,10 +133,10 @@ class AsyncAllGather:
 
     def __init__(self, x_b: torch.Tensor) -> None:
         """Start to send ``x_b`` [b, ...], of the same shape on every rank, and to receive."""
-        self.B = world_size() * x_b.shape[0]
         self._x_B, self._work = x_b.detach().contiguous(), None
         if world_size() > 1:
-            self._sent, self._x_B = self._x_B, x_b.new_empty(self.B, *x_b.shape[1:])  # kept until it is sent
+            self._sent = self._x_B  # kept until it is sent
+            self._x_B = x_b.new_empty(world_size() * len(x_b), *x_b.shape[1:])
             self._work = dist.all_gather_into_tensor(self._x_B, self._sent, group=_GROUP.get(), async_op=True)
 
     def wait(self) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Launch:
     """The ranks as a launcher's environment describes them."""
 
     launcher: str
-    """torchrun, deepspeed, environment (the four variables set by hand), srun or single."""
+    """torchrun, deepspeed, environment (variables set by hand), srun or single."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -84,7 +84,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
         tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1"))
         local_world = re.split(r"[(,]", tasks)[0]
         host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
-        # Every rank must find the same free port without talking: jobs on one node differ by their id.
+        # Every rank must find the same free port; jobs on one node differ by their id.
         port = env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
     else:
         return Launch("single")
@@ -100,8 +100,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
 def restart_trap(env: Mapping[str, str]) -> str | None:
     """Explain why torchrun could not restart ranks; None if it could. Pure.
 
-    Its agents keep one store for all attempts (https://github.com/pytorch/pytorch/issues/135712). A rank that comes
-    before another finds that one's old address there, and the job waits, or fails and needs another attempt.
+    Its agents keep one store for all attempts, with old addresses (https://github.com/pytorch/pytorch/issues/135712).
     """
     if env.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -172,8 +171,7 @@ def start(
             # gloo asks the resolver for this host's name, which fails or is slow on many laptops and containers.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
-        nodes, node = launch.world_size // launch.local_world_size, launch.rank // launch.local_world_size + 1
-        who = f"node {node} of {nodes}" if nodes > 1 else f"rank {launch.rank} of {launch.world_size}"
+        who = f"rank {launch.rank} of {launch.world_size} on {platform.node()}"
         waiting = threading.Timer(PATIENCE, logger.warning, [f"{who} waits at {address} for the others"])
         if launch.local_rank == 0:
             waiting.start()
@@ -187,13 +185,11 @@ def start(
             )
         except (dist.DistError, RuntimeError) as error:
             if "EADDRINUSE" in str(error):
-                raise RunError(
-                    f"another program listens at {address}; set another MASTER_PORT on every rank"
-                ) from error
+                message = f"another program listens at {address}; set another MASTER_PORT on every rank"
+                raise RunError(message) from error
             raise RunError(
-                f"rank {launch.rank} of {launch.world_size} on {platform.node()} did not meet the others at {address} "
-                f"({str(error).splitlines()[0][:160]}); check that all ranks were launched and that every node can "
-                f"reach this address"
+                f"{who} did not meet the others at {address} ({str(error).splitlines()[0][:160]}); check that all "
+                f"ranks were launched and that every node can reach this address"
             ) from error
         finally:
             waiting.cancel()

@@ -70,7 +70,7 @@ class RankingLoss(nn.Module):
         b, W = len(embeddings_bD), collectives.world_size()
         labels, notes = checks.labels(labels.to(embeddings_bD.device, non_blocking=True), self.num_classes)
         embeddings_bD, more_notes = checks.unit_rows("batch", embeddings_bD)
-        embeddings_BD = collectives.gather_rows(embeddings_bD, check_sizes=False)
+        embeddings_BD = collectives.gather_rows(embeddings_bD)
         labels_B = collectives.AsyncAllGather(labels).wait() if len(labels) < W * b else labels
         return BatchView(
             embeddings_bD, embeddings_BD, labels_B, collectives.rank() * b, self.calls if seed is None else seed,

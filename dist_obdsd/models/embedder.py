@@ -46,12 +46,9 @@ class Embedder(nn.Module):
         """
         Args:
             trunk: from normalised images to a map [b, F, h, w], tokens [b, n, F] or features [b, F].
-            features: F.
-            embedding_dim: D.
-            pool: unset: the mean.
+            features, embedding_dim: F, D.
             mean, std: of the pixels scaled to [0, 1], one value or one a channel.
             freeze_statistics: keep BatchNorm's statistics in training.
-            channels_last: keep images with their channels innermost.
             checkpoint_blocks: compute the activations inside of blocks again in the backward pass.
         """
         super().__init__()
@@ -73,9 +70,8 @@ class Embedder(nn.Module):
         if self.checkpoint_blocks and switch is not None:
             switch(mode)
         if self.freeze_statistics:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()  # the statistics stay; scale and shift are still learned
+            for layer in layers.batch_norms(self):
+                layer.eval()  # the statistics stay; scale and shift are still learned
         return self
 
     def forward(self, images_bChw: torch.Tensor) -> torch.Tensor:
@@ -118,7 +114,7 @@ def build_embedder(config: Config, device: torch.device) -> Embedder:
     if saved is not None:
         _continue_from(model, saved, config)
     _freeze(model, section.freeze)
-    if _has_batch_norm(model) and section.norm == "sync":
+    if layers.batch_norms(model) and section.norm == "sync":
         if device.type != "cuda":
             raise InputError("model.norm=sync needs GPUs: torch has no SyncBatchNorm on CPU; set model.norm=frozen")
         model.trunk = to_sync_batch_norm(trunk)
@@ -184,13 +180,9 @@ def _freeze(model: Embedder, freeze: int | str) -> None:
 
 def log_batch_norm(model: Embedder, config: ModelConfig, world_size: int) -> None:
     """Log where BatchNorm's statistics are not those that a user may expect."""
-    if not _has_batch_norm(model):
+    if not layers.batch_norms(model):
         return
     if config.norm == "batch" and world_size > 1:
         logger.info("model.norm=batch takes statistics per rank, so results depend on the number of ranks")
     if config.norm == "frozen" and config.pretrained == "none":
         logger.info("model.norm=frozen without pretrained weights keeps the initial statistics: BatchNorm does nothing")
-
-
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

@@ -29,6 +29,11 @@ def _elements(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
             yield from _elements(child, f"{prefix}{name}.")
 
 
+def batch_norms(net: nn.Module) -> list[nn.Module]:
+    """List the layers with statistics over a batch."""
+    return [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def depths(net: nn.Module) -> dict[str, int]:
     """Number each parameter's layer: 0 before the first block, i in or after the i-th."""
     names, found, depth = [name for name, _ in blocks(net)], {}, 0

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_obdsd.distributed import collectives, shards
 from dist_obdsd.distributed.launch import Runtime
-from dist_obdsd.models.layers import blocks
+from dist_obdsd.models.layers import batch_norms, blocks
 from dist_obdsd.models.precision import in_bf16
 from dist_obdsd.training.optimizers import Named
 from dist_obdsd.training.strategy import States, Strategy
@@ -39,8 +39,7 @@ class FSDPStrategy(Strategy):
             if p in numbers:
                 collectives.average_gradient(p)
         # BatchNorm's kernels want its weights in float32; autocast casts those of the other layers then.
-        batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
-        low = in_bf16(self.config, teacher) and not batch_norm
+        low = in_bf16(self.config, teacher) and not batch_norms(network)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
         for _, block in blocks(network):
             fully_shard(block, mesh=self._mesh, mp_policy=policy, ignored_params=numbers)
