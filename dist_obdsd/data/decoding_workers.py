@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import util
 from multiprocessing.connection import Connection
@@ -133,8 +133,8 @@ class Decoder(Iterator[DecodedJob]):
             self._start_process()
         # The processes ignore SIGTERM, so the interpreter's own clean-up at exit would wait for them for ever.
         self._end = util.Finalize(None, _kill, args=(self._processes,), exitpriority=20)
-        self._threads = max(1, config.data.workers)
-        self._executor = ThreadPoolExecutor(self._threads, "decoding")
+        self._parts = max(1, config.data.workers)  # of a job
+        self._executor = ThreadPoolExecutor(self._parts, "decoding")
         self._pinned = pinned and self._pin_slots()
         self._thread = threading.Thread(target=self._feed, name="feeding", daemon=True)
         self._thread.start()
@@ -166,18 +166,13 @@ class Decoder(Iterator[DecodedJob]):
                 slot = self._free.get()
                 if self._closed:
                     return
-                self._ready.put((job, slot, self._submit(job, slot)))
+                n = len(job.tasks)
+                size = -(-n // (self._parts * self._group)) * self._group
+                parts = ((start, job.tasks[start : start + size]) for start in range(0, n, size))
+                self._ready.put((job, slot, [self._executor.submit(self._decode, slot, *part) for part in parts]))
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)
-
-    def _submit(self, job: DecodeJob, slot: int) -> list[Future[list[DecodeFailure]]]:
-        n = len(job.tasks)
-        part = -(-n // (self._threads * self._group)) * self._group
-        return [
-            self._executor.submit(self._decode, slot, start, job.tasks[start : start + part])
-            for start in range(0, n, part)
-        ]
 
     def _decode(self, slot: int, start: int, tasks: list[DecodeTask]) -> list[DecodeFailure]:
         """Decode a part of a job, in a process that is idle or, without any, here."""

@@ -17,7 +17,6 @@ from dist_obdsd.errors import InputError, RunError
 
 @dataclass(frozen=True)
 class ImageFolder:
-    root: Path
     files: list[File]
     """Sorted by name; an image's id is its place here."""
 
@@ -47,7 +46,7 @@ def find_images(root: Path, log: bool = True) -> ImageFolder:
     files = images_among(walk(root), log)
     if not files:
         raise InputError(f"{root} holds no image of a kind that is read; give the folder that holds the images")
-    return ImageFolder(root, sorted(files, key=lambda file: file.name))
+    return ImageFolder(sorted(files, key=lambda file: file.name))
 
 
 def folder_batches(

@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 HELD_WINDOWS = 2  # of a lane, as encoded bytes
 IN_MEMORY = 2**28  # bytes of a downloaded shard that no cache keeps, beyond which it waits in a temporary file
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 Sample = dict[str, tuple[int, int]]
 """A member's suffix -> its first byte in the tar, and its length."""
@@ -96,10 +95,6 @@ def samples_of(file: IO[bytes], shard: Shard) -> Iterator[Sample]:
     """
     done = 0
     try:
-        begin = file.read(6)
-        file.seek(0)
-        if begin.startswith(COMPRESSED):
-            raise ValueError("it is compressed, and shards are plain tars")
         with tarfile.open(fileobj=file, mode="r:") as tar:
             files = ((member.name.partition("."), member) for member in tar if member.isfile() and "." in member.name)
             for name, group in groupby(files, lambda found: found[0][0]):
@@ -185,15 +180,11 @@ def _explained(root: str, shard: Shard) -> Iterator[None]:
     """Turn what is wrong with a shard into a RunError that says what to do."""
     try:
         yield
-    except (ShardError, ValueError) as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"cannot be opened ({short_reason(error)})"
-    else:
-        return
-    raise RunError(
-        f"shard {shown(location(root, shard.file))} {reason}; check the data with `dist-obdsd verify {shown(root)}`"
-    )
+    except (ShardError, ValueError, OSError) as error:
+        reason = f"cannot be opened ({short_reason(error)})" if isinstance(error, OSError) else error
+        raise RunError(
+            f"shard {shown(location(root, shard.file))} {reason}; check the data with `dist-obdsd verify {shown(root)}`"
+        ) from error
 
 
 def image_names(

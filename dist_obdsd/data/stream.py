@@ -8,7 +8,6 @@ Letters: b local rows, B global rows, C channels, s image size.
 """
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dist_obdsd.config import Config
-from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.decoding_workers import DecodeFailure, DecodeJob, Decoder, DecodeTask
 from dist_obdsd.data.from_config import check_world_size, plan_from
 from dist_obdsd.data.manifest import Manifest, Shard, key
@@ -89,8 +87,8 @@ class TrainStream(Iterator[TrainBatch]):
         b = config.batch.global_size // world_size
         self._broken: set[int] = set()
         # Reading runs ahead of training by an epoch or two, by more where an epoch is a step or two.
-        self._plan = lru_cache(5)(partial(plan_from, config, manifest, classes))
-        self._planning = threading.Lock()
+        self.plan = lru_cache(5)(partial(plan_from, config, manifest, classes))
+        """Plans an epoch, of which the latest are kept."""
         check_files(config.data.shards, manifest.splits.get("train", ()))
         if start_epoch < config.epochs and start_step > self.plan(start_epoch).steps:
             raise InputError(
@@ -100,11 +98,6 @@ class TrainStream(Iterator[TrainBatch]):
         # Its thread starts when it is first asked, which is after the decoding processes were forked.
         self._reader = WindowReader(config.data.shards, self._windows(), cache_of(config.data))
         self._decoder = Decoder(self._jobs(), b, config, config.batch.samples_per_class, pinned)
-
-    def plan(self, epoch: int) -> EpochPlan:
-        """Plan an epoch; the latest plans are kept."""
-        with self._planning:
-            return self._plan(epoch)
 
     def __next__(self) -> TrainBatch:
         """Wait for the next step's rows; RunError for what is broken."""
@@ -200,8 +193,29 @@ def evaluation_batches(
     chosen = set(manifest.class_ids(split) if classes is None else classes)
     shards = [shard for shard in manifest.splits[split] if not chosen.isdisjoint(shard.classes)]
     check_files(config.data.shards, tuple(shards))
-    chunks, rows = _eval_chunks(shards, chosen, config.evaluation.batch_size)
-    return _evaluate(chunks[rank::world_size], rows, chosen, config, cache_of(config.data))
+    all_chunks, rows = _eval_chunks(shards, chosen, config.evaluation.batch_size)
+    chunks, cache = all_chunks[rank::world_size], cache_of(config.data)
+
+    def jobs() -> Iterator[DecodeJob]:
+        for chunk in chunks:
+            meta = {
+                sample_id: (sample_id, label, role)
+                for shard in chunk
+                for sample_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
+                if label in chosen
+            }
+            images = chain.from_iterable(read_shard(config.data.shards, shard, meta, cache) for shard in chunk)
+            size = near_equal(len(meta), config.evaluation.batch_size)
+            while found := list(islice(images, size)):
+                yield DecodeJob([meta[i] for i, _ in found], [DecodeTask(i, image, None) for i, image in found])
+
+    def refuse(sample_id: int, reason: str) -> None:
+        raise RunError(
+            f"sample {key(sample_id)} of shard {_shard_of(sample_id, chain(*chunks))} cannot be decoded: {reason}; an "
+            f"evaluation leaves nothing out: repair the data (`dist-obdsd verify {config.data.shards}`)"
+        )
+
+    return decoded_batches(jobs(), rows, config, refuse) if chunks else iter(())
 
 
 def _eval_chunks(shards: list[Shard], chosen: set[int], batch_size: int) -> tuple[list[list[Shard]], int]:
@@ -223,31 +237,6 @@ def _eval_chunks(shards: list[Shard], chosen: set[int], batch_size: int) -> tupl
 def near_equal(n: int, most: int) -> int:
     """Return the size of near-equal parts of n, the fewest of at most ``most``."""
     return -(-n // -(-n // most))
-
-
-def _evaluate(
-    chunks: list[list[Shard]], rows: int, chosen: set[int], config: Config, cache: Cache | None
-) -> Iterator[EvalBatch]:
-    def jobs() -> Iterator[DecodeJob]:
-        for chunk in chunks:
-            meta = {
-                sample_id: (sample_id, label, role)
-                for shard in chunk
-                for sample_id, label, role in zip(shard.ids, shard.classes, shard.roles, strict=True)
-                if label in chosen
-            }
-            images = chain.from_iterable(read_shard(config.data.shards, shard, meta, cache) for shard in chunk)
-            size = near_equal(len(meta), config.evaluation.batch_size)
-            while found := list(islice(images, size)):
-                yield DecodeJob([meta[i] for i, _ in found], [DecodeTask(i, image, None) for i, image in found])
-
-    def refuse(sample_id: int, reason: str) -> None:
-        raise RunError(
-            f"sample {key(sample_id)} of shard {_shard_of(sample_id, chain(*chunks))} cannot be decoded: {reason}; an "
-            f"evaluation leaves nothing out: repair the data (`dist-obdsd verify {config.data.shards}`)"
-        )
-
-    return decoded_batches(jobs(), rows, config, refuse) if chunks else iter(())
 
 
 def decoded_batches(

@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -89,36 +88,6 @@ def check_plan(plan: EpochPlan, manifest: Manifest, K: int, lanes: int, B: int, 
     assert plan.steps <= plan.reachable // B
     assert plan.coverage == len(everything) / plan.reachable
     assert plan.too_small == sum(counts[c] < K for c in classes)
-
-
-def most_groups(windows: list[Counter[int]], K: int) -> int:
-    """How many groups a lane can give at best, by trying everything: the exact figure that limits an epoch.
-
-    A group's images come from one window or from two neighbouring ones.
-    """
-    labels = {label for window in windows for label in window}
-    return sum(_most_groups(tuple(window[label] for window in windows), K) for label in labels)
-
-
-@cache
-def _most_groups(images: tuple[int, ...], K: int, older: int = 0) -> int:
-    """The most groups from a class's images window by window, ``older`` of the window before being left.
-
-    Groups within a window are exchangeable, so only how many images are mixed with older ones, and how many are kept
-    for the next window, is tried.
-    """
-    if not images:
-        return 0
-    best = 0
-    for mixed in range(min(older, images[0]) + 1):  # groups with at least one older and one newer image
-        for newer in range(mixed, mixed * (K - 1) + 1):
-            if newer > images[0] or not mixed <= mixed * K - newer <= older:
-                continue
-            rest = images[0] - newer
-            for own in {rest // K, max(0, rest // K - 1)}:
-                kept = rest - own * K
-                best = max(best, mixed + own + _most_groups(images[1:], K, min(kept, 2 * K)))
-    return best
 
 
 @dataclass(frozen=True)

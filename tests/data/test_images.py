@@ -56,15 +56,11 @@ FAR = struct.pack("<I", 2**31)
 TAG_DAMAGES = {
     "a value beyond the end": exif_of((0x010F, 2, 400, FAR)),
     "a resolution that is a text": exif_of((0x011A, 2, 4, b"300\0"), (0x0128, 7, 4, b"\xff\xfe\0\1")),
-    "a fraction of nothing": exif_of((0x011A, 5, 1, FAR), (0x011B, 5, 0, bytes(4))),
     "an unknown type": exif_of((0x9C9B, 99, 7, FAR)),
-    "a sub-block beyond the end": exif_of((0x8769, 4, 1, FAR), (0x8825, 3, 1, b"\xff\xff\0\0")),
     "a sub-block that is itself": exif_of((0x8769, 4, 1, struct.pack("<I", 8))),
-    "a thumbnail beyond the end": exif_of((0x0201, 4, 1, FAR), (0x0202, 4, 1, FAR)),
     "four billion values": exif_of((0x9286, 7, 2**32 - 1, FAR)),
 }
 BLOCK_DAMAGES = {  # which leave no orientation
-    "nothing": b"Exif\0\0",
     "nonsense": b"Exif\0\0nonsense",
     "cut": exif_of()[:20],
     "an orientation that is a text": exif_of((0x0112, 2, 2, b"6\0\0\0")),
@@ -84,40 +80,30 @@ def test_damaged_exif_costs_nothing(kind: str, damage: str) -> None:
 
 
 LARGE = bytes(6 * 2**20)
-METADATA = {
-    "zTXt": b"Comment\0\0" + zlib.compress(LARGE),
-    "iTXt": b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LARGE),
-    "iCCP": b"colours\0\0" + zlib.compress(LARGE),
-    "tEXt": b"Comment\0" + b"x" * len(LARGE),
-}
+METADATA = {  # large enough to pass Pillow's limits, or cut
+    "zTXt": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LARGE)) * 2,
+    "iTXt": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LARGE)) * 2,
+    "iCCP": chunk(b"iCCP", b"colours\0\0" + zlib.compress(LARGE)) * 2,
+    "tEXt": chunk(b"tEXt", b"Comment\0" + b"x" * len(LARGE)) * 12,
+} | {f"cut {name}": chunk(name.encode(), b"") for name in ("pHYs", "gAMA", "sRGB", "cHRM", "acTL", "eXIf", "tEXt")}
 
 
-@pytest.mark.parametrize("name", METADATA)
-def test_large_metadata_of_a_png_cost_nothing(name: str) -> None:
-    plain = encoded(Image.fromarray(colours()), "PNG")
-    part = chunk(name.encode(), METADATA[name]) * (12 if name == "tEXt" else 2)  # so that Pillow's limits are passed
-    for at in (33, len(plain) - 12):  # after the header, before the end
-        data = plain[:at] + part + plain[at:]
-        assert_close(decode(data, 3), colours())
-        assert examine(data) == ("png", None)
-    broken = bytearray(data)
-    broken[data.index(b"IDAT") + 10] ^= 1
-    with pytest.raises(ValueError, match="."):  # other damage still counts
-        examine(bytes(broken))
-
-
-@pytest.mark.parametrize("name", ["pHYs", "gAMA", "sRGB", "cHRM", "acTL", "eXIf", "tEXt"])
-@pytest.mark.parametrize("damage", ["cut", "sum"])
-def test_damaged_metadata_of_a_png_cost_nothing(name: str, damage: str) -> None:
+@pytest.mark.parametrize("name", [*METADATA, "a wrong sum"])
+def test_odd_metadata_of_a_png_cost_nothing(name: str) -> None:
+    wrong = chunk(b"eXIf", exif_of()[6:-1] + b"\1")[:-1] + b"?"
+    part = METADATA.get(name, wrong)
     transparent = Image.fromarray(colours()).convert("RGBA")
     transparent.putalpha(0)
     for image, wanted in ((Image.fromarray(colours()), colours()), (transparent.quantize(4), colours() * 0 + 255)):
         plain = encoded(image, "PNG")
-        part = chunk(name.encode(), b"" if damage == "cut" else exif_of()[6:])
-        part = part[:-1] + bytes([part[-1] ^ (damage == "sum")])
-        data = plain[:33] + part + plain[33:]
-        assert_close(decode(data, 3), wanted)
-        assert examine(data) == ("png", None)
+        for at in (33, len(plain) - 12):  # after the header, before the end
+            data = plain[:at] + part + plain[at:]
+            assert_close(decode(data, 3), wanted)
+            assert examine(data) == ("png", None)
+        broken = bytearray(data)
+        broken[data.index(b"IDAT") + 10] ^= 1
+        with pytest.raises(ValueError, match="."):  # other damage still counts
+            examine(bytes(broken))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF", "PNG"])

@@ -10,12 +10,10 @@ from collections import Counter
 import numpy as np
 import pytest
 from hypothesis import event, given
-from hypothesis import strategies as st
 
-from dist_obdsd.data.lanes import ShardSlice
-from dist_obdsd.data.schedule import EpochPlan, _lane_groups
+from dist_obdsd.data.schedule import EpochPlan
 from dist_obdsd.errors import InputError
-from tests.data.schedules import Case, check_plan, examples, foreign_cases, most_groups, packed_cases
+from tests.data.schedules import Case, check_plan, examples, foreign_cases, packed_cases
 
 
 def check_same_again(case: Case, plan: EpochPlan) -> None:
@@ -60,16 +58,3 @@ def test_any_manifest_gives_a_sound_plan_or_a_clear_refusal(case: Case) -> None:
     check_same_again(case, plan)
     shards = [shard for lane in plan.windows for window in lane for shard in window]
     event("lanes share a shard" if len(set(shards)) < len(shards) else "lanes of whole shards")
-
-
-@examples(60)
-@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(1, 6), st.integers(1, 4))
-def test_a_lane_makes_as_many_groups_as_can_be(seed: int, K: int, windows: int, classes: int) -> None:
-    random = np.random.default_rng(seed)
-    labels = [np.sort(random.integers(0, classes, random.integers(1, 4 * K))) for _ in range(windows)]
-    starts = np.cumsum([0, *map(len, labels)])
-    lane = [[ShardSlice(n, np.arange(starts[n], starts[n + 1]), found, K)] for n, found in enumerate(labels)]
-    groups = _lane_groups(lane, K, random)
-    ids = [i for group in groups for i in group.ids]
-    assert len(set(ids)) == len(ids)
-    assert len(groups) == most_groups([Counter(found.tolist()) for found in labels], K)
