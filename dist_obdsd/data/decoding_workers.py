@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -78,29 +79,22 @@ def decode_tasks(tasks: list[DecodeTask], out: Tensor, config: Config, group: in
     """
     # All generators at once: among the decoding, code and tables that they need would be out of the cache every time.
     generators = [None if task.place is None else rng(config.seed, "augment", *task.place) for task in tasks]
-    outcomes = [_decode_task(tasks, i, generator, out[i], config, group) for i, generator in enumerate(generators)]
-    return [outcome for outcome in outcomes if outcome is not None]
-
-
-def _decode_task(
-    tasks: list[DecodeTask], i: int, generator: np.random.Generator | None, out: Tensor, config: Config, group: int
-) -> DecodeFailure | None:
-    """Decode and transform task i into ``out`` [C, s, s], or what replaces it."""
-    task, start = tasks[i], i - i % group
-    members = [task, *(other for other in tasks[start : start + group] if other.id != task.id)]
-    reason = ""
-    for member in members:
-        try:
-            image = decode(member.data, config.data.channels, config.data.exif)
-        except ValueError as error:
-            reason = reason or str(error)
-            continue
-        if generator is None:
-            out.copy_(eval_transform(image, config.data))
-        else:
-            out.copy_(train_transform(image, config.data, generator))
-        return None if member.id == task.id else DecodeFailure(i, task.id, reason, member.id)
-    return DecodeFailure(i, task.id, reason, None)
+    failures = []
+    for i, (task, generator) in enumerate(zip(tasks, generators, strict=True)):
+        start, reason, shown = i - i % group, "", None
+        for member in (task, *(other for other in tasks[start : start + group] if other.id != task.id)):
+            try:
+                image = decode(member.data, config.data.channels, config.data.exif)
+            except ValueError as error:
+                reason = reason or str(error)
+                continue
+            transform = eval_transform if generator is None else partial(train_transform, generator=generator)
+            out[i].copy_(transform(image, config.data))
+            shown = member.id
+            break
+        if shown != task.id:
+            failures.append(DecodeFailure(i, task.id, reason, shown))
+    return failures
 
 
 class Decoder(Iterator[DecodedJob]):

@@ -184,21 +184,19 @@ def load(root: str | Path) -> Manifest:
             stream = io.BytesIO()
             fetch(path, stream)
             data = stream.getvalue()
-        elif not Path(root).is_dir():
+        elif Path(root).is_dir():
+            data = read_file(path)
+        else:
             how = f"`dist-obdsd pack RECIPE --source IMAGES --out {root}`"
             raise InputError(f"there is no shard folder {root}; make one with {how}")
-        else:
-            data = read_file(path)
+        return from_json(data.decode(), shown(path))
     except RunError as error:  # before anything ran: most likely the address is wrong
         raise InputError(str(error)) from error
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot read {path}: {reason}; check the path, or pack the data again") from error
-    try:
-        text = data.decode()
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{shown(path)} is not text ({error}); pack the data again") from error
-    return from_json(text, shown(path))
 
 
 def split_classes(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.image_folder import find_images, folder_batches
@@ -47,7 +46,7 @@ def test_links_are_followed_but_not_in_circles(photos: Path, tmp_path: Path) -> 
     assert {"e/20.png", "e/21.png", "a/link.png", "a/0.png", "c/gone.jpg"} < set(found.paths)
     assert len(found.paths) == 16 + 4  # one of them again below b/again would be another 20
     with pytest.raises(RunError, match=r"c/gone.jpg cannot be read: No such file"):
-        list(folder_batches(found, config_of(photos), 0, 1))
+        embedded(photos, 1, 0)
     (photos / "b" / "again").unlink()
     assert packed_names(photos, tmp_path / "out") == sorted(set(found.paths) - {"c/gone.jpg"})
 
@@ -88,11 +87,9 @@ def test_pipes_and_sockets_are_no_images(photos: Path, tmp_path: Path) -> None:
     os.mkfifo(photos / "b" / "pipe")
     (photos / "c" / "device.jpg").symlink_to("/dev/zero")
     broken: dict[int, str] = {}
-    found = find_images(photos)
-    ids = torch.cat([batch.ids for batch in folder_batches(found, config_of(photos), 0, 1, broken)])
-    assert sorted(found.paths[i] for i in broken) == ["a/pipe.png", "c/device.jpg"]
+    assert len(embedded(photos, 1, 0, broken)) == 16
+    assert sorted(find_images(photos).paths[i] for i in broken) == ["a/pipe.png", "c/device.jpg"]
     assert all("no plain file" in reason for reason in broken.values())
-    assert len(ids) == 16
     packed = pack(FOLDER, photos, tmp_path / "out")
     assert {entry["name"] for entry in packed.recipe["left_out"]} == {"a/pipe.png", "c/device.jpg"}
 
@@ -104,7 +101,7 @@ def test_names_of_any_bytes(photos: Path, tmp_path: Path, name: bytes) -> None:
     found = find_images(photos)
     assert len(found.paths) == 19
     "\0".join(found.paths).encode()  # can be written anywhere
-    assert sum(len(batch.ids) for batch in folder_batches(found, config_of(photos), 0, 1)) == 19
+    assert len(embedded(photos, 1, 0)) == 19
     assert packed_names(photos, tmp_path / "out") == found.paths
     classes = manifests.load(tmp_path / "out").classes
     assert readable_name(os.fsdecode(name)) in classes
@@ -113,33 +110,30 @@ def test_names_of_any_bytes(photos: Path, tmp_path: Path, name: bytes) -> None:
     assert all(name.encode() for name in manifests.from_json(old).classes)
 
 
+def embedded(photos: Path, world: int, workers: int, broken: dict[int, str] | None = None) -> dict[int, np.ndarray]:
+    """The pixels of every image that can be read, by id."""
+    found, config, images = find_images(photos), config_of(photos, workers=workers, batch_size=4), {}
+    for batch in (batch for rank in range(world) for batch in folder_batches(found, config, rank, world, broken)):
+        images |= {i: batch.images[n].numpy().copy() for n, i in enumerate(batch.ids.tolist())}
+        assert (batch.images[len(batch.ids) :] == 0).all()
+    return images
+
+
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (3, 0)])
 def test_broken_images_are_left_out_where_that_is_asked(photos: Path, world: int, workers: int) -> None:
-    whole = {i: image for batch in every_batch(photos, 1, workers) for i, image in rows(batch)}
+    whole, names = embedded(photos, 1, workers), find_images(photos).paths
     write(photos / "a" / "0.png", b"no image")
     write(photos / "a" / "1.png", noise(1)[:90])
-    for n in range(4, 10):
-        (photos / "bbcc"[n // 4] / f"{n}.png").unlink(missing_ok=True)
-        os.mkfifo(photos / "abcd"[n // 4] / f"{n}.png")  # one batch has none that can be read
+    for n in range(4, 10):  # one batch has none that can be read
+        (photos / "abcd"[n // 4] / f"{n}.png").unlink()
+        os.mkfifo(photos / "abcd"[n // 4] / f"{n}.png")
     with pytest.raises(RunError, match=r"a/0.png cannot be decoded: .* --skip-broken"):
-        every_batch(photos, 1, workers)
+        embedded(photos, 1, workers)
     broken: dict[int, str] = {}
-    batches = every_batch(photos, world, workers, broken)
-    names = find_images(photos).paths
+    found = embedded(photos, world, workers, broken)
     assert {names[i] for i in broken} == {"a/0.png", "a/1.png", *(f"{'abcd'[n // 4]}/{n}.png" for n in range(4, 10))}
-    found = dict(row for batch in batches for row in rows(batch))
     assert found.keys() | broken.keys() == whole.keys()
     assert all(np.array_equal(found[i], whole[i]) for i in found)
-    assert all((batch.images[len(batch.ids) :] == 0).all() for batch in batches)
-
-
-def every_batch(photos: Path, world: int, workers: int, broken: dict[int, str] | None = None) -> list:
-    found, config = find_images(photos), config_of(photos, workers=workers, batch_size=4)
-    return [batch for rank in range(world) for batch in folder_batches(found, config, rank, world, broken)]
-
-
-def rows(batch: object) -> list[tuple[int, np.ndarray]]:
-    return [(i, batch.images[n].numpy().copy()) for n, i in enumerate(batch.ids.tolist())]
 
 
 @pytest.mark.parametrize("layout", ["test folder", "option", "roles"])

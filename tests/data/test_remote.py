@@ -34,7 +34,6 @@ def fetched(url: str, size: int | None = len(DATA), sha256: str | None = SHA256)
     ("root", "file", "found"),
     [
         ("/data", "a.tar", "/data/a.tar"),
-        ("https://host/data/", "a.tar", "https://host/data/a.tar"),
         ("https://host/data", "deep/a b.tar", "https://host/data/deep/a%20b.tar"),
         ("https://host/{file}?key=1", "a.tar", "https://host/a.tar?key=1"),
         ("pipe:cat /data", "a.tar", "pipe:cat /data/a.tar"),
@@ -100,10 +99,9 @@ def test_other_bytes_than_the_manifest_s(server: Server) -> None:
     assert fetched(f"{server.url}/a.tar") == DATA  # once may be chance
     with pytest.raises(RunError, match=r"it has SHA-256 .* where the manifest has 0{64}"):
         fetched(f"{server.url}/a.tar", len(DATA), "0" * 64)
-    with pytest.raises(RunError, match=f"the transfer ended after {len(DATA)} of 1000 bytes"):
-        fetched(f"{server.url}/a.tar", 1000)
-    with pytest.raises(RunError, match=f"the transfer ended after {len(DATA)} of {len(DATA) + 1} bytes"):
-        fetched(f"{server.url}/a.tar", len(DATA) + 1)
+    for size in (1000, len(DATA) + 1):
+        with pytest.raises(RunError, match=f"the transfer ended after {len(DATA)} of {size} bytes"):
+            fetched(f"{server.url}/a.tar", size)
 
 
 def test_a_server_that_stalls_or_is_gone_is_no_hang(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +121,6 @@ def test_a_server_that_stalls_or_is_gone_is_no_hang(server: Server, monkeypatch:
     ("url", "said"),
     [
         ("s3://bucket/a.tar", "s3fs"),
-        ("az://bucket/a.tar", "adlfs"),
         ("nothing://bucket/a.tar", "Protocol not known: nothing"),
         ("http://[half/a.tar", "is not an address"),
         ("http://host/a b", "is not an address"),

@@ -83,8 +83,12 @@ def steps_of(stream: BalancedStream, epochs: int = 1) -> list[tuple[torch.Tensor
     return steps
 
 
-def test_a_stream_gives_the_ranks_their_rows_of_the_same_batches(shards: Path) -> None:
-    whole = steps_of(BalancedStream(str(shards), **STREAM), 2)
+@pytest.fixture(scope="module")
+def whole(shards: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return steps_of(BalancedStream(str(shards), **STREAM), 2)
+
+
+def test_a_stream_gives_the_ranks_their_rows_of_the_same_batches(shards: Path, whole: list) -> None:
     parts = [steps_of(BalancedStream(str(shards), **STREAM, rank=rank, world_size=2), 2) for rank in (0, 1)]
     assert len(whole) == 12
     for one, *halves in zip(whole, *parts, strict=True):
@@ -95,8 +99,7 @@ def test_a_stream_gives_the_ranks_their_rows_of_the_same_batches(shards: Path) -
             assert torch.equal(one[i], torch.cat([half[i] for half in halves]))
 
 
-def test_a_stream_goes_on_from_its_state(shards: Path) -> None:
-    whole = steps_of(BalancedStream(str(shards), **STREAM), 2)
+def test_a_stream_goes_on_from_its_state(shards: Path, whole: list) -> None:
     stream = BalancedStream(str(shards), **STREAM)
     assert len(stream) == 6
     assert stream.num_classes == 12 == len(stream.classes)
@@ -122,11 +125,9 @@ def test_the_sampling_that_has_gone_names_its_successor(shards: Path) -> None:
     ):
         with pytest.raises(InputError, match="class_uniform.*released"):
             make()
-    old = parse_config({"name": "x", "epochs": 2, "data": {"shards": "x", "mean": [0.5], "std": [0.5]}}, "x")
-    new = old.model_dump(mode="json")
-    new["data"]["sampling"] = "released"
-    raw = old.model_dump(mode="json")
-    raw["data"]["sampling"] = "class_uniform"
+    config = parse_config({"name": "x", "epochs": 2, "data": {"shards": "x", "mean": [0.5], "std": [0.5]}}, "x")
+    raw, new = config.model_dump(mode="json"), config.model_dump(mode="json")
+    raw["data"]["sampling"], new["data"]["sampling"] = "class_uniform", "released"
     assert changed_settings(raw, new) == ["data.sampling: class_uniform -> released"]  # a run that resumes
     assert inference_config({"config": raw}).data.shards == "none"  # its weights serve
 

@@ -3,10 +3,8 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from dist_obdsd import console
 from dist_obdsd.data import manifest as manifests
@@ -15,7 +13,6 @@ from dist_obdsd.data.manifest import Shard, key
 from dist_obdsd.data.parallel import in_order, processes
 from dist_obdsd.data.remote import is_remote
 from dist_obdsd.data.shard_reader import (
-    Sample,
     ShardError,
     images_of,
     open_shard,
@@ -78,7 +75,12 @@ def _check_shard(root: str, shard: Shard) -> list[str]:
                 problems.append(f"has SHA-256 {digest[:12]}... but the manifest says {shard.sha256[:12]}...")
             file.seek(0)
             for sample, sample_id, class_id in zip(samples_of(file, shard), shard.ids, shard.classes, strict=True):
-                faults = [*sample_faults(file, sample, class_id), *_image_faults(file, sample)]
+                faults = list(sample_faults(file, sample, class_id))
+                for place in images_of(sample):
+                    try:
+                        examine(read_member(file, *place))
+                    except ValueError as error:
+                        faults.append(f"has an image that cannot be decoded: {error}")
                 problems += [f"sample {key(sample_id)} {fault}" for fault in faults]
     except (RunError, ShardError) as error:  # of a download, which was checked on the way; of all samples that follow
         problems.append(str(error))
@@ -87,11 +89,3 @@ def _check_shard(root: str, shard: Shard) -> list[str]:
     except OSError as error:
         problems.append(f"cannot be read: {short_reason(error)}")
     return problems
-
-
-def _image_faults(file: IO[bytes], sample: Sample) -> Iterator[str]:
-    for place in images_of(sample):
-        try:
-            examine(read_member(file, *place))
-        except ValueError as error:
-            yield f"has an image that cannot be decoded: {error}"

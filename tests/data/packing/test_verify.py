@@ -91,18 +91,13 @@ def test_a_sound_shard(one: OneShard) -> None:
     assert verify(one.folder) == []
 
 
-def move(members: Members, start: int, to: int) -> None:
-    members.insert(to, members.pop(start))
-
-
 def put(members: Members, place: int, *new: tuple[str, bytes]) -> None:
     members[place:place] = new
 
 
 # Each sample has two members, .cls and .png. What is wrong with sample 3, alike in the stream and in ``verify``.
 FAULTS: dict[str, tuple[Callable[[Members], object], str]] = {
-    "interleaved": (lambda m: move(m, 7, 9), "has no image"),
-    "split in two": (lambda m: move(m, 7, 11), "has no image"),
+    "interleaved": (lambda m: put(m, 9, m.pop(7)), "has no image"),
     "no image": (lambda m: m.pop(7), "has no image"),
     "two images": (lambda m: put(m, 8, (f"{key(3)}.gif", noise(0, kind="GIF"))), "has 2 images"),
     "no class": (lambda m: m.pop(6), "has no class file"),
@@ -130,18 +125,15 @@ def test_members_that_are_not_the_manifest_s(one: OneShard, fault: str) -> None:
         assert not about_sample or "sample 00000003" in text
 
 
-def flipped(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
-
-
 DAMAGES: dict[str, tuple[Callable[[bytes, int], bytes], str]] = {
     "cut in a header": (lambda data, image: data[: image + 200], "sample 00000003.* has no image"),
     "cut in an image": (lambda data, image: data[: image + 552], "sample 00000003 .*unexpected end of data"),
-    "a wrong sum": (lambda data, image: flipped(data, image + 150), "sample 00000003.* has no image"),
+    "a wrong sum": (
+        lambda data, image: data[: image + 150] + b"?" + data[image + 151 :], "sample 00000003.* has no image",
+    ),
     "gzip": (lambda data, _: gzip.compress(data), "cannot be read at sample 00000000"),
     "empty": (lambda *_: b"", "sample 00000000"),
-    "another file": (lambda *_: b"<html>not found</html>" * 100, "sample 00000000"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -170,7 +162,7 @@ def test_nothing_in_a_shard_is_executed(one: OneShard, tmp_path: Path) -> None:
     pickle.loads(payload)  # the control: it works
     trace.rmdir()
     names = [name.removesuffix(".cls") for name, _ in one.members[::2]]
-    suffixes = ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "mp", "msg", "ten", "tb", "json", "py")
+    suffixes = ("pyd", "pickle", "pth", "npy", "npz", "mp", "ten", "json", "py")
     extra = [(f"{name}.{suffix}", payload) for name in names for suffix in suffixes]
     order = {name: n for n, name in enumerate(names)}
     whole = pack_again(one.folder, sorted([*one.members, *extra], key=lambda member: order[member[0].split(".")[0]]))
@@ -186,11 +178,8 @@ def test_nothing_in_a_shard_is_executed(one: OneShard, tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-def test_a_sound_folder_has_no_problems(packed: Path) -> None:
-    assert verify(packed, workers=2) == []
-
-
 def test_a_flipped_bit_is_found_with_shard_and_key(packed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert verify(packed, workers=2) == []
     shard = manifests.load(packed).splits["train"][2]
     data = bytearray((packed / shard.file).read_bytes())
     place = data.index(b"IDAT") + 20

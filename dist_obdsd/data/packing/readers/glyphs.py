@@ -54,42 +54,31 @@ class GlyphsReader(Reader):
     """Seed of the sizes and places."""
 
     def draw(self) -> list[Sample]:
-        return [
-            Sample(name, class_name, split, default_role(split), partial(bytes, png))
-            for name, class_name, split, png in draw_glyphs(self.draw_seed, self.variants)
-        ]
-
-
-def draw_glyphs(seed: int, variants: int) -> list[tuple[str, str, str, bytes]]:
-    """Draw the whole set; the first variant of a letter in a face is the plain one.
-
-    Returns:
-        (name, class name, split, PNG bytes) of every image, sorted by split, class and name; no bitmap twice.
-    """
-    plain = {face: _draw_face(face) for face in FACES}
-    fonts = {(face, size): _font(face, size) for face in FACES for size in SIZES}
-    found = []
-    seen: set[bytes] = set()
-    for letters in sorted(_classes(plain)):
-        split = "train" if any(_inside(letter, LATIN) for letter in letters) else "test"
-        class_name = f"U+{ord(letters[0]):04X}"
-        for letter, face in product(letters, FACES):
-            if letter not in plain[face]:
-                continue
-            choice = rng(seed, "glyphs", face, letter)
-            for variant in range(variants):
-                ink: Ink | None = plain[face][letter]
-                dx = dy = 0
-                if variant > 0:
-                    ink = _ink(fonts[face, SIZES[choice.integers(len(SIZES))]], letter)
-                    dx, dy = choice.integers(-SHIFT, SHIFT + 1, size=2).tolist()
-                # Merged letters, and upright and slanted faces, can give the same bitmap: a copy in the gallery
-                # would make retrieval trivial.
-                if ink is not None and (image := _place(ink, dx, dy)).tobytes() not in seen:
-                    seen.add(image.tobytes())
-                    name = f"{class_name}/U+{ord(letter):04X}-{face}-{variant}.png"
-                    found.append((name, class_name, split, _png(image)))
-    return sorted(found, key=lambda row: (row[2] == "test", row[1], row[0]))
+        """Draw the set; the first variant of a letter in a face is the plain one."""
+        plain = {face: _draw_face(face) for face in FACES}
+        fonts = {(face, size): _font(face, size) for face in FACES for size in SIZES}
+        found = []
+        seen: set[bytes] = set()
+        for letters in sorted(_classes(plain)):
+            split = "train" if any(_inside(letter, LATIN) for letter in letters) else "test"
+            class_name = f"U+{ord(letters[0]):04X}"
+            for letter, face in product(letters, FACES):
+                if letter not in plain[face]:
+                    continue
+                choice = rng(self.draw_seed, "glyphs", face, letter)
+                for variant in range(self.variants):
+                    ink: Ink | None = plain[face][letter]
+                    dx = dy = 0
+                    if variant > 0:
+                        ink = _ink(fonts[face, SIZES[choice.integers(len(SIZES))]], letter)
+                        dx, dy = choice.integers(-SHIFT, SHIFT + 1, size=2).tolist()
+                    # Merged letters, and upright and slanted faces, can give the same bitmap: a copy in the gallery
+                    # would make retrieval trivial.
+                    if ink is not None and (image := _place(ink, dx, dy)).tobytes() not in seen:
+                        seen.add(image.tobytes())
+                        name = f"{class_name}/U+{ord(letter):04X}-{face}-{variant}.png"
+                        found.append(Sample(name, class_name, split, default_role(split), partial(bytes, _png(image))))
+        return found
 
 
 def draw_letters(count: int) -> list[bytes]:
