@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -94,8 +94,7 @@ def check_plan(plan: EpochPlan, manifest: Manifest, K: int, lanes: int, B: int, 
 class Case:
     """A manifest and the settings of a plan."""
 
-    manifest: Manifest = field(repr=False)  # a long text
-    about: str
+    manifest: Manifest
     classes: list[int]
     options: dict[str, int]
 
@@ -122,8 +121,7 @@ def packed_cases(draw: st.DrawFn) -> Case:
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
     spread, classes, seed = draw(st.sampled_from([0, 3, 30])), draw(st.integers(10, 250)), draw(st.integers(0, 3))
     counts = (K + draw(st.integers(0, 25)) + random.integers(0, spread + 1, classes)).tolist()
-    about = f"packed({counts}, {K}, {seed})"
-    return Case(packed(counts, K, seed), about, list(range(classes)), options(draw, K, lanes))
+    return Case(packed(counts, K, seed), list(range(classes)), options(draw, K, lanes))
 
 
 @st.composite
@@ -137,7 +135,5 @@ def foreign_cases(draw: st.DrawFn) -> Case:
     drawn = [random.choice(classes, n, p=shares) for n in sizes]
     if draw(st.booleans()):  # sorted by class: one or two classes in a shard
         drawn = np.split(np.sort(np.concatenate(drawn)), np.cumsum(sizes)[:-1])
-    shards = [shard.tolist() for shard in drawn]
-    manifest, every = manifest_of(shards), draw(st.integers(2, 9))
-    kept = [c for c in all_classes(manifest) if c % every]
-    return Case(manifest, f"manifest_of({shards})", kept, options(draw, K, lanes))
+    manifest, every = manifest_of([shard.tolist() for shard in drawn]), draw(st.integers(2, 9))
+    return Case(manifest, [c for c in all_classes(manifest) if c % every], options(draw, K, lanes))

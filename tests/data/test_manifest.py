@@ -139,15 +139,9 @@ def test_validation_classes_are_held_out_by_name() -> None:
 @pytest.mark.parametrize(
     ("role", "query", "gallery"),
     [
-        ("train", True, ""),
-        ("both", True, ""),
-        ("query", True, None),
-        ("gallery", False, ""),
-        ("gallery:cam1", False, "cam1"),
-        ("gallery:a.B_c-2", False, "a.B_c-2"),
-        ("gallery:", False, None),
-        ("gallery:a/b", False, None),
-        ("query:a", False, None),
+        *(("train", True, ""), ("both", True, ""), ("query", True, None), ("gallery", False, "")),
+        *(("gallery:cam1", False, "cam1"), ("gallery:a.B_c-2", False, "a.B_c-2")),
+        *((wrong, False, None) for wrong in ("gallery:", "gallery:a/b", "query:a")),
     ],
 )
 def test_what_an_image_of_a_role_does(role: str, query: bool, gallery: str | None) -> None:

@@ -246,16 +246,6 @@ def test_a_program_that_forgets_to_close_still_ends(data: Data) -> None:
     assert process.exitcode == 0
 
 
-def test_reading_may_run_many_short_epochs_ahead(data: Data) -> None:
-    """With a step or two an epoch, the reader is soon further ahead than the plans that are kept."""
-    with streamed(data, config_of(data[0], epochs=30), classes=3) as source:
-        time.sleep(0.5)
-        for epoch in range(30):
-            for step in range(source.plan(epoch).steps):
-                batch = next(source)
-                assert (batch.epoch, batch.step) == (epoch, step)
-
-
 @pytest.mark.parametrize("sampling", ["epoch", "released"])
 def test_pixels_belong_to_their_ids(data: Data, monkeypatch: pytest.MonkeyPatch, sampling: str) -> None:
     """A shard is read to its end once a run; later, only the wanted images, which are still the right ones."""
