@@ -73,7 +73,7 @@ class Solve:
     """An ``inverse`` that corrections make better."""
 
     def __init__(self, graph: Graph, rows: slice, solver: str, tolerance: float, iterations: int | None = None) -> None:
-        """Solve for the own rows' unit vectors; the caller compares errors with ``tolerance``."""
+        """Solve for the own rows' unit vectors, as well as ``tolerance`` needs."""
         self._graph, self._rows, self._to_walk_bn = graph, rows, graph.to_walk_coordinates(rows)
         if solver == "cholesky":
             self._corrector: Cholesky | ConjugateGradients = Cholesky(graph)

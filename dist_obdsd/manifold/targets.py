@@ -295,7 +295,7 @@ def _solve(
 
 
 def _within_batch(result: DiffusionTarget, T_BD: torch.Tensor, rows: slice, diffusion: Diffusion) -> DiffusionTarget:
-    """Restrict the target to the batch's columns; a row with next to no mass there is P_i."""
+    """Restrict the target to the batch's columns; rows without mass there are P_i."""
     target_bB = result.target_bB[:, : T_BD.shape[0]]
     left_b = target_bB.sum(1)
     lost_b = left_b < LEAST_MASS

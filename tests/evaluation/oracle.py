@@ -1,5 +1,6 @@
 """Retrieval the slow and obvious way: Python floats (which are float64), double loops, nothing of the package."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -12,49 +13,34 @@ Row = Sequence[float]
 def score(a: Row, b: Row, distance: str = "cosine") -> float:
     total = 0.0
     for x, y in zip(a, b, strict=True):
-        if distance == "cosine":
-            total += x * y
-        else:
-            total -= (x - y) * (x - y)
+        total += x * y if distance == "cosine" else -(x - y) * (x - y)
     return total
 
 
 def nearest(
-    queries: Sequence[Row],
-    query_ids: Sequence[int],
-    gallery: Sequence[Row],
-    gallery_ids: Sequence[int],
-    k: int,
-    exclude_self: bool = True,
+    queries: Sequence[Row], query_ids: Sequence[int], gallery: Sequence[Row], gallery_ids: Sequence[int], k: int,
     distance: str = "cosine",
-) -> dict[int, list[tuple[float, int]]]:
-    """Query id -> its k best (score, id), ties by the smaller id."""
+) -> dict[int, list[tuple[float, int]]]:  # fmt: skip
+    """Query id -> its k best (score, id) but itself, ties by the smaller id."""
     found = {}
     for query, query_id in zip(queries, query_ids, strict=True):
         ranked = sorted(
             (-score(query, row, distance), row_id)
             for row, row_id in zip(gallery, gallery_ids, strict=True)
-            if not (exclude_self and row_id == query_id)
+            if row_id != query_id
         )
         found[query_id] = [(-negated, row_id) for negated, row_id in ranked[:k]]
     return found
 
 
 def recall(relevant: Sequence[bool], k: int) -> float:
-    for place in range(k):
-        if relevant[place]:
-            return 1.0
-    return 0.0
-
-
-def average_precision_at_r(relevant: Sequence[bool], r: int) -> float:
-    return average_precision(relevant, r, r)
+    return float(any(relevant[:k]))
 
 
 def average_precision(relevant: Sequence[bool], places: int, divisor: int) -> float:
     total = 0.0
     for i in range(1, min(places, len(relevant)) + 1):
-        if relevant[i - 1]:
+        if relevant[i - 1]:  # added one by one, unlike what ``sum`` does with floats
             total += sum(relevant[:i]) / i
     return total / divisor
 
@@ -94,7 +80,7 @@ def evaluate(
         found = nearest([rows[query]], [query], [rows[i] for i in gallery], gallery, len(gallery))[query]
         relevant = [labels[i] == labels[query] for _, i in found]
         of_query = {f"recall@{k}": recall(relevant, k) for k in recall_at}
-        of_query["map@r"] = average_precision_at_r(relevant, r) if r else 0.0
+        of_query["map@r"] = average_precision(relevant, r, r) if r else 0.0
         if more:
             of_query["r_precision"] = r_precision(relevant, r) if r else 0.0
             of_query["map@1000"] = average_precision(relevant, 1000, size if released else min(r, 1000)) if r else 0.0
@@ -147,12 +133,8 @@ def nmi(classes: Sequence[int], clusters: Sequence[int]) -> float:
 
 
 def pairwise_f1(classes: Sequence[int], clusters: Sequence[int]) -> float:
-    right = claimed = wanted = 0
-    for i in range(len(classes)):
-        for j in range(i):
-            right += classes[i] == classes[j] and clusters[i] == clusters[j]
-            claimed += clusters[i] == clusters[j]
-            wanted += classes[i] == classes[j]
+    pairs = list(itertools.combinations(zip(classes, clusters, strict=True), 2))
+    right, wanted, claimed = (sum(a[of] == b[of] for a, b in pairs) for of in (slice(2), 0, 1))
     precision, found = right / claimed, right / wanted
     return 2 * precision * found / (precision + found)
 

@@ -1,12 +1,10 @@
 """k-means, NMI and F1: against loops and scikit-learn, and the same bits at 1, 2 and 3 real processes."""
 
-import doctest
 import functools
 
 import pytest
 import torch
 
-from dist_obdsd.errors import InputError
 from dist_obdsd.evaluation import clustering
 from dist_obdsd.evaluation.clustering import k_means, nearest_centre, nmi, pairwise_f1
 from dist_obdsd.rng import rng
@@ -98,27 +96,7 @@ def scores(rows: torch.Tensor, centres: torch.Tensor) -> list[list[float]]:
     return [[oracle.score(row, c) - oracle.score(c, c) / 2 for c in centres.tolist()] for row in rows.double().tolist()]
 
 
-def refusal_worker(k: int) -> str:
-    with pytest.raises(InputError) as raised:
-        k_means(data("random")[0], k, seed=1)
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("k", [0, N + 1])
-def test_more_clusters_than_images_are_refused_on_every_rank(k: int) -> None:
-    for world in harness.WORLD_SIZES:
-        for message in harness.run(world, refusal_worker, k):
-            assert f"{k} clusters" in message
-            assert f"there are {N}" in message
-
-
 # ---- what a clustering is worth ----
-
-
-def test_the_worked_examples() -> None:
-    outcome = doctest.testmod(clustering)
-    assert outcome.attempted >= 3
-    assert outcome.failed == 0
 
 
 def clusterings() -> list[tuple[list[int], list[int]]]:

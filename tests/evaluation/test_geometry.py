@@ -1,13 +1,10 @@
 """Distances and the spectrum: against loops and an SVD, and the same bits at 1, 2 and 3 real processes."""
 
-import doctest
 import functools
 
 import pytest
 import torch
 
-from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation import geometry
 from dist_obdsd.evaluation.geometry import class_distances, rho_spectrum, singular_values
 from tests import harness
 from tests.evaluation import oracle
@@ -63,30 +60,9 @@ def test_loops_say_the_same_on_any_ranks(kind: str, cosine: bool) -> None:
     assert rho_released != rho
 
 
-def test_the_worked_examples() -> None:
-    outcome = doctest.testmod(geometry)
-    assert outcome.attempted >= 2
-    assert outcome.failed == 0
-
-
 def test_the_numbers_tell_embeddings_apart() -> None:
     values = {kind: worker(kind, False) for kind in KINDS}
     assert values["collapsed"][0]["distance_intra"] == values["collapsed"][0]["distance_ratio"] == 0.0
     assert 0.1 < values["unit"][0]["distance_ratio"] < 3
     # Unused directions cost the most.
     assert 0 <= values["random"][1] < 0.2 < values["flat"][1] < values["collapsed"][1]
-
-
-def refusal_worker() -> list[str]:
-    messages = []
-    for classes in (torch.zeros(6, dtype=torch.int64), torch.arange(6)):
-        with pytest.raises(InputError) as raised:
-            class_distances(torch.eye(6), classes, cosine=False)
-        messages.append(str(raised.value))
-    return messages
-
-
-def test_distances_need_two_classes_and_a_pair() -> None:
-    for world in harness.WORLD_SIZES:
-        for messages in harness.run(world, refusal_worker):
-            assert all("two classes and a class of two images" in message for message in messages)

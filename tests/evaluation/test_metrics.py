@@ -1,11 +1,12 @@
 """Per-query metrics against loops."""
 
 import doctest
+from types import ModuleType
 
 import pytest
 import torch
 
-from dist_obdsd.evaluation import metrics
+from dist_obdsd.evaluation import clustering, geometry, metrics
 from dist_obdsd.evaluation.metrics import map_at_1000, map_at_r, r_precision, recall
 from tests.evaluation import oracle
 
@@ -16,9 +17,10 @@ def ranked(queries: int, width: int, density: float, seed: int) -> tuple[torch.T
     return relevant, torch.randint(1, width + 1, (queries,), generator=random)
 
 
-def test_the_worked_examples() -> None:
-    outcome = doctest.testmod(metrics)
-    assert outcome.attempted >= 12
+@pytest.mark.parametrize(("module", "examples"), [(metrics, 12), (clustering, 3), (geometry, 2)])
+def test_the_worked_examples(module: ModuleType, examples: int) -> None:
+    outcome = doctest.testmod(module)
+    assert outcome.attempted >= examples
     assert outcome.failed == 0
 
 
@@ -31,7 +33,7 @@ def test_each_query_is_what_a_loop_says(density: float) -> None:
     for query, (row, r) in enumerate(zip(relevant.tolist(), counts.tolist(), strict=True)):
         assert {name: of[query].item() for name, of in found.items()} == {
             **{f"recall@{k}": oracle.recall(row, k) for k in (1, 3, 12)},
-            "map@r": oracle.average_precision_at_r(row, r),
+            "map@r": oracle.average_precision(row, r, r),
             "r_precision": oracle.r_precision(row, r),
             "map@5": oracle.average_precision(row, 5, min(r, 5)),
         }
