@@ -190,17 +190,11 @@ def _examine(sample: Sample, resize: int | None) -> _Examined | str:
 def _drop_small_classes(
     images: list[UsableImage], samples_per_class: int, trains: bool
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
-    """Leave out training classes too small for a group; name lonely test classes.
+    """Leave out training classes too small for a group.
 
     Without any training image, usable or not (``trains``), test images alone will do.
     """
-    test_sizes = Counter(image.sample.class_name for image in images if image.sample.split == "test")
-    if lonely := sorted(name for name, size in test_sizes.items() if size == 1):
-        logger.warning(
-            "%d test classes have one image, which finds no match and stays in the gallery alone: %s",
-            len(lonely),
-            ", ".join(lonely[:MAX_WARNINGS]),
-        )
+    test_classes = {image.sample.class_name for image in images if image.sample.split == "test"}
     sizes = Counter(image.sample.class_name for image in images if image.sample.split == "train")
     small = {name: size for name, size in sizes.items() if size < samples_per_class}
     left_out = [
@@ -208,12 +202,12 @@ def _drop_small_classes(
         for name, size in sorted(small.items())
     ]
     _log_left_out("training classes", left_out)
-    if (trains or not test_sizes) and len(sizes) - len(small) < 2:
+    if (trains or not test_classes) and len(sizes) - len(small) < 2:
         drawn = "where the source does not say which, options.test_fraction=0.5 takes half of them"
         raise InputError(
             f"the source has {len(sizes) - len(small)} training classes with {samples_per_class} usable images or "
             f"more; training needs at least 2"
-            + (f" ({len(test_sizes)} others are for testing: {drawn})" if test_sizes else "")
+            + (f" ({len(test_classes)} others are for testing: {drawn})" if test_classes else "")
         )
     return [image for image in images if image.sample.class_name not in small], left_out
 

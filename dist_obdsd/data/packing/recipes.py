@@ -69,10 +69,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     else:
         names = recipe_names()
         if text not in names:
-            near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)
-            hint = f"did you mean {near[0]}? " if near else ""
+            near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"there is no recipe {text!r}; {hint}recipes are {', '.join(names)}, or give the path of a YAML file"
+                f"there is no recipe {text!r}; did you mean {near}? recipes are {', '.join(names)}, or give the path "
+                f"of a YAML file"
             )
         path = recipe_folder() / f"{text}.yaml"
     example = "a mapping; see shards/folder.yaml for an example"

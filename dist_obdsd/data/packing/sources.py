@@ -125,7 +125,7 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _bases(folder: Path) -> list[str]:
-    """List where a download in a folder may begin: the top ("") and every folder there ("NAME/")."""
+    """List the top ("") and every folder there ("NAME/")."""
     return ["", *(f"{name}/" for name in _listed(folder)[0])]
 
 
@@ -164,12 +164,15 @@ def _extract_zip(path: Path, folder: Path) -> None:
 
 
 def _extract_tar(path: Path, folder: Path) -> None:
-    def checked(member: tarfile.TarInfo, to: str) -> tarfile.TarInfo:
-        _check_member(path, member.name, is_plain=member.isdir() or member.isreg())
-        return tarfile.data_filter(member, to)
-
     with tarfile.open(path) as archive:
-        archive.extractall(folder, filter=checked)
+
+        def checked() -> Iterator[tarfile.TarInfo]:
+            for member in archive:
+                _check_member(path, member.name, is_plain=member.isdir() or member.isreg())
+                yield member
+
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.0 to 3.11.3 have none
+        archive.extractall(folder, checked())
         # The library takes a tar that breaks off between two members for a whole one.
         assert archive.fileobj is not None
         archive.fileobj.seek(archive.offset)
