@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +7,7 @@ import pytest
 from dist_obdsd.data import remote
 from dist_obdsd.data.manifest import Manifest, Shard, to_json
 from dist_obdsd.data.stream import TrainBatch
+from tests.data.server import Server, serving
 from tests.data.shards import CLASSES, PER_CLASS, SHARDS, Data, batches, config_of, write_shard
 
 
@@ -14,6 +15,14 @@ from tests.data.shards import CLASSES, PER_CLASS, SHARDS, Data, batches, config_
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Downloads are tried again at once."""
     monkeypatch.setattr(remote, "PAUSE", 0.01)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server of a folder that is empty at first."""
+    (tmp_path / "data").mkdir()
+    with serving(tmp_path / "data") as running:
+        yield running
 
 
 def _write(folder: Path, split: str, classes: range, role: Callable[[int], str]) -> tuple[Shard, ...]:

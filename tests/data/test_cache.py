@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,16 +16,9 @@ from dist_obdsd.data import remote
 from dist_obdsd.data.cache import Cache
 from dist_obdsd.data.manifest import Shard
 from dist_obdsd.errors import InputError, RunError
-from tests.data.server import Server, serving
+from tests.data.server import Server
 
 SIZE = 300_000
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "data").mkdir()
-    with serving(tmp_path / "data") as running:
-        yield running
 
 
 def shards_of(server: Server, number: int) -> list[Shard]:

@@ -19,8 +19,6 @@ from PIL import Image
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.images import decode, examine
 from dist_obdsd.data.manifest import Manifest, Shard, to_json
-from dist_obdsd.data.packing.readers.base import open_samples
-from dist_obdsd.data.packing.readers.table import TableReader
 from dist_obdsd.data.schedule import plan_epoch
 from dist_obdsd.data.transforms import eval_transform
 from dist_obdsd.errors import UserError
@@ -138,14 +136,3 @@ def test_damaged_manifests(tmp_path: Path, draw: np.random.Generator, change: st
             to_json(manifest).encode()
             sizes = {"global_size": 8, "samples_per_class": 2, "lanes": 2, "window": 2}
             plan_epoch(manifest, manifests.split_classes(manifest, 0)[0], seed=0, epoch=0, **sizes)
-
-
-def test_damaged_lists(tmp_path: Path, draw: np.random.Generator) -> None:
-    rows = [f"{n}.png,class {n // 2},{'test,query' if n > 5 else 'train,'}" for n in range(8)]
-    for n in range(8):
-        (tmp_path / f"{n}.png").touch()
-    reader = TableReader(lists=[{"file": "list.csv"}], delimiter=",")
-    for _ in range(2 * NUMBER):
-        (tmp_path / "list.csv").write_bytes(damaged("\n".join(["path,class,split,role", *rows]).encode(), draw))
-        with watched(), suppress(UserError), open_samples(reader, tmp_path, tmp_path):
-            pass

@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import multiprocessing
 import os
 import signal
@@ -22,6 +21,7 @@ from dist_obdsd.data.manifest import key
 from dist_obdsd.data.stream import EvalBatch, TrainBatch, TrainStream, evaluation_batches
 from dist_obdsd.data.transforms import eval_transform
 from dist_obdsd.errors import InputError, RunError
+from tests.data.packing.readers.layouts import write_archive
 from tests.data.shards import (
     CLASSES,
     PER_CLASS,
@@ -141,11 +141,7 @@ def damaged(data: Data, folder: Path, shard: int, change: Callable[[dict[str, by
     with tarfile.open(data[0] / name) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
     change(members)
-    with tarfile.open(folder / name, "w") as tar:
-        for member, content in members.items():
-            info = tarfile.TarInfo(member)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    write_archive(folder / name, members)
     return folder
 
 

@@ -2,11 +2,9 @@
 
 import gzip
 import hashlib
-import io
 import os
 import pickle
 import re
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from dist_obdsd.data.packing.verify import verify
 from dist_obdsd.data.shard_reader import read_shard
 from dist_obdsd.data.stream import evaluation_batches
 from dist_obdsd.errors import RunError
+from tests.data.packing.readers.layouts import write_archive
 from tests.data.packing.sources import write
 from tests.data.pictures import noise
 from tests.data.shards import config_of, picture
@@ -43,25 +42,14 @@ class OneShard:
         return self.folder / self.shard.file
 
 
-def tar_of(members: Members) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
-
-
 def pack_again(folder: Path, members: Members) -> OneShard:
     """Write the members, and a manifest that has the right sums of whatever they are."""
-    data = tar_of(members)
+    data = write_archive(folder / "a.tar", members).read_bytes()
     ids = tuple(range(16))
     shard = Shard(
         "a.tar", len(data), hashlib.sha256(data).hexdigest(), ids, tuple(i // 4 for i in ids), ("train",) * 16
     )
     manifest = Manifest({}, 0, 2, tuple("abcd"), {"train": (shard,)})
-    (folder / "a.tar").write_bytes(data)
     (folder / "manifest.json").write_text(to_json(manifest))
     return OneShard(folder, manifest, members)
 

@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +117,18 @@ def write_files(folder: Path, files: Files) -> Path:
     return folder
 
 
-def write_archive(path: Path, files: Files) -> Path:
+def write_archive(path: Path, files: Files | Sequence[tuple[str, bytes]]) -> Path:
     """A zip or a tar, compressed as its name says."""
+    members = files.items() if isinstance(files, dict) else files
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as packed:
-            for name, data in files.items():
+            for name, data in members:
                 packed.writestr(name, data)
         return path
     mode = {".tgz": "w:gz", ".bz2": "w:bz2", ".xz": "w:xz", ".tar": "w"}[path.suffix]
     with tarfile.open(path, mode) as tar:
-        for name, data in files.items():
+        for name, data in members:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))

@@ -123,24 +123,3 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, text: str, message: str) 
     table(tmp_path, text)
     with pytest.raises(InputError, match=message):
         rows_of(load_recipe("csv"), tmp_path)
-
-
-def test_a_recipe_of_ones_own_needs_no_code(tmp_path) -> None:
-    """Another layout of the kind: two lists per split, tab-separated, without header, images in a tar."""
-    lines = {"train": "ab", "test": "cd"}
-    files = {f"{split}.tsv": "".join(f"{n}.jpg\tno {n}\n" * 1 for n in names) for split, names in lines.items()}
-    write_files(tmp_path / "in", {name: text.encode() for name, text in files.items()})
-    write_archive(tmp_path / "in" / "pics.tar", IMAGES)
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(
-        "name: mine\nreader: table\ndescription: d\noptions:\n  archives: pics.tar\n  columns: [path, class]\n"
-        '  delimiter: "\\t"\n  lists:\n'
-        "    - {file: train.tsv, images: pics, split: train}\n    - {file: test.tsv, images: pics, split: test}\n"
-    )
-    rows = rows_of(load_recipe(recipe), tmp_path / "in")
-    assert rows == [
-        ("pics/a.jpg", "no a", "train", "train"),
-        ("pics/b.jpg", "no b", "train", "train"),
-        ("pics/c.jpg", "no c", "test", "both"),
-        ("pics/d.jpg", "no d", "test", "both"),
-    ]
