@@ -160,7 +160,7 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
 
 
 def _memory(here: Runtime, config: Config, ranks: int) -> list[str]:
-    """Estimate a rank's memory; where it does not fit the GPU, that of other strategies, too."""
+    """Estimate a rank's memory, also of other strategies where it does not fit."""
     zero = 1
     if config.strategy == "deepspeed":
         from dist_obdsd.training.deepspeed import engine_options

@@ -139,7 +139,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def _table(self, protocol: str, metrics: Sequence[str] | None = None) -> str:
-        """Format means, and differences to the baseline, of one protocol's metrics or of some of them."""
+        """Format means, and differences to the baseline, of all metrics or of some."""
         header = ["metric", "variant", "n", "mean", "std", "95 % interval", "difference", "95 % interval", "pairs", "p"]
         rows = [row for row in self.statistics if row["protocol"] == protocol]
         rows = [row for row in rows if metrics is None or row["metric"] in metrics]

@@ -74,7 +74,7 @@ class Comparison:
         return [status for status in self.statuses if status.state != FINISHED]
 
     def commands(self, tracked: bool = False) -> list[str]:
-        """Return each run's command line; one that is ``tracked`` names the comparison's tracked run."""
+        """Return each run's command line, perhaps with the comparison's tracked run."""
         parent = self._parent() if tracked else None
         return [shlex.join(self._command(spec, parent)) for spec in self.specs]
 

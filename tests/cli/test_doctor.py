@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_obdsd.cli.main import main
 from tests import runs
@@ -18,15 +19,19 @@ def test_doctor_says_whether_weights_are_there(
     monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
     grey = ["doctor", "tiny.yaml", "data.mean=null", "data.std=null", "data.channels=3", "model.backbone=resnet18"]
-    assert main([*grey, "model.pretrained=none"]) == 0
-    assert "network: resnet18 with 11.2 million weights, from none" in capfd.readouterr().out
+    assert main(["--local_rank=0", *grey, "model.pretrained=none"]) == 0  # the option is DeepSpeed's launcher's
+    said = capfd.readouterr().out
+    assert "network: resnet18 with 11.2 million weights, from none" in said
+    assert torch.__version__.split("+")[0] in said
+    assert "1, 2, 4 ranks" in said
+    assert "all-reduce" not in said  # one rank
     assert main([*grey, "model.pretrained=torchvision"]) == 0
     assert f"is not in {folder}/hub/hub/checkpoints; --download fetches it" in capfd.readouterr().out
     assert main([*grey, "model.pretrained=torchvision", "--download"]) == 2
-    said = capfd.readouterr()
-    assert "cannot be downloaded" in said.err
-    assert "memory of each" in said.out
-    assert "strategy=fsdp" not in said.out  # another strategy's, where the config's own fits
+    out, err = capfd.readouterr()
+    assert "cannot be downloaded" in err
+    assert "memory of each" in out
+    assert "strategy=fsdp" not in out  # another strategy's, where the config's own fits
 
 
 def test_the_template_serves_twelve_classes_of_eight_photos(tmp_path: Path) -> None:
