@@ -1,22 +1,19 @@
 """``search`` on the terminal and as a page; ``serve`` as a real server that is asked over HTTP."""
 
 import io
-import json
 import os
 import re
 import shutil
 import signal
 import socket
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from PIL import Image
 
 import dist_obdsd
@@ -151,30 +148,9 @@ def test_bad_requests_are_one_sentence(
     assert words in last
 
 
-@dataclass
-class Served:
-    url: str
-    program: Program
-    said: list[str]
-
-    def ask(self, path: str, body: bytes | Iterator[bytes] | None = None, kind: str = "image/png") -> tuple[int, bytes]:
-        try:
-            asked = urllib.request.Request(self.url + path, body, {"Content-Type": kind})
-            with urllib.request.urlopen(asked, timeout=60) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def find(self, body: bytes, options: str = "", kind: str = "image/png") -> list[dict[str, Any]]:
-        code, answer = self.ask(f"/search{options}", body, kind)
-        assert code == 200, answer
-        matches: list[dict[str, Any]] = json.loads(answer)["matches"]
-        return matches
-
-
 @contextmanager
-def serving(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[Served]:
-    """``dist-obdsd serve`` in a process of its own."""
+def serving(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[tuple[str, Program, list[str]]]:
+    """``dist-obdsd serve`` in a process of its own: its URL, the process and the lines that it said."""
     reads, writes = os.pipe()
     arguments = ["serve", f"{trained}/runs/tiny", "--gallery", str(gallery), "--port", "0", "--index", "i.npz"]
     with open(writes, "w") as out, (tmp_path / "errors").open("w") as errors:
@@ -184,14 +160,12 @@ def serving(trained: Path, gallery: Path, tmp_path: Path) -> Iterator[Served]:
         while not said or not said[-1].startswith("open http"):
             said.append(stream.readline())
             assert said[-1], (tmp_path / "errors").read_text()
-        yield Served(said[-1].split()[1], program, said)
+        yield said[-1].split()[1], program, said
         program.kill()
 
 
-def expect_refusal(answer: tuple[int, bytes], words: str) -> None:
-    assert answer[0] == 400
-    assert words in json.loads(answer[1])["error"]
-    assert b"\\n" not in answer[1]
+def refused(answer: requests.Response, words: str) -> bool:
+    return answer.status_code == 400 and words in answer.json()["error"] and "\\n" not in answer.text
 
 
 def test_serve_answers_a_browser(
@@ -199,48 +173,56 @@ def test_serve_answers_a_browser(
 ) -> None:
     (gallery / "class_00" / "broken.bmp").write_bytes(b"no image")
     query = (gallery / "class_01" / "3.png").read_bytes()
-    with serving(trained, gallery, tmp_path) as served:
-        assert "embedding 33 images" in served.said[0]
-        assert "32 images, 1 left out" in served.said[-2]
-        code, page = served.ask("/")
-        assert code == 200
-        assert b"Drop a photo here" in page
-        assert b"32 images, 1 left out" in page
-        assert b"data:image" not in page  # the images themselves come when they are asked for
-        assert b'"classes": ["class_00", "class_01", "class_02", "class_03"]' in page
-        found = served.find(query)
-        assert (found[0]["path"], round(found[0]["cosine"], 4), len(found)) == ("class_01/3.png", 1.0, 24)
-        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
-        form = head + query + b"\r\n--x--\r\n"
-        assert served.find(form, kind="multipart/form-data; boundary=x") == found
+
+    def asked(url: str, body: Any = query, **options: Any) -> requests.Response:
+        return requests.post(f"{url}/search", body, timeout=60, **options)
+
+    def paths(answer: requests.Response) -> list[str]:
+        return [match["path"] for match in answer.json()["matches"]]
+
+    with serving(trained, gallery, tmp_path) as (url, program, said):
+        assert "embedding 33 images" in said[0]
+        assert "32 images, 1 left out" in said[-2]
+        page = requests.get(url, timeout=60).text
+        assert "Drop a photo here" in page
+        assert "32 images, 1 left out" in page
+        assert "data:image" not in page  # the images themselves come when they are asked for
+        assert '"classes": ["class_00", "class_01", "class_02", "class_03"]' in page
+        found = asked(url).json()
+        best, second = found["matches"][:2]
+        assert (best["path"], round(best["cosine"], 4), len(found["matches"])) == ("class_01/3.png", 1.0, 24)
+        assert asked(url, None, files={"file": query}).json() == found
         for size in ("", "?large=true"):
-            assert Image.open(io.BytesIO(served.ask(f"/{found[1]['image']}{size}")[1])).format == "JPEG"
-        assert {match["path"].split("/")[0] for match in served.find(query, "?class_name=class_02")} == {"class_02"}
-        expect_refusal(served.ask("/search", b"GIF89a"), "its format is none of")
-        expect_refusal(served.ask("/search", b""), "no image came")
-        expect_refusal(served.ask("/search", b"--x--\r\n", "multipart/form-data; boundary=x"), "no image came")
-        assert served.ask("/search", form, "multipart/form-data")[0] == 400  # without its boundary
-        expect_refusal(served.ask("/search", iter([query])), "Content-Length")
-        expect_refusal(served.ask("/search?class_name=pear", query), "no class 'pear'")
+            thumbnail = requests.get(f"{url}/{second['image']}{size}", timeout=60).content
+            assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
+        one_class = paths(asked(url, params={"class_name": "class_02"}))
+        assert {path.split("/")[0] for path in one_class} == {"class_02"}
+        assert refused(asked(url, b"GIF89a"), "its format is none of")
+        assert refused(asked(url, b""), "no image came")
+        form = {"Content-Type": "multipart/form-data; boundary=x"}
+        assert refused(asked(url, b"--x--\r\n", headers=form), "no image came")
+        assert asked(url, headers={"Content-Type": "multipart/form-data"}).status_code == 400  # without its boundary
+        assert refused(asked(url, iter([query])), "Content-Length")
+        assert refused(asked(url, params={"class_name": "pear"}), "no class 'pear'")
         for path in ("image/%C3%BC", "image/..%2Fi.npz"):  # one that is not in the gallery, and a way out of it
-            expect_refusal(served.ask(f"/{path}"), "no such image")
+            assert refused(requests.get(f"{url}/{path}", timeout=60), "no such image")
         (gallery / "class_00" / "added.png").write_bytes(query)  # what is new in the gallery is found at once
-        assert {match["path"] for match in served.find(query)[:2]} == {"class_01/3.png", "class_00/added.png"}
+        assert set(paths(asked(url))[:2]) == {"class_01/3.png", "class_00/added.png"}
         (gallery / "class_00" / "added.png").unlink()
-        port = served.url.rstrip("/").rpartition(":")[2]
+        port = url.rpartition(":")[2]
         with socket.create_server(("127.0.0.2", int(port))):  # it listens at 127.0.0.1 alone
             pass
         assert main(["serve", "no/run", "--gallery", str(gallery), "--port", port]) == 2
         assert "choose another --host or --port" in capsys.readouterr().err
-        served.program.send_signal(signal.SIGINT)
-        assert served.program.wait(60) == 0
+        program.send_signal(signal.SIGINT)
+        assert program.wait(60) == 0
         assert "Traceback" not in (tmp_path / "errors").read_text()
-    with serving(trained, gallery, tmp_path) as served:
-        assert "embedding 1 images" in served.said[0]  # the broken one, which is named again
+    with serving(trained, gallery, tmp_path) as (url, _, said):
+        assert "embedding 1 images" in said[0]  # the broken one, which is named again
         assert "broken.bmp cannot be embedded" in (tmp_path / "errors").read_text()
-        assert served.find(query) == found
-        for path in gallery.iterdir():
-            shutil.rmtree(path)
-        expect_refusal(served.ask("/search", query), "holds no image")
+        assert asked(url).json() == found
+        for folder in gallery.iterdir():
+            shutil.rmtree(folder)
+        assert refused(asked(url), "holds no image")
         gallery.rmdir()
-        expect_refusal(served.ask("/search", query), "is not a folder")
+        assert refused(asked(url), "is not a folder")
