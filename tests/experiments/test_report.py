@@ -55,17 +55,9 @@ def test_statistics_are_scipys_and_stand_in_every_file(folder: Path) -> None:
         cells = table_row(text, "recall@1", variant)
         assert cells[2:6] == ["3", f"{sum(values) / 3:.4f}", f"{stats.tstd(values):.4f}", f"{low:.4f} to {high:.4f}"]
         test = stats.ttest_rel(values, VALUES["none"])
-        if variant == "none":
-            assert cells[6:] == ["baseline", "", "", ""]
-        else:
-            between = test.confidence_interval(0.95)
-            mean = sum(values) / 3 - sum(VALUES["none"]) / 3
-            assert cells[6:] == [
-                f"{mean:+.4f}",
-                f"{between.low:+.4f} to {between.high:+.4f}",
-                "3",
-                f"{test.pvalue:.3f}",
-            ]
+        between, mean = test.confidence_interval(0.95), sum(values) / 3 - sum(VALUES["none"]) / 3
+        apart = [f"{mean:+.4f}", f"{between.low:+.4f} to {between.high:+.4f}", "3", f"{test.pvalue:.3f}"]
+        assert cells[6:] == (["baseline", "", "", ""] if variant == "none" else apart)
     rows = list(csv.DictReader(io.StringIO(files["values.csv"].read_text())))
     assert {(row["variant"], int(row["seed"]), float(row["value"])) for row in rows} == {
         (variant, seed, value) for variant, values in VALUES.items() for seed, value in enumerate(values)
@@ -102,10 +94,8 @@ def test_missing_runs_are_named_and_their_variants_say_less(folder: Path) -> Non
 def test_a_grid_point_is_chosen_by_validation_classes_alone(folder: Path) -> None:
     # The test set and the validation classes, which are 1 minus it here, want different points.
     values = {
-        "none epochs=3": [0.5] * 3,
-        "none epochs=4": [0.7] * 3,
-        "psd epochs=3": [0.9] * 3,
-        "psd epochs=4": [0.8] * 3,
+        f"{variant} epochs={epochs}": [value] * 3
+        for variant, epochs, value in (("none", 3, 0.5), ("none", 4, 0.7), ("psd", 3, 0.9), ("psd", 4, 0.8))
     }
     text = report(folder, values, ("epochs=3,4",), "validation.fraction=0.25").markdown()
     chosen = text.split("## Choice of the grid's point")[1]

@@ -81,9 +81,7 @@ def test_from_a_job_list_over_a_failure_to_the_report(study: Path, compare: Call
         assert mine == {(r["protocol"], r["metric"]): r["value"] for r in summary["rows"]}
     report = (study / "runs" / "tiny-comparison" / "report.md").read_text()
     assert "2 of 2 runs are finished" in report
-    assert "fewer than 3 finished seeds" in report
     assert "fewer than 3 finished seeds" in out
-    assert (study / "runs" / "tiny-comparison" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
@@ -95,17 +93,12 @@ def finished(study: Path, compare: Callable[..., Answer]) -> Callable[..., Answe
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ("optim.lr=0.01", "runs/tiny-none-seed0 was trained with other settings than the variant none with seed 0 "
-                          "(optim.lr: 0.001 -> 0.01)"),
-        ("max_steps=3", "max_steps: 7 -> 3"),
-    ],
-)  # fmt: skip
-def test_runs_with_other_settings_are_refused(finished: Callable[..., Answer], change: str, sentence: str) -> None:
+    ("change", "named"), [("optim.lr=0.01", "optim.lr: 0.001 -> 0.01"), ("max_steps=3", "max_steps: 7 -> 3")]
+)
+def test_runs_with_other_settings_are_refused(finished: Callable[..., Answer], change: str, named: str) -> None:
     code, _, err = finished(change)
     assert code == 2
-    assert sentence in err
+    assert f"runs/tiny-none-seed0 was trained with other settings than the variant none with seed 0 ({named}" in err
 
 
 def test_the_comparison_is_a_tracked_run_of_its_own(study: Path, finished: Callable[..., Answer]) -> None:
