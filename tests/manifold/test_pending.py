@@ -28,18 +28,14 @@ def test_what_was_queued_unseen_is_the_target(kind, dtype, rows, target):
     T_BD = MANIFOLDS[kind].to(dtype)
     for transition, omega in ((1.0, 0.5), (1.0, 0.99), (0.005, 0.9)):
         chosen, plan = settings(transition_temperature=transition, omega=omega, target=target), QueuePlan()
-        expected = oracle.target(
-            T_BD.numpy(), target=target, temperature=0.1, transition_temperature=transition, omega=omega,
-            mask_self=False,
-        )[rows]  # fmt: skip
+        same = {"target": target, "temperature": 0.1, "transition_temperature": transition, "omega": omega}
+        expected_bB = torch.from_numpy(oracle.target(T_BD.numpy(), **same)[rows])
         for _ in range(3):  # the series, then what the first step taught
             with Shadow([T_BD]) as shadow:
                 pending = manifold.start_async(T_BD, rows, chosen, None, plan)
             assert not shadow.found
-            solve = manifold.target_rows(T_BD, rows, chosen, pending=pending)
-            assert abs(solve.target_bB.double().numpy() - expected).sum(1).max() < (
-                1e-9 if dtype == torch.float64 else 2e-4
-            )
+            found_bB = manifold.target_rows(T_BD, rows, chosen, pending=pending).target_bB
+            assert (found_bB - expected_bB).abs().sum(1).max() < (1e-9 if dtype == torch.float64 else 2e-4)
 
 
 def take_steps(chosen: Diffusion, steps: int = 6, b: int = 112) -> tuple[list[int], QueuePlan, list[DiffusionTarget]]:
@@ -94,10 +90,8 @@ def test_a_rejected_series_is_tried_in_the_next_epoch():
 
 
 def test_with_a_memory_the_queued_target_is_cut_to_the_batch():
-    T_nD = MANIFOLDS["ordinary"].double()
-    T_BD, memory_MD = T_nD[:8], T_nD[8:]
+    T_BD, memory_MD = MANIFOLDS["ordinary"].double().split([8, B - 8])
     pending = manifold.start_async(T_BD, slice(0, 8), settings(), memory_MD)
-    assert pending is not None
     one, other = (manifold.target_rows(T_BD, slice(0, 8), settings(), memory_MD, a) for a in (pending, None))
     assert one.target_bB.shape == (8, 8)
     assert (one.target_bB - other.target_bB).abs().max() < 1e-10
