@@ -56,17 +56,13 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("optm.lr=1", "unknown setting optm; did you mean optim?"),
         ("data.lane=4", "unknown setting data.lane; did you mean data.lanes?"),
         ("batch.global_size=113", "set it to 112 or 114"),
         ("batch.global_size=2", "at least two"),
         ("data.lanes=3", "set data.lanes to one of [1, 2, 4, 7, 8, 14, 28, 56]"),
         ("epochs=1", "set epochs to 2 or more, or distillation.target=none"),
-        ("distillation.omega=1", "distillation.omega is 1"),
-        ("distillation.temperature=0", "distillation.temperature is 0"),
         ("distillation.target=odbsd", "distillation.target is 'odbsd'"),
         ("data.mean=[0.1,0.2]", "data.mean has 2 values; give one, or data.channels=3 of them"),
-        ("precision=fp16", "precision is 'fp16'"),
         ("optim.schedule=step", "optim.schedule is step and optim.milestones []"),
         ("optim.milestones=[3]", "optim.schedule is constant and optim.milestones [3]"),
         ("data.resize=100", "set data.resize to at least 224"),
@@ -76,15 +72,16 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("name=../up", "name is '../up'"),
         ("optim.lr=.nan", "optim.lr is nan"),
         ("evaluation.recall_at=[]", "evaluation.recall_at is empty; give at least 1"),
-        ("evaluation.recall_at=[0]", "evaluation.recall_at.0 is 0"),
-        ("output=", "output is ''"),
         ("seed=1:30", "seed is '1:30'"),
         ("validation={fraction: 0.1, folds: 5}", "validation.fraction and validation.folds both say what to hold out"),
         ("validation={folds: 5, fold: 5}", "validation.fold=5 but validation.folds is 5"),
         ("validation.fold=1", "validation.fold=1 but validation.folds is unset"),
-        ("validation.folds=1", "validation.folds is 1"),
         ("validation.classes=none.txt", "cannot read none.txt: No such file or directory; give a list of names, or"),
         ("validation.folds=2 evaluation.metrics=[recall]", "chosen by map@r; add it to evaluation.metrics"),
+        ("evaluation.select_by=recall@3 validation.fraction=0.25", "a recall@k also to evaluation.recall_at"),
+        ("evaluation.select_by=rho_spectrum", "cannot choose an epoch"),
+        ("evaluation.test=false evaluation.best_test=true", "set evaluation.test=true"),
+        ("evaluation.metrics=[recal]", "evaluation.metrics is 'recal'"),
         ("validation.patience=3", "classes; set validation.fraction"),
         ("model.backbone=resnet99", "set it to small_cnn, a classifier of torchvision such as resnet"),
         ("model.backbone=timm/resnot", "timm has no model resnot"),
@@ -130,7 +127,9 @@ def test_a_text_setting_takes_what_was_typed(text, tmp_path):
     assert (settings.data.shards, settings.tracking.experiment) == (text, text)
     assert settings.deepspeed.config == (None if text == "null" else text)
     (tmp_path / "x.yaml").write_text(settings.to_yaml())
-    assert load_config(tmp_path / "x.yaml") == settings
+    again = load_config(tmp_path / "x.yaml")
+    assert again == settings
+    assert again.digest() == settings.digest() != parse().digest()
     recipe = load_recipe("folder", [f"options.splits.train={text}", f"description={text}"])
     assert recipe.options["splits"]["train"] == recipe.description == text
 
@@ -152,18 +151,10 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert parse("data.shards=http://x/~a/b").data.shards == "http://x/~a/b"
 
 
-@pytest.mark.parametrize(
-    ("text", "key", "lines"),
-    [
-        ("name: x\nepochs: 2\ndata: {shards: a}\nname: y\n", "name", (1, 4)),
-        ("name: x\ndata:\n  shards: a\n  'shards': b\n", "shards", (3, 4)),
-        ("name: x\ndata: {shards: a, lanes: 2, lanes: 4}\n", "lanes", (2, 2)),
-    ],
-)
 @pytest.mark.parametrize("read", [load_config, load_recipe])
-def test_a_key_that_comes_twice_is_refused(text, key, lines, read, tmp_path):
-    (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(InputError, match=f"{key} stands in line {lines[0]} and again in line {lines[1]}"):
+def test_a_key_that_comes_twice_is_refused(read, tmp_path):
+    (tmp_path / "x.yaml").write_text("name: x\ndata:\n  shards: a\n  'shards': b\n")
+    with pytest.raises(InputError, match="shards stands in line 3 and again in line 4"):
         read(tmp_path / "x.yaml")
 
 
@@ -181,14 +172,6 @@ def test_a_missing_or_broken_file_is_refused(text, fact, tmp_path):
         (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(InputError, match=fact):
         load_config(tmp_path / "x.yaml")
-
-
-def test_the_yaml_of_a_config_gives_the_same_config(tmp_path):
-    settings = parse("optim.schedule=step", "optim.milestones=[1, 2]")
-    (tmp_path / "x.yaml").write_text(settings.to_yaml())
-    again = load_config(tmp_path / "x.yaml")
-    assert again == settings
-    assert again.digest() == settings.digest() != parse().digest()
 
 
 def test_only_what_cannot_change_a_result_may_change_on_resume():

@@ -73,25 +73,6 @@ def test_a_run_that_ends_inside_an_epoch_loads_the_best(train, folder):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fact"),
-    [
-        (("evaluation.metrics=[recall]", "evaluation.best_test=true"), "evaluation.metrics"),
-        (("evaluation.metrics=[recall]", "validation.fraction=0.25"), "evaluation.metrics"),
-        (("evaluation.select_by=recall@3", "validation.fraction=0.25"), "evaluation.recall_at"),
-        (("evaluation.select_by=rho_spectrum",), "cannot choose an epoch"),
-        (("evaluation.test=false", "evaluation.best_test=true"), "evaluation.test=true"),
-        (("validation.fraction=0.25", "validation.max_images=9"), "room for 1 whole classes and needs room for 2"),
-        (("evaluation.metrics=[recal]",), "evaluation.metrics"),
-        (("evaluation.conventions=published",), "evaluation.conventions"),
-    ],
-)
-def test_contradicting_settings_are_refused(train, overrides, fact):
-    code, _, err = train(*overrides)
-    assert code == 2
-    assert fact in err
-
-
-@pytest.mark.parametrize(
     ("recall", "map_at_r", "fact"),
     [
         (0.7, 0.5, None),
