@@ -4,7 +4,7 @@ from dist_obdsd.manifold import targets as manifold
 from tests import runs
 
 
-def test_a_target_that_is_no_distribution_is_counted(train, folder, monkeypatch):
+def test_a_step_that_went_wrong_is_counted_and_ends_a_debug_run(train, folder, monkeypatch):
     real = manifold.target_rows
 
     def off(*arguments):
@@ -18,13 +18,11 @@ def test_a_target_that_is_no_distribution_is_counted(train, folder, monkeypatch)
     defective = [row for row in first if row.get("target_defects")]
     assert len(defective) == len([row for row in first if row["epoch"] == 1])
     assert f"100.0% of the target's rows are not distributions (step {len(defective)} so)" in out
-    code, out, err = train("epochs=2", "debug=true", "name=debug")
-    assert code == 1
-    assert "rows are not distributions (step 1 so); debug=true stops here" in err
+    for more, fact in (
+        (["name=debug"], "rows are not distributions (step 1 so); debug=true stops here"),
+        (["name=nan", "optim.lr=1e300", "optim.name=sgd"], "so the step was left out; debug=true stops here"),
+    ):
+        code, _, err = train("epochs=2", "debug=true", *more)
+        assert code == 1
+        assert fact in err
     assert runs.status(folder / "runs" / "debug")["state"] == "failed"
-
-
-def test_a_nan_in_debug_mode_is_an_error_at_once(train):
-    code, _, err = train("debug=true", "optim.lr=1e300", "optim.name=sgd")
-    assert code == 1
-    assert "is not finite, so the step was left out; debug=true stops here" in err

@@ -1,7 +1,6 @@
 """The output of a run: a bar on a terminal and lines elsewhere, through the real program."""
 
 import fcntl
-import functools
 import io
 import logging
 import os
@@ -62,23 +61,6 @@ def test_a_bar_on_a_terminal_and_lines_above_it(folder: Path, columns: int) -> N
     best = [line for line in lines if "best epoch so far" in line]
     assert best
     assert all(line.startswith("validation: ") for line in best)
-
-
-@pytest.mark.parametrize("columns", [80, 110])
-def test_the_bar_shortens_and_never_the_numbers(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Screen())
-    monkeypatch.setattr(console, "bar", functools.partial(console.bar, file=sys.stderr))
-    display = ProgressDisplay(0, 1024)
-    display.begin("epoch 12/30", 0, 4567, 80_000)
-    display._bar.dynamic_ncols, display._bar.ncols = None, columns
-    for step in range(1234):
-        display.step(step, {"seconds": 0.09, "data_wait": 0.03, "ranking": 1.23456, "distillation": 0.0123})
-    display._bar.refresh()
-    last = COLOUR.sub("", sys.stderr.getvalue().split("\r")[-1])
-    display.close()
-    assert len(last) <= columns
-    numbers = ["12/30", "1234/4567", "11,378", "33%", "1:58:09", "1.23", "0.0123"]
-    assert [number for number in numbers if number not in last] == []
 
 
 def test_quiet_and_verbose(train) -> None:
