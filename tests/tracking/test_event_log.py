@@ -100,11 +100,3 @@ def test_a_state_of_another_log_counts_for_nothing(path):
     assert UploadState.load(path, header("local-2")).sent == 0
     UploadState.path(path).write_text("{")
     assert UploadState.load(path, first) == UploadState(first["run"], first["uri"])
-
-
-def test_one_process_at_a_time_may_send(path):
-    EventLog(path, header())
-    with event_log.upload_lock(path), pytest.raises(InputError, match="a live run"), event_log.upload_lock(path):
-        pass
-    with event_log.upload_lock(path):
-        pass
