@@ -85,43 +85,31 @@ class Config(Section):
             vars(self)["data"] = data = data.model_copy(update={"lanes": lanes})
         vars(self)["model"] = _filled(model, {"pooling": pooling})
         vars(self)["evaluation"] = _filled(self.evaluation, {"untrained": model.pretrained != "none"})
-        if data.resize is not None and data.resize < min(data.size):
-            raise ValueError(
-                f"data.resize is {data.resize} but the crop is data.image_size={data.image_size}; "
-                f"set data.resize to at least {min(data.size)}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_batch(self) -> Self:
-        size, k, lanes = self.batch.global_size, self.batch.samples_per_class, self.data.lanes
-        if size % k:
-            raise ValueError(
-                f"batch.global_size={size} is not a multiple of batch.samples_per_class={k}; "
-                f"set it to {max(size // k, 2) * k} or {(size // k + 1) * k}"
-            )
-        groups = size // k
-        if groups < 2:
-            raise ValueError(
-                f"batch.global_size={size} with batch.samples_per_class={k} holds one class; "
-                f"a ranking loss needs at least two, so set batch.global_size to {2 * k} or more"
-            )
-        if groups % lanes:
-            fitting = [n for n in range(1, groups + 1) if groups % n == 0 and n <= 64]
-            raise ValueError(
-                f"data.lanes={lanes} does not divide the {groups} groups of a batch "
-                f"({size} images / {k} per class); set data.lanes to one of {fitting}"
-            )
         return self
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         data, model, evaluation = self.data, self.model, self.evaluation
+        size, k = self.batch.global_size, self.batch.samples_per_class
+        groups = size // k
+        fitting = [n for n in range(1, min(groups, 64) + 1) if groups % n == 0]
         chooses = self.validation.holds_out or evaluation.best_test
-        recalls = [f"recall@{k}" for k in evaluation.recall_at] if "recall" in evaluation.metrics else []
+        recalls = [f"recall@{at}" for at in evaluation.recall_at] if "recall" in evaluation.metrics else []
         float64, reads = self.precision == "float64", BACKBONES.source(model.backbone).arguments
         twice = "batch.chunk" if self.batch.chunk else "model.checkpoint_blocks" if model.checkpoint_blocks else None
         for wrong, sentence in (
+            (size % k,
+             f"batch.global_size={size} is not a multiple of batch.samples_per_class={k}; set it to "
+             f"{max(groups, 2) * k} or {(groups + 1) * k}"),
+            (groups < 2,
+             f"batch.global_size={size} with batch.samples_per_class={k} holds one class; a ranking loss needs at "
+             f"least two, so set batch.global_size to {2 * k} or more"),
+            (groups % data.lanes,
+             f"data.lanes={data.lanes} does not divide the {groups} groups of a batch ({size} images / {k} per class); "
+             f"set data.lanes to one of {fitting}"),
+            (data.resize is not None and data.resize < min(data.size),
+             f"data.resize is {data.resize} but the crop is data.image_size={data.image_size}; set data.resize to at "
+             f"least {min(data.size)}"),
             (self.distillation.target != "none" and self.epochs == 1,
              "epochs=1 with distillation has no effect, since the ramp epoch/epochs is 0 throughout; set epochs to 2 "
              "or more, or distillation.target=none"),

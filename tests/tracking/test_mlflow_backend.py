@@ -242,7 +242,7 @@ def test_a_database_in_a_folder_of_any_name(name, tmp_path, monkeypatch, job):
     assert client.get_metric_history(tracker.run_id, "loss")[0].value == 1
     assert {path.name for path in here.iterdir()} == {"m.db", "mlruns"}
     assert [path.read_text() for path in here.rglob("note.txt")] == ["hello"]
-    assert {path.name for path in tmp_path.iterdir()} == {here.name, "x"}
+    assert not any(path.exists() for path in (tmp_path / "job", tmp_path / "what"))
 
 
 def test_a_database_that_cannot_be_opened_is_told_at_once(job):
