@@ -49,21 +49,13 @@ def make_images(folder: Path, classes: int = 24, per_class: int = 8) -> Path:
 
 
 def program(
-    *arguments: str | Path, ranks: int = 0, cwd: Path, env: dict[str, str] | None = None, anew: bool = False,
-    code: str | None = None,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    *arguments: str | Path, ranks: int = 0, cwd: Path, env: dict[str, str] | None = None, code: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run ``dist-obdsd ...`` to its end: alone, or as several ranks that share an output.
 
     Args:
-        anew: start Python anew, and torchrun for several ranks, in place of ``tests.nursery``.
         code: Python that runs in place of the program, with its arguments, such as ``at_step``.
     """
-    if anew:
-        line = [sys.executable, "-c", code, *arguments] if code else command(*arguments, ranks=ranks)
-        return subprocess.run(
-            line, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=cwd, env=environment(env),
-            start_new_session=True,
-        )  # fmt: skip
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         own = group_environments(ranks) if ranks else [{}]
         started = [
@@ -130,10 +122,10 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def train(
-    folder: Path, *overrides: str, ranks: int = 0, code: int = 0, anew: bool = False, env: dict[str, str] | None = None
+    folder: Path, *overrides: str, ranks: int = 0, code: int = 0, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Train in ``folder``, which has a ``tiny.yaml``, and check the exit code."""
-    done = program("train", "tiny.yaml", *overrides, ranks=ranks, cwd=folder, anew=anew, env=env)
+    done = program("train", "tiny.yaml", *overrides, ranks=ranks, cwd=folder, env=env)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

@@ -67,16 +67,16 @@ class Uploader:
                     self._send()
                 except Exception as error:  # whatever the server does, the run goes on
                     self.trouble = short_reason(error)
-                    self.answered.set()
                     if not self._warned and not self._stop.is_set():
                         self._warned, more = True, "the run goes on, and the rest is sent later"
                         logger.log(NOTICE, f"tracking at {self.state.uri}: {self.trouble}; {more}")
                     pause = min(max(PATIENCE[0], 2 * pause), PATIENCE[0] if closing else PATIENCE[1])
                 else:
                     self.trouble, pause = "", INTERVAL
-                    self.answered.set()
                     if closing:
                         return
+                finally:
+                    self.answered.set()
                 (self._stop if closing else self._closing).wait(pause)
 
     def _send(self) -> None:

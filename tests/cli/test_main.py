@@ -99,7 +99,8 @@ def test_bad_usage_exits_with_2(arguments: str, fact: str, folder: Path) -> None
 
 
 def test_a_sentence_is_what_torchrun_ends_with(folder: Path) -> None:
-    done = runs.program("train", "tiny.yaml", "data.shards=nowhere", ranks=2, cwd=folder, anew=True)
+    line = runs.command("train", "tiny.yaml", "data.shards=nowhere", ranks=2)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env=runs.environment(), check=False)
     lines = [line for line in done.stderr.splitlines() if line.strip(" =")]
     assert "there is no shard folder nowhere" in lines[0]
     assert lines[-1].endswith(lines[0].removeprefix("dist-obdsd: "))
