@@ -5,29 +5,28 @@ complete whenever the program was stopped. Packing the same data twice gives the
 """
 
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from dist_obdsd import console
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.images import examine
 from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.data.packing.readers.base import Sample, open_samples, raise_missing
+from dist_obdsd.data.packing.readers.base import Sample, list_samples, raise_missing
 from dist_obdsd.data.packing.recipes import Recipe
 from dist_obdsd.data.packing.writer import UsableImage, write_shards
 from dist_obdsd.data.parallel import in_order, processes
 from dist_obdsd.errors import InputError, RunError
-from dist_obdsd.files import new_folder
+from dist_obdsd.files import new_folder, read_file
 
 MAX_WARNINGS = 20  # about single images; the manifest lists all of them
 AHEAD = 32  # images a process that are examined at a time
-_Examined = tuple[str, int, bytes | None]  # suffix, size and, where made smaller, bytes of an image
 
 logger = logging.getLogger(__name__)
 
@@ -74,38 +73,34 @@ def pack(
     _check_target(out, source, overwrite)
     reader, differences = recipe.make_reader(), list[str]()
     on_missing = differences.append if allow_partial else raise_missing
-    scratch = next(folder for folder in out.parents if folder.is_dir())
-    with open_samples(reader, source, scratch, on_missing) as samples:
-        record: dict[str, Any] = {**recipe.model_dump(), "options": reader.model_dump(), "resize": resize}
-        _check_classes(samples)
-        if counts := _count_differences(recipe, samples):
-            on_missing(", and ".join(counts))
-        if differences:
-            logger.warning("%s; packing what is there", ", and ".join(differences))
-            record |= {"partial": True, "differences": differences}
-        try:
-            # The processes first, so that they do not inherit the folder's lock, which ends with this process alone.
-            with (
-                processes(workers) as pool,
-                new_folder(out) as folder,
-                tempfile.NamedTemporaryFile(dir=folder) as smaller,
-            ):
-                images, broken = _examine_all(samples, resize, pool, workers, smaller)
-                _log_left_out("images", broken)
-                trains = any(sample.split == "train" for sample in samples)
-                images, too_small = _drop_small_classes(images, samples_per_class, trains)
-                if broken or too_small:
-                    record["left_out"] = broken + too_small
-                splits, classes = write_shards(images, samples_per_class, seed, folder, pool, workers)
-                text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
-                written = manifests.from_json(text, str(out / "manifest.json"))
-                (folder / "manifest.json").write_text(text)
-        except OSError as error:
-            where = f" at {error.filename}" if error.filename else ""
-            raise RunError(
-                f"packing to {out} stopped{where}: {error.strerror or error}; nothing was kept; free some space, or "
-                f"choose an --out that you may write to"
-            ) from error
+    try:
+        # The processes first, so that they do not inherit the folder's lock, which ends with this process alone.
+        with processes(workers) as pool, new_folder(out) as folder, TemporaryDirectory(dir=folder) as name:
+            scratch = Path(name)
+            samples = list_samples(reader, source, scratch, on_missing)
+            record: dict[str, Any] = {**recipe.model_dump(), "options": reader.model_dump(), "resize": resize}
+            _check_classes(samples)
+            if counts := _count_differences(recipe, samples):
+                on_missing(", and ".join(counts))
+            if differences:
+                logger.warning("%s; packing what is there", ", and ".join(differences))
+                record |= {"partial": True, "differences": differences}
+            images, broken = _examine_all(samples, resize, pool, workers, scratch)
+            _log_left_out("images", broken)
+            trains = any(sample.split == "train" for sample in samples)
+            images, too_small = _drop_small_classes(images, samples_per_class, trains)
+            if broken or too_small:
+                record["left_out"] = broken + too_small
+            splits, classes = write_shards(images, samples_per_class, seed, folder, pool, workers)
+            text = manifests.to_json(Manifest(record, seed, samples_per_class, classes, splits))
+            written = manifests.from_json(text, str(out / "manifest.json"))
+            (folder / "manifest.json").write_text(text)
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        raise RunError(
+            f"packing to {out} stopped{where}: {error.strerror or error}; nothing was kept; free some space, or "
+            f"choose an --out that you may write to"
+        ) from error
     return written
 
 
@@ -147,36 +142,26 @@ def _count_differences(recipe: Recipe, samples: Sequence[Sample]) -> list[str]:
 
 
 def _examine_all(
-    samples: Sequence[Sample], resize: int | None, pool: Executor | None, workers: int, spool: IO[bytes]
+    samples: Sequence[Sample], resize: int | None, pool: Executor | None, workers: int, scratch: Path
 ) -> tuple[list[UsableImage], list[dict[str, str]]]:
     """Decode all: the usable images, and name and reason of each other one."""
     images: list[UsableImage] = []
     left_out: list[dict[str, str]] = []
+    examine_one = partial(_examine, resize=resize, scratch=scratch)
     with console.bar(len(samples), "images", "examining") as bar:
-        examined = in_order(pool, partial(_examine, resize=resize), samples, AHEAD * workers)
+        examined = in_order(pool, examine_one, enumerate(samples), AHEAD * workers)
         for sample, found in zip(samples, examined, strict=True):
             bar.update(1)
             if isinstance(found, str):
                 left_out.append({"name": sample.name, "reason": found})
-                continue
-            suffix, size, smaller = found
-            read = sample.read
-            if smaller is not None:
-                read = partial(_read_part, spool.name, spool.tell(), size)
-                spool.write(smaller)
-            images.append(UsableImage(replace(sample, read=read), suffix, size))
-    spool.flush()
+            else:
+                images.append(found)
     return images, left_out
 
 
-def _read_part(path: str, start: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(size)
-
-
-def _examine(sample: Sample, resize: int | None) -> _Examined | str:
-    """Read and examine an image; a text says why it cannot be used."""
+def _examine(task: tuple[int, Sample], resize: int | None, scratch: Path) -> UsableImage | str:
+    """Examine an image, and keep a smaller one; a text says why it cannot be used."""
+    number, sample = task
     try:
         data = sample.read()
         suffix, smaller = examine(data, resize)
@@ -184,7 +169,11 @@ def _examine(sample: Sample, resize: int | None) -> _Examined | str:
         return f"cannot be read: {error}"
     except ValueError as error:
         return f"cannot be decoded: {error}"
-    return suffix, len(smaller or data), smaller
+    if smaller is None:
+        return UsableImage(sample, suffix, len(data))
+    path = scratch / str(number)
+    path.write_bytes(smaller)
+    return UsableImage(replace(sample, read=partial(read_file, path)), suffix, len(smaller))
 
 
 def _drop_small_classes(

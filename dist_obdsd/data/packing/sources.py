@@ -1,6 +1,6 @@
 """The files of a folder, an archive, or a folder with archives.
 
-Archives are extracted into temporary folders, so that what follows only reads plain files.
+Archives are extracted into a temporary folder, so that what follows only reads plain files.
 """
 
 import logging
@@ -10,13 +10,12 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import NoReturn
 
-from dist_obdsd.errors import InputError, RunError, UserError
+from dist_obdsd.errors import InputError, UserError
 from dist_obdsd.files import read_file, readable_name
 
 ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, without
@@ -41,8 +40,8 @@ class File:
 class Tree:
     """The files of a source. Names are relative, with forward slashes."""
 
-    def __init__(self, source: Path, archives: Sequence[str], scratch: Path, stack: ExitStack) -> None:
-        """Open a source until ``stack`` ends; see ``open_samples`` for the rest.
+    def __init__(self, source: Path, archives: Sequence[str], scratch: Path) -> None:
+        """Find the files; see ``list_samples`` for the rest.
 
         Args:
             source: a folder, an archive, or a file in a folder (``given`` is then its name, the tree its folder).
@@ -57,14 +56,14 @@ class Tree:
             for name in [base + archive for base in _bases(source) for archive in archives]:
                 path = source / name
                 if path.is_file() and not path.with_name(path.name.split(".")[0]).is_dir():
-                    self._roots.append((_extracted(path, scratch, stack), name.removesuffix(path.name), path))
+                    self._roots.append((_extracted(path, scratch), name.removesuffix(path.name), path))
             self._roots.append((source, "", source))
         elif not source.is_file():
             if source.exists():
                 raise InputError(f"the source {source} is no plain file; give a folder or an archive")
             raise InputError(f"the source {source} does not exist; give the folder or the archive with the download")
         elif _start(source).startswith((*ZIP_MARKS, *COMPRESSED_MARKS)) or tarfile.is_tarfile(source):
-            self._roots, self.is_archive = [(_extracted(source, scratch, stack), "", source)], True
+            self._roots, self.is_archive = [(_extracted(source, scratch), "", source)], True
         else:
             self._roots, self.given = [(source.parent, "", source.parent)], source.name
 
@@ -136,23 +135,17 @@ def _start(path: Path) -> bytes:
         raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
 
 
-def _extracted(archive: Path, scratch: Path, stack: ExitStack) -> Path:
-    """Extract an archive into a folder that goes when ``stack`` ends."""
+def _extracted(archive: Path, scratch: Path) -> Path:
+    """Extract an archive into a new folder in ``scratch``."""
     extract = _extract_zip if _start(archive).startswith(ZIP_MARKS) else _extract_tar
     logger.info("extracting %s", archive)
+    folder = Path(mkdtemp(dir=scratch))
     try:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix=f"{archive.name}.extracted-", dir=scratch)))
         extract(archive, folder)
-    except UserError:
-        raise
     except Exception as error:  # broken archives raise nearly every built-in type
-        reason = " ".join(str(error).split())
-        if not isinstance(error, OSError) or error.errno is None:
-            raise InputError(f"cannot open {archive}: {reason}; download it again") from error
-        raise RunError(
-            f"cannot extract {archive} into a temporary folder in {scratch}: {error.strerror}; free some space, choose "
-            f"an --out elsewhere, or extract the archive yourself and give the folder"
-        ) from error
+        if isinstance(error, UserError) or getattr(error, "errno", None):  # the disk is full
+            raise
+        raise InputError(f"cannot open {archive}: {' '.join(str(error).split())}; download it again") from error
     return folder
 
 

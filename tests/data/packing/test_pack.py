@@ -218,13 +218,18 @@ def test_the_processes_of_a_killed_run_end_with_it(source, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_a_file_that_cannot_grow_is_one_sentence(source, tmp_path) -> None:
+@pytest.mark.parametrize("suffix", ["", "zip", "tar"])
+def test_a_file_that_cannot_grow_is_one_sentence(source, tmp_path, suffix: str) -> None:
     # The limit on a file's size stands in for a full disk: the same write fails in the same place.
+    given = source
+    if suffix:
+        write(source / "large.txt", bytes(9000))
+        given = Path(shutil.make_archive(str(source / "all"), suffix, source))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
         with pytest.raises(RunError, match=r"packing to .*out stopped.*: File too large; nothing was kept"):
-            pack(FOLDER, source, tmp_path / "out")
+            pack(FOLDER, given, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_obdsd.data.packing.readers.base import Sample, open_samples
+from dist_obdsd.data.packing.readers.base import Sample, list_samples
 from dist_obdsd.data.packing.recipes import Recipe, load_recipe, recipe_names
 from dist_obdsd.errors import InputError
 from tests.data.packing.readers.layouts import listed
@@ -12,8 +12,7 @@ from tests.data.pictures import noise
 
 
 def read(recipe: Recipe, source: Path | None) -> list[Sample]:
-    with open_samples(recipe.make_reader(), source, Path()) as samples:
-        return samples
+    return list_samples(recipe.make_reader(), source, Path())
 
 
 def folder_recipe(**options: object) -> Recipe:

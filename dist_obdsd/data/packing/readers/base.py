@@ -5,8 +5,7 @@ There is one for every kind of layout. Two data sets of one kind differ in optio
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -83,31 +82,29 @@ def raise_missing(clause: str) -> None:
     raise InputError(f"{clause}; complete the data, or pass --allow-partial to pack what is there")
 
 
-@contextmanager
-def open_samples(
+def list_samples(
     reader: Reader, source: Path | None, scratch: Path, on_missing: OnMissing = raise_missing
-) -> Iterator[list[Sample]]:
-    """List the samples of a source, training first; archives stay extracted meanwhile.
+) -> list[Sample]:
+    """List the samples of a source, training first.
 
     Args:
         source: the download: its folder or an archive; None for a reader that draws its images.
-        scratch: a folder that archives are extracted below.
+        scratch: the folder that archives are extracted into; it is needed while samples are read.
         on_missing: called with what the source should hold and does not.
 
     Raises:
         InputError: the source is missing, superfluous, unreadable or not laid out as the reader needs.
-        RunError: there is no room to extract an archive.
+        OSError: there is no room to extract an archive.
     """
-    with ExitStack() as stack:
-        if isinstance(reader, FileReader):
-            if source is None:
-                raise InputError("this recipe reads a download; give its folder or archive with --source")
-            samples = reader.read(Tree(source, reader.archives, scratch, stack), on_missing)
-        else:
-            if source is not None:
-                raise InputError(f"this recipe draws its images and cannot use {source}; leave --source out")
-            samples = reader.draw()
-        yield sorted(samples, key=lambda s: (s.split != "train", s.split, s.class_name, s.name))
+    if isinstance(reader, FileReader):
+        if source is None:
+            raise InputError("this recipe reads a download; give its folder or archive with --source")
+        samples = reader.read(Tree(source, reader.archives, scratch), on_missing)
+    else:
+        if source is not None:
+            raise InputError(f"this recipe draws its images and cannot use {source}; leave --source out")
+        samples = reader.draw()
+    return sorted(samples, key=lambda s: (s.split != "train", s.split, s.class_name, s.name))
 
 
 def default_role(split: str) -> str:

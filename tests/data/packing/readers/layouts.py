@@ -5,12 +5,13 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from scipy.io import savemat
 
-from dist_obdsd.data.packing.readers.base import open_samples
+from dist_obdsd.data.packing.readers.base import list_samples
 from dist_obdsd.data.packing.recipes import Recipe
 from tests.data.packing.sources import write
 from tests.data.pictures import noise
@@ -144,7 +145,8 @@ def below(files: Files, folder: str) -> Files:
     return {name.removeprefix(folder): data for name, data in part(files, folder).items()}
 
 
-def listed(recipe: Recipe, source: Path) -> list[tuple[str, str, str, str, bytes]]:
+def listed(recipe: Recipe, source: Path | None) -> list[tuple[str, str, str, str, bytes]]:
     """Name, class, split, role and bytes of every sample."""
-    with open_samples(recipe.make_reader(), source, source.parent) as samples:
+    with TemporaryDirectory() as scratch:
+        samples = list_samples(recipe.make_reader(), source, Path(scratch))
         return [(s.name, s.class_name, s.split, s.role, s.read()) for s in samples]

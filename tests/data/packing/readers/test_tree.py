@@ -1,13 +1,12 @@
 import os
-import resource
 import tarfile
-from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from dist_obdsd.data.packing.sources import Tree
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.errors import InputError
 from tests.data.packing.readers.layouts import write_archive, write_files
 
 FILES = {"a/1.png": b"one", "a/b/2.png": b"", "3.txt": os.urandom(70_000), "a/long" + "g" * 120 + ".png": b"pax"}
@@ -15,8 +14,8 @@ SUFFIXES = ["zip", "tar", "tgz", "tar.bz2", "tar.xz"]
 
 
 def contents(source: Path, *archives: str) -> dict[str, bytes]:
-    with ExitStack() as stack:
-        return {file.name: file.read() for file in Tree(source, archives, source.parent, stack).files()}
+    with TemporaryDirectory() as scratch:
+        return {file.name: file.read() for file in Tree(source, archives, Path(scratch)).files()}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -26,11 +25,7 @@ def test_an_archive_is_read_like_the_folder_it_was_made_from(tmp_path, suffix: s
     write_files(folder, {".hidden/x.png": b"", "a/.x.png": b"", "4": b"4"})
     other = archive.rename(tmp_path / "of another suffix")
     assert contents(folder) == contents(other) == FILES | {"4": b"4"}
-    with ExitStack() as stack:
-        files = Tree(other, (), tmp_path, stack).files()
-        assert {file.where for file in files} == {f"{other}/{name}" for name in (*FILES, "4")}
-        assert len(list(tmp_path.iterdir())) == 3  # with what was extracted
-    assert sorted(tmp_path.iterdir()) == [folder, other]
+    assert {file.where for file in Tree(other, (), tmp_path).files()} == {f"{other}/{name}" for name in (*FILES, "4")}
 
 
 OUTSIDE = ["../x.png", "a/../../x.png", "/etc/x.png", "a\\..\\x.png", "C:/x.png", "../folder/"]
@@ -78,7 +73,6 @@ def test_an_archive_that_is_cut_or_damaged_is_refused(tmp_path, suffix: str) -> 
         with pytest.raises(InputError, match=r"cannot open .*x\..*download it again") as caught:
             contents(path)
         assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_archives_are_read_unless_they_are_extracted(tmp_path) -> None:
@@ -93,16 +87,3 @@ def test_archives_are_read_unless_they_are_extracted(tmp_path) -> None:
     write_files(tmp_path, {"one/1": b"extracted"})
     (tmp_path / "one.zip").write_bytes(b"PK\x03\x04 broken, and not looked at")
     assert contents(tmp_path, *names)["one/1"] == b"extracted"
-
-
-@pytest.mark.parametrize("suffix", ["zip", "tar"])
-def test_no_room_to_extract_is_one_sentence(tmp_path, suffix: str) -> None:
-    path = write_archive(tmp_path / f"x.{suffix}", {"1.png": b"", "2.png": bytes(100_000)})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(RunError, match=r"cannot extract .*x\..* temporary folder in .*: File too large; free some"):
-            contents(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == [path]
