@@ -2,7 +2,7 @@
 
 A builder returns a module from normalised images to a map of features [b, F, h, w], to tokens [b, n, F] or to features
 that the network pools itself [b, F]. Its keyword arguments say what it can do: ``channels`` other than RGB, images of a
-``size`` (rows, columns), another ``pooling``, ``weights`` by its library's name, and a ``state`` dict.
+``size`` (rows, columns), another ``pooling``, a library's ``weights``, and a ``state`` dict.
 """
 
 import contextlib
@@ -29,6 +29,21 @@ from dist_obdsd.models.pooling import Pool, exchange_pool
 from dist_obdsd.models.weights import State, fit, split_source
 
 
+@dataclass(frozen=True)
+class LibraryWeights:
+    """Published weights, and where their file is or would be."""
+
+    entry: Any
+    """The library's own description."""
+    file: str
+    folder: Path
+    path: Callable[[], Path | None]
+    """Finds the file in the cache."""
+    variable: str
+    """The environment variable that moves the cache."""
+    server: str
+
+
 def small_cnn(*, channels: int, state: State | None) -> nn.Module:
     """Four convolutions with GroupNorm, for small images of one or three channels."""
     parts: list[nn.Module] = []
@@ -42,15 +57,14 @@ def small_cnn(*, channels: int, state: State | None) -> nn.Module:
     return fit(net, state, "small_cnn")
 
 
-def torchvision_model(*, name: str, weights: str | None, state: State | None, pooling: str) -> nn.Module:
+def torchvision_model(*, name: str, weights: LibraryWeights | None, state: State | None, pooling: str) -> nn.Module:
     """A classifier of torchvision without its last layer: `resnet50`, `convnext_tiny`."""
     _check_torchvision(name)
     options: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    found = library_weights(name, f"torchvision:{weights}") if weights else None
     with warnings.catch_warnings():
         # SqueezeNet's constructor warns about its classifier, which is dropped.
         warnings.simplefilter("ignore", UserWarning)
-        net = _downloaded(lambda: models.get_model(name, weights=found and found.entry, **options), found)
+        net = _downloaded(lambda: models.get_model(name, weights=weights and weights.entry, **options), weights)
     net = fit(net, state, name)
     if isinstance(net, models.ResNet):
         return nn.Sequential(*list(net.children())[:-2])
@@ -64,11 +78,11 @@ def torchvision_model(*, name: str, weights: str | None, state: State | None, po
 
 
 def timm_model(
-    *, name: str, weights: str | None, state: State | None, channels: int, size: tuple[int, int], pooling: str
-) -> nn.Module:
+    *, name: str, weights: LibraryWeights | None, state: State | None, channels: int, size: tuple[int, int],
+    pooling: str,
+) -> nn.Module:  # fmt: skip
     """A model of timm, with or without a tag: `timm/vit_small_patch14_dinov2.lvd142m`."""
-    timm = _import_timm()
-    config = _timm_config(name, weights)
+    timm, config = _import_timm(), weights.entry if weights else _timm_config(name, None)
     options: dict[str, Any] = {"img_size": size} if config.fixed_input_size else {}
     if state is not None:
         dropped = (config.classifier,) if isinstance(config.classifier, str) else config.classifier or ()
@@ -76,15 +90,12 @@ def timm_model(
         # timm converts foreign names and resamples position embeddings; without a classifier the rest must fit.
         options |= {"pretrained_cfg_overlay": {"state_dict": state, "num_classes": 0, "label_offset": 0}}
     elif weights is not None:
-        options |= {"pretrained_cfg": config.tag} if weights != "DEFAULT" else {}
-    given = state is not None or weights is not None
-    found = library_weights(name, f"timm:{weights}") if weights else None
+        options["pretrained_cfg"] = config.tag
+    options["pretrained"] = state is not None or weights is not None
 
     def build() -> Any:
         try:
-            return timm.create_model(
-                name.removeprefix("timm/"), pretrained=given, num_classes=0, in_chans=channels, **options
-            )
+            return timm.create_model(name.removeprefix("timm/"), num_classes=0, in_chans=channels, **options)
         except (RuntimeError, KeyError) as error:
             if state is None:
                 raise
@@ -94,7 +105,7 @@ def timm_model(
                 f"{name} cannot be built for images of {size[0]} x {size[1]}: {error}; set another data.image_size"
             ) from error
 
-    net = _downloaded(build, found)
+    net = _downloaded(build, weights)
     if pooling != "own":
         exchange_pool(net, name, pooling)
     return net
@@ -120,10 +131,9 @@ def build_backbone(
     Raises:
         InputError: there is no such network, its weights are missing or do not fit, or it cannot take such images.
     """
-    source, tag = split_source(pretrained)
+    weights = library_weights(name, pretrained) if split_source(pretrained)[0] else None
     net = BACKBONES.build(
-        name, {}, name=name, weights=tag if source else None, state=state, channels=channels, size=size,
-        pooling=pooling,
+        name, {}, name=name, weights=weights, state=state, channels=channels, size=size, pooling=pooling
     )  # fmt: skip
     layers.turn_off_dropout(net, name)
     pool = Pool("avg" if pooling == "own" else pooling, getattr(net, "num_prefix_tokens", 0))
@@ -146,21 +156,6 @@ def build_backbone(
         if not torch.equal(first, second):
             raise InputError(f"{name} draws random numbers in training, which ranks draw differently; turn it off")
     return net, pool, pool(x).shape[1]
-
-
-@dataclass(frozen=True)
-class LibraryWeights:
-    """Published weights, and where their file is or would be."""
-
-    entry: Any
-    """The library's own description."""
-    file: str
-    folder: Path
-    path: Callable[[], Path | None]
-    """Finds the file in the cache."""
-    variable: str
-    """The environment variable that moves the cache."""
-    server: str
 
 
 def library_weights(name: str, pretrained: str) -> LibraryWeights:

@@ -80,14 +80,11 @@ class ProgressiveTeacher(nn.Module):
             RunError: on every rank, with the names of the tensors that differ between ranks.
         """
         theirs, ours = unwrapped(student).state_dict(), self.network.state_dict()
-        differing = sorted(
-            name for name in theirs.keys() | ours.keys()
-            if name not in theirs or name not in ours or theirs[name].shape != ours[name].shape
-        )  # fmt: skip
-        if differing:
+        shapes = [{(name, tensor.shape) for name, tensor in state.items()} for state in (theirs, ours)]
+        if differing := sorted({name for name, _ in shapes[0] ^ shapes[1]}):
             raise InputError(
-                f"the student is another network than the teacher was made of: {', '.join(differing[:5])} "
-                f"{'differs' if len(differing) == 1 else 'differ'}; update with the same network"
+                f"the student is another network than the teacher was made of; these tensors differ: "
+                f"{', '.join(differing[:5])}; update with the same network"
             )
         for name, tensor in ours.items():
             tensor.copy_(theirs[name])
