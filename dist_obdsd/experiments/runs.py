@@ -3,7 +3,6 @@
 A comparison keeps no state but its runs: one that was left half-way goes on from what their folders say.
 """
 
-import json
 import logging
 import os
 import shlex
@@ -20,12 +19,10 @@ from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.distributed.launch import read_launch
 from dist_obdsd.errors import InputError
-from dist_obdsd.experiments import run_status
 from dist_obdsd.experiments import variants as planning
 from dist_obdsd.experiments.report import Report, make_folder
-from dist_obdsd.experiments.run_status import FINISHED, RunStatus, status_of
+from dist_obdsd.experiments.run_status import FINISHED, RunStatus, check_folders, status_of
 from dist_obdsd.experiments.variants import RunSpec
-from dist_obdsd.files import write_atomically
 from dist_obdsd.tracking.tracker import Tracker, build_tracker
 from dist_obdsd.training.preemption import PreemptionHandler
 from dist_obdsd.training.run_dir import read_status
@@ -63,7 +60,7 @@ class Comparison:
                 check_world_size(spec.config, ranks)
         roots = dict.fromkeys(spec.config.data.shards for spec in self.specs)  # variants may train on different data
         self._shards = {root: manifests.load(root) for root in roots}
-        run_status.check_folders(self.specs, self._shards, ranks or 1)
+        check_folders(self.specs, self._shards, ranks or 1)
         self._path, self._ranks, self._flags, self._command_line = config, ranks, flags, command_line
         self._baseline = planning.baseline_of(chosen)
         self.statuses: list[RunStatus] = []
@@ -117,12 +114,9 @@ class Comparison:
     def _parent(self) -> Tracker:
         """Return the tracked run above the runs, the same when the comparison goes on."""
         make_folder(self.folder)  # before hours of training end in a report that has no place
-        memory = self.folder / "tracked.json"
         config = self._config.model_copy(update={"name": f"{self._config.name}-comparison"})
-        run_id, tags = run_status.read_json(memory).get("run_id"), {"comparison": self._command_line}
-        tracker = build_tracker(config, self.folder, "", run_id, tags)
-        if (run_id := tracker.await_run_id()) is not None:
-            write_atomically(memory, (json.dumps({"run_id": run_id}) + "\n").encode())
+        tracker = build_tracker(config, self.folder, "", None, {"comparison": self._command_line})
+        tracker.await_run_id()
         return tracker
 
     def _command(self, spec: RunSpec, parent: Tracker | None = None) -> list[str]:
