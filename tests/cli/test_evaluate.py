@@ -53,16 +53,13 @@ def test_a_file_of_embeddings_has_a_row_per_image(embedded: Path) -> None:
         assert len(set(archive["classes"].tolist())) == 12
 
 
-@pytest.mark.parametrize(
-    ("file", "ranks", "overrides"), [("0.parquet", 2, []), ("0.npz", 0, ["evaluation.backend=torch"])]
-)
+@pytest.mark.parametrize(("file", "ranks", "backend"), [("0.parquet", 2, "auto"), ("0.npz", 0, "torch")])
 def test_embeddings_measure_as_their_checkpoint(
-    embedded: Path, shards: Path, tmp_path: Path, file: str, ranks: int, overrides: list[str]
+    embedded: Path, shards: Path, tmp_path: Path, file: str, ranks: int, backend: str
 ) -> None:
-    done(
-        "evaluate", "--embeddings", file, *overrides, "--shards", shards, "--json", tmp_path / "f.json",
-        "--per-class", tmp_path / "f.csv", "evaluation.recall_at=[1, 2]", cwd=embedded, ranks=ranks,
-    )  # fmt: skip
+    files = ("--json", tmp_path / "f.json", "--per-class", tmp_path / "f.csv")
+    settings = (f"evaluation.backend={backend}", "evaluation.recall_at=[1, 2]")
+    done("evaluate", "--embeddings", file, *settings, "--shards", shards, *files, cwd=embedded, ranks=ranks)
     # Embeddings are unit rows but for their last bits, which decide nothing here.
     assert values(tmp_path / "f.json") == pytest.approx(values(embedded / "e.json"), abs=1e-12)
     assert (tmp_path / "f.csv").read_text() == (embedded / "e.csv").read_text()
@@ -111,20 +108,15 @@ def test_a_broken_image_is_named(run: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.npz"))
     output = done(*embed, "a.npz", "--skip-broken", cwd=tmp_path, ranks=2)
     assert "left out 9.png" in output
-    assert "8 embeddings" in output
     with np.load(tmp_path / "a.npz") as archive:
         assert set(archive) == {"ids", "keys", "embeddings"}  # in one folder there are no classes
         assert archive["keys"].tolist() == [f"{n}.png" for n in range(8)]
         assert archive["ids"].tolist() == list(range(8))
-    unlabelled = runs.program("evaluate", "--embeddings", "a.npz", cwd=tmp_path)
-    assert unlabelled.returncode == 2
-    assert "neither labels nor classes" in unlabelled.stderr
     for path in (tmp_path / "some").iterdir():
         path.write_bytes(b"no image")
     none = runs.program(*embed, "c.npz", "--skip-broken", cwd=tmp_path, ranks=2)
-    assert none.returncode != 0
+    assert none.returncode == 2
     assert "none of the 9 images can be read" in none.stderr
-    assert "Traceback" not in none.stderr
 
 
 @pytest.mark.parametrize(
@@ -137,7 +129,7 @@ def test_a_broken_image_is_named(run: Path, tmp_path: Path) -> None:
         ("evaluate --embeddings x.npz --failures x.png", "with --shards"),
         ("evaluate --embeddings x.npz --json nowhere/x.json", "nowhere/x.json"),
         ("evaluate --embeddings small.npz evaluation.recall_at=[9]", "k=9"),
-        ("evaluate --embeddings zero.npz", "length 0, the first of id 2"),
+        ("evaluate --embeddings bare.npz", "neither labels nor classes"),
         ("embed runs/tiny --out x.npz", "--shards DIR or --images DIR"),
         ("embed runs/tiny --images images --out x.csv", "'.csv'"),
         ("embed runs/tiny --images nowhere --out x.npz", "nowhere is not a folder"),
@@ -148,9 +140,8 @@ def test_a_broken_image_is_named(run: Path, tmp_path: Path) -> None:
 def test_bad_input_ends_with_2_and_one_sentence(
     run: Path, arguments: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = np.eye(4, 3, dtype=np.float32)
-    np.savez(run / "zero.npz", embeddings=np.roll(rows, -1, axis=0), labels=[0, 0, 1, 1])
-    np.savez(run / "small.npz", embeddings=rows + 1, labels=[0, 0, 1, 1])
+    np.savez(run / "small.npz", embeddings=np.eye(4), labels=[0, 0, 1, 1])
+    np.savez(run / "bare.npz", embeddings=np.eye(4))
     monkeypatch.chdir(run)
     assert main(arguments.split()) == 2
     message = capsys.readouterr().err
