@@ -10,9 +10,8 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import NoReturn
 
 from dist_obdsd.errors import InputError, UserError
@@ -29,7 +28,7 @@ class File:
     name: str
     """Within the tree, with forward slashes."""
     where: str
-    """Its path on the disk, or the archive's path and the name in it; for messages."""
+    """Its path for messages: of a file in an archive, where it would lie were that extracted."""
     path: Path
 
     def read(self, size: int = -1) -> bytes:
@@ -47,47 +46,43 @@ class Tree:
             source: a folder, an archive, or a file in a folder (``given`` is then its name, the tree its folder).
             archives: see ``FileReader.archives``.
         """
-        self.source = source
+        self.source, self._top = source, source
         self.given: str | None = None
         self.is_archive = False
-        # A folder, what its files' names begin with, and where messages say that they are.
-        self._roots: list[tuple[Path, str, Path]] = []
+        extracted = scratch / "extracted"
+        extracted.mkdir()
+        self._roots = [extracted, source]
         if source.is_dir():
             for name in [base + archive for base in _bases(source) for archive in archives]:
                 path = source / name
                 if path.is_file() and not path.with_name(path.name.split(".")[0]).is_dir():
-                    self._roots.append((_extracted(path, scratch), name.removesuffix(path.name), path))
-            self._roots.append((source, "", source))
+                    _extract(path, (extracted / name).parent)
         elif not source.is_file():
             if source.exists():
                 raise InputError(f"the source {source} is no plain file; give a folder or an archive")
             raise InputError(f"the source {source} does not exist; give the folder or the archive with the download")
         elif _start(source).startswith((*ZIP_MARKS, *COMPRESSED_MARKS)) or tarfile.is_tarfile(source):
-            self._roots, self.is_archive = [(_extracted(source, scratch), "", source)], True
+            _extract(source, extracted)
+            self._roots, self.is_archive = [extracted], True
         else:
-            self._roots, self.given = [(source.parent, "", source.parent)], source.name
+            self._roots, self._top, self.given = [source.parent], source.parent, source.name
 
     @property
     def bases(self) -> list[str]:
         """List where a download may begin: the top ("") and every folder there ("NAME/")."""
-        if self.given is not None:
-            return [""]
-        return sorted({base for folder, start, _ in self._roots if not start for base in _bases(folder)})
+        return [""] if self.given is not None else sorted({base for root in self._roots for base in _bases(root)})
 
     def find(self, name: str) -> File | None:
         """Find the file of a name that does not point outside (see ``inside``)."""
-        for folder, start, where in self._roots:
-            inner = name.removeprefix(start)
-            if name.startswith(start) and (path := folder / inner).is_file():
-                return File(name, str(where / inner), path)
-        return None
+        paths = (root / name for root in self._roots)
+        return next((File(name, str(self._top / name), path) for path in paths if path.is_file()), None)
 
     def files(self) -> list[File]:
         """List all files, without hidden ones and the folders that macOS adds to archives."""
         return [
-            File(start + file.name, readable_name(str(where / file.name)), file.path)
-            for folder, start, where in self._roots
-            for file in walk(folder)
+            replace(file, where=readable_name(str(self._top / file.name)))
+            for root in self._roots
+            for file in walk(root)
             if "__MACOSX" not in file.name.split("/")
         ]
 
@@ -135,18 +130,15 @@ def _start(path: Path) -> bytes:
         raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
 
 
-def _extracted(archive: Path, scratch: Path) -> Path:
-    """Extract an archive into a new folder in ``scratch``."""
+def _extract(archive: Path, folder: Path) -> None:
     extract = _extract_zip if _start(archive).startswith(ZIP_MARKS) else _extract_tar
     logger.info("extracting %s", archive)
-    folder = Path(mkdtemp(dir=scratch))
     try:
         extract(archive, folder)
     except Exception as error:  # broken archives raise nearly every built-in type
         if isinstance(error, UserError) or getattr(error, "errno", None):  # the disk is full
             raise
         raise InputError(f"cannot open {archive}: {' '.join(str(error).split())}; download it again") from error
-    return folder
 
 
 def _extract_zip(path: Path, folder: Path) -> None:

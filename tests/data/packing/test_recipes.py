@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -12,7 +13,8 @@ from tests.data.pictures import noise
 
 
 def read(recipe: Recipe, source: Path | None) -> list[Sample]:
-    return list_samples(recipe.make_reader(), source, Path())
+    with TemporaryDirectory() as scratch:
+        return list_samples(recipe.make_reader(), source, Path(scratch))
 
 
 def folder_recipe(**options: object) -> Recipe:
