@@ -1,23 +1,20 @@
-"""Shared code of the benchmarks: a command line, a process per case, and tables.
-
-``python -m benchmarks.common MODULE CASE`` is one rank of a case; ``run_case`` starts it.
-"""
+"""Shared code of the benchmarks: a command line, processes of their own for each case, and tables."""
 
 import argparse
 import datetime
-import importlib
 import json
-import logging
-import os
 import platform
 import signal
-import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dist_obdsd import console
 from dist_obdsd.cli.output import check_writable, write_json
@@ -27,9 +24,6 @@ from dist_obdsd.machine import usable_cores
 from dist_obdsd.tracking.provenance import processor
 
 Row = dict[str, Any]
-ROOT = str(Path(__file__).parents[1])
-START_SECONDS = 120.0
-"""Time that starting the ranks may take besides the budget."""
 TOLERANCE = 0.2
 """Share by which a finding may be worse than the baseline's."""
 
@@ -40,9 +34,7 @@ TOLERANCE = 0.2
 def parser(description: str | None, worlds: Sequence[int] | None = None) -> argparse.ArgumentParser:
     """Make the parser of what every benchmark takes, and ``--worlds`` if it has a default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: 1)")
-    parser.add_argument("--budget", type=float, default=120, help="seconds that one case may take (default: 120)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="compare the findings with an earlier --json")
     if worlds:
@@ -57,18 +49,21 @@ def numbers(text: str) -> list[int]:
 
 
 def main(
-    options: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
     run: Callable[[argparse.Namespace], list[Row]],
     findings: Callable[[list[Row]], dict[str, float]] = lambda rows: {},
 ) -> int:
     """Run a benchmark, print its table and compare its findings with the baseline.
 
     Args:
+        arguments: of the command line; None takes this program's.
         findings: figures by name that the rows show together; the less, the better.
 
     Returns:
         The exit code: 0; 1 where a case failed or a finding is worse than the baseline's; 2 for bad input.
     """
+    options = parser.parse_intermixed_args(arguments)
     try:
         check_writable(options.json)
         with console.log_to_terminal():
@@ -88,58 +83,39 @@ def main(
     return 1 if any(row["verdict"] == "worse" for row in compared) else 0
 
 
-# ---- a process per case ----
+# ---- processes of their own for each case ----
 
 
-def run_case(module: str, world: int, case: Row) -> list[Row]:
+def run_case(run_rank: Callable[[launch.Runtime, Row], Any], world: int, case: Row) -> list[Row]:
     """Run a case in fresh processes, so that neither its memory nor its crash reaches the next one.
 
-    Several ranks start under torchrun. Their messages on stderr are passed on at the end, each line once.
-
     Args:
-        module: its ``run_rank(rank, case)`` runs on every rank; the row, or list of rows, of rank 0 is the answer.
-        case: has ``threads`` and ``budget``, in seconds.
+        run_rank: a module's function, called on every rank; the row, or list of rows, of rank 0 is the answer.
+        case: has ``threads``, and perhaps ``device``.
 
     Returns:
-        The rows, or one ``{"skipped": reason}`` where it took longer than twice the budget or was killed.
+        The rows, or one ``{"skipped": reason}`` where a process was killed.
 
     Raises:
-        RunError: a rank failed, with its messages.
+        RunError: a rank failed, with its traceback.
     """
-    seconds = START_SECONDS + 2 * case["budget"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    command = [sys.executable, *torchrun, "-m", "benchmarks.common", module, json.dumps(case)]
-    # torchrun sets OMP_NUM_THREADS for several ranks, and would print that it does.
-    env = ({"OMP_NUM_THREADS": "1"} if world > 1 else {}) | os.environ
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
-    # In a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then ends the ranks.
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
-    ) as process:
-        try:
-            output, messages = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return [{"skipped": f"took more than {seconds:.0f} s"}]
-        finally:
-            process.terminate()  # torchrun ends its ranks, which no signal to a process group would reach
-    if process.returncode == -signal.SIGKILL or (process.returncode and "SIGKILL" in messages):
-        return [{"skipped": "a process was killed, most likely for lack of memory"}]
-    if process.returncode:
-        raise RunError(f"the case {case} on {world} ranks failed:\n{messages}")
-    for line in dict.fromkeys(messages.splitlines()):
-        print(line, file=sys.stderr, flush=True)
-    answer = json.loads(output.splitlines()[-1])
+    config = LaunchConfig(
+        1, 1, world, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    try:
+        answer = elastic_launch(config, _rank)(run_rank, case)[0]
+    except ChildFailedError as error:
+        if any(failure.exitcode == -signal.SIGKILL for failure in error.failures.values()):
+            return [{"skipped": "a process was killed, most likely for lack of memory"}]
+        raise RunError(f"the case {case} on {world} ranks failed:\n{error}") from error
     return answer if isinstance(answer, list) else [answer]
 
 
-def _run_rank(module: str, case: Row) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # on stderr; the answer alone is on stdout
-    run_rank = importlib.import_module(module).run_rank
-    timeout = START_SECONDS + 2 * case["budget"]
-    with launch.start(case.get("device", "auto"), threads=case["threads"], timeout_seconds=timeout) as rank:
-        answer = run_rank(rank, case)
-        if rank.is_main:
-            print(json.dumps(answer), flush=True)
+def _rank(run_rank: Callable[[launch.Runtime, Row], Any], case: Row) -> Any:
+    with ExitStack() as stack:
+        rank = stack.enter_context(launch.start(case.get("device", "auto"), threads=case["threads"]))
+        stack.enter_context(console.log_to_terminal(rank.is_main))
+        return run_rank(rank, case)
 
 
 # ---- results ----
@@ -188,8 +164,7 @@ def compare(baseline: Path, found: Mapping[str, float]) -> list[Row]:
     """Set findings, which are ratios of one run, beside those of an earlier ``--json`` file.
 
     Returns:
-        Rows with ``finding``, ``before``, ``now``, ``change`` (now / before) and ``verdict``: better or worse beyond
-        the tolerance, alike, or new.
+        Rows whose ``verdict`` is better or worse beyond the tolerance, alike, or new.
 
     Raises:
         InputError: the file is not one of ours.
@@ -198,16 +173,14 @@ def compare(baseline: Path, found: Mapping[str, float]) -> list[Row]:
         before = json.loads(baseline.read_text())["meta"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--baseline {baseline} was not written by a benchmark's --json ({error})") from error
-    rows: list[Row] = []
-    for name, now in found.items():
+
+    def verdict(name: str, now: float) -> str:
         if name not in before:
-            rows.append({"finding": name, "now": now, "verdict": "new"})
-            continue
+            return "new"
         change = now / before[name]
-        verdict = "worse" if change > 1 + TOLERANCE else "better" if change < 1 / (1 + TOLERANCE) else "alike"
-        rows.append({"finding": name, "before": before[name], "now": now, "change": change, "verdict": verdict})
-    return rows
+        return "worse" if change > 1 + TOLERANCE else "better" if change < 1 / (1 + TOLERANCE) else "alike"
 
-
-if __name__ == "__main__":
-    _run_rank(sys.argv[1], json.loads(sys.argv[2]))
+    return [
+        {"finding": name, "before": before.get(name), "now": now, "verdict": verdict(name, now)}
+        for name, now in found.items()
+    ]

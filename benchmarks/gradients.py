@@ -35,13 +35,8 @@ Way = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 """(rows, their labels, whether they are one rank's of several) -> loss."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return common.main(common.parser(__doc__, worlds=(2, 4)).parse_args(arguments), run)
-
-
 def run(options: Namespace) -> list[Row]:
-    case = {"threads": options.threads, "budget": options.budget}
-    return [row for world in options.worlds for row in common.run_case("benchmarks.gradients", world, case)]
+    return [row for W in options.worlds for row in common.run_case(run_rank, W, {"threads": options.threads})]
 
 
 def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
@@ -49,25 +44,22 @@ def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
     centres = torch.randn(CLASSES, DIM, generator=generator, dtype=torch.float64).repeat_interleave(B // CLASSES, 0)
     noise = torch.randn(B, DIM, generator=generator, dtype=torch.float64)
     E_BD, labels_B = nn.functional.normalize(centres + noise, dim=1), torch.arange(B) // (B // CLASSES)
-    b = B // rank.world_size
+    W, b = rank.world_size, B // rank.world_size
     own = slice(rank.rank * b, (rank.rank + 1) * b)
-    alone = [dist.new_group([r]) for r in range(rank.world_size)][rank.rank]
     rows = []
-    for library, name, way in ways(alone):
+    for library, name, way in ways([dist.new_group([r]) for r in range(W)][rank.rank]):
         whole_BD, part_bD = E_BD.clone().requires_grad_(), E_BD[own].clone().requires_grad_()
         expected = way(whole_BD, labels_B, False)
         expected.backward()
         loss = way(part_bD, labels_B[own], True)
         loss.backward()
-        assert whole_BD.grad is not None
-        assert part_bD.grad is not None
-        found_BD = collectives.gather_rows(part_bD.grad / rank.world_size)
-        factor = (found_BD * whole_BD.grad).sum() / whole_BD.grad.square().sum()
+        found_BD, wanted_BD = collectives.gather_rows(part_bD.grad / W), whole_BD.grad
         rows.append(
             {
-                "ranks": rank.world_size, "library": library, "loss": name,
-                "error": float((found_BD - whole_BD.grad).norm() / whole_BD.grad.norm()), "factor": float(factor),
-                "loss ratio": float(collectives.sum_across(loss) / rank.world_size / expected.detach()),
+                "ranks": W, "library": library, "loss": name,
+                "error": float((found_BD - wanted_BD).norm() / wanted_BD.norm()),
+                "factor": float((found_BD * wanted_BD).sum() / wanted_BD.square().sum()),
+                "loss ratio": float(collectives.sum_across(loss) / W / expected.detach()),
             }
         )  # fmt: skip
     return rows
@@ -151,6 +143,10 @@ def _either(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Ten
 def _pairs(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Tensor]) -> Way:
     """Call a loss of two views with the first and the second image of each class."""
     return lambda E_nD, labels_n, across: (several if across else plain)(E_nD[0::2], E_nD[1::2])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return common.main(common.parser(__doc__, worlds=(2, 4)), arguments, run)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,6 @@ SECONDS = 2.0
 AHEAD = 2
 """Batches that a DataLoader's process prepares ahead, torch's default."""
 
-Source = Callable[[], AbstractContextManager[Iterator[Tensor]]]
-
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Three rows per image size, one per source.
@@ -76,39 +74,32 @@ def build_config(shards: str, image_size: int, batch: int, workers: int) -> Conf
 
 def measure(config: Config, manifest: Manifest, files: Path, budget: float) -> list[Row]:
     """The rows of one image size: ``ROUNDS`` rounds, or as many as the budget (seconds) allows, but one at least."""
-    sources: dict[str, Source] = {
-        STREAM: lambda: stream(config, manifest),
-        PIL: lambda: image_folder(config, files, PIL),
-        CODEC: lambda: image_folder(config, files, CODEC),
+    sources = {
+        STREAM: partial(stream, config, manifest),
+        PIL: partial(image_folder, config, files, PIL),
+        CODEC: partial(image_folder, config, files, CODEC),
     }
     ahead = max(SLOTS + LENT, AHEAD * config.data.workers) + 1
-    rates, cpu = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
-    started = time.perf_counter()
-    for round_number in range(ROUNDS):
-        # A round more, if it can end in time.
-        if round_number and (time.perf_counter() - started) * (1 + 1 / round_number) > budget:
-            break
+    started, rounds = time.perf_counter(), list[dict[str, tuple[float, float]]]()
+    # A round more, if it can end in time.
+    while not rounds or (len(rounds) < ROUNDS and (time.perf_counter() - started) * (1 + 1 / len(rounds)) < budget):
+        figures = {}
         for name, source in sources.items():
             with source() as batches:
                 for _ in range(ahead):
                     next(batches)
-                rate, cpu_seconds = delivered(batches, SECONDS)
-                rates[name].append(rate)
-                cpu[name].append(cpu_seconds)
-    data = config.data
+                figures[name] = delivered(batches, SECONDS)
+        rounds.append(figures)
+    about = {"image_size": config.data.image_size, "batch": config.batch.global_size, "workers": config.data.workers}
     return [
-        {
-            "source": name,
-            "image_size": data.image_size,
-            "batch": config.batch.global_size,
-            "workers": data.workers,
-            "images_per_s": statistics.median(rates[name]),
-            "of_pil": statistics.median(a / b for a, b in zip(rates[name], rates[PIL], strict=True)),
-            "of_torchcodec": statistics.median(a / b for a, b in zip(rates[name], rates[CODEC], strict=True)),
-            "cpu_ms": 1000 * statistics.median(cpu[name]),
+        {"source": name} | about | {
+            "images_per_s": statistics.median(of[name][0] for of in rounds),
+            "of_pil": statistics.median(of[name][0] / of[PIL][0] for of in rounds),
+            "of_torchcodec": statistics.median(of[name][0] / of[CODEC][0] for of in rounds),
+            "cpu_ms": 1000 * statistics.median(of[name][1] for of in rounds),
         }
         for name in sources
-    ]
+    ]  # fmt: skip
 
 
 def delivered(batches: Iterator[Tensor], seconds: float) -> tuple[float, float]:
@@ -175,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", type=common.numbers, default=[224], metavar="S,S", help="pixels (default: 224)")
     parser.add_argument("--batch", type=int, default=112, help="images in a batch (default: 112)")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes (default: 2)")
-    return common.main(parser.parse_args(arguments), run)
+    parser.add_argument("--budget", type=float, default=120, help="seconds of an image size (default: 120)")
+    return common.main(parser, arguments, run)
 
 
 if __name__ == "__main__":

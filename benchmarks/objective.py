@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import common
-from benchmarks.common import Row, run_case
+from benchmarks.common import Row
 from dist_obdsd.config.sections import DistillationConfig
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> list[Row]:
             raise InputError(f"--sizes has {B}, which {W} ranks cannot share equally; give multiples of {W}")
     for W, B in itertools.product(options.worlds, options.sizes):
         case = {"B": B, "dim": options.dim, "threads": options.threads, "budget": options.budget}
-        rows += [{"W": W, "B": B} | row for row in run_case("benchmarks.objective", W, case)]
+        rows += [{"W": W, "B": B} | row for row in common.run_case(run_rank, W, case)]
     if not find_spec("pytorch_metric_learning"):
         rows.append({"implementation": LIBRARY, "skipped": f"is not installed; pip install {LIBRARY}"})
     return rows
@@ -163,7 +163,9 @@ def fastest(ways: dict[str, Implementation], E_bD: torch.Tensor, seconds: float)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.parser(__doc__, worlds=(1,))
     parser.add_argument("--sizes", type=common.numbers, default=SIZES, metavar="B,B", help=f"batches {SIZES}")
-    return common.main(parser.parse_args(arguments), run, findings)
+    parser.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
+    parser.add_argument("--budget", type=float, default=120, help="seconds of a batch size (default: 120)")
+    return common.main(parser, arguments, run, findings)
 
 
 if __name__ == "__main__":

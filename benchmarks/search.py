@@ -1,14 +1,15 @@
-"""Retrieval metrics beside plain faiss and pytorch-metric-learning, and the search over real ranks, by time and memory.
+"""Retrieval metrics beside plain faiss and pytorch-metric-learning, and on several ranks, by time and memory.
 
-First Recall@1,2,4,8 and MAP@R on one thread, at the sizes of four test sets: ``dist_obdsd.evaluate``, fifteen lines of
-faiss and NumPy, and pytorch-metric-learning's calculator (its P@1, R-precision and MAP@R). Then ``evaluate`` on one and
-two ranks, larger galleries with Recall@1 alone.
+Recall@1,2,4,8 and MAP@R at the sizes of four test sets: ``dist_obdsd.evaluate``, on one rank beside fifteen lines of
+faiss and NumPy, and pytorch-metric-learning's calculator (its P@1, R-precision and MAP@R). Then larger galleries, with
+Recall@1 alone and nothing beside.
 
 Times are CPU seconds of a process, so that whoever shares the machine does not count; of several ranks the slowest's.
 A rank that waits for messages uses little of them. Memory is a rank's whole process.
 """
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 
 import dist_obdsd
 from benchmarks import common
-from benchmarks.common import Row, peak_mib, run_case
+from benchmarks.common import Row, peak_mib
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.rng import derive
 
@@ -32,6 +33,7 @@ BESIDE = 100_000
 """Images from which on nothing else is measured beside."""
 ROUNDS = 5
 """Each counts by its quickest round; the implementations take turns."""
+HERE = "dist-obdsd"
 DRAWN = 100  # classes drawn at a time from a seed of their own, so that a rank draws only its share
 
 
@@ -46,10 +48,6 @@ def embeddings(ids_n: torch.Tensor, size: tuple[int, int, int]) -> tuple[torch.T
         inside_n = (labels_n >= first) & (labels_n < first + DRAWN)
         parts.append(torch.nn.functional.normalize(rows[ids_n[inside_n] - first * per_class]))
     return torch.cat(parts), labels_n
-
-
-def here(rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    return dist_obdsd.evaluate(rows, labels, backend="faiss")
 
 
 def faiss_and_numpy(rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -79,66 +77,57 @@ def metric_learning(rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """One row per size and implementation, and one per size and number of ranks."""
+    """One row per size, number of ranks and implementation."""
     rows: list[Row] = []
-    for name in options.sizes:
-        size = SIZES[name]
-        case = {"threads": options.threads, "budget": options.budget, "rounds": options.rounds, "size": size}
-        cases = [(world, {"beside": False}) for world in options.worlds]
-        for world, more in [(1, {"beside": True})] * (size[0] < BESIDE) + cases:
-            found = run_case("benchmarks.search", world, case | more)
-            rows += [{"size": name, "ranks": world} | row for row in found]
-            print(f"{name}, {world} ranks: {rows[-1].get('skipped') or 'done'}", file=sys.stderr, flush=True)
+    for name, world in itertools.product(options.sizes, options.worlds):
+        case = {"threads": options.threads, "rounds": options.rounds, "size": SIZES[name]}
+        rows += [{"size": name, "ranks": world} | row for row in common.run_case(run_rank, world, case)]
+        print(f"{name}, {world} ranks: {rows[-1].get('skipped') or 'done'}", file=sys.stderr, flush=True)
     return rows
 
 
 def findings(rows: list[Row]) -> dict[str, float]:
-    """Ratios of CPU time: to the other implementations, and of two ranks to one."""
-    seconds = {(row["size"], row["ranks"], row.get("implementation")): row.get("cpu_seconds") for row in rows}
+    """Our share of the CPU time of each other implementation, and of one rank's on two."""
+    seconds = {(row["size"], row["ranks"], row["implementation"]): row["cpu_seconds"] for row in rows if "n" in row}
     found = {}
-    for (size, ranks, other), theirs in seconds.items():
-        if other in ("faiss_and_numpy", "metric_learning"):
-            found[f"{size}: time of {other}"] = seconds[size, 1, "here"] / theirs
-        if ranks == 2 and theirs and (alone := seconds.get((size, 1, None))):
-            found[f"{size}: two ranks to one"] = theirs / alone
+    for (size, ranks, name), theirs in seconds.items():
+        if alone := seconds.get((size, 1, HERE)):
+            if name != HERE:
+                found[f"{size}: time of {name}"] = alone / theirs
+            elif ranks == 2:
+                found[f"{size}: two ranks to one"] = theirs / alone
     return found
 
 
-def run_rank(rank: launch.Runtime, case: Row) -> Row | list[Row]:
-    """This rank's part of a case."""
+def run_rank(rank: launch.Runtime, case: Row) -> list[Row]:
+    """This rank's part of a case: a row per implementation. Collective."""
     n, dim, per_class = case["size"]
     ids_n = torch.arange(n)[rank.rank :: rank.world_size]
     rows_nD, labels_n = embeddings(ids_n, (n, dim, per_class))
-    about: Row = {"n": n, "dim": dim}
-    if case["beside"]:
-        rows: dict[str, Row] = {}
-        for _ in range(case["rounds"]):
-            for implementation in (here, faiss_and_numpy, metric_learning):
-                started = time.process_time()
-                values = implementation(rows_nD, labels_n)
-                row = rows.setdefault(implementation.__name__, {"cpu_seconds": math.inf})
-                row |= {"cpu_seconds": min(row["cpu_seconds"], time.process_time() - started)}
-                row |= {name: float(values[name]) for name in ("recall@1", "map@r")}
-        return [about | {"implementation": name} | row for name, row in rows.items()]
     large = n >= BESIDE
-    settings: Row = {"metrics": ["recall"], "recall_at": [1]} if large else {}
+    chosen: Row = {"metrics": ["recall"], "recall_at": [1]} if large else {}
+    ways = {HERE: lambda *given: dist_obdsd.evaluate(*given, ids=ids_n, backend="faiss", **chosen)}
+    if rank.world_size == 1 and not large:
+        ways |= {"faiss and NumPy": faiss_and_numpy, "pytorch-metric-learning": metric_learning}
     dist_obdsd.evaluate(rows_nD[:100], labels_n[:100] * 0, recall_at=[1])  # imports and first calls
-    most = [math.inf, math.inf]
+    rows = {name: {"implementation": name, "n": n, "dim": dim, "cpu_seconds": math.inf} for name in ways}
     for _ in range(1 if large else case["rounds"]):
-        started, wall = time.process_time(), time.perf_counter()
-        found = dist_obdsd.evaluate(rows_nD, labels_n, ids=ids_n, **settings)
-        told = collectives.gather_json([time.process_time() - started, time.perf_counter() - wall])
-        most = min(most, [max(of) for of in zip(*told, strict=True)])
-    figures = dict(zip(("cpu_seconds", "seconds"), most, strict=True))
-    figures["peak_mib_per_rank"] = max(collectives.gather_json(peak_mib()))
-    return about | figures | {name: found[name] for name in ("recall@1", "map@r") if name in found}
+        for name, way in ways.items():
+            started = time.process_time()
+            values = way(rows_nD, labels_n)
+            taken = max(collectives.gather_json(time.process_time() - started))
+            rows[name]["cpu_seconds"] = min(rows[name]["cpu_seconds"], taken)
+            rows[name] |= {metric: float(values[metric]) for metric in ("recall@1", "map@r") if metric in values}
+    if len(ways) == 1:
+        rows[HERE]["peak_mib_per_rank"] = max(collectives.gather_json(peak_mib()))
+    return [*rows.values()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.parser(__doc__, worlds=(1, 2))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES][:4], help="test sets (default: four)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds, of which the best counts ({ROUNDS})")
-    return common.main(parser.parse_args(arguments), run, findings)
+    return common.main(parser, arguments, run, findings)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The variants take turns in one process per rank, a block of steps each, so that 
 of them down alike. The quickest block counts: on one rank of a CPU by the process's own time, which other processes on
 the machine do not lengthen, else by the clock. One batch of images is made up and taken again and again, so nobody
 waits for data. The student's embeddings are spread out as a trained network's are, with images of one class together:
-those of fresh weights are all but the same, and no diffusion would be sharp on them.
+those of fresh weights are all but the same, and no diffusion would be sharp on them. Settings say what is measured:
+``model.backbone=resnet18 data.image_size=64 precision=bf16 model.compile=true``.
 
     overhead   step time / that of the variant ``none``
     excess     (step - step of ``none``) / teacher's forward pass: 1 if the objective cost nothing
@@ -28,9 +29,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
-from benchmarks.common import Row, run_case
+from benchmarks.common import Row
 from dist_obdsd import machine
-from dist_obdsd.config import Config, parse_config
+from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
@@ -41,27 +42,21 @@ from dist_obdsd.models.teacher import ProgressiveTeacher
 from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import TrainProgress, TrainStep
 
-CASE = ("backbone", "image_size", "batch", "dim", "precision", "compile", "teacher_precision", "threads", "budget",
-        "temperatures")  # fmt: skip
-"""The options that say what is measured."""
 PARTS = ("student forward", "teacher", "communication", "objective", "student backward", "optimizer")
 WARM_UP, BLOCKS = 3, 7
 BLOCK_SECONDS = 1.0
 
 
-def variants(temperatures: Sequence[float]) -> list[str]:
-    """Names of what is compared: targets, ``obdsd`` once at every transition temperature."""
-    return ["none", "psd", *(f"obdsd {temperature:g}" for temperature in temperatures)]
-
-
 def run(options: argparse.Namespace) -> list[Row]:
     """A row per number of ranks and variant."""
+    if options.batch % 2:
+        raise InputError(f"--batch is {options.batch}; give an even number, since a batch is made of pairs")
     rows: list[Row] = []
     for world in options.worlds:
-        case = {name: getattr(options, name) for name in CASE}
-        case["trace"] = str(options.trace) if options.trace and not rows else None
-        config(case, "none", world)  # complains here, once
-        rows += [{"W": world} | row for row in run_case("benchmarks.step", world, case)]
+        case = {name: getattr(options, name) for name in ("threads", "budget", "batch", "temperatures", "settings")}
+        case["trace"] = options.trace if not rows else None
+        variants(case, world)  # complains here, once
+        rows += [{"W": world} | row for row in common.run_case(run_rank, world, case)]
     return rows
 
 
@@ -75,38 +70,62 @@ def findings(rows: list[Row]) -> dict[str, float]:
     }
 
 
-def config(case: dict[str, Any], variant: str, world: int) -> Config:
-    """The config of a variant, with SOP's omega.
+def variants(case: Row, world: int) -> dict[str, Config]:
+    """The configs that are compared, by name: targets, ``obdsd`` once at every transition temperature."""
+    wanted = {"none": ["none", 1.0], "psd": ["psd", 1.0]} | {f"obdsd {t:g}": ["obdsd", t] for t in case["temperatures"]}
+    return {
+        name: build_config(
+            case["batch"] * world, f"data.lanes={world}", f"distillation.target={target}",
+            f"distillation.transition_temperature={temperature}", *case["settings"],
+        )
+        for name, (target, temperature) in wanted.items()
+    }  # fmt: skip
+
+
+# ---- what takes a step, for the other benchmarks and the GPU checks, too ----
+
+
+def build_config(B: int, *settings: str) -> Config:
+    """The config of a global batch of made-up images in pairs, as ``KEY=VALUE`` change it.
 
     Raises:
-        InputError: a backbone, precision or size that does not fit.
+        InputError: a setting that does not fit.
     """
-    if case["batch"] % 2:
-        raise InputError(f"--batch is {case['batch']}; give an even number, since a batch is made of pairs")
-    small, (target, _, temperature) = case["backbone"] == "small_cnn", variant.partition(" ")
+    backbone = override_config({"model": {"backbone": "small_cnn"}}, settings)["model"]["backbone"]
+    small = {"image_size": 32, "channels": 1, "mean": [0.5], "std": [0.5]}
     raw = {
         "name": "bench",
         "epochs": 2,
-        "precision": case["precision"],
-        "data": {
-            "shards": "made up",
-            "image_size": case["image_size"] or (32 if small else 224),
-            "lanes": world,
-            **({"channels": 1, "mean": [0.5], "std": [0.5]} if small else {}),
-        },
-        "batch": {"global_size": case["batch"] * world, "samples_per_class": 2},
-        "model": {"backbone": case["backbone"], "embedding_dim": case["dim"], "compile": case["compile"]},
-        "distillation": {
-            "target": target,
-            "weight": 3,
-            "temperature": 0.1,
-            "transition_temperature": float(temperature or 1),
-            "omega": 0.5,
-            "teacher_precision": case["teacher_precision"],
-        },
+        "data": {"shards": "made up", "lanes": 1} | (small if backbone == "small_cnn" else {"image_size": 224}),
+        "batch": {"global_size": B, "samples_per_class": 2},
+        "model": {"backbone": backbone, "embedding_dim": 128},
+        "distillation": {"weight": 3, "temperature": 0.1},
         "optim": {"lr": 1e-5},
     }
-    return parse_config(raw, "benchmarks.step")
+    return parse_config(override_config(raw, settings), "the benchmark")
+
+
+def build_step(config: Config, rank: launch.Runtime, student: nn.Module) -> TrainStep:
+    """Build all that a step needs beside the student, which is the teacher, too."""
+    classes = range(config.batch.global_size // 2)
+    teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
+    objective = build_objective(config, classes, rank.device)
+    compile_networks(config, rank, student, teacher)
+    strategy = build_strategy(student, config, rank, list(objective.ranking.named_parameters()))
+    if teacher is not None:
+        strategy.shard(teacher.network, teacher=True)
+    strategy.network.train()
+    return TrainStep(config, rank, strategy, teacher, objective, classes)
+
+
+def made_up_batch(config: Config, rank: launch.Runtime, seed: int = 0, step: int = 0) -> TrainBatch:
+    """This rank's part of a batch of the second epoch, in memory that a GPU can read while the host goes on."""
+    B = config.batch.global_size
+    b, labels_B = B // rank.world_size, torch.arange(B) // 2
+    images_b = made_up_images(config, seed)[rank.rank * b : (rank.rank + 1) * b]
+    if rank.device.type == "cuda":
+        images_b, labels_B = images_b.pin_memory(), labels_B.pin_memory()
+    return TrainBatch(1, step, images_b, torch.arange(b), labels_B)
 
 
 def made_up_images(config: Config, seed: int = 0) -> torch.Tensor:
@@ -183,32 +202,22 @@ class StepTimer:
 
 
 class Variant:
-    """A network, its teacher and everything else that a step needs, and the steps that it takes."""
+    """A training step, and what its calls took."""
 
     def __init__(self, name: str, config: Config, rank: launch.Runtime, timer: StepTimer) -> None:
-        self.name, self.config, self.rank, self.timer = name, config, rank, timer
-        B = config.batch.global_size
-        b, first, classes = B // rank.world_size, rank.rank * B // rank.world_size, range(B // 2)
-        images_B = made_up_images(config)
-        images_b = images_B[first : first + b]
-        images_b = images_b.pin_memory() if timer.cuda else images_b
+        self.name, self.config, self.timer = name, config, timer
         student = build_embedder(config, rank.device)
-        spread(student, images_B[: min(B, 448)].to(rank.device))
-        teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
-        objective = build_objective(config, classes, rank.device)
-        compile_networks(config, rank, student, teacher)
+        spread(student, made_up_images(config)[:448].to(rank.device))
+        self.step, self.batch = build_step(config, rank, student), made_up_batch(config, rank)
         self.compiled = student._compiled_call_impl is not None
-        strategy = build_strategy(student, config, rank, [])
-        strategy.network.train()
-        self.step = TrainStep(config, rank, strategy, teacher, objective, classes)
-        self.batch = TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(B) // 2)
         self.times, self.parts, self.peak_mib = list[float](), list[dict[str, float]](), 0.0
+        strategy, objective = self.step.strategy, self.step.objective
         # The gradient reaches the embeddings where the objective's backward ends and the network's begins.
         timer.time_calls(
             strategy, "embed", "student forward", lambda E_bD: E_bD.register_hook(lambda g: timer.mark("objective"))
         )
-        if teacher is not None:
-            timer.time_calls(teacher, "forward", "teacher")
+        if self.step.teacher is not None:
+            timer.time_calls(self.step.teacher, "forward", "teacher")
         for owner, method, part in (
             (objective, "start_teacher", "objective"), (objective, "forward", "objective"),
             (strategy, "_backward", "student backward"), (strategy, "_clipped_norm", "optimizer"),
@@ -258,14 +267,10 @@ def run_rank(rank: launch.Runtime, case: dict[str, Any]) -> list[Row]:
         machine.tune_malloc()
     alone = rank.device.type == "cpu" and rank.world_size == case["threads"] == 1
     timer = StepTimer(rank.device, time.process_time if alone else time.perf_counter)
-    for owner, name in (
-        (collectives, "gather_rows"),
-        (collectives, "sum_across"),
-        (collectives.AsyncAllGather, "wait"),
-    ):
+    messages = ((collectives, "gather_rows"), (collectives, "sum_across"), (collectives.AsyncAllGather, "wait"))
+    for owner, name in messages:
         timer.time_calls(owner, name, "communication")
-    names = variants(case["temperatures"])
-    every = [Variant(name, config(case, name, rank.world_size), rank, timer) for name in names]
+    every = [Variant(name, config, rank, timer) for name, config in variants(case, rank.world_size).items()]
     for variant in every:
         for _ in range(WARM_UP):
             variant.take()
@@ -281,7 +286,7 @@ def run_rank(rank: launch.Runtime, case: dict[str, Any]) -> list[Row]:
         for variant in every:
             variant.block(1 if alone else steps)
     if case["trace"]:
-        _trace(every[-1], Path(case["trace"]), rank.is_main)
+        _trace(every[-1], case["trace"], rank.is_main)
     return [variant.row(every[0]) for variant in every]
 
 
@@ -295,24 +300,16 @@ def _trace(variant: Variant, path: Path, writes: bool) -> None:
         trace.export_chrome_trace(str(path))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments; the GPU checks take them, too."""
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.parser(__doc__, worlds=(1, 2))
-    parser.add_argument("--backbone", default="small_cnn", help="model.backbone (default: small_cnn)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: 224; 32 for small_cnn)")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, such as model.backbone=resnet50")
     parser.add_argument("--batch", type=int, default=112, help="images of a rank (default: 112)")
-    parser.add_argument("--precision", default="float32", help="float32 or bf16 (default: float32)")
-    parser.add_argument("--teacher-precision", default="same", help="same or bf16 (default: same)")
     parser.add_argument("--temperatures", type=lambda text: [float(x) for x in text.split(",")],
                         default=[1.0, 0.05, 0.005], metavar="T,T,...",
                         help="transition temperatures of obdsd (default: 1,0.05,0.005)")  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--budget", type=float, default=120, help="seconds of a number of ranks (default: 120)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write three steps of the last variant for Perfetto")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return common.main(parser().parse_args(arguments), run, findings)
+    return common.main(parser, arguments, run, findings)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from dist_obdsd import checkpoint
 from tests import runs
@@ -38,6 +39,7 @@ WAYS = {
     "zero 1, 2 ranks": (2, ("strategy=deepspeed", "deepspeed.stage=1")),
 }
 MOMENTS = ("step", "write", "evaluation", "start")
+STEPS_OF_AN_EPOCH = 3  # of SETTINGS on the tiny data
 TIMES = ("seconds", "data_wait", "images_per_s", "data_wait_share")
 
 
@@ -50,19 +52,15 @@ class Job:
 
     @classmethod
     def start(cls, folder: Path, name: str, ranks: int, *overrides: str, torchrun: bool = False) -> "Job":
-        log = folder / f"{name}.log"
+        log, processes = folder / f"{name}.log", []
         line = runs.command("train", "tiny.yaml", f"name={name}", *SETTINGS, *overrides, ranks=ranks if torchrun else 0)
-        own = [{}] if torchrun else runs.group_environments(ranks)
-        with log.open("ab") as out:
-            return cls(
-                [
-                    subprocess.Popen(
-                        line, cwd=folder, env=runs.environment(mine), stdout=out, stderr=out, start_new_session=True
-                    )
-                    for mine in own
-                ],
-                log,
-            )
+        for own in [{}] if torchrun else runs.group_environments(ranks):
+            env = runs.environment(own)
+            with log.open("ab") as out:
+                processes.append(
+                    subprocess.Popen(line, cwd=folder, env=env, stdout=out, stderr=out, start_new_session=True)
+                )
+        return cls(processes, log)
 
     def alive(self) -> bool:
         return any(process.poll() is None for process in self.processes)
@@ -97,56 +95,41 @@ def result(run: Path) -> dict[str, Any]:
     return parts | {"metrics": kept, "summary": json.loads((run / "summary.json").read_text())["rows"]}
 
 
-def difference(a: Any, b: Any, where: str = "") -> str | None:
-    """The first place where two results differ in a bit."""
-    if type(a) is not type(b) and not (isinstance(a, dict) and isinstance(b, dict)):  # OrderedDicts are copied to dicts
-        return f"{where}: {type(a).__name__} and {type(b).__name__}"
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return f"{where}: {sorted(map(str, a.keys() ^ b.keys()))[:3]} on one side only"
-        found = (difference(a[key], b[key], f"{where}/{key}") for key in a)
-    elif isinstance(a, list):
-        if len(a) != len(b):
-            return f"{where}: {len(a)} and {len(b)} entries"
-        found = (difference(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
-    else:
-        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        return None if same else where
-    return next((text for text in found if text is not None), None)
+def difference(a: Any, b: Any) -> str | None:
+    """A place where two results differ in a bit."""
+    one, other = ({keystr(path): leaf for path, leaf in tree_flatten_with_path(result)[0]} for result in (a, b))
+    for place in one | other:
+        x, y = one.get(place, "nothing"), other.get(place, "nothing")
+        if type(x) is not type(y) or not (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y):
+            return place
+    return None
 
 
-def wait_for(moment: str, job: Job, run: Path, draw: random.Random, last_step: int) -> bool:
-    """Wait until a moment of this kind has come. False when the run finished before."""
-    steps = _steps(run)
-    if moment == "start":
-        time.sleep(draw.uniform(0, 4))
-        return job.alive()
-    goal = draw.randint(steps + 1, max(steps + 1, min(last_step, steps + 12)))
-    deadline = time.monotonic() + runs.SECONDS
-    while job.alive():
-        assert time.monotonic() < deadline, job.log.read_text()[-3000:]
-        if _steps(run) >= goal:
-            if moment == "step":
-                time.sleep(draw.uniform(0, 0.05))
-                return job.alive()
-            if moment == "write" and any((run / "checkpoints").glob(".*.writing")):
-                return True
-            if moment == "evaluation" and _steps(run) % STEPS_OF_AN_EPOCH == 0:
-                time.sleep(draw.uniform(0, 0.03))
-                return job.alive()
-        time.sleep(0.0005 if moment == "write" else 0.005)
-    return False
-
-
-STEPS_OF_AN_EPOCH = 3  # of SETTINGS on the tiny data
-
-
-def _steps(run: Path) -> int:
-    """Steps on record."""
+def steps_on_record(run: Path) -> int:
     try:
         return (run / "metrics.jsonl").read_text().count('"kind": "step"')
     except OSError:
         return 0
+
+
+def wait_for(moment: str, job: Job, run: Path, draw: random.Random, last_step: int) -> bool:
+    """Wait until a moment of this kind has come. False when the run finished before."""
+    if moment == "start":
+        time.sleep(draw.uniform(0, 4))
+        return job.alive()
+    steps = steps_on_record(run)
+    goal = draw.randint(steps + 1, max(steps + 1, min(last_step, steps + 12)))
+    deadline = time.monotonic() + runs.SECONDS
+    while job.alive():
+        assert time.monotonic() < deadline, job.log.read_text()[-3000:]
+        steps = steps_on_record(run)
+        if steps >= goal and moment == "write" and any((run / "checkpoints").glob(".*.writing")):
+            return True
+        if steps >= goal and (moment == "step" or (moment == "evaluation" and steps % STEPS_OF_AN_EPOCH == 0)):
+            time.sleep(draw.uniform(0, 0.04))
+            return job.alive()
+        time.sleep(0.0005 if moment == "write" else 0.005)
+    return False
 
 
 def finished(folder: Path, name: str, ranks: int, *overrides: str) -> dict[str, Any]:
@@ -159,34 +142,34 @@ def finished(folder: Path, name: str, ranks: int, *overrides: str) -> dict[str, 
 
 def killed(
     folder: Path, name: str, ranks: int, overrides: tuple[str, ...], plan: list[tuple[str, int | None]], seed: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Kill and restart one run.
 
     Args:
         plan: (moment, the rank to kill; None for all) for every kill.
 
     Returns:
-        What it ended with, and a row per kill.
+        What it ended with, and a line per kill.
     """
-    draw, run, rows = random.Random(seed), folder / "runs" / name, []
+    draw, run, lines = random.Random(seed), folder / "runs" / name, []
     for moment, victim in plan:
         job = Job.start(folder, name, ranks, *overrides)
         if not wait_for(moment, job, run, draw, 10**6):
             job.wait()
             break
-        steps = _steps(run)
+        steps = steps_on_record(run)
         for rank, process in enumerate(job.processes):
             if victim in (None, rank):
                 process.kill()
         killed_at = time.monotonic()
         job.wait()
-        others = time.monotonic() - killed_at
-        rows.append({"moment": moment, "victim": "all" if victim is None else victim, "step": steps, "others": others})
-    return finished(folder, name, ranks, *overrides), rows
+        lines.append(f"kill {moment:10} rank {'all' if victim is None else victim!s:4} after step {steps:3}  "
+                     f"others ended {time.monotonic() - killed_at:5.1f} s later")  # fmt: skip
+    return finished(folder, name, ranks, *overrides), lines
 
 
-def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random.Random) -> dict[str, Any]:
-    """Send SIGTERM at a random moment, to one rank or to torchrun, and look at what is left."""
+def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random.Random) -> tuple[bool, str]:
+    """Send SIGTERM at a random moment, to one rank or to torchrun: is what is left as it must be, and what is it?"""
     run = folder / "runs" / name
     job = Job.start(folder, name, ranks, "epochs=400", torchrun=torchrun)
     moment = draw.choice(("start", "step", "evaluation"))
@@ -200,22 +183,18 @@ def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random
     else:
         assert wait_for(moment, job, run, draw, 40)
     members = job.members()
-    if torchrun:
-        job.processes[0].send_signal(signal.SIGTERM)
-    else:
-        for process in [draw.choice(job.processes)] if moment != "start" else job.processes:
-            process.send_signal(signal.SIGTERM)
+    for process in job.processes if torchrun or moment == "start" else [draw.choice(job.processes)]:
+        process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
     codes = job.wait()
     seconds = time.monotonic() - sent
     _, left = psutil.wait_procs(members, timeout=30)
-    status = runs.status(run) if (run / "status.json").exists() else {}
-    saved = checkpoint.find(run)
-    steps = checkpoint.load(saved)["position"]["global_step"] if saved else None
-    return {
-        "moment": moment, "to": "torchrun" if torchrun else "rank", "codes": codes, "state": status.get("state"),
-        "saved": steps, "left": len(left), "seconds": seconds,
-    }  # fmt: skip
+    state = runs.status(run)["state"] if (run / "status.json").exists() else None
+    saved = checkpoint.load(path)["position"]["global_step"] if (path := checkpoint.find(run)) else None
+    good = state == "preempted" and saved is not None and not left
+    good &= set(codes) == {1 if torchrun else os.EX_TEMPFAIL}
+    return good, (f"SIGTERM to {'torchrun' if torchrun else 'rank':8} {moment:10} exit {codes} state {state} "
+                  f"saved step {saved} left {len(left)}  {seconds:5.1f} s")  # fmt: skip
 
 
 def _catches_sigterm(process: psutil.Process) -> bool:
@@ -233,42 +212,31 @@ def main() -> int:
     options.add_argument("--ways", nargs="*", default=list(WAYS))
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="dist-obdsd-chaos-"))
-    _prepare(folder)
-    failures = 0
-    for way in chosen.ways:
-        ranks, overrides = WAYS[way]
-        draw = random.Random(f"{chosen.seed} {way}")
-        reference = finished(folder, f"whole-{len(way)}-{ranks}", ranks, *overrides)
-        done = 0
-        while done < chosen.kills:
-            plan = [(MOMENTS[(done + i) % len(MOMENTS)], draw.choice([None, *range(ranks)])) for i in range(5)]
-            name = f"killed-{len(way)}-{ranks}-{done}"
-            found, rows = killed(folder, name, ranks, overrides, plan, draw.randrange(10**6))
-            differs = difference(reference, found)
-            failures += differs is not None
-            for row in rows:
-                print(f"{way:16} kill {row['moment']:10} rank {row['victim']!s:4} after step {row['step']:3}  "
-                      f"others ended {row['others']:5.1f} s later", flush=True)  # fmt: skip
-            print(f"{way:16} end  {'same bits' if differs is None else 'DIFFERS at ' + differs}", flush=True)
-            done += max(1, len(rows))
-    for i in range(chosen.stops):
-        row = terminated(folder, f"stopped-{i}", 2, i % 2 == 1, random.Random(f"{chosen.seed} stop {i}"))
-        good = row["state"] == "preempted" and row["saved"] is not None and not row["left"]
-        good &= set(row["codes"]) == {1 if row["to"] == "torchrun" else os.EX_TEMPFAIL}
-        failures += not good
-        print(f"SIGTERM to {row['to']:8} {row['moment']:10} exit {row['codes']} state {row['state']} saved step "
-              f"{row['saved']} left {row['left']}  {row['seconds']:5.1f} s", flush=True)  # fmt: skip
-    print(f"{failures} failures")
-    shutil.rmtree(folder, ignore_errors=True)
-    return 1 if failures else 0
-
-
-def _prepare(folder: Path) -> None:
+    folder, failures = Path(tempfile.mkdtemp(prefix="dist-obdsd-chaos-")), 0
     runs.make_images(folder / "images")
     done = runs.program("pack", "folder", "--source", "images", "--out", "packed", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(folder / "packed")))
+    for way in chosen.ways:
+        ranks, overrides = WAYS[way]
+        draw, kills = random.Random(f"{chosen.seed} {way}"), 0
+        reference = finished(folder, f"whole-{len(way)}-{ranks}", ranks, *overrides)
+        while kills < chosen.kills:
+            plan = [(MOMENTS[(kills + i) % len(MOMENTS)], draw.choice([None, *range(ranks)])) for i in range(5)]
+            name = f"killed-{len(way)}-{ranks}-{kills}"
+            found, lines = killed(folder, name, ranks, overrides, plan[: chosen.kills], draw.randrange(10**6))
+            differs = difference(reference, found)
+            failures += differs is not None
+            for line in (*lines, "end  " + ("same bits" if differs is None else f"DIFFERS at {differs}")):
+                print(f"{way:16} {line}", flush=True)
+            kills += max(1, len(lines))
+    for i in range(chosen.stops):
+        good, line = terminated(folder, f"stopped-{i}", 2, i % 2 == 1, random.Random(f"{chosen.seed} stop {i}"))
+        failures += not good
+        print(line, flush=True)
+    print(f"{failures} failures")
+    shutil.rmtree(folder, ignore_errors=True)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -152,12 +152,9 @@ def _picks_by_mask(name: str, args: Any) -> bool:
 
 def tensors_of(step: TrainStep) -> list[Tensor | None]:
     """List what a training step keeps on its device: networks, gradients, optimizers, the objective's state."""
-    networks = [step.strategy.student, step.objective.ranking]
-    if step.teacher is not None:
-        networks.append(step.teacher.network)
+    networks = [step.strategy.student, step.objective.ranking, *([step.teacher.network] if step.teacher else [])]
     kept = [x for network in networks for x in (*network.parameters(), *network.buffers())]
     optimizers = [step.strategy.optimizer, step.strategy.objective_optimizer]
-    states = [o.state for o in optimizers if isinstance(o, torch.optim.Optimizer)]
-    grads = [x.grad for x in kept]
-    memory = [step.objective.memory_MD]
-    return [*kept, *grads, *memory, *(x for x in tree_iter([dict(s) for s in states]) if isinstance(x, Tensor))]
+    states = [dict(o.state) for o in optimizers if isinstance(o, torch.optim.Optimizer)]
+    in_states = [x for x in tree_iter(states) if isinstance(x, Tensor)]
+    return [*kept, *(x.grad for x in kept), step.objective.memory_MD, *in_states]

@@ -1,87 +1,36 @@
-"""A process per case and rank, tables, and comparison with a baseline."""
+"""Processes of their own for each case, tables, and comparison with a baseline."""
 
 import json
 import os
 import signal
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import common
+from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import InputError, RunError
-from tests import runs
-from tests.nursery import Program
 
-CASE = """
-import os, sys, time
-def run_rank(rank, case):
-    sys.stderr.write("the CPU decodes the images\\n")
-    open(f"{case['folder']}/{os.getpid()}", "w").close()
-    time.sleep(case.get("seconds", 0))
-    if case.get("fails"):
+
+def _rank(rank: Runtime, case: dict[str, Any]) -> dict[str, Any]:
+    if rank.rank == case.get("dies"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank.rank == case.get("fails"):
         raise ValueError("on purpose")
-    if case.get("dies"):
-        os.kill(os.getpid(), 9)
-    return []
-"""
-CALL = """
-import os, sys
-os.environ.pop("OMP_NUM_THREADS")  # so that torchrun would say what it sets
-from benchmarks import common
-case = {"folder": sys.argv[1], "threads": 1, "budget": 0}
-print(common.run_case("case", 2, case))
-print(common.run_case("case", 2, case | {"seconds": 200}))
-"""
+    return {"ranks": collectives.gather_json(rank.rank), "pid": os.getpid()}
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(holds) -> bool:
-    deadline = time.monotonic() + 100
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
-
-
-def test_messages_pass_once_and_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
-    (tmp_path / "case.py").write_text(CASE)
-
-    def ranks() -> list[int]:
-        return [int(file.name) for file in tmp_path.iterdir() if file.name.isdigit()]
-
-    with (tmp_path / "out").open("wb") as out:
-        bench = Program([str(tmp_path)], code=CALL, cwd=tmp_path, env=runs.environment(), stdout=out, stderr=out)
-        try:
-            assert wait_until(lambda: len(ranks()) == 4), (tmp_path / "out").read_text()
-            assert sum(map(alive, ranks())) == 2
-            bench.send_signal(signal.SIGINT)
-            assert bench.wait(60) != 0
-            assert wait_until(lambda: not any(map(alive, ranks())))
-        finally:
-            bench.kill()
-            for pid in filter(alive, ranks()):
-                os.kill(pid, signal.SIGKILL)
-    said = (tmp_path / "out").read_text().splitlines()
-    assert said[0] == "the CPU decodes the images"
-    assert said.count(said[0]) == said.count("KeyboardInterrupt") == 1
-
-
-def test_a_case_can_fail_die_or_take_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "case.py").write_text(CASE)
-    monkeypatch.chdir(tmp_path)
-    case = {"folder": str(tmp_path), "threads": 1, "budget": 0}
+def test_a_case_answers_fails_or_is_killed() -> None:
+    case = {"threads": 1}
+    (alone,) = common.run_case(_rank, 1, case)
+    (answer,) = common.run_case(_rank, 2, case)
+    assert (alone["ranks"], answer["ranks"]) == ([0], [0, 1])
+    assert len({os.getpid(), alone["pid"], answer["pid"]}) == 3
     with pytest.raises(RunError, match="on purpose"):
-        common.run_case("case", 1, case | {"fails": True})
-    for world in (1, 2):
-        assert "killed" in common.run_case("case", world, case | {"dies": True})[0]["skipped"]
-    monkeypatch.setattr(common, "START_SECONDS", 0.5)
-    assert "took more than" in common.run_case("case", 1, case | {"seconds": 100})[0]["skipped"]
+        common.run_case(_rank, 2, case | {"fails": 1})
+    assert "killed" in common.run_case(_rank, 2, case | {"dies": 1})[0]["skipped"]
 
 
 def test_findings_beside_an_earlier_file(tmp_path: Path):
@@ -91,7 +40,6 @@ def test_findings_beside_an_earlier_file(tmp_path: Path):
     assert [(row["finding"], row["verdict"]) for row in rows] == [
         ("a", "worse"), ("b", "alike"), ("c", "better"), ("d", "new"),
     ]  # fmt: skip
-    assert rows[0]["change"] == pytest.approx(1.3)
     earlier.write_text("[]")
     with pytest.raises(InputError, match="earlier.json"):
         common.compare(earlier, {"a": 1.0})
@@ -101,8 +49,8 @@ def test_a_benchmark_writes_prints_and_judges(tmp_path: Path, capsys: pytest.Cap
     rows = [{"B": 1, "seconds": 0.012345}, {"B": 100, "seconds": 5.0, "error": 1e-7}, {"B": 3, "skipped": "no"}]
 
     def bench(finding: float, *arguments: object) -> int:
-        options = common.parser("").parse_args([*map(str, arguments), "--threads", "2"])
-        return common.main(options, lambda _: rows, lambda _: {"share": finding})
+        words = [*map(str, arguments), "--threads", "2"]
+        return common.main(common.parser(""), words, lambda _: rows, lambda _: {"share": finding})
 
     assert bench(1.0, "--json", tmp_path / "b.json") == 0
     assert capsys.readouterr().out.splitlines() == [

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +16,11 @@ from tests import harness
 Bench = Callable[..., list[dict[str, Any]]]
 
 
-def _case(module: str, case: dict[str, Any]) -> list[dict[str, Any]]:
+def _case(run_rank: Callable[..., Any], case: dict[str, Any]) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    runtime = Runtime(Launch("test", rank, world, rank, world), torch.device("cpu"))
-    answer = import_module(module).run_rank(runtime, case)
+    answer = run_rank(Runtime(Launch("test", rank, world, rank, world), torch.device("cpu")), case)
     return answer if isinstance(answer, list) else [answer]
 
 
@@ -35,8 +33,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
         rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())["rows"]
         return rows
 
-    for module in (common, objective, manifold):
-        monkeypatch.setattr(module, "run_case", lambda name, world, case: harness.run(world, _case, name, case)[0])
+    monkeypatch.setattr(common, "run_case", lambda call, world, case: harness.run(world, _case, call, case)[0])
     return run
 
 

@@ -9,8 +9,8 @@ from benchmarks import scale
 @pytest.mark.parametrize(("W", "strategy"), [(4, "ddp"), (16, "ddp"), (4, "fsdp")])
 def test_rank_0_of_many_sends_and_holds_what_formulas_say(W: int, strategy: str, tmp_path: Path) -> None:
     b, D = 4, 8
-    arguments = ["--backbones", "resnet18", "--worlds", W, "--batch", b, "--dim", D, "--strategy", strategy]
-    arguments += ["--json", tmp_path / "s.json"]
+    arguments = ["model.backbone=resnet18", f"model.embedding_dim={D}", "--worlds", W, "--batch", b]
+    arguments += [f"strategy={strategy}", "--json", tmp_path / "s.json"]
     assert scale.main([*map(str, arguments)]) == 0
     (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
     parameters = 11_176_512 + 512 * D + D

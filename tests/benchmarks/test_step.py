@@ -13,8 +13,8 @@ VARIANTS = ("none", "psd", "obdsd 1", "obdsd 0.005")
 
 
 def test_variants_are_divided_into_parts_on_real_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = step.main(["--worlds", "1,2", "--batch", "8", "--dim", "16", "--image-size", "16", "--budget", "3",
-                      "--temperatures", "1,0.005", "--json", f"{tmp_path}/step.json",
+    code = step.main(["model.embedding_dim=16", "--worlds", "1,2", "--batch", "8", "data.image_size=16",
+                      "--budget", "3", "--temperatures", "1,0.005", "--json", f"{tmp_path}/step.json",
                       "--trace", f"{tmp_path}/trace.json"])  # fmt: skip
     assert code == 0
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]
@@ -39,8 +39,8 @@ def test_variants_are_divided_into_parts_on_real_ranks(tmp_path: Path, capsys: p
     ("arguments", "word"),
     [
         (["--batch", "7"], "--batch is 7"),
-        (["--backbone", "vgg"], "model.backbone"),
-        (["--precision", "float16"], "precision"),
+        (["model.backbone=vgg"], "model.backbone"),
+        (["precision=float16"], "precision"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

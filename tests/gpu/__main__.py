@@ -11,12 +11,9 @@ usage; a target that is missed is a figure, not a failure.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import sys
 import time
 import traceback
@@ -24,7 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
 NEEDED = {"torch": "torch", "torchvision": "torchvision", "webdataset": "webdataset", "pydantic": "pydantic",
           "yaml": "pyyaml"}  # fmt: skip
 PARTS = ("smoke", "exact", "runs", "speed")
@@ -47,8 +43,6 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"{', '.join(missing)} is not installed; pip install {' '.join(missing)}")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, and for the processes that are started
-    # The ranks that checks and benches start import this repository from any folder.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     import torch
 
     if options.device == "cuda" and options.parts and not torch.cuda.is_available():
@@ -69,14 +63,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _take(part: str, options: argparse.Namespace, device: Any) -> list[str]:
     """Run a part's checks, print and write each as it comes, and return the names of those that failed."""
-    described, rows = about(device), list[Row]()
+    rows = list[Row]()
     for name, check in checks(part).items():
-        if options.only and name not in options.only.split(","):
-            continue
-        row = run(name, check, device, options.quick)
-        rows.append(row)
-        print(f"{row['verdict']:8}{name} ({row['seconds']:.1f} s): {row['found']}", flush=True)
-        (options.out / f"gpu-{part}.json").write_text(json.dumps({"meta": described, "rows": rows}, indent=1) + "\n")
+        if not options.only or name in options.only.split(","):
+            rows.append(row := run(name, check, device, options.quick))
+            print(f"{row['verdict']:8}{name} ({row['seconds']:.1f} s): {row['found']}", flush=True)
+            written = json.dumps({"meta": about(device), "rows": rows}, indent=1)
+            (options.out / f"gpu-{part}.json").write_text(written + "\n")
     return [row["check"] for row in rows if row["verdict"] == "failed"]
 
 
@@ -89,12 +82,13 @@ def checks(part: str) -> dict[str, Callable[..., str | list[Row]]]:
 def about(device: Any) -> Row:
     """Describe the device and the software."""
     import torch
+    import torchvision
 
+    from benchmarks import common
     from dist_obdsd.tracking import provenance
 
-    described: Row = {"date": datetime.date.today().isoformat(), "device": provenance.hardware(device)}
-    described |= {"commit": provenance.git()["git_commit"][:12], "python": platform.python_version()}
-    described |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    described = common.meta(torch.get_num_threads()) | {"torchvision": torchvision.__version__}
+    described["commit"] = provenance.git()["git_commit"][:12]
     if device.type == "cuda":
         described |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         described |= {"gpus": torch.cuda.device_count(), "gib": torch.cuda.mem_get_info(device)[1] >> 30}
@@ -125,13 +119,13 @@ def report(folder: Path) -> str:
 
     parts, checked, measured = [], list[Row](), list[Row]()
     for part in PARTS:
-        path = folder / f"gpu-{part}.json"
         try:
-            written = json.loads(path.read_text())
-            parts.append(f"{part}: {', '.join(f'{name} {value}' for name, value in written['meta'].items())}")
-            checked += [{"part": part} | row for row in written["rows"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parts.append(f"{path.name}: nothing to read ({type(error).__name__})")
+            written = json.loads((folder / f"gpu-{part}.json").read_text())
+        except (OSError, ValueError) as error:
+            parts.append(f"{part}: nothing to read ({type(error).__name__})")
+            continue
+        parts.append(f"{part}: {', '.join(f'{name} {value}' for name, value in written['meta'].items())}")
+        checked += [{"part": part} | row for row in written["rows"]]
     for row in checked:
         measured += row.pop("rows", [])
     speeds, waits = ([row for row in measured if kind in row] for kind in ("ms", "data wait"))

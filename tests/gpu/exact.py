@@ -35,7 +35,6 @@ LIMITS = {
 }
 """Of the losses' and of the gradient's relative error. On a CPU the gradient's was 1.5e-6 and 3.5e-2 in the small CNN,
 1.4e-3 and 3.6e-1 in ResNet-18, whose untrained layers amplify rounding; tf32 lies between the two."""
-SECONDS = 60.0
 TARGETS = ("none", "obdsd")
 
 
@@ -79,8 +78,7 @@ def ranks_are_one_batch(device: torch.device, quick: bool) -> str:
     world = max(W for W in (1, 2, 4, 8, 16) if world >= W)  # such as divide the batch
     if world == 1:
         raise Skipped("there is one GPU")
-    case = {"device": device.type, "threads": 1, "budget": SECONDS}
-    (answer,) = run_case("tests.gpu.exact", world, case)
+    (answer,) = run_case(run_rank, world, {"device": device.type, "threads": 1})
     if "skipped" in answer:
         raise CheckError(f"{world} ranks: {answer['skipped']}")
     said = [within(f"gradient of {target}", error, LIMIT) for target, error in answer.items()]

@@ -10,22 +10,17 @@ Legend: b rows of a rank, B of the global batch, D embedding dimension, W ranks.
 import json
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from benchmarks import fake
+from benchmarks.step import build_step
 from dist_obdsd.data.stream import TrainBatch
-from dist_obdsd.distributed import collectives, shards
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.losses.across_ranks import local_loss
 from dist_obdsd.losses.batch_view import BatchView
@@ -33,67 +28,22 @@ from dist_obdsd.losses.build import build_objective
 from dist_obdsd.losses.obdsd import is_ranking
 from dist_obdsd.manifold.targets import QueuePlan
 from dist_obdsd.models.embedder import build_embedder
-from dist_obdsd.models.teacher import ProgressiveTeacher
-from dist_obdsd.training import train_step
-from dist_obdsd.training.strategy import build_strategy
-from dist_obdsd.training.train_step import TrainProgress, TrainStep
+from dist_obdsd.training.train_step import TrainProgress
 from dist_obdsd.transfer import AsyncHostCopy
 from tests.gpu.rig import CPU, settings
 
 DEVICE = "standin"
-CLASSES = range(16)
-FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided"}
 LOW = ("addmm", "conv2d", "linear", "matmul", "mm")
 """What autocast computes in bfloat16."""
 
 
-class Meter(TorchDispatchMode):
-    """Counts launches, the bytes that they read and write, the most bytes held at a time, and messages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = self.peak = self.launches = self.moved = self.messages = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made, given = (
-            [x for x in tree_iter(of) if isinstance(x, torch.Tensor) and x.device.type == DEVICE]
-            for of in (result, (args, kwargs))
-        )
-        name = func._schema.name.removeprefix("aten::")
-        if made and not func.is_view and name not in FREE:
-            self.launches += 1
-            self.moved += sum(x.nbytes for x in (*made, *given))
-        self.messages += func.namespace == "c10d"
-        for x in made:
-            storage = x.untyped_storage()
-            if not func.is_view and storage._cdata not in self._known:
-                self._hold(storage._cdata, storage.nbytes())
-                weakref.finalize(storage, self._hold, storage._cdata, -storage.nbytes())
-        return result
-
-    def _hold(self, storage: int, nbytes: int) -> None:
-        self._known ^= {storage}
-        self.held += nbytes
-        self.peak = max(self.peak, self.held)
-
-    def figures(self) -> dict[str, int]:
-        """What a job answers."""
-        return {"launches": self.launches, "moved_mib": self.moved >> 20, "peak_mib": self.peak >> 20,
-                "messages": self.messages}  # fmt: skip
-
-
 @contextmanager
-def ranks(W: int) -> Iterator[None]:
-    """Open fake tensors in a group of W ranks, of which none but this one is there."""
-    dist.init_process_group(f"cpu:fake,{DEVICE}:fake", store=FakeStore(), rank=0, world_size=W)
-    try:
-        # Python runs the backward in this thread, since there is no device for which the engine could have another.
-        with torch.autograd.set_multithreading_enabled(False), FakeTensorMode():
-            yield
-    finally:
-        dist.destroy_process_group()
+def metered(W: int) -> Iterator[fake.Meter]:
+    """Measure what one of W ranks does with fake tensors."""
+    # Python runs the backward in this thread, since there is no device for which the engine could have another.
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with fake.ranks(W, DEVICE), one_thread, fake.FakeMode(), fake.Meter(W, DEVICE) as meter:
+        yield meter
 
 
 def put(module: nn.Module) -> None:
@@ -105,46 +55,39 @@ def put(module: nn.Module) -> None:
             part._buffers[name] = torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
 
 
-def objective(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dict[str, int]:
+def objective(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> fake.Meter:
     """Measure the objective, forward and backward, up to the gradient at the embeddings."""
     config = settings("small_cnn", f"batch.global_size={W * b}", *overrides)
-    loss = build_objective(config, CLASSES, CPU)
+    loss = build_objective(config, range(16), CPU)
     loss._plan = QueuePlan(**plan)
-    with ranks(W):
+    with metered(W) as meter:
         put(loss)
         E_bD, E_BD = (torch.empty(n, 32, device=DEVICE, requires_grad=True) for n in (b, W * b))
         labels_B = torch.empty(W * b, dtype=torch.int64, device=DEVICE)
         T_bD = torch.empty(b, 32, device=DEVICE) if loss.needs_teacher() else None
-        with Meter() as meter:
-            teacher = None if T_bD is None else loss.start_teacher(T_bD, early=True)
-            rows = () if teacher is None else (teacher.gathering.wait(), teacher.pending)
-            terms = loss.terms(BatchView(E_bD, E_BD, labels_B, 0), *rows)
-            factors = {name: 1.0 for name in terms if is_ranking(name) or name == "distillation"}
-            local_loss(terms, {name: term.count for name, term in terms.items()}, factors, W).backward()
-    return meter.figures()
+        teacher = None if T_bD is None else loss.start_teacher(T_bD, early=True)
+        rows = () if teacher is None else (teacher.gathering.wait(), teacher.pending)
+        terms = loss.terms(BatchView(E_bD, E_BD, labels_B, 0), *rows)
+        factors = {name: 1.0 for name in terms if is_ranking(name) or name == "distillation"}
+        local_loss(terms, {name: term.count for name, term in terms.items()}, factors, W).backward()
+    return meter
 
 
-def step(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> dict[str, int]:
+def step(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> fake.Meter:
     """Measure a whole training step of a small network. DDP's messages are missing."""
     config = settings("small_cnn", f"batch.global_size={W * b}", *overrides)
-    runtime = Runtime(Launch("fake"), torch.device(DEVICE))
-    student, loss = build_embedder(config, CPU), build_objective(config, CLASSES, CPU)
-    teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
-    loss._plan = QueuePlan(**plan)
-    with ranks(W), Meter() as meter:
-        for module in (student, loss, *[teacher] * (teacher is not None)):
-            put(module)
-        strategy = build_strategy(student, config, runtime, list(loss.ranking.named_parameters()))
-        if teacher is not None:
-            strategy.shard(teacher.network, teacher=True)
-        taken = TrainStep(config, runtime, strategy, teacher, loss, CLASSES)
+    student = build_embedder(config, CPU)
+    with metered(W) as meter:
+        put(student)
+        taken = build_step(config, Runtime(Launch("fake"), torch.device(DEVICE)), student)
+        taken.objective._plan = QueuePlan(**plan)
         taken.early_diffusion = True
         images_b = torch.empty(b, 1, 32, 32, dtype=torch.uint8)
         taken(TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(W * b)), TrainProgress(1, 0, 0), 0.0)
-    return meter.figures()
+    return meter
 
 
-JOBS: dict[str, Callable[..., dict[str, int]]] = {"objective": objective, "step": step}
+JOBS: dict[str, Callable[..., fake.Meter]] = {"objective": objective, "step": step}
 
 
 class Queue:
@@ -189,20 +132,14 @@ def main() -> None:
     """Answer each job: ``kind``, ``W``, ``b``, ``overrides`` and ``plan``, the fields of a ``QueuePlan``."""
     warnings.simplefilter("ignore")  # torch looks at its fake tensors itself
     kept = make_device()
-    real_mesh = shards.device_mesh
-
-    def mesh(*args: Any) -> Any:
-        with unset_fake_temporarily():  # its ranks are numbers
-            return real_mesh(*args)
-
-    # What other ranks would say, what the host looks up in its own memory, and an error that is small enough.
-    shards.device_mesh = mesh
-    collectives.gather_json = lambda value: [value] * collectives.world_size()
-    train_step.class_indices = lambda labels_B, classes_C: labels_B
-    AsyncHostCopy.read = lambda self: [0.0] * len(self._numbers_n)
+    AsyncHostCopy.read = lambda self: [0.0] * len(self._numbers_n)  # an error that is small enough
     for job in json.load(sys.stdin):
         try:
-            answer: dict[str, Any] = JOBS[job.pop("kind")](**job)
+            meter = JOBS[job.pop("kind")](**job)
+            answer: dict[str, Any] = {
+                "launches": meter.launches, "moved_mib": meter.moved >> 20, "peak_mib": meter.peak >> 20,
+                "messages": sum(meter.messages.values()),
+            }  # fmt: skip
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(answer), flush=True)

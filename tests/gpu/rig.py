@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import made_up_images, spread
-from dist_obdsd.config import Config, override_config, parse_config
+from benchmarks.step import build_config, build_step, made_up_batch, made_up_images, spread
+from dist_obdsd.config import Config
 from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import launch
 from dist_obdsd.distributed.launch import Launch, Runtime
-from dist_obdsd.losses.build import build_objective
 from dist_obdsd.models.embedder import build_embedder
-from dist_obdsd.models.precision import compile_networks
-from dist_obdsd.models.teacher import ProgressiveTeacher
-from dist_obdsd.training.strategy import build_strategy
-from dist_obdsd.training.train_step import TrainProgress, TrainStep
+from dist_obdsd.training.train_step import TrainProgress
 
 CPU = torch.device("cpu")
 B = 32
@@ -52,20 +48,13 @@ def within(what: str, found: float, limit: float) -> str:
 def settings(backbone: str, *overrides: str) -> Config:
     """A batch of 32 in pairs, and an objective that is smooth: with so wide a margin no pair is mined away, so rounding
     cannot decide which pairs count."""
-    small = backbone == "small_cnn"
-    other = any(override.startswith("ranking.name=") for override in overrides)
-    raw: dict[str, Any] = {
-        "name": "gpu-check",
-        "epochs": 2,
-        "data": {"shards": "none", "image_size": 32 if small else 64, "lanes": 1,
-                 **({"channels": 1, "mean": [0.5], "std": [0.5]} if small else {})},
-        "batch": {"global_size": B, "samples_per_class": 2},
-        "model": {"backbone": backbone, "embedding_dim": 32},
-        "ranking": {} if other else {"name": "multi_similarity", "margin": 2.5, "beta": 10},
-        "distillation": {"weight": 3, "temperature": 0.1, "transition_temperature": 0.05},
-        "optim": {"lr": 1e-3},
-    }  # fmt: skip
-    return parse_config(override_config(raw, overrides), "the check")
+    chosen = [f"model.backbone={backbone}", "model.embedding_dim=32", "distillation.transition_temperature=0.05",
+              "optim.lr=1e-3"]  # fmt: skip
+    if backbone != "small_cnn":
+        chosen.append("data.image_size=64")
+    if not any(override.startswith("ranking.name=") for override in overrides):
+        chosen += ["ranking.name=multi_similarity", "ranking.margin=2.5", "ranking.beta=10"]
+    return build_config(B, *chosen, *overrides)
 
 
 @cache
@@ -89,19 +78,15 @@ class Rig:
         self.rank = rank or Runtime(Launch("check"), device)
         self.student = build_embedder(config, device)
         self.student.load_state_dict(spread_weights(config.model.backbone))
-        self.teacher = ProgressiveTeacher(self.student) if config.distillation.needs_teacher else None
+        self.step = build_step(config, self.rank, self.student)
+        self.objective, self.strategy = self.step.objective, self.step.strategy
+        if config.model.compile and self.student._compiled_call_impl is None:
+            raise Skipped("torch.compile does not work here")
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in self.student.parameters():  # drawn in float32 on the CPU, so that all rigs move alike
                 noise = torch.randn(p.shape, generator=draw)
                 p.add_((0.05 * noise * p.detach().float().cpu().std(correction=0)).to(p))
-        self.objective = build_objective(config, range(B // 2), device)
-        compile_networks(config, self.rank, self.student, self.teacher)
-        if config.model.compile and self.student._compiled_call_impl is None:
-            raise Skipped("torch.compile does not work here")
-        self.strategy = build_strategy(self.student, config, self.rank, [])
-        self.strategy.network.train()
-        self.step = TrainStep(config, self.rank, self.strategy, self.teacher, self.objective, range(B // 2))
         # As on a GPU, whose diffusion is queued before anybody looks at it; the reference looks at once.
         self.step.early_diffusion = config.precision != "float64"
         self.taken = 0
@@ -113,14 +98,8 @@ class Rig:
         self.gradients = {name: grad.detach().clone() for name, grad in found.items()}
 
     def batch(self, seed: int = 0) -> TrainBatch:
-        """The next step's, in memory that a GPU can read while the host goes on."""
-        images_B = made_up_images(self.config, seed)
-        labels_B, b = torch.arange(B) // 2, B // self.rank.world_size
-        own = slice(self.rank.rank * b, (self.rank.rank + 1) * b)
-        images_b = images_B[own].contiguous(memory_format=torch.contiguous_format)
-        if self.device.type == "cuda":
-            images_b, labels_B = images_b.pin_memory(), labels_B.pin_memory()
-        return TrainBatch(1, self.taken, images_b, torch.arange(b), labels_B)
+        """The next step's."""
+        return made_up_batch(self.config, self.rank, seed, self.taken)
 
     def take(self, batch: TrainBatch | None = None) -> tuple[list[str], torch.Tensor]:
         """One step of the second epoch, at half the ramp: names and the numbers that they name, on the device."""

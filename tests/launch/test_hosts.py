@@ -56,7 +56,7 @@ def test_a_host_is_lost_and_the_run_goes_on_with_the_same_bits(folder, hosts, ca
     runs.train(folder, "name=whole", *SETTINGS, ranks=2 * local)
     run = folder / "runs" / "tiny"
     agents = start_agents(hosts, folder, local=local)
-    wait_for(agents[0], lambda: chaos._steps(run) >= 6)
+    wait_for(agents[0], lambda: chaos.steps_on_record(run) >= 6)
     since, seconds = time.monotonic(), {}
     if case == "TERM":
         (agent,) = processes_on(hosts[1], b"torchrun")
@@ -128,7 +128,7 @@ def test_deepspeed_over_ssh_saves_on_a_signal_and_goes_on(folder, hosts, local):
         env |= {"HOSTFILE": "hosts", "GLOO_SOCKET_IFNAME": "eth0"}
         process = start("deepspeed.sh", *settings, LONG, cwd=folder, env=env, inside=hosts[0].inside)
         run = folder / "runs" / "tiny"
-        wait_for(process, lambda: chaos._steps(run) >= 5)
+        wait_for(process, lambda: chaos.steps_on_record(run) >= 5)
         since = time.monotonic()
         process.send_signal(signal.SIGTERM)
         output = finished(process)
@@ -138,7 +138,7 @@ def test_deepspeed_over_ssh_saves_on_a_signal_and_goes_on(folder, hosts, local):
         assert (process.returncode, status["state"]) == (75, "preempted"), output
         assert f"{2 * local} x cpu (deepspeed)" in output
         assert not [pid for host in hosts for pid in processes_on(host, b"dist_obdsd")]
-        steps = f"max_steps={chaos._steps(run) + 2}"
+        steps = f"max_steps={chaos.steps_on_record(run) + 2}"
         process = start("deepspeed.sh", *settings, LONG, steps, cwd=folder, env=env, inside=hosts[0].inside)
         output = finished(process)
         assert (process.returncode, runs.status(run)["state"]) == (0, "finished"), output

@@ -94,16 +94,16 @@ def stopped(process: subprocess.Popen[str], number: int, run: Path) -> str:
 def test_torchrun_restarts_a_killed_rank_and_saves_on_a_signal(folder, untouched):
     settings, run = ("epochs=400", "data.workers=0", "checkpoint.every_steps=2"), folder / "runs" / "tiny"
     process = start("torchrun.sh", *settings, cwd=folder, env={"RESTARTS": "1"})
-    wait_for(process, lambda: chaos._steps(run) >= 5)
+    wait_for(process, lambda: chaos.steps_on_record(run) >= 5)
     first = ranks_below(process)
     first["1"].kill()
     psutil.wait_procs(list(first.values()), timeout=runs.SECONDS)
-    done = chaos._steps(run)
+    done = chaos.steps_on_record(run)
     wait_for(process, lambda: len(ranks_below(process)) == 2)
     # In a store that outlived them, the new ranks could find the addresses of the old ones, and wait for ghosts.
     stores = {rank.environ()["TORCHELASTIC_USE_AGENT_STORE"] for rank in ranks_below(process).values()}
     assert stores == {"False"}
-    wait_for(process, lambda: chaos._steps(run) > done)
+    wait_for(process, lambda: chaos.steps_on_record(run) > done)
     output = stopped(process, signal.SIGUSR1, run)
     assert process.returncode == 1, output
     assert "resuming runs/tiny from " in output
@@ -115,7 +115,7 @@ def test_torchrun_restarts_a_killed_rank_and_saves_on_a_signal(folder, untouched
 def test_deepspeed_s_launcher_trains_with_zero_and_saves_on_a_signal(folder, untouched):
     settings, run = ("precision=float32", "epochs=400"), folder / "runs" / "tiny"
     process = start("deepspeed.sh", *settings, cwd=folder, env={"MASTER": f"127.0.0.1:{runs.free_port()}"})
-    wait_for(process, lambda: chaos._steps(run) >= 5)
+    wait_for(process, lambda: chaos.steps_on_record(run) >= 5)
     output = stopped(process, signal.SIGTERM, run)
     assert process.returncode == 75, output
     assert "2 x cpu (deepspeed)" in output

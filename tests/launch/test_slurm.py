@@ -135,7 +135,7 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def wait_for_steps(self, n: int) -> None:
-        self.cluster.wait(lambda: chaos._steps(self.run) >= n, self.output)
+        self.cluster.wait(lambda: chaos.steps_on_record(self.run) >= n, self.output)
 
     def wait_for(self, *states: str, restarts: int = 0) -> None:
         """Wait for a state after so many returns to the queue."""
@@ -177,20 +177,41 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             cluster.close()
 
 
-def test_finish(cluster, folder):
-    job = Job(cluster, folder, "epochs=2")
+@pytest.mark.parametrize(
+    ("case", "overrides", "options", "end", "said"),
+    [
+        ("finish", ["epochs=2"], (), ("COMPLETED", 0, "finished"), "2 x cpu (torchrun)"),
+        ("no GPU", ["max_steps=3"], ("--gpus-per-node=0", "--nodes=1"), ("COMPLETED", 0, "finished"), "1 x cpu"),
+        ("bad config", ["batch.global_size=15"], (), ("FAILED", 0, "none"), "batch.global_size=15"),
+    ],
+)
+def test_a_job_that_nobody_stops_ends(cluster, folder, case, overrides, options, end, said):
+    job = Job(cluster, folder, *overrides, options=options)
     job.wait_for("COMPLETED", "FAILED", "CANCELLED")
-    assert job.row("finish") == ("COMPLETED", 0, "finished"), job.output
-    assert "2 x cpu (torchrun)" in job.output
+    assert job.row(case) == end, job.output
+    assert said in job.output
 
 
-def test_the_time_is_nearly_up(cluster, folder):
-    """USR1 to the script, as --signal=B:USR1@120 sends it."""
-    job = Job(cluster, folder, LONG)
+HIGH = ("sbatch", "--partition=high", "--nodes=2", "--gpus-per-node=2", "--mem=100", "--output=/dev/null",
+        "--wrap=sleep 1")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "stop"),
+    [
+        ("USR1 to the script", (), ("scancel", "--batch", "--signal=USR1", "ID")),  # as --signal=B:USR1@120 sends it
+        ("preemption, with grace", ("--partition=grace",), HIGH),
+        ("preemption, no grace", ("--partition=low",), HIGH),
+        ("time limit", ("--time=4", "--signal=B:USR1@120"), ("true",)),
+        ("scontrol requeue", (), ("scontrol", "requeue", "ID")),
+    ],
+)
+def test_a_job_that_is_stopped_comes_back_and_goes_on(cluster, folder, case, options, stop):
+    job = Job(cluster, folder, LONG, options=options)
     job.wait_for_steps(5)
-    cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
-    job.saved_and_goes_on("USR1 to the script")
-    assert "stopped by SIGUSR1" in job.output
+    cluster.ask(*(job.id if word == "ID" else word for word in stop), cwd=folder)
+    job.saved_and_goes_on(case)
+    assert ("stopped by SIGUSR1" in job.output) >= (case == "USR1 to the script")
 
 
 def test_scancel(cluster, folder):
@@ -200,28 +221,6 @@ def test_scancel(cluster, folder):
     job.wait_for("CANCELLED", "PENDING")
     cluster.wait(lambda: runs.status(job.run)["state"] != "running")
     assert job.row("scancel") == ("CANCELLED", 0, "preempted"), job.output
-
-
-@pytest.mark.parametrize("partition", ["grace", "low"])
-def test_preemption(cluster, folder, partition):
-    job = Job(cluster, folder, LONG, options=(f"--partition={partition}",))
-    job.wait_for_steps(5)
-    wrap = ("--partition=high", "--nodes=2", "--gpus-per-node=2", "--mem=100", "--output=/dev/null", "--wrap=sleep 1")
-    cluster.ask("sbatch", *wrap, cwd=folder)
-    job.saved_and_goes_on(f"preemption, {'with' if partition == 'grace' else 'no'} grace")
-
-
-def test_time_limit(cluster, folder):
-    job = Job(cluster, folder, LONG, options=("--time=4", "--signal=B:USR1@120"))
-    job.wait_for_steps(5)
-    job.saved_and_goes_on("time limit")
-
-
-def test_scontrol_requeue(cluster, folder):
-    job = Job(cluster, folder, LONG)
-    job.wait_for_steps(5)
-    cluster.ask("scontrol", "requeue", job.id)
-    job.saved_and_goes_on("scontrol requeue")
 
 
 def test_node_down(cluster, folder):
@@ -234,13 +233,6 @@ def test_node_down(cluster, folder):
     finally:
         cluster.hosts[1].link("up")
     job.saved_and_goes_on("node down")
-
-
-def test_bad_config(cluster, folder):
-    job = Job(cluster, folder, "batch.global_size=15")
-    job.wait_for("FAILED", "COMPLETED")
-    assert job.row("bad config") == ("FAILED", 0, "none")
-    assert "batch.global_size=15" in job.output
 
 
 def test_a_stop_file(cluster, folder):
@@ -262,12 +254,6 @@ def test_a_job_that_gets_nowhere_is_queued_three_times(cluster, folder):
     job.wait_for("FAILED", "COMPLETED")
     assert job.row("USR1 while doctor looks, x 4") == ("FAILED", 3, "none"), job.output
     assert "queued 3 times, and no step" in job.output
-
-
-def test_no_gpu(cluster, folder):
-    job = Job(cluster, folder, "max_steps=3", options=("--gpus-per-node=0", "--nodes=1"))
-    job.wait_for("COMPLETED", "FAILED")
-    assert job.row("no GPU") == ("COMPLETED", 0, "finished"), job.output
 
 
 def test_an_array_of_a_comparison(cluster, folder):
