@@ -36,6 +36,7 @@ from dist_obdsd.data.stream import TrainBatch
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.build import build_objective
+from dist_obdsd.losses.obdsd import OBDSDLoss
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.precision import compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher
@@ -105,11 +106,13 @@ def build_config(B: int, *settings: str) -> Config:
     return parse_config(override_config(raw, settings), "the benchmark")
 
 
-def build_step(config: Config, rank: launch.Runtime, student: nn.Module) -> TrainStep:
-    """Build all that a step needs beside the student, which is the teacher, too."""
+def build_step(
+    config: Config, rank: launch.Runtime, student: nn.Module, objective: OBDSDLoss | None = None
+) -> TrainStep:
+    """Build all that a step needs beside the student, of which the teacher is a copy."""
     classes = range(config.batch.global_size // 2)
     teacher = ProgressiveTeacher(student) if config.distillation.needs_teacher else None
-    objective = build_objective(config, classes, rank.device)
+    objective = objective or build_objective(config, classes, rank.device)
     compile_networks(config, rank, student, teacher)
     strategy = build_strategy(student, config, rank, list(objective.ranking.named_parameters()))
     if teacher is not None:

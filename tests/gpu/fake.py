@@ -1,16 +1,16 @@
 """Steps on a device that is not there: shapes and devices as they would be, no numbers, any number of ranks.
 
-``python -m tests.gpu.fake`` reads jobs as JSON from standard input and answers with a line each. It is a program, since
-it registers a stand-in for a device: torch's own fake ``cuda`` tensors have no backward where a build with CUDA finds
-no GPU. An operation fails that reads a number on the host or mixes devices. One that is no view counts as a launch.
+A process of its own registers a stand-in for a device: torch's own fake ``cuda`` tensors have no backward where a build
+with CUDA finds no GPU. An operation fails that reads a number on the host or mixes devices. One that is no view counts
+as a launch.
 
 Legend: b rows of a rank, B of the global batch, D embedding dimension, W ranks.
 """
 
-import json
-import sys
+import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,18 +76,16 @@ def objective(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> fak
 def step(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> fake.Meter:
     """Measure a whole training step of a small network. DDP's messages are missing."""
     config = settings("small_cnn", f"batch.global_size={W * b}", *overrides)
-    student = build_embedder(config, CPU)
+    student, loss = build_embedder(config, CPU), build_objective(config, range(W * b // 2), CPU)
+    loss._plan = QueuePlan(**plan)
     with metered(W) as meter:
         put(student)
-        taken = build_step(config, Runtime(Launch("fake"), torch.device(DEVICE)), student)
-        taken.objective._plan = QueuePlan(**plan)
+        put(loss)
+        taken = build_step(config, Runtime(Launch("fake"), torch.device(DEVICE)), student, loss)
         taken.early_diffusion = True
         images_b = torch.empty(b, 1, 32, 32, dtype=torch.uint8)
         taken(TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(W * b)), TrainProgress(1, 0, 0), 0.0)
     return meter
-
-
-JOBS: dict[str, Callable[..., fake.Meter]] = {"objective": objective, "step": step}
 
 
 class Queue:
@@ -104,8 +102,14 @@ class Queue:
     __exit__ = wait_event = record_event = record = wait = synchronize = wait_stream
 
 
-def make_device() -> list[torch.library.Library]:
-    """Register the stand-in, with streams and autocast; it lasts as long as what this returns."""
+KEPT: list[torch.library.Library] = []
+"""The stand-in lasts as long as these."""
+
+
+def make_device() -> None:
+    """Register the stand-in, with streams and autocast."""
+    warnings.simplefilter("ignore")  # torch looks at its fake tensors itself
+    AsyncHostCopy.read = lambda self: [0.0] * len(self._numbers_n)  # an error that is small enough
     _setup_privateuseone_for_python_backend(DEVICE)
     module, autocast = torch.get_device_module(DEVICE), "AutocastPrivateUse1"
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
@@ -125,26 +129,20 @@ def make_device() -> list[torch.library.Library]:
 
     for name in LOW:
         low.impl(name, lowered(getattr(torch.ops.aten, name)))
-    return [other, low]
+    KEPT.extend([other, low])
 
 
-def main() -> None:
-    """Answer each job: ``kind``, ``W``, ``b``, ``overrides`` and ``plan``, the fields of a ``QueuePlan``."""
-    warnings.simplefilter("ignore")  # torch looks at its fake tensors itself
-    kept = make_device()
-    AsyncHostCopy.read = lambda self: [0.0] * len(self._numbers_n)  # an error that is small enough
-    for job in json.load(sys.stdin):
-        try:
-            meter = JOBS[job.pop("kind")](**job)
-            answer: dict[str, Any] = {
-                "launches": meter.launches, "moved_mib": meter.moved >> 20, "peak_mib": meter.peak >> 20,
-                "messages": sum(meter.messages.values()),
-            }  # fmt: skip
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        print(json.dumps(answer), flush=True)
-    del kept
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure a job: ``of``, a function here, and its arguments; ``plan`` has fields of a ``QueuePlan``."""
+    job = {"of": step, "W": 8, "b": 112, "overrides": [], "plan": {}} | job
+    try:
+        meter = job.pop("of")(**job)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+    return {"launches": meter.launches, "moved_mib": meter.moved >> 20, "peak_mib": meter.peak >> 20,
+            "messages": sum(meter.messages.values())}  # fmt: skip
 
 
-if __name__ == "__main__":
-    main()
+def answers(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), make_device) as process:
+        return [*process.map(answer, jobs)]
