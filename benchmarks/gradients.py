@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytorch_metric_learning import losses
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import nn
 
 from benchmarks import common
@@ -80,15 +82,11 @@ def ways(alone: Group) -> Iterator[tuple[str, str, Way]]:
     for name, loss in ours.items():
         yield "dist-obdsd", name, _ours(loss, alone)
     yield "dist-obdsd", "OBDSDLoss (obdsd)", _obdsd(alone)
-    if find_spec("pytorch_metric_learning"):
-        from pytorch_metric_learning import losses
-        from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
-
-        for kind, efficient in (("wrapper", False), ("wrapper, efficient", True)):
-            for name in ("MultiSimilarityLoss", "ContrastiveLoss"):
-                plain = getattr(losses, name)()
-                wrapped = DistributedLossWrapper(getattr(losses, name)(), efficient=efficient)
-                yield _named("pytorch-metric-learning"), f"{name} ({kind})", _either(plain, wrapped)
+    for kind, efficient in (("wrapper", False), ("wrapper, efficient", True)):
+        for name in ("MultiSimilarityLoss", "ContrastiveLoss"):
+            plain = getattr(losses, name)()
+            wrapped = DistributedLossWrapper(getattr(losses, name)(), efficient=efficient)
+            yield _named("pytorch-metric-learning"), f"{name} ({kind})", _either(plain, wrapped)
     if find_spec("lightly"):
         from lightly.loss import NTXentLoss
 

@@ -15,10 +15,11 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from torch.nn import functional
 
 from benchmarks import common
@@ -52,8 +53,6 @@ def run(options: argparse.Namespace) -> list[Row]:
     for W, B in itertools.product(options.worlds, options.sizes):
         case = {"B": B, "dim": options.dim, "threads": options.threads, "budget": options.budget}
         rows += [{"W": W, "B": B} | row for row in common.run_case(run_rank, W, case)]
-    if not find_spec("pytorch_metric_learning"):
-        rows.append({"implementation": LIBRARY, "skipped": f"is not installed; pip install {LIBRARY}"})
     return rows
 
 
@@ -102,22 +101,21 @@ def implementations(variant: str, T_BD: torch.Tensor, labels_B: torch.Tensor, ow
     ways: dict[str, Implementation] = {OURS: lambda E_bD: objective(E_bD, labels_B, T_BD[own]).loss}
     if not several:
         ways[LOOP] = lambda E_BD: naive(E_BD, T_BD, labels_B, config)
-    if variant == "none" and find_spec("pytorch_metric_learning"):
-        from pytorch_metric_learning import losses, miners
-        from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
-
-        def library(efficient: bool) -> Implementation:
-            loss: Any = losses.MultiSimilarityLoss(alpha=RANKING.alpha, beta=RANKING.beta, base=RANKING.threshold)
-            miner: Any = miners.MultiSimilarityMiner(epsilon=RANKING.margin)
-            if several:
-                loss = DistributedLossWrapper(loss, efficient=efficient)
-                miner = DistributedMinerWrapper(miner, efficient=efficient)
-            return lambda E_bD: loss(E_bD, labels_B[own], miner(E_bD, labels_B[own]))
-
-        ways[LIBRARY] = library(efficient=False)
+    if variant == "none":
+        ways[LIBRARY] = library(labels_B[own], several)
         if several:
-            ways[EFFICIENT] = library(efficient=True)
+            ways[EFFICIENT] = library(labels_B[own], several, efficient=True)
     return ways
+
+
+def library(labels_b: torch.Tensor, several: bool, efficient: bool = False) -> Implementation:
+    """The ranking loss of pytorch-metric-learning, on several ranks with its wrapper."""
+    loss: Any = losses.MultiSimilarityLoss(alpha=RANKING.alpha, beta=RANKING.beta, base=RANKING.threshold)
+    miner: Any = miners.MultiSimilarityMiner(epsilon=RANKING.margin)
+    if several:
+        loss = DistributedLossWrapper(loss, efficient=efficient)
+        miner = DistributedMinerWrapper(miner, efficient=efficient)
+    return lambda E_bD: loss(E_bD, labels_b, miner(E_bD, labels_b))
 
 
 def naive(E_BD: torch.Tensor, T_BD: torch.Tensor, labels_B: torch.Tensor, config: DistillationConfig) -> torch.Tensor:

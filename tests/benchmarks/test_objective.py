@@ -64,12 +64,7 @@ def test_what_the_objective_is_compared_with_is_the_same_mathematics() -> None:
         assert (leaves[0].grad - leaves[1].grad).abs().max() < 1e-10 * leaves[0].grad.abs().max()
 
 
-def test_a_missing_library_is_said_in_one_line(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(objective, "find_spec", lambda name: None)
-    bench(objective, "--sizes", 8, "--dim", 4, "--budget", 1)
-    assert capsys.readouterr().out.count("pip install pytorch-metric-learning") == 1
+def test_a_batch_that_the_ranks_cannot_share_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert objective.main(["--sizes", "16", "--worlds", "3"]) == 2
     assert "--sizes has 16, which 3 ranks cannot share equally; give multiples of 3" in capsys.readouterr().err
 
