@@ -133,7 +133,7 @@ class ModelConfig(Section):
     """Keep images and convolutions with the channels innermost, as fast kernels want them; the same up to rounding."""
     compile: bool = False
     """Let torch.compile make the kernels of training steps, in a minute or more at the start; the same up to rounding.
-    `python -m benchmarks.step model.compile=true` tells if it pays. Where it fails, one line says why and the run goes on."""
+    `python -m benchmarks.step model.compile=true` says if it pays. Where it fails, one line says why; runs go on."""
 
     @property
     def library(self) -> str | None:
