@@ -128,14 +128,6 @@ def test_every_metric_is_what_loops_say_on_any_ranks_with_the_same_bits(kind: st
     assert (found["excluded"] > 0) == (conventions == "correct")
 
 
-def test_the_conventions_differ_where_they_say() -> None:
-    correct, released = (measure_all_worker("plain", "even", c, "torch") for c in ("correct", "released"))
-    differing = {name for name, value in correct["metrics"].items() if released["metrics"][name] != value}
-    assert differing == set(correct["metrics"])  # the excluded query alone moves every mean
-    assert correct["metrics"]["map@c"] == correct["metrics"]["map@r"] > released["metrics"]["map@c"]
-    assert correct["metrics"]["recall@1"] > released["metrics"]["recall@1"]
-
-
 def test_recall_by_class_and_the_worst_and_best_queries() -> None:
     rows, ids, labels, roles = data("cameras")
     found = measure_worker("cameras", "even")
@@ -206,23 +198,17 @@ def test_a_sample_is_the_same_on_any_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes.max() <= 3
 
 
-def test_a_class_larger_than_a_thousand_and_a_small_gallery() -> None:
-    """mAP@1000 divides by 1000 where the class has more, and sees all there is where the gallery is smaller."""
+def test_a_class_larger_than_a_thousand() -> None:
     random = torch.Generator().manual_seed(5)
     labels = torch.tensor([0] * 1040 + [1] * 60)
     rows = torch.nn.functional.normalize(torch.randn(1100, 3, generator=random) + labels[:, None])
-    settings = Settings(metrics=("map@1000",))
-    found = measure(rows, torch.arange(1100), labels, ["both"] * 1100, settings)
+    found = measure(rows, torch.arange(1100), labels, ["both"] * 1100, Settings(metrics=("map@1000",)))
     order = (rows.double() @ rows.double().T).fill_diagonal_(-9).argsort(dim=1, descending=True)[:, :1000]
     right = (labels[order] == labels[:, None]).double()
     precisions = right.cumsum(1) / torch.arange(1, 1001)
     divisor = torch.where(labels == 0, 1000, 59)
     expected = ((precisions * right).sum(1) / divisor).mean().item()
     assert found.metrics == {"map@1000": pytest.approx(expected, abs=1e-12)}
-    few = measure(rows[1030:1050], torch.arange(20), labels[1030:1050], ["both"] * 20, settings)
-    by_id, label_of = (dict(enumerate(x[1030:1050].tolist())) for x in (rows.double(), labels))
-    expected_few, *_ = oracle.evaluate(by_id, label_of, dict.fromkeys(by_id, "both"), (1,), more=True)
-    assert few.metrics["map@1000"] == pytest.approx(expected_few["map@1000"], abs=1e-12)
 
 
 # ---- what is refused: the same sentence on every rank ----

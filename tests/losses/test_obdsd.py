@@ -128,14 +128,13 @@ def test_the_usual_shortcuts_are_measurably_wrong(target: str, way: Way) -> None
 def train_worker(wrapper: str = "ddp", way: Way = exact) -> np.ndarray:
     """The weights after ten optimizer steps; by "accumulated", after such steps of two batches each."""
     objective, student = made("obdsd"), Embedder(0)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
     network: Any = student
     if wrapper == "fsdp":
         fully_shard(student, mesh=init_device_mesh("cpu", (collectives.world_size(),)))
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
-    elif wrapper == "deepspeed":
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
+    if wrapper == "deepspeed":
         network = engine(student, optimizer)
-    else:
+    elif wrapper != "fsdp":
         network = DistributedDataParallel(student)
     for step in range(10):
         if wrapper == "accumulated":
