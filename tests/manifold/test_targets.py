@@ -304,16 +304,6 @@ def test_a_row_whose_mass_all_lies_in_the_memory_keeps_its_own_distribution() ->
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("mask", [False, True])
-def test_own_rows_are_the_rows_of_the_whole(target: str, mask: bool) -> None:
-    T_BD, chosen = MANIFOLDS["outliers"], options(target, 0.1, 0.05, 0.9, mask)
-    whole = target_rows(T_BD, ALL, **chosen).target_bB
-    for b in (4, 6):
-        parts = [target_rows(T_BD, slice(first, first + b), **chosen).target_bB for first in range(0, B, b)]
-        assert (torch.cat(parts) - whole).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("target", TARGETS)
 def test_half_precision_is_widened_and_autocast_has_no_say(target: str) -> None:
     T_BD, chosen = MANIFOLDS["tight"].bfloat16().requires_grad_(), options(target, 0.1, 0.05, 0.5)
     expected = oracle.target(T_BD.detach().double().numpy(), **chosen)
