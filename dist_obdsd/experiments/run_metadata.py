@@ -13,6 +13,7 @@ SETTINGS = (
     "batch.samples_per_class", "epochs", "max_steps", "ranking.name", "optim.name", "optim.lr", "optim.schedule",
     "optim.weight_decay", "evaluation.distance", "evaluation.conventions", "precision",
 )  # fmt: skip
+PRETRAINING = {"none": "none (random initialization)", "torchvision": "ImageNet-1k (torchvision's weights)"}
 
 
 def run_metadata(runs: Sequence[RunStatus], shards: Mapping[str, Manifest]) -> dict[str, str]:
@@ -31,26 +32,22 @@ def run_metadata(runs: Sequence[RunStatus], shards: Mapping[str, Manifest]) -> d
 
 def _facts(run: RunStatus, manifest: Manifest) -> dict[str, Any]:
     config, provenance = run.spec.config, run.provenance
-    settings = flatten(config.model_dump(mode="json"))
+    settings, weights = flatten(config.model_dump(mode="json")), config.model.pretrained
     held_out = run.summary["meta"].get("validation_classes", "unknown")
+    uncommitted = " with uncommitted changes" * (provenance.get("git_dirty") == "true")
     versions = {name.removeprefix("version."): v for name, v in provenance.items() if name.startswith("version.")}
     return {
         "dataset": _dataset(manifest),
         "manifest": manifest.digest,
         "test protocol": _test(manifest, config),
         "model selection": f"{_selection(config)} (validation classes: {held_out})",
-        "pretraining data": _pretraining(config),
+        "pretraining data": PRETRAINING.get(weights, f"what the weights in {weights} were trained on"),
         **{name: settings[name] for name in SETTINGS},
         "ranks": provenance.get("world_size", "not recorded"),
         "hardware": provenance.get("hardware", "not recorded"),
-        "git commit": _commit(provenance),
+        "git commit": f"{provenance.get('git_commit', 'not recorded')}{uncommitted}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-
-
-def _commit(provenance: Mapping[str, Any]) -> str:
-    commit = str(provenance.get("git_commit", "not recorded"))
-    return commit + " with uncommitted changes" * (provenance.get("git_dirty") == "true")
 
 
 def _dataset(manifest: Manifest) -> str:
@@ -79,8 +76,3 @@ def _selection(config: Config) -> str:
     else:
         chosen = "none: no classes are held out, the last epoch is reported"
     return chosen + ("; best_test chooses on the test set" if config.evaluation.best_test else "")
-
-
-def _pretraining(config: Config) -> str:
-    known = {"none": "none (random initialization)", "torchvision": "ImageNet-1k (torchvision's weights)"}
-    return known.get(config.model.pretrained, f"what the weights in {config.model.pretrained} were trained on")
