@@ -1,21 +1,15 @@
 """The output of a run: a bar on a terminal and lines elsewhere, through the real program."""
 
 import fcntl
-import io
-import logging
 import os
 import pty
 import re
 import struct
-import sys
 import termios
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from dist_obdsd import console
-from dist_obdsd.training.progress_display import ProgressDisplay, build_display
 from tests import runs
 from tests.nursery import Program
 
@@ -26,7 +20,7 @@ SHOWN = {
 }
 
 
-def on_a_terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> str:
+def on_a_terminal(columns: int, *arguments: str, cwd: Path, env: dict[str, str]) -> str:
     """Run the program with a pseudo-terminal as its output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
@@ -47,13 +41,14 @@ def on_a_terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> str:
     return shown.decode()
 
 
-@pytest.mark.parametrize("columns", SHOWN)
-def test_a_bar_on_a_terminal_and_lines_above_it(folder: Path, columns: int) -> None:
+@pytest.mark.parametrize(("columns", "env"), [(80, {}), (80, {"TERM": "dumb"}), (110, {"NO_COLOR": "1"})])
+def test_a_bar_on_a_terminal_and_lines_above_it(folder: Path, columns: int, env: dict[str, str]) -> None:
     settings = ("epochs=2", "tracking.every_steps=1", "data.workers=0", "validation.fraction=0.25")
-    shown = on_a_terminal(columns, "train", "tiny.yaml", *settings, cwd=folder)
+    shown = on_a_terminal(columns, "train", "tiny.yaml", *settings, cwd=folder, env=env)
     lines = re.split(r"[\r\n]+", shown)
     assert any(re.fullmatch(SHOWN[columns], COLOUR.sub("", line)) for line in lines), shown
-    assert "\x1b[32mfinished\x1b[0m: runs/tiny" in lines
+    assert ("finished: runs/tiny" if env else "\x1b[32mfinished\x1b[0m: runs/tiny") in lines
+    assert ("\x1b[32m" in shown) == (not env)
     assert not any("step 1:" in line for line in lines)  # the bar says it
     # Lines stand alone: the bar was taken away before them.
     ended = [line for line in lines if re.fullmatch(r"epoch [12]/2: .* s, \d+ images/s, [\d.]+% data wait", line)]
@@ -83,37 +78,3 @@ def test_quiet_and_verbose(train) -> None:
     assert [line.split()[0] for line in out.splitlines()] == ["protocol", "last"]
     with pytest.raises(SystemExit, match="2"):
         train("--quiet", "--verbose")
-
-
-class Screen(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(
-    ("is_main", "screen", "quiet", "shown"),
-    [
-        (True, io.StringIO(), False, (50, 0)),
-        (True, Screen(), False, (0, 8)),
-        (True, Screen(), True, (0, 0)),
-        (False, Screen(), False, (0, 0)),
-    ],
-    ids=["pipe", "terminal", "quiet", "other rank"],
-)
-def test_what_fits_a_rank(monkeypatch: pytest.MonkeyPatch, is_main, screen, quiet, shown) -> None:
-    monkeypatch.setattr(sys, "stderr", screen)
-    display = build_display(is_main, 50, 8, quiet, verbose=False)
-    assert (display.every, display.bar_size) == shown
-
-
-@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("TERM", "xterm")])
-def test_colours_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(sys, "stderr", Screen())
-    with closing(ProgressDisplay(1, 8)) as display, console.log_to_terminal():
-        display.begin("epoch 1/1", 0, 4, 4)
-        logging.getLogger("dist_obdsd.data").warning("it is cold")
-    assert ("\x1b[33m" in sys.stderr.getvalue()) == (value == "xterm")
-    assert ("\x1b[32m" in sys.stderr.getvalue()) == (value == "xterm")
