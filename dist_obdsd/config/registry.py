@@ -141,27 +141,16 @@ LOSSES = Registry(
 )
 
 
-class _OwnTarget:
-    """A function (T_BD, rows, diffusion) -> [b, B] of somebody else's package."""
-
-    needs_teacher, graph = True, None
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-
 class TargetRegistry(Registry):
-    """Targets by name, by import path ``package.module:function``, or ``none``."""
+    """Targets, ``none`` among the choices."""
 
     @property
     def choices(self) -> list[str]:
         return ["none", *self.paths]
 
-    def check(self, name: str) -> str:
-        return name if ":" in name else super().check(name)
-
     def load(self, name: str) -> Any:
-        return _OwnTarget(import_object(name, self.setting)) if ":" in name else super().load(name)
+        target = super().load(name)
+        return target if name in self.paths else target(path=name)
 
 
 TARGETS = TargetRegistry(
@@ -172,6 +161,7 @@ TARGETS = TargetRegistry(
         "psd": "dist_obdsd.manifold.targets:PSD",
         "obdsd": "dist_obdsd.manifold.targets:OBDSD",
         "obdsd_symmetric": "dist_obdsd.manifold.targets:SymmetricOBDSD",
+        "package:function": "dist_obdsd.manifold.targets:OwnTarget",
     },
 )
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from dist_obdsd.config.registry import TARGETS
+from dist_obdsd.config.registry import TARGETS, import_object
 from dist_obdsd.errors import InputError, RunError
 from dist_obdsd.manifold import solvers
 from dist_obdsd.manifold.diffusion import Diffusion
@@ -70,6 +70,13 @@ class SymmetricOBDSD(Target):
     """softmax((1 - omega) (I - omega A)^-1 S / temperature) with a symmetric A."""
 
     graph = Graph
+
+
+class OwnTarget(Target):
+    """A function of yours: (T_BD, rows, diffusion) -> [b, B]."""
+
+    def __init__(self, *, path: str) -> None:
+        self.rows = import_object(path, TARGETS.setting)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,10 @@ class Strategy(ABC):
         Returns:
             [2]: the gradient's norm, and 1 if the step was masked.
         """
-        if len(self._chunks) == 1:
-            self._backward(loss)
-        else:
+        if len(self._chunks) > 1:
             self._backward_in_chunks(loss)
+        else:
+            self._backward(loss)
         own = [p for _, p in self.objective_parameters]
         norm = self._clipped_norm(own)
         masked = ((nonfinite > 0) | ~torch.isfinite(norm)).float()
