@@ -45,11 +45,6 @@ def rank() -> int:
     return dist.get_rank(_GROUP.get()) if dist.is_initialized() else 0
 
 
-def needs_cuda() -> bool:
-    """Tell if the group sends CUDA tensors only, as plain ``nccl`` does."""
-    return dist.is_initialized() and dist.get_backend(_GROUP.get()) == "nccl"
-
-
 def sends_from(device: torch.device) -> torch.device:
     """Return the device that tensors travel from: ``nccl`` and ``gloo`` have one."""
     if world_size() == 1:
@@ -76,10 +71,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def mean_gradient(x: torch.Tensor) -> torch.Tensor:
-    """Return ``x``, whose gradient will be the mean over the ranks, as DDP's is.
-
-    Every rank must use the result in its loss, since the backward is collective.
-    """
+    """Return ``x``, whose gradient is averaged over the ranks, a collective backward."""
     if world_size() > 1:
         x = x.view_as(x)
         average_gradient(x)

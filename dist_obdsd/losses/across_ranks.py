@@ -14,6 +14,7 @@ from dist_obdsd.errors import InputError
 from dist_obdsd.losses.batch_view import BatchView, Note, PartialMean
 from dist_obdsd.transfer import AsyncHostCopy
 
+CPU = torch.device("cpu")
 LENGTH_TOLERANCE = 0.02
 """How far a row's length may be from 1; the rounding of bfloat16 makes up to 0.4 %."""
 LARGEST_LABEL = 2**24 - 1
@@ -84,7 +85,8 @@ class InputChecks:
 
     def sizes(self, what: str, *tensors: torch.Tensor) -> None:
         """Compare the ranks' shapes before a gather, or raise RunError. Collective."""
-        again = self.values and not collectives.needs_cuda()
+        # Where all that is sent lies on a GPU, another comparison would make the host wait.
+        again = self.values and collectives.sends_from(CPU) == CPU
         if collectives.world_size() > 1 and (again or what not in self._compared):
             collectives.assert_equal_across_ranks(
                 f"the shape of the {what}",

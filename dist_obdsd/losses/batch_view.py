@@ -59,11 +59,6 @@ class BatchView:
         """Similarities of own rows to all, made once, so that backward runs once."""
         return similarity(self.E_bD, self.E_BD)
 
-    def share(self, n: int) -> slice:
-        """Choose this rank's part of n things, near-equal over the ranks."""
-        rank, W = self.first_row // self.b, self.world_size
-        return slice(rank * n // W, (rank + 1) * n // W)
-
     def positives_negatives(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Make masks [b, B] of the anchor's class but itself, and of other classes.
 

@@ -8,9 +8,8 @@ import torch
 
 KEPT_MATRICES = 4
 """n x n matrices that exist at a time where they are kept: S, A, N or its factor, and one being made."""
-CPU_GIB = 2.0
-FREE_SHARE = 0.75
-"""Of a GPU's memory that is free before the first diffusion."""
+CPU_GIB, FREE_SHARE = 2.0, 0.75
+"""Memory for them: on a CPU, and of what a GPU has free before the first diffusion."""
 
 
 @dataclass(frozen=True)

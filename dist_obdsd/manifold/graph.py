@@ -19,11 +19,9 @@ from dist_obdsd.manifold.similarity import LEAST_EXPONENT, LOG2_E, similarity
 TILE_ENTRIES = {"cpu": 2**22, "cuda": 2**27}
 """Entries of a tile: a CPU's allocator still reuses 16 MiB; a GPU takes a few large kernels faster than many."""
 SCALE_LIMIT = {torch.float32: 80.0, torch.float64: 600.0}
-"""Largest exponent by which a solution is scaled back: beyond it the type would overflow. The solver's next
-correction mends what the limit gets wrong."""
+"""Largest exponent by which a solution is scaled back, without overflow. A correction mends what that gets wrong."""
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
-"""Similarities this close to the k-th nearest count as tied with it, so that S_ij and S_ji, which two tiles may round
-differently, always fall on the same side."""
+"""Similarities this close to the k-th nearest tie with it, as tiles may round S_ij and S_ji differently."""
 
 
 class Graph:

@@ -139,10 +139,7 @@ def neumann_rows(graph: Graph, rows: slice, tolerance: float) -> Inverse | None:
 
 
 def neumann_fixed_steps(graph: Graph, rows: slice, products: int, every: bool) -> tuple[Inverse, torch.Tensor]:
-    """Compute the same rows with a fixed number of products, reading no error.
-
-    Returns the rows, and the largest bound [1] after the last product or, with ``every``, after each [products].
-    """
+    """Compute the same rows, and their largest bound after the last or every product."""
     largest = []
     for taken, (Y_bn, before_bn) in enumerate(_series(graph, rows, products), 1):
         if every or taken == products:
