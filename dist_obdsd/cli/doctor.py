@@ -18,7 +18,7 @@ import torch
 
 from dist_obdsd.cli.output import show
 from dist_obdsd.cli.ranks import joined
-from dist_obdsd.config import Config
+from dist_obdsd.config import Config, load_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.from_config import check_world_size, classes_from, plan_from
 from dist_obdsd.data.manifest import Shard
@@ -54,7 +54,7 @@ PROBE_MIB = 16
 
 def doctor(options: argparse.Namespace) -> int:
     """Print what the machines have and, for a config, where it can run. Collective."""
-    with joined(options) as (config, rank):
+    with joined(lambda: load_config(options.config, options.overrides) if options.config else None) as (config, rank):
         rows = machine(rank)
         if rank.world_size > 1:
             rows |= {"": ""} | job(rank, config)

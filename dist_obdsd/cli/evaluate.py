@@ -13,7 +13,7 @@ import numpy as np
 
 from dist_obdsd import checkpoint
 from dist_obdsd.cli.output import check_writable, show, table, write_json
-from dist_obdsd.cli.ranks import on_every_rank
+from dist_obdsd.cli.ranks import joined
 from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.console import NOTICE
 from dist_obdsd.data import manifest as manifests
@@ -21,7 +21,6 @@ from dist_obdsd.data.image_folder import find_images, folder_batches
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.data.shard_reader import cache_of, image_names
 from dist_obdsd.data.stream import evaluation_batches
-from dist_obdsd.distributed import launch
 from dist_obdsd.distributed.collectives import assert_equal_across_ranks, gather_json, met_by_all
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.launch import Runtime
@@ -46,13 +45,12 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.embeddings is not None and "=" in str(options.checkpoint or ""):  # a setting in the checkpoint's place
         options.overrides.insert(0, str(options.checkpoint))
         options.checkpoint = None
-    with on_every_rank():
-        if (options.checkpoint is None) == (options.embeddings is None):
-            raise InputError("evaluate measures a CHECKPOINT or --embeddings FILE; give one of the two")
-        if options.shards is None and (options.checkpoint is not None or options.failures is not None):
-            purpose = "to embed" if options.checkpoint is not None else "for the picture of --failures"
-            raise InputError(f"give the shards that hold the images {purpose} with --shards")
-        check_writable(options.json, options.per_class, options.failures)
+    if (options.checkpoint is None) == (options.embeddings is None):
+        raise InputError("evaluate measures a CHECKPOINT or --embeddings FILE; give one of the two")
+    if options.shards is None and (options.checkpoint is not None or options.failures is not None):
+        purpose = "to embed" if options.checkpoint is not None else "for the picture of --failures"
+        raise InputError(f"give the shards that hold the images {purpose} with --shards")
+    check_writable(options.json, options.per_class, options.failures)
     if options.embeddings is None:
         _evaluate_checkpoint(options)
     else:
@@ -72,9 +70,7 @@ def _evaluate_checkpoint(options: argparse.Namespace) -> None:
 def _evaluate_embeddings(options: argparse.Namespace) -> None:
     # A Config must name a run and its shards; evaluation reads neither.
     bare = {"name": "embeddings", "epochs": 2, "data": {"shards": "none"}}
-    with on_every_rank():
-        config = parse_config(override_config(bare, options.overrides), "the command line")
-    with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
+    with joined(lambda: parse_config(override_config(bare, options.overrides), "the command line")) as (config, rank):
         with raise_on_all_ranks("reading the shards"):
             manifest = None if options.shards is None else manifests.load(options.shards)
         found = embedding_files.read(options.embeddings)
@@ -123,12 +119,11 @@ def _report(
 
 def embed(options: argparse.Namespace) -> int:
     """Write the embeddings of shards or of a folder of images to a file."""
-    with on_every_rank():
-        if (options.shards is None) == (options.images is None):
-            raise InputError("embed takes its images from --shards DIR or --images DIR; give one of the two")
-        if options.skip_broken and options.images is None:
-            raise InputError("--skip-broken is for --images; shards hold no broken image, since pack leaves them out")
-        _check_embed_outputs(options)
+    if (options.shards is None) == (options.images is None):
+        raise InputError("embed takes its images from --shards DIR or --images DIR; give one of the two")
+    if options.skip_broken and options.images is None:
+        raise InputError("--skip-broken is for --images; shards hold no broken image, since pack leaves them out")
+    _check_embed_outputs(options)
     with _started(options, options.shards or str(options.images)) as (network, config, rank):
         broken: dict[int, str] | None = {} if options.skip_broken else None
         if options.shards is not None:
@@ -209,10 +204,13 @@ def _columns_of_paths(paths: list[str], classes: list[str]) -> Table:
 @contextmanager
 def _started(options: argparse.Namespace, shards: str) -> Iterator[tuple[Embedder, Config, Runtime]]:
     """Join the ranks, each with the checkpoint's network."""
-    with on_every_rank():
-        state = checkpoint.load(options.checkpoint)
-        config = inference_config(state, options.overrides, shards)
-    with launch.start(config.device, config.threads, config.timeout_seconds) as rank:
+    state: dict[str, Any] = {}
+
+    def read() -> Config:
+        state.update(checkpoint.load(options.checkpoint))
+        return inference_config(state, options.overrides, shards)
+
+    with joined(read) as (config, rank):
         with raise_on_all_ranks("reading the checkpoint"):
             network = build_network(state, config, rank.device, options.checkpoint, options.overrides)
         yield network, config, rank

@@ -3,17 +3,18 @@
 Imports nothing heavy.
 """
 
-import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dist_obdsd.errors import UserError
 
 if TYPE_CHECKING:
     from dist_obdsd.config import Config
     from dist_obdsd.distributed.launch import Runtime
+
+C = TypeVar("C", bound="Config | None")
 
 
 def env_rank() -> str:
@@ -22,27 +23,14 @@ def env_rank() -> str:
 
 
 @contextmanager
-def on_every_rank() -> Iterator[None]:
-    """Mark an error before there is a group as one of all ranks: rank 0 prints it."""
-    try:
-        yield
-    except UserError as error:
-        error.on_all_ranks = True
-        raise
+def joined(read: Callable[[], C]) -> "Iterator[tuple[C, Runtime]]":
+    """Read a config, and join the process group that it asks for.
 
-
-@contextmanager
-def joined(options: argparse.Namespace) -> "Iterator[tuple[Config | None, Runtime]]":
-    """Load the config, if one is given, and join the process group that it asks for.
-
-    Where one rank alone cannot read its config, all fail: the others would wait for it.
+    Where one rank alone cannot read what it needs, all fail: the others would wait for it.
     """
     config, failure = None, None
     try:
-        if options.config is not None:
-            from dist_obdsd.config import load_config
-
-            config = load_config(options.config, options.overrides)
+        config = read()
     except UserError as error:
         if not os.environ.keys() & {"RANK", "SLURM_STEP_ID"}:
             raise  # no launcher, so there are no other ranks: at once, without importing torch
@@ -54,7 +42,7 @@ def joined(options: argparse.Namespace) -> "Iterator[tuple[Config | None, Runtim
     if config is not None:
         group = (config.device, config.threads, config.timeout_seconds, config.strategy in ("deepspeed", "fsdp"))
     with launch.start(*group) as rank:
-        with raise_on_all_ranks("reading the config"):
+        with raise_on_all_ranks("reading the settings"):
             if failure is not None:
                 raise failure
-        yield config, rank
+        yield cast("C", config), rank

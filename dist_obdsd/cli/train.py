@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_obdsd import console
 from dist_obdsd.cli.output import show, table
@@ -13,12 +14,21 @@ from dist_obdsd.cli.ranks import joined
 from dist_obdsd.machine import start_collecting
 from dist_obdsd.training.preemption import PreemptionHandler
 
+if TYPE_CHECKING:
+    from dist_obdsd.config import Config
+
 logger = logging.getLogger(__name__)
 
 
 def train(options: argparse.Namespace) -> int:
     """Train and evaluate what a config describes."""
-    with PreemptionHandler().installed() as stop, joined(options) as (given, rank):
+
+    def read() -> "Config":
+        from dist_obdsd.config import load_config
+
+        return load_config(options.config, options.overrides)
+
+    with PreemptionHandler().installed() as stop, joined(read) as (given, rank):
         # After the signals' handlers, since these take seconds.
         from dist_obdsd.distributed.collectives import broadcast_object
         from dist_obdsd.distributed.launch import restart_trap
@@ -28,7 +38,6 @@ def train(options: argparse.Namespace) -> int:
         from dist_obdsd.training.trainer import Trainer
 
         start_collecting()
-        assert given is not None
         if (trap := restart_trap(os.environ)) is not None:
             show(trap)
         config = with_fallback(given)
