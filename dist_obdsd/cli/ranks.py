@@ -42,7 +42,7 @@ def joined(read: Callable[[], C]) -> "Iterator[tuple[C, Runtime]]":
     if config is not None:
         group = (config.device, config.threads, config.timeout_seconds, config.strategy in ("deepspeed", "fsdp"))
     with launch.start(*group) as rank:
-        with raise_on_all_ranks("reading the settings"):
+        with raise_on_all_ranks("reading the config"):
             if failure is not None:
                 raise failure
         yield cast("C", config), rank
