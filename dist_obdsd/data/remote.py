@@ -111,16 +111,12 @@ def fetch(url: str, file: IO[bytes], size: int | None = None, sha256: str | None
         time.sleep(PAUSE * 2 ** (failures - 1))
 
 
-def faults_of(places: Sequence[str], sizes: Sequence[int | None]) -> tuple[dict[int, str], int]:
-    """Find files, here or elsewhere, that are missing, forbidden or of another size.
-
-    Args:
-        places: as ``location`` gives them.
-        sizes: expected bytes; None: any.
+def faults_of(places: Sequence[str], sizes: Sequence[int | None]) -> list[str | None]:
+    """Find out what is wrong with files, here or elsewhere, of known or any size.
 
     Returns:
-        The faults, by index; and the number of files that nothing is known of, since a server says no size, fails for
-        now, or took longer than ASKING for all.
+        For each "" or what is wrong; None where that is not known, since a server says no size, fails for now, or took
+        longer than ASKING for all.
 
     Raises:
         InputError: nothing can open such a URL.
@@ -129,13 +125,10 @@ def faults_of(places: Sequence[str], sizes: Sequence[int | None]) -> tuple[dict[
     answers = [pool.submit(_fault, place, size) for place, size in zip(places, sizes, strict=True)]
     done = wait(answers, ASKING).done
     pool.shutdown(wait=len(done) == len(answers), cancel_futures=True)
-    faults = {i: answer.result() for i, answer in enumerate(answers) if answer in done}
-    known = {i: fault for i, fault in faults.items() if fault is not None}
-    return {i: fault for i, fault in known.items() if fault}, len(places) - len(known)
+    return [answer.result() if answer in done else None for answer in answers]
 
 
 def _fault(place: str, size: int | None) -> str | None:
-    """Say what is wrong with a file: "" for nothing, None where that is not known."""
     try:
         found = _size_of(place)
     except InputError:
@@ -143,9 +136,9 @@ def _fault(place: str, size: int | None) -> str | None:
     except Exception as error:
         cause, final = _cause(error)
         return cause if final or place.startswith("pipe:") else None
-    return (
-        None if found is None else "" if size is None or found in (size, -1) else f"it has {found} bytes and not {size}"
-    )
+    if found is None:
+        return None
+    return "" if size is None or found in (size, -1) else f"it has {found} bytes and not {size}"
 
 
 def _size_of(place: str) -> int | None:

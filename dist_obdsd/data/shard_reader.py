@@ -52,14 +52,13 @@ def check_files(root: str, shards: tuple[Shard, ...], sizes: bool = False) -> No
     if root.startswith("pipe:"):  # a command cannot be asked, so only the first file is begun
         shards = shards[:1]
     wanted = [shard.bytes if sizes else None for shard in shards]
-    faults, unknown = faults_of([location(root, shard.file) for shard in shards], wanted)
-    if faults:
-        first = min(faults)
+    found = faults_of([location(root, shard.file) for shard in shards], wanted)
+    if faults := [f"{shard.file} ({fault})" for shard, fault in zip(shards, found, strict=True) if fault]:
         raise InputError(
-            f"{len(faults)} of {len(shards)} shards are missing or damaged at {shown(root)}, the first is "
-            f"{shards[first].file} ({faults[first]}); copy them there again, or check the address and your access"
+            f"{len(faults)} of {len(shards)} shards are missing or damaged at {shown(root)}, the first is {faults[0]}; "
+            f"copy them there again, or check the address and your access"
         )
-    if unknown:
+    if unknown := found.count(None):
         logger.info("%d of %d shards could not be checked before they are read", unknown, len(shards))
 
 

@@ -137,7 +137,7 @@ def test_a_server_that_asks_for_a_password(server: Server, login: str) -> None:
     with_login = server.url.replace("http://", f"http://{login}@")
     server.faults["a.tar"] = [40]
     assert fetched(f"{with_login}/a.tar") == DATA
-    assert faults_of([f"{with_login}/a.tar"], [len(DATA)]) == ({}, 0)
+    assert faults_of([f"{with_login}/a.tar"], [len(DATA)]) == [""]
     for wrong in (server.url, server.url.replace("http://", "http://jo:wrong@")):
         with pytest.raises(RunError, match=rf"{server.url}/a.tar .*: the server answers 401 Unauthorized") as caught:
             fetched(f"{wrong}/a.tar")
