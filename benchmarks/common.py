@@ -8,7 +8,6 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +111,10 @@ def run_case(run_rank: Callable[[launch.Runtime, Row], Any], world: int, case: R
 
 
 def _rank(run_rank: Callable[[launch.Runtime, Row], Any], case: Row) -> Any:
-    with ExitStack() as stack:
-        rank = stack.enter_context(launch.start(case.get("device", "auto"), threads=case["threads"]))
-        stack.enter_context(console.log_to_terminal(rank.is_main))
+    with (
+        launch.start(case.get("device", "auto"), threads=case["threads"]) as rank,
+        console.log_to_terminal(rank.is_main),
+    ):
         return run_rank(rank, case)
 
 

@@ -11,17 +11,19 @@ share 1 / W; that is compared with the gradient of the same loss in one process 
     loss      mean of the ranks' losses / the loss of one process
 """
 
+import copy
 import importlib.metadata
 import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import losses as metric_learning
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import nn
 
@@ -33,8 +35,8 @@ from dist_obdsd.distributed.collectives import Group
 from dist_obdsd.distributed.launch import Runtime
 
 B, CLASSES, DIM = 48, 24, 16
-Way = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
-"""(rows, their labels, whether they are one rank's of several) -> loss."""
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(rows, their labels) -> loss."""
 
 
 def run(options: Namespace) -> list[Row]:
@@ -49,11 +51,10 @@ def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
     W, b = rank.world_size, B // rank.world_size
     own = slice(rank.rank * b, (rank.rank + 1) * b)
     rows = []
-    for library, name, way in ways([dist.new_group([r]) for r in range(W)][rank.rank]):
+    for library, name, whole, part in losses([dist.new_group([r]) for r in range(W)][rank.rank], own):
         whole_BD, part_bD = E_BD.clone().requires_grad_(), E_BD[own].clone().requires_grad_()
-        expected = way(whole_BD, labels_B, False)
+        expected, loss = whole(whole_BD, labels_B), part(part_bD, labels_B[own])
         expected.backward()
-        loss = way(part_bD, labels_B[own], True)
         loss.backward()
         found_BD, wanted_BD = collectives.gather_rows(part_bD.grad / W), whole_BD.grad
         rows.append(
@@ -67,11 +68,15 @@ def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def ways(alone: Group) -> Iterator[tuple[str, str, Way]]:
-    """Yield the losses of the libraries that are installed, as (library, loss, way).
+def losses(alone: Group, own: slice) -> Iterator[tuple[str, str, Loss, Loss]]:
+    """Yield the losses of the libraries that are installed, in one process and for one rank's rows of several.
 
     Args:
         alone: a process group of this rank alone.
+        own: this rank's rows.
+
+    Yields:
+        library, name of the loss, the loss of the whole batch, and that of own rows.
     """
     torch.manual_seed(0)  # proxies
     ours: dict[str, nn.Module] = {
@@ -80,67 +85,46 @@ def ways(alone: Group) -> Iterator[tuple[str, str, Way]]:
         "ProxyAnchorLoss": ProxyAnchorLoss(classes=CLASSES, embedding_dim=DIM).double(),
     }
     for name, loss in ours.items():
-        yield "dist-obdsd", name, _ours(loss, alone)
-    yield "dist-obdsd", "OBDSDLoss (obdsd)", _obdsd(alone)
+        yield "dist-obdsd", name, partial(copy.deepcopy(loss), group=alone), loss  # a copy has draws of its own
+    T_BD = torch.randn(B, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    T_BD = nn.functional.normalize(T_BD)
+    whole, part = (OBDSDLoss(MultiSimilarityLoss(), weight=30.0, group=group) for group in (alone, None))
+    both = (lambda E, labels: whole(E, labels, T_BD).loss, lambda E, labels: part(E, labels, T_BD[own]).loss)
+    yield "dist-obdsd", "OBDSDLoss (obdsd)", *both
     for kind, efficient in (("wrapper", False), ("wrapper, efficient", True)):
         for name in ("MultiSimilarityLoss", "ContrastiveLoss"):
-            plain = getattr(losses, name)()
-            wrapped = DistributedLossWrapper(getattr(losses, name)(), efficient=efficient)
-            yield _named("pytorch-metric-learning"), f"{name} ({kind})", _either(plain, wrapped)
+            make = getattr(metric_learning, name)
+            wrapped = DistributedLossWrapper(make(), efficient=efficient)
+            yield _named("pytorch-metric-learning"), f"{name} ({kind})", make(), wrapped
     if find_spec("lightly"):
         from lightly.loss import NTXentLoss
 
-        yield _named("lightly"), "NTXentLoss", _pairs(NTXentLoss(0.1), NTXentLoss(0.1, gather_distributed=True))
+        both = (_of_two_views(NTXentLoss(0.1, gather_distributed=gather)) for gather in (False, True))
+        yield _named("lightly"), "NTXentLoss", *both
     if find_spec("sentence_transformers"):
         from sentence_transformers.losses import MultipleNegativesRankingLoss as Ranking
 
-        plain, gathered = (Ranking(nn.Identity(), gather_across_devices=gather) for gather in (False, True))
-        both = (lambda a, p, loss=loss: loss.compute_loss_from_embeddings([a, p], None) for loss in (plain, gathered))
-        yield _named("sentence-transformers"), "MultipleNegativesRankingLoss", _pairs(*both)
+        several = (Ranking(nn.Identity(), gather_across_devices=gather) for gather in (False, True))
+        both = (_of_two_views(lambda *views, of=of: of.compute_loss_from_embeddings([*views], None)) for of in several)
+        yield _named("sentence-transformers"), "MultipleNegativesRankingLoss", *both
     if find_spec("open_clip"):
         from open_clip.loss import ClipLoss
 
         ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
         for local_loss, with_grad in itertools.product((False, True), repeat=2):
-            several = ClipLoss(local_loss=local_loss, gather_with_grad=with_grad, **ranks)
+            across = ClipLoss(local_loss=local_loss, gather_with_grad=with_grad, **ranks)
             kind = f"ClipLoss (local_loss={local_loss}, gather_with_grad={with_grad})"
-            both = (lambda a, p, loss=loss: loss(a, p, 10.0) for loss in (ClipLoss(), several))
-            yield _named("open_clip_torch"), kind, _pairs(*both)
+            both = (_of_two_views(partial(loss, logit_scale=10.0)) for loss in (ClipLoss(), across))
+            yield _named("open_clip_torch"), kind, *both
 
 
 def _named(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def _ours(loss: Any, alone: Group) -> Way:
-    def way(E_nD: torch.Tensor, labels_n: torch.Tensor, several: bool) -> torch.Tensor:
-        loss.calls = 0  # of the draws
-        value: torch.Tensor = loss(E_nD, labels_n, group=None if several else alone)
-        return value
-
-    return way
-
-
-def _obdsd(alone: Group) -> Way:
-    loss = OBDSDLoss(MultiSimilarityLoss(), weight=30.0)
-    teacher_BD = torch.randn(B, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    teacher_BD = nn.functional.normalize(teacher_BD)
-
-    def way(E_nD: torch.Tensor, labels_n: torch.Tensor, several: bool) -> torch.Tensor:
-        loss.group = None if several else alone
-        first = dist.get_rank() * len(E_nD) if several else 0
-        return loss(E_nD, labels_n, teacher_BD[first : first + len(E_nD)]).loss
-
-    return way
-
-
-def _either(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Tensor]) -> Way:
-    return lambda E_nD, labels_n, across: (several if across else plain)(E_nD, labels_n)
-
-
-def _pairs(plain: Callable[..., torch.Tensor], several: Callable[..., torch.Tensor]) -> Way:
+def _of_two_views(loss: Callable[..., torch.Tensor]) -> Loss:
     """Call a loss of two views with the first and the second image of each class."""
-    return lambda E_nD, labels_n, across: (several if across else plain)(E_nD[0::2], E_nD[1::2])
+    return lambda E_nD, labels_n: loss(E_nD[0::2], E_nD[1::2])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -181,7 +181,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ("case", "overrides", "options", "end", "said"),
     [
         ("finish", ["epochs=2"], (), ("COMPLETED", 0, "finished"), "2 x cpu (torchrun)"),
-        ("no GPU", ["max_steps=3"], ("--gpus-per-node=0", "--nodes=1"), ("COMPLETED", 0, "finished"), "1 x cpu"),
+        ("no GPU", ["max_steps=3"], ("--gpus-per-node=0", "--nodes=1"), ("COMPLETED", 0, "finished"), "cpu (torchrun)"),
         ("bad config", ["batch.global_size=15"], (), ("FAILED", 0, "none"), "batch.global_size=15"),
     ],
 )
