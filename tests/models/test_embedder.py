@@ -34,25 +34,22 @@ def test_rows_do_not_depend_on_their_batch_mates(backbone: str, norm: str, alone
 
 @pytest.mark.parametrize("backbone", ["small_cnn", "squeezenet1_0"])
 def test_the_layout_of_memory_changes_only_rounding(backbone: str) -> None:
-    rows, gradients = [], []
+    gradients = []
     for layout in ("true", "false"):
         net = build(backbone, f"model.channels_last={layout}", "precision=float64")
-        E = net(IMAGES)
         weight = next(p for p in net.trunk.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1)
         assert weight.is_contiguous(memory_format=net.layout)
-        (E * torch.arange(E.shape[1])).sum().backward()
-        rows.append(E.detach())
+        (net(IMAGES) * torch.arange(8)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
-    assert torch.allclose(rows[0], rows[1], atol=1e-12, rtol=0)
     assert torch.allclose(gradients[0], gradients[1], atol=1e-9 * gradients[1].abs().max(), rtol=0)
 
 
-def test_the_same_seed_gives_the_same_network_and_another_another() -> None:
+def test_the_seed_alone_decides_the_initial_network() -> None:
     state = torch.get_rng_state()
-    a, b, c = (build("small_cnn", f"seed={seed}") for seed in (1, 1, 2))
+    a, b, c = (build("small_cnn", f"seed={seed}").head.weight for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(a.head.weight, b.head.weight)
-    assert not torch.equal(a.head.weight, c.head.weight)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
 
 
 def test_batch_statistics_that_depend_on_ranks_are_named(caplog: pytest.LogCaptureFixture) -> None:
