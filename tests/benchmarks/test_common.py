@@ -11,7 +11,7 @@ import pytest
 from benchmarks import common
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.errors import RunError
 
 
 def _rank(rank: Runtime, case: dict[str, Any]) -> dict[str, Any]:
@@ -33,18 +33,6 @@ def test_a_case_answers_fails_or_is_killed() -> None:
     assert "killed" in common.run_case(_rank, 2, case | {"dies": 1})[0]["skipped"]
 
 
-def test_findings_beside_an_earlier_file(tmp_path: Path):
-    earlier = tmp_path / "earlier.json"
-    earlier.write_text(json.dumps({"meta": {"date": "2026-01-01", "a": 1.0, "b": 1.0, "c": 1.0}, "rows": []}))
-    rows = common.compare(earlier, {"a": 1.3, "b": 1.1, "c": 0.7, "d": 5.0})
-    assert [(row["finding"], row["verdict"]) for row in rows] == [
-        ("a", "worse"), ("b", "alike"), ("c", "better"), ("d", "new"),
-    ]  # fmt: skip
-    earlier.write_text("[]")
-    with pytest.raises(InputError, match="earlier.json"):
-        common.compare(earlier, {"a": 1.0})
-
-
 def test_a_benchmark_writes_prints_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"B": 1, "seconds": 0.012345}, {"B": 100, "seconds": 5.0, "error": 1e-7}, {"B": 3, "skipped": "no"}]
 
@@ -62,8 +50,13 @@ def test_a_benchmark_writes_prints_and_judges(tmp_path: Path, capsys: pytest.Cap
     ]
     written = json.loads((tmp_path / "b.json").read_text())
     assert (written["rows"], written["meta"]["threads"], written["meta"]["share"]) == (rows, 2, 1.0)
-    assert bench(1.1, "--baseline", tmp_path / "b.json") == 0
-    assert bench(1.3, "--baseline", tmp_path / "b.json") == 1
-    assert "worse" in capsys.readouterr().out
+    beside = ("--baseline", tmp_path / "b.json")
+    for finding, code, verdict in ((1.1, 0, "alike"), (1.3, 1, "worse"), (0.7, 0, "better")):
+        assert bench(finding, *beside) == code
+        assert verdict in capsys.readouterr().out
+    for content, code, said in (('{"meta": {}}', 0, "new"), ("[]", 2, "b.json was not written by a benchmark")):
+        (tmp_path / "b.json").write_text(content)
+        assert bench(1.0, *beside) == code
+        assert said in "".join(capsys.readouterr())
     assert bench(1.0, "--json", tmp_path / "no" / "x.json") == 2
     assert "its folder does not exist" in capsys.readouterr().err
