@@ -15,10 +15,7 @@ from dist_obdsd.errors import InputError, RunError, StoppedError, UserError, for
 
 
 def assert_same_config(config: Mapping[str, Any]) -> None:
-    """Check that every rank was launched with the same settings.
-
-    Args:
-        config: by name, anything JSON can hold.
+    """Check that every rank was launched with the same settings, by name.
 
     Raises:
         InputError: on every rank, with the names that differ, their values and the ranks that have them.
@@ -45,11 +42,7 @@ def is_timeout(error: BaseException) -> bool:
 def unresponsive_ranks(seconds: float = 3.0) -> list[int]:
     """List the ranks that hang, after a timeout that they do not notice themselves.
 
-    Args:
-        seconds: how long to wait for the others to report.
-
-    Returns:
-        Their numbers; none where the store cannot be reached.
+    The others report within ``seconds``. None are listed where the store cannot be reached.
     """
     found: list[int] = []
 

@@ -15,9 +15,6 @@ from dist_obdsd.errors import InputError
 def device_mesh(kind: str, replicate: int = 1) -> Any:
     """Arrange the ranks to shard over, in ``replicate`` runs of them. Collective.
 
-    Args:
-        kind: of device, ``cpu`` or ``cuda``.
-
     Raises:
         InputError: on every rank, when ``replicate`` does not divide the number of ranks.
     """
@@ -25,9 +22,8 @@ def device_mesh(kind: str, replicate: int = 1) -> Any:
 
     W = world_size()
     if W % replicate:
-        raise met_by_all(
-            InputError(f"fsdp.replicate={replicate} does not divide the {W} ranks; set it to the number of nodes, or 1")
-        )
+        message = f"fsdp.replicate={replicate} does not divide the {W} ranks; set it to the number of nodes, or 1"
+        raise met_by_all(InputError(message))
     if replicate == 1:
         return init_device_mesh(kind, (W,))
     return init_device_mesh(kind, (replicate, W // replicate), mesh_dim_names=("replicate", "shard"))

@@ -101,7 +101,7 @@ class OBDSDLoss(nn.Module):
             ("scope", scope, scope in ("global", "rank"), "global or rank"),
         ):
             if not fine:
-                raise InputError(f"{name} is {value}; it must be {needed}")
+                raise InputError(f"{name} is {value!r}; it must be {needed}")
         self._checks = InputChecks(validate, normalize)
         self.memory_MD: torch.Tensor | None = None
         """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""
