@@ -48,9 +48,7 @@ def figures(options: argparse.Namespace) -> int:
 
     paths, failures = draw(options.run_dir, options.overrides)
     if not paths and not failures:
-        raise InputError(
-            f"{options.run_dir} kept nothing to draw: that happens at the end of an epoch, with tracking.figures=true"
-        )
+        raise InputError(f"{options.run_dir} has nothing to draw from; train an epoch with tracking.figures=true")
     for path in paths:
         show(str(path))
     for failure in failures:
