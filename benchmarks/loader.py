@@ -1,14 +1,8 @@
 """Batches from shards beside the usual way, an image folder in a DataLoader, read with PIL or with TorchCodec.
 
-The same encoded images, image size, batch size, crop and number of processes; all deliver uint8 [batch, 3, s, s] on
-the CPU, since normalising is the network's work here and can be for any. The usual way is torchvision's
-``ImageFolder``, shuffled, with ``RandomResizedCrop`` and ``RandomHorizontalFlip`` on PIL images, or those of
-torchvision's v2 on what TorchCodec decodes; the stream's batches are balanced by class.
-
-They take turns for several rounds, and only one of them has processes at a time. All read from the page cache,
-since shards and files were written or read just before. A round starts its source anew and lets it deliver until all
-that it decoded ahead is used up; only what follows is timed, so neither the start of processes nor a filled queue
-counts.
+All deliver uint8 [batch, 3, s, s] of the same encoded images, cropped and flipped at random, with as many processes.
+They take turns for several rounds, so that only one of them has processes at a time. A round starts its source anew;
+it is timed when all that it decoded ahead is used up. All read from the page cache.
 
     images_per_s          of a consumer that does nothing else, the median over the rounds
     of_pil, of_torchcodec the medians of the rounds' ratios to the image folders

@@ -2,10 +2,8 @@
 
 On one rank, every variant of the objective; on several, which have their rows of one batch, the ranking loss. A call is
 what a training step adds to the network: all messages, the loss and its backward. The implementations of a case take
-turns, so that a machine whose speed drifts slows all of them down alike, and the fastest call of each counts, on the
-slowest rank. A turn is a block of calls in a row: no training step runs another implementation in between, whose code
-and data would fill the processor's caches and cost the fastest one most. ``benchmarks.gradients`` says which gradients
-across ranks are exact.
+turns, a block of calls each, as no training step runs another one in between. The fastest call of each counts, on the
+slowest rank. ``benchmarks.gradients`` says which gradients across ranks are exact.
 
 Legend: b rows of a rank, B rows of the batch, D embedding dimension, W ranks.
 """
