@@ -200,14 +200,9 @@ def load(root: str | Path) -> Manifest:
 
 
 def split_classes(
-    manifest: Manifest,
-    seed: int,
-    *,
-    fraction: float = 0.0,
-    classes: Sequence[str] = (),
-    folds: int | None = None,
+    manifest: Manifest, seed: int, *, fraction: float = 0.0, classes: Sequence[str] = (), folds: int | None = None,
     fold: int = 0,
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[int]]:  # fmt: skip
     """Cut the training classes into those to train on and those to validate on.
 
     Held out are the named ``classes``, or one ``fold`` of near-equal ``folds``, or a ``fraction``; the seed chooses.

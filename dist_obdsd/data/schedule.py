@@ -88,17 +88,9 @@ def allowed_world_sizes(lanes: int) -> list[int]:
 
 
 def plan_epoch(
-    manifest: Manifest,
-    classes: list[int],
-    *,
-    seed: int,
-    epoch: int,
-    global_size: int,
-    samples_per_class: int,
-    lanes: int,
-    window: int,
-    sampling: Sampling = "epoch",
-) -> EpochPlan:
+    manifest: Manifest, classes: list[int], *, seed: int, epoch: int, global_size: int, samples_per_class: int,
+    lanes: int, window: int, sampling: Sampling = "epoch",
+) -> EpochPlan:  # fmt: skip
     """Plan one epoch over the images of ``classes`` in the manifest's training shards.
 
     Args:

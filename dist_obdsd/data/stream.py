@@ -61,16 +61,9 @@ class TrainStream(Iterator[TrainBatch]):
     """This rank's batches from a position on; reading runs ahead over epochs' ends."""
 
     def __init__(
-        self,
-        manifest: Manifest,
-        classes: list[int],
-        config: Config,
-        rank: int,
-        world_size: int,
-        start_epoch: int = 0,
-        start_step: int = 0,
-        pinned: bool = False,
-    ) -> None:
+        self, manifest: Manifest, classes: list[int], config: Config, rank: int, world_size: int, start_epoch: int = 0,
+        start_step: int = 0, pinned: bool = False,
+    ) -> None:  # fmt: skip
         """Plan the first epoch and start to read and decode.
 
         Args:

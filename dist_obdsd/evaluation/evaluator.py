@@ -207,13 +207,9 @@ def measure(
 
 
 def _checked_rows(
-    rows_nD: torch.Tensor,
-    ids_n: torch.Tensor,
-    labels_n: torch.Tensor,
-    roles: Sequence[str],
-    distance: str,
+    rows_nD: torch.Tensor, ids_n: torch.Tensor, labels_n: torch.Tensor, roles: Sequence[str], distance: str,
     normalize: bool,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Check this rank's images; return the rows, brought to unit length if asked for."""
     if rows_nD.ndim != 2 or not rows_nD.is_floating_point():
         raise InputError(

@@ -25,12 +25,9 @@ class Tracker:
     """
 
     def __init__(
-        self,
-        log: EventLog | None = None,
-        uploader: Uploader | None = None,
-        run_id: str | None = None,
+        self, log: EventLog | None = None, uploader: Uploader | None = None, run_id: str | None = None,
         wait_seconds: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._log, self.uploader, self._id, self._wait = log, uploader, run_id, wait_seconds
 
     @property

@@ -71,15 +71,10 @@ def embed_all(
 
 
 def evaluate_split(
-    network: nn.Module,
-    manifest: Manifest,
-    split: str,
-    config: Config,
-    runtime: Runtime,
-    classes: list[int] | None = None,
-    between: Callable[[Iterator[EvalBatch]], Iterator[EvalBatch]] = iter,
+    network: nn.Module, manifest: Manifest, split: str, config: Config, runtime: Runtime,
+    classes: list[int] | None = None, between: Callable[[Iterator[EvalBatch]], Iterator[EvalBatch]] = iter,
     sample: bool = False,
-) -> EvaluationResult:
+) -> EvaluationResult:  # fmt: skip
     """Embed this rank's share of a split and measure retrieval. Collective.
 
     Args:

@@ -32,15 +32,9 @@ class ModelSelector:
     """Evaluates the student and remembers the best epoch; methods are collective."""
 
     def __init__(
-        self,
-        config: Config,
-        manifest: Manifest,
-        validation_classes: list[int],
-        student: Callable[[], nn.Module],
-        runtime: Runtime,
-        on_result: Callable[[str, EvaluationResult, int], None],
-        preemption: PreemptionHandler,
-    ) -> None:
+        self, config: Config, manifest: Manifest, validation_classes: list[int], student: Callable[[], nn.Module],
+        runtime: Runtime, on_result: Callable[[str, EvaluationResult, int], None], preemption: PreemptionHandler,
+    ) -> None:  # fmt: skip
         """Choose what to validate on, or raise InputError.
 
         Args:

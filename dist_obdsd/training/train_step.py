@@ -68,14 +68,9 @@ class TrainStep:
     """One optimizer step of student, teacher and objective over all ranks."""
 
     def __init__(
-        self,
-        config: Config,
-        runtime: Runtime,
-        strategy: Strategy,
-        teacher: ProgressiveTeacher | None,
-        objective: OBDSDLoss,
-        classes: Sequence[int],
-    ) -> None:
+        self, config: Config, runtime: Runtime, strategy: Strategy, teacher: ProgressiveTeacher | None,
+        objective: OBDSDLoss, classes: Sequence[int],
+    ) -> None:  # fmt: skip
         """Take the parts; ``classes`` are the training classes, sorted."""
         self.config, self.runtime, self.strategy = config, runtime, strategy
         self.teacher, self.objective, self.classes_C = teacher, objective, torch.as_tensor(classes)

@@ -32,17 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 def pack(
-    recipe: Recipe,
-    source: Path | None,
-    out: Path,
-    *,
-    seed: int = 0,
-    samples_per_class: int = 2,
-    resize: int | None = None,
-    allow_partial: bool = False,
-    overwrite: bool = False,
-    workers: int = 1,
-) -> Manifest:
+    recipe: Recipe, source: Path | None, out: Path, *, seed: int = 0, samples_per_class: int = 2,
+    resize: int | None = None, allow_partial: bool = False, overwrite: bool = False, workers: int = 1,
+) -> Manifest:  # fmt: skip
     """Write the shards and the manifest of a data set; log what is left out.
 
     Args:
