@@ -110,7 +110,7 @@ def test_the_objective_is_resumed_inside_an_epoch(train, folder, settings):
     assert train(*settings)[0] == 0
     whole, resumed = (checkpoint.load(folder / "runs" / name) for name in ("whole", "tiny"))
     for part in ("student", "teacher", "optimizer", "objective", "objective_optimizer"):
-        assert difference(whole[part], resumed[part], part) is None
+        assert difference(whole[part], resumed[part]) is None, part
     assert difference(stopped["objective"], resumed["objective"]) is not None
 
 
