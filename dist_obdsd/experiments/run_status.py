@@ -1,17 +1,14 @@
 """The state of a comparison's runs, read from their folders."""
 
-import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dist_obdsd.config import changed_settings, load_config
 from dist_obdsd.data.manifest import Manifest
 from dist_obdsd.errors import InputError
 from dist_obdsd.experiments.variants import RunSpec
-from dist_obdsd.training.run_dir import read_status
+from dist_obdsd.training.run_dir import read_json, read_status
 
 FINISHED, HALF_DONE, NEW = "finished", "half-done", "not started"
 
@@ -27,13 +24,6 @@ class RunStatus:
     summary: dict[str, Any]
     """The run's ``summary.json``; empty unless it is finished."""
     provenance: dict[str, Any]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a run folder; empty where it is missing or not whole."""
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return {}
 
 
 def status_of(spec: RunSpec) -> RunStatus:

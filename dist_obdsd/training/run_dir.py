@@ -85,10 +85,15 @@ class RunDir:
         self._lock.close()
 
 
-def read_status(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run folder; empty where it is missing or not whole."""
     with suppress(OSError, ValueError):
-        return json.loads((path / "status.json").read_text())
+        return json.loads(path.read_text())
     return {}
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    return read_json(path / "status.json")
 
 
 @dataclass(frozen=True)
