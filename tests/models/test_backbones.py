@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_obdsd import checkpoint
-from dist_obdsd.config import Config, override_config, parse_config
+from dist_obdsd.config import Config
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
 from dist_obdsd.export import export
@@ -21,8 +21,8 @@ from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.models.teacher import ProgressiveTeacher
 from dist_obdsd.training.optimizers import build_optimizer
 from tests import harness, runs
+from tests.models.data import CPU, build, pictures, settings
 
-CPU = torch.device("cpu")
 ARCHITECTURES = {
     "timm/test_resnet": 32, "timm/resnet10t": 32, "timm/resnext26ts": 32, "timm/tf_efficientnet_lite0": 32,
     "timm/mobilenetv3_small_050": 32, "timm/mobilenetv4_conv_small_035": 32, "timm/convnext_atto": 32,
@@ -37,21 +37,6 @@ ARCHITECTURES = {
 }  # fmt: skip
 """Backbone -> side of its images."""
 EVERY = bool(os.environ.get("EVERY_BACKBONE"))
-
-
-def settings(backbone: str, side: int, *overrides: str) -> Config:
-    raw = {
-        "name": "x", "epochs": 2, "data": {"shards": "x", "image_size": side, "lanes": 1},
-        "batch": {"global_size": 4}, "model": {"backbone": backbone, "embedding_dim": 8},
-        "distillation": {"temperature": 0.1, "transition_temperature": 0.05}, "optim": {"lr": 1e-3},
-    }  # fmt: skip
-    return parse_config(override_config(raw, overrides), "x")
-
-
-def pictures(config: Config) -> torch.Tensor:
-    """uint8 [4, 3, h, w]: noise."""
-    shape = (4, 3, *config.data.size)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def step(config: Config) -> tuple[float, list[torch.Tensor]]:
@@ -75,7 +60,7 @@ def step(config: Config) -> tuple[float, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("backbone", ARCHITECTURES)
 def test_an_architecture_steps_and_its_teacher_follows(backbone: str) -> None:
-    ((loss, gradients),) = harness.run(1, step, settings(backbone, ARCHITECTURES[backbone]))
+    ((loss, gradients),) = harness.run(1, step, settings(backbone, side=ARCHITECTURES[backbone]))
     assert loss > 0
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
@@ -84,7 +69,7 @@ def test_an_architecture_steps_and_its_teacher_follows(backbone: str) -> None:
     "backbone", ARCHITECTURES if EVERY else ["timm/test_efficientnet", "timm/test_vit3", "timm/test_convnext"]
 )
 def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
-    config = settings(backbone, ARCHITECTURES.get(backbone, 32), "precision=float64")
+    config = settings(backbone, "precision=float64", side=ARCHITECTURES.get(backbone, 32))
     ((loss, gradients),) = harness.run(1, step, config)
     for other, theirs in harness.run(2, step, config):
         assert other == pytest.approx(loss, abs=1e-10)
@@ -97,12 +82,12 @@ def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
     [(b, p) for b in ("timm/test_vit", "timm/test_convnext") for p in ("avg", "max", "avg+max", "gem", "cls")],
 )
 def test_pooling_is_exchanged_or_refused(backbone: str, pooling: str) -> None:
-    own, config = (settings(backbone, 64, f"model.pooling={kind}") for kind in ("own", pooling))
     if (backbone, pooling) in (("timm/test_vit", "gem"), ("timm/test_convnext", "cls")):
         with pytest.raises(InputError, match="set model.pooling=own"):
-            build_embedder(config, CPU)
+            build(backbone, f"model.pooling={pooling}")
         return
-    same, other = (build_embedder(c, CPU).eval()(pictures(c)) for c in (own, config))
+    images = pictures(settings(backbone, side=64))
+    same, other = (build(backbone, f"model.pooling={kind}", side=64).eval()(images) for kind in ("own", pooling))
     usual = "cls" if backbone == "timm/test_vit" else "avg"
     assert torch.allclose(same, other, atol=1e-6) == (pooling == usual)
 
@@ -127,7 +112,7 @@ def nothing():
 def test_a_function_of_another_package_builds_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_networks.py").write_text(PLUG_IN)
     monkeypatch.syspath_prepend(tmp_path)
-    config = settings("my_networks:small", 8)
+    config = settings("my_networks:small", side=8)
     assert "my_networks:small" in config.to_yaml()
     model = build_embedder(config, CPU).train()
     assert torch.equal(model(pictures(config)), model(pictures(config)))
@@ -138,7 +123,7 @@ def test_a_function_of_another_package_builds_the_network(tmp_path: Path, monkey
         "my_other_networks:small": "model.backbone=my_other_networks:small cannot be imported",
     }.items():
         with pytest.raises(InputError, match=fact):
-            build_embedder(settings(name, 8), CPU)
+            build(name, side=8)
 
 
 RUN = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "epochs=2", "data.augment=crop",
@@ -156,5 +141,7 @@ def test_a_run_learns_resumes_and_is_exported(folder: Path, backbone: str) -> No
     assert all(math.isfinite(row["distillation"]) for row in runs.metrics(folder / "runs" / "whole", "step")[6:])
     whole, cut = (checkpoint.load(folder / "runs" / name) for name in ("whole", "cut"))
     assert all(torch.equal(whole["student"][name], value) for name, value in cut["student"].items())
-    found = export(folder / "runs" / "cut", folder / "ex", ["torch"], [pictures(settings(backbone, side))[0]], "noise")
+    found = export(
+        folder / "runs" / "cut", folder / "ex", ["torch"], [pictures(settings(backbone, side=side))[0]], "noise"
+    )
     assert found["torch"] <= 1e-5

@@ -4,14 +4,10 @@ from torchvision import models
 
 from dist_obdsd.errors import InputError
 from dist_obdsd.models.backbones import library_weights
-from dist_obdsd.models.embedder import Embedder, build_embedder, log_batch_norm
-from tests.models.test_backbones import CPU, pictures, settings
+from dist_obdsd.models.embedder import log_batch_norm
+from tests.models.data import build, pictures, settings
 
-IMAGES = pictures(settings("small_cnn", 64))
-
-
-def build(backbone: str, *overrides: str) -> Embedder:
-    return build_embedder(settings(backbone, 64, *overrides), CPU)
+IMAGES = pictures(settings("small_cnn"))
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max", "avg+max", "gem"])
@@ -32,18 +28,6 @@ def test_rows_do_not_depend_on_their_batch_mates(backbone: str, norm: str, alone
     assert torch.allclose(net(IMAGES)[:2], net(IMAGES[:2]), atol=1e-13 if alone else 1e-3) == alone
 
 
-@pytest.mark.parametrize("backbone", ["small_cnn", "squeezenet1_0"])
-def test_the_layout_of_memory_changes_only_rounding(backbone: str) -> None:
-    gradients = []
-    for layout in ("true", "false"):
-        net = build(backbone, f"model.channels_last={layout}", "precision=float64")
-        weight = next(p for p in net.trunk.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1)
-        assert weight.is_contiguous(memory_format=net.layout)
-        (net(IMAGES) * torch.arange(8)).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
-    assert torch.allclose(gradients[0], gradients[1], atol=1e-9 * gradients[1].abs().max(), rtol=0)
-
-
 def test_the_seed_alone_decides_the_initial_network() -> None:
     state = torch.get_rng_state()
     a, b, c = (build("small_cnn", f"seed={seed}").head.weight for seed in (1, 1, 2))
@@ -54,8 +38,7 @@ def test_the_seed_alone_decides_the_initial_network() -> None:
 
 def test_batch_statistics_that_depend_on_ranks_are_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    config = settings("resnet18", 64, "model.norm=batch")
-    log_batch_norm(build_embedder(config, CPU), config.model, 2)
+    log_batch_norm(build("resnet18", "model.norm=batch"), settings("resnet18", "model.norm=batch").model, 2)
     assert "depend on the number of ranks" in caplog.text
     with pytest.raises(InputError, match="set model.norm=frozen"):
         build("resnet18", "model.norm=sync")

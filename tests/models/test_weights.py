@@ -10,20 +10,15 @@ from safetensors.torch import save_file
 
 from dist_obdsd import checkpoint
 from dist_obdsd.errors import InputError
-from dist_obdsd.models.embedder import Embedder, build_embedder
-from tests.models.test_backbones import CPU, pictures, settings
-
-
-def build(backbone: str, *overrides: str) -> Embedder:
-    return build_embedder(settings(backbone, 32, *overrides), CPU)
+from tests.models.data import build, pictures, settings
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run's folder with one checkpoint."""
-    config = settings("timm/test_vit", 32, "seed=7")
     state = dict.fromkeys(checkpoint.ENTRIES - {"format"}) | {
-        "config": config.model_dump(mode="json"), "student": build_embedder(config, CPU).state_dict(),
+        "config": settings("timm/test_vit", "seed=7").model_dump(mode="json"),
+        "student": build("timm/test_vit", "seed=7").state_dict(),
         "position": {"epoch": 1, "step": 0, "global_step": 1},
     }  # fmt: skip
     checkpoint.save(tmp_path / "run" / "checkpoints", state, best=False, keep=1)
@@ -110,15 +105,15 @@ def test_freezing_stops_at_a_block(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["timm/test_vit", "squeezenet1_0"])
 def test_activation_checkpointing_changes_no_gradient(backbone: str) -> None:
-    saved, gradients = [], []
+    saved, gradients, images = [], [], pictures(settings(backbone))
     for choice in ("false", "true"):
         model, kept = build(backbone, f"model.checkpoint_blocks={choice}", "precision=float64"), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
-            E_bD = model(pictures(settings(backbone, 32)))
+            E_bD = model(images)
         saved.append(sum(kept))
         (E_bD * torch.arange(8)).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        assert not copy.deepcopy(model).eval()(pictures(settings(backbone, 32))).isnan().any()
+        assert not copy.deepcopy(model).eval()(images).isnan().any()
     assert saved[1] < 0.8 * saved[0]
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(gradients[1][name], g, atol=1e-10) for name, g in gradients[0].items())
