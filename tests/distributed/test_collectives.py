@@ -76,21 +76,6 @@ def test_gather_rows_keeps_type_and_order_and_refuses_uneven_rows(world: int) ->
         assert "(3, 3)" in said
 
 
-def ragged_worker(counts: list[int]) -> np.ndarray:
-    rank = collectives.rank()
-    gathered = collectives.gather_ragged(rows_of(rank, counts[rank]).requires_grad_())
-    assert not gathered.requires_grad
-    return gathered.numpy()
-
-
-@worlds
-@pytest.mark.parametrize("counts", [[2, 2, 2], [1, 4, 2], [3, 0, 1], [0, 2, 0], [0, 0, 0]])
-def test_gather_ragged_joins_different_numbers_of_rows(world: int, counts: list[int]) -> None:
-    expected = np.concatenate([rows_of(rank, counts[rank]).numpy() for rank in range(world)])
-    for gathered in harness.run(world, ragged_worker, counts):
-        np.testing.assert_array_equal(gathered, expected)
-
-
 def sums_worker() -> tuple[np.ndarray, list[list[float]]]:
     rank, world = collectives.rank(), collectives.world_size()
     x = rows_of(rank).requires_grad_()
