@@ -4,7 +4,9 @@ Legend: B rows, C classes, D embedding dimension.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,21 +16,19 @@ from torch.nn import functional
 from dist_obdsd.config.ranking import SECTIONS, RankingConfig
 from dist_obdsd.config.registry import LOSSES
 from dist_obdsd.distributed import collectives
+from dist_obdsd.distributed.collectives import gather_rows
 from dist_obdsd.losses.base import RankingLoss
 from dist_obdsd.losses.batch_view import BatchView, PartialMean
 from dist_obdsd.losses.build import build_ranking
 from tests.manifold.data import B, unit_rows
 
-LABELS = {
-    "mixed": [0, 1, 0, 0, 2, 1, 3, 0, 4, 1, 2, 2],
-    "some alone": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
-}
 BATCHES = {
     "uneven": [0, 0, 0, 1, 2, 1, 3, 4, 5, 6, 3, 2],
     "one rank without an anchor": [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8],
     "no anchor": list(range(B)),
 }
 """Labels whose anchors lie unevenly over the ranks."""
+LABELS = {"mixed": [0, 1, 0, 0, 2, 1, 3, 0, 4, 1, 2, 2], "some alone": BATCHES["one rank without an anchor"]}
 CLASSES = 13
 """More than a batch holds."""
 FEATURES = 9
@@ -84,9 +84,32 @@ def flat(tensors: Iterable[torch.Tensor]) -> np.ndarray:
     return np.concatenate([np.zeros(0), *(x.detach().numpy().ravel() for x in tensors)])
 
 
-def mean_gradient(student: nn.Module) -> np.ndarray:
-    """What DDP makes of the ranks' gradients."""
-    return flat(collectives.sum_across(p.grad) / collectives.world_size() for p in student.parameters())
+def backward(loss: torch.Tensor, student: nn.Module) -> dict[str, Any]:
+    """The loss, its mean over the ranks, and what DDP makes of the ranks' gradients."""
+    loss.backward()
+    W = collectives.world_size()
+    gradient = flat(collectives.sum_across(p.grad) / W for p in student.parameters())
+    return {"loss": loss.item(), "mean": collectives.sum_across(loss).item() / W, "gradient": gradient}
+
+
+def gather_without_gradient(x_b: torch.Tensor) -> torch.Tensor:
+    """Gather rows, of which this rank's alone have a gradient."""
+    x_B = gather_rows(x_b).detach().clone()
+    x_B[own_rows()] = x_b
+    return x_B
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "exact": {"gather_rows": gather_rows},
+    "no gradient": {"gather_rows": gather_without_gradient},
+    "local loss": {"world_size": lambda: 1, "rank": lambda: 0},
+    "mean of rank means": {"sum_across": lambda x: x * collectives.world_size()},
+}
+"""What is done with several ranks, as functions in place of those of ``collectives``; all but the first are wrong."""
+
+
+def in_the_way(way: str) -> AbstractContextManager[Any]:
+    return patch.multiple(collectives, **WAYS[way])
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray, least: float = 1e-300) -> float:

@@ -11,11 +11,20 @@ import torch
 
 from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.distributed import collectives
-from dist_obdsd.losses.base import RankingLoss
-from dist_obdsd.losses.batch_view import BatchView
 from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
 from tests import harness
-from tests.losses.data import BATCHES, Embedder, flat, images, loss_of, mean_gradient, own_rows, ranking, relative_error
+from tests.losses.data import (
+    BATCHES,
+    Embedder,
+    backward,
+    flat,
+    images,
+    in_the_way,
+    loss_of,
+    own_rows,
+    ranking,
+    relative_error,
+)
 from tests.manifold.data import unit_rows
 
 D, SEED = 5, 11
@@ -36,33 +45,15 @@ OWN = [type(chosen) for chosen in SETTINGS.values() if not chosen.name.startswit
 """Those whose ranks share the work; of the others every rank computes the whole batch's loss."""
 
 
-def value(E_bD: torch.Tensor, loss: RankingLoss, labels: list[int], wrong: str) -> torch.Tensor:
-    """Compute the global loss; or ``wrong``, by a gather without gradient, own counts or a rank's own seed."""
-    if not wrong:
-        loss.calls = SEED - 1  # of the draws
-        return loss(E_bD, torch.tensor(labels)[own_rows()])
-    W, rank, E_BD = collectives.world_size(), collectives.rank(), collectives.gather_rows(E_bD)
-    if wrong == "gradient":
-        E_BD = E_BD.detach().clone()
-        E_BD[own_rows()] = E_bD
-    view = BatchView(E_BD[own_rows()], E_BD, torch.tensor(labels), own_rows().start, SEED + rank * (wrong == "seed"))
-    terms = loss.partial_means(view).values()
-    counts = [t.count * W if wrong == "count" else collectives.sum_across(t.count) for t in terms]
-    return sum((t.sum * W / count.clamp(min=1) for t, count in zip(terms, counts, strict=True)), torch.zeros(()))
-
-
-def worker(name: str, wrong: str = "") -> dict[str, Any]:
-    """For each batch: loss, DDP's gradient of the embedder, and the gradient of the loss's own parameters."""
-    answers = {}
+def worker(name: str, way: str = "exact", own_seed: bool = False) -> dict[str, Any]:
+    """For each batch: the loss, DDP's gradient of the embedder, and the gradient of the loss's own parameters."""
+    answers, own = {}, own_rows()
     for kind, labels in BATCHES.items():
         student, ranking_loss = Embedder(0), loss_of(SETTINGS[name], D)
-        loss = value(student(images()[own_rows()]), ranking_loss, labels, wrong)
-        loss.backward()
-        answers[kind] = {
-            "loss": collectives.sum_across(loss).item() / collectives.world_size(),
-            "embedder": mean_gradient(student),
-            "parameters": flat(p.grad for p in ranking_loss.parameters()),
-        }
+        ranking_loss.calls = SEED + own_seed * collectives.rank()  # of the draws
+        with in_the_way(way):
+            loss = ranking_loss(student(images()[own]), torch.tensor(labels)[own])
+        answers[kind] = backward(loss, student) | {"parameters": flat(p.grad for p in ranking_loss.parameters())}
     return answers
 
 
@@ -72,29 +63,34 @@ def worker(name: str, wrong: str = "") -> dict[str, Any]:
 )
 def test_loss_and_gradients_are_those_of_one_process(world: int, name: str) -> None:
     one = worker(name)  # here, without a process group
-    assert np.linalg.norm(one["uneven"]["embedder"]) > 1e-2
+    assert np.linalg.norm(one["uneven"]["gradient"]) > 1e-2
     learnable = len(list(loss_of(SETTINGS[name], D).parameters())) > 0
     assert (np.linalg.norm(one["uneven"]["parameters"]) > 1e-3) == learnable
     for answers in harness.run(world, worker, name):
         for kind, expected in one.items():
             assert answers[kind]["loss"] == pytest.approx(expected["loss"], rel=1e-10, abs=1e-12)
-            for of in ("embedder", "parameters"):
+            for of in ("gradient", "parameters"):
                 assert relative_error(answers[kind][of], expected[of], 1e-3) < 1e-10
 
 
-@pytest.mark.parametrize(
-    ("wrong", "name"),
-    [("gradient", name) for name in SETTINGS]
-    + [("count", name) for name in ("multi-similarity", "contrastive", "triplet", "margin")]
-    + [("seed", name) for name in ("margin", "margin, released", "MarginLoss, mined")],
-)
-def test_the_usual_shortcuts_are_measurably_wrong(wrong: str, name: str) -> None:
-    expected, answer = worker(name)["uneven"], harness.run(3, worker, name, wrong)[0]["uneven"]
-    assert relative_error(answer["embedder"], expected["embedder"]) > 1e-2
-    if wrong == "gradient":
-        assert answer["loss"] == pytest.approx(expected["loss"], rel=1e-10)  # the loss does not show it
-    if wrong == "count":
-        assert abs(answer["loss"] - expected["loss"]) > 1e-4
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_gather_without_gradient_is_wrong_and_the_loss_does_not_show_it(name: str) -> None:
+    expected, answer = worker(name)["uneven"], harness.run(3, worker, name, "no gradient")[0]["uneven"]
+    assert relative_error(answer["gradient"], expected["gradient"]) > 1e-2
+    assert answer["loss"] == pytest.approx(expected["loss"], rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["multi-similarity", "contrastive", "triplet", "margin"])
+def test_a_mean_of_rank_means_is_wrong(name: str) -> None:
+    expected, answer = worker(name)["uneven"], harness.run(3, worker, name, "mean of rank means")[0]["uneven"]
+    assert relative_error(answer["gradient"], expected["gradient"]) > 1e-2
+    assert abs(answer["mean"] - expected["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["margin", "margin, released", "MarginLoss, mined"])
+def test_draws_of_a_rank_s_own_are_wrong(name: str) -> None:
+    expected, answer = worker(name)["uneven"], harness.run(3, worker, name, "exact", True)[0]["uneven"]
+    assert relative_error(answer["gradient"], expected["gradient"]) > 1e-2
 
 
 def apart_worker() -> list[float]:
