@@ -33,36 +33,21 @@ def nearest(
     return found
 
 
-def recall(relevant: Sequence[bool], k: int) -> float:
-    return float(any(relevant[:k]))
-
-
 def average_precision(relevant: Sequence[bool], places: int, divisor: int) -> float:
     total = 0.0
     for i in range(1, min(places, len(relevant)) + 1):
         if relevant[i - 1]:  # added one by one, unlike what ``sum`` does with floats
             total += sum(relevant[:i]) / i
-    return total / divisor
-
-
-def r_precision(relevant: Sequence[bool], r: int) -> float:
-    return sum(relevant[:r]) / r
+    return total / max(divisor, 1)
 
 
 def evaluate(
-    rows: dict[int, Row],
-    labels: dict[int, int],
-    roles: dict[int, str],
-    recall_at: Sequence[int],
-    *,
-    gallery_roles: Sequence[str] = ("both", "gallery", "train"),
-    more: bool = False,
-    released: bool = False,
-) -> tuple[dict[str, float], int, int]:
+    rows: dict[int, Row], labels: dict[int, int], roles: dict[int, str], recall_at: Sequence[int], *,
+    gallery_roles: Sequence[str], released: bool,
+) -> tuple[dict[str, float], int, int]:  # fmt: skip
     """(metrics, queries with a match, queries without one) for images given by id.
 
     Args:
-        more: R-precision, mAP@1000 and mAP_c as well.
         released: class sizes with the query, and queries without a match as failures.
     """
     gallery = [i for i in rows if roles[i] in gallery_roles]
@@ -79,12 +64,12 @@ def evaluate(
         queries += 1
         found = nearest([rows[query]], [query], [rows[i] for i in gallery], gallery, len(gallery))[query]
         relevant = [labels[i] == labels[query] for _, i in found]
-        of_query = {f"recall@{k}": recall(relevant, k) for k in recall_at}
-        of_query["map@r"] = average_precision(relevant, r, r) if r else 0.0
-        if more:
-            of_query["r_precision"] = r_precision(relevant, r) if r else 0.0
-            of_query["map@1000"] = average_precision(relevant, 1000, size if released else min(r, 1000)) if r else 0.0
-            of_query["map@c"] = average_precision(relevant, size, size) if r else 0.0
+        of_query = {f"recall@{k}": float(any(relevant[:k])) for k in recall_at} | {
+            "r_precision": sum(relevant[:r]) / max(r, 1),
+            "map@r": average_precision(relevant, r, r),
+            "map@1000": average_precision(relevant, 1000, size),
+            "map@c": average_precision(relevant, size, size),
+        }
         for name, value in of_query.items():
             values.setdefault(name, []).append(value)
     means = {name: sum(of_queries) / len(of_queries) for name, of_queries in values.items()}
@@ -94,16 +79,16 @@ def evaluate(
 # ---- clusters -------------------------------------------------------------------------------------------------------
 
 
+def nearest_centres(rows: Sequence[Row], centres: Sequence[Row]) -> list[int]:
+    scores = [[score(row, c) - score(c, c) / 2 for c in centres] for row in rows]
+    return [of_row.index(max(of_row)) for of_row in scores]
+
+
 def k_means(
     rows: Sequence[Row], centres: list[list[float]], iterations: int = 20
 ) -> tuple[list[int], list[list[float]]]:
     """(cluster of each row, centres). ``rows`` come by ascending id, so that the first of equals has the smaller id."""
-
-    def assign() -> list[int]:
-        scores = [[score(row, c) - score(c, c) / 2 for c in centres] for row in rows]
-        return [of_row.index(max(of_row)) for of_row in scores]
-
-    clusters = assign()
+    clusters = nearest_centres(rows, centres)
     for _ in range(iterations):
         members = [[row for row, c in zip(rows, clusters, strict=True) if c == at] for at in range(len(centres))]
         centres = [
@@ -118,7 +103,7 @@ def k_means(
         order = sorted((i for i in range(len(rows)) if far[i] > 0), key=lambda i: (-far[i], i))
         for at, i in zip(empty, order, strict=False):
             centres[at] = list(rows[i])
-        before, clusters = clusters, assign()
+        before, clusters = clusters, nearest_centres(rows, centres)
         if clusters == before:
             break
     return clusters, centres

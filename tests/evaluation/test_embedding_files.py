@@ -2,6 +2,7 @@
 
 import os
 import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,42 +134,38 @@ def test_bad_columns_are_refused_in_one_sentence_on_every_rank(suffix, change, w
     assert "\n" not in said
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("a.csv", "ends in '.csv'"),
-        ("a", "no suffix"),
-        ("missing.npz", "No such file"),
-        ("missing.parquet", "cannot read"),
-        ("pipe.npz", "no plain file"),
-        ("pipe.parquet", "no plain file"),
-        ("text.npz", "not a sound .npz file"),
-        ("text.parquet", "not a sound .parquet file"),
-        ("length.npz", "50 embeddings but labels of shape (49,)"),
-        ("objects.npz", "not a sound .npz file"),
-        ("flat.npz", "shape (300,)"),
-        ("uneven.parquet", "not a sound .parquet file"),
-        ("gaps.parquet", "1 empty entries"),
-    ],
-)
-def test_what_is_no_file_of_embeddings(name, words, tmp_path):
-    path, labels = tmp_path / name, COLUMNS["labels"]
-    match path.stem:
-        case "text":
-            path.write_text("hello")
-        case "pipe":
-            os.mkfifo(path)
-        case "length":
-            np.savez(path, embeddings=ROWS, labels=labels[1:])
-        case "objects":
-            np.savez(path, embeddings=ROWS, labels=np.array([{}] * N, dtype=object))
-        case "flat":
-            np.savez(path, embeddings=ROWS.reshape(-1), labels=labels)
-        case "uneven":
-            parquet.write_table(pa.table({"embeddings": [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]], "labels": [1, 1]}), path)
-        case "gaps":
-            parquet.write_table(pa.table({"embeddings": [[1.0, 2.0], [1.0, 2.0]], "labels": [1, None]}), path)
-    assert words in refused_worker(str(path))
+def tables(embeddings: list[Any], labels: list[Any]) -> Callable[[Path], None]:
+    return lambda path: parquet.write_table(pa.table({"embeddings": embeddings, "labels": labels}), path)
+
+
+def archive(embeddings: np.ndarray, labels: Any) -> Callable[[Path], None]:
+    return lambda path: np.savez(path, embeddings=embeddings, labels=labels)
+
+
+LABELS = COLUMNS["labels"]
+NO_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a.csv": (Path.touch, "ends in '.csv'"),
+    "a": (Path.touch, "no suffix"),
+    "missing.npz": (str, "No such file"),
+    "missing.parquet": (str, "cannot read"),
+    "pipe.npz": (os.mkfifo, "no plain file"),
+    "pipe.parquet": (os.mkfifo, "no plain file"),
+    "text.npz": (lambda path: path.write_text("hello"), "not a sound .npz file"),
+    "text.parquet": (lambda path: path.write_text("hello"), "not a sound .parquet file"),
+    "length.npz": (archive(ROWS, LABELS[1:]), "50 embeddings but labels of shape (49,)"),
+    "objects.npz": (archive(ROWS, np.array([{}] * N, dtype=object)), "not a sound .npz file"),
+    "flat.npz": (archive(ROWS.reshape(-1), LABELS), "shape (300,)"),
+    "uneven.parquet": (tables([[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]], [1, 1]), "not a sound .parquet file"),
+    "gaps.parquet": (tables([[1.0, 2.0], [1.0, 2.0]], [1, None]), "1 empty entries"),
+}
+"""Name -> how it is made, and the facts of the message."""
+
+
+@pytest.mark.parametrize("name", NO_FILES)
+def test_what_is_no_file_of_embeddings(name, tmp_path):
+    make, words = NO_FILES[name]
+    make(tmp_path / name)
+    assert words in refused_worker(str(tmp_path / name))
 
 
 def test_a_file_that_cannot_be_written_ends_all_ranks_alike(tmp_path):

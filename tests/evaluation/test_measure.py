@@ -18,9 +18,11 @@ from tests import harness
 from tests.evaluation import oracle
 
 N, D, TRAIN_CLASSES = 90, 6, 9
-KINDS = ("plain", "float64", "ties", "collapsed", "query/gallery", "cameras", "validation")
+KINDS = ("plain", "float64", "ties", "collapsed", "query/gallery", "cameras", "validation", "flat")
 ALL = ("recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum")
 RECALL_AT = (1, 2, 4)
+GALLERIES = {"": ("both", "gallery", "train"), "left": ("gallery:left",), "right-2": ("gallery:right-2",)}
+"""Of the cameras; the others have the first one alone."""
 
 
 @functools.cache
@@ -33,6 +35,8 @@ def data(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]
         rows = rows.sign() * (1 + (rows.abs() > 2))
     if kind == "collapsed":
         rows = torch.full_like(rows, 7.0)
+    if kind == "flat":  # two dimensions are never used
+        rows[:, 2:4] = 0
     rows = torch.nn.functional.normalize(rows.double()) if kind == "float64" else torch.nn.functional.normalize(rows)
     roles = {
         "query/gallery": ["query", "gallery", "gallery", "both"],
@@ -72,29 +76,33 @@ def measure_worker(kind: str, layout: str, **settings: Any) -> dict[str, Any]:
     return result | {"seconds": None}
 
 
-def measure_all_worker(kind: str, layout: str, conventions: str, backend: str) -> dict[str, Any]:
-    return measure_worker(kind, layout, metrics=ALL, conventions=conventions, backend=backend)
+def measure_all_worker(kind: str, layout: str, threads: int, conventions: str, backend: str) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    found = measure_worker(kind, layout, metrics=ALL, conventions=conventions, backend=backend)
+    torch.set_num_threads(1)
+    return found
 
 
-def expected(kind: str, released: bool) -> tuple[dict[str, float], dict[str, tuple[int, int, int]]]:
-    """(metrics, gallery -> (queries, images, excluded)), all by loops."""
+def by_id(kind: str) -> tuple[dict[int, oracle.Row], dict[int, int], dict[int, str]]:
+    """Row, label and role of each image, by ascending id."""
     rows, ids, labels, roles = data(kind)
-    by_id = dict(zip(ids.tolist(), rows.double().tolist(), strict=True))
-    label_of = dict(zip(ids.tolist(), labels.tolist(), strict=True))
-    role_of = dict(zip(ids.tolist(), roles, strict=True))
-    galleries = {"": ("both", "gallery", "train")}
-    if kind == "cameras":
-        galleries |= {"left": ("gallery:left",), "right-2": ("gallery:right-2",)}
+    columns = (rows.double().tolist(), labels.tolist(), roles)
+    row_of, label_of, role_of = (dict(sorted(zip(ids.tolist(), column, strict=True))) for column in columns)
+    return row_of, label_of, role_of
+
+
+def expected(kind: str, released: bool) -> tuple[dict[str, float], list[tuple[int, int, int]]]:
+    """(metrics, (queries, images, excluded) of each gallery), all by loops."""
+    row_of, label_of, role_of = by_id(kind)
     metrics: dict[str, float] = {}
-    counts = {}
-    for name, of in galleries.items():
+    counts = []
+    for name, of in GALLERIES.items() if kind == "cameras" else [("", GALLERIES[""])]:
         found, queries, excluded = oracle.evaluate(
-            by_id, label_of, role_of, RECALL_AT, gallery_roles=of, more=True, released=released
+            row_of, label_of, role_of, RECALL_AT, gallery_roles=of, released=released
         )
         metrics |= {f"{name}/{metric}" if name else metric: value for metric, value in found.items()}
-        counts[name] = (queries, sum(role in of for role in roles), excluded)
-    order = sorted(range(N), key=lambda i: ids[i])
-    plain, classes = rows[order].double().tolist(), labels[order].tolist()
+        counts.append((queries, sum(role in of for role in role_of.values()), excluded))
+    plain, classes = list(row_of.values()), list(label_of.values())
     k = TRAIN_CLASSES if released else 13
     drawn = sorted(rng(4, "k-means").permutation(N)[:k].tolist())
     clusters, _ = oracle.k_means(plain, [plain[i] for i in drawn])
@@ -112,8 +120,8 @@ def test_every_metric_is_what_loops_say_on_any_ranks_with_the_same_bits(kind: st
     answers = [
         answer
         for world in harness.MORE_WORLD_SIZES
-        for layout, backend in (("even", "faiss"), ("last", "torch"), ("repeated", "torch"))
-        for answer in harness.run(world, measure_all_worker, kind, layout, conventions, backend)
+        for layout, threads, backend in (("even", 1, "faiss"), ("last", 2, "torch"), ("repeated", 1, "torch"))
+        for answer in harness.run(world, measure_all_worker, kind, layout, threads, conventions, backend)
     ]
     assert all(answer == answers[0] for answer in answers)
     found = answers[0]
@@ -122,43 +130,46 @@ def test_every_metric_is_what_loops_say_on_any_ranks_with_the_same_bits(kind: st
         # Square roots of rounding errors, where points coincide, and the rounding of the Gram matrix.
         accuracy = 1e-6 if name == "rho_spectrum" or kind == "collapsed" else 1e-12
         assert found["metrics"][name] == pytest.approx(value, abs=accuracy), name
-    assert [found[name] for name in ("queries", "gallery", "excluded")] == [
-        sum(of[i] for of in counts.values()) for i in range(3)
-    ]
+    assert [found[name] for name in ("queries", "gallery", "excluded")] == [sum(of) for of in zip(*counts, strict=True)]
     assert (found["excluded"] > 0) == (conventions == "correct")
 
 
+def test_the_spectrum_of_fewer_images_than_dimensions() -> None:
+    rows = data("plain")[0][: D - 2]
+    singular = geometry.singular_values(rows)
+    found, released = (geometry.rho_spectrum(singular, leave_out) for leave_out in (0, 1))
+    assert found == pytest.approx(oracle.rho_spectrum(rows.double().tolist()), abs=1e-6)
+    assert released == pytest.approx(oracle.rho_spectrum(rows.double().tolist(), 1), abs=1e-6)
+    assert released != found
+
+
 def test_recall_by_class_and_the_worst_and_best_queries() -> None:
-    rows, ids, labels, roles = data("cameras")
     found = measure_worker("cameras", "even")
-    by_id = {
-        i: (row, label, role)
-        for i, row, label, role in zip(ids.tolist(), rows.double().tolist(), labels.tolist(), roles, strict=True)
-    }
-    drawn = dict(zip(sorted(by_id), rng(0, "best queries").permutation(N).tolist(), strict=True))
+    row_of, label_of, role_of = by_id("cameras")
+    drawn = dict(zip(row_of, rng(0, "best queries").permutation(N).tolist(), strict=True))
     per_class: dict[tuple[str, int], tuple[int, float]] = {}
     failures, successes = [], []
-    for name, of in (("", ("both", "gallery")), ("left", ("gallery:left",)), ("right-2", ("gallery:right-2",))):
-        gallery = [i for i, (_, _, role) in by_id.items() if role in of]
+    for name, of in GALLERIES.items():
+        gallery = [i for i, role in role_of.items() if role in of]
+        largest = max(oracle.Counter(label_of[i] for i in gallery).values())
         hits: dict[int, list[bool]] = {}
         ranked = []
-        largest = max(oracle.Counter(by_id[i][1] for i in gallery).values())
-        for query, (row, label, role) in by_id.items():
-            if role not in ("both", "query") or not any(by_id[i][1] == label for i in gallery if i != query):
+        for query, label in label_of.items():
+            if role_of[query] not in ("both", "query") or not any(label_of[i] == label for i in gallery if i != query):
                 continue
-            near = oracle.nearest([row], [query], [by_id[i][0] for i in gallery], gallery, 99)[query]
-            near = near[: max(*RECALL_AT, largest - (name == ""))]  # what recall and MAP@R look at
-            right = [by_id[i][1] == label for _, i in near]
+            near = oracle.nearest([row_of[query]], [query], [row_of[i] for i in gallery], gallery, 99)[query]
+            ids = [i for _, i in near[: max(*RECALL_AT, largest - (name == ""))]]  # what recall and MAP@R look at
+            right = [label_of[i] == label for i in ids]
             hits.setdefault(label, []).append(right[0])
             first = right.index(True) if True in right else len(right)
-            ranked.append((-first, -near[0][0], query, label, near[:SHOWN_NEIGHBOURS]))
+            shown = (name, query, label, ids[:SHOWN_NEIGHBOURS], [label_of[i] for i in ids[:SHOWN_NEIGHBOURS]])
+            ranked.append((-first, -near[0][0], query, sum(right[:SHOWN_NEIGHBOURS]), shown))
         per_class |= {(name, label): (len(of), sum(of) / len(of)) for label, of in sorted(hits.items())}
+        failures += [shown for *_, shown in sorted(ranked)[:SHOWN]]
         best: dict[int, Any] = {}
-        for line in sorted(ranked, key=lambda line: (-sum(by_id[i][1] == line[3] for _, i in line[4]), drawn[line[2]])):
-            best.setdefault(line[3], line)
-        for chosen, lines in ((failures, sorted(ranked)), (successes, list(best.values()))):
-            for _, _, query, label, near in lines[:SHOWN]:
-                chosen.append((name, query, label, [i for _, i in near], [by_id[i][1] for _, i in near]))
+        for *_, query, _, shown in sorted(ranked, key=lambda line: (-line[3], drawn[line[2]])):
+            best.setdefault(label_of[query], shown)
+        successes += [*best.values()][:SHOWN]
     assert list(found["per_class"].items()) == list(per_class.items())
     for name, answers in (("failures", failures), ("successes", successes)):
         assert [
@@ -211,51 +222,30 @@ def test_a_class_larger_than_a_thousand() -> None:
     assert found.metrics == {"map@1000": pytest.approx(expected, abs=1e-12)}
 
 
-# ---- what is refused: the same sentence on every rank ----
-
-
-def refusal_worker(fault: str) -> str:
-    rows, ids, labels, roles = data("plain")
-    mine, settings = own("even"), {"recall_at": RECALL_AT, "train_classes": N + 1, **MORE.get(fault, {})}
-    of_labels, of_roles = labels[mine], [roles[i] for i in mine.tolist()]
-    if collectives.rank() == collectives.world_size() - 1:
-        if fault == "two labels":  # it also brings the first image, under another label
-            mine, of_labels = torch.cat([mine, torch.tensor([0])]), torch.cat([of_labels, torch.tensor([77])])
-            of_roles += ["both"]
-        if fault == "images":
-            mine, of_labels, of_roles = mine[:-2], of_labels[:-2], of_roles[:-2]
-    if fault == "role":
-        of_roles = ["probe"] * len(mine)
-    if fault == "no match":
-        of_labels = ids[mine]
-    if fault == "one class":
-        of_labels = torch.zeros_like(of_labels)
-    if fault == "a gallery lacks every class":
-        of_roles = ["query" if label < 0 else "gallery:east" for label in of_labels.tolist()]
-    with pytest.raises(RunError if fault == "images" else InputError) as caught:
-        measure(rows[mine], ids[mine], of_labels, of_roles, Settings(**settings), expected=N)
-    return str(caught.value)
-
-
-MORE: dict[str, dict[str, Any]] = {
-    "training classes": {"metrics": ("nmi",), "conventions": "released", "train_classes": None},
-    "clusters": {"metrics": ("f1",), "conventions": "released"},
-    "one class": {"metrics": ("distances",)},
+REFUSED = {
+    "images": ["88 images", "90 expected"],
+    "role": ["'probe'", "both, gallery, query, train"],
+    "a gallery lacks every class": ["none of the", "gallery images of east"],
 }
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("two labels", ["image id 1000 arrives as class", "77"]), ("images", ["88 images", "90 expected"]),
-        ("role", ["'probe'", "both, gallery, query, train"]), ("no match", ["none of the 90 queries"]),
-        ("a gallery lacks every class", ["none of the", "gallery images of east"]),
-        ("training classes", ["evaluation.conventions=correct"]), ("clusters", ["91 clusters", "there are 90"]),
-        ("one class", ["two classes and a class of two images"]),
-    ],
-)  # fmt: skip
-def test_refused_alike_on_every_rank(fault: str, words: list[str]) -> None:
+def refused_worker(fault: str) -> str:
+    rows, ids, labels, roles = data("plain")
+    mine = own("even")
+    if fault == "images" and collectives.rank() == collectives.world_size() - 1:
+        mine = mine[:-2]
+    if fault == "role":
+        roles = ["probe"] * N
+    if fault == "a gallery lacks every class":
+        roles = ["query" if label < 0 else "gallery:east" for label in labels.tolist()]
+    with pytest.raises(RunError if fault == "images" else InputError) as caught:
+        measure(rows[mine], ids[mine], labels[mine], [roles[i] for i in mine.tolist()], Settings(), expected=N)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_refused_alike_on_every_rank(fault: str) -> None:
     for world in harness.WORLD_SIZES:
-        # What only one rank holds is said with its number, but by every rank.
-        (said,) = set(harness.run(world, refusal_worker, fault))
-        assert all(word in said for word in words), said
+        # Images that only one rank lacks are said by every rank.
+        (said,) = set(harness.run(world, refused_worker, fault))
+        assert all(word in said for word in REFUSED[fault]), said
