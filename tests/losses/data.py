@@ -108,7 +108,7 @@ WAYS: dict[str, dict[str, Any]] = {
 """What is done with several ranks, as functions in place of those of ``collectives``; all but the first are wrong."""
 
 
-def in_the_way(way: str) -> AbstractContextManager[Any]:
+def collectives_as(way: str) -> AbstractContextManager[Any]:
     return patch.multiple(collectives, **WAYS[way])
 
 

@@ -17,9 +17,9 @@ from tests.losses.data import (
     BATCHES,
     Embedder,
     backward,
+    collectives_as,
     flat,
     images,
-    in_the_way,
     loss_of,
     own_rows,
     ranking,
@@ -51,7 +51,7 @@ def worker(name: str, way: str = "exact", own_seed: bool = False) -> dict[str, A
     for kind, labels in BATCHES.items():
         student, ranking_loss = Embedder(0), loss_of(SETTINGS[name], D)
         ranking_loss.calls = SEED + own_seed * collectives.rank()  # of the draws
-        with in_the_way(way):
+        with collectives_as(way):
             loss = ranking_loss(student(images()[own]), torch.tensor(labels)[own])
         answers[kind] = backward(loss, student) | {"parameters": flat(p.grad for p in ranking_loss.parameters())}
     return answers
