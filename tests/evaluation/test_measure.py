@@ -137,7 +137,7 @@ def test_every_metric_is_what_loops_say_on_any_ranks_with_the_same_bits(kind: st
 def test_the_spectrum_of_fewer_images_than_dimensions() -> None:
     rows = data("plain")[0][: D - 2]
     singular = geometry.singular_values(rows)
-    found, released = (geometry.rho_spectrum(singular, leave_out) for leave_out in (0, 1))
+    found, released = (geometry.rho_spectrum(singular, leave_out=left) for left in (0, 1))
     assert found == pytest.approx(oracle.rho_spectrum(rows.double().tolist()), abs=1e-6)
     assert released == pytest.approx(oracle.rho_spectrum(rows.double().tolist(), 1), abs=1e-6)
     assert released != found
