@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed.collectives import assert_equal_across_ranks
 from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.errors import InputError, RunError
 from tests import harness
@@ -112,19 +111,6 @@ def test_json_travels_whole(world: int) -> None:
         assert [len(value["text"]) for value in values] == [5 * rank for rank in range(world)]
         assert values[-1]["numbers"] == [0.1, 1e-300, world - 1]
         assert first == {"from": 0}
-
-
-def equal_worker() -> str:
-    assert_equal_across_ranks("the config", "a")
-    with pytest.raises(RunError) as caught:
-        assert_equal_across_ranks("the config", "az"[collectives.rank() == collectives.world_size() - 1])
-    return str(caught.value)
-
-
-@several
-def test_equal_values(world: int) -> None:
-    (said,) = set(harness.run(world, equal_worker))
-    assert f"z on rank {world - 1}" in said
 
 
 def raise_worker(failures: dict[int, Exception]) -> tuple[str, str]:

@@ -176,15 +176,6 @@ def test_uniforms_are_those_of_splitmix64_on_any_rank() -> None:
     assert uniforms(0, slice(0, 1), 4, cpu)[0].tolist() == [(word >> 32) / 2**32 for word in words]
 
 
-@pytest.mark.parametrize("name", ["proxy_anchor", "pml.ProxyNCALoss"])
-def test_initial_parameters_depend_on_the_seed_alone(name: str) -> None:
-    state = torch.get_rng_state()
-    (first,), (again,), (other,) = (build_ranking(ranking(name), CLASSES, D, seed).parameters() for seed in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_gradient_of_one_factor_is_that_of_two(dtype: torch.dtype) -> None:
     weights_BB, gradients = unit_rows(1, B, B), []
