@@ -8,7 +8,7 @@ from dist_obdsd.data import decoding_workers as decoding
 from dist_obdsd.data.decoding_workers import Decoder
 from dist_obdsd.distributed.failures import is_timeout
 from dist_obdsd.transfer import DeviceUploader, pin, unpin, wait_for
-from tests.data.test_decoding_workers import ROWS, config, jobs, values
+from tests.data.test_decoding_workers import CONFIG, ROWS, jobs, values
 
 
 def test_on_the_cpu_nothing_is_copied() -> None:
@@ -35,7 +35,7 @@ def test_a_wait_for_a_gpu_that_waits_for_a_hung_rank_times_out() -> None:
 
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    decoder = Decoder(jobs(9), ROWS, config(1), 1, pinned=True)
+    decoder = Decoder(jobs(9), ROWS, CONFIG, 1, pinned=True)
     try:
         assert [values(batch) for batch in decoder] == [{i} for i in range(9)]
     finally:
@@ -60,7 +60,7 @@ def test_memory_is_pinned_in_place_and_unpinned_at_the_end(monkeypatch: pytest.M
 
     monkeypatch.setattr(decoding, "pin", taken)
     monkeypatch.setattr(decoding, "unpin", given_back)
-    decoder = Decoder(jobs(9), ROWS, config(1), 1, pinned=True)
+    decoder = Decoder(jobs(9), ROWS, CONFIG, 1, pinned=True)
     ((start, size),) = pinned.items()
     for batch in decoder:
         assert start <= batch.images.data_ptr() <= start + size - batch.images.nbytes
@@ -69,5 +69,5 @@ def test_memory_is_pinned_in_place_and_unpinned_at_the_end(monkeypatch: pytest.M
     decoder.close()
     assert not pinned
     decoder.close()
-    Decoder(jobs(1), ROWS, config(1), 1).close()  # the control: nobody asked
+    Decoder(jobs(1), ROWS, CONFIG, 1).close()  # the control: nobody asked
     assert not pinned

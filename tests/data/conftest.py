@@ -1,14 +1,15 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dist_obdsd.data import remote
-from dist_obdsd.data.manifest import Manifest, Shard, to_json
+from dist_obdsd.data.packing.shard_assignment import assign_evenly
 from dist_obdsd.data.stream import TrainBatch
+from tests.data.schedules import packed, unwritten
 from tests.data.server import Server, serving
-from tests.data.shards import CLASSES, PER_CLASS, SHARDS, Data, batches, config_of, write_shard
+from tests.data.shards import CLASSES, PER_CLASS, SHARDS, Data, batches, config_of, write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -25,28 +26,16 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield running
 
 
-def _write(folder: Path, split: str, classes: range, role: Callable[[int], str]) -> tuple[Shard, ...]:
-    """Write a split; each class's images in pairs over the shards."""
-    pairs = [(label, label * PER_CLASS + i) for label in classes for i in range(0, PER_CLASS, 2)]
-    order = np.random.default_rng(0).permutation(len(pairs))
-    shards = []
-    for n in range(SHARDS):
-        labels, ids = zip(*((pairs[i][0], pairs[i][1] + j) for i in order[n::SHARDS] for j in (0, 1)), strict=True)
-        shards.append(write_shard(folder / f"{split}-{n:06d}.tar", ids, labels, role))
-    return tuple(shards)
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Shards to be read only."""
-    folder = tmp_path_factory.mktemp("shards")
-    splits = {
-        "train": _write(folder, "train", range(CLASSES), lambda i: "train"),
-        "test": _write(folder, "test", range(20, 25), lambda i: "query" if i % 2 else "gallery"),
-    }
-    manifest = Manifest({}, 0, 2, tuple(map(str, range(25))), splits)
-    (folder / "manifest.json").write_text(to_json(manifest))
-    return folder, manifest
+    """Shards to be read only; image i is of class i // PER_CLASS, and the classes 20 to 24 are for testing."""
+    folder, train = tmp_path_factory.mktemp("shards"), packed([PER_CLASS] * CLASSES, shards=SHARDS)
+    test = []
+    for n, ids in enumerate(assign_evenly(range(20 * PER_CLASS, 25 * PER_CLASS), SHARDS, 0, "test")):
+        labels, roles = [i // PER_CLASS for i in ids], ["query" if i % 2 else "gallery" for i in ids]
+        test.append(unwritten(f"test-{n:06d}.tar", ids, labels, roles))
+    manifest = replace(train, classes=tuple(map(str, range(25))), splits=train.splits | {"test": tuple(test)})
+    return folder, write_shards(folder, manifest)
 
 
 @pytest.fixture(scope="session")

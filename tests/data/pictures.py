@@ -11,8 +11,9 @@ from PIL import Image
 from dist_obdsd.config.sections import DataConfig
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(stream, kind, **options)
     return stream.getvalue()
 
@@ -20,7 +21,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def noise(seed: int, kind: str = "PNG", size: tuple[int, int] = (12, 10), **options: object) -> bytes:
     """An encoded image that no other seed gives; ``size`` is its width and height."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return encoded(Image.fromarray(pixels), kind, **options)
+    return encoded(pixels, kind, **options)
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -36,30 +37,17 @@ def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(filtered)) + chunk(b"IEND", b"")
 
 
-def tiff(width: int, height: int, data: bytes, tags: dict[int, int], order: str = "<", samples: int = 1) -> bytes:
-    """An uncompressed TIFF made by hand, with the samples of a pixel side by side.
+def tiff(width: int, height: int, data: bytes, tags: dict[int, int], order: str = "<") -> bytes:
+    """A grey uncompressed TIFF made by hand.
 
     Args:
-        tags: bits of a sample (258) and, unless black is 0, the kind of colours (262).
+        tags: bits of a pixel (258) and, unless black is 0, the kind of colours (262).
     """
-    entries = {256: width, 257: height, 259: 1, 262: 1, 277: samples, 278: height, 279: len(data)} | tags
-    after = 8 + 2 + 12 * (len(entries) + 1) + 4  # behind the entries: the bits of each sample, then the pixels
-    ifd = struct.pack(f"{order}H", len(entries) + 1)
-    for tag, value in sorted({**entries, 273: after + 2 * samples}.items()):
-        if tag != 258:
-            ifd += struct.pack(f"{order}HHII", tag, 4, 1, value)
-        elif samples == 1:
-            ifd += struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)
-        else:
-            ifd += struct.pack(f"{order}HHII", tag, 3, samples, after)
+    entries = {256: width, 257: height, 259: 1, 262: 1, 277: 1, 278: height, 279: len(data)} | tags
+    entries[273] = 8 + 2 + 12 * (len(entries) + 1) + 4  # the pixels' place, behind all entries
+    ifd = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
     begin = b"II*\0" if order == "<" else b"MM\0*"
-    bits = struct.pack(f"{order}{samples}H", *[tags[258]] * samples)
-    return begin + struct.pack(f"{order}I", 8) + ifd + bytes(4) + bits + data
-
-
-def tiff16(pixels: np.ndarray) -> bytes:
-    """An RGB TIFF of 16 bits, from uint16 [H, W, 3]."""
-    return tiff(*pixels.shape[1::-1], pixels.astype("<u2").tobytes(), {258: 16, 262: 2}, samples=3)
+    return begin + struct.pack(f"{order}IH", 8, len(entries)) + ifd + bytes(4) + data
 
 
 def colours(height: int = 20, width: int = 30) -> np.ndarray:

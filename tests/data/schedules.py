@@ -1,13 +1,12 @@
-"""Manifests without files, and everything that must hold of a plan, counted from scratch."""
+"""Manifests without files, plans of them, and everything that must hold of a plan, counted from scratch."""
 
 import os
 from collections import Counter
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 from hypothesis import settings
-from hypothesis import strategies as st
 
 from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.data.packing.shard_assignment import FEWEST_GROUPS, assign_training, shard_count
@@ -21,37 +20,32 @@ def examples(n: int) -> settings:
     return settings(max_examples=n * LONG, deadline=None, derandomize=LONG == 1, print_blob=True)
 
 
-def manifest_of(shards: list[list[int]]) -> Manifest:
-    """A manifest whose shard i holds images of the classes ``shards[i]``, with ids counted through."""
-    made, next_id = [], 0
-    for number, classes in enumerate(shards):
-        ids = tuple(range(next_id, next_id + len(classes)))
-        next_id += len(classes)
-        made.append(Shard(f"train-{number:06d}.tar", 1, "", ids, tuple(classes), ("train",) * len(ids)))
-    names = tuple(str(c) for c in range(1 + max((c for shard in shards for c in shard), default=0)))
-    return Manifest({}, 0, 2, names, {"train": tuple(made)})
+def unwritten(file: str, ids: Sequence[int], labels: Sequence[int], roles: Sequence[str] = ()) -> Shard:
+    """A shard without a file, of images to train on unless their roles are given."""
+    return Shard(file, 1, "", tuple(ids), tuple(labels), tuple(roles) or ("train",) * len(ids))
+
+
+def manifest_of(labels: Sequence[Sequence[int]], ids: Sequence[Sequence[int]] | None = None, K: int = 2) -> Manifest:
+    """A manifest whose shard i holds images of the classes ``labels[i]``, with ids counted through by default."""
+    starts = [0, *accumulate(map(len, labels))]
+    ids = ids or [range(a, b) for a, b in pairwise(starts)]
+    shards = zip(ids, labels, strict=True)
+    train = tuple(unwritten(f"train-{n:06d}.tar", *shard) for n, shard in enumerate(shards))
+    names = range(1 + max((label for shard in labels for label in shard), default=0))
+    return Manifest({}, 0, K, tuple(map(str, names)), {"train": train})
 
 
 def packed(counts: list[int], K: int = 2, seed: int = 0, shards: int | None = None) -> Manifest:
     """What ``pack`` makes of classes of ``counts`` images, all at least K; ``shards``: another number of them."""
-    starts = np.cumsum([0, *counts]).tolist()
-    members = {label: list(range(a, b)) for label, (a, b) in enumerate(pairwise(starts))}
+    members = {label: range(a, b) for label, (a, b) in enumerate(pairwise([0, *accumulate(counts)]))}
     label_of = np.repeat(np.arange(len(counts)), counts).tolist()
     number = shards or shard_count(sum(n // K for n in counts), 20_000 * len(label_of), FEWEST_GROUPS)
-    assigned = assign_training(members, K, number, seed)
-    made = tuple(
-        Shard(f"train-{n:06d}.tar", 1, "", tuple(ids), tuple(label_of[i] for i in ids), ("train",) * len(ids))
-        for n, ids in enumerate(assigned)
-    )
-    return Manifest({}, seed, K, tuple(map(str, range(len(counts)))), {"train": made})
-
-
-def all_classes(manifest: Manifest) -> list[int]:
-    return list(range(len(manifest.classes)))
+    ids = assign_training(members, K, number, seed)
+    return manifest_of([[label_of[i] for i in shard] for shard in ids], ids, K)
 
 
 def plan_of(manifest: Manifest, epoch: int = 0, classes: list[int] | None = None, **changes: int | str) -> EpochPlan:
-    wanted = all_classes(manifest) if classes is None else classes
+    wanted = list(range(len(manifest.classes))) if classes is None else classes
     options = {"seed": 0, "global_size": 32, "samples_per_class": 2, "lanes": 4, "window": 2} | changes
     return plan_epoch(manifest, wanted, epoch=epoch, **options)
 
@@ -88,52 +82,3 @@ def check_plan(plan: EpochPlan, manifest: Manifest, K: int, lanes: int, B: int, 
     assert plan.steps <= plan.reachable // B
     assert plan.coverage == len(everything) / plan.reachable
     assert plan.too_small == sum(counts[c] < K for c in classes)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A manifest and the settings of a plan."""
-
-    manifest: Manifest
-    classes: list[int]
-    options: dict[str, int]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """K, L, B."""
-        return self.options["samples_per_class"], self.options["lanes"], self.options["global_size"]
-
-    def plan(self, **changes: int) -> EpochPlan:
-        return plan_epoch(self.manifest, self.classes, **self.options | changes)
-
-
-def options(draw: st.DrawFn, K: int, lanes: int) -> dict[str, int]:
-    return {
-        "samples_per_class": K, "lanes": lanes, "global_size": K * lanes * draw(st.integers(1, 4)),
-        "window": draw(st.integers(1, 9)), "seed": draw(st.integers(0, 99)), "epoch": draw(st.integers(0, 9)),
-    }  # fmt: skip
-
-
-@st.composite
-def packed_cases(draw: st.DrawFn) -> Case:
-    """Assigned as ``pack`` does."""
-    K, lanes = draw(st.integers(2, 8)), draw(st.integers(1, 16))
-    random = np.random.default_rng(draw(st.integers(0, 10**6)))
-    spread, classes, seed = draw(st.sampled_from([0, 3, 30])), draw(st.integers(10, 250)), draw(st.integers(0, 3))
-    counts = (K + draw(st.integers(0, 25)) + random.integers(0, spread + 1, classes)).tolist()
-    return Case(packed(counts, K, seed), list(range(classes)), options(draw, K, lanes))
-
-
-@st.composite
-def foreign_cases(draw: st.DrawFn) -> Case:
-    """Classes of uneven size, strewn over shards of uneven size, or in the order of the classes."""
-    K, lanes = draw(st.integers(2, 8)), draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
-    random = np.random.default_rng(draw(st.integers(0, 10**6)))
-    classes, largest = draw(st.integers(2, 40)), draw(st.integers(0, 160))
-    shares = random.dirichlet(np.full(classes, draw(st.sampled_from([0.3, 1.0, 10.0]))))
-    sizes = random.integers(0, largest + 1, draw(st.integers(lanes, lanes * 4)))
-    drawn = [random.choice(classes, n, p=shares) for n in sizes]
-    if draw(st.booleans()):  # sorted by class: one or two classes in a shard
-        drawn = np.split(np.sort(np.concatenate(drawn)), np.cumsum(sizes)[:-1])
-    manifest, every = manifest_of([shard.tolist() for shard in drawn]), draw(st.integers(2, 9))
-    return Case(manifest, [c for c in all_classes(manifest) if c % every], options(draw, K, lanes))

@@ -1,15 +1,16 @@
 """Small shards that ``pack`` did not write, and what a stream makes of them."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from webdataset import TarWriter
 
 from dist_obdsd.config import Config, parse_config
-from dist_obdsd.data.manifest import Manifest, Shard, key
+from dist_obdsd.data.manifest import Manifest, Shard, key, to_json
 from dist_obdsd.data.stream import TrainBatch, TrainStream
 from tests.data.pictures import noise
 
@@ -22,38 +23,44 @@ def picture(sample_id: int) -> bytes:
     return noise(sample_id, "PNG" if sample_id % 3 else "JPEG")
 
 
-def write_shard(
-    path: Path, ids: Sequence[int], labels: Sequence[int], role: Callable[[int], str] = lambda i: "train"
-) -> Shard:
+def write_shard(folder: Path, shard: Shard, image: Callable[[int], bytes] = picture) -> Shard:
+    """Write a tar; returns the shard with its size and sum."""
+    path = folder / shard.file
     with TarWriter(str(path)) as tar:
-        for i, label in zip(ids, labels, strict=True):
-            tar.write({"__key__": key(i), "png" if i % 3 else "jpg": picture(i), "cls": str(label).encode()})
+        for i, label in zip(shard.ids, shard.classes, strict=True):
+            tar.write({"__key__": key(i), "png" if i % 3 else "jpg": image(i), "cls": str(label).encode()})
     data = path.read_bytes()
-    roles = tuple(map(role, ids))
-    return Shard(path.name, len(data), hashlib.sha256(data).hexdigest(), tuple(ids), tuple(labels), roles)
+    return replace(shard, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def config_of(folder: Path, epochs: int = 2, workers: int = 0, batch_size: int = 5, **changes: object) -> Config:
-    settings = {
-        "shards": str(folder), "image_size": SIZE, "mean": [0.5], "std": [0.5], "lanes": 4, "window": 1,
-        "workers": workers,
-    } | changes  # fmt: skip
+def write_shards(folder: Path, manifest: Manifest) -> Manifest:
+    """Write all shards and the manifest, which is returned with their sizes and sums."""
+    folder.mkdir(exist_ok=True)
+    splits = {name: tuple(write_shard(folder, s) for s in shards) for name, shards in manifest.splits.items()}
+    written = replace(manifest, splits=splits)
+    (folder / "manifest.json").write_text(to_json(written))
+    return written
+
+
+def config_of(
+    folder: Path | str, epochs: int = 2, batch_size: int = 5, global_size: int = 16, K: int = 2, **data: object
+) -> Config:
+    settings = {"image_size": SIZE, "mean": [0.5], "std": [0.5], "lanes": 4, "window": 1, "workers": 0}
     raw = {
         "name": "test",
         "epochs": epochs,
         "model": {"backbone": "small_cnn"},
-        "data": settings,
-        "batch": {"global_size": 16},
+        "data": {"shards": str(folder)} | settings | data,
+        "batch": {"global_size": global_size, "samples_per_class": K},
         "evaluation": {"batch_size": batch_size},
     }
     return parse_config(raw, "test")
 
 
 @contextmanager
-def streamed(data: Data, config: Config, *place: int, classes: int | None = None) -> Iterator[TrainStream]:
+def streamed(data: Data, config: Config, *place: int) -> Iterator[TrainStream]:
     """A stream; ``place`` is rank, world size and, if wanted, epoch and step."""
-    wanted = data[1].class_ids("train")[:classes]
-    with closing(TrainStream(data[1], wanted, config, *(place or (0, 1)))) as source:
+    with closing(TrainStream(data[1], data[1].class_ids("train"), config, *(place or (0, 1)))) as source:
         yield source
 
 
@@ -62,20 +69,17 @@ def batches(data: Data, config: Config, *place: int) -> list[TrainBatch]:
         return list(source)
 
 
-def joined(parts: list[list[TrainBatch]]) -> Iterator[tuple[int, int, torch.Tensor, list[int], list[int]]]:
-    """The global batches, from those of every rank."""
+def joined(parts: list[list[TrainBatch]]) -> Iterator[tuple[int, int, list[bytes], list[int], list[int]]]:
+    """Epoch, step, images, ids and labels of the global batches, from those of every rank."""
     for step in zip(*parts, strict=True):
         for other in step[1:]:
             assert (other.epoch, other.step) == (step[0].epoch, step[0].step)
             assert torch.equal(other.labels_B, step[0].labels_B)
-        images_B = torch.cat([batch.images_b for batch in step])
+        images = [image.numpy().tobytes() for batch in step for image in batch.images_b]
         ids = torch.cat([batch.ids_b for batch in step]).tolist()
-        yield step[0].epoch, step[0].step, images_B, ids, step[0].labels_B.tolist()
+        yield step[0].epoch, step[0].step, images, ids, step[0].labels_B.tolist()
 
 
 def same(a: list[list[TrainBatch]], b: list[list[TrainBatch]]) -> bool:
     """Compare the global batches of two sets of ranks."""
-    one, other = list(joined(a)), list(joined(b))
-    return len(one) == len(other) and all(
-        x[:2] == y[:2] and x[3:] == y[3:] and torch.equal(x[2], y[2]) for x, y in zip(one, other, strict=True)
-    )
+    return list(joined(a)) == list(joined(b))

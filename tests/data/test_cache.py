@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,8 +38,14 @@ def names(cache: Cache) -> list[str]:
     return sorted(path.name for path in cache.folder.iterdir() if path.suffix != ".lock")
 
 
-def in_process(function: Callable[[], None]) -> multiprocessing.process.BaseProcess:
-    process = multiprocessing.get_context("fork").Process(target=function)
+def filling(server: Server, shards: list[Shard], folder: Path) -> multiprocessing.process.BaseProcess:
+    """A process that reads shards through a cache."""
+
+    def fill() -> None:
+        for shard in shards:
+            assert read(Cache(folder), server, shard) == bytes([int(shard.file[0])]) * SIZE
+
+    process = multiprocessing.get_context("fork").Process(target=fill)
     process.start()
     return process
 
@@ -78,16 +83,8 @@ def test_the_oldest_used_go_first(server: Server, tmp_path: Path) -> None:
         read(Cache(tmp_path / "other", limit=SIZE - 1), server, shards[0])
 
 
-def fill(server: Server, shards: list[Shard], folder: Path, order: int) -> None:
-    cache = Cache(folder)
-    for shard in (shards, shards[::-1], shards[2:] + shards[:2])[order]:
-        assert read(cache, server, shard) == bytes([int(shard.file[0])]) * SIZE
-
-
 @pytest.mark.parametrize("locks", [True, False])
-def test_three_processes_fill_one_cache(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
-) -> None:
+def test_three_processes_fill_one_cache(server: Server, tmp_path: Path, monkeypatch, locks: bool) -> None:
     def none(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -97,7 +94,8 @@ def test_three_processes_fill_one_cache(
     for shard in shards:
         server.faults[shard.file] = [lambda name: time.sleep(0.05), 60]
     folder = tmp_path / "cache"
-    processes = [in_process(lambda order=order: fill(server, shards, folder, order)) for order in range(3)]
+    orders = (shards, shards[::-1], shards[2:] + shards[:2])
+    processes = [filling(server, order, folder) for order in orders]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
@@ -118,7 +116,7 @@ def test_a_process_killed_in_a_download_is_in_nobody_s_way(server: Server, tmp_p
 
     server.faults["0.tar"] = [wait]
     folder = tmp_path / "cache"
-    process = in_process(lambda: fill(server, [shard], folder, 0))
+    process = filling(server, [shard], folder)
     try:
         assert half.wait(30)
         os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
@@ -135,20 +133,17 @@ def test_a_process_killed_in_a_download_is_in_nobody_s_way(server: Server, tmp_p
 
 
 def test_a_really_full_disk(server: Server, small_disk: Path) -> None:
-    shards = shards_of(server, 4)
+    *three, last = shards_of(server, 4)
     cache = Cache(small_disk / "cache")
-    for shard in shards[:3]:
+    for shard in three:
         read(cache, server, shard)
-    with pytest.raises(
-        RunError, match=r"3.tar to .*: No space left on device; free some space, set or lower data.cache_gib"
-    ):
-        read(cache, server, shards[3])
+    with pytest.raises(RunError, match="3.tar to .*: No space left on device; free some space, set or lower data.cach"):
+        read(cache, server, last)
     assert len(names(cache)) == 3
-    assert read(Cache(small_disk / "cache", 3 * SIZE), server, shards[3]) == bytes([3]) * SIZE
+    assert read(Cache(cache.folder, 3 * SIZE), server, last) == bytes([3]) * SIZE
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    for path, why in (("file", "File exists; choose another folder"), ("file/cache", "Not a directory")):
-        with pytest.raises(InputError, match=f"cannot use data.cache=.*: {why}"):
-            Cache(tmp_path / path)
+    with pytest.raises(InputError, match="cannot use data.cache=.*file: File exists; choose another folder"):
+        Cache(tmp_path / "file")

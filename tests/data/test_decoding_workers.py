@@ -1,42 +1,34 @@
 """The decoding processes: what they deliver, and where it lies."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.decoding_workers import LENT, SLOTS, DecodedJob, DecodeJob, Decoder, DecodeTask
 from dist_obdsd.data.images import decode
-from tests.data.pictures import encoded
+from tests.data.pictures import encoded, noise
+from tests.data.shards import SIZE, config_of
 
-ROWS, SIDE = 4, 8
-
-
-def config(workers: int) -> Config:
-    data = {"shards": "x", "image_size": SIDE, "workers": workers}
-    return parse_config({"name": "x", "epochs": 2, "data": data}, "test")
+ROWS, CONFIG = 4, config_of("x", workers=1)
 
 
-def picture(i: int, kind: str = "PNG") -> bytes:
-    return encoded(Image.fromarray(np.full((SIDE, SIDE, 3), i, dtype=np.uint8)), kind)
-
-
-def jobs(n: int, rows: int = ROWS) -> Iterator[DecodeJob]:
+def jobs(n: int) -> Iterator[DecodeJob]:
+    """Batches of the colours 0 to n - 1."""
     for i in range(n):
-        yield DecodeJob(i, [DecodeTask(row, picture(i), None) for row in range(rows)])
+        data = encoded(Image.new("RGB", (SIZE, SIZE), (i, i, i)), "PNG")
+        yield DecodeJob(i, [DecodeTask(row, data, None) for row in range(ROWS)])
 
 
-def values(batch: DecodedJob, rows: int = ROWS) -> set[int]:
-    return set(batch.images[:rows].unique().tolist())
+def values(batch: DecodedJob) -> set[int]:
+    return set(batch.images.unique().tolist())
 
 
 @pytest.fixture
 def decoder() -> Iterator[Decoder]:
-    made = Decoder(jobs(40), ROWS, config(1), 1)
-    yield made
-    made.close()
+    with closing(Decoder(jobs(40), ROWS, CONFIG, 1)) as made:
+        yield made
 
 
 def test_batches_lie_where_they_were_decoded_and_their_places_are_used_again(decoder: Decoder) -> None:
@@ -49,7 +41,7 @@ def test_batches_lie_where_they_were_decoded_and_their_places_are_used_again(dec
     assert len(places) == 40
     assert len(set(places)) <= SLOTS + LENT
     start = min(places)
-    assert {(place - start) % (ROWS * 3 * SIDE * SIDE) for place in places} == {0}
+    assert {(place - start) % (ROWS * 3 * SIZE * SIZE) for place in places} == {0}
 
 
 def test_what_is_held_stays_as_it_is_and_stops_nobody(decoder: Decoder) -> None:
@@ -59,21 +51,19 @@ def test_what_is_held_stays_as_it_is_and_stops_nobody(decoder: Decoder) -> None:
 
 def test_a_part_of_a_batch_holds_its_place(decoder: Decoder) -> None:
     parts = []
-    for i, batch in enumerate(decoder):
-        if i < LENT:
+    for batch in decoder:
+        if len(parts) < LENT:
             parts.append(batch.images[1:2, :, ::2].permute(0, 2, 3, 1))
         del batch
     assert [part.unique().tolist() for part in parts] == [[i] for i in range(LENT)]
 
 
 def test_damage_that_is_passed_over_is_not_printed_about(capfd: pytest.CaptureFixture[str]) -> None:
-    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    data = bytearray(encoded(Image.fromarray(noise), "JPEG"))
+    data = bytearray(noise(1, "JPEG", (64, 64)))
     data[-200] ^= 0x55
     decode(bytes(data), 3)
     assert "Corrupt JPEG" in capfd.readouterr().err  # the control: this is what libjpeg says in any other process
-    decoder = Decoder(iter([DecodeJob(0, [DecodeTask(0, bytes(data), None)])]), ROWS, config(1), 1)
-    batch = next(decoder)
-    decoder.close()
-    assert not batch.failures
+    job = DecodeJob(0, [DecodeTask(0, bytes(data), None)])
+    with closing(Decoder(iter([job]), ROWS, CONFIG, 1)) as decoder:
+        assert not next(decoder).failures
     assert capfd.readouterr().err == ""

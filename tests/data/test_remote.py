@@ -65,9 +65,7 @@ def test_messages_keep_secrets() -> None:
         ([40, 20], False, False, [0, 0, 0]),
     ],
 )
-def test_a_transfer_that_breaks_off_is_resumed(
-    server: Server, faults: list[object], ranges: bool, known: bool, percents: list[int]
-) -> None:
+def test_a_transfer_that_breaks_off_is_resumed(server: Server, faults, ranges, known, percents) -> None:
     server.ranges, server.faults["a.tar"] = ranges, faults
     assert fetched(f"{server.url}/a.tar", *(() if known else (None, None))) == DATA
     assert [100 * start // len(DATA) for _, start in server.requests] == percents
@@ -133,42 +131,37 @@ def test_what_nothing_can_open(url: str, said: str) -> None:
 
 @pytest.mark.parametrize("login", ["jo%40here:p%3A%2Fss%40", "token"])
 def test_a_server_that_asks_for_a_password(server: Server, login: str) -> None:
+    def url(login: str) -> str:
+        return server.url.replace("http://", f"http://{login}@") + "/a.tar"
+
     server.login = urllib.parse.unquote(login)
-    with_login = server.url.replace("http://", f"http://{login}@")
     server.faults["a.tar"] = [40]
-    assert fetched(f"{with_login}/a.tar") == DATA
-    assert faults_of([f"{with_login}/a.tar"], [len(DATA)]) == [""]
-    for wrong in (server.url, server.url.replace("http://", "http://jo:wrong@")):
+    assert fetched(url(login)) == DATA
+    assert faults_of([url(login)], [len(DATA)]) == [""]
+    for wrong in (f"{server.url}/a.tar", url("jo:wrong")):
         with pytest.raises(RunError, match=rf"{server.url}/a.tar .*: the server answers 401 Unauthorized") as caught:
-            fetched(f"{wrong}/a.tar")
+            fetched(wrong)
         assert "wrong" not in str(caught.value)
-
-
-def test_a_password_is_not_passed_on_to_another_server(server: Server) -> None:
-    with serving(server.folder) as other:
-        other.login = "jo:secret"
+    with serving(server.folder) as other:  # which gets no password of this one
+        other.login = server.login
         server.faults["a.tar"] = [f"{other.url}/a.tar"]
         with pytest.raises(RunError, match="401"):
-            fetched(server.url.replace("http://", "http://jo:secret@") + "/a.tar")
+            fetched(url(login))
 
 
-def test_fsspec_opens_other_urls(tmp_path: Path) -> None:
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/bucket/a b.tar", DATA)
+def test_fsspec_opens_other_urls(server: Server) -> None:
+    fsspec.filesystem("memory").pipe_file("/bucket/a b.tar", DATA)
     assert fetched(location("memory://bucket", "a b.tar")) == DATA
-    (tmp_path / "a.tar").write_bytes(DATA)
-    assert fetched(location(f"file://{tmp_path}", "a.tar")) == DATA
+    assert fetched(location(f"file://{server.folder}", "a.tar")) == DATA
     with pytest.raises(RunError, match=r"memory://bucket/b.tar \(attempt 1\)"):
         fetched("memory://bucket/b.tar")
 
 
-def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(DATA)
+def test_commands(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, again = server.folder / "a.tar", tmp_path / "again"
     assert fetched(f"pipe:cat {path}") == DATA
-    # Half of it and an error at first, all of it the second time.
-    once = f"if [ -e {tmp_path}/again ]; then cat {path}; else touch {tmp_path}/again; head -c 999 {path}; exit 3; fi"
-    assert fetched(f"pipe:{once}") == DATA
+    # A part and an error at first, all of it the second time.
+    assert fetched(f"pipe:[ -e {again} ] && cat {path} || {{ touch {again}; head -c 999 {path}; exit 3; }}") == DATA
     with pytest.raises(RunError, match=r"cannot download pipe:head -c 999 .*: its command ended with exit code 7"):
         fetched(f"pipe:head -c 999 {path}; exit 7")
     with pytest.raises(RunError, match=f"the transfer ended after 999 of {len(DATA)} bytes"):

@@ -1,12 +1,10 @@
-import dataclasses
 import multiprocessing
 import os
+import shutil
 import signal
-import tarfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,27 +19,15 @@ from dist_obdsd.data.manifest import key
 from dist_obdsd.data.stream import EvalBatch, TrainBatch, TrainStream, evaluation_batches
 from dist_obdsd.data.transforms import eval_transform
 from dist_obdsd.errors import InputError, RunError
-from tests.data.packing.readers.layouts import write_archive
-from tests.data.shards import (
-    CLASSES,
-    PER_CLASS,
-    SHARDS,
-    SIZE,
-    Data,
-    batches,
-    config_of,
-    joined,
-    picture,
-    same,
-    streamed,
-)
+from tests.data import shards
+from tests.data.shards import PER_CLASS, SHARDS, SIZE, Data, batches, config_of, joined, picture, same, streamed
 
 
 def test_the_batches_are_those_of_the_plan(data: Data, alone: list[TrainBatch]) -> None:
     with streamed(data, config_of(data[0])) as source:
         plan = source.plan(1)
-    second = [batch for batch in alone if batch.epoch == 1]
-    assert [batch.step for batch in second] == list(range(plan.steps))
+    second = alone[plan.steps :]
+    assert [(batch.epoch, batch.step) for batch in second] == [(1, step) for step in range(plan.steps)]
     assert np.array_equal(np.stack([batch.ids_b for batch in second]), plan.ids_SB)
     assert np.array_equal(np.stack([batch.labels_B for batch in second]), plan.labels_SB)
     for batch in alone:
@@ -56,26 +42,22 @@ def count_shards(monkeypatch: pytest.MonkeyPatch, function: str = "read_shard") 
     return read
 
 
-def test_a_resumed_stream_reads_and_decodes_nothing_that_was_passed(
-    data: Data, alone: list[TrainBatch], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_stream_reads_and_decodes_nothing_that_was_passed(data: Data, alone, monkeypatch) -> None:
     read, decoded = count_shards(monkeypatch), list[int]()
     original = stream.DecodeJob
     monkeypatch.setattr(stream, "DecodeJob", lambda meta, tasks: decoded.append(len(tasks)) or original(meta, tasks))
-    steps = len(alone) // 2
-    files = []
-    for position in (0, steps - 1, steps, len(alone)):
+    steps, files = len(alone) // 2, []
+    # The end of an epoch and the start of the next are the same place.
+    for epoch, step in ((0, 0), (0, steps - 1), (0, steps), (1, 0), (2, 0)):
         read.clear()
         decoded.clear()
-        rest = batches(data, config_of(data[0]), 0, 1, *divmod(position, steps))
-        assert same([rest], [alone[position:]])
-        assert sum(decoded) == 16 * (len(alone) - position)
+        rest = alone[epoch * steps + step :]
+        assert same([batches(data, config_of(data[0]), 0, 1, epoch, step)], [rest])
+        assert sum(decoded) == 16 * len(rest)
         files.append(len(read))
     assert files[0] == 2 * SHARDS  # each shard once per epoch
-    assert files[1] < 2 * SHARDS  # only the windows still needed
-    assert files[3] == 0
-    # The end of an epoch and the start of the next are the same place.
-    assert same([batches(data, config_of(data[0]), 0, 1, 0, steps)], [alone[steps:]])
+    assert SHARDS < files[1] < 2 * SHARDS  # only the windows still needed
+    assert files[2:] == [SHARDS, SHARDS, 0]
     with pytest.raises(InputError, match="step 500 of epoch 0, which has"):
         batches(data, config_of(data[0]), 0, 1, 0, 500)
 
@@ -91,36 +73,35 @@ def test_a_rank_reads_only_its_lanes_and_holds_two_windows(data: Data, monkeypat
         assert len(read) < 10  # of 60: reading runs ahead, but not away
 
 
-def evaluated(data: Data, world: int, **settings: int) -> list[list[EvalBatch]]:
-    config = config_of(data[0], **settings)
-    return [list(evaluation_batches(data[1], "test", config, rank, world)) for rank in range(world)]
+def evaluated(data: Data, world: int = 1, workers: int = 0) -> list[EvalBatch]:
+    """The test batches of all ranks."""
+    config = config_of(data[0], workers=workers)
+    return [batch for rank in range(world) for batch in evaluation_batches(data[1], "test", config, rank, world)]
+
+
+def contents(batches: list[EvalBatch]) -> list[tuple[list[int], list[int], tuple[str, ...], bytes]]:
+    """Ids, classes, roles and pixels of every batch, ordered by the ids."""
+    return sorted((b.ids.tolist(), b.labels.tolist(), b.roles, b.images.numpy().tobytes()) for b in batches)
 
 
 def test_evaluation_batches_do_not_depend_on_ranks(data: Data) -> None:
-    reference = {tuple(batch.ids.tolist()): batch for batch in evaluated(data, 1)[0]}
-    everything = [i for ids in reference for i in ids]
+    reference = evaluated(data)
+    everything = [i for batch in reference for i in batch.ids.tolist()]
     assert sorted(everything) == sorted(i for shard in data[1].splits["test"] for i in shard.ids)
-    for world, workers in ((2, 2), (3, 0), (16, 0)):
-        parts = evaluated(data, world, workers=workers)
-        assert Counter(tuple(b.ids.tolist()) for part in parts for b in part) == Counter(list(reference))
-        for batch in (b for part in parts for b in part):
-            same = reference[tuple(batch.ids.tolist())]
-            assert torch.equal(batch.images, same.images)
-            assert torch.equal(batch.labels, same.labels)
-            assert batch.roles == same.roles
     # 8 shards of 7 or 8 images with at most 5 in a batch: two batches of 4 each, not 5 and a rest.
     assert len(reference) == 2 * SHARDS
-    for batch in reference.values():
+    for batch in reference:
         n = len(batch.ids)
         assert batch.images.shape == (4, 3, SIZE, SIZE)
         assert not batch.images[n:].any()
         assert all(image.any() for image in batch.images[:n])
         assert [i // PER_CLASS for i in batch.ids.tolist()] == batch.labels.tolist()
         assert batch.roles == tuple("query" if i % 2 else "gallery" for i in batch.ids.tolist())
+    for world, workers in ((2, 2), (3, 0), (16, 0)):
+        assert contents(evaluated(data, world, workers)) == contents(reference)
     # The shards' order in the manifest changes nothing.
-    splits = {"test": data[1].splits["test"][::-1]}
-    for batch in evaluated((data[0], dataclasses.replace(data[1], splits=splits)), 1)[0]:
-        assert torch.equal(batch.images, reference[tuple(batch.ids.tolist())].images)
+    other = replace(data[1], splits={"test": data[1].splits["test"][::-1]})
+    assert contents(evaluated((data[0], other))) == contents(reference)
 
 
 def test_evaluation_of_chosen_classes_in_shared_batches(data: Data) -> None:
@@ -133,73 +114,37 @@ def test_evaluation_of_chosen_classes_in_shared_batches(data: Data) -> None:
         evaluation_batches(data[1], "dev", config, 0, 1)
 
 
-def damaged(data: Data, folder: Path, shard: int, change: Callable[[dict[str, bytes]], None]) -> Path:
-    """A copy of the shards in which ``change`` was applied to the members (name -> bytes) of one training shard."""
-    for path in data[0].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    name = data[1].splits["train"][shard].file
-    with tarfile.open(data[0] / name) as tar:
-        members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-    change(members)
-    write_archive(folder / name, members)
-    return folder
-
-
-def test_a_wrong_shard_stops_the_run(data: Data, tmp_path: Path) -> None:
-    """With a class that is another one; packing/test_verify.py has what else may be wrong."""
-    folder = damaged(data, tmp_path, 3, lambda m: m.update({next(n for n in m if n.endswith("cls")): b"77"}))
-    for read in (
-        lambda: batches((folder, data[1]), config_of(folder, workers=2)),
-        lambda: list(evaluation_batches(data[1], "train", config_of(folder), 0, 1)),
-    ):
-        with pytest.raises(RunError, match="class b'77' where") as caught:
-            read()
-        assert "train-000003.tar" in str(caught.value)
-        assert f"dist-obdsd verify {folder}" in str(caught.value)
-
-
 def test_a_missing_shard_is_refused_at_the_start(data: Data, tmp_path: Path) -> None:
-    folder = damaged(data, tmp_path, 0, lambda members: None)
+    folder = Path(shutil.copytree(data[0], tmp_path / "shards"))
     (folder / "train-000006.tar").unlink()
     (folder / "test-000001.tar").unlink()
     with pytest.raises(InputError, match=r"1 of 8 shards are missing .*, the first is train-000006.tar \(No such file"):
-        TrainStream(data[1], list(range(CLASSES)), config_of(folder), 0, 1)
+        batches((folder, data[1]), config_of(folder))
     with pytest.raises(InputError, match="the first is test-000001.tar"):
         evaluation_batches(data[1], "test", config_of(folder), 0, 1)
 
 
-def broken_image(members: dict[str, bytes]) -> None:
-    name = [name for name in members if name.endswith(("jpg", "png"))][1]
-    members[name] = members[name][: len(members[name]) // 2]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image(
-    data: Data, tmp_path: Path, alone: list[TrainBatch], workers: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = damaged(data, tmp_path, 2, broken_image)
-    bad = data[1].splits["train"][2].ids[1]
-    with pytest.raises(RunError, match=rf"sample {key(bad)} of shard train-000002.tar cannot be decoded: .*"):
+def test_a_broken_image(data: Data, alone, tmp_path: Path, caplog, workers: int) -> None:
+    folder, third = Path(shutil.copytree(data[0], tmp_path / "shards")), data[1].splits["train"][2]
+    bad = third.ids[1]
+    shards.write_shard(folder, third, lambda i: picture(i)[: 99 if i == bad else None])
+    how = rf"sample {key(bad)} of shard train-000002.tar cannot be decoded: .*`dist-obdsd verify {folder}`"
+    with pytest.raises(RunError, match=how):
         batches((folder, data[1]), config_of(folder, workers=workers))
     with pytest.raises(RunError, match=rf"sample {key(bad)} .* an evaluation leaves nothing out"):
         list(evaluation_batches(data[1], "train", config_of(folder, max_bad_samples=9, workers=workers), 0, 1))
-
     config = config_of(folder, workers=workers, max_bad_samples=1)
     parts = [batches((folder, data[1]), config, rank, 2) for rank in range(2)]
     warnings = [record.getMessage() for record in caplog.records]
     assert 1 <= len(warnings) <= 2  # once on each rank that met it, although it came in both epochs
     assert f"sample {key(bad)} of shard train-000002.tar cannot be decoded and is replaced (1 of 1)" in warnings[0]
     shown = 0
-    for found, wanted in zip(joined(parts), joined([alone]), strict=True):
-        assert found[4] == wanted[4]
-        for row, (i, planned) in enumerate(zip(found[3], wanted[3], strict=True)):
-            if planned == bad:
-                assert i == wanted[3][row ^ 1]  # the other image of its group
-                assert i // PER_CLASS == found[4][row]
-                shown += 1
-            else:
-                assert i == planned
-                assert torch.equal(found[2][row], wanted[2][row])
+    for (*_, images, ids, labels), (*_, whole, planned, classes) in zip(joined(parts), joined([alone]), strict=True):
+        assert labels == classes
+        assert all(images[row] == whole[row] for row, i in enumerate(planned) if i != bad)
+        assert ids == [planned[row ^ 1] if i == bad else i for row, i in enumerate(planned)]  # the other of its group
+        shown += planned.count(bad)
     assert shown == 2
 
 
@@ -234,7 +179,7 @@ def test_a_program_that_forgets_to_close_still_ends(data: Data) -> None:
     """At the interpreter's exit the processes, which ignore SIGTERM, must not be waited for."""
 
     def forget() -> None:
-        next(TrainStream(data[1], list(range(CLASSES)), config_of(data[0], epochs=500, workers=2), 0, 1))
+        next(TrainStream(data[1], data[1].class_ids("train"), config_of(data[0], epochs=500, workers=2), 0, 1))
 
     process = multiprocessing.get_context("fork").Process(target=forget)
     process.start()

@@ -9,46 +9,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.schedule import allowed_world_sizes
 from dist_obdsd.data.stream import TrainBatch
 from tests.data.schedules import examples, manifest_of, packed
-from tests.data.shards import batches, same, write_shard
+from tests.data.shards import batches, config_of, same, write_shards
 
 EPOCHS = 2
 FOREIGN = [[0] * 9 + [1] * 3 + [2] * 5, [3] * 9, [1, 2, 4, 5, 6] * 2, [4, 4, 4, 5, 5, 6, 6, 7], [7] * 4 + [0, 3]]
 """Shards as another tool might have written them: uneven, a class in one shard alone, others strewn."""
 SETS = {
-    "packed": (packed([7, 9, 8, 12] * 4), 2, (1, 2, 4, 8)),
-    "packed for 3": (packed([7, 9, 8, 12] * 5, K=3, shards=6), 3, (1, 2, 3, 6)),
-    "foreign": (manifest_of(FOREIGN), 2, (1, 2, 4)),
+    "packed": (packed([7, 9, 8, 12] * 4), (1, 2, 4, 8)),
+    "packed for 3": (packed([7, 9, 8, 12] * 5, K=3, shards=6), (1, 2, 3, 6)),
+    "foreign": (manifest_of(FOREIGN), (1, 2, 4)),
 }
+"""Manifests, and numbers of lanes that they have shards for."""
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
-    for name, (manifest, _, _) in SETS.items():
-        (folder / name).mkdir()
-        for shard in manifest.splits["train"]:
-            write_shard(folder / name / shard.file, shard.ids, shard.classes)
+    for name, (manifest, _) in SETS.items():
+        write_shards(folder / name, manifest)
     return folder
 
 
-def config_of(root: Path, name: str, lanes: int, sampling: str, window: int, workers: int = 0) -> Config:
-    K = SETS[name][1]
-    data = {
-        "shards": str(root / name), "image_size": 4, "channels": 1, "mean": [0.5], "std": [0.5],
-        "lanes": lanes, "window": window, "workers": workers, "sampling": sampling,
-    }  # fmt: skip
-    batch = {"samples_per_class": K, "global_size": max(2, lanes) * K}
-    model = {"backbone": "small_cnn"}
-    return parse_config({"name": "test", "epochs": EPOCHS, "model": model, "data": data, "batch": batch}, "test")
-
-
 def of_ranks(root: Path, which: tuple[str, int, str, int], world: int, *start: int, workers: int = 0) -> list:
-    data = (root / which[0], SETS[which[0]][0])
-    return [batches(data, config_of(root, *which, workers), rank, world, *start) for rank in range(world)]
+    name, lanes, sampling, window = which
+    manifest, K = SETS[name][0], SETS[name][0].samples_per_class
+    small = {"image_size": 4, "channels": 1, "global_size": max(2, lanes) * K, "K": K}
+    how = {"lanes": lanes, "sampling": sampling, "window": window, "workers": workers}
+    config = config_of(root / name, EPOCHS, **small, **how)
+    return [batches((root / name, manifest), config, rank, world, *start) for rank in range(world)]
 
 
 REFERENCE: dict[tuple[str, int, str, int], list[TrainBatch]] = {}
@@ -58,7 +49,7 @@ REFERENCE: dict[tuple[str, int, str, int], list[TrainBatch]] = {}
 @given(st.data())
 def test_any_ranks_any_workers_any_step(root: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(SETS)))
-    _, K, choices = SETS[name]
+    K, choices = SETS[name][0].samples_per_class, SETS[name][1]
     lanes, sampling = data.draw(st.sampled_from(choices)), data.draw(st.sampled_from(["epoch", "released"]))
     which = (name, lanes, sampling, data.draw(st.integers(1, 3)))
     if which not in REFERENCE:

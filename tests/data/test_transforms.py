@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 
 import numpy as np
@@ -14,18 +15,30 @@ from dist_obdsd.rng import rng
 from tests.data.pictures import assert_close, colours, encoded, settings
 
 
+def coloured(height: int = 20, width: int = 30) -> torch.Tensor:
+    return torch.from_numpy(colours(height, width)).permute(2, 0, 1)
+
+
 def test_evaluation_resizes_the_shorter_side_and_crops_the_centre() -> None:
-    image = torch.from_numpy(colours(40, 80)).permute(2, 0, 1)
-    found = eval_transform(image, settings(image_size=20, resize=40))
-    assert torch.equal(found, image[:, 10:30, 30:50])
-    assert eval_transform(image, settings(image_size=16)).shape == (3, 16, 16)
+    image = coloured(40, 80)
+    assert torch.equal(eval_transform(image, settings(image_size=20, resize=40)), image[:, 10:30, 30:50])
     assert torch.equal(train_transform(image, settings(augment="none"), rng(0)), eval_transform(image, settings()))
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (50_000, 3), (400, 20)])
+def test_a_very_long_image_takes_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.add.outer(*(np.linspace(0, 255 * (side == max(size)), side) for side in size[::-1])).astype(np.uint8)
+    areas, whole = [], transforms._resized
+    monkeypatch.setattr(transforms, "_resized", lambda x, *size: areas.append(math.prod(size)) or whole(x, *size))
+    found = eval_transform(torch.from_numpy(image)[None].expand(3, -1, -1), settings(image_size=224))
+    assert areas[0] <= 20 * 224 * 224
+    assert found.shape == (3, 224, 224)
+    assert abs(found.float().mean().item() - 127) < 3  # its centre
 
 
 @pytest.mark.parametrize("augment", ["crop", "strong", "affine"])
 def test_a_row_is_a_function_of_its_generator(augment: str) -> None:
-    image = torch.from_numpy(colours()).permute(2, 0, 1)
-    config = settings(augment=augment)
+    image, config = coloured(), settings(augment=augment)
     first = train_transform(image, config, rng(0, "augment", 1, 2, 3))
     assert first.shape == (3, 16, 16)
     assert first.dtype == torch.uint8
@@ -84,16 +97,13 @@ def test_colours_change_as_often_and_as_far_as_in_moco(monkeypatch: pytest.Monke
 def test_crop_keeps_the_share_that_was_asked_for_and_flips_half() -> None:
     y, x = np.mgrid[:64, :96]
     image = torch.from_numpy(np.stack([x * 2, y * 3, x * 0]).astype(np.uint8))  # pixels tell where they come from
-    flipped, areas = 0, []
-    for i in range(150):
-        found = train_transform(image, settings(crop_scale=(0.2, 0.5)), rng(i)).float()
-        width = float(found[0].max() - found[0].min()) / 2 * 16 / 15
-        height = float(found[1].max() - found[1].min()) / 3 * 16 / 15
-        areas.append(width * height / (64 * 96))
-        flipped += bool(found[0, 0, 0] > found[0, 0, -1])
-    assert 0.15 < min(areas) < 0.25
-    assert 0.44 < max(areas) < 0.56
-    assert 50 < flipped < 100
+    found = torch.stack([train_transform(image, settings(crop_scale=(0.2, 0.5)), rng(i)) for i in range(150)]).float()
+    lowest_NC, highest_NC = found.amin((2, 3)), found.amax((2, 3))
+    width_N, height_N = ((highest_NC - lowest_NC)[:, :2] / torch.tensor([2, 3]) * 16 / 15).unbind(1)
+    areas_N = width_N * height_N / (64 * 96)
+    assert 0.15 < areas_N.min() < 0.25
+    assert 0.44 < areas_N.max() < 0.56
+    assert 50 < (found[:, 0, 0, 0] > found[:, 0, 0, -1]).sum() < 100
 
 
 def test_affine_fills_with_the_background_and_moves_within_its_bounds() -> None:
@@ -110,23 +120,19 @@ def test_affine_fills_with_the_background_and_moves_within_its_bounds() -> None:
     areas = sums / sums.mean()
     assert 0.75 < areas.min() < 0.9  # scale squared: 0.81 to 1.21
     assert 1.1 < areas.max() < 1.3
-    dark = train_transform(255 - blank, config, rng(0))
-    assert dark[0, 0].eq(25).all()
+    assert train_transform(255 - blank, config, rng(0))[0, 0].eq(25).all()
 
 
-@pytest.mark.parametrize("height_width", [(40, 80), (80, 40), (30, 30)])
-def test_rectangles_are_cropped_padded_and_squashed(height_width: tuple[int, int]) -> None:
-    image = torch.from_numpy(colours(*height_width)).permute(2, 0, 1)
-    height, width = height_width
-    crop, squash, pad = (
-        eval_transform(image, settings(image_size=[16, 32], fit=fit, mean=(0.2, 0.4, 1.0)))
-        for fit in ("crop", "squash", "pad")
-    )
+def fitted(image: torch.Tensor) -> list[torch.Tensor]:
+    """The image in 16 rows and 32 columns: cropped, squashed and padded."""
+    how = {"image_size": [16, 32], "mean": (0.2, 0.4, 1.0)}
+    return [eval_transform(image, settings(fit=fit, **how)) for fit in ("crop", "squash", "pad")]
+
+
+@pytest.mark.parametrize(("height", "width"), [(80, 40), (30, 30)])
+def test_rectangles_are_cropped_padded_and_squashed(height: int, width: int) -> None:
+    crop, squash, pad = fitted(coloured(height, width))
     assert crop.shape == squash.shape == pad.shape == (3, 16, 32)
-    if (height, width) == (40, 80):  # of the size's own proportions
-        assert torch.equal(crop, squash)
-        assert torch.equal(crop, pad)
-        return
     # Red grows to the right over the whole width, green downwards over the whole height.
     assert (squash[0, 0, 0], squash[1, 0, 0]) < (20, 20)
     assert min(squash[0, -1, -1], squash[1, -1, -1]) > 235
@@ -139,23 +145,33 @@ def test_rectangles_are_cropped_padded_and_squashed(height_width: tuple[int, int
     assert pad[1, 0, 16] < 20
 
 
+def test_an_image_of_the_size_s_own_proportions_is_only_resized() -> None:
+    crop, squash, pad = fitted(coloured(40, 80))
+    assert torch.equal(crop, squash)
+    assert torch.equal(crop, pad)
+
+
+PLUG_IN = """
+from torchvision.transforms.v2 import functional
+def dark(image, generator, size):
+    return (functional.resize(image, list(size)) * generator.uniform(0, 0.5)).byte()
+def wrong(image, generator, size):
+    return image.float()
+"""
+
+
 def test_a_plug_in_transforms_images(tmp_path, monkeypatch) -> None:
-    (tmp_path / "my_augment.py").write_text(
-        "from torchvision.transforms.v2 import functional\n"
-        "def dark(image, generator, size):\n"
-        "    return (functional.resize(image, list(size)) * generator.uniform(0, 0.5)).byte()\n"
-        "def wrong(image, generator, size):\n"
-        "    return image.float()\n"
-    )
+    (tmp_path / "my_augment.py").write_text(PLUG_IN)
     monkeypatch.syspath_prepend(tmp_path)
-    image = torch.full((3, 20, 30), 200, dtype=torch.uint8)
-    config = settings(augment="my_augment:dark", image_size=[8, 16])
+    image, config = coloured(), settings(augment="my_augment:dark", image_size=[8, 16])
     found = train_transform(image, config, rng(0, 1))
     assert found.shape == (3, 8, 16)
-    assert found.max() <= 100
+    assert found.max() <= 127
     assert torch.equal(found, train_transform(image, config, rng(0, 1)))
     assert not torch.equal(found, train_transform(image, config, rng(0, 2)))
-    with pytest.raises(InputError, match=r"returned torch.float32 \[3, 20, 30\]; it must return uint8 \[3, 16, 16\]"):
-        train_transform(image, settings(augment="my_augment:wrong"), rng(0))
-    with pytest.raises(InputError, match="data.augment=no_such:thing cannot be imported"):
-        train_transform(image, settings(augment="no_such:thing"), rng(0))
+    for name, fact in (
+        ("my_augment:wrong", r"returned torch.float32 \[3, 20, 30\]; it must return uint8 \[3, 16, 16\]"),
+        ("no_such:thing", "data.augment=no_such:thing cannot be imported"),
+    ):
+        with pytest.raises(InputError, match=fact):
+            train_transform(image, settings(augment=name), rng(0))

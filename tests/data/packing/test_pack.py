@@ -12,18 +12,33 @@ from pathlib import Path
 
 import psutil
 import pytest
+import webdataset
 from PIL import Image
 
 from dist_obdsd.data import manifest
 from dist_obdsd.data.packing import pack as packing
-from dist_obdsd.data.packing import writer
 from dist_obdsd.data.packing.pack import pack
 from dist_obdsd.data.packing.recipes import Recipe
 from dist_obdsd.data.packing.verify import verify
 from dist_obdsd.data.shard_reader import image_names
 from dist_obdsd.errors import InputError, RunError, UserError
-from tests.data.packing.sources import FOLDER, samples_of, write
+from tests.data.packing.sources import FOLDER, image, write, write_files
 from tests.data.pictures import noise
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Six training classes of 9 images and three test classes of 5, every other image a JPEG."""
+    stems = [f"train/{name}/{i}" for name in "abcdef" for i in range(9)]
+    stems += [f"test/{name}/{i}" for name in "xyz" for i in range(5)]
+    pngs = {f"{stem}.png": noise(n) for n, stem in enumerate(stems) if int(stem[-1]) % 2 == 0}
+    jpegs = {f"{stem}.jpeg": noise(n, "JPEG") for n, stem in enumerate(stems) if int(stem[-1]) % 2}
+    return write_files(tmp_path / "source", pngs | jpegs)
+
+
+def samples_of(path: Path) -> list[dict[str, bytes]]:
+    """The samples as webdataset reads them."""
+    return list(webdataset.tariterators.tarfile_samples([{"url": str(path)}]))
 
 
 def test_every_image_is_copied_byte_for_byte_with_its_class(source, tmp_path) -> None:
@@ -36,7 +51,7 @@ def test_every_image_is_copied_byte_for_byte_with_its_class(source, tmp_path) ->
     assert packed.recipe["options"] == defaults
     seen = set()
     for shard in packed.shards():
-        samples = samples_of(out, shard.file)
+        samples = samples_of(out / shard.file)
         assert [s["__key__"] for s in samples] == [manifest.key(i) for i in shard.ids]
         for sample, i, class_id, role in zip(samples, shard.ids, shard.classes, shard.roles, strict=True):
             about = json.loads(sample["json"])
@@ -73,17 +88,18 @@ def test_packing_twice_gives_the_same_bytes(source, tmp_path) -> None:
 
 
 def test_unusable_images_and_lonely_classes_are_left_out(source, tmp_path, caplog) -> None:
-    whole = noise(1, kind="JPEG")
-    write(source / "train/a/0.png", b"no image at all")
-    write(source / "train/a/1.jpeg", whole[: len(whole) // 2])
     flipped = bytearray(noise(2))
     flipped[len(flipped) // 2] ^= 0xFF
-    write(source / "test/x/0.png", bytes(flipped))
+    broken = {
+        "train/a/0.png": b"no image at all",
+        "train/a/1.jpeg": noise(1, kind="JPEG")[:400],
+        "test/x/0.png": bytes(flipped),
+    }
+    write_files(source, broken | {"train/lonely/0.png": noise(3)})
     (source / "train/b/broken.png").symlink_to("nowhere")
-    write(source / "train/lonely/0.png", noise(3))
     packed = pack(FOLDER, source, tmp_path / "out")
     left_out = packed.recipe["left_out"]
-    names = {"train/a/0.png", "train/a/1.jpeg", "test/x/0.png", "train/b/broken.png"}
+    names = {*broken, "train/b/broken.png"}
     assert {entry["name"] for entry in left_out if "name" in entry} == names
     assert [entry for entry in left_out if "class" in entry] == [
         {"class": "lonely", "reason": "1 usable images, fewer than 2 samples per class"}
@@ -104,8 +120,7 @@ def test_unusable_images_and_lonely_classes_are_left_out(source, tmp_path, caplo
 )
 def test_classes_that_cannot_be_used_are_refused(tmp_path, names: list[str], fact: str) -> None:
     (tmp_path / "source").mkdir()
-    for n, name in enumerate(names):
-        write(tmp_path / "source" / f"{name}.png", noise(n))
+    write_files(tmp_path / "source", {f"{name}.png": image(n) for n, name in enumerate(names)})
     with pytest.raises(InputError, match=fact):
         pack(FOLDER, tmp_path / "source", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -138,30 +153,28 @@ def test_larger_images_are_reduced_and_others_left_alone(tmp_path) -> None:
         "train/b/0.webp": noise(2, "WEBP", (60, 60)),
         "train/b/1.bmp": noise(3, "BMP", (64, 32)),
     }
-    for name, data in images.items():
-        write(source / name, data)
+    write_files(source, images)
     (source / "test").mkdir()
     out = tmp_path / "out"
     packed = pack(FOLDER, source, out, resize=20)
     assert packed.recipe["resize"] == 20
     assert list(packed.splits) == ["train"]
-    found = {}
-    for sample in samples_of(out, packed.splits["train"][0].file):
-        suffix = next(iter(sample.keys() - {"cls", "json", "__key__", "__url__"} - {"__local_path__"}))
-        found[json.loads(sample["json"])["name"]] = (suffix, sample[suffix])
-    assert found["train/a/1.png"] == ("png", images["train/a/1.png"])
-    sizes = [(suffix, Image.open(io.BytesIO(found[name][1])).size) for name in images for suffix in [found[name][0]]]
-    assert sizes == [("jpg", (20, 40)), ("png", (20, 90)), ("webp", (20, 20)), ("png", (40, 20))]
-    assert not Image.open(io.BytesIO(found["train/a/0.jpg"][1])).getexif()
+    (shard,) = packed.splits["train"]
+    samples = {json.loads(sample["json"])["name"]: sample for sample in samples_of(out / shard.file)}
+    assert samples["train/a/1.png"]["png"] == images["train/a/1.png"]
+    for name, suffix, size in (
+        ("train/a/0.jpg", "jpg", (20, 40)),
+        ("train/b/0.webp", "webp", (20, 20)),
+        ("train/b/1.bmp", "png", (40, 20)),
+    ):
+        reduced = Image.open(io.BytesIO(samples[name][suffix]))
+        assert reduced.size == size
+        assert not reduced.getexif()
     assert verify(out) == []
 
 
 def test_an_existing_target_is_not_touched(source, tmp_path) -> None:
     out = tmp_path / "out"
-    write(out / "thesis.txt", b"dear")
-    with pytest.raises(InputError, match="is not empty and holds no shards"):
-        pack(FOLDER, source, out, overwrite=True)
-    (out / "thesis.txt").unlink()
     pack(FOLDER, source, out)
     before = contents(out)
     with pytest.raises(InputError, match="is already packed; remove it or choose another --out"):
@@ -171,26 +184,10 @@ def test_an_existing_target_is_not_touched(source, tmp_path) -> None:
     assert contents(out) != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     write(out / "thesis.txt", b"dear")
-    with pytest.raises(InputError, match=r"also holds thesis.txt, which is no shard"):
-        pack(FOLDER, source, out, overwrite=True)
-
-
-@pytest.mark.parametrize(("module", "name"), [(packing, "examine"), (writer, "key")])
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
-def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, failure, module, name) -> None:
-    original = getattr(module, name)
-    counted = iter(range(20))
-
-    def interrupted(*args):
-        if next(counted, None) is None:
-            assert (tmp_path / "out.writing").is_dir()
-            raise failure
-        return original(*args)
-
-    monkeypatch.setattr(module, name, interrupted)
-    with pytest.raises(failure):
-        pack(FOLDER, source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    for fact in ("also holds thesis.txt, which is no shard", "is not empty and holds no shards"):
+        with pytest.raises(InputError, match=fact):
+            pack(FOLDER, source, out, overwrite=True)
+        (out / "manifest.json").unlink(missing_ok=True)
 
 
 def test_the_processes_of_a_killed_run_end_with_it(source, tmp_path, monkeypatch) -> None:
@@ -208,10 +205,7 @@ def test_the_processes_of_a_killed_run_end_with_it(source, tmp_path, monkeypatch
     finally:
         process.kill()
         process.join()
-    survivors = psutil.wait_procs(children, timeout=60)[1]
-    for child in survivors:
-        child.kill()
-    assert survivors == []
+    assert psutil.wait_procs(children, timeout=60)[1] == []
     monkeypatch.undo()
     pack(FOLDER, source, tmp_path / "out")
     assert verify(tmp_path / "out") == []
@@ -235,10 +229,25 @@ def test_a_file_that_cannot_grow_is_one_sentence(source, tmp_path, suffix: str) 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_killed_decoding_process_is_one_sentence(source, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(packing, "examine", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match="a process that decodes images was killed; if memory ran out, lower --workers"):
-        pack(FOLDER, source, tmp_path / "out", workers=2)
+def stop(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def be_killed(*args: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("happens", "workers", "error", "fact"),
+    [
+        (stop, 1, KeyboardInterrupt, ""),
+        (be_killed, 2, RunError, "a process that decodes images was killed; if memory ran out, lower --workers"),
+    ],
+)
+def test_an_interruption_leaves_nothing(source, tmp_path, monkeypatch, happens, workers, error, fact) -> None:
+    monkeypatch.setattr(packing, "examine", happens)
+    with pytest.raises(error, match=fact):
+        pack(FOLDER, source, tmp_path / "out", workers=workers)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -1,4 +1,4 @@
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -19,23 +19,22 @@ def draw(seed: int = 0) -> list[tuple[str, str, str, bytes]]:
     return [(sample.name, sample.class_name, sample.split, sample.read()) for sample in samples]
 
 
-def letters_of(rows: list[tuple[str, str, str, bytes]], split: str) -> set[str]:
-    return {chr(int(name.split("/U+")[1].split("-")[0], 16)) for name, _, side, _ in rows if side == split}
+def letter(name: str) -> str:
+    return chr(int(name.split("/U+")[1].split("-")[0], 16))
 
 
 def test_there_are_thousands_of_images_on_each_side(drawn) -> None:
-    images = Counter(row[2] for row in drawn)
-    classes = {split: {row[1] for row in drawn if row[2] == split} for split in images}
+    train, test = ([row[1] for row in drawn if row[2] == split] for split in ("train", "test"))
     # The exact numbers depend on the last bit of the font renderer; these bounds do not.
-    assert 2_500 < images["train"] < 5_000
-    assert 3_000 < images["test"] < 5_000
-    assert len(classes["train"]) > 300
-    assert len(classes["test"]) > 400
-    assert not classes["train"] & classes["test"]
+    assert 2_500 < len(train) < 5_000
+    assert 3_000 < len(test) < 5_000
+    assert len(set(train)) > 300
+    assert len(set(test)) > 400
+    assert not set(train) & set(test)
 
 
 def test_the_scripts_stand_on_their_sides(drawn) -> None:
-    train, test = letters_of(drawn, "train"), letters_of(drawn, "test")
+    train, test = ({letter(name) for name, _, side, _ in drawn if side == split} for split in ("train", "test"))
     assert set("ABCXYZabcxyzäñøşž") <= train
     assert set("ΔΨλξЖЩяюԱԲաბგდ") <= test
     assert not train & test
@@ -44,16 +43,16 @@ def test_the_scripts_stand_on_their_sides(drawn) -> None:
 
 def test_letters_that_look_the_same_are_one_class_on_one_side(drawn) -> None:
     # Recomputed from single drawings, one face after the other, without the union that made the classes.
-    class_of = {chr(int(n.split("/U+")[1].split("-")[0], 16)): (class_name, s) for n, class_name, s, _ in drawn}
+    class_of = {letter(name): (class_name, split) for name, class_name, split, _ in drawn}
     same = 0
     for face in glyphs.FACES:
         by_bitmap = defaultdict(set)
-        for letter, (image, _) in glyphs._draw_face(face).items():
-            if letter in class_of:
-                by_bitmap[image.size, image.tobytes()].add(letter)
+        for drawing, (image, _) in glyphs._draw_face(face).items():
+            if drawing in class_of:
+                by_bitmap[image.size, image.tobytes()].add(drawing)
         for letters in by_bitmap.values():
             same += len(letters) - 1
-            assert len({class_of[letter] for letter in letters}) == 1, letters
+            assert len({class_of[one] for one in letters}) == 1, letters
     assert same > 150  # the test saw look-alikes in plenty
     for latin, greek, cyrillic in ("AΑА", "OΟО", "HΗН", "oοо"):
         assert class_of[latin] == class_of[greek] == class_of[cyrillic]
