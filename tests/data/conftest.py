@@ -7,9 +7,8 @@ import pytest
 from dist_obdsd.data import remote
 from dist_obdsd.data.packing.shard_assignment import assign_evenly
 from dist_obdsd.data.stream import TrainBatch
-from tests.data.schedules import packed, unwritten
 from tests.data.server import Server, serving
-from tests.data.shards import CLASSES, PER_CLASS, SHARDS, Data, batches, config_of, write_shards
+from tests.data.shards import CLASSES, PER_CLASS, SHARDS, Data, batches, config_of, packed, unwritten, write_shards
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import base64
 import http.server
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +31,8 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, ranges: bool = True) -> Iterator[Server]:
-    server = Server(folder, ranges=ranges)
+def serving(folder: Path) -> Iterator[Server]:
+    server = Server(folder)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -49,29 +49,29 @@ def serving(folder: Path, ranges: bool = True) -> Iterator[Server]:
             given = self.headers.get("Authorization", "Basic ").removeprefix("Basic ")
             if server.login and base64.b64decode(given).decode() != server.login:
                 self.send_error(401)
-                return
-            if isinstance(fault, str):
+            elif isinstance(fault, str):
                 self.send_response(302)
                 self.send_header("Location", fault)
                 self.end_headers()
-                return
-            if (isinstance(fault, int) and fault >= 100) or not path.is_file():
+            elif (isinstance(fault, int) and fault >= 100) or not path.is_file():
                 self.send_error(fault if isinstance(fault, int) else 404)
-                return
-            data = fault if isinstance(fault, bytes) else path.read_bytes()
-            self.send_response(206 if start or last else 200)
-            if last:
-                self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-            data = data[: int(last) + 1] if last else data
-            self.send_header("Content-Length", str(len(data) - start))
-            self.end_headers()
-            until = len(data) * fault // 100 if isinstance(fault, int) else len(data)
-            if isinstance(fault, Callable):  # type: ignore[arg-type]
+            else:
+                data = fault if isinstance(fault, bytes) else path.read_bytes()
+                self.send_response(206 if start or last else 200)
+                if last:
+                    self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+                data = data[: int(last) + 1] if last else data
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                self.send_body(data, start, fault)
+
+        def send_body(self, data: bytes, start: int, fault: object) -> None:
+            if callable(fault):
                 self.wfile.write(data[start : len(data) // 2])
                 self.wfile.flush()
-                fault(name)  # type: ignore[operator]
+                fault(self.path.lstrip("/"))
                 start = max(start, len(data) // 2)
-            self.wfile.write(data[start:until])
+            self.wfile.write(data[start : len(data) * fault // 100 if isinstance(fault, int) else len(data)])
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.daemon_threads = True

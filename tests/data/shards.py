@@ -1,21 +1,63 @@
-"""Small shards that ``pack`` did not write, and what a stream makes of them."""
+"""Manifests and small shards that ``pack`` did not write, and what a stream makes of them."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
+from hypothesis import settings
 from webdataset import TarWriter
 
 from dist_obdsd.config import Config, parse_config
 from dist_obdsd.data.manifest import Manifest, Shard, key, to_json
+from dist_obdsd.data.packing.shard_assignment import FEWEST_GROUPS, assign_training, shard_count
+from dist_obdsd.data.schedule import EpochPlan, plan_epoch
 from dist_obdsd.data.stream import TrainBatch, TrainStream
 from tests.data.pictures import noise
 
 CLASSES, PER_CLASS, SHARDS, SIZE = 12, 12, 8, 8
 Data = tuple[Path, Manifest]
+LONG = int(os.environ.get("DIST_OBDSD_EXAMPLES", "1"))
+"""Multiplies the number of examples of the property tests, which are then drawn anew in every run."""
+
+
+def examples(n: int) -> settings:
+    return settings(max_examples=n * LONG, deadline=None, derandomize=LONG == 1, print_blob=True)
+
+
+def unwritten(file: str, ids: Sequence[int], labels: Sequence[int], roles: Sequence[str] = ()) -> Shard:
+    """A shard without a file, of images to train on unless their roles are given."""
+    return Shard(file, 1, "", tuple(ids), tuple(labels), tuple(roles) or ("train",) * len(ids))
+
+
+def manifest_of(labels: Sequence[Sequence[int]], ids: Sequence[Sequence[int]] | None = None, K: int = 2) -> Manifest:
+    """A manifest whose shard i holds images of the classes ``labels[i]``, with ids counted through by default."""
+    starts = [0, *accumulate(map(len, labels))]
+    ids = ids or [range(a, b) for a, b in pairwise(starts)]
+    shards = zip(ids, labels, strict=True)
+    train = tuple(unwritten(f"train-{n:06d}.tar", *shard) for n, shard in enumerate(shards))
+    names = range(1 + max((label for shard in labels for label in shard), default=0))
+    return Manifest({}, 0, K, tuple(map(str, names)), {"train": train})
+
+
+def packed(counts: list[int], K: int = 2, seed: int = 0, shards: int | None = None) -> Manifest:
+    """What ``pack`` makes of classes of ``counts`` images, all at least K; ``shards``: another number of them."""
+    members = {label: range(a, b) for label, (a, b) in enumerate(pairwise([0, *accumulate(counts)]))}
+    label_of = np.repeat(np.arange(len(counts)), counts).tolist()
+    number = shards or shard_count(sum(n // K for n in counts), 20_000 * len(label_of), FEWEST_GROUPS)
+    ids = assign_training(members, K, number, seed)
+    return manifest_of([[label_of[i] for i in shard] for shard in ids], ids, K)
+
+
+def plan_of(manifest: Manifest, epoch: int = 0, classes: list[int] | None = None, **changes: int | str) -> EpochPlan:
+    wanted = list(range(len(manifest.classes))) if classes is None else classes
+    options = {"seed": 0, "global_size": 32, "samples_per_class": 2, "lanes": 4, "window": 2} | changes
+    return plan_epoch(manifest, wanted, epoch=epoch, **options)
 
 
 def picture(sample_id: int) -> bytes:
@@ -45,12 +87,12 @@ def write_shards(folder: Path, manifest: Manifest) -> Manifest:
 def config_of(
     folder: Path | str, epochs: int = 2, batch_size: int = 5, global_size: int = 16, K: int = 2, **data: object
 ) -> Config:
-    settings = {"image_size": SIZE, "mean": [0.5], "std": [0.5], "lanes": 4, "window": 1, "workers": 0}
+    usual = {"image_size": SIZE, "mean": [0.5], "std": [0.5], "lanes": 4, "window": 1, "workers": 0}
     raw = {
         "name": "test",
         "epochs": epochs,
         "model": {"backbone": "small_cnn"},
-        "data": {"shards": str(folder)} | settings | data,
+        "data": {"shards": str(folder)} | usual | data,
         "batch": {"global_size": global_size, "samples_per_class": K},
         "evaluation": {"batch_size": batch_size},
     }

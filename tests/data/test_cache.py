@@ -93,15 +93,15 @@ def test_three_processes_fill_one_cache(server: Server, tmp_path: Path, monkeypa
     shards = shards_of(server, 6)
     for shard in shards:
         server.faults[shard.file] = [lambda name: time.sleep(0.05), 60]
-    folder = tmp_path / "cache"
+    cache = Cache(tmp_path / "cache")
     orders = (shards, shards[::-1], shards[2:] + shards[:2])
-    processes = [filling(server, order, folder) for order in orders]
+    processes = [filling(server, order, cache.folder) for order in orders]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert names(Cache(folder)) == sorted(f"{shard.sha256}.tar" for shard in shards)
+    assert names(cache) == sorted(f"{shard.sha256}.tar" for shard in shards)
     for shard in shards:
-        assert hashlib.sha256((folder / f"{shard.sha256}.tar").read_bytes()).hexdigest() == shard.sha256
+        assert hashlib.sha256(cache.path(shard).read_bytes()).hexdigest() == shard.sha256
     if locks:
         assert [server.count(shard.file) for shard in shards] == [1] * 6
 

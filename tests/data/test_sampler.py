@@ -79,38 +79,30 @@ def test_impossible_sizes_are_refused(labels: Any, size: int, ranks: int, fact: 
 
 
 def steps_of(stream: BalancedStream) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The steps of two epochs."""
+    """The steps of two epochs, from where the stream stands."""
     with closing(stream):
         return [(images.clone(), labels) for _ in range(2) for images, labels in stream]
 
 
-@pytest.fixture(scope="module")
-def whole(shards: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return steps_of(BalancedStream(str(shards), **STREAM))
-
-
-def test_a_stream_gives_the_ranks_their_rows_of_the_same_batches(shards: Path, whole: list) -> None:
-    parts = [steps_of(BalancedStream(str(shards), **STREAM, rank=rank, world_size=2)) for rank in (0, 1)]
+def test_a_stream_goes_on_from_its_state_on_other_ranks(shards: Path) -> None:
+    make = partial(BalancedStream, str(shards), **STREAM)
+    whole = steps_of(make())
     assert len(whole) == 12
-    for one, *halves in zip(whole, *parts, strict=True):
+    with closing(make()) as begun:
+        assert (len(begun), begun.num_classes, len(begun.classes)) == (6, 12, 12)
+        list(islice(begun, 4))
+        state = begun.state_dict()
+    ranks = [make(rank=rank, world_size=2) for rank in (0, 1)]
+    with pytest.raises(InputError, match="digest ffff"):
+        ranks[0].load_state_dict({**state, "manifest": "f" * 64})
+    for rank in ranks:
+        rank.load_state_dict(state)
+    for one, *halves in zip(whole[4:], *map(steps_of, ranks), strict=True):
         assert one[0].dtype == torch.uint8
         assert tuple(one[0].shape) == (16, 1, 16, 16)
         assert set(Counter(one[1].tolist()).values()) == {2}
         for i in (0, 1):
             assert torch.equal(one[i], torch.cat([half[i] for half in halves]))
-
-
-def test_a_stream_goes_on_from_its_state(shards: Path, whole: list) -> None:
-    with closing(BalancedStream(str(shards), **STREAM)) as stream:
-        assert (len(stream), stream.num_classes, len(stream.classes)) == (6, 12, 12)
-        list(islice(stream, 4))
-        state = stream.state_dict()
-    other = BalancedStream(str(shards), **STREAM)
-    other.load_state_dict(state)
-    for a, b in zip(whole[4:], steps_of(other), strict=True):
-        assert torch.equal(a[0], b[0])
-    with pytest.raises(InputError, match="digest ffff"):
-        other.load_state_dict({**state, "manifest": "f" * 64})
 
 
 def test_the_sampling_that_has_gone_names_its_successor(shards: Path) -> None:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from dist_obdsd.data.schedule import allowed_world_sizes
 from dist_obdsd.data.stream import TrainBatch
-from tests.data.schedules import examples, manifest_of, packed
-from tests.data.shards import batches, config_of, same, write_shards
+from tests.data.shards import batches, config_of, examples, manifest_of, packed, same, write_shards
 
 EPOCHS = 2
 FOREIGN = [[0] * 9 + [1] * 3 + [2] * 5, [3] * 9, [1, 2, 4, 5, 6] * 2, [4, 4, 4, 5, 5, 6, 6, 7], [7] * 4 + [0, 3]]

@@ -123,15 +123,11 @@ def test_affine_fills_with_the_background_and_moves_within_its_bounds() -> None:
     assert train_transform(255 - blank, config, rng(0))[0, 0].eq(25).all()
 
 
-def fitted(image: torch.Tensor) -> list[torch.Tensor]:
-    """The image in 16 rows and 32 columns: cropped, squashed and padded."""
-    how = {"image_size": [16, 32], "mean": (0.2, 0.4, 1.0)}
-    return [eval_transform(image, settings(fit=fit, **how)) for fit in ("crop", "squash", "pad")]
-
-
 @pytest.mark.parametrize(("height", "width"), [(80, 40), (30, 30)])
 def test_rectangles_are_cropped_padded_and_squashed(height: int, width: int) -> None:
-    crop, squash, pad = fitted(coloured(height, width))
+    config = settings(image_size=[16, 32], mean=(0.2, 0.4, 1.0))
+    how = [config.model_copy(update={"fit": fit}) for fit in ("crop", "squash", "pad")]
+    crop, squash, pad = (eval_transform(coloured(height, width), config) for config in how)
     assert crop.shape == squash.shape == pad.shape == (3, 16, 32)
     # Red grows to the right over the whole width, green downwards over the whole height.
     assert (squash[0, 0, 0], squash[1, 0, 0]) < (20, 20)
@@ -143,10 +139,8 @@ def test_rectangles_are_cropped_padded_and_squashed(height: int, width: int) -> 
     assert pad[:, 0, 0].tolist() == pad[:, -1, -1].tolist() == [51, 102, 255]
     assert (pad[2, :, side + 1 : 31 - side] == 40).all()  # blue is the image's own
     assert pad[1, 0, 16] < 20
-
-
-def test_an_image_of_the_size_s_own_proportions_is_only_resized() -> None:
-    crop, squash, pad = fitted(coloured(40, 80))
+    # An image of the size's own proportions is only resized.
+    crop, squash, pad = (eval_transform(coloured(40, 80), config) for config in how)
     assert torch.equal(crop, squash)
     assert torch.equal(crop, pad)
 

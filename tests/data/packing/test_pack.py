@@ -144,33 +144,27 @@ def test_other_counts_than_the_recipes_need_allow_partial(source, tmp_path, capl
 
 
 def test_larger_images_are_reduced_and_others_left_alone(tmp_path) -> None:
-    source = tmp_path / "source"
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    images = {
-        "train/a/0.jpg": noise(0, "JPEG", (80, 40), exif=exif),
-        "train/a/1.png": noise(1, size=(20, 90)),
-        "train/b/0.webp": noise(2, "WEBP", (60, 60)),
-        "train/b/1.bmp": noise(3, "BMP", (64, 32)),
+    images = {  # and the suffix and size of each in its shard
+        "a/0.jpg": (noise(0, "JPEG", (80, 40), exif=exif), "jpg", (20, 40)),
+        "a/1.png": (noise(1, size=(20, 90)), "png", (20, 90)),
+        "b/0.webp": (noise(2, "WEBP", (60, 60)), "webp", (20, 20)),
+        "b/1.bmp": (noise(3, "BMP", (64, 32)), "png", (40, 20)),
     }
-    write_files(source, images)
-    (source / "test").mkdir()
-    out = tmp_path / "out"
-    packed = pack(FOLDER, source, out, resize=20)
+    source = write_files(tmp_path / "source", {f"train/{name}": data for name, (data, _, _) in images.items()})
+    packed = pack(FOLDER, source, tmp_path / "out", resize=20)
     assert packed.recipe["resize"] == 20
     assert list(packed.splits) == ["train"]
-    (shard,) = packed.splits["train"]
-    samples = {json.loads(sample["json"])["name"]: sample for sample in samples_of(out / shard.file)}
-    assert samples["train/a/1.png"]["png"] == images["train/a/1.png"]
-    for name, suffix, size in (
-        ("train/a/0.jpg", "jpg", (20, 40)),
-        ("train/b/0.webp", "webp", (20, 20)),
-        ("train/b/1.bmp", "png", (40, 20)),
-    ):
-        reduced = Image.open(io.BytesIO(samples[name][suffix]))
-        assert reduced.size == size
-        assert not reduced.getexif()
-    assert verify(out) == []
+    for sample in samples_of(tmp_path / "out" / packed.splits["train"][0].file):
+        name = json.loads(sample["json"])["name"].removeprefix("train/")
+        data, suffix, size = images.pop(name)
+        found = Image.open(io.BytesIO(sample[suffix]))
+        assert found.size == size
+        assert not found.getexif()
+        assert (sample[suffix] == data) == (name == "a/1.png")
+    assert not images
+    assert verify(tmp_path / "out") == []
 
 
 def test_an_existing_target_is_not_touched(source, tmp_path) -> None:

@@ -28,32 +28,24 @@ def in_order(rows: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str, 
 # Two alphabets to train on and one to test on.
 OMNIGLOT = [f"images_background/{a}/character0{c}/0{c}_0{i}.png" for a in "AB" for c in (1, 2) for i in (1, 2)]
 OMNIGLOT += [f"images_evaluation/C/character0{c}/0{c}_0{i}.png" for c in (1, 2) for i in (1, 2)]
-
-
-def omniglot() -> Files:
-    return {name: image(i) for i, name in enumerate(OMNIGLOT)}
+OMNIGLOT_FILES = {name: image(i) for i, name in enumerate(OMNIGLOT)}
 
 
 def omniglot_zips(folder: Path) -> Path:
     for half in ("images_background", "images_evaluation"):
         more = {f"{half}/__MACOSX/x.png": b"", f"{half}/A/.DS_Store": b""}  # as macOS leaves them
-        write_archive(folder / f"{half}.zip", part(omniglot(), half) | more)
+        write_archive(folder / f"{half}.zip", part(OMNIGLOT_FILES, half) | more)
     return folder
 
 
 BIRDS = ["099.Ovenbird", "100.Brown_Pelican", "101.White_Pelican", "102.Western_Wood_Pewee"]
 CUB = [f"{name}/{name[4:]}_{i:04d}_7961{i}.jpg" for name in BIRDS for i in (1, 2)]
-
-
-def cub200() -> Files:
-    """The archive's own README, and what macOS leaves, are in it."""
-    files = {f"CUB_200_2011/images/{path}": image(i) for i, path in enumerate(CUB)}
-    return files | {
-        "CUB_200_2011/images.txt": "".join(f"{i} {path}\n" for i, path in enumerate(CUB, 1)).encode(),
-        "CUB_200_2011/README": b"birds",
-        "CUB_200_2011/._images.txt": b"\0",
-        "attributes.txt": b"1 has_bill_shape::curved\n",
-    }
+CUB_FILES = {f"CUB_200_2011/images/{path}": image(i) for i, path in enumerate(CUB)} | {
+    "CUB_200_2011/images.txt": "".join(f"{i} {path}\n" for i, path in enumerate(CUB, 1)).encode(),
+    "CUB_200_2011/README": b"birds",
+    "CUB_200_2011/._images.txt": b"\0",  # as macOS leaves them
+    "attributes.txt": b"1 has_bill_shape::curved\n",
+}
 
 
 CARS = [(1, 14), (2, 3), (3, 98), (4, 99), (5, 196), (6, 3), (7, 14)]  # image and class
@@ -145,10 +137,10 @@ def inshop_archive(folder: Path, images: str = "Img/", text: str = "Eval/") -> P
 
 WAYS = {
     "omniglot: zips": omniglot_zips,
-    "omniglot: extracted": lambda folder: write_files(folder, omniglot()),
-    "cub200: archive": lambda folder: write_archive(folder / "CUB_200_2011.tgz", cub200()),
-    "cub200: its folder": lambda folder: write_archive(folder / "CUB_200_2011.tgz", cub200()).parent,
-    "cub200: extracted": lambda folder: write_files(folder, cub200()),
+    "omniglot: extracted": lambda folder: write_files(folder, OMNIGLOT_FILES),
+    "cub200: archive": lambda folder: write_archive(folder / "CUB_200_2011.tgz", CUB_FILES),
+    "cub200: its folder": lambda folder: write_archive(folder / "CUB_200_2011.tgz", CUB_FILES).parent,
+    "cub200: extracted": lambda folder: write_files(folder, CUB_FILES),
     "cars196: below": car_archives,
     "cars196: extracted": lambda folder: write_files(folder, cars_in_two_halves()),
     "cars196: one archive": lambda folder: write_archive(folder / "cars.tar", cars_in_two_halves()),
@@ -209,7 +201,7 @@ def test_an_annotation_that_cannot_be_used_is_named(tmp_path, row: dict[str, obj
 
 
 def test_missing_images_are_refused_or_recorded(tmp_path, caplog) -> None:
-    source = write_files(tmp_path / "source", cub200())
+    source = write_files(tmp_path / "source", CUB_FILES)
     second, fifth = (f"CUB_200_2011/images/{CUB[i]}" for i in (1, 4))
     (source / second).unlink()
     (source / fifth).unlink()
