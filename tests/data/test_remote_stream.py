@@ -52,7 +52,7 @@ def test_shards_behind_a_command(data: Data, alone: list, tmp_path: Path, cached
     cache = str(tmp_path / "cache") if cached else None
     assert same([batches(data, config_of(f"pipe:cat {data[0]}/{{file}}", cache=cache))], [alone])
     with pytest.raises(RunError, match=r"cannot download pipe:false .*train-00000\d.tar .*: its command ended with"):
-        batches(data, config_of("pipe:false"))
+        batches(data, config_of("pipe:false shards"))
 
 
 def test_missing_or_cut_shards_are_found_before_they_are_read(data: Data, server: Server) -> None:
