@@ -8,8 +8,6 @@ traceback, and a rank that does not answer in time fails the test and takes its 
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.nursery import ROOT, Program
+from tests.nursery import FORK_SERVER
 
 WORLD_SIZES = (1, 2, 3)
 MORE_WORLD_SIZES = (*WORLD_SIZES, 4)
@@ -54,15 +52,11 @@ class Group:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = multiprocessing.Pipe()
-            arguments = [str(rank), str(world_size), os.path.join(self.folder.name, "store")]
-            with theirs:
-                self.processes.append(
-                    Program(
-                        arguments, code="from tests import harness; harness.serve()", cwd=ROOT, env=os.environ,
-                        stdin=theirs, stdout=sys.__stdout__, stderr=sys.__stderr__,
-                    )
-                )  # fmt: skip
+            process = FORK_SERVER.Process(target=serve, args=(theirs, rank, world_size, self.folder.name))
+            process.start()
+            theirs.close()
             self.ranks.append(ours)
+            self.processes.append(process)
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         task = pickle.dumps((function, args))
@@ -81,7 +75,8 @@ class Group:
                 try:
                     failed, answers[number] = pickle.loads(rank.recv_bytes())
                 except EOFError:
-                    failed, answers[number] = True, f"ended with {self.processes[number].wait()}"
+                    self.processes[number].join()
+                    failed, answers[number] = True, f"ended with {self.processes[number].exitcode}"
                 if failed:
                     failures.append(f"rank {number}:\n{answers[number]}")
                     timeout = 30.0  # the others are likely waiting for this one in a collective
@@ -93,26 +88,21 @@ class Group:
         for rank in self.ranks:
             rank.close()
         for process in self.processes:
-            try:
-                process.wait(timeout=2)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.join(timeout=2)
+            process.kill()
+            process.join()
         self.folder.cleanup()
 
 
-def serve() -> None:
-    """A rank's process: do what comes by standard input, and answer there, until nothing more can come."""
+def serve(tasks: Connection, rank: int, world_size: int, folder: str) -> None:
+    """A rank's process: do what comes, and answer, until nothing more can come."""
     import torch
     import torch.distributed as dist
 
-    rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    tasks = Connection(os.dup(0))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=300)
-    )
+    store, patience = f"file://{folder}/store", timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=patience)
     while True:
         try:
             function, args = pickle.loads(tasks.recv_bytes())
