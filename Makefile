@@ -5,7 +5,7 @@ DEMO_RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help docs setup demo test test-fast bench gpu-check lint chaos constraints parts format ui clean test-slurm wheel
+.PHONY: help docs setup demo test test-fast bench gpu-check gpu-bench lint chaos constraints parts format ui clean test-slurm wheel
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,8 +34,15 @@ bench: setup  ## time the objective and the training step, and compare the ratio
 	$(BIN)/python -m benchmarks.objective --sizes 112,448 --worlds 1,2 --budget 60 --json bench-objective.json --baseline docs/bench/objective.json
 	$(BIN)/python -m benchmarks.step --worlds 1,2 --json bench-step.json --baseline docs/bench/step.json
 
-gpu-check:  ## check a GPU and time training steps on it, without .venv: torch, torchvision, webdataset, pydantic, pyyaml
-	$(PYTHON) -m tests.gpu smoke exact runs speed --report $(OPTIONS)
+gpu-check:  ## check a GPU, without .venv: torch, torchvision, webdataset, pydantic, pyyaml
+	$(PYTHON) -m tests.gpu smoke exact runs --report $(OPTIONS)
+
+GPU_STEP = $(PYTHON) -m benchmarks.step --worlds 1 --budget 24 precision=bf16
+gpu-bench:  ## time training steps of ResNet-50 and ViT-S/16 (which needs timm) on a GPU, with the packages of gpu-check
+	$(GPU_STEP) model.backbone=resnet50 --batch 112
+	$(GPU_STEP) model.backbone=resnet50 --batch 448
+	$(GPU_STEP) model.backbone=resnet50 --batch 448 --temperatures 0.05 model.compile=true
+	$(GPU_STEP) model.backbone=timm/vit_small_patch16_224 --batch 112 --temperatures 0.005
 
 chaos: setup  ## kill and stop runs at random moments, and print what became of them (about 20 minutes)
 	$(BIN)/python -m tests.chaos

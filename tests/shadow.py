@@ -23,12 +23,9 @@ from dist_obdsd.training.train_step import TrainStep
 from dist_obdsd.transfer import AsyncHostCopy
 
 PACKAGE = Path(dist_obdsd.__file__).parent
-WAITING = {
-    "_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "_local_scalar_dense", "_unique", "_unique2", "allclose",
-    "bincount", "equal", "histc", "is_nonzero", "item", "linalg_cholesky", "linalg_eig", "linalg_lstsq",
-    "masked_select", "multinomial", "nonzero", "nonzero_numpy", "repeat_interleave", "unique_consecutive", "unique_dim",
-}  # fmt: skip
-"""Operations whose result's shape or errors depend on values."""
+DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+LOOKS_AT_VALUES = {"_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "histc", "linalg_eig", "multinomial"}
+"""Operations whose errors or kernels depend on values, without such a tag."""
 HANDED_OUT = (Tensor.cpu, Tensor.tolist, Tensor.numpy, Tensor.__array__)
 TAKEN_IN = (torch.tensor, torch.as_tensor, torch.asarray)
 MASKS = (torch.bool, torch.uint8)
@@ -94,7 +91,7 @@ class _Operations(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         copies = name == "copy_"
         here = [tuple(x.shape) for x in tensors if not shadow.has(x) and (x.dim() or copies)]
-        if name in WAITING or _picks_by_mask(name, args):
+        if _looks_at_values(func, name, args):
             shadow.note(name)
         elif here:  # a kernel takes a number of the host along, but nothing larger
             shadow.note(f"{name} mixes in the host's {here[0]}")
@@ -142,10 +139,10 @@ class _Calls(TorchFunctionMode):
         return result
 
 
-def _picks_by_mask(name: str, args: Any) -> bool:
-    """Tell whether the number of a mask's hits decides a shape. A number that is put in needs none."""
-    if not name.startswith("index") or len(args) < 2 or not isinstance(args[1], (list, tuple)):
-        return False
+def _looks_at_values(func: Any, name: str, args: Any) -> bool:
+    """Tell whether the host must know values for it. To put one number in by a mask, it need not."""
+    if not name.startswith("index") or not isinstance(args[1], (list, tuple)):
+        return name in LOOKS_AT_VALUES or not DEPENDS_ON_VALUES.isdisjoint(func.tags)
     masked = any(isinstance(x, Tensor) and x.dtype in MASKS for x in args[1])
     return masked and not (name.startswith("index_put") and args[2].numel() == 1)
 

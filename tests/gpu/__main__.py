@@ -1,16 +1,16 @@
-"""``python -m tests.gpu PART``: check a device in parts of some three minutes, and measure training steps on it.
+"""``python -m tests.gpu PART``: check a device in parts of some three minutes.
 
     smoke   solvers, masked steps, no waits, a process group, uploads
     exact   losses and gradients beside float64, in chunks, compiled, on all GPUs
     runs    a resumed run, an evaluation, the wait for data
-    speed   training steps of ResNet-50 and ViT-S/16, by variant
 
 Each part writes its own file after every check, so that nothing is lost; ``--report`` merges them into a table. Needs
 torch, torchvision, webdataset, pydantic and PyYAML, and this repository. Exits with 1 if a check failed, with 2 on bad
-usage; a target that is missed is a figure, not a failure.
+usage.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -23,8 +23,10 @@ from typing import Any
 
 NEEDED = {"torch": "torch", "torchvision": "torchvision", "webdataset": "webdataset", "pydantic": "pydantic",
           "yaml": "pyyaml"}  # fmt: skip
-PARTS = ("smoke", "exact", "runs", "speed")
+PARTS = ("smoke", "exact", "runs")
 Row = dict[str, Any]
+Check = Callable[[Any, bool], str]
+"""From a device, and whether it must be quick, to what was found."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,9 +75,9 @@ def _take(part: str, options: argparse.Namespace, device: Any) -> list[str]:
     return [row["check"] for row in rows if row["verdict"] == "failed"]
 
 
-def checks(part: str) -> dict[str, Callable[..., str | list[Row]]]:
-    """The checks of a part by name, cheap ones first: each returns what it found, as a text or as rows."""
-    found: dict[str, Callable[..., str | list[Row]]] = importlib.import_module(f"tests.gpu.{part}").CHECKS
+def checks(part: str) -> dict[str, Check]:
+    """The checks of a part by name, cheap ones first."""
+    found: dict[str, Check] = importlib.import_module(f"tests.gpu.{part}").CHECKS
     return found
 
 
@@ -95,43 +97,38 @@ def about(device: Any) -> Row:
     return described
 
 
-def run(name: str, check: Callable[..., str | list[Row]], device: Any, quick: bool) -> Row:
-    """One check: ``check``, ``verdict`` (ok, skipped or failed), ``seconds``, ``found``, a text, and measured rows."""
+def run(name: str, check: Check, device: Any, quick: bool) -> Row:
+    """Run one check: ``check``, ``verdict`` (ok, skipped or failed), ``seconds`` and ``found``."""
     from dist_obdsd.errors import format_error
     from tests.gpu.rig import CheckError, Skipped
 
-    started, rows = time.perf_counter(), list[Row]()
+    started = time.perf_counter()
     try:
-        found = check(device, quick)
-        verdict, rows = "ok", found if isinstance(found, list) else []
-        said = f"{len(rows)} rows" if rows else str(found)
+        verdict, found = "ok", check(device, quick)
     except (Skipped, CheckError) as reason:
-        verdict, said = "skipped" if isinstance(reason, Skipped) else "failed", str(reason)
+        verdict, found = "skipped" if isinstance(reason, Skipped) else "failed", str(reason)
     except Exception as error:  # a defect, or a device that lacks something; the other checks go on
         traceback.print_exc()
-        verdict, said = "failed", [line for line in format_error(error).splitlines() if line.strip()][-1][:300]
-    return {"check": name, "verdict": verdict, "seconds": time.perf_counter() - started, "found": said, "rows": rows}
+        verdict, found = "failed", [line for line in format_error(error).splitlines() if line.strip()][-1][:300]
+    return {"check": name, "verdict": verdict, "seconds": time.perf_counter() - started, "found": found}
 
 
 def report(folder: Path) -> str:
     """Put together in Markdown what the parts wrote; what cannot be read is a line."""
     from benchmarks.common import table
 
-    parts, checked, measured = [], list[Row](), list[Row]()
+    lines, rows = [], list[Row]()
     for part in PARTS:
         try:
             written = json.loads((folder / f"gpu-{part}.json").read_text())
         except (OSError, ValueError) as error:
-            parts.append(f"{part}: nothing to read ({type(error).__name__})")
+            lines.append(f"{part}: nothing to read ({type(error).__name__})")
             continue
-        parts.append(f"{part}: {', '.join(f'{name} {value}' for name, value in written['meta'].items())}")
-        checked += [{"part": part} | row for row in written["rows"]]
-    for row in checked:
-        measured += row.pop("rows", [])
-    speeds, waits = ([row for row in measured if kind in row] for kind in ("ms", "data wait"))
-    parts += [f"```\n{table(rows)}\n```" for rows in (checked, speeds, waits) if rows]
-    failed = [row["check"] for row in checked if row["verdict"] == "failed"]
-    return "\n\n".join([*parts, f"failed: {', '.join(failed)}" if failed else "all that ran is as it must be"])
+        lines.append(f"{part}: {', '.join(f'{name} {value}' for name, value in written['meta'].items())}")
+        rows += [{"part": part} | row for row in written["rows"]]
+    failed = [row["check"] for row in rows if row["verdict"] == "failed"]
+    verdict = f"failed: {', '.join(failed)}" if failed else "all that ran is as it must be"
+    return "\n\n".join([*lines, f"```\n{table(rows)}\n```", verdict])
 
 
 if __name__ == "__main__":

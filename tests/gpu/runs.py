@@ -3,28 +3,24 @@
 import contextlib
 import importlib.util
 import io
-import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional
 
-from benchmarks.common import Row
 from dist_obdsd import checkpoint
 from dist_obdsd.cli import main as cli
 from dist_obdsd.evaluation.evaluator import measure
 from dist_obdsd.evaluation.knn import unit_rows
 from dist_obdsd.evaluation.metric_parts import Settings
 from tests.gpu.rig import CPU, CheckError, distance, same_bits, started, within
-from tests.runs import CONFIG, make_images
+from tests.runs import CONFIG, make_images, metrics
 
 METRICS = ["recall", "map@r", "r_precision", "map@c", "f1", "distances", "rho_spectrum"]
 if importlib.util.find_spec("sklearn") is not None:  # which a bare machine lacks
@@ -82,46 +78,38 @@ def evaluation_is_the_same(device: torch.device, quick: bool) -> str:
     return f"the same bits in {len(results['cosine'])} metrics of {n} embeddings"
 
 
-def make_jpegs(folder: Path, classes: int, per_class: int, size: tuple[int, int]) -> None:
-    """A folder per class of photos without edges: a blurred pattern of the class, and one of the image."""
-    rng = np.random.default_rng(0)
-    for c in range(classes):
-        pattern = rng.uniform(0, 255, (5, 6, 3))
-        (folder / f"class_{c:03d}").mkdir(parents=True)
-        for i in range(per_class):
-            mixed = np.clip(pattern + rng.normal(0, 40, pattern.shape), 0, 255).astype(np.uint8)
-            photo = Image.fromarray(mixed).resize(size, Image.Resampling.BICUBIC)
-            photo.save(folder / f"class_{c:03d}" / f"{i}.jpg", quality=90)
+def make_jpegs(folder: Path, classes: int, size: tuple[int, int]) -> None:
+    """A folder per class of eight photos without edges."""
+    for path in make_images(folder, classes).glob("*/*.png"):
+        grey = Image.open(path).resize(size, Image.Resampling.BICUBIC)
+        photo = Image.merge("RGB", (grey, ImageOps.mirror(grey), ImageOps.flip(grey)))
+        photo.save(path.with_suffix(".jpg"), quality=90)
+        path.unlink()
 
 
-def data_wait(device: torch.device, quick: bool) -> list[Row]:
-    """A row for each variant: the share of a training run's steps in which the host asked for images.
+def data_wait(device: torch.device, quick: bool) -> str:
+    """The share of a training run's steps in which the host asked for images. A figure, not a limit.
 
     Photos of 400 x 320 pixels, eight decoding processes, ResNet-50 at 224 pixels; ``none``, whose steps are the
     shortest, and ``obdsd``. Without the first epoch, in which everything warms up.
     """
     size, classes, backbone = ((40, 32), 24, "small_cnn") if quick else ((400, 320), 280, "resnet50")
-    more = {
-        "model.backbone": backbone, "data.image_size": "16" if quick else "224",
-        "batch.global_size": "16" if quick else "112", "data.workers": "2" if quick else "8", "data.channels": "3",
-        "data.lanes": "8", "data.augment": "crop", "device": device.type, "precision": "bf16", "optim.lr": "1e-5",
-        "epochs": "3", "evaluation.test": "false",
-    }  # fmt: skip
-    rows = []
-    with shards(lambda images: make_jpegs(images, classes, 8, size)) as folder:
-        for variant in ("none",) if quick else ("none", "obdsd"):
-            shutil.rmtree(folder / "runs", ignore_errors=True)
-            overrides = more | {"distillation.target": variant}
-            command("train", "tiny.yaml", *(f"{name}={value}" for name, value in overrides.items()))
-            lines = map(json.loads, (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines())
-            epochs = [line for line in lines if line["kind"] == "epoch" and line["epoch"] > 0]
-            seconds = sum(line["seconds"] for line in epochs)
-            shares = {
-                name: sum(line[key] * line["seconds"] for line in epochs) / seconds
-                for name, key in (("images_per_s", "images_per_s"), ("data wait", "data_wait_share"))
-            }
-            rows.append({"backbone": backbone, "variant": variant} | shares)
-    return rows
+    overrides = [
+        f"model.backbone={backbone}", f"data.image_size={16 if quick else 224}", "data.channels=3", "data.lanes=8",
+        f"data.workers={2 if quick else 8}", "data.augment=crop", f"batch.global_size={16 if quick else 112}",
+        f"device={device.type}", "precision=bf16", "optim.lr=1e-5", "evaluation.test=false",
+    ]  # fmt: skip
+    said = []
+    with shards(lambda images: make_jpegs(images, classes, size)) as folder:
+        for target in ("none",) if quick else ("none", "obdsd"):
+            command("train", "tiny.yaml", f"name={target}", f"distillation.target={target}", *overrides)
+            epochs = [row for row in metrics(folder / "runs" / target, "epoch") if row["epoch"] > 0]
+            seconds = sum(row["seconds"] for row in epochs)
+            waited, images = (
+                sum(row[key] * row["seconds"] for row in epochs) for key in ("data_wait_share", "images_per_s")
+            )
+            said.append(f"{target}: data wait {waited / seconds:.2%}, {images / seconds:.0f} images/s")
+    return "; ".join(said)
 
 
 @contextmanager

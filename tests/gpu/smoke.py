@@ -162,7 +162,7 @@ def group_of_one(device: torch.device, quick: bool) -> str:
 def uploads_arrive(device: torch.device, quick: bool) -> str:
     """Every batch of two epochs reaches a busy device as it was, though its memory is used again and again."""
     upload, arrived = DeviceUploader(device), []
-    with shards(lambda images: make_jpegs(images, 24, 8, (120, 90))) as folder:
+    with shards(lambda images: make_jpegs(images, 24, (120, 90))) as folder:
         raw: dict[str, Any] = {
             "name": "uploads", "epochs": 2, "batch": {"global_size": 16, "samples_per_class": 2},
             "data": {"shards": str(folder / "packed"), "image_size": 96, "augment": "crop", "workers": 2, "lanes": 4},

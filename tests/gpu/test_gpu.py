@@ -53,8 +53,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 def test_a_bare_machine_runs_the_checks(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BARE)
     # Without ``ranks``, whose processes would import torch again; a test below runs it on those that there are.
-    names = ["solvers", "masked", "waiting", "group", "uploads", "layout", "exact", "evaluation", "resumed", "data",
-             "resnet50-112"]  # fmt: skip
+    names = ["solvers", "masked", "waiting", "group", "uploads", "layout", "exact", "evaluation", "resumed", "data"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu", *program.PARTS, "--device", "cpu", "--quick", "--report",
          "--out", tmp_path / "out", "--only", ",".join(names)],
@@ -64,12 +63,9 @@ def test_a_bare_machine_runs_the_checks(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     written = [json.loads((tmp_path / "out" / f"gpu-{part}.json").read_text()) for part in program.PARTS]
     assert written[0]["meta"]["torch"] == torch.__version__
-    rows = [row for part in written for row in part["rows"]]
-    assert sorted((row["check"], row["verdict"]) for row in rows) == [(name, "ok") for name in sorted(names)]
-    found = {row["check"]: row["rows"] for row in rows}
-    assert [row["variant"] for row in found["resnet50-112"]] == ["none", "psd", "obdsd 1", "obdsd 0.05", "obdsd 0.005"]
-    assert all(row["ms"] > 0 and 0 < row["objective share"] < 1 for row in found["resnet50-112"])
-    assert 0 <= found["data"][0]["data wait"] < 1
+    rows = {row["check"]: row for part in written for row in part["rows"]}
+    assert {name: row["verdict"] for name, row in rows.items()} == dict.fromkeys(names, "ok")
+    assert re.search(r"none: data wait \d+\.\d\d%, \d+ images/s", rows["data"]["found"])
     text = (tmp_path / "out" / "gpu-check.md").read_text()
     assert text.rstrip().endswith("all that ran is as it must be")
     assert text in done.stdout
