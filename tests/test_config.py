@@ -1,6 +1,5 @@
 import inspect
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -56,6 +55,10 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("lr", "override"),
+        ("=3", "override"),
+        ("epochs.more=3", "override"),
+        ("optim.lr=[1", "override"),
         ("data.lane=4", "unknown setting data.lane; did you mean data.lanes?"),
         ("batch.global_size=113", "set it to 112 or 114"),
         ("batch.global_size=2", "at least two"),
@@ -103,8 +106,7 @@ def test_a_mistake_is_refused_with_the_mend(override, sentence):
 
 
 def test_settings_that_have_gone_are_dropped_where_that_changes_no_result():
-    old = parse("data.decode=cpu", "checkpoint.background=true")
-    assert old.model_dump() == parse().model_dump()
+    assert parse("data.decode=cpu", "checkpoint.background=true").model_dump() == parse().model_dump()
 
 
 def test_overrides_hold_numbers_lists_and_null():
@@ -158,12 +160,6 @@ def test_a_key_that_comes_twice_is_refused(read, tmp_path):
         read(tmp_path / "x.yaml")
 
 
-@pytest.mark.parametrize("override", ["lr", "=3", "epochs.more=3", "a=[1"])
-def test_a_malformed_override_is_refused(override):
-    with pytest.raises(InputError, match="override"):
-        parse(override)
-
-
 @pytest.mark.parametrize(
     ("text", "fact"), [(None, "cannot read the config"), ("- 1\n", "not a mapping"), ("a: [1\n", "not valid YAML")]
 )
@@ -184,15 +180,6 @@ def test_only_what_cannot_change_a_result_may_change_on_resume():
     assert changed_settings(old, parse("optim.head_scale=2").model_dump(mode="json")) == [
         "optim.head_scale: 1.0 -> 2.0"
     ]
-
-
-def test_a_ranking_loss_is_chosen_by_name_and_has_settings_of_its_own():
-    assert parse().ranking.name == "multi_similarity"
-    assert parse("ranking.alpha=3").ranking.alpha == 3
-    assert parse("ranking.name=triplet").ranking.margin == 0.2
-    arcface = parse("ranking.name=pml.ArcFaceLoss", "ranking.kwargs={scale: 30}", "ranking.lr=0.1").ranking
-    assert (arcface.name, arcface.kwargs, arcface.lr) == ("pml.ArcFaceLoss", {"scale": 30}, 0.1)
-    assert pickle.loads(pickle.dumps(arcface)) == arcface
 
 
 def test_validation_classes_are_a_list_or_a_file_of_names(tmp_path):
