@@ -34,8 +34,8 @@ bench: setup  ## time the objective and the training step, and compare the ratio
 	$(BIN)/python -m benchmarks.objective --sizes 112,448 --worlds 1,2 --budget 60 --json bench-objective.json --baseline docs/bench/objective.json
 	$(BIN)/python -m benchmarks.step --worlds 1,2 --json bench-step.json --baseline docs/bench/step.json
 
-gpu-check:  ## check a GPU, without .venv: torch, torchvision, webdataset, pydantic, pyyaml
-	$(PYTHON) -m tests.gpu smoke exact runs --report $(OPTIONS)
+gpu-check:  ## check a GPU, without .venv: torch, torchvision, webdataset, pydantic, pyyaml, fsspec, filelock, pytest
+	$(PYTHON) -m pytest -v -rs -m gpu tests/gpu $(OPTIONS)
 
 GPU_STEP = $(PYTHON) -m benchmarks.step --worlds 1 --budget 24 precision=bf16
 gpu-bench:  ## time training steps of ResNet-50 and ViT-S/16 (which needs timm) on a GPU, with the packages of gpu-check

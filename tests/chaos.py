@@ -12,13 +12,13 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,19 @@ STEPS_OF_AN_EPOCH = 3  # of SETTINGS on the tiny data
 TIMES = ("seconds", "data_wait", "images_per_s", "data_wait_share")
 
 
-@dataclass
 class Job:
     """The ranks of one run, started one by one or by torchrun."""
 
-    processes: list[subprocess.Popen[bytes]]
-    log: Path
-
-    @classmethod
-    def start(cls, folder: Path, name: str, ranks: int, *overrides: str, torchrun: bool = False) -> "Job":
-        log, processes = folder / f"{name}.log", []
+    def __init__(self, folder: Path, name: str, ranks: int, *overrides: str, torchrun: bool = False) -> None:
+        self.log = folder / f"{name}.log"
         line = runs.command("train", "tiny.yaml", f"name={name}", *SETTINGS, *overrides, ranks=ranks if torchrun else 0)
-        for own in [{}] if torchrun else runs.group_environments(ranks):
-            env = runs.environment(own)
-            with log.open("ab") as out:
-                processes.append(
-                    subprocess.Popen(line, cwd=folder, env=env, stdout=out, stderr=out, start_new_session=True)
+        with self.log.open("ab") as out:
+            self.processes = [
+                subprocess.Popen(
+                    line, cwd=folder, env=runs.environment(own), stdout=out, stderr=out, start_new_session=True
                 )
-        return cls(processes, log)
+                for own in ([{}] if torchrun else runs.group_environments(ranks))
+            ]
 
     def alive(self) -> bool:
         return any(process.poll() is None for process in self.processes)
@@ -134,7 +129,7 @@ def wait_for(moment: str, job: Job, run: Path, draw: random.Random, last_step: i
 
 def finished(folder: Path, name: str, ranks: int, *overrides: str) -> dict[str, Any]:
     """Start a run, or go on with it, to its end."""
-    job = Job.start(folder, name, ranks, *overrides)
+    job = Job(folder, name, ranks, *overrides)
     codes = job.wait()
     assert not any(codes), job.log.read_text()[-3000:]
     return result(folder / "runs" / name)
@@ -153,7 +148,7 @@ def killed(
     """
     draw, run, lines = random.Random(seed), folder / "runs" / name, []
     for moment, victim in plan:
-        job = Job.start(folder, name, ranks, *overrides)
+        job = Job(folder, name, ranks, *overrides)
         if not wait_for(moment, job, run, draw, 10**6):
             job.wait()
             break
@@ -171,13 +166,12 @@ def killed(
 def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random.Random) -> tuple[bool, str]:
     """Send SIGTERM at a random moment, to one rank or to torchrun: is what is left as it must be, and what is it?"""
     run = folder / "runs" / name
-    job = Job.start(folder, name, ranks, "epochs=400", torchrun=torchrun)
+    job = Job(folder, name, ranks, "epochs=400", torchrun=torchrun)
     moment = draw.choice(("start", "step", "evaluation"))
     if moment == "start":
-        deadline = time.monotonic() + runs.SECONDS
         # Before that there is a Python, or a torchrun, but nobody on duty.
         while sum(map(_catches_sigterm, job.members())) < ranks + torchrun:
-            assert time.monotonic() < deadline, job.log.read_text()[-3000:]
+            assert job.alive(), job.log.read_text()[-3000:]
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 4))
     else:
@@ -198,11 +192,10 @@ def terminated(folder: Path, name: str, ranks: int, torchrun: bool, draw: random
 
 
 def _catches_sigterm(process: psutil.Process) -> bool:
-    try:
-        fields = dict(line.split(":\t") for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
-    except (OSError, ValueError):
-        return False
-    return bool(int(fields["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
+    with contextlib.suppress(OSError):  # it may be gone
+        caught = re.search(r"^SigCgt:\s(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+        return bool(caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def main() -> int:

@@ -18,13 +18,10 @@ gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-REAL_DATA = Path(os.environ.get("DIST_OBDSD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")).resolve()
-
-
 SLOW = (
     "training", "launch", "experiments", "benchmarks", "tracking", "gpu", "cli", "examples", "figures",
     "test_knn.py", "test_precision.py", "test_backbones.py", "test_stream_properties.py", "test_glyphs.py",
-    "test_export.py", "test_measure.py", "test_clustering.py",
+    "test_bare.py", "test_export.py", "test_measure.py", "test_clustering.py",
 )  # fmt: skip
 """Folders and files whose tests train, launch processes or take long: `make test-fast` leaves them out."""
 
@@ -36,26 +33,16 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with long tests first, so that workers end together, and mark what starts runs or programs as slow."""
-    first = [
-        "training", "launch", "experiments", "benchmarks", "tracking", "gpu", "models", "cli", "examples", "figures",
-        "evaluation", "tests",
-    ]  # fmt: skip
-    items.sort(key=lambda item: first.index(name) if (name := item.path.parent.name) in first else len(first))
+    """Mark what starts runs or programs as slow. Put long tests first, so that workers end together."""
     for item in items:
         if item.path.parent.name in SLOW or item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.parent.name != "training"))
 
 
 def pytest_collection_finish() -> None:
-    """Keep garbage collections from looking at a million objects of imports and tests, which stay."""
-    gc.freeze()
+    """Collect garbage again, now that all is imported."""
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """Let the interpreter's end free everything, or libraries complain."""
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,14 +50,6 @@ def _processes() -> Iterator[None]:
     yield
     harness.close()
     nursery.close()
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder with Omniglot and the Cars part (see the README); the test is skipped where it is not there."""
-    if not REAL_DATA.is_dir():
-        pytest.skip(f"no real data at {REAL_DATA}: set DIST_OBDSD_DATA to its folder")
-    return REAL_DATA
 
 
 @pytest.fixture(scope="session")
@@ -136,9 +115,6 @@ def train(
 ) -> Callable[..., tuple[int, str, str]]:
     """Train in this process: exit code, standard output, standard error."""
     monkeypatch.chdir(folder)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert "SLURM_STEP_ID" not in os.environ
 
     def run(*overrides: str) -> tuple[int, str, str]:
         code = main(["train", "tiny.yaml", "data.workers=0", *overrides])

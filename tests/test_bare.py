@@ -1,15 +1,45 @@
-"""What is said where an optional package is missing. ``tests/gpu`` shows that runs and benches do without them."""
+"""A machine without the optional packages: runs do without them, and other commands name what they lack."""
 
-import io
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dist_obdsd import console
 from dist_obdsd.cli import main as cli
 from dist_obdsd.tracking.system_metrics import SystemMetrics
-from dist_obdsd.training.progress_display import build_display
+from tests import runs
+
+HIDDEN = (
+    "deepspeed", "faiss", "matplotlib", "mlflow", "onnx", "onnxruntime", "onnxscript", "pandas", "psutil", "pyarrow",
+    "pynvml", "pytest", "pytorch_metric_learning", "rich", "scipy", "sklearn", "timm", "tqdm",
+)  # fmt: skip
+BARE = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {HIDDEN} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+
+import benchmarks.step
+from dist_obdsd.cli.main import main
+
+sys.exit(main(["pack", "folder", "--source", sys.argv[1], "--out", "packed"])
+         or main(["train", "tiny.yaml", "data.shards=packed"]))
+"""
+
+
+def test_packing_and_training_need_no_optional_package(folder: Path, shards: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, shards.parent / "images"], cwd=folder, env=runs.environment(),
+        capture_output=True, text=True, timeout=runs.SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert runs.status(folder / "runs" / "tiny")["state"] == "finished"
 
 
 def test_a_command_says_which_package_it_lacks(
@@ -29,23 +59,6 @@ def test_another_module_that_is_missing_is_a_defect(
     monkeypatch.setitem(cli.COMMANDS, "doctor", "lost")
     assert cli.main(["doctor"]) == 1
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_lines_in_place_of_bars_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    assert console.has_bars()
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert not console.has_bars()
-    assert build_display(True, 50, 16, quiet=False, verbose=False).bar_size == 0
-    with console.bar(3, "images", "verifying") as bar:
-        bar.update(2)
-        console.print_line("a warning", screen)
-    assert screen.getvalue() == "a warning\n"
 
 
 def test_a_node_is_watched_as_far_as_the_packages_go(monkeypatch: pytest.MonkeyPatch) -> None:

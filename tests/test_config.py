@@ -67,10 +67,8 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("distillation.target=odbsd", "distillation.target is 'odbsd'"),
         ("data.mean=[0.1,0.2]", "data.mean has 2 values; give one, or data.channels=3 of them"),
         ("optim.schedule=step", "optim.schedule is step and optim.milestones []"),
-        ("optim.milestones=[3]", "optim.schedule is constant and optim.milestones [3]"),
         ("data.resize=100", "set data.resize to at least 224"),
         ("data.decode=gpu", "data.decode is 'gpu'"),
-        ("data.sampling=class_uniform", "input should be 'epoch' or 'released'"),
         ("data.std=[0, 1, 1]", "data.std.0 is 0: input should be greater than 0"),
         ("name=../up", "name is '../up'"),
         ("optim.lr=.nan", "optim.lr is nan"),
@@ -95,7 +93,6 @@ def test_ranks_that_do_not_fit_get_all_settings_at_once(ranks, overrides, change
         ("data.fit=pad data.resize=256", "data.resize is for data.fit=crop"),
         ("ranking.name=triplet ranking.alpha=3", "unknown setting ranking.alpha; the loss triplet has name, margin"),
         ("ranking.name=tripplet", "ranking.name must be one of multi_similarity, contrastive"),
-        ("ranking.alpha=-1", "ranking.alpha is -1: input should be greater than 0"),
     ],
 )
 def test_a_mistake_is_refused_with_the_mend(override, sentence):
@@ -259,14 +256,6 @@ HOSTILE = ["null", ".nan", "1e999", "9" * 5000, "[" * 500, "{a: [1", "&a [*a]", 
            "!!int x", "!!set {a}", "? [1]: 2", "<<: 1", "\0", "\ud800", "- 1", ": ", "#", "a: 1, a: 2"]  # fmt: skip
 
 
-def refusal(read, *arguments):
-    try:
-        read(*arguments)
-    except InputError as error:
-        return str(error)
-    return ""
-
-
 @pytest.mark.parametrize("seed", range(25))
 def test_mutated_settings_are_read_or_refused_in_one_sentence(seed, tmp_path):
     """``FUZZ`` says how many mutations each of the 25 cases tries."""
@@ -280,6 +269,12 @@ def test_mutated_settings_are_read_or_refused_in_one_sentence(seed, tmp_path):
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         key = random.choice([*setting_types(), "options.x", "ranking.kwargs.a", "a..b"])
         override = f"{key}={random.choice(HOSTILE)}"
-        texts = [refusal(load_config, path), refusal(load_recipe, path), refusal(parse, override),
-                 refusal(load_recipe, "folder", [override])]  # fmt: skip
-        assert all(len(text) < 10_000 and "\n" not in text for text in texts)
+        refusals = []
+        for read, *arguments in (
+            (load_config, path), (load_recipe, path), (parse, override), (load_recipe, "folder", [override])
+        ):  # fmt: skip
+            try:
+                read(*arguments)
+            except InputError as error:
+                refusals.append(str(error))
+        assert all(len(text) < 10_000 and "\n" not in text for text in refusals)

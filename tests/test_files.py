@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all. Packing shows the rest: kills, full disks, and locks."""
+"""A folder appears whole or not at all. Packing and exporting show the rest: failures, kills and full disks."""
 
 from pathlib import Path
 
@@ -20,15 +20,6 @@ def test_a_folder_appears_whole_in_place_of_the_old_one(tmp_path: Path) -> None:
             assert names(tmp_path) == (["out.writing"] if text == "old" else ["out", "out.writing"])
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out" / "inner") == ["new"]
-
-
-def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
-    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out") as folder:
-        (folder / "missing" / "new").touch()
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["old"]
 
 
 def test_only_one_process_writes_at_a_time_and_leftovers_go(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Transfers on the CPU; copies to a GPU are tested where there is one."""
+"""Waits for a GPU, and pinned memory; ``tests/gpu`` has the copies."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,8 @@ import torch
 from dist_obdsd.data import decoding_workers as decoding
 from dist_obdsd.data.decoding_workers import Decoder
 from dist_obdsd.distributed.failures import is_timeout
-from dist_obdsd.transfer import DeviceUploader, pin, unpin, wait_for
+from dist_obdsd.transfer import pin, unpin, wait_for
 from tests.data.test_decoding_workers import CONFIG, ROWS, jobs, values
-
-
-def test_on_the_cpu_nothing_is_copied() -> None:
-    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-    assert DeviceUploader(torch.device("cpu"))(images) is images
 
 
 class Event:

@@ -1,1 +1,1 @@
-"""Checks and benches of a device, by ``python -m tests.gpu``; they need neither pytest nor the optional packages."""
+"""Checks of a device: of the CPU in small sizes, of a GPU by ``pytest -m gpu tests/gpu``."""

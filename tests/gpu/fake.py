@@ -9,7 +9,7 @@ Legend: b rows of a rank, B of the global batch, D embedding dimension, W ranks.
 
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +33,6 @@ from dist_obdsd.transfer import AsyncHostCopy
 from tests.gpu.rig import CPU, settings
 
 DEVICE = "standin"
-LOW = ("addmm", "conv2d", "linear", "matmul", "mm")
-"""What autocast computes in bfloat16."""
 
 
 @contextmanager
@@ -102,34 +100,14 @@ class Queue:
     __exit__ = wait_event = record_event = record = wait = synchronize = wait_stream
 
 
-KEPT: list[torch.library.Library] = []
-"""The stand-in lasts as long as these."""
-
-
 def make_device() -> None:
-    """Register the stand-in, with streams and autocast."""
+    """Register the stand-in, with streams."""
     warnings.simplefilter("ignore")  # torch looks at its fake tensors itself
     AsyncHostCopy.read = lambda self: [0.0] * len(self._numbers_n)  # an error that is small enough
     _setup_privateuseone_for_python_backend(DEVICE)
-    module, autocast = torch.get_device_module(DEVICE), "AutocastPrivateUse1"
+    module = torch.get_device_module(DEVICE)
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     module.Stream = module.Event = module.current_stream = module.stream = Queue
-    other, low = torch.library.Library("_", "IMPL", autocast), torch.library.Library("aten", "IMPL", autocast)
-    other.fallback(torch.library.fallthrough_kernel)
-    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-
-    def lowered(operation: Any) -> Callable[..., Any]:
-        def kernel(*args: Any, **kwargs: Any) -> Any:
-            floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in args]
-            cast = [x.to(torch.bfloat16) if is_float else x for x, is_float in zip(args, floats, strict=True)]
-            with torch._C._ExcludeDispatchKeyGuard(key):
-                return operation(*cast, **kwargs)
-
-        return kernel
-
-    for name in LOW:
-        low.impl(name, lowered(getattr(torch.ops.aten, name)))
-    KEPT.extend([other, low])
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_obdsd.manifold import targets
 from tests.gpu.rig import CPU, Rig, settings
 from tests.shadow import Shadow, tensors_of
 
@@ -96,3 +97,9 @@ def test_no_step_waits_or_mixes(overrides):
         rig.take(batch)
     assert shadow.found == []
     assert shadow.looks == rig.config.distillation.target.startswith("obdsd")  # at the error, when it is long known
+
+
+def test_a_solver_that_looks_too_early_is_found_with_its_place(monkeypatch):
+    monkeypatch.setattr(targets, "start_async", lambda *args: None)
+    with pytest.raises(AssertionError, match=r"manifold/solvers.py:\d+ _local_scalar_dense"):
+        test_no_step_waits_or_mixes("distillation.target=obdsd")

@@ -18,10 +18,10 @@ from dist_obdsd.config import load_config
 from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.errors import InputError
 from dist_obdsd.training.deepspeed import engine_options
-from tests.conftest import REAL_DATA
 from tests.runs import ROOT, environment
 
 LAUNCH = ROOT / "launch"
+CRDS = Path(os.environ.get("DIST_OBDSD_DATA", ROOT.parent / "shared" / "data")).parent / "cluster" / "crds"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
@@ -98,7 +98,7 @@ def test_kubernetes_takes_the_job_without_an_operator(kind):
     ("file", "kind", "crd"), [("pytorchjob", "PyTorchJob", "pytorchjob-1.9"), ("trainjob", "TrainJob", "trainjob-2.3")]
 )
 def test_the_operators_take_their_jobs(file, kind, crd):
-    path = REAL_DATA.parent / "cluster" / "crds" / f"{crd}.yaml"
+    path = CRDS / f"{crd}.yaml"
     if not path.exists():
         pytest.skip(f"there is no {path}")
     job = load_kind(f"{file}.yaml", kind)

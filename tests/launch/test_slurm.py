@@ -36,18 +36,12 @@ SlurmdPidFile=@/slurmd-%n.pid
 SlurmctldLogFile=@/slurmctld.log
 SlurmdLogFile=@/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
 ReturnToService=2
 SchedulerParameters=sched_interval=3,bf_interval=3
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-KillWait=30
 MinJobAge=3600
-SlurmctldTimeout=30
 SlurmdTimeout=20
-AccountingStorageType=accounting_storage/none
-JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -89,9 +83,6 @@ class Cluster:
     def _start(self, host: Host, *command: str) -> None:
         nothing = subprocess.DEVNULL
         self.processes.append(subprocess.Popen([*host.inside, *command], env=self.env, stdout=nothing, stderr=nothing))
-
-    def is_ready(self) -> bool:
-        return self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle", "idle"]
 
     def ask(self, *command: str, cwd: Path | None = None) -> str:
         done = subprocess.run(
@@ -171,7 +162,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with two_hosts() as hosts:
         cluster = Cluster(tmp_path_factory.mktemp("slurm"), hosts)
         try:
-            cluster.wait(cluster.is_ready)
+            cluster.wait(lambda: cluster.ask("sinfo", "-hNp", "main", "-o", "%T").split() == ["idle", "idle"])
             yield cluster
         finally:
             cluster.close()
