@@ -108,10 +108,10 @@ def all_gather_rows(x_b: torch.Tensor, *, group: Group = None) -> torch.Tensor:
         [B, ...] with rank r's rows at r*b to (r+1)*b.
 
     Raises:
-        RunError: on every rank, when the shapes differ.
+        RunError: on every rank, when the shapes or types differ.
     """
     with within(group):
-        assert_equal_across_ranks("the shape of the gathered rows", str(tuple(x_b.shape)))
+        assert_equal_across_ranks("the shape of the gathered rows", f"{tuple(x_b.shape)} of {x_b.dtype}")
         return gather_rows(x_b)
 
 

@@ -111,13 +111,15 @@ def _as_array(values: Any) -> np.ndarray:
 
 def _as_mask(name: str, values: Any, n: int) -> np.ndarray:
     mask_n = np.ones(n, dtype=bool) if values is None else _as_array(values)
-    if mask_n.shape != (n,) or mask_n.dtype != bool:
+    if mask_n.shape != (n,) or (n and mask_n.dtype != bool):
         raise InputError(f"{name} has type {mask_n.dtype} and shape {mask_n.shape}; give {n} booleans, one per row")
     return mask_n
 
 
 def _as_column(what: str, values: Any, kinds: str, allowed: str) -> np.ndarray:
     column = _as_array(values)
+    if column.dtype == object and all(isinstance(value, str) for value in column):  # as pandas keeps texts
+        column = column.astype(str)
     if column.ndim != 1 or (column.size and column.dtype.kind not in kinds):
         raise InputError(
             f"{what} have type {column.dtype} and shape {column.shape}; they must be {allowed}, one per image"

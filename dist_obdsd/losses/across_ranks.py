@@ -70,18 +70,18 @@ class InputChecks:
     def shapes(self, embeddings_bD: torch.Tensor, labels: torch.Tensor) -> None:
         """Check types and shapes, also across the ranks, or raise InputError or RunError."""
         self.raise_pending()
-        if embeddings_bD.dim() != 2 or not embeddings_bD.is_floating_point():
+        self.sizes("embeddings", embeddings_bD, labels)  # first: what follows is then found on every rank or on none
+        if embeddings_bD.dim() != 2 or not embeddings_bD.is_floating_point() or not len(embeddings_bD):
             raise InputError(
                 f"the embeddings are {embeddings_bD.dtype} of shape {tuple(embeddings_bD.shape)}; they must be "
-                f"floating point of shape (b, D), this rank's rows"
+                f"floating point of shape (b, D), this rank's rows, at least one"
             )
         b, W = len(embeddings_bD), collectives.world_size()
         if labels.dtype != torch.int64 or labels.shape not in {(b,), (b * W,)}:
             raise InputError(
-                f"the labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be int64 class indices of "
-                f"shape ({b},), one for each of this rank's rows" + f", or ({b * W},), of all ranks" * (W > 1)
+                f"the labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be a tensor of int64 class "
+                f"indices, ({b},), one for each of this rank's rows" + f", or ({b * W},), of all ranks" * (W > 1)
             )
-        self.sizes("embeddings", embeddings_bD, labels)
 
     def sizes(self, what: str, *tensors: torch.Tensor) -> None:
         """Compare the ranks' shapes before a gather, or raise RunError. Collective."""

@@ -94,9 +94,6 @@ class OBDSDLoss(nn.Module):
         self.diffusion = Diffusion(target, temperature, transition_temperature, omega, **diffusion)
         for name, value, fine, needed in (
             ("weight", weight, weight >= 0, "at least 0"),
-            ("temperature", temperature, temperature > 0, "above 0"),
-            ("transition_temperature", transition_temperature, transition_temperature > 0, "above 0"),
-            ("omega", omega, 0 <= omega < 1, "at least 0 and below 1"),
             ("memory", memory, memory >= 0, "at least 0"),
             ("scope", scope, scope in ("global", "rank"), "global or rank"),
         ):

@@ -6,6 +6,8 @@ from typing import Any, Self
 
 import torch
 
+from dist_obdsd.errors import InputError
+
 KEPT_MATRICES = 4
 """n x n matrices that exist at a time where they are kept: S, A, N or its factor, and one being made."""
 CPU_GIB, FREE_SHARE = 2.0, 0.75
@@ -28,6 +30,18 @@ class Diffusion:
     solver: str = "auto"
     tolerance: float = 1e-4
     memory_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: InputError: a value is out of its range."""
+        for name, fine, needed in (
+            ("temperature", self.temperature > 0, "above 0"),
+            ("transition_temperature", self.transition_temperature > 0, "above 0"),
+            ("omega", 0 <= self.omega < 1, "at least 0 and below 1"),
+            ("neighbours", self.neighbours is None or self.neighbours > 0, "at least 1, or None for all"),
+            ("solver", self.solver in ("auto", "cholesky", "cg"), "auto, cholesky or cg"),
+        ):
+            if not fine:
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be {needed}")
 
     @classmethod
     def of(cls, settings: Any) -> Self:

@@ -165,16 +165,14 @@ def diffusion_targets(
         [b, B] without gradient, float32, or float64 for float64 rows.
 
     Raises:
-        InputError: shapes or rows do not fit.
+        InputError: shapes, rows or a number do not fit.
         RunError: no solve is accurate enough.
     """
     if rows is not None and rows.step not in (None, 1):
         raise InputError(f"rows is {rows}; give a slice without a step")
     start, stop, _ = (rows or slice(None)).indices(len(teacher_BD))
-    target = "obdsd_symmetric" if symmetric else "obdsd"
-    diffusion = Diffusion(
-        target, temperature, transition_temperature, omega, neighbours=neighbours, tolerance=tolerance
-    )  # fmt: skip
+    name = "obdsd_symmetric" if symmetric else "obdsd"
+    diffusion = Diffusion(name, temperature, transition_temperature, omega, neighbours=neighbours, tolerance=tolerance)
     return target_rows(teacher_BD, slice(start, stop), diffusion).target_bB
 
 

@@ -61,6 +61,8 @@ def kinds_worker() -> tuple[list[tuple[str, list[float]]], str]:
         x = collectives.gather_rows(own.to(kind))
         assert x.dtype == kind
         gathered.append(x.tolist())
+    with pytest.raises(RunError, match=r"\(2, 3\) of torch.int64"):  # gloo would abort
+        collectives.all_gather_rows(torch.zeros(2, 3, dtype=torch.int64 if collectives.rank() else torch.float32))
     with pytest.raises(RunError) as caught:
         collectives.all_gather_rows(torch.zeros(2 + collectives.rank(), 3))
     return gathered, str(caught.value)

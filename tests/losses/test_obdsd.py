@@ -175,6 +175,8 @@ BAD: dict[str, tuple[Callable[..., Any], list[str]]] = {
         lambda rank, E, labels, T: (E[rank:], labels[rank:], T[rank:]), ["(4, 6)", "(3, 6)", "rank 1", "drop_last"]
     ),
     "label type": (lambda rank, E, labels, T: (E, labels.float(), T), ["float32", "int64", "(4,)"]),
+    "one label type": (lambda rank, E, labels, T: (E, labels.int() if rank else labels, T), ["int32 on rank 1"]),
+    "no rows": (lambda rank, E, labels, T: (E[:0], labels[:0], T[:0]), ["(0, 6)", "at least one"]),
     "label range": (lambda rank, E, labels, T: (E, labels + 2 * rank, T), ["2 labels", "0 to 2", "more than 3"]),
     "negative labels": (lambda rank, E, labels, T: (E, labels - 1, T), ["4 labels", "from 0"]),
     "lengths": (lambda rank, E, labels, T: (E * (3 - 2 * rank), labels, T), ["4 rows", "length 1", "normalize=True"]),
@@ -235,7 +237,10 @@ def test_any_module_of_a_whole_batch_can_be_the_ranking_loss() -> None:
     assert list(out.metrics) == ["ranking", "anchors"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("omega", 1.0), ("temperature", 0), ("target", "x"), ("scope", "node")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("omega", 1.0), ("temperature", 0), ("target", "x"), ("scope", "node"), ("neighbours", 0), ("solver", "x")],
+)
 def test_impossible_settings_are_refused(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{name} is {value!r}"):
         OBDSDLoss(MultiSimilarityLoss(), **{name: value})

@@ -309,6 +309,8 @@ def test_what_does_not_fit_is_refused() -> None:
         target_rows(torch.ones(1, D), slice(0, 1), **options("psd"))
     with pytest.raises(InputError, match="rows 8 to 13"):
         target_rows(torch.ones(B, D), slice(8, 13), **options("psd"))
+    with pytest.raises(InputError, match="omega is 1"):
+        diffusion_targets(torch.eye(B), omega=1)
 
 
 def half_uniform(T_BD: torch.Tensor, rows: slice, diffusion: Diffusion) -> torch.Tensor:
