@@ -35,9 +35,7 @@ def test_three_sources_in_one_run(packed: Path, tmp_path: Path, monkeypatch: pyt
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert [row["source"] for row in rows] == 2 * [loader.STREAM, loader.PIL, loader.CODEC]
     assert [row["image_size"] for row in rows] == [8] * 3 + [24] * 3
-    for row in rows:
-        assert (row["batch"], row["workers"]) == (8, 0)
-        assert min(row["images_per_s"], row["cpu_ms"]) > 0
+    assert all(min(row["images_per_s"], row["cpu_ms"]) > 0 for row in rows)
     for stream, pil, codec in (rows[:3], rows[3:]):
         assert stream["of_pil"] == pytest.approx(stream["images_per_s"] / pil["images_per_s"])
         assert stream["of_torchcodec"] == pytest.approx(stream["images_per_s"] / codec["images_per_s"])
@@ -61,14 +59,6 @@ def test_all_deliver_the_images_that_are_there(packed: Path, tmp_path: Path) -> 
         assert set(multiprocessing.active_children()) <= others  # though the batches are still held
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--shards", "nowhere"], "there is no shard folder"),
-        (["--batch", "15"], "batch.global_size=15"),
-        (["--workers", "-1"], "data.workers"),
-    ],
-)
-def test_bad_arguments(packed: Path, arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert loader.main(["--shards", str(packed), *arguments]) == 2
-    assert words in capfd.readouterr().err
+def test_a_batch_that_cannot_be_made_is_refused(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert loader.main(["--shards", str(packed), "--batch", "15"]) == 2
+    assert "batch.global_size=15" in capfd.readouterr().err

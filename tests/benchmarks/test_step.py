@@ -35,17 +35,9 @@ def test_variants_are_divided_into_parts_on_real_ranks(tmp_path: Path, capsys: p
     assert "excess of obdsd 0.005 on 2 ranks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["--batch", "7"], "--batch is 7"),
-        (["model.backbone=vgg"], "model.backbone"),
-        (["precision=float16"], "precision"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert step.main(arguments) == 2
-    assert word in capsys.readouterr().err
+def test_an_odd_batch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step.main(["--batch", "7"]) == 2
+    assert "--batch is 7" in capsys.readouterr().err
 
 
 class Machine:
