@@ -1,6 +1,5 @@
 """Measuring embeddings that are there: every metric, both conventions, several galleries, failures, bad input."""
 
-import functools
 from dataclasses import asdict
 from typing import Any
 
@@ -16,37 +15,12 @@ from dist_obdsd.evaluation.retrieval import SHOWN, SHOWN_NEIGHBOURS
 from dist_obdsd.rng import rng
 from tests import harness
 from tests.evaluation import oracle
+from tests.evaluation.data import ALL, ROLES, D, N, images
 
-N, D, TRAIN_CLASSES = 90, 6, 9
-KINDS = ("plain", "float64", "ties", "collapsed", "query/gallery", "cameras", "validation", "flat")
-ALL = ("recall", "map@r", "r_precision", "map@1000", "map@c", "nmi", "f1", "distances", "rho_spectrum")
+TRAIN_CLASSES = 9
 RECALL_AT = (1, 2, 4)
 GALLERIES = {"": ("both", "gallery", "train"), "left": ("gallery:left",), "right-2": ("gallery:right-2",)}
 """Of the cameras; the others have the first one alone."""
-
-
-@functools.cache
-def data(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-    """(rows [N, D], ids, labels, roles); classes of 1, 2, 3, ... images."""
-    random = torch.Generator().manual_seed(KINDS.index(kind))
-    labels = torch.repeat_interleave(torch.arange(13) * 10 - 30, torch.arange(13) + 1)[:N]
-    rows = torch.randn(13, D, generator=random)[labels // 10 + 3] + 1.5 * torch.randn(N, D, generator=random)
-    if kind == "ties":
-        rows = rows.sign() * (1 + (rows.abs() > 2))
-    if kind == "collapsed":
-        rows = torch.full_like(rows, 7.0)
-    if kind == "flat":  # two dimensions are never used
-        rows[:, 2:4] = 0
-    rows = torch.nn.functional.normalize(rows.double()) if kind == "float64" else torch.nn.functional.normalize(rows)
-    roles = {
-        "query/gallery": ["query", "gallery", "gallery", "both"],
-        "validation": ["train"],
-        "cameras": ["query", "gallery:left", "gallery", "gallery:right-2", "both", "gallery:left"],
-    }.get(kind, ["both"])
-    roles = (roles * N)[:N]
-    roles[0] = roles[0] if len(set(roles)) == 1 else "query"  # the class of one image is asked for, in vain
-    order = torch.randperm(N, generator=random)
-    return rows[order], 1000 - torch.arange(N), labels[order], [roles[i] for i in order.tolist()]
 
 
 def own(layout: str) -> torch.Tensor:
@@ -62,7 +36,7 @@ def own(layout: str) -> torch.Tensor:
 
 
 def measured(kind: str, layout: str, sample: bool = False, **settings: Any) -> EvaluationResult:
-    rows, ids, labels, roles = data(kind)
+    rows, ids, labels, roles = images(kind)
     mine = own(layout)
     return measure(
         rows[mine] if len(mine) else torch.empty(0, 0), ids[mine], labels[mine], [roles[i] for i in mine.tolist()],
@@ -85,7 +59,7 @@ def measure_all_worker(kind: str, layout: str, threads: int, conventions: str, b
 
 def by_id(kind: str) -> tuple[dict[int, oracle.Row], dict[int, int], dict[int, str]]:
     """Row, label and role of each image, by ascending id."""
-    rows, ids, labels, roles = data(kind)
+    rows, ids, labels, roles = images(kind)
     columns = (rows.double().tolist(), labels.tolist(), roles)
     row_of, label_of, role_of = (dict(sorted(zip(ids.tolist(), column, strict=True))) for column in columns)
     return row_of, label_of, role_of
@@ -114,7 +88,7 @@ def expected(kind: str, released: bool) -> tuple[dict[str, float], list[tuple[in
 
 
 @pytest.mark.parametrize("conventions", ["correct", "released"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["random", "float64", "copies", "collapsed", "flat", *ROLES])
 def test_every_metric_is_what_loops_say_on_any_ranks_with_the_same_bits(kind: str, conventions: str) -> None:
     metrics, counts = expected(kind, conventions == "released")
     answers = [
@@ -135,7 +109,7 @@ def test_every_metric_is_what_loops_say_on_any_ranks_with_the_same_bits(kind: st
 
 
 def test_the_spectrum_of_fewer_images_than_dimensions() -> None:
-    rows = data("plain")[0][: D - 2]
+    rows = images("random")[0][: D - 2]
     singular = geometry.singular_values(rows)
     found, released = (geometry.rho_spectrum(singular, leave_out=left) for left in (0, 1))
     assert found == pytest.approx(oracle.rho_spectrum(rows.double().tolist()), abs=1e-6)
@@ -181,7 +155,7 @@ def test_recall_by_class_and_the_worst_and_best_queries() -> None:
 
 
 def sample_worker(layout: str) -> list[Any]:
-    result = measured("plain", layout, sample=True)
+    result = measured("random", layout, sample=True)
     assert result.sample is not None
     return [result.sample.rows_mD.tolist(), result.sample.labels_m.tolist(), result.sample.singular]
 
@@ -194,7 +168,7 @@ def test_a_sample_is_the_same_on_any_ranks(monkeypatch: pytest.MonkeyPatch) -> N
         for answer in harness.run(world, sample_worker, layout)
     ]
     assert all(answer == answers[0] for answer in answers)
-    rows, _, labels, _ = data("plain")
+    rows, _, labels, _ = images("random")
     found, of, singular = answers[0]
     assert of == labels.sort().values.tolist()  # all 13 classes fit
     class_of = {tuple(row): label for row, label in zip(rows.tolist(), labels.tolist(), strict=True)}
@@ -230,7 +204,7 @@ REFUSED = {
 
 
 def refused_worker(fault: str) -> str:
-    rows, ids, labels, roles = data("plain")
+    rows, ids, labels, roles = images("random")
     mine = own("even")
     if fault == "images" and collectives.rank() == collectives.world_size() - 1:
         mine = mine[:-2]
