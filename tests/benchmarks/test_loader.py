@@ -1,6 +1,5 @@
 """The benchmark of the loader on a few small images: all sources deliver, with true figures."""
 
-import json
 import multiprocessing
 from pathlib import Path
 
@@ -26,20 +25,18 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def test_three_sources_in_one_run(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_sources_in_one_run(bench, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "SECONDS", 0.05)
     monkeypatch.setattr(loader, "ROUNDS", 1)
     monkeypatch.setattr(loader.tempfile, "tempdir", str(tmp_path))
-    arguments = ["--shards", packed, "--batch", 8, "--workers", 0, "--sizes", "8,24", "--json", tmp_path / "b.json"]
-    assert loader.main([*map(str, arguments)]) == 0
-    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    rows = bench(loader, "--shards", packed, "--batch", 8, "--workers", 0, "--sizes", "8,24")
     assert [row["source"] for row in rows] == 2 * [loader.STREAM, loader.PIL, loader.CODEC]
     assert [row["image_size"] for row in rows] == [8] * 3 + [24] * 3
     assert all(min(row["images_per_s"], row["cpu_ms"]) > 0 for row in rows)
     for stream, pil, codec in (rows[:3], rows[3:]):
         assert stream["of_pil"] == pytest.approx(stream["images_per_s"] / pil["images_per_s"])
         assert stream["of_torchcodec"] == pytest.approx(stream["images_per_s"] / codec["images_per_s"])
-    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]  # its own files are gone
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]  # its own files are gone
 
 
 def test_all_deliver_the_images_that_are_there(packed: Path, tmp_path: Path) -> None:

@@ -1,43 +1,12 @@
-"""The benchmarks of the objective, its gradients and the manifold, on the ranks that the tests share."""
-
-import json
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+"""The benchmarks of the objective, its gradients and the manifold."""
 
 import pytest
 import torch
 
-from benchmarks import common, gradients, manifold, objective
-from dist_obdsd.distributed.launch import Launch, Runtime
-from tests import harness
-
-Bench = Callable[..., list[dict[str, Any]]]
+from benchmarks import gradients, manifold, objective
 
 
-def _case(run_rank: Callable[..., Any], case: dict[str, Any]) -> list[dict[str, Any]]:
-    import torch.distributed as dist
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    answer = run_rank(Runtime(Launch("test", rank, world, rank, world), torch.device("cpu")), case)
-    return answer if isinstance(answer, list) else [answer]
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
-    """``main`` of a benchmark without starting processes; returns its rows."""
-
-    def run(module: ModuleType, *arguments: object) -> list[dict[str, Any]]:
-        assert module.main([*map(str, arguments), "--json", f"{tmp_path}/rows.json"]) == 0
-        rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())["rows"]
-        return rows
-
-    monkeypatch.setattr(common, "run_case", lambda call, world, case: harness.run(world, _case, call, case)[0])
-    return run
-
-
-def test_implementations_agree_and_are_timed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_implementations_agree_and_are_timed(bench, capsys):
     rows = bench(objective, "--sizes", 24, "--dim", 16, "--worlds", "1,2", "--budget", 1)
     ours, loop, library, efficient = objective.OURS, objective.LOOP, objective.LIBRARY, objective.EFFICIENT
     assert [(row["W"], row["variant"], row["implementation"]) for row in rows] == [
@@ -53,7 +22,7 @@ def test_implementations_agree_and_are_timed(bench: Bench, capsys: pytest.Captur
     assert "share of loop and inverse, obdsd, B=24" in capsys.readouterr().out
 
 
-def test_what_the_objective_is_compared_with_is_the_same_mathematics() -> None:
+def test_what_the_objective_is_compared_with_is_the_same_mathematics():
     E_BD, T_BD = (objective.embeddings(16, 8, seed, "cpu").double() for seed in (0, 1))
     for variant in objective.VARIANTS:
         ways = objective.implementations(variant, T_BD, torch.arange(16) // 2, slice(16))
@@ -64,12 +33,12 @@ def test_what_the_objective_is_compared_with_is_the_same_mathematics() -> None:
         assert (leaves[0].grad - leaves[1].grad).abs().max() < 1e-10 * leaves[0].grad.abs().max()
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_the_ranks_cannot_share_is_refused(capsys):
     assert objective.main(["--sizes", "16", "--worlds", "3"]) == 2
     assert "--sizes has 16, which 3 ranks cannot share equally; give multiples of 3" in capsys.readouterr().err
 
 
-def test_manifold_measures_a_rank_s_share_by_solver(bench: Bench) -> None:
+def test_manifold_measures_a_rank_s_share_by_solver(bench):
     rows = bench(manifold, "--sizes", 64, "--worlds", "1,8")
     assert [(row["B"], row["W"], row["b"], row["solver"]) for row in rows] == [
         (64, 1, 64, "cg"), (64, 1, 64, "cholesky"), (64, 1, 64, "inverse"), (64, 8, 8, "cg"), (64, 8, 8, "cholesky"),
@@ -81,7 +50,7 @@ def test_manifold_measures_a_rank_s_share_by_solver(bench: Bench) -> None:
         assert (row["iterations"] > 0) == (row["solver"] == "cg")
 
 
-def test_our_gradients_are_exact_and_the_efficient_ones_not(bench: Bench) -> None:
+def test_our_gradients_are_exact_and_the_efficient_ones_not(bench):
     rows = bench(gradients, "--worlds", 2)
     ours = [row for row in rows if row["library"] == "dist-obdsd"]
     assert len(ours) == 4

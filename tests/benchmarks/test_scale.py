@@ -1,18 +1,13 @@
-import json
-from pathlib import Path
-
 import pytest
 
 from benchmarks import scale
 
 
 @pytest.mark.parametrize(("W", "strategy"), [(4, "ddp"), (16, "ddp"), (4, "fsdp")])
-def test_rank_0_of_many_sends_and_holds_what_formulas_say(W: int, strategy: str, tmp_path: Path) -> None:
+def test_rank_0_of_many_sends_and_holds_what_formulas_say(bench, W, strategy):
     b, D = 4, 8
-    arguments = ["model.backbone=resnet18", f"model.embedding_dim={D}", "--worlds", W, "--batch", b]
-    arguments += [f"strategy={strategy}", "--json", tmp_path / "s.json"]
-    assert scale.main([*map(str, arguments)]) == 0
-    (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
+    settings = ("model.backbone=resnet18", f"model.embedding_dim={D}", f"strategy={strategy}")
+    (row,) = bench(scale, *settings, "--worlds", W, "--batch", b)
     parameters = 11_176_512 + 512 * D + D
     kept = [row[part] * 2**30 / (4 * parameters) for part in ("weights", "gradients", "teacher", "optimizer")]
     shards = 1 if strategy == "ddp" else W

@@ -1,20 +1,14 @@
 """The benchmark of retrieval metrics on sizes that take a second: real ranks, and implementations that agree."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from benchmarks import search
 
 
-def test_implementations_and_ranks_are_measured_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_implementations_and_ranks_are_measured_and_agree(bench, monkeypatch):
     monkeypatch.setattr(search, "SIZES", {"small": (600, 16, 20)})
-    path = tmp_path / "search.json"
-    assert search.main(["--sizes", "small", "--rounds", "1", "--json", str(path)]) == 0
-    written = json.loads(path.read_text())
-    rows = written["rows"]
+    rows = bench(search, "--sizes", "small", "--rounds", 1)
     assert [(row["ranks"], row["implementation"]) for row in rows] == [
         (1, search.HERE), (1, "faiss and NumPy"), (1, "pytorch-metric-learning"), (2, search.HERE),
     ]  # fmt: skip
@@ -24,10 +18,10 @@ def test_implementations_and_ranks_are_measured_and_agree(tmp_path: Path, monkey
             assert row[name] == pytest.approx(rows[0][name], abs=1e-6)
     assert 0.01 < rows[0]["map@r"] < 0.95
     assert 100 < rows[3]["peak_mib_per_rank"] < 4000
-    assert written["meta"]["small: two ranks to one"] == rows[3]["cpu_seconds"] / rows[0]["cpu_seconds"]
+    assert search.findings(rows)["small: two ranks to one"] == rows[3]["cpu_seconds"] / rows[0]["cpu_seconds"]
 
 
-def test_images_do_not_depend_on_the_ranks() -> None:
+def test_images_do_not_depend_on_the_ranks():
     size = (2500, 8, 3)
     everything = torch.arange(size[0])
     alone, labels = search.embeddings(everything, size)
