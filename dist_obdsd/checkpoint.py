@@ -75,7 +75,7 @@ def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     if best:  # first: what `last` names says that the best one is in place
         write_atomically(folder / "best", name.encode())
     write_atomically(folder / "last", name.encode())
-    pointed = {pointer.read_text() for pointer in (folder / "last", folder / "best") if pointer.exists()}
+    pointed = {pointer.read_text().strip() for pointer in (folder / "last", folder / "best") if pointer.exists()}
     files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime_ns)
     for old in [file for file in files if file.name not in pointed][: -keep if keep else None]:
         old.unlink()

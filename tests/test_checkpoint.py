@@ -19,8 +19,10 @@ def test_what_was_saved_is_loaded_and_pointers_follow(tmp_path):
     assert checkpoint.load(tmp_path)["student"]["w"].tolist() == [5, 5, 5]
     assert checkpoint.load(tmp_path / "best")["position"]["epoch"] == 2
     assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["epoch-0002.pt", "epoch-0004.pt", "epoch-0005.pt"]
+    (tmp_path / "best").write_text("epoch-0002.pt\n")  # by hand
     checkpoint.save(tmp_path, state(5, 3), best=False, keep=1)
     assert checkpoint.find(tmp_path).name == "step-00000053.pt"
+    assert checkpoint.find(tmp_path, "best").name == "epoch-0002.pt"
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
