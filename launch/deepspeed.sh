@@ -18,6 +18,10 @@ set -euo pipefail
 
 config=${1:?usage: launch/deepspeed.sh CONFIG [key=value ...]}
 shift
+if [[ " $* " == *" --fresh "* ]]; then
+  echo "launch/deepspeed.sh: --fresh hides from this script which run to stop and to judge; set name=NEW instead" >&2
+  exit 2
+fi
 run=("$config") # what names the run, without flags
 for word in "$@"; do [[ $word == -* ]] || run+=("$word"); done
 if [[ -z ${NPROC:-} ]]; then

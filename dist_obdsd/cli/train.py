@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dist_obdsd import console
 from dist_obdsd.cli.output import show, table
 from dist_obdsd.cli.ranks import joined
+from dist_obdsd.errors import InputError
 from dist_obdsd.machine import start_collecting
 from dist_obdsd.training.preemption import PreemptionHandler
 
@@ -26,6 +27,9 @@ def train(options: argparse.Namespace) -> int:
     def read() -> "Config":
         from dist_obdsd.config import load_config
 
+        for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"):
+            if options.fresh and (times := os.environ.get(name, "0")) != "0":
+                raise InputError(f"--fresh would begin anew at every restart ({name}={times}); set a new name instead")
         return load_config(options.config, options.overrides)
 
     with PreemptionHandler().installed() as stop, joined(read) as (given, rank):
@@ -60,5 +64,7 @@ def train(options: argparse.Namespace) -> int:
             logger.info(f"to see its curves: {curves}")
         if state == "finished":
             return 0
-        broadcast_object(None)  # launchers kill the others when one rank ends with an error, so all end together
-        return os.EX_TEMPFAIL
+        # Launchers kill the others when one rank ends with an error, so all end together. And torchrun starts again
+        # what ends with one, which is not for a run that somebody stopped.
+        stopped = broadcast_object(stop.reason.startswith("the file"))
+        return 0 if stopped and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else os.EX_TEMPFAIL

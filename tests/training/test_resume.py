@@ -25,8 +25,15 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(folder, untouched):
     assert difference(result(untouched("epochs=2", ranks=2)), result(run)) is None
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "a stop file"])
-def test_a_request_to_stop_saves_and_exits_with_75(train, before_step, folder, monkeypatch, capfd, how):
+@pytest.mark.parametrize(
+    ("how", "restarts", "expected"), [("Ctrl-C", 3, 75), ("a stop file", 0, 75), ("a stop file", 3, 0)]
+)
+def test_a_request_to_stop_saves_and_is_not_restarted(
+    train, before_step, folder, monkeypatch, capfd, how, restarts, expected
+):
+    """torchrun starts again what ends with an error, as a run does that goes on elsewhere, but not a stopped one."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
+
     def ask():
         if how == "Ctrl-C":
             os.kill(os.getpid(), signal.SIGINT)
@@ -36,7 +43,7 @@ def test_a_request_to_stop_saves_and_exits_with_75(train, before_step, folder, m
     monkeypatch.setattr(preemption, "POLL_SECONDS", 0.0)
     before_step(4, ask)
     run = folder / "runs" / "tiny"
-    assert train("epochs=2")[0] == os.EX_TEMPFAIL
+    assert train("epochs=2")[0] == expected
     status = runs.status(run)
     assert status["state"] == "preempted"
     assert ("SIGINT" if how == "Ctrl-C" else "runs/tiny/stop") in status["message"]
@@ -140,3 +147,12 @@ def test_a_finished_run_says_so_and_fresh_makes_a_new_one(train, folder):
     code, out, _ = train("--fresh", "max_steps=1")
     assert code == 0
     assert "runs/tiny-2" in out
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"])
+def test_fresh_is_refused_where_a_restart_would_begin_anew(train, folder, monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    code, _, err = train("--fresh", "max_steps=1")
+    assert code == 2
+    assert f"{variable}=2" in err
+    assert not (folder / "runs").exists()
