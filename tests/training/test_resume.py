@@ -57,26 +57,29 @@ def test_a_request_to_stop_saves_and_is_not_restarted(
     assert "resuming" in out
 
 
-def test_an_epoch_whose_validation_is_stopped_is_validated_later(train, folder, untouched, monkeypatch):
+@pytest.mark.parametrize(("stopped_in", "validated"), [("validation", [1]), ("test", [1, 2])])
+def test_an_epoch_whose_validation_is_stopped_is_validated_later(
+    train, folder, untouched, monkeypatch, stopped_in, validated
+):
     more = (
         "validation.fraction=0.25", "evaluation.batch_size=2", "evaluation.best_test=true", "epochs=3",
         "data.workers=0",
     )  # fmt: skip
-    run, once = folder / "runs" / "tiny", ModelSelector.after_epoch
+    run, once = folder / "runs" / "tiny", ModelSelector._evaluate
 
-    def after_epoch(self, epoch):
-        if epoch == 2:
+    def evaluate(self, what, split, classes, epoch):
+        if (what, epoch) == (stopped_in, 2):
             os.kill(os.getpid(), signal.SIGTERM)
-        return once(self, epoch)
+        return once(self, what, split, classes, epoch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ModelSelector, "after_epoch", after_epoch)
+        patched.setattr(ModelSelector, "_evaluate", evaluate)
         assert train(*more)[0] == os.EX_TEMPFAIL
     assert runs.status(run)["state"] == "preempted"
     stopped = checkpoint.load(run)
     assert stopped["pending_validation"]
     assert stopped["position"]["epoch"] == 2
-    assert [row["epoch"] for row in runs.metrics(run, "validation")] == [1]
+    assert [row["epoch"] for row in runs.metrics(run, "validation")] == validated
     assert train(*more)[0] == 0
     assert difference(result(untouched(*more)), result(run)) is None
 
