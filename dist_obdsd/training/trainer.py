@@ -56,7 +56,7 @@ class Trainer:
         self.config, self.runtime, self.preemption, self.display = config, runtime, preemption, display
         if runtime.device.type == "cpu":
             machine.tune_malloc()
-        assert_same_config(flatten(config.model_dump(mode="json")))
+        assert_same_config(flatten(config.model_dump(mode="json")) | {"device": runtime.device.type})  # not "auto"
         self._read_shards()
         self._build_networks()
         self.progress = TrainProgress()

@@ -72,15 +72,26 @@ def test_different_settings_are_told_by_name_value_and_rank():
     assert f"({differs})" in str(told.value)
 
 
+WITHOUT_A_GPU = """
+import torch
+from dist_obdsd.cli import main as cli
+from dist_obdsd.distributed import launch
+launch.choose_device = lambda *_: torch.device("meta")  # stands for any other device
+cli.program()
+"""
+
+
 @pytest.mark.parametrize(
-    ("of_rank_1", "sentence"),
+    ("of_rank_1", "code", "sentence"),
     [
-        ("optim.lr=0.5", "(optim.lr is 0.001 on rank 0, 0.5 on rank 1)"),
-        ("optim.rate=0.5", "reading the config failed on rank 1: tiny.yaml: unknown setting optim.rate"),
+        ("optim.lr=0.5", None, "(optim.lr is 0.001 on rank 0, 0.5 on rank 1)"),
+        ("optim.rate=0.5", None, "reading the config failed on rank 1: tiny.yaml: unknown setting optim.rate"),
+        ("seed=0", WITHOUT_A_GPU, '(device is "cpu" on rank 0, "meta" on rank 1)'),
     ],
 )
-def test_a_rank_that_was_started_differently_ends_all_at_once(folder, of_rank_1, sentence):
-    codes, said = runs.two_ranks(folder, [["timeout_seconds=3600"], ["timeout_seconds=3600", of_rank_1]])
+def test_a_rank_that_was_started_differently_ends_all_at_once(folder, of_rank_1, code, sentence):
+    arguments = [["timeout_seconds=3600"], ["timeout_seconds=3600", of_rank_1]]
+    codes, said = runs.two_ranks(folder, arguments, [None, code])
     assert codes == [2, 2], said  # nobody waits for the other
     assert sentence in said[0]
     assert said[1] == ""  # by one of them
