@@ -157,7 +157,7 @@ def test_a_killed_decoding_process_is_an_error_not_a_hang(data: Data) -> None:
 
 
 def test_decoding_processes_ignore_the_launchers_signals_and_end_with_the_stream(data: Data) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with streamed(data, config_of(data[0], epochs=500, workers=2)) as source:
         next(source)
         processes = source._decoder._processes
@@ -167,10 +167,9 @@ def test_decoding_processes_ignore_the_launchers_signals_and_end_with_the_stream
         assert len(list(islice(source, 20))) == 20
     source.close()
     assert [process.is_alive() for process in processes] == [False, False]
-    deadline = time.monotonic() + 60
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive()
     with pytest.raises(RunError, match="closed"):
         next(source)
 
