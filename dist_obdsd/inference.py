@@ -162,7 +162,7 @@ def _as_list(images: Any) -> Iterable[Any]:
         return [images]
     if isinstance(images, Tensor | np.ndarray):
         return list(images) if images.ndim == 4 else [images]
-    if not isinstance(images, Iterable):
+    if not isinstance(images, Iterable) or hasattr(images, "read"):  # an open file's lines are no images
         raise InputError(f"an image of type {type(images).__name__} cannot be embedded; {WANTED}")
     return images
 

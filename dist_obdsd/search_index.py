@@ -44,7 +44,7 @@ class SearchIndex:
             file: an ``.npz`` that keeps the embeddings; by default in ``search/`` in the run folder.
 
         Raises:
-            InputError: there is no readable image in the gallery, or the file cannot be written.
+            InputError: there is no readable image in the gallery, or the file holds other data or cannot be written.
         """
         stat, folder, whole = embedder.path.stat(), embedder.path.parent, gallery.absolute()
         self._network = f"{embedder.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -133,8 +133,10 @@ class SearchIndex:
                 if str(stored["network"]) == self._network and not np.isnan(rows_nD).any():
                     self._entries = list(zip(stored["paths"].tolist(), stamps, strict=True))
                     self._rows_nD = rows_nD
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-            return  # there is none, or one of another program: it is made anew
+        except (OSError, EOFError, zipfile.BadZipFile):
+            return  # there is none, or it was cut short: it is made anew
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.file} holds no index of search; name another file with --index") from error
 
     def _write(self) -> None:
         stamps = np.array([stamp for _, stamp in self._entries], dtype=np.int64).reshape(-1, 2)

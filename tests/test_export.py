@@ -153,6 +153,7 @@ def test_verifying_sees_a_difference_in_any_batch(rows: torch.Tensor, words: str
         ("nowhere", "there is no checkpoint at nowhere"),
         ("tiny.yaml", "another kind of file"),
         ("runs/tiny --images runs", "holds no image"),
+        ("runs/tiny --images {}/full", "full/a.png cannot be embedded"),
         ("runs/tiny --images images --shards packed", "give one of the two"),
         ("runs/tiny --shards packed --split other", "it has train, test"),
         ("runs/tiny --format coreml", "--format coreml is unknown"),
@@ -168,6 +169,7 @@ def test_bad_input_ends_with_one_sentence(
 ) -> None:  # fmt: skip
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
+    (tmp_path / "full" / "a.png").write_text("mine")
     monkeypatch.setattr(exporting, "ONNX_PACKAGES", (*exporting.ONNX_PACKAGES, "no_such_package"))
     monkeypatch.chdir(trained)
     options = ["--out", str(tmp_path / "ex"), "--format", "torch", *arguments.format(tmp_path).split()]

@@ -1,5 +1,6 @@
 """``dist_obdsd.load`` beside ``embed`` on the command line, and every kind of image beside every other."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def test_orientation_and_alpha_are_read_as_in_training(coloured: ImageEmbedder, 
 
 REFUSED = [
     (7, "of type int"),
+    (io.BytesIO(b"x\ny"), "of type BytesIO"),
     (b"nothing", "its format is none of"),
     (np.zeros((4, 5, 4), np.uint8), r"shape \[4, 5, 4\]; .* an array \[H, W\] or \[H, W, C\]"),
     (torch.zeros(4, 5, 5), r"shape \[4, 5, 5\]; a tensor must be \[H, W\] or \[C, H, W\]"),

@@ -30,7 +30,7 @@ def _images_to_verify(options: argparse.Namespace) -> tuple[list[Any], str]:
     if options.images is not None:
         folder = find_images(options.images)
         every = -(-len(folder.files) // count)  # from all over the folder
-        return [file.read() for file in folder.files[::every]], str(options.images)
+        return [file.path for file in folder.files[::every]], str(options.images)
     if options.shards is not None:
         manifest = load_split(options.shards, options.split)
         ids = [image_id for shard in manifest.splits[options.split] for image_id in shard.ids][:count]

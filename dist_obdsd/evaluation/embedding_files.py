@@ -29,7 +29,6 @@ from dist_obdsd.errors import InputError
 from dist_obdsd.files import read_file, replacing
 
 SUFFIXES = (".npz", ".parquet")
-DTYPES = ("float16", "float32")
 COLUMNS = {
     "ids": ("iu", "integers"), "labels": ("iuU", "integers"), "classes": ("Uiu", "texts"), "roles": ("U", "texts"),
 }  # fmt: skip
@@ -193,8 +192,7 @@ def _check(path: Path, columns: dict[str, np.ndarray], rows: np.ndarray, total: 
             raise InputError(f"{path} has {name} of type {column.dtype}; they must be {words}")
     if "ids" in columns:
         distinct, counts = np.unique(columns["ids"], return_counts=True)
-        twice = distinct[counts > 1]
-        if len(twice):
+        if len(twice := distinct[counts > 1]):
             raise InputError(
                 f"{path} has {len(twice)} ids more than once, the first is {twice[0]}; give each image its own"
             )
@@ -232,7 +230,7 @@ def _read_parquet(path: Path) -> Read:
             if column.null_count:
                 raise ValueError(f"{name} has {column.null_count} empty entries")
             array = column.to_numpy()
-            columns[name] = array.astype(str) if array.dtype == object and isinstance(array[0], str) else array
+            columns[name] = array.astype(str) if isinstance(next(iter(array), ""), str) else array
         at, parts = 0, [np.empty((0, 0), np.float32)]
         for batch in file.iter_batches(BLOCK, columns=["embeddings"]):
             rows = batch.column(0)[max(own.start - at, 0) : max(own.stop - at, 0)]

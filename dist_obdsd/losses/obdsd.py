@@ -218,11 +218,11 @@ class OBDSDLoss(nn.Module):
         """Empty the memory of another teacher's rows, and of what was enough."""
         self.memory_MD, self._plan = None, manifold.QueuePlan()
 
-    def get_extra_state(self) -> torch.Tensor | None:
-        return self.memory_MD
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, 0) if self.memory_MD is None else self.memory_MD  # safetensors holds no None
 
     def set_extra_state(self, state: torch.Tensor | None) -> None:
-        self.memory_MD = state
+        self.memory_MD = state if state is not None and len(state) else None
 
 
 def is_ranking(name: str) -> bool:

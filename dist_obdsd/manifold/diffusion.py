@@ -32,7 +32,6 @@ class Diffusion:
     memory_gib: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises: InputError: a value is out of its range."""
         for name, fine, needed in (
             ("temperature", self.temperature > 0, "above 0"),
             ("transition_temperature", self.transition_temperature > 0, "above 0"),

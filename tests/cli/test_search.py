@@ -119,9 +119,11 @@ def test_the_index_follows_the_gallery(
 @pytest.mark.parametrize(
     ("run", "change", "words"),
     [
-        # Only these two are found later than a run that is not there.
+        # Only these are found later than a run that is not there.
         (RUN, ["--gallery", "broken"], "no image in broken can be read"),
         (RUN, ["--index", "/proc/i.npz"], "name another file with --index"),
+        (RUN, ["--index", "others.npz"], "others.npz holds no index of search; name another file"),
+        (RUN, ["--index", "broken/a.png"], "a.png holds no index of search; name another file"),
         ("no/run", [], "there is no checkpoint at no/run"),
         ("no/run", ["--gallery", "empty"], "holds no image"),
         ("no/run", ["--gallery", "nowhere"], "nowhere is not a folder"),
@@ -140,6 +142,7 @@ def test_bad_requests_are_one_sentence(
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"x")
+    np.savez(tmp_path / "others.npz", embeddings=np.eye(2))
     command = "serve" if "--port" in change else "search"
     query = [str(gallery / "class_00" / "0.png")] if command == "search" else []
     run = run.replace(RUN, f"{trained}/runs/tiny")

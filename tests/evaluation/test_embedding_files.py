@@ -51,7 +51,7 @@ def write_worker(folder: str, suffix: str, dtype: str) -> str:
 
 
 @SUFFIXES
-@pytest.mark.parametrize("dtype", embedding_files.DTYPES)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_round_trip_and_the_same_bytes_on_any_number_of_ranks(suffix, dtype, tmp_path, monkeypatch):
     files = [harness.run(world, write_worker, str(tmp_path), suffix, dtype)[0] for world in harness.WORLD_SIZES]
     monkeypatch.setattr(embedding_files, "BLOCK", 7)
@@ -112,7 +112,7 @@ BAD = [
     ({"labels": COLUMNS["labels"] + 0.5}, "labels of type float64"),
     ({"labels": [b"a"] * N}, "labels of type"),
     ({"embeddings": ROWS.astype(np.int64)}, "type int64"),
-    ({"embeddings": ROWS[:0], "ids": IDS[:0], "labels": COLUMNS["labels"][:0]}, "has no embeddings"),
+    ({"embeddings": ROWS[:0], "ids": IDS[:0], "labels": COLUMNS["labels"][:0].astype(str)}, "has no embeddings"),
     ({"roles": [1] * N}, "roles of type int64"),
     ({"classes": [1.0] * N}, "classes of type float64"),
 ]

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchvision import models
+from torchvision.transforms.functional import normalize
 
 from dist_obdsd import checkpoint
 from dist_obdsd.errors import InputError
+from dist_obdsd.models.backbones import build_backbone, input_defaults
 from tests.models.data import build, pictures, settings
 
 
@@ -89,6 +92,28 @@ def test_missing_weights_are_told_with_their_place(
     said = str(caught.value)
     assert all(fact in said for fact in (file, str(tmp_path), "--download", "model.pretrained"))
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("googlenet", "googlenet-1378be20.pth"), ("inception_v3", "inception_v3_google-0cc3c7bd.pth")],
+)
+def test_classifiers_in_the_middle_are_dropped(
+    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    published = models.get_model(name, aux_logits=True, init_weights=False, transform_input=True)
+    torch.save(published.state_dict(), tmp_path / "hub" / "checkpoints" / file)
+    net, _, features = build_backbone(name, pretrained="torchvision", size=(80, 80))
+    published.fc, images, ours = torch.nn.Identity(), torch.rand(2, 3, 80, 80), input_defaults(name, "torchvision")
+    theirs = models.get_model_weights(name)["DEFAULT"].transforms()
+    expected = published.eval()(normalize(images, theirs.mean, theirs.std))
+    torch.testing.assert_close(net.eval()(normalize(images, ours["mean"], ours["std"])), expected, rtol=1e-3, atol=1e-4)
+    rows = net.train()(images)
+    rows.sum().backward()
+    assert rows.shape == (2, features)
+    assert all(p.grad is not None for p in net.parameters())  # DDP waits for every gradient
 
 
 @pytest.mark.parametrize("backbone", ["timm/test_vit", "mobilenet_v3_small"])
