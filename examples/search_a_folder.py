@@ -3,7 +3,7 @@
     python examples/search_a_folder.py                                    # on images that it draws, about a minute
     python examples/search_a_folder.py --images photos/ --query new.jpg   # on your own: one folder per class
 
-The same in commands, for a config of your own, is in the README under "Your own images". Everything is written below
+The same in commands, for a config of your own, is in the README under "Your own photos". Everything is written below
 --out; started again, the script goes on where it was.
 """
 
@@ -16,6 +16,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from dist_obdsd.cli.main import main as program
+from dist_obdsd.data.image_folder import find_images
 
 CLASSES, PER_CLASS, SIDE = 48, 12, 48
 
@@ -86,7 +87,7 @@ def main() -> None:
     do("train", out / "config.yaml")
 
     # The whole folder is the gallery, embedded by the network of the best epoch.
-    found = sorted(path for path in images.rglob("*") if path.is_file())
+    found = [file.path for file in find_images(images).files]
     classes = sorted({path.parent for path in found})
     queries = asked.query or [next(p for p in found if p.parent == classes[at]) for at in (0, len(classes) // 2)]
     do("search", out / "search" / "checkpoints" / "best", "--gallery", images, "--top", asked.neighbours, *queries)

@@ -28,6 +28,8 @@ def test_it_trains_and_finds_images_of_the_query_s_class(
     monkeypatch.setattr(sys, "argv", ["search_a_folder.py", "--out", str(tmp_path), "--epochs", "3"])
     (tmp_path / "images" / "badge_07").mkdir(parents=True)
     (tmp_path / "images" / "badge_07" / "broken.png").write_bytes(b"no image")  # which must cost nothing but itself
+    (tmp_path / "images" / "badge_00").mkdir()
+    (tmp_path / "images" / "badge_00" / ".DS_Store").write_bytes(b"no image, and the first of its class")
     example.main()
     blocks = capsys.readouterr().out.split("   cosine  image\n")[1:]
     assert len(blocks) == 2
