@@ -81,7 +81,7 @@ def export(path: Path, out: Path, formats: Sequence[str], images: Sequence[Any],
     program = torch.export.export(network, (images_nCss[:2],), dynamic_shapes=(dynamic,))
     largest = {}
     try:
-        with new_folder(out) as folder:
+        with new_folder(out.resolve()) as folder:  # "." has no name
             for name in formats:
                 read_back = _WRITERS[name](program, folder / FILES[name], json.dumps(about))
                 largest[name] = verify(name, read_back, images_nCss, expected_nD)

@@ -27,7 +27,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both formats of the tiny run, by the command, verified on its images."""
     out = tmp_path_factory.mktemp("exported") / "new" / "ex"
     with warnings.catch_warnings(action="error", category=UserWarning):  # torch's own, which nobody could act on
-        assert main(["export", f"{trained}/runs/tiny", "--out", str(out), "--images", f"{trained}/images"]) == 0
+        assert main(["export", f"{trained}/runs/tiny", "--out", f"{out}/x/..", "--images", f"{trained}/images"]) == 0
     return out
 
 
