@@ -1,7 +1,4 @@
-"""A run's checkpoints: when and of what they are made, and resuming from one.
-
-The file format is that of ``dist_obdsd.checkpoint``. Rank 0 alone reads and writes files.
-"""
+"""A run's checkpoints: when and of what they are made, and resuming from one."""
 
 import logging
 import time

@@ -1,7 +1,4 @@
-"""Strategies: the ranks' gradients become one, and steps are taken or masked.
-
-A strategy is one file with a subclass of ``Strategy`` and one line in ``config/registry.py``.
-"""
+"""Strategies: the ranks' gradients become one, and steps are taken or masked."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
