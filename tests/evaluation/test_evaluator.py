@@ -23,28 +23,26 @@ def own() -> torch.Tensor:
 
 
 def worker(form: str = "tensors") -> dict[str, float]:
-    rows, labels = ROWS, LABELS
-    mine = own()
-    rows, labels, ids = rows[mine], labels[mine], mine
-    arguments: Any = {"tensors": (rows, labels), "arrays": (rows.double().numpy(), labels.numpy())}.get(form)
+    ids = torch.cat([own(), own()[:3]]) if form == "repeated" else own()
+    rows, labels = ROWS[ids], LABELS[ids]
+    arguments: Any = rows, labels
+    if form == "arrays":
+        arguments = rows.double().numpy(), labels.numpy()
     if form == "texts":  # of which no rank has all
         texts = [f"class {label}" for label in labels.tolist()]
         arguments = rows, np.array(texts, dtype=object) if collectives.rank() else texts  # pandas has objects
     if form in ("huge", "tiny"):
         arguments = rows.double() * {"huge": 1e200, "tiny": 1e-200}[form], labels
-    if form == "repeated":
-        arguments, ids = (torch.cat([rows, rows[:3]]), torch.cat([labels, labels[:3]])), torch.cat([ids, ids[:3]])
     return dist_obdsd.evaluate(*arguments, ids=ids, metrics=ALL)
 
 
 def group_worker() -> dict[str, float] | str:
     """Ranks 0 and 2 evaluate without rank 1."""
-    rows, labels = ROWS, LABELS
     group, mine = dist.new_group([0, 2]), torch.arange(collectives.rank() // 2, N, 2)
     if collectives.rank() != 1:
-        return dist_obdsd.evaluate(rows[mine], labels[mine], ids=mine, metrics=ALL, group=group)
+        return dist_obdsd.evaluate(ROWS[mine], LABELS[mine], ids=mine, metrics=ALL, group=group)
     with pytest.raises(InputError, match="not among the ranks") as raised:
-        dist_obdsd.evaluate(rows, labels, group=group)
+        dist_obdsd.evaluate(ROWS, LABELS, group=group)
     return str(raised.value)
 
 
@@ -65,13 +63,12 @@ def test_the_same_numbers_from_any_ranks_and_kinds_of_input() -> None:
 def test_agrees_with_pytorch_metric_learning() -> None:
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-    rows, labels = ROWS, LABELS
-    found = dist_obdsd.evaluate(rows, labels, metrics=ALL)
+    found = dist_obdsd.evaluate(ROWS, LABELS, metrics=ALL)
     names = {
         "precision_at_1": "recall@1", "r_precision": "r_precision", "mean_average_precision_at_r": "map@r",
     }  # fmt: skip
     theirs = AccuracyCalculator(include=tuple(names), k="max_bin_count", device=torch.device("cpu")).get_accuracy(
-        torch.nn.functional.normalize(rows), labels
+        torch.nn.functional.normalize(ROWS), LABELS
     )
     assert {ours: theirs[name] for name, ours in names.items()} == pytest.approx(
         {ours: found[ours] for ours in names.values()}, abs=1e-6

@@ -84,12 +84,16 @@ def flat(tensors: Iterable[torch.Tensor]) -> np.ndarray:
     return np.concatenate([np.zeros(0), *(x.detach().numpy().ravel() for x in tensors)])
 
 
-def backward(loss: torch.Tensor, student: nn.Module) -> dict[str, Any]:
-    """The loss, its mean over the ranks, and what DDP makes of the ranks' gradients."""
+def backward(loss: torch.Tensor, student: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> dict[str, Any]:
+    """The loss, its mean over the ranks, DDP's gradient of the student, and that of the loss's own parameters."""
     loss.backward()
     W = collectives.world_size()
-    gradient = flat(collectives.sum_across(p.grad) / W for p in student.parameters())
-    return {"loss": loss.item(), "mean": collectives.sum_across(loss).item() / W, "gradient": gradient}
+    return {
+        "loss": loss.item(),
+        "mean": collectives.sum_across(loss).item() / W,
+        "gradient": flat(collectives.sum_across(p.grad) / W for p in student.parameters()),
+        "parameters": flat(p.grad for p in parameters),
+    }
 
 
 def gather_without_gradient(x_b: torch.Tensor) -> torch.Tensor:
@@ -108,7 +112,7 @@ WAYS: dict[str, dict[str, Any]] = {
 """What is done with several ranks, as functions in place of those of ``collectives``; all but the first are wrong."""
 
 
-def collectives_as(way: str) -> AbstractContextManager[Any]:
+def patched(way: str) -> AbstractContextManager[Any]:
     return patch.multiple(collectives, **WAYS[way])
 
 

@@ -20,7 +20,7 @@ from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 from dist_obdsd.losses.obdsd import OBDSDLoss, class_indices
 from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
 from tests import harness, oracle
-from tests.losses.data import BATCHES, WAYS, Embedder, backward, collectives_as, flat, images, own_rows, relative_error
+from tests.losses.data import BATCHES, WAYS, Embedder, backward, flat, images, own_rows, patched, relative_error
 from tests.manifold.data import B, unit_rows
 from tests.shadow import Shadow
 
@@ -39,7 +39,7 @@ def own_loss(
 ) -> torch.Tensor:
     own = own_rows()
     own_bF, labels_b = images(step)[own], torch.tensor(labels)[own]
-    with collectives_as(way):
+    with patched(way):
         return objective(student(own_bF), labels_b, Embedder(1)(own_bF).detach(), ramp=RAMP).loss
 
 

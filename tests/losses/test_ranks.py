@@ -13,18 +13,7 @@ from dist_obdsd.config.ranking import RankingConfig
 from dist_obdsd.distributed import collectives
 from dist_obdsd.losses.proxy_anchor import ProxyAnchorLoss
 from tests import harness
-from tests.losses.data import (
-    BATCHES,
-    Embedder,
-    backward,
-    collectives_as,
-    flat,
-    images,
-    loss_of,
-    own_rows,
-    ranking,
-    relative_error,
-)
+from tests.losses.data import BATCHES, Embedder, backward, images, loss_of, own_rows, patched, ranking, relative_error
 from tests.manifold.data import unit_rows
 
 D, SEED = 5, 11
@@ -46,14 +35,13 @@ OWN = [type(chosen) for chosen in SETTINGS.values() if not chosen.name.startswit
 
 
 def worker(name: str, way: str = "exact", own_seed: bool = False) -> dict[str, Any]:
-    """For each batch: the loss, DDP's gradient of the embedder, and the gradient of the loss's own parameters."""
     answers, own = {}, own_rows()
     for kind, labels in BATCHES.items():
         student, ranking_loss = Embedder(0), loss_of(SETTINGS[name], D)
         ranking_loss.calls = SEED + own_seed * collectives.rank()  # of the draws
-        with collectives_as(way):
+        with patched(way):
             loss = ranking_loss(student(images()[own]), torch.tensor(labels)[own])
-        answers[kind] = backward(loss, student) | {"parameters": flat(p.grad for p in ranking_loss.parameters())}
+        answers[kind] = backward(loss, student, ranking_loss.parameters())
     return answers
 
 

@@ -14,15 +14,11 @@ def student(seed: int = 0) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
 
 
-class Parent(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.student = student()
-        self.teacher = ProgressiveTeacher(self.student)
-
-
 def test_it_is_saved_and_follows_the_student_only_when_told():
-    parent, again = Parent(), Parent()
+    parent, again = torch.nn.Module(), torch.nn.Module()
+    for module in (parent, again):
+        module.student = student()
+        module.teacher = ProgressiveTeacher(module.student)
     before = fingerprints(parent.teacher)
     parent.train()
     parent.requires_grad_()
