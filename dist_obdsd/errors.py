@@ -14,6 +14,12 @@ class InputError(UserError):
     """A fault of usage, configuration or input; the program exits with 2."""
 
 
+def require(name: str, value: object, fine: bool, needed: str) -> None:
+    """Raise InputError for a value that is not ``fine``."""
+    if not fine:
+        raise InputError(f"{name} is {value!r}; it must be {needed}")
+
+
 class RunError(UserError):
     """A failure while the program ran; it exits with 1."""
 

@@ -81,11 +81,11 @@ def machine(here: Runtime) -> dict[str, str]:
         "gpu": found or f"none that torch finds (built for CUDA {torch.version.cuda or 'none'})",
         "backend": "nccl" if gpus else "gloo",
         "disk": f"{_free_gib('.'):.1f} GiB free here",
-        "open files": f"at most {files}" + _advice(files < MIN_OPEN_FILES, f"raise it to {MIN_OPEN_FILES} (ulimit -n)"),
+        "open files": f"at most {files}" + f"; raise it to {MIN_OPEN_FILES} (ulimit -n)" * (files < MIN_OPEN_FILES),
     }
     if Path("/dev/shm").is_dir():  # where NCCL keeps its buffers
         free = _free_gib("/dev/shm")
-        advice = _advice(bool(gpus) and free < 1, "NCCL needs more (docker run --shm-size=8g)")
+        advice = "; NCCL needs more (docker run --shm-size=8g)" * (bool(gpus) and free < 1)
         rows["shared memory"] = f"{free:.1f} GiB free{advice}"
     return rows | {module: version(module) or f"missing: needed for {purpose}" for module, purpose in PARTS.items()}
 
@@ -113,10 +113,10 @@ def job(here: Runtime, config: Config | None) -> dict[str, str]:
     gathering = _timed(lambda: collectives.gather_rows(E_bD), here)
     return {
         "hosts": "; ".join(f"{host}: ranks {', '.join(map(str, ranks))}" for host, ranks in hosts.items()),
-        "devices": ", ".join(kinds) + _advice(len(kinds) > 1, "ranks must be on one kind of device"),
-        "threads": f"{busiest:.1f} of torch per core on the busiest host" + _advice(busiest > 1, "lower threads"),
+        "devices": ", ".join(kinds) + "; ranks must be on one kind of device" * (len(kinds) > 1),
+        "threads": f"{busiest:.1f} of torch per core on the busiest host" + "; lower threads" * (busiest > 1),
         "versions": f"{', '.join(differing)} differ between the ranks" if differing else "alike",
-        "clocks": f"apart by {skew:.3f} s (+- {error:.3f} s)" + _advice(skew > MAX_SKEW, "run an NTP client"),
+        "clocks": f"apart by {skew:.3f} s (+- {error:.3f} s)" + "; run an NTP client" * (skew > MAX_SKEW),
         "all-reduce": f"{PROBE_MIB} MiB in {1e3 * reducing:.1f} ms, {PROBE_MIB / 2**10 / reducing:.2f} GiB/s",
         "gather": f"embeddings of {b} x {here.world_size} images, {D} dimensions: {1e3 * gathering:.2f} ms",
     }
@@ -208,7 +208,7 @@ def _run_folder(config: Config) -> str:
     if not os.access(above, os.W_OK):
         raise InputError(f"the run folder {folder} cannot be made: {above} is not writable; choose another output")
     free, state = _free_gib(above), read_status(folder).get("state", "new")
-    return f"run folder {folder}: {state}, {free:.1f} GiB free there" + _advice(free < 1, "make room")
+    return f"run folder {folder}: {state}, {free:.1f} GiB free there" + "; make room" * (free < 1)
 
 
 def _tracking(config: Config) -> str:
@@ -238,10 +238,6 @@ def _timed(call: Callable[[], Any], here: Runtime) -> float:
             torch.cuda.synchronize(here.device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
-
-
-def _advice(needed: bool, what: str) -> str:
-    return f"; {what}" if needed else ""
 
 
 def _free_gib(folder: str | Path) -> float:

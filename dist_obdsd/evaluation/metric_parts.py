@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from dist_obdsd.config.registry import METRICS
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, require
 from dist_obdsd.evaluation import clustering, geometry
 from dist_obdsd.evaluation.metrics import QueryMetric
 
@@ -33,13 +33,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises: InputError: a value that is not one of the choices."""
-        for value, name, choices in (
-            (self.conventions, "conventions", ("correct", "released")),
-            (self.distance, "distance", ("cosine", "euclidean")),
-            (self.backend, "backend", ("auto", "faiss", "torch")),
-        ):
-            if value not in choices:
-                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        require("conventions", self.conventions, self.conventions in ("correct", "released"), "correct or released")
+        require("distance", self.distance, self.distance in ("cosine", "euclidean"), "one of cosine, euclidean")
+        require("backend", self.backend, self.backend in ("auto", "faiss", "torch"), "one of auto, faiss, torch")
         if isinstance(self.metrics, str) or not self.metrics:
             raise InputError(f"metrics is {self.metrics!r}; give a list of some of {', '.join(METRICS.choices)}")
         if not self.recall_at or any(k != int(k) or k < 1 for k in self.recall_at):

@@ -18,7 +18,7 @@ from torch import nn
 from dist_obdsd.config.registry import TARGETS
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.collectives import AsyncAllGather, Group
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, require
 from dist_obdsd.losses import distillation
 from dist_obdsd.losses.across_ranks import InputChecks, LossOutput, combine
 from dist_obdsd.losses.base import RankingLoss
@@ -92,13 +92,9 @@ class OBDSDLoss(nn.Module):
         self.weight, self.scope, self.memory, self.group = weight, scope, memory, group
         self.target: type[manifold.Target] | None = None if target == "none" else TARGETS.load(target)
         self.diffusion = Diffusion(target, temperature, transition_temperature, omega, **diffusion)
-        for name, value, fine, needed in (
-            ("weight", weight, weight >= 0, "at least 0"),
-            ("memory", memory, memory >= 0, "at least 0"),
-            ("scope", scope, scope in ("global", "rank"), "global or rank"),
-        ):
-            if not fine:
-                raise InputError(f"{name} is {value!r}; it must be {needed}")
+        require("weight", weight, weight >= 0, "at least 0")
+        require("memory", memory, memory >= 0, "at least 0")
+        require("scope", scope, scope in ("global", "rank"), "global or rank")
         self._checks = InputChecks(validate, normalize)
         self.memory_MD: torch.Tensor | None = None
         """The teacher's rows of this epoch's latest batches, newest first; the same on every rank."""

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import require
 
 KEPT_MATRICES = 4
 """n x n matrices that exist at a time where they are kept: S, A, N or its factor, and one being made."""
@@ -32,15 +32,11 @@ class Diffusion:
     memory_gib: float | None = None
 
     def __post_init__(self) -> None:
-        for name, fine, needed in (
-            ("temperature", self.temperature > 0, "above 0"),
-            ("transition_temperature", self.transition_temperature > 0, "above 0"),
-            ("omega", 0 <= self.omega < 1, "at least 0 and below 1"),
-            ("neighbours", self.neighbours is None or self.neighbours > 0, "at least 1, or None for all"),
-            ("solver", self.solver in ("auto", "cholesky", "cg"), "auto, cholesky or cg"),
-        ):
-            if not fine:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be {needed}")
+        require("temperature", self.temperature, self.temperature > 0, "above 0")
+        require("transition_temperature", self.transition_temperature, self.transition_temperature > 0, "above 0")
+        require("omega", self.omega, 0 <= self.omega < 1, "at least 0 and below 1")
+        require("neighbours", self.neighbours, self.neighbours is None or self.neighbours > 0, "at least 1 or None")
+        require("solver", self.solver, self.solver in ("auto", "cholesky", "cg"), "auto, cholesky or cg")
 
     @classmethod
     def of(cls, settings: Any) -> Self:

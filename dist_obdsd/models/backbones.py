@@ -150,6 +150,8 @@ def build_backbone(
     if not isinstance(x, torch.Tensor) or x.dim() not in (2, 3, 4):
         found = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise InputError(f"{name} gives {found} for one image; give features [1, F], [1, F, h, w] or tokens [1, n, F]")
+    if pooling == "cls" and x.dim() == 4:
+        raise InputError(f"model.pooling=cls takes tokens, and {name} gives a map; set model.pooling=own")
     net.train()
     if ":" in name:
         blank_2 = torch.zeros(2, channels, *size)

@@ -72,10 +72,13 @@ def test_two_ranks_make_the_step_of_one(backbone: str) -> None:
 
 @pytest.mark.parametrize(
     ("backbone", "pooling"),
-    [(b, p) for b in ("timm/test_vit", "timm/test_convnext") for p in ("avg", "max", "avg+max", "gem", "cls")],
+    [
+        *((b, p) for b in ("timm/test_vit", "timm/test_convnext") for p in ("avg", "max", "avg+max", "gem", "cls")),
+        ("resnet18", "cls"),
+    ],
 )
 def test_pooling_is_exchanged_or_refused(backbone: str, pooling: str) -> None:
-    if (backbone, pooling) in (("timm/test_vit", "gem"), ("timm/test_convnext", "cls")):
+    if (backbone, pooling) in (("timm/test_vit", "gem"), ("timm/test_convnext", "cls"), ("resnet18", "cls")):
         with pytest.raises(InputError, match="set model.pooling=own"):
             build(backbone, f"model.pooling={pooling}")
         return
