@@ -50,14 +50,14 @@ class RunDir:
         write_atomically(self.path / name, text.encode())
         return self.path / name
 
-    def cut_metrics(self, global_step: int, tested: bool, validated: bool) -> None:
+    def cut_metrics(self, global_step: int, tested: bool, pending: bool) -> None:
         """Open the metrics without what follows a checkpoint, which may hold evaluations."""
         path, kept = self.path / "metrics.jsonl", ""
         for line in path.read_text().splitlines() if path.exists() else ():
             with suppress(ValueError):  # of the line that was being written when the run was killed
                 row = json.loads(line)
                 # A step's line is written after it, and tests at the run's end after the checkpoint.
-                later = ("step", "test of" if tested else "test", *([] if validated else ["validation"]))
+                later = ("step", "test of" if tested else "test", *(["validation"] if pending else []))
                 ended = row["step"] == global_step > 0 and not row["kind"].startswith(later)
                 if row["step"] < global_step or ended:
                     kept += line + "\n"

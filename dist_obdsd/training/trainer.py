@@ -131,9 +131,8 @@ class Trainer:
                 with raise_on_all_ranks("preparing the run folder"):
                     if self.run_dir is not None:
                         self.attempt.write_status("running", "")
-                        at = self.progress
-                        tested = self.model_selector.has_tested(at.epoch, at.step == 0)
-                        self.run_dir.cut_metrics(at.global_step, tested, not at.pending_validation)
+                        tested = self.model_selector.has_tested(self.progress.epoch, self.progress.step == 0)
+                        self.run_dir.cut_metrics(self.progress.global_step, tested, self.progress.pending_validation)
                 with self.metrics.tracking(self.manifest):
                     return self._run()
         finally:
