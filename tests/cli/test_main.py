@@ -1,49 +1,42 @@
-"""Help and exit codes, and ``evaluate`` beside the run's own numbers."""
+"""Help, exit codes, how the program ends; ``doctor`` on weights, and the template for one's own photos."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_obdsd.cli.main import COMMANDS
 from dist_obdsd.cli.parser import parse
 from dist_obdsd.config import registry
 from tests import runs
 
-HELP = """
-import sys
-from dist_obdsd.cli.main import main
-try:
-    main(sys.argv[1:])
-except SystemExit as end:
-    print("imported:", *{"torch", "pydantic", "numpy"} & set(sys.modules))
-    sys.exit(end.code)
-"""
-
-
-def python(code: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
-
-
 PARTS = [registry.LOSSES, registry.TARGETS, registry.BACKBONES, registry.STRATEGIES]
 SETTINGS = [text for part in PARTS for text in (part.setting, *part.paths)]
 
 
-@pytest.mark.parametrize(("command", "names", "imported"), [("", list(COMMANDS), ""), ("train", SETTINGS, "pydantic")])
-def test_help_names_what_there_is_and_imports_little(command: str, names: list[str], imported: str) -> None:
-    done = python(HELP, *command.split(), "--help", capture_output=True, env=runs.environment())
-    assert done.returncode == 0, done.stderr
-    text, _, found = done.stdout.rpartition("imported:")
-    assert found.strip() == imported
-    assert all(f" {name}" in text for name in names)
-    assert "reader" not in text  # a recipe's
+def python(*arguments, stdout=subprocess.PIPE, cwd=None):
+    """Run Python in a process that has imported nothing yet."""
+    line, env = [sys.executable, *arguments], runs.environment()
+    return subprocess.run(line, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, check=False)
 
 
-def test_a_tilde_in_an_option_is_the_home_folder() -> None:
+@pytest.mark.parametrize(
+    ("command", "names", "imports"), [([], list(COMMANDS), set()), (["train"], SETTINGS, {"pydantic"})]
+)
+def test_help_names_what_there_is_and_imports_little(command, names, imports):
+    done = python("-X", "importtime", "-m", "dist_obdsd", *command, "--help")
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "dist_obdsd.cli.main" in modules
+    assert modules & {"torch", "pydantic", "numpy"} == imports
+    assert all(f" {name}" in done.stdout for name in names)
+    assert "reader" not in done.stdout  # a recipe's
+
+
+def test_a_tilde_in_an_option_is_the_home_folder():
     options = parse(["pack", "glyphs", "--out=~/x", "--source=a~"])
     assert (options.out, options.source) == (Path.home() / "x", Path("a~"))
 
@@ -61,20 +54,19 @@ cli.program()
 """
 
 
-def test_a_program_ends_after_its_threads_and_exit_handlers() -> None:
-    done = python(ENDING.replace("CODE", "3"), capture_output=True)
+def test_a_program_ends_after_its_threads_and_exit_handlers():
+    done = python("-c", ENDING.replace("CODE", "3"))
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.split("\n") == ["main", "thread", "at exit", ""]
     with open("/dev/full", "w") as full:
-        assert python(ENDING.replace("CODE", "0"), stdout=full).returncode == 1  # output that cannot be written
+        assert python("-c", ENDING.replace("CODE", "0"), stdout=full).returncode == 1  # output that cannot be written
 
 
-def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
     (tmp_path / "tiny.yaml").write_text(runs.CONFIG)
     reads, writes = os.pipe()
     os.close(reads)  # as head does
-    done = subprocess.run(runs.command("status", "tiny.yaml"), stdout=writes, stderr=subprocess.PIPE, text=True,
-                          cwd=tmp_path, env=runs.environment(), check=False)  # fmt: skip
+    done = python("-m", "dist_obdsd", "status", "tiny.yaml", stdout=writes, cwd=tmp_path)
     os.close(writes)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -87,34 +79,51 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         ("pack glyphs", "required: --out"),
         ("train a.yaml --nonsense", "--nonsense"),
         ("doctor tiny.yaml data.x=1", "unknown setting data.x"),
-        ("doctor tiny.yaml data.shards=nowhere", "nowhere"),
         ("train tiny.yaml threads=99999", "threads is 99999"),  # it would crash torch
         ("train empty.yaml", "empty.yaml holds nothing"),
     ],
 )
-def test_bad_usage_exits_with_2(arguments: str, fact: str, folder: Path) -> None:
+def test_bad_usage_exits_with_2(arguments, fact, folder):
     (folder / "empty.yaml").touch()
-    done = runs.program(*arguments.split(), cwd=folder)
-    assert done.returncode == 2
-    assert fact in done.stderr
+    assert fact in runs.program(*arguments.split(), cwd=folder, exits=2).stderr
 
 
-def test_a_sentence_is_what_torchrun_ends_with(folder: Path) -> None:
-    line = runs.command("train", "tiny.yaml", "data.shards=nowhere", ranks=2)
-    done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env=runs.environment(), check=False)
+def test_a_sentence_is_what_torchrun_ends_with(folder):
+    done = python(*runs.command("train", "tiny.yaml", "data.shards=nowhere", ranks=2)[1:], cwd=folder)
     lines = [line for line in done.stderr.splitlines() if line.strip(" =")]
     assert "there is no shard folder nowhere" in lines[0]
     assert lines[-1].endswith(lines[0].removeprefix("dist-obdsd: "))
     assert "dist_obdsd/data" not in done.stderr  # no traceback of ours
 
 
-def test_evaluate_gives_the_run_s_own_numbers(untouched: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
-    run = untouched()
-    summary = json.loads((run / "summary.json").read_text())
-    last = {row["metric"]: row["value"] for row in summary["rows"] if row["protocol"] == "last"}
-    assert {"recall@1", "recall@2", "map@r"} <= last.keys()
-    for ranks in (0, 2):
-        done = runs.program("evaluate", run, "--shards", shards, "--json", "numbers.json", ranks=ranks, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        written = json.loads((tmp_path / "numbers.json").read_text())
-        assert {row["metric"]: row["value"] for row in written["rows"]} == last
+def test_doctor_says_whether_weights_are_there(cli, folder, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    grey = ["doctor", "tiny.yaml", "data.mean=null", "data.std=null", "data.channels=3", "model.backbone=resnet18"]
+    # The first option is that of DeepSpeed's launcher.
+    said = cli("--local_rank=0", *grey, "model.pretrained=none", cwd=folder).stdout
+    assert "network: resnet18 with 11.2 million weights, from none" in said
+    assert torch.__version__.split("+")[0] in said
+    assert "1, 2, 4 ranks" in said
+    assert "all-reduce" not in said  # one rank
+    said = cli(*grey, "model.pretrained=torchvision", cwd=folder).stdout
+    assert f"is not in {folder}/hub/hub/checkpoints; --download fetches it" in said
+    failed = cli(*grey, "model.pretrained=torchvision", "--download", cwd=folder, exits=2)
+    assert "cannot be downloaded" in failed.stderr
+    assert "memory of each" in failed.stdout
+    assert "strategy=fsdp" not in failed.stdout  # another strategy's, where the config's own fits
+
+
+def test_the_template_serves_twelve_classes_of_eight_photos(tmp_path):
+    """Without a network, with nothing edited; only smaller images, fewer epochs and workers."""
+    runs.make_images(tmp_path / "photos", classes=12)
+    runs.program("pack", "folder", "--source", "photos", "--out", "data/folder", "--workers", "1", cwd=tmp_path)
+    shutil.copy(runs.ROOT / "configs" / "folder.yaml", tmp_path)
+    alone = {"HF_HOME": f"{tmp_path}/hub", "https_proxy": "http://127.0.0.1:9"}  # where nobody answers
+    short = ("name=run", "epochs=2", "data.image_size=64", "data.workers=0")
+    quiet = ("tracking.kind=none", "tracking.figures=false")
+    done = runs.program("train", "folder.yaml", *short, *quiet, cwd=tmp_path, env=alone)
+    assert "until then small_cnn is trained from random weights" in done.stdout
+    assert "optim.lr=0.0009" in done.stdout
+    rows = runs.summary(tmp_path / "runs" / "run")["rows"]
+    assert {row["protocol"] for row in rows} == {"untrained", "last", "best_validation"}

@@ -1,8 +1,6 @@
 """The worked example in every public docstring runs."""
 
 import doctest
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,12 +13,12 @@ NAMES = [name for name in dist_obdsd.__all__ if name != "__version__"]
 
 
 class Unit(nn.Linear):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images):
         return nn.functional.normalize(super().forward(images), dim=1)
 
 
 @pytest.fixture
-def names(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def names(trained, tmp_path, monkeypatch):
     """What a reader has at hand, in a folder with data and a run."""
     torch.manual_seed(0)
     for link, target in (
@@ -42,9 +40,9 @@ def names(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_example_of_a_public_name_runs(name: str, names: dict[str, Any]) -> None:
+def test_the_example_of_a_public_name_runs(name, names):
     (example,) = doctest.DocTestFinder(recurse=False).find(names[name], name, globs=names)
     assert example.examples
-    said: list[str] = []
+    said = []
     doctest.DocTestRunner().run(example, out=said.append)
     assert not said, "".join(said)

@@ -61,15 +61,14 @@ def test_an_ideal_batch_is_blocks_of_classes(tmp_path: Path) -> None:
     np.testing.assert_allclose(maps["Transition A"], (blocks - np.eye(12)) / 2, atol=1e-6)
     for name in ("Target before the diffusion", "Target after the diffusion"):
         np.testing.assert_allclose(maps[name], blocks / 3, atol=1e-3)
-    title = figure.axes[1].get_title()
-    assert title.splitlines()[1] == "itself 0%, its class 100%, others 0%"
+    assert figure.axes[1].get_title().splitlines()[1] == "itself 0%, its class 100%, others 0%"
     for axes in figure.axes[:4]:
         (frames,) = axes.collections
         assert [path.get_extents().bounds for path in frames.get_paths()] == [
             (start - 0.5, start - 0.5, 3.0, 3.0) for start in (0, 3, 6, 9)
         ]
-    bars = [axes.get_ylabel() for axes in figure.axes[4:]]
-    assert sorted(bars) == sorted(["cosine", "weight of the edge (grey: 0)", *["probability (grey: 0)"] * 2])
+    bars = {axes.get_ylabel() for axes in figure.axes[4:]}
+    assert bars == {"cosine", "weight of the edge (grey: 0)", "probability (grey: 0)"}
 
 
 def test_a_large_batch_is_shown_in_part_and_diffused_as_a_whole(tmp_path: Path) -> None:
@@ -121,5 +120,3 @@ def test_the_spectrum_is_shares_beside_an_even_one(tmp_path: Path) -> None:
     (axes,) = figure.axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.8, 0.2, 1e-12])
     assert list(axes.lines[1].get_ydata()) == [1 / 3, 1 / 3]
-    assert axes.get_yscale() == "log"
-    assert "better" in axes.get_xlabel()

@@ -2,34 +2,21 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 
-from dist_obdsd.cli import main as cli
 from dist_obdsd.figures.run_figures import BatchSample, RunFigures
 from tests import runs
 
 NAMES = {"retrieval_grid", "embedding_map", "spectrum", "batch_manifold"}
 
 
-def pngs(run: Path) -> set[str]:
-    found = set()
-    for path in (run / "figures").glob("*.png"):
-        with Image.open(path) as picture:
-            picture.load()
-            assert min(picture.size) > 300
-        found.add(path.stem)
-    return found
+def pngs(run):
+    return {path.stem for path in (run / "figures").glob("*.png")}
 
 
-def test_a_resumed_run_draws_every_figure_also_anew(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = folder / "runs" / "tiny"
+def test_a_resumed_run_draws_every_figure_also_anew(cli, folder, run):
     runs.train(folder, "epochs=2", "max_steps=5")
     assert not (run / "figures").exists()
     done = runs.train(folder, "epochs=2", "tracking.figures=true", ranks=2)
@@ -43,29 +30,20 @@ def test_a_resumed_run_draws_every_figure_also_anew(
     shutil.rmtree(run / "checkpoints")
     for path in (run / "figures").glob("*.png"):
         path.unlink()
-    monkeypatch.chdir(folder)
-    assert cli.main(["figures", "runs/tiny", "data.shards=nowhere"]) == 1
+    told = cli("figures", "runs/tiny", "data.shards=nowhere", cwd=folder, exits=1).stderr
     assert pngs(run) == NAMES - {"retrieval_grid"}
-    told = capsys.readouterr().err
     assert "retrieval_grid.png" in told
     assert "nowhere" in told
 
 
-def test_a_folder_without_kept_data_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(folder)
-    assert cli.main(["figures", "nowhere"]) == 2
-    assert "nowhere has no config.yaml" in capsys.readouterr().err
+def test_a_folder_without_kept_data_is_refused(cli, folder):
+    assert "nowhere has no config.yaml" in cli("figures", "nowhere", cwd=folder, exits=2).stderr
     (folder / "young").mkdir()
-    (folder / "young" / "config.yaml").write_text((folder / "tiny.yaml").read_text())
-    assert cli.main(["figures", "young"]) == 2
-    assert "tracking.figures=true" in capsys.readouterr().err
+    (folder / "tiny.yaml").rename(folder / "young" / "config.yaml")
+    assert "tracking.figures=true" in cli("figures", "young", cwd=folder, exits=2).stderr
 
 
-def test_what_cannot_be_kept_never_ends_a_run(
-    tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_cannot_be_kept_never_ends_a_run(tmp_path, small_disk, caplog):
     caplog.set_level("INFO", "dist_obdsd")
     (tmp_path / "figures").write_text("a file where the folder should be")
     (small_disk / "fill").write_bytes(bytes(1 << 20))

@@ -143,7 +143,6 @@ def test_a_hostfile_that_cannot_be_used_is_refused(folder, content, fact):
 
 def test_doctor_measures_what_lies_between_the_ranks(folder):
     done = runs.program("doctor", "tiny.yaml", ranks=2, cwd=folder)
-    assert done.returncode == 0, done.stderr
     rows = {line[:14].strip(): line[15:] for line in done.stdout.splitlines()}
     assert rows["launcher"] == "environment, rank 0 of 2"
     assert "ranks 0, 1" in rows["hosts"]
@@ -153,6 +152,5 @@ def test_doctor_measures_what_lies_between_the_ranks(folder):
     assert rows["clocks"].startswith("apart by ")
     assert "run folder runs/tiny: new" in done.stdout
     assert "memory of each of 2 ranks, strategy=ddp: " in done.stdout
-    refused = runs.program("doctor", "tiny.yaml", ranks=3, cwd=folder)
-    assert refused.returncode != 0
+    refused = runs.program("doctor", "tiny.yaml", ranks=3, cwd=folder, exits=2)
     assert "1, 2, 4" in refused.stderr

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,18 @@ class Job:
 
     def tracker(self, run_id=None, **tracking):
         tracking = {"uri": self.uri, "wait_seconds": PATIENCE, "experiment": self.folder.name, **tracking}
-        config = parse_config(
-            {"name": "x", "output": str(self.folder), "epochs": 2, "data": {"shards": "s"}, "tracking": tracking},
-            "test",
-        )
+        raw = {"name": "x", "output": str(self.folder), "epochs": 2, "data": {"shards": "s"}, "tracking": tracking}
+        config = parse_config(raw, "test")
         self.run_dir.mkdir(exist_ok=True)
         return build_tracker(config, self.run_dir, MANIFEST, run_id, TAGS)
+
+    def life(self, status, *losses, **tracking):
+        """Track steps from the first one on, and the run's end; return its id."""
+        tracker = self.tracker(**tracking)
+        for step, loss in enumerate(losses):
+            tracker.metrics({"loss": loss}, step)
+        tracker.close(status)
+        return tracker.run_id
 
     def said(self):
         """The messages since the last call."""
@@ -60,13 +67,17 @@ class Job:
     def state(self):
         return UploadState.load(self.log, event_log.read_header(self.log))
 
+    def forget(self, **changes):
+        """Change what is known of the upload: by default, nothing is sent yet."""
+        replace(self.state(), **({"sent": 0, "number": 0} | changes)).save(self.log)
+
 
 def test_all_kinds_of_events_arrive_and_none_twice(job):
     tracker = job.tracker(experiment="odd: 'n\"ame %41 #?& ü 漢", parent="a" * 32)
     assert tracker.run_id.startswith("local-")
     tracker.params({f"p{i}": "v" * (7000 if i == 0 else 1) for i in range(150)})
-    for step in range(60):
-        tracker.metrics({f"m{i}": step + i for i in range(20)} | {"recall@1": 0.5, "not a number": float("nan")}, step)
+    for step in range(120):  # more than are sent together, and more numbers than MLflow takes in one call
+        tracker.metrics({f"m{i}": step + i for i in range(10)} | {"recall@1": 0.5, "not a number": float("nan")}, step)
     tracker.tags({"checkpoint.last": "/there (5 bytes)"})
     tracker.dataset("birds", MANIFEST, "/data/birds", {"splits": {"train": {"images": 3, "classes": 2}}})
     for path in ("figures/grid.png", "figures/map.png", "config.yaml"):
@@ -84,8 +95,8 @@ def test_all_kinds_of_events_arrive_and_none_twice(job):
     assert run.data.tags["mlflow.source.git.commit"] == "c" * 40
     assert len(run.data.params) == 150
     assert len(run.data.params["p0"]) == 6000
-    assert job.history(tracker.run_id, "m7") == [(step, step + 7) for step in range(60)]
-    assert len(job.history(tracker.run_id, "recall_at_1")) == len(job.history(tracker.run_id, "not a number")) == 60
+    assert job.history(tracker.run_id, "m7") == [(step, step + 7) for step in range(120)]
+    assert len(job.history(tracker.run_id, "recall_at_1")) == len(job.history(tracker.run_id, "not a number")) == 120
     (given,) = run.inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest) == ("birds", MANIFEST[:36])
     assert MANIFEST in given.dataset.source
@@ -94,26 +105,21 @@ def test_all_kinds_of_events_arrive_and_none_twice(job):
     figures = {file.path for file in job.client.list_artifacts(tracker.run_id, "figures")}
     assert figures == {"figures/grid.png", "figures/map.png"}
     # All of it once more, as after a crash between an event and its acknowledgement.
-    state = job.state()
-    state.sent = state.number = 0
-    state.save(job.log)
+    job.forget()
     assert f"sent {len(list(event_log.read_events(job.log)))} events" in job.replay()
-    assert job.history(tracker.run_id, "m7") == [(step, step + 7) for step in range(60)]
+    assert job.history(tracker.run_id, "m7") == [(step, step + 7) for step in range(120)]
     again = job.client.get_run(tracker.run_id)
     assert len(again.inputs.dataset_inputs) == 1
     assert again.info.end_time == run.info.end_time
     assert "nothing was missing" in job.replay()
     # And with the answer to the run's creation lost, too.
-    state.run_id = None
-    state.save(job.log)
+    job.forget(run_id=None)
     assert tracker.run_id in job.replay()
     assert len(job.client.search_runs([run.info.experiment_id])) == 1
 
 
 def test_a_deleted_run_is_told_once_and_replayed_when_restored(job):
-    tracker = job.tracker()
-    tracker.close("KILLED")
-    run_id = tracker.run_id
+    run_id = job.life("KILLED")
     job.client.delete_run(run_id)
     tracker = job.tracker(run_id, wait_seconds=0.5)
     for step in range(3):
@@ -128,22 +134,15 @@ def test_a_deleted_run_is_told_once_and_replayed_when_restored(job):
         job.replay()
     assert "sent 7 events" in job.replay(new_run=True)
     assert job.state().run_id != run_id
-    state = job.state()
-    state.run_id, state.sent = run_id, 0
-    state.save(job.log)
+    job.forget(run_id=run_id)
     job.client.restore_run(run_id)
     job.replay()
     assert job.history(run_id, "loss") == [(0, 0), (1, 1), (2, 2)]
     assert job.client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_a_run_that_never_reached_its_server_is_replayed_and_continued(job):
-    tracker = job.tracker(uri="http://127.0.0.1:9", wait_seconds=0.5)
-    tracker.metrics({"loss": 1}, 0)
-    tracker.metrics({"loss": 2}, 1)
-    tracker.close("KILLED")
-    local = tracker.run_id
-    assert local.startswith("local-")
+def test_a_run_that_never_reached_its_server_is_replayed(job):
+    local = job.life("KILLED", 1, 2, uri="http://127.0.0.1:9", wait_seconds=0.5)
     with pytest.raises(RunError, match=r"127.0.0.1:9: Connection refused; .* is sent up to event 0"):
         job.replay()
     job.replay(uri=job.uri)
@@ -175,9 +174,7 @@ def test_a_killed_run_of_an_earlier_version_is_continued(job):
     assert job.replay().endswith("ended as KILLED")
     assert job.client.get_run(tracker.run_id).info.status == "KILLED"
     job.log.write_text(job.log.read_text().replace('"dist-obdsd event log 1"', '"dist-obdsd spool 1"', 1))
-    state = job.state()
-    state.sent = job.log.read_bytes().index(b"\n") + 1
-    state.save(job.log)
+    job.forget(sent=job.log.read_bytes().index(b"\n") + 1)
     again = job.tracker()
     again.metrics({"loss": 2}, 1)
     again.close("FINISHED")
@@ -189,29 +186,22 @@ def test_a_killed_run_of_an_earlier_version_is_continued(job):
 def test_a_parent_may_be_told_by_its_local_id(job, caplog):
     parent = job.tracker()
     local, run_id = parent.run_id, parent.await_run_id()
-    assert local.startswith("local-")
-    assert job.client.get_run(run_id).info.run_name == "x"
+    assert local != run_id
     (job.folder / "child").mkdir()
-    child = Job(job.folder / "child", job.uri, caplog).tracker(parent=local, experiment=job.folder.name)
-    child.close("FINISHED")
+    child = Job(job.folder / "child", job.uri, caplog).life("FINISHED", parent=local, experiment=job.folder.name)
     parent.close("FINISHED")
-    assert job.client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == run_id
+    assert job.client.get_run(child).data.tags["mlflow.parentRunId"] == run_id
 
 
 def test_a_log_of_another_run_is_kept_aside(job):
-    tracker = job.tracker()
-    tracker.metrics({"loss": 1}, 0)
-    tracker.close("KILLED")
-    first = tracker.run_id
+    first = job.life("KILLED", 1)
     job.log.write_text(job.log.read_text().replace('"epochs": 2', '"epochs": 3', 1))
-    tracker = job.tracker()
-    tracker.metrics({"loss": 2}, 0)
-    tracker.close("FINISHED")
+    second = job.life("FINISHED", 2)
     (said,) = job.said()
     assert "(epochs: 3 -> 2)" in said
     assert "tracking-1.jsonl" in said
-    assert tracker.run_id != first
-    assert job.history(tracker.run_id, "loss") == [(0, 2)]
+    assert second != first
+    assert job.history(second, "loss") == [(0, 2)]
     replay(job.run_dir / "tracking-1.jsonl")
     assert first in job.said()[-1]
 
@@ -228,9 +218,8 @@ def test_three_runs_begin_a_database_at_once(tmp_path):
     assert [run.exitcode for run in runs] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["what?now", "job%2Fmain #50%&c;d='ü"])
-def test_a_database_in_a_folder_of_any_name(name, tmp_path, monkeypatch, job):
-    here = tmp_path / name
+def test_a_database_in_a_folder_of_any_name(tmp_path, monkeypatch, job):
+    here = tmp_path / "job%2Fmain #50%&c;d='ü what?now"
     here.mkdir()
     monkeypatch.chdir(here)
     tracker = job.tracker(uri="sqlite:///m.db")
@@ -242,7 +231,7 @@ def test_a_database_in_a_folder_of_any_name(name, tmp_path, monkeypatch, job):
     assert client.get_metric_history(tracker.run_id, "loss")[0].value == 1
     assert {path.name for path in here.iterdir()} == {"m.db", "mlruns"}
     assert [path.read_text() for path in here.rglob("note.txt")] == ["hello"]
-    assert not any(path.exists() for path in (tmp_path / "job", tmp_path / "what"))
+    assert not any((tmp_path / cut).exists() for cut in ("job", "job%2Fmain ", here.name.partition("?")[0]))
 
 
 def test_a_database_that_cannot_be_opened_is_told_at_once(job):
@@ -263,14 +252,16 @@ def test_a_full_disk_never_stops_a_run(job, small_disk):
     tracker.uploader._thread.join(PATIENCE)  # it may be inside of a call, and has the log open
 
 
-def test_charts_open_with_losses_and_validation():
-    losses = {"ranking": "curves/loss_ranking", "ranking_pull": "curves/loss_ranking_pull",
-              "validation/recall@1": "curves/validation_recall_at_1"}  # fmt: skip
-    later = {"lr": "optimizer/lr", "target_entropy": "target/entropy", "epoch/images_per_s": "speed/epoch_images_per_s",
-             "test/recall@1": "test/recall_at_1", "checkpoint/mib": "checkpoint_mib", "a(b)": "a_b_"}  # fmt: skip
-    assert {name: metric_name(name) for name in losses | later} == losses | later
-    # The UI sorts the groups by name, and shows what is in none at the end.
-    assert all(chart.partition("/")[0] > "curves" for chart in later.values() if "/" in chart)
+def test_charts_lie_in_named_groups():
+    # The UI sorts the groups by name: losses and validation come first.
+    charts = {
+        "ranking": "curves/loss_ranking", "ranking_pull": "curves/loss_ranking_pull",
+        "validation/recall@1": "curves/validation_recall_at_1", "lr": "optimizer/lr", "ramp": "optimizer/ramp",
+        "epoch/images_per_s": "speed/epoch_images_per_s", "seconds": "speed/step_seconds",
+        "target_entropy": "target/entropy", "test/recall@1": "test/recall_at_1", "checkpoint/mib": "checkpoint_mib",
+        "a(b)": "a_b_",
+    }  # fmt: skip
+    assert {name: metric_name(name) for name in charts} == charts
 
 
 @pytest.mark.parametrize("uri", ["http://x", "sqlite:////a/b.db", "sqlite:///:memory:", "postgresql://u@h/d"])

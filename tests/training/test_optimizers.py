@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 
-from dist_obdsd.config import parse_config
 from dist_obdsd.config.sections import OptimConfig
 from dist_obdsd.models.embedder import build_embedder
 from dist_obdsd.training.optimizers import build_optimizer, learning_rate, load_state_by_name, state_by_name
+from tests.training.test_train_step import settings
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -27,13 +27,13 @@ def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) ->
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_state_by_name_continues_in_any_layout(name, layout):
     """ZeRO keeps flat rows; a run that goes on under DDP has the channels innermost."""
-    settings = OptimConfig(name=name, lr=0.1)
+    config = OptimConfig(name=name, lr=0.1)
     first, second, unstated = convolution(), convolution(layout), convolution()
-    before = build_optimizer(settings, first.named_parameters())
+    before = build_optimizer(config, first.named_parameters())
     train(first, before, 3)
     second.load_state_dict(first.state_dict())
     unstated.load_state_dict(first.state_dict())
-    after = build_optimizer(settings, second.named_parameters())
+    after = build_optimizer(config, second.named_parameters())
     kept = copy.deepcopy(state_by_name(before, first.named_parameters()))
     load_state_by_name(after, second.named_parameters(), kept)
     train(first, before, 3)
@@ -42,7 +42,7 @@ def test_state_by_name_continues_in_any_layout(name, layout):
     assert (second.weight.stride() == first.weight.stride()) == flat
     assert torch.allclose(first.weight, second.weight, rtol=0, atol=0 if flat else 1e-13)
     # The control: without the state, the weights differ.
-    train(unstated, build_optimizer(settings, unstated.named_parameters()), 3)
+    train(unstated, build_optimizer(config, unstated.named_parameters()), 3)
     assert not torch.allclose(first.weight, unstated.weight, atol=1e-6)
 
 
@@ -58,11 +58,8 @@ def test_learning_rates():
 
 
 def test_layer_decay_lowers_the_rates_towards_the_input(caplog):
-    raw = {
-        "name": "x", "epochs": 2, "data": {"shards": "x", "image_size": 32},
-        "model": {"backbone": "timm/vit_tiny_patch16_224"}, "optim": {"lr": 1e-3, "layer_decay": 0.5, "head_scale": 10},
-    }  # fmt: skip
-    config = parse_config(raw, "x")
+    vit = ("model.backbone=timm/vit_tiny_patch16_224", "data.image_size=32")
+    config = settings(*vit, "optim.layer_decay=0.5", "optim.head_scale=10")
     student = build_embedder(config, torch.device("cpu"))
     caplog.set_level("INFO")
     depths, parameters = student.layer_depths(), dict(student.named_parameters())

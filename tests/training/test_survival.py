@@ -1,6 +1,8 @@
-"""Kills, hangs and errors, in short; ``python -m tests.chaos`` kills at many random moments."""
+"""Kills, hangs, errors and full disks, in short; ``python -m tests.chaos`` kills at many random moments."""
 
+import os
 import signal
+import subprocess
 
 import pytest
 
@@ -32,9 +34,9 @@ ZERO = ("strategy=deepspeed", "deepspeed.stage=1", "precision=float32")
     [(4, (), IN_A_WRITE), (2, ZERO, IN_A_STEP), (2, ("strategy=fsdp",), IN_A_STEP)],
     ids=["ddp on 4 ranks, in a write", "zero 1 on 2 ranks, in a step", "fsdp on 2 ranks, in a step"],
 )
-def test_kill_9_changes_no_bit(folder, untouched, ranks, overrides, code):
-    overrides, run = (*SETTINGS, *overrides), folder / "runs" / "tiny"
-    assert runs.program("train", "tiny.yaml", *overrides, ranks=ranks, cwd=folder, code=code).returncode != 0
+def test_kill_9_changes_no_bit(folder, run, untouched, ranks, overrides, code):
+    overrides = (*SETTINGS, *overrides)
+    runs.train(folder, *overrides, ranks=ranks, code=code, exits=None)
     assert runs.status(run)["state"] in ("running", "failed")  # nobody, or a rank that was left alone, could tell
     assert checkpoint.load(run)["position"]["global_step"] == 4
     assert any((run / "checkpoints").glob(".*.writing")) == (code == IN_A_WRITE)
@@ -52,17 +54,15 @@ def test_kill_9_changes_no_bit(folder, untouched, ranks, overrides, code):
     assert "head.bias" in str(chaos.difference(whole, found))
 
 
-def test_a_run_moves_between_strategies_and_world_sizes(folder, untouched):
-    common = (
-        "optim.head_scale=2", "precision=float32", "ranking.name=proxy_anchor", "ranking.lr=0.01", "epochs=2",
-        "optim.clip_norm=1",
-    )  # fmt: skip
+def test_a_run_moves_between_strategies_and_world_sizes(folder, run, untouched):
+    objective = ("ranking.name=proxy_anchor", "ranking.lr=0.01", "optim.head_scale=2", "optim.clip_norm=1")
+    common = (*objective, "precision=float32", "epochs=2")
     runs.train(folder, *common, "max_steps=3")
     runs.train(folder, *common, "strategy=fsdp", "max_steps=7", ranks=2)
     runs.train(folder, *common, "strategy=deepspeed", "deepspeed.stage=2", "max_steps=10", ranks=2)
     runs.train(folder, *common, ranks=2)
     assert "finished already" in runs.train(folder, *common).stdout
-    folders = untouched(*common), folder / "runs" / "tiny"
+    folders = untouched(*common), run
     whole, moved = map(checkpoint.load, folders)
     assert whole["optimizer"].keys() == moved["optimizer"].keys()
     for name, value in whole["student"].items():
@@ -77,7 +77,7 @@ def test_a_run_moves_between_strategies_and_world_sizes(folder, untouched):
 
 def test_a_second_ctrl_c_kills(folder):
     twice = runs.at_step("os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)", 4)
-    assert runs.program("train", "tiny.yaml", cwd=folder, code=twice).returncode == -signal.SIGINT
+    runs.train(folder, code=twice, exits=-signal.SIGINT)
 
 
 def test_a_rank_of_an_earlier_attempt_does_not_write_the_status(tmp_path):
@@ -117,3 +117,38 @@ def test_an_error_on_one_rank_ends_all_and_says_where(folder):
         for part in (f"rank {rank} on", "at step 4", fact):
             assert part in lasts[rank]
     assert "the disk said no" in message
+
+
+ON_A_DISK = ("epochs=2", "precision=float32", "checkpoint.keep=1")  # 12 steps, checkpoints of 3.3 MiB
+
+
+def resize(disk, mib):
+    subprocess.run(["mount", "-o", f"remount,size={mib}m", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_later_it_goes_on(train, small_disk, untouched):
+    resize(small_disk, 5)
+    run, command = small_disk / "tiny", (*ON_A_DISK, f"output={small_disk}")
+    (line,) = train(*command, exits=1).stderr.splitlines()
+    assert f"cannot write the checkpoint {run}/checkpoints/epoch-0002.pt: No space left on device, since 3," in line
+    assert " bytes are needed and " in line
+    assert "bytes are free; the previous one is intact, so free some space and start the same command again" in line
+    status = runs.status(run)
+    assert status["state"] == "failed"
+    assert "epoch-0002" in status["message"]
+    assert checkpoint.find(run).name == "epoch-0001.pt"
+    assert checkpoint.load(run)["position"]["global_step"] == 6
+    assert not list((run / "checkpoints").glob(".*"))
+
+    resize(small_disk, 20)
+    assert "from epoch-0001.pt" in train(*command).stdout
+    assert chaos.difference(chaos.result(untouched(*ON_A_DISK)), chaos.result(run)) is None
+
+
+def test_a_disk_that_is_full_during_an_epoch_is_told(train, small_disk):
+    run, page = small_disk / "tiny", os.sysconf("SC_PAGESIZE")
+    # status.json, config.yaml and provenance.json take one page each, and then there is none for metrics.jsonl.
+    (small_disk / "filler").write_bytes(bytes(2**20 - 3 * page))
+    (line,) = train(*ON_A_DISK, f"output={small_disk}", exits=1).stderr.splitlines()
+    assert f"cannot write {run}/metrics.jsonl: No space left on device" in line
+    assert "0 bytes are free" in line
