@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 POLL_SECONDS = 5e-5
+_STILL_PINNED: list[np.ndarray] = []
+"""Held to the process's end, since pinned memory must not be freed."""
 
 
 class AsyncHostCopy:
@@ -103,5 +105,14 @@ def pin(memory: np.ndarray) -> None:
 
 
 def unpin(memory: np.ndarray) -> None:
-    """Undo ``pin``, once all copies from there are done."""
-    torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+    """Undo ``pin``, once all copies from there are done.
+
+    The driver may wait for what is queued on the GPU, which does not end where a rank hangs. Memory then stays pinned.
+    """
+    idle = False
+    with contextlib.suppress(RuntimeError):  # an earlier kernel failed
+        idle = torch.cuda.current_stream().query()
+    if idle:
+        torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+    else:
+        _STILL_PINNED.append(memory)

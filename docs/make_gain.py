@@ -1,20 +1,24 @@
 """Draws docs/results/gain.png from docs/results/trials.csv: when does the distillation gain MAP@R?
 
 A trial is one run, measured after its last epoch on training classes that were held out. Its gain is the difference to
-``none`` on the same data, with the same rate, epochs and seed.
+``none`` on the same data, with the same rate, epochs and seed. Points of several seeds are means with 95 % intervals.
 """
 
 import csv
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"obdsd": "#0072B2", "uniform": "#D55E00"}
-STUDIES = {"cub100": ("birds", "1e-05", "o"), "grocery": ("groceries", "3e-05", "^")}
+STUDIES = {"cub100": ("birds", "1e-05", "o"), "grocery": ("groceries", "3e-05", "^"), "cars": ("cars", "0.0001", "s")}
 """Data -> its name, the rate that was chosen, and a marker."""
-SAME = ("data", "lr", "epochs", "seed")
-USUAL = {"temperature": ("0.1",), "transition_temperature": ("0.05", ""), "omega": ("0.5", "")}
+SAME = ("data", "lr", "epochs", "samples_per_class", "seed")
+USUAL = {"temperature": "0.1", "transition_temperature": "0.05", "omega": "0.5", "samples_per_class": "4", "memory": ""}
 
 
 def main() -> None:
@@ -22,33 +26,47 @@ def main() -> None:
         trials = [trial for trial in csv.DictReader(file) if trial["lr"] == STUDIES[trial["data"]][1]]
     baselines = {tuple(t[name] for name in SAME): float(t["last_map_at_r"]) for t in trials if t["target"] == "none"}
     figure = Figure(figsize=(12, 4.4), layout="constrained")
-    by_weight, by_flatness, by_length = panels = figure.subplots(1, 3, sharey=True)
+    by_weight, by_flatness, by_length = panels = figure.subplots(1, 3)
     for data, (name, _, marker) in STUDIES.items():
         for target, colour in COLOURS.items():
-            style = {"color": colour, "marker": marker, "label": f"{target}, {name}"}
-            weights, flatness, lengths = [], [], []
+            style = {"color": colour, "marker": marker, "markersize": 5, "label": f"{target}, {name}"}
+            weights, lengths, flatness = defaultdict(list), defaultdict(list), []
             for t in trials:
                 if (t["data"], t["target"]) != (data, target):
                     continue
                 gain = float(t["last_map_at_r"]) - baselines[tuple(t[name] for name in SAME)]
-                usual = all(t[name] in values for name, values in USUAL.items())
+                usual = all(t[name] in (value, "") for name, value in USUAL.items())
                 if t["epochs"] == "12":
                     flatness.append((max(float(t["mean_kl_to_uniform"]), 1e-3), gain))
-                    weights += [(float(t["weight"]), gain)] if usual else []
-                if usual and t["weight"] == "10.0" and target == "obdsd":
-                    lengths.append((int(t["epochs"]), gain))
-            by_weight.plot(*zip(*sorted(weights), strict=True), **style)
-            by_flatness.plot(*zip(*flatness, strict=True), linestyle="none", **style)
+                if usual and t["epochs"] == "12":
+                    weights[float(t["weight"])].append(gain)
+                if usual and target == "obdsd" and t["weight"] == "10.0":
+                    lengths[int(t["epochs"])].append(gain)
+            draw(by_weight, weights, style)
+            if flatness:
+                by_flatness.plot(*zip(*flatness, strict=True), linestyle="none", **style)
             if len(lengths) > 1:
-                by_length.plot(*zip(*sorted(lengths), strict=True), **style)
+                draw(by_length, lengths, style)
     by_weight.set(xscale="log", xlabel="weight, at temperature 0.1", ylabel="gain in MAP@R on held-out classes")
     by_flatness.set(xscale="log", xlabel="KL of the target to uniform in nats (0.001: less)")
-    by_length.set(xlabel="epochs, at weight 10", xticks=(4, 8, 12))
+    by_length.set(xlabel="epochs, at weight 10", xticks=(4, 12, 24))
     for axes in panels:
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.grid(visible=True, alpha=0.25)
         axes.legend(fontsize=8)
     figure.savefig(RESULTS / "gain.png", dpi=110)
+
+
+def draw(axes: Any, gains: dict[float, list[float]], style: dict[str, Any]) -> None:
+    """Draw the means over the seeds, with Student's 95 % interval where there are three."""
+    if not gains:
+        return
+    x = sorted(gains)
+    axes.plot(x, [np.mean(gains[at]) for at in x], **style)
+    for at in x:
+        if (n := len(gains[at])) > 2:
+            half = stats.t.ppf(0.975, n - 1) * np.std(gains[at], ddof=1) / np.sqrt(n)
+            axes.errorbar(at, np.mean(gains[at]), half, color=style["color"], capsize=3, linewidth=0.9)
 
 
 if __name__ == "__main__":

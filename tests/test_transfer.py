@@ -1,5 +1,7 @@
 """Waits for a GPU, and pinned memory; ``tests/gpu`` has the copies."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +68,12 @@ def test_memory_is_pinned_in_place_and_unpinned_at_the_end(monkeypatch: pytest.M
     decoder.close()
     Decoder(jobs(1), ROWS, CONFIG, 1).close()  # the control: nobody asked
     assert not pinned
+
+
+def test_memory_stays_pinned_while_a_hung_rank_keeps_the_gpu_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostUnregister=given_back.append))
+    for idle in (False, True):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=idle: SimpleNamespace(query=lambda: idle))
+        unpin(np.zeros(1))
+        assert len(given_back) == idle
