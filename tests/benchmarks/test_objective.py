@@ -1,9 +1,9 @@
-"""The benchmarks of the objective, its gradients and the manifold."""
+"""The benchmarks of the objective, its gradients, the manifold, retrieval metrics, and a rank of many."""
 
 import pytest
 import torch
 
-from benchmarks import gradients, manifold, objective
+from benchmarks import gradients, manifold, objective, scale, search
 
 
 def test_implementations_agree_and_are_timed(bench, capsys):
@@ -59,3 +59,37 @@ def test_our_gradients_are_exact_and_the_efficient_ones_not(bench):
         assert row["factor"] == pytest.approx(1)
         assert row["loss ratio"] == pytest.approx(1)
     assert min(row["error"] for row in rows if "efficient" in row["loss"]) > 0.1
+
+
+def test_retrieval_metrics_of_others_and_of_two_ranks_agree(bench, monkeypatch):
+    monkeypatch.setattr(search, "SIZES", {"small": (600, 16, 20)})
+    rows = bench(search, "--sizes", "small", "--rounds", 1)
+    assert [(row["ranks"], row["implementation"]) for row in rows] == [
+        (1, search.HERE), (1, "faiss and NumPy"), (1, "pytorch-metric-learning"), (2, search.HERE),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["cpu_seconds"] > 0
+        for name in ("recall@1", "map@r"):
+            assert row[name] == pytest.approx(rows[0][name], abs=1e-6)
+    assert 0.01 < rows[0]["map@r"] < 0.95
+    assert 100 < rows[3]["peak_mib_per_rank"] < 4000
+    assert search.findings(rows)["small: two ranks to one"] == rows[3]["cpu_seconds"] / rows[0]["cpu_seconds"]
+
+
+@pytest.mark.parametrize(("W", "strategy"), [(4, "ddp"), (16, "ddp"), (4, "fsdp")])
+def test_rank_0_of_many_sends_and_holds_what_formulas_say(bench, W, strategy):
+    b, D = 4, 8
+    settings = ("model.backbone=resnet18", f"model.embedding_dim={D}", f"strategy={strategy}")
+    (row,) = bench(scale, *settings, "--worlds", W, "--batch", b)
+    parameters = 11_176_512 + 512 * D + D
+    kept = [row[part] * 2**30 / (4 * parameters) for part in ("weights", "gradients", "teacher", "optimizer")]
+    shards = 1 if strategy == "ddp" else W
+    assert kept == pytest.approx([1 / shards, 1 / shards, 1 / shards, 2 / shards], rel=0.01)
+    assert sum(kept) < row["peak GiB"] * 2**30 / (4 * parameters) < 20
+    if strategy == "ddp":
+        # The student's and the teacher's embeddings are gathered, and the student's gradient is scattered back.
+        sent = 3 * W * b * D * 4 * (W - 1) / W
+        assert row["of embeddings"] * 2**20 == pytest.approx(sent, abs=2048)  # and one all-reduce of sums and flags
+        gradient = 2 * 4 * parameters * (W - 1) / W
+        assert (row["MiB sent"] - row["of embeddings"]) * 2**20 == pytest.approx(gradient, abs=2)
+        assert row["messages"] == row["of gradients"] + 4

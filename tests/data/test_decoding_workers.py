@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from dist_obdsd.data import decoding_workers as decoding
 from dist_obdsd.data.decoding_workers import LENT, SLOTS, DecodedJob, DecodeJob, Decoder, DecodeTask
 from dist_obdsd.data.images import decode
+from dist_obdsd.transfer import pin, unpin
 from tests.data.pictures import encoded, noise
 from tests.data.shards import SIZE, config_of
 
@@ -60,3 +65,47 @@ def test_damage_that_is_passed_over_is_not_printed_about(capfd: pytest.CaptureFi
     with closing(Decoder(iter([job]), ROWS, CONFIG, 1)) as decoder:
         assert not next(decoder).failures
     assert capfd.readouterr().err == ""
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    with closing(Decoder(jobs(9), ROWS, CONFIG, 1, pinned=True)) as decoder:
+        assert [values(batch) for batch in decoder] == [{i} for i in range(9)]
+    assert len(caplog.messages) == (not torch.cuda.is_available())
+    assert all("pinned (Found no NVIDIA driver" in message for message in caplog.messages)
+
+
+def test_memory_is_pinned_in_place_and_unpinned_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's calls; on a machine with a GPU, the driver itself is called."""
+    pinned: dict[int, int] = {}
+
+    def taken(memory: np.ndarray) -> None:
+        pinned[memory.ctypes.data] = memory.nbytes
+        if torch.cuda.is_available():
+            pin(memory)
+
+    def given_back(memory: np.ndarray) -> None:
+        del pinned[memory.ctypes.data]
+        if torch.cuda.is_available():
+            unpin(memory)
+
+    monkeypatch.setattr(decoding, "pin", taken)
+    monkeypatch.setattr(decoding, "unpin", given_back)
+    with closing(Decoder(jobs(9), ROWS, CONFIG, 1, pinned=True)) as decoder:
+        ((start, size),) = pinned.items()
+        for batch in decoder:
+            assert start <= batch.images.data_ptr() <= start + size - batch.images.nbytes
+            assert batch.images.is_pinned() == torch.cuda.is_available()
+            del batch
+    assert not pinned
+    decoder.close()
+    Decoder(jobs(1), ROWS, CONFIG, 1).close()  # the control: nobody asked
+    assert not pinned
+
+
+def test_memory_stays_pinned_while_a_hung_rank_keeps_the_gpu_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostUnregister=given_back.append))
+    for idle in (False, True):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=idle: SimpleNamespace(query=lambda: idle))
+        unpin(np.zeros(1))
+        assert len(given_back) == idle

@@ -132,12 +132,6 @@ def test_refusals_name_the_numbers(labels: list[list[int]], how: dict, fact: str
         plan_of(manifest_of(labels), **how)
 
 
-def test_classes_that_are_too_small_are_counted() -> None:
-    few = manifest_of([[0, 0, 1, 2, 2]] * 4)
-    assert plan_of(few, global_size=8, classes=[0, 1, 2]).too_small == 0  # class 1 has four, in four shards
-    assert plan_of(few, global_size=10, lanes=1, window=4, samples_per_class=5).too_small == 1
-
-
 Case = tuple[Manifest, list[int], dict[str, int]]
 """A manifest, the classes to train on, and the settings of a plan."""
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dist_obdsd.distributed import collectives
-from dist_obdsd.distributed.failures import raise_on_all_ranks
+from dist_obdsd.distributed.failures import is_timeout, raise_on_all_ranks
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.transfer import wait_for
 from tests import harness
 
 worlds = pytest.mark.parametrize("world", harness.WORLD_SIZES)
@@ -143,3 +144,21 @@ def test_nobody_leaves_alone(world: int) -> None:
     # No rank is named where all failed alike.
     answers = harness.run(world, raise_worker, {rank: InputError("no file") for rank in range(world)})
     assert answers == [("InputError", "no file")] * world
+
+
+class Event:
+    """Comes after so many questions."""
+
+    def __init__(self, questions: float) -> None:
+        self.left = questions
+
+    def query(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_wait_for_a_gpu_that_waits_for_a_hung_rank_times_out() -> None:
+    wait_for(Event(3), 60)
+    with pytest.raises(RuntimeError) as caught:
+        wait_for(Event(float("inf")), 0.01)
+    assert is_timeout(caught.value)  # so the run's status names the ranks that hang

@@ -1,6 +1,8 @@
-"""The public ``evaluate``: any rows, labels and ranks, against other libraries, and what it refuses."""
+"""The public ``evaluate``: any rows, labels and ranks, and what it refuses; the worked examples beside the metrics."""
 
+import doctest
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch.distributed as dist
 import dist_obdsd
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.evaluation import clustering, geometry, metrics
 from tests import harness
 from tests.evaluation.data import ALL, LABELS, D, N, rows
 
@@ -58,22 +61,6 @@ def test_the_same_numbers_from_any_ranks_and_kinds_of_input() -> None:
     assert first_rank == last_rank == first
     for form in ("arrays", "huge", "tiny"):  # float64 rows are not rounded, which moves the last bits
         assert worker(form) == pytest.approx(first, abs=1e-6)
-
-
-def test_agrees_with_pytorch_metric_learning() -> None:
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-
-    found = dist_obdsd.evaluate(ROWS, LABELS, metrics=ALL)
-    names = {
-        "precision_at_1": "recall@1", "r_precision": "r_precision", "mean_average_precision_at_r": "map@r",
-    }  # fmt: skip
-    theirs = AccuracyCalculator(include=tuple(names), k="max_bin_count", device=torch.device("cpu")).get_accuracy(
-        torch.nn.functional.normalize(ROWS), LABELS
-    )
-    assert {ours: theirs[name] for name, ours in names.items()} == pytest.approx(
-        {ours: found[ours] for ours in names.values()}, abs=1e-6
-    )
-    assert 0.1 < found["map@r"] < 0.9
 
 
 def test_queries_and_gallery_are_masks() -> None:
@@ -132,3 +119,10 @@ def test_bad_input_is_refused_alike_on_every_rank(fault: str) -> None:
     for world in (3,) if fault in ("dimension", "mixed") else (1, 3):
         (said,) = set(harness.run(world, refused_worker, fault))
         assert all(word in said for word in FAULTS[fault][1]), said
+
+
+@pytest.mark.parametrize(("module", "examples"), [(metrics, 12), (clustering, 3), (geometry, 2)])
+def test_the_worked_examples(module: ModuleType, examples: int) -> None:
+    outcome = doctest.testmod(module)
+    assert outcome.attempted >= examples
+    assert outcome.failed == 0

@@ -3,8 +3,7 @@
 Legend: b rows of this rank, B rows of the global batch.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -114,14 +113,3 @@ def distance(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tenso
 
 def same_bits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name].cpu(), wanted[name].cpu()) for name in wanted)
-
-
-@contextmanager
-def convolutions_in_float32(wanted: bool = True) -> Iterator[None]:
-    """Keep cuDNN from rounding the factors of float32 convolutions to TF32, as torch lets it do."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = not wanted
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before

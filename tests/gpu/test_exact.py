@@ -11,7 +11,7 @@ from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Launch, Runtime
 from dist_obdsd.training import strategy
 from tests import harness
-from tests.gpu.rig import CPU, Rig, convolutions_in_float32, distance, settings, within
+from tests.gpu.rig import CPU, Rig, distance, settings, within
 
 LIMITS = {
     ("small_cnn", "float32"): (1e-4, 1e-4),
@@ -32,7 +32,7 @@ SAME = ("model.channels_last=false", "batch.chunk=8", "model.compile=true")
 
 @pytest.mark.parametrize("backbone", ["small_cnn", "resnet18"])
 @pytest.mark.parametrize("way", [*(f"distillation.target={target}" for target in TARGETS), *SAME])
-def test_a_step_is_exact(device, backbone, way):
+def test_a_step_is_exact(device, backbone, way, monkeypatch):
     """Losses and gradients of one step beside those of the same step in float64 on the CPU."""
     if device.type == "cpu" and (backbone == "resnet18" or way == "model.compile=true"):
         pytest.skip("takes half a minute on a CPU")
@@ -40,9 +40,9 @@ def test_a_step_is_exact(device, backbone, way):
     precisions = ("float32",) if way in SAME else ("float32", "bf16", *(["tf32"] if device.type == "cuda" else []))
     wanted, wanted_gradients = one_step(CPU, backbone, target, "precision=float64")
     for precision in precisions:
-        with convolutions_in_float32(precision == "float32"):
-            wide = "bf16" if precision == "bf16" else "float32"
-            numbers, gradients = one_step(device, backbone, way, f"precision={wide}")
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "float32")
+        wide = "bf16" if precision == "bf16" else "float32"
+        numbers, gradients = one_step(device, backbone, way, f"precision={wide}")
         losses, slopes = LIMITS[backbone, precision]
         for name in {"ranking", "distillation"} & wanted.keys():
             within(f"{precision}: error of {name}", abs(numbers[name] / wanted[name] - 1), losses)
@@ -67,7 +67,7 @@ def test_a_gradient_that_is_not_exact_is_found(monkeypatch):
 
     monkeypatch.setattr(strategy.Strategy, "_clipped_norm", longer)
     with pytest.raises(AssertionError, match="error of the gradient"):
-        test_a_step_is_exact(CPU, "small_cnn", "distillation.target=obdsd")
+        test_a_step_is_exact(CPU, "small_cnn", "distillation.target=obdsd", monkeypatch)
 
 
 def error(rank: Runtime, *overrides: str, alone: tuple[str, ...] = ()) -> float:
@@ -77,7 +77,8 @@ def error(rank: Runtime, *overrides: str, alone: tuple[str, ...] = ()) -> float:
         alone: further settings of the process alone.
     """
     groups = [dist.new_group([number]) for number in range(rank.world_size)]
-    with convolutions_in_float32():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         with collectives.within(groups[rank.rank]):
             one = Rig(settings("small_cnn", *overrides, *alone), rank.device)
             one.objective.group = groups[rank.rank]
