@@ -15,7 +15,7 @@ from scipy import stats
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"obdsd": "#0072B2", "uniform": "#D55E00"}
-STUDIES = {"cub100": ("birds", "1e-05", "o"), "grocery": ("groceries", "3e-05", "^"), "cars": ("cars", "0.0001", "s")}
+STUDIES = {"cub100": ("birds", "1e-05", "o"), "grocery": ("groceries", "3e-05", "^"), "cars": ("cars", "0.0003", "s")}
 """Data -> its name, the rate that was chosen, and a marker."""
 SAME = ("data", "lr", "epochs", "samples_per_class", "seed")
 USUAL = {"temperature": "0.1", "transition_temperature": "0.05", "omega": "0.5", "samples_per_class": "4", "memory": ""}
