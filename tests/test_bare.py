@@ -2,9 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
 
 from dist_obdsd.cli import main as cli
 from dist_obdsd.tracking.system_metrics import SystemMetrics
@@ -33,7 +30,7 @@ sys.exit(main(["pack", "folder", "--source", sys.argv[1], "--out", "packed"])
 """
 
 
-def test_packing_and_training_need_no_optional_package(folder: Path, shards: Path) -> None:
+def test_packing_and_training_need_no_optional_package(folder, shards):
     done = subprocess.run(
         [sys.executable, "-c", BARE, shards.parent / "images"], cwd=folder, env=runs.environment(),
         capture_output=True, text=True, timeout=runs.SECONDS, check=False,
@@ -42,9 +39,7 @@ def test_packing_and_training_need_no_optional_package(folder: Path, shards: Pat
     assert runs.status(folder / "runs" / "tiny")["state"] == "finished"
 
 
-def test_a_command_says_which_package_it_lacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_says_which_package_it_lacks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["pack", "glyphs", "--out", "glyphs"]) == 2
@@ -53,15 +48,13 @@ def test_a_command_says_which_package_it_lacks(
     assert "Traceback" not in error
 
 
-def test_another_module_that_is_missing_is_a_defect(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_module_that_is_missing_is_a_defect(monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "doctor", "lost")
     assert cli.main(["doctor"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_node_is_watched_as_far_as_the_packages_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_is_watched_as_far_as_the_packages_go(monkeypatch):
     assert "system_memory_usage_megabytes" in SystemMetrics().read()
     monkeypatch.setitem(sys.modules, "psutil", None)
     assert not any(name.startswith(("cpu", "system")) for name in SystemMetrics().read())

@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("screen", [Terminal(), io.StringIO()], ids=["terminal", "file"])
-def test_a_bar_is_shown_on_a_terminal_alone(screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_is_shown_on_a_terminal_alone(screen, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     with console.log_to_terminal(), console.bar(3, "images", "verifying") as bar:
         bar.update(2)
@@ -32,7 +32,7 @@ def test_a_bar_is_shown_on_a_terminal_alone(screen: io.StringIO, monkeypatch: py
         assert text == "dist-obdsd: a warning\n"
 
 
-def test_lines_in_place_of_bars_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_in_place_of_bars_without_tqdm(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     assert console.has_bars()
@@ -46,9 +46,7 @@ def test_lines_in_place_of_bars_without_tqdm(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("lines", [0, 24])
-def test_lines_stand_in_where_a_terminal_has_no_size(
-    lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lines_stand_in_where_a_terminal_has_no_size(lines, monkeypatch, capsys):
     screen, other = os.openpty()
     termios.tcsetwinsize(screen, (lines, 80))
     monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
@@ -64,9 +62,7 @@ def test_lines_stand_in_where_a_terminal_has_no_size(
     ("is_main", "quiet", "out"),
     [(True, False, "news\nresult\n"), (True, True, "result\n"), (False, False, ""), (False, True, "")],
 )
-def test_levels_decide_which_rank_prints(
-    is_main: bool, quiet: bool, out: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_levels_decide_which_rank_prints(is_main, quiet, out, capsys):
     with console.log_to_terminal(is_main, quiet):
         logger.debug("detail")
         logger.info("news")

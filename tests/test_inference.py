@@ -3,7 +3,6 @@
 import io
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +15,16 @@ from dist_obdsd.config import parse_config
 from dist_obdsd.errors import InputError
 from dist_obdsd.inference import ImageEmbedder
 from dist_obdsd.models.embedder import build_embedder
+from tests.data.pictures import colours
 
 
 @pytest.fixture(scope="module")
-def embedder(trained: Path) -> ImageEmbedder:
+def embedder(trained):
     return dist_obdsd.load(trained / "runs" / "tiny")
 
 
 @pytest.fixture(scope="module")
-def coloured() -> ImageEmbedder:
+def coloured():
     """An untrained network for RGB, with a resize before the crop."""
     data = {"shards": "none", "image_size": 24, "resize": 32}
     config = parse_config({"name": "rgb", "epochs": 2, "data": data, "model": {"backbone": "small_cnn"}}, "test")
@@ -32,13 +32,7 @@ def coloured() -> ImageEmbedder:
     return ImageEmbedder(network, config, 2, Path("none"))
 
 
-def picture(height: int = 40, width: int = 50) -> np.ndarray:
-    """uint8 [H, W, 3]: smooth, so that JPEG changes little, and different in every channel."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([4 * x, 5 * y, 2 * (x + y)], axis=-1).clip(0, 255).astype(np.uint8)
-
-
-def test_rows_are_those_of_embed(trained: Path, embedder: ImageEmbedder, tmp_path: Path) -> None:
+def test_rows_are_those_of_embed(trained, embedder, tmp_path):
     out = tmp_path / "rows.npz"
     assert main(["embed", f"{trained}/runs/tiny", "--images", f"{trained}/images", "--out", str(out)]) == 0
     with np.load(out) as archive:
@@ -55,7 +49,7 @@ def test_rows_are_those_of_embed(trained: Path, embedder: ImageEmbedder, tmp_pat
 
 
 @pytest.mark.parametrize("which", ["last", "best"])
-def test_which_chooses_the_pointer(trained: Path, which: Any) -> None:
+def test_which_chooses_the_pointer(trained, which):
     embedder = dist_obdsd.load(trained / "runs" / "tiny", which=which)
     assert embedder.path.name == (trained / "runs" / "tiny" / "checkpoints" / which).read_text()
     state = torch.load(embedder.path, weights_only=True)["student"]
@@ -63,10 +57,8 @@ def test_which_chooses_the_pointer(trained: Path, which: Any) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_kind_of_image_gives_the_same_row(
-    channels: int, embedder: ImageEmbedder, coloured: ImageEmbedder, tmp_path: Path
-) -> None:
-    array = picture()
+def test_every_kind_of_image_gives_the_same_row(channels, embedder, coloured, tmp_path):
+    array = colours(40, 50)
     image = Image.fromarray(array)
     path = tmp_path / "a.png"
     image.save(path)
@@ -87,16 +79,16 @@ def test_every_kind_of_image_gives_the_same_row(
     assert (embed(255 - array) - rows[0]).abs().max() > 1e-3
 
 
-def test_grey_pixels_are_read_by_a_network_for_colours(coloured: ImageEmbedder) -> None:
-    grey = picture()[:, :, 0]
+def test_grey_pixels_are_read_by_a_network_for_colours(coloured):
+    grey = colours(40, 50)[:, :, 0]
     kinds = [Image.fromarray(grey), grey, grey[:, :, None], torch.tensor(grey), torch.tensor(grey)[None]]
     kinds += [Image.fromarray(grey).convert("RGB"), np.stack([grey] * 3, axis=-1)]
     for kind in kinds:
         assert torch.equal(coloured.prepare(kind), coloured.prepare(kinds[0]))
 
 
-def test_orientation_and_alpha_are_read_as_in_training(coloured: ImageEmbedder, tmp_path: Path) -> None:
-    array = picture()
+def test_orientation_and_alpha_are_read_as_in_training(coloured, tmp_path):
+    array = colours(40, 50)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(np.rot90(array)).save(tmp_path / "turned.png", exif=exif)
@@ -123,16 +115,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("image", "words"), REFUSED, ids=[words[:30] for _, words in REFUSED])
-def test_no_image_is_refused_with_its_number_and_the_reason(embedder: ImageEmbedder, image: Any, words: str) -> None:
+def test_no_image_is_refused_with_its_number_and_the_reason(embedder, image, words):
     with pytest.raises(InputError, match=f"image 1 cannot be embedded: .*{words}"):
-        embedder([picture(), image])
+        embedder([colours(), image])
 
 
 @pytest.mark.parametrize(
     ("file", "words"),
     [("no.png", "its format is none of"), ("cut.png", ""), ("missing.png", "No such"), (".", "Is a dir")],
 )
-def test_a_broken_file_is_named(trained: Path, embedder: ImageEmbedder, tmp_path: Path, file: str, words: str) -> None:
+def test_a_broken_file_is_named(trained, embedder, tmp_path, file, words):
     good = trained / "images" / "class_00" / "0.png"
     (tmp_path / "no.png").write_bytes(b"no image")
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
@@ -149,9 +141,7 @@ def test_a_broken_file_is_named(trained: Path, embedder: ImageEmbedder, tmp_path
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )
-def test_a_run_without_a_best_epoch_is_loaded_as_last(
-    trained: Path, tmp_path: Path, arguments: dict[str, Any], words: str
-) -> None:
+def test_a_run_without_a_best_epoch_is_loaded_as_last(trained, tmp_path, arguments, words):
     run = trained / "runs" / "tiny" / "checkpoints"
     (tmp_path / "checkpoints").mkdir()
     for file in ("last", (run / "last").read_text()):

@@ -1,24 +1,21 @@
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from dist_obdsd.data import remote
 from dist_obdsd.data.packing.shard_assignment import assign_evenly
-from dist_obdsd.data.stream import TrainBatch
-from tests.data.server import Server, serving
-from tests.data.shards import CLASSES, PER_CLASS, SHARDS, Data, batches, config_of, packed, unwritten, write_shards
+from tests.data.server import serving
+from tests.data.shards import CLASSES, PER_CLASS, SHARDS, batches, config_of, packed, unwritten, write_shards
 
 
 @pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+def _hurry(monkeypatch):
     """Downloads are tried again at once."""
     monkeypatch.setattr(remote, "PAUSE", 0.01)
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path):
     """A server of a folder that is empty at first."""
     (tmp_path / "data").mkdir()
     with serving(tmp_path / "data") as running:
@@ -26,7 +23,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+def data(tmp_path_factory):
     """Shards to be read only; image i is of class i // PER_CLASS, and the classes 20 to 24 are for testing."""
     folder, train = tmp_path_factory.mktemp("shards"), packed([PER_CLASS] * CLASSES, shards=SHARDS)
     test = []
@@ -38,6 +35,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 @pytest.fixture(scope="session")
-def alone(data: Data) -> list[TrainBatch]:
+def alone(data):
     """What one rank without decoding processes gives: the reference."""
     return batches(data, config_of(data[0]))

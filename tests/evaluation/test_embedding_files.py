@@ -1,4 +1,4 @@
-"""Files of embeddings: round trips, the same bytes on any number of ranks, other tools' files, and bad ones."""
+"""Files and indices of embeddings: round trips, the same bytes on any ranks, other tools' files, and bad ones."""
 
 import os
 import unittest.mock
@@ -6,15 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
 
+import dist_obdsd
+from dist_obdsd.cli.main import main
 from dist_obdsd.distributed import collectives
 from dist_obdsd.errors import InputError
-from dist_obdsd.evaluation import embedding_files
+from dist_obdsd.evaluation import embedding_files, faiss_index
 from tests import harness
 
 N, D = 50, 6
@@ -178,3 +181,76 @@ def unwritable_worker(path: str) -> str:
     with pytest.raises(InputError) as caught:
         embedding_files.write(Path(path), torch.from_numpy(ROWS), torch.from_numpy(IDS), table, "float32")
     return str(caught.value)
+
+
+# ---- the index of ``embed --index`` ----
+
+UNIT = torch.nn.functional.normalize(torch.from_numpy(ROWS), dim=1)
+
+
+def index_worker(folder: str) -> None:
+    rank, world = collectives.rank(), collectives.world_size()
+    table = {"ids": IDS, "keys": COLUMNS["keys"]}
+    faiss_index.write(Path(folder) / f"{world}.faiss", UNIT[rank::world], torch.from_numpy(IDS)[rank::world], table)
+
+
+def test_an_index_answers_as_its_rows_and_is_the_same_on_any_ranks(tmp_path):
+    for world in (1, 2, 3):
+        harness.run(world, index_worker, str(tmp_path))
+    for world in (2, 3):
+        for name in ("{}.faiss", "{}.faiss.keys.parquet"):
+            assert (tmp_path / name.format(world)).read_bytes() == (tmp_path / name.format(1)).read_bytes()
+    found = faiss.read_index(str(tmp_path / "2.faiss"))
+    assert (found.ntotal, found.d, found.metric_type) == (N, D, faiss.METRIC_INNER_PRODUCT)
+    cosines, ids = found.search(UNIT.numpy(), N)
+    np.testing.assert_allclose(cosines[:, 0], 1, atol=1e-6)
+    assert ids[:, 0].tolist() == IDS.tolist()
+    places = np.searchsorted(IDS, ids)
+    np.testing.assert_allclose(np.take_along_axis((UNIT @ UNIT.T).numpy(), places, axis=1), cosines, atol=1e-6)
+    np.testing.assert_array_equal(found.reconstruct(int(IDS[7])), UNIT[7])
+
+
+def test_a_folder_is_searched_by_its_keys(trained, tmp_path):
+    run, images = trained / "runs" / "tiny", trained / "images"
+    out = tmp_path / "gallery.faiss"
+    assert main(["embed", str(run), "--images", str(images), "--index", str(out)]) == 0
+    keys = parquet.read_table(f"{out}.keys.parquet").to_pandas().set_index("ids")
+    assert list(keys.columns) == ["keys", "labels", "classes"]
+    query = images / "class_20" / "5.png"
+    _, ids = faiss.read_index(str(out)).search(dist_obdsd.load(run)(query).numpy(), 4)
+    assert keys.loc[ids[0][0]]["keys"] == "class_20/5.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.faiss", "gallery.faiss.keys.parquet"]
+
+
+def test_shards_have_their_keys_and_both_files_are_written(trained, tmp_path):
+    arguments = ["--shards", str(trained / "packed"), "--index", f"{tmp_path}/a.faiss", "--out", f"{tmp_path}/a.npz"]
+    assert main(["embed", str(trained / "runs" / "tiny"), *arguments]) == 0
+    keys = parquet.read_table(tmp_path / "a.faiss.keys.parquet").to_pandas()
+    with np.load(tmp_path / "a.npz") as archive:
+        assert keys["keys"].tolist() == archive["keys"].tolist()
+        found = faiss.read_index(str(tmp_path / "a.faiss"))
+        np.testing.assert_array_equal(found.reconstruct(int(keys["ids"][9])), archive["embeddings"][9])
+    assert set(keys["roles"]) == {"both"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "embed writes --out FILE, --index FILE or both"),
+        (["--index", "nowhere/a.faiss"], "folder does not exist"),
+        (["--index", "a.npz", "--out", "a.npz"], "both write a.npz"),
+        (["--index", "a", "--out", "a.keys.parquet"], "both write a.keys.parquet"),
+    ],
+)
+def test_an_index_that_cannot_be_written_is_one_sentence(trained, tmp_path, arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["embed", str(trained / "runs/tiny"), "--images", str(trained / "images"), *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_faiss_the_sentence_says_what_to_do(monkeypatch):
+    faiss_index.check_faiss()
+    monkeypatch.setattr(faiss_index.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--index needs faiss"):
+        faiss_index.check_faiss()

@@ -1,8 +1,6 @@
 """Weights that training begins with, and what fine-tuning leaves as it is."""
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from tests.models.data import build, pictures, settings
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     """A run's folder with one checkpoint."""
     state = dict.fromkeys(checkpoint.ENTRIES - {"format"}) | {
         "config": settings("timm/test_vit", "seed=7").model_dump(mode="json"),
@@ -32,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     ("backbone", "suffix"),
     [("timm/test_vit", "pth"), ("timm/test_resnet", "safetensors"), ("mobilenet_v3_small", "pth")],
 )
-def test_a_file_s_weights_are_those_of_the_network(backbone: str, suffix: str, tmp_path: Path) -> None:
+def test_a_file_s_weights_are_those_of_the_network(backbone, suffix, tmp_path):
     source, path = build(backbone, "seed=7"), tmp_path / f"weights.{suffix}"
     state = {name: value.contiguous() for name, value in source.trunk.state_dict().items()}
     save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
@@ -49,7 +47,7 @@ def test_a_file_s_weights_are_those_of_the_network(backbone: str, suffix: str, t
     ("content", "fact"),
     [({"a": torch.zeros(1)}, "does not fit resnet18"), (b"no weights", "not a state dict"), (None, "no file and no")],
 )
-def test_files_that_hold_no_weights_are_refused(content: Any, fact: str, tmp_path: Path) -> None:
+def test_files_that_hold_no_weights_are_refused(content, fact, tmp_path):
     path = tmp_path / "x.pth"
     if content is not None:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -57,7 +55,7 @@ def test_files_that_hold_no_weights_are_refused(content: Any, fact: str, tmp_pat
         build("resnet18", f"model.pretrained={path}")
 
 
-def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
+def test_position_embeddings_are_resampled(tmp_path):
     source = build("timm/test_vit").trunk
     torch.save(source.state_dict(), tmp_path / "vit.pth")
     wide = build("timm/test_vit", f"model.pretrained={tmp_path / 'vit.pth'}", "data.image_size=[32, 64]").trunk
@@ -65,7 +63,7 @@ def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
     assert torch.equal(wide.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
 
 
-def test_a_run_goes_on_from_another_run(run: Path) -> None:
+def test_a_run_goes_on_from_another_run(run):
     theirs = checkpoint.load(run)["student"]
     for path in (run, run / "checkpoints" / "epoch-0001.pt"):
         found = build("timm/test_vit", f"model.pretrained={path}").state_dict()
@@ -80,9 +78,7 @@ def test_a_run_goes_on_from_another_run(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("backbone", "file"), [("timm/resnet18", "a1_in1k/model.safetensors"), ("resnet18", ".pth")])
-def test_missing_weights_are_told_with_their_place(
-    backbone: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_weights_are_told_with_their_place(backbone, file, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -98,9 +94,7 @@ def test_missing_weights_are_told_with_their_place(
     ("name", "file"),
     [("googlenet", "googlenet-1378be20.pth"), ("inception_v3", "inception_v3_google-0cc3c7bd.pth")],
 )
-def test_classifiers_in_the_middle_are_dropped(
-    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classifiers_in_the_middle_are_dropped(name, file, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     published = models.get_model(name, aux_logits=True, init_weights=False, transform_input=True)
@@ -117,7 +111,7 @@ def test_classifiers_in_the_middle_are_dropped(
 
 
 @pytest.mark.parametrize("backbone", ["timm/test_vit", "mobilenet_v3_small"])
-def test_freezing_stops_at_a_block(backbone: str) -> None:
+def test_freezing_stops_at_a_block(backbone):
     model = build(backbone, "model.freeze=2")
     depths = model.layer_depths()
     assert {depths[name] for name, p in model.named_parameters() if not p.requires_grad} == {0, 1, 2}
@@ -129,7 +123,7 @@ def test_freezing_stops_at_a_block(backbone: str) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["timm/test_vit", "squeezenet1_0"])
-def test_activation_checkpointing_changes_no_gradient(backbone: str) -> None:
+def test_activation_checkpointing_changes_no_gradient(backbone):
     saved, gradients, images = [], [], pictures(settings(backbone))
     for choice in ("false", "true"):
         model, kept = build(backbone, f"model.checkpoint_blocks={choice}", "precision=float64"), []
