@@ -202,8 +202,7 @@ def test_a_resumed_run_is_the_same(device, train, folder):
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # where torch has no such kernel
             for way, attempts in ways.items():
                 for more in attempts:
-                    code, _, errors = train(f"name={way}", *common, *more)
-                    assert code == 0, errors
+                    train(f"name={way}", *common, *more)
                 weights[way] = checkpoint.load(folder / "runs" / way)["student"]
     finally:
         torch.use_deterministic_algorithms(False)
