@@ -14,9 +14,9 @@ def names(folder: Path) -> list[str]:
 
 def test_a_folder_appears_whole_in_place_of_the_old_one(tmp_path: Path) -> None:
     for text in ("old", "new"):
-        (tmp_path / "out.writing").mkdir()
-        (tmp_path / "out.writing" / "left by a kill").touch()
-        (tmp_path / "out.replaced").mkdir()
+        for left in ("out.writing", "out.replaced"):  # by a process that was killed
+            (tmp_path / left).mkdir()
+            (tmp_path / left / "half a file").touch()
         with new_folder(tmp_path / "out") as folder:
             assert names(folder) == []
             (folder / text).touch()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common
+from benchmarks import common, loader, objective, step
 from dist_obdsd.distributed import collectives
 from dist_obdsd.distributed.launch import Runtime
 from dist_obdsd.errors import RunError
@@ -58,3 +58,16 @@ def test_a_benchmark_writes_prints_and_judges(tmp_path: Path, capsys: pytest.Cap
         file.write_text(content)
         assert bench(1.0, "--baseline", file) == code
         assert said in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "fact"),
+    [
+        (step, "--batch 7", "--batch is 7"),
+        (objective, "--sizes 16 --worlds 3", "--sizes has 16, which 3 ranks cannot share equally; give multiples of 3"),
+        (loader, "--shards {} --batch 15", "batch.global_size=15"),
+    ],
+)
+def test_a_batch_that_cannot_be_made_is_refused(benchmark, arguments: str, fact: str, shards: Path, capfd) -> None:
+    assert benchmark.main(arguments.format(shards).split()) == 2
+    assert fact in capfd.readouterr().err

@@ -54,8 +54,3 @@ def test_all_deliver_the_images_that_are_there(packed: Path, tmp_path: Path) -> 
                 seen |= set(images.unique().tolist())
         assert seen == {25 * label for label in range(8)}
         assert set(multiprocessing.active_children()) <= others  # though the batches are still held
-
-
-def test_a_batch_that_cannot_be_made_is_refused(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert loader.main(["--shards", str(packed), "--batch", "15"]) == 2
-    assert "batch.global_size=15" in capfd.readouterr().err

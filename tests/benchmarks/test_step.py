@@ -35,11 +35,6 @@ def test_variants_are_divided_into_parts_on_real_ranks(tmp_path: Path, capsys: p
     assert "excess of obdsd 0.005 on 2 ranks" in capsys.readouterr().out
 
 
-def test_an_odd_batch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert step.main(["--batch", "7"]) == 2
-    assert "--batch is 7" in capsys.readouterr().err
-
-
 class Machine:
     now = 0.0
 

@@ -44,9 +44,9 @@ def metered(W: int) -> Iterator[fake.Meter]:
         yield meter
 
 
-def put(module: nn.Module) -> None:
-    """Move a module to the device."""
-    for part in module.modules():
+def put(network: nn.Module) -> None:
+    """Move a network to the device."""
+    for part in network.modules():
         for name, p in part.named_parameters(recurse=False):
             part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=DEVICE), p.requires_grad)
         for name, x in part.named_buffers(recurse=False):
@@ -59,7 +59,6 @@ def objective(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> fak
     loss = build_objective(config, range(16), CPU)
     loss._plan = QueuePlan(**plan)
     with metered(W) as meter:
-        put(loss)
         E_bD, E_BD = (torch.empty(n, 32, device=DEVICE, requires_grad=True) for n in (b, W * b))
         labels_B = torch.empty(W * b, dtype=torch.int64, device=DEVICE)
         T_bD = torch.empty(b, 32, device=DEVICE) if loss.needs_teacher() else None
@@ -78,7 +77,6 @@ def step(W: int, b: int, overrides: list[str], plan: dict[str, Any]) -> fake.Met
     loss._plan = QueuePlan(**plan)
     with metered(W) as meter:
         put(student)
-        put(loss)
         taken = build_step(config, Runtime(Launch("fake"), torch.device(DEVICE)), student, loss)
         taken.early_diffusion = True
         images_b = torch.empty(b, 1, 32, 32, dtype=torch.uint8)
