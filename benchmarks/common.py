@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from dist_obdsd import console
 from dist_obdsd.cli.output import check_writable, write_json
 from dist_obdsd.distributed import launch
 from dist_obdsd.errors import InputError, RunError, UserError
-from dist_obdsd.machine import usable_cores
-from dist_obdsd.tracking.provenance import processor
+from dist_obdsd.tracking.provenance import hardware
 
 Row = dict[str, Any]
 TOLERANCE = 0.2
@@ -30,21 +29,36 @@ TOLERANCE = 0.2
 # ---- the command line ----
 
 
-def parser(description: str | None, worlds: Sequence[int] | None = None) -> argparse.ArgumentParser:
-    """Make the parser of what every benchmark takes, and ``--worlds`` if it has a default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads per process (default: 1)")
+def numbers(text: str) -> list[Any]:
+    """Parse ``112,448`` or ``1,0.05``."""
+    return list(json.loads(f"[{text}]"))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "worlds": {"type": numbers, "metavar": "W,W", "help": "numbers of ranks"},
+    "sizes": {"type": numbers, "metavar": "B,B", "help": "images of a batch"},
+    "batch": {"type": int, "help": "images of a rank"},
+    "dim": {"type": int, "help": "embedding dimension"},
+    "temperatures": {"type": numbers, "metavar": "T,T", "help": "transition temperatures of obdsd"},
+    "budget": {"type": float, "help": "seconds of a case"},
+    "rounds": {"type": int, "help": "rounds, in each of which all take their turn"},
+    "threads": {"type": int, "help": "CPU threads of a process"},
+}
+"""What several benchmarks take."""
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The module's text as it is, and every default."""
+
+
+def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Make a parser of ``--threads``, ``--json``, ``--baseline`` and those of ``OPTIONS`` that have a default here."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    for name, default in {**defaults, "threads": 1}.items():
+        parser.add_argument(f"--{name}", default=default, **OPTIONS[name])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="compare the findings with an earlier --json")
-    if worlds:
-        shown = ",".join(map(str, worlds))
-        parser.add_argument("--worlds", type=numbers, default=worlds, metavar="W,W", help=f"ranks (default: {shown})")
     return parser
-
-
-def numbers(text: str) -> list[int]:
-    """Parse ``--sizes 112,448``."""
-    return [int(number) for number in text.split(",")]
 
 
 def main(
@@ -69,31 +83,29 @@ def main(
             rows = run(options)
         print(table(rows))
         found = findings(rows)
-        for name, value in found.items():
-            print(f"{name}: {value:.3g}")
         if options.json is not None:
             write_json(options.json, meta(options.threads) | found, rows)
-        compared = compare(options.baseline, found) if options.baseline is not None else []
+        if found:
+            compare(found, options.baseline)
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    if compared:
-        print(table(compared))
-    return 1 if any(row["verdict"] == "worse" for row in compared) else 0
+    return 0
 
 
 # ---- processes of their own for each case ----
 
 
-def run_case(run_rank: Callable[[launch.Runtime, Row], Any], world: int, case: Row) -> list[Row]:
+def run_case(run_rank: Callable[[launch.Runtime, Row], Any], world: int, case: Row, **shown: Any) -> list[Row]:
     """Run a case in fresh processes, so that neither its memory nor its crash reaches the next one.
 
     Args:
         run_rank: a module's function, called on every rank; the row, or list of rows, of rank 0 is the answer.
         case: has ``threads``, and perhaps ``device``.
+        shown: more of the case, with which its rows begin.
 
     Returns:
-        The rows, or one ``{"skipped": reason}`` where a process was killed.
+        The rows, or one whose ``skipped`` says that a process was killed.
 
     Raises:
         RunError: a rank failed, with its traceback.
@@ -102,12 +114,12 @@ def run_case(run_rank: Callable[[launch.Runtime, Row], Any], world: int, case: R
         1, 1, world, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
     try:
-        answer = elastic_launch(config, _rank)(run_rank, case)[0]
+        answer = elastic_launch(config, _rank)(run_rank, case | shown)[0]
     except ChildFailedError as error:
-        if any(failure.exitcode == -signal.SIGKILL for failure in error.failures.values()):
-            return [{"skipped": "a process was killed, most likely for lack of memory"}]
-        raise RunError(f"the case {case} on {world} ranks failed:\n{error}") from error
-    return answer if isinstance(answer, list) else [answer]
+        if all(failure.exitcode != -signal.SIGKILL for failure in error.failures.values()):
+            raise RunError(f"the case {case | shown} on {world} ranks failed:\n{error}") from error
+        answer = {"skipped": "a process was killed, most likely for lack of memory"}
+    return [shown | row for row in (answer if isinstance(answer, list) else [answer])]
 
 
 def _rank(run_rank: Callable[[launch.Runtime, Row], Any], case: Row) -> Any:
@@ -134,8 +146,7 @@ def meta(threads: int) -> Row:
     """Describe the machine and the software."""
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "cores": usable_cores(),
+        "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": threads,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -143,44 +154,33 @@ def meta(threads: int) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Align rows in columns; a row that was skipped ends with its reason in place of its figures."""
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != "skipped"))
-    lines = [columns] + [[cell(row.get(name)) for name in columns] for row in rows]
+    """Align rows in columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns] + [[cell(row.get(name, "")) for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    reasons = ["", *(f"  {row['skipped']}" if "skipped" in row else "" for row in rows)]
-    return "\n".join(
-        "  ".join(map(str.rjust, line, widths)) + reason for line, reason in zip(lines, reasons, strict=True)
-    )
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def cell(value: Any) -> str:
-    """Format a figure with three digits; None as nothing."""
+    """Format a figure with three digits."""
     if not isinstance(value, float):
-        return "" if value is None else str(value)
+        return str(value)
     return f"{value:.0f}" if abs(value) >= 1000 or value == 0 else f"{value:.3g}"
 
 
-def compare(baseline: Path, found: Mapping[str, float]) -> list[Row]:
-    """Set findings, which are ratios of one run, beside those of an earlier ``--json`` file.
-
-    Returns:
-        Rows whose ``verdict`` is better or worse beyond the tolerance, alike, or new.
+def compare(found: dict[str, float], baseline: Path | None) -> None:
+    """Print findings beside those of an earlier ``--json`` file.
 
     Raises:
         InputError: the file is not one of ours.
+        RunError: a finding is worse beyond the tolerance.
     """
     try:
-        before = json.loads(baseline.read_text())["meta"]
+        before = json.loads(baseline.read_text())["meta"] if baseline else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--baseline {baseline} was not written by a benchmark's --json ({error})") from error
-
-    def verdict(name: str, now: float) -> str:
-        if name not in before:
-            return "new"
-        change = now / before[name]
-        return "worse" if change > 1 + TOLERANCE else "better" if change < 1 / (1 + TOLERANCE) else "alike"
-
-    return [
-        {"finding": name, "before": before.get(name), "now": now, "verdict": verdict(name, now)}
-        for name, now in found.items()
-    ]
+    changes = {name: found[name] / before[name] for name in found if name in before}
+    known = {name: {"before": before[name], "now / before": changes[name]} for name in changes}
+    print(table([{"finding": name, "now": now} | known.get(name, {}) for name, now in found.items()]))
+    if worse := [name for name, change in changes.items() if change > 1 + TOLERANCE]:
+        raise RunError(f"worse than the baseline by more than {TOLERANCE:.0%}: {', '.join(worse)}")

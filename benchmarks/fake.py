@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,8 +57,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, world: int, device: str = "cpu") -> None:
         super().__init__()
         self.world, self.device = world, device
-        self.messages, self.sent = Counter[str](), Counter[str]()
-        self.launches = self.moved = self.held = self.peak = 0
+        self.launches = self.moved = self.messages = self.sent = self.held = self.peak = 0
         self._sizes = weakref.WeakKeyDictionary[Any, list[int]]()
 
     def __enter__(self) -> Any:
@@ -80,7 +78,7 @@ class Meter(TorchDispatchMode):
         )
         name = func._schema.name.rpartition("::")[2]
         if func.namespace == "c10d":
-            self.count(name, max((x.nbytes for x in given), default=0))
+            self.send(name, max((x.nbytes for x in given), default=0))
         if func.is_view:
             return result
         if made and name not in FREE:
@@ -90,10 +88,10 @@ class Meter(TorchDispatchMode):
             self.hold(x)
         return result
 
-    def count(self, message: str, nbytes: int, messages: int = 1) -> None:
+    def send(self, message: str, nbytes: int, messages: int = 1) -> None:
         """Count what rank 0 sends: in rings (W - 1) / W of a gather or scatter, and twice that of an all-reduce."""
-        self.messages[message] += messages
-        self.sent[message] += int(nbytes * (self.world - 1) / self.world * (1 + ("allreduce" in message)))
+        self.messages += messages
+        self.sent += int(nbytes * (self.world - 1) / self.world * (1 + ("allreduce" in message)))
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage as long as it lives; of a DTensor, this rank's shard."""
@@ -106,8 +104,7 @@ class Meter(TorchDispatchMode):
     def begin(self) -> None:
         """Count from here on, beside what is held."""
         gc.collect()
-        self.messages.clear()
-        self.sent.clear()
+        self.messages = self.sent = 0
         self.peak = self.held
 
     def _resized(self, size: list[int], nbytes: int) -> None:

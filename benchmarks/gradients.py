@@ -40,7 +40,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def run(options: Namespace) -> list[Row]:
-    return [row for W in options.worlds for row in common.run_case(run_rank, W, {"threads": options.threads})]
+    return [row for W in options.worlds for row in common.run_case(run_rank, W, vars(options), W=W)]
 
 
 def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
@@ -59,7 +59,7 @@ def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
         found_BD, wanted_BD = collectives.gather_rows(part_bD.grad / W), whole_BD.grad
         rows.append(
             {
-                "ranks": W, "library": library, "loss": name,
+                "library": library, "loss": name,
                 "error": float((found_BD - wanted_BD).norm() / wanted_BD.norm()),
                 "factor": float((found_BD * wanted_BD).sum() / wanted_BD.square().sum()),
                 "loss ratio": float(collectives.sum_across(loss) / W / expected.detach()),
@@ -71,12 +71,8 @@ def run_rank(rank: Runtime, case: dict[str, Any]) -> list[Row]:
 def losses(alone: Group, own: slice) -> Iterator[tuple[str, str, Loss, Loss]]:
     """Yield the losses of the libraries that are installed, in one process and for one rank's rows of several.
 
-    Args:
-        alone: a process group of this rank alone.
-        own: this rank's rows.
-
     Yields:
-        library, name of the loss, the loss of the whole batch, and that of own rows.
+        library, name of the loss, the loss of the whole batch in the group ``alone``, and that of the ``own`` rows.
     """
     torch.manual_seed(0)  # proxies
     ours: dict[str, nn.Module] = {
@@ -128,7 +124,7 @@ def _of_two_views(loss: Callable[..., torch.Tensor]) -> Loss:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return common.main(common.parser(__doc__, worlds=(2, 4)), arguments, run)
+    return common.main(common.parser(__doc__, worlds=[2, 4]), arguments, run)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ it is timed when all that it decoded ahead is used up. All read from the page ca
 
 import argparse
 import math
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
+from operator import truediv
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import ImageFolder, default_loader
 from torchvision.transforms import v2
 
 from benchmarks import common
@@ -39,11 +40,11 @@ from dist_obdsd.data.shard_reader import read_shard
 from dist_obdsd.data.stream import TrainStream
 
 STREAM, PIL, CODEC = "stream", "image folder, PIL", "image folder, TorchCodec"
-ROUNDS = 5
 SECONDS = 2.0
 """Time that a source is timed in a round."""
 AHEAD = 2
-"""Batches that a DataLoader's process prepares ahead, torch's default."""
+"""Batches that a DataLoader's process prepares ahead."""
+Source = AbstractContextManager[Iterator[Tensor]]
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     configs = [build_config(options.shards, size, options.batch, options.workers) for size in options.sizes]
     with tempfile.TemporaryDirectory(prefix="dist-obdsd-bench-") as files:
         extract(options.shards, manifest, Path(files))
-        return [row for config in configs for row in measure(config, manifest, Path(files), options.budget)]
+        return [row for config in configs for row in measure(config, manifest, Path(files), options.rounds)]
 
 
 def build_config(shards: str, image_size: int, batch: int, workers: int) -> Config:
@@ -66,56 +67,49 @@ def build_config(shards: str, image_size: int, batch: int, workers: int) -> Conf
     return parse_config(raw, "benchmarks.loader")
 
 
-def measure(config: Config, manifest: Manifest, files: Path, budget: float) -> list[Row]:
-    """The rows of one image size: ``ROUNDS`` rounds, or as many as the budget (seconds) allows, but one at least."""
+def measure(config: Config, manifest: Manifest, files: Path, rounds: int) -> list[Row]:
+    """The rows of one image size."""
     sources = {
         STREAM: partial(stream, config, manifest),
         PIL: partial(image_folder, config, files, PIL),
         CODEC: partial(image_folder, config, files, CODEC),
     }
     ahead = max(SLOTS + LENT, AHEAD * config.data.workers) + 1
-    started, rounds = time.perf_counter(), list[dict[str, tuple[float, float]]]()
-    # A round more, if it can end in time.
-    while not rounds or (len(rounds) < ROUNDS and (time.perf_counter() - started) * (1 + 1 / len(rounds)) < budget):
-        figures = {}
-        for name, source in sources.items():
-            with source() as batches:
-                for _ in range(ahead):
-                    next(batches)
-                figures[name] = delivered(batches, SECONDS)
-        rounds.append(figures)
-    about = {"image_size": config.data.image_size, "batch": config.batch.global_size, "workers": config.data.workers}
+    taken = [{name: delivered(source, ahead) for name, source in sources.items()} for _ in range(rounds)]
+    rates = {name: [of[name][0] for of in taken] for name in sources}
     return [
-        {"source": name} | about | {
-            "images_per_s": statistics.median(of[name][0] for of in rounds),
-            "of_pil": statistics.median(of[name][0] / of[PIL][0] for of in rounds),
-            "of_torchcodec": statistics.median(of[name][0] / of[CODEC][0] for of in rounds),
-            "cpu_ms": 1000 * statistics.median(of[name][1] for of in rounds),
+        {
+            "source": name,
+            "image_size": config.data.image_size,
+            "images_per_s": median(rates[name]),
+            "of_pil": median(map(truediv, rates[name], rates[PIL])),
+            "of_torchcodec": median(map(truediv, rates[name], rates[CODEC])),
+            "cpu_ms": 1000 * median(of[name][1] for of in taken),
         }
         for name in sources
-    ]  # fmt: skip
+    ]
 
 
-def delivered(batches: Iterator[Tensor], seconds: float) -> tuple[float, float]:
-    """Images per second, and CPU seconds per image of this process and its children, over ``seconds`` at least."""
+def delivered(source: Callable[[], Source], ahead: int) -> tuple[float, float]:
+    """Images per second, and CPU seconds per image of this process and its children, after ``ahead`` batches."""
 
     def cpu_seconds() -> float:
         here = psutil.Process()
         return sum(sum(process.cpu_times()[:2]) for process in (here, *here.children(recursive=True)))
 
-    images, cpu, started = 0, cpu_seconds(), time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds or not images:
-        images += len(next(batches))
-    return images / passed, (cpu_seconds() - cpu) / images
+    with source() as batches:
+        for _ in range(ahead):
+            next(batches)
+        images, cpu, started = 0, cpu_seconds(), time.perf_counter()
+        while (passed := time.perf_counter() - started) < SECONDS or not images:
+            images += len(next(batches))
+        return images / passed, (cpu_seconds() - cpu) / images
 
 
 @contextmanager
 def stream(config: Config, manifest: Manifest) -> Iterator[Iterator[Tensor]]:
-    source = TrainStream(manifest, manifest.class_ids("train"), config, 0, 1)
-    try:
+    with closing(TrainStream(manifest, manifest.class_ids("train"), config, 0, 1)) as source:
         yield (batch.images_b for batch in source)
-    finally:
-        source.close()
 
 
 @contextmanager
@@ -123,25 +117,20 @@ def image_folder(config: Config, files: Path, how: str) -> Iterator[Iterator[Ten
     kind: Any = transforms if how == PIL else v2
     steps = [kind.RandomResizedCrop(config.data.image_size, config.data.crop_scale), kind.RandomHorizontalFlip()]
     if how == PIL:
-        more: dict[str, Any] = {"transform": kind.Compose([*steps, kind.PILToTensor()])}
+        read: Any = default_loader
+        steps.append(kind.PILToTensor())
     else:
-        from torchcodec.decoders import decode_image
-
-        more = {"transform": kind.Compose(steps), "loader": decode_image}
-    images, workers = ImageFolder(files, is_valid_file=lambda path: True, **more), config.data.workers
+        from torchcodec.decoders import decode_image as read
+    images = ImageFolder(files, kind.Compose(steps), loader=read, is_valid_file=lambda path: True)
     loader = DataLoader(
         images,
         batch_size=config.batch.global_size,
         sampler=RandomSampler(images, num_samples=10**6 * len(images)),
-        num_workers=workers,
-        prefetch_factor=AHEAD if workers else None,
+        num_workers=config.data.workers,
         drop_last=True,
     )
-    batches = (images for images, _ in loader)
-    try:
+    with closing(images for images, _ in loader) as batches:  # the end of the loader's iterator ends its processes
         yield batches
-    finally:
-        batches.close()  # lets go of the loader's iterator, which ends its processes
 
 
 def extract(shards: str, manifest: Manifest, folder: Path) -> None:
@@ -155,12 +144,10 @@ def extract(shards: str, manifest: Manifest, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, batch=112, rounds=5)
     parser.add_argument("--shards", metavar="DIR", required=True, help="shards to read")
-    parser.add_argument("--sizes", type=common.numbers, default=[224], metavar="S,S", help="pixels (default: 224)")
-    parser.add_argument("--batch", type=int, default=112, help="images in a batch (default: 112)")
-    parser.add_argument("--workers", type=int, default=2, help="decoding processes (default: 2)")
-    parser.add_argument("--budget", type=float, default=120, help="seconds of an image size (default: 120)")
+    parser.add_argument("--sizes", type=common.numbers, default=[224], metavar="S,S", help="pixels of an image's side")
+    parser.add_argument("--workers", type=int, default=2, help="decoding processes")
     return common.main(parser, arguments, run)
 
 

@@ -30,7 +30,7 @@ from dist_obdsd.losses.multi_similarity import MultiSimilarityLoss
 from dist_obdsd.manifold.diffusion import Diffusion
 from tests import oracle
 
-SIZES = (112, 448, 1024, 4096)
+SIZES = [112, 448, 1024, 4096]
 VARIANTS = ("none", "psd", "obdsd")
 ROUNDS, CALLS, BLOCK_SECONDS = 50, 20, 0.1
 """At most: rounds of a case, calls of a block, and seconds after which a block begins no further call."""
@@ -44,14 +44,11 @@ Implementation = Callable[[torch.Tensor], torch.Tensor]
 
 def run(options: argparse.Namespace) -> list[Row]:
     """A row per number of ranks, batch size, variant and implementation."""
-    rows: list[Row] = []
-    for W, B in itertools.product(options.worlds, options.sizes):
+    cases = list(itertools.product(options.worlds, options.sizes))
+    for W, B in cases:
         if B % W:
             raise InputError(f"--sizes has {B}, which {W} ranks cannot share equally; give multiples of {W}")
-    for W, B in itertools.product(options.worlds, options.sizes):
-        case = {"B": B, "dim": options.dim, "threads": options.threads, "budget": options.budget}
-        rows += [{"W": W, "B": B} | row for row in common.run_case(run_rank, W, case)]
-    return rows
+    return [row for W, B in cases for row in common.run_case(run_rank, W, vars(options), W=W, B=B)]
 
 
 def findings(rows: list[Row]) -> dict[str, float]:
@@ -157,10 +154,7 @@ def fastest(ways: dict[str, Implementation], E_bD: torch.Tensor, seconds: float)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.parser(__doc__, worlds=(1,))
-    parser.add_argument("--sizes", type=common.numbers, default=SIZES, metavar="B,B", help=f"batches {SIZES}")
-    parser.add_argument("--dim", type=int, default=128, help="embedding dimension (default: 128)")
-    parser.add_argument("--budget", type=float, default=120, help="seconds of a batch size (default: 120)")
+    parser = common.parser(__doc__, worlds=[1], sizes=SIZES, dim=128, budget=120)
     return common.main(parser, arguments, run, findings)
 
 

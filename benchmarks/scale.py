@@ -69,14 +69,15 @@ def measure(world: int, options: argparse.Namespace) -> Row:
             images_b = torch.zeros(b, config.data.channels, *config.data.size, dtype=torch.uint8)
             batch = TrainBatch(1, 0, images_b, torch.arange(b), torch.arange(B) // 2)
             take(batch, TrainProgress(1, 0, 1), 0.0)
-        embeddings = sum(meter.sent.values())
+        embeddings = meter.sent
         row: Row = {"network": config.model.backbone.removeprefix("timm/"), "strategy": config.strategy}
         row |= {"W": world, "B": B}
         if config.strategy == "ddp":
             gradient = sum(p.nbytes for p in student.parameters())
-            meter.count("allreduce of gradients", gradient, math.ceil(gradient / BUCKET))
-            row |= {"of gradients": meter.messages["allreduce of gradients"], "of embeddings": embeddings / 2**20}
-        row |= {"messages": sum(meter.messages.values()), "MiB sent": sum(meter.sent.values()) / 2**20}
+            buckets = math.ceil(gradient / BUCKET)
+            meter.send("allreduce", gradient, buckets)
+            row |= {"of gradients": buckets, "of embeddings": embeddings / 2**20}
+        row |= {"messages": meter.messages, "MiB sent": meter.sent / 2**20}
         weights, peak = gib(student.parameters()), meter.peak / 2**30
         parts = {
             "weights": weights,
@@ -97,9 +98,8 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.parser(__doc__, worlds=(16, 64, 512))
+    parser = common.parser(__doc__, worlds=[16, 64, 512], batch=112)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, such as strategy=fsdp")
-    parser.add_argument("--batch", type=int, default=112, help="images of a rank (default: 112)")
     return common.main(parser, arguments, run)
 
 

@@ -5,7 +5,8 @@ faiss and NumPy, and pytorch-metric-learning's calculator (its P@1, R-precision 
 Recall@1 alone and nothing beside.
 
 Times are CPU seconds of a process, so that whoever shares the machine does not count; of several ranks the slowest's.
-A rank that waits for messages uses little of them. Memory is a rank's whole process.
+A rank that waits for messages uses little of them. The implementations take turns, and the quickest round of each
+counts. Memory is a rank's whole process.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 
 import dist_obdsd
 from benchmarks import common
-from benchmarks.common import Row, peak_mib
+from benchmarks.common import Row
 from dist_obdsd.distributed import collectives, launch
 from dist_obdsd.rng import derive
 
@@ -31,8 +32,6 @@ SIZES = {
 """Images, dimensions, images of a class."""
 BESIDE = 100_000
 """Images from which on nothing else is measured beside."""
-ROUNDS = 5
-"""Each counts by its quickest round; the implementations take turns."""
 HERE = "dist-obdsd"
 DRAWN = 100  # classes drawn at a time from a seed of their own, so that a rank draws only its share
 
@@ -78,32 +77,19 @@ def metric_learning(rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float
 
 def run(options: argparse.Namespace) -> list[Row]:
     """One row per size, number of ranks and implementation."""
-    rows: list[Row] = []
-    for name, world in itertools.product(options.sizes, options.worlds):
-        case = {"threads": options.threads, "rounds": options.rounds, "size": SIZES[name]}
-        rows += [{"size": name, "ranks": world} | row for row in common.run_case(run_rank, world, case)]
-        print(f"{name}, {world} ranks: {rows[-1].get('skipped') or 'done'}", file=sys.stderr, flush=True)
-    return rows
-
-
-def findings(rows: list[Row]) -> dict[str, float]:
-    """Our share of the CPU time of each other implementation, and of one rank's on two."""
-    seconds = {(row["size"], row["ranks"], row["implementation"]): row["cpu_seconds"] for row in rows if "n" in row}
-    found = {}
-    for (size, ranks, name), theirs in seconds.items():
-        if alone := seconds.get((size, 1, HERE)):
-            if name != HERE:
-                found[f"{size}: time of {name}"] = alone / theirs
-            elif ranks == 2:
-                found[f"{size}: two ranks to one"] = theirs / alone
-    return found
+    cases = itertools.product(options.sizes, options.worlds)
+    return [
+        row
+        for size, W in cases
+        for row in common.run_case(run_rank, W, vars(options) | {"shape": SIZES[size]}, size=size, W=W)
+    ]
 
 
 def run_rank(rank: launch.Runtime, case: Row) -> list[Row]:
     """This rank's part of a case: a row per implementation. Collective."""
-    n, dim, per_class = case["size"]
+    n, dim, _ = case["shape"]
     ids_n = torch.arange(n)[rank.rank :: rank.world_size]
-    rows_nD, labels_n = embeddings(ids_n, (n, dim, per_class))
+    rows_nD, labels_n = embeddings(ids_n, case["shape"])
     large = n >= BESIDE
     chosen: Row = {"metrics": ["recall"], "recall_at": [1]} if large else {}
     ways = {HERE: lambda *given: dist_obdsd.evaluate(*given, ids=ids_n, backend="faiss", **chosen)}
@@ -119,15 +105,14 @@ def run_rank(rank: launch.Runtime, case: Row) -> list[Row]:
             rows[name]["cpu_seconds"] = min(rows[name]["cpu_seconds"], taken)
             rows[name] |= {metric: float(values[metric]) for metric in ("recall@1", "map@r") if metric in values}
     if len(ways) == 1:
-        rows[HERE]["peak_mib_per_rank"] = max(collectives.gather_json(peak_mib()))
+        rows[HERE]["peak_mib_per_rank"] = max(collectives.gather_json(common.peak_mib()))
     return [*rows.values()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.parser(__doc__, worlds=(1, 2))
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES][:4], help="test sets (default: four)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds, of which the best counts ({ROUNDS})")
-    return common.main(parser, arguments, run, findings)
+    parser = common.parser(__doc__, worlds=[1, 2], rounds=5)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES][:4], help="test sets")
+    return common.main(parser, arguments, run)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from benchmarks import common
 from benchmarks.common import Row
@@ -52,13 +52,9 @@ def run(options: argparse.Namespace) -> list[Row]:
     """A row per number of ranks and variant."""
     if options.batch % 2:
         raise InputError(f"--batch is {options.batch}; give an even number, since a batch is made of pairs")
-    rows: list[Row] = []
-    for world in options.worlds:
-        case = {name: getattr(options, name) for name in ("threads", "budget", "batch", "temperatures", "settings")}
-        case["trace"] = options.trace if not rows else None
-        variants(case, world)  # complains here, once
-        rows += [{"W": world} | row for row in common.run_case(run_rank, world, case)]
-    return rows
+    for W in options.worlds:
+        variants(vars(options), W)  # complains here, once
+    return [row for W in options.worlds for row in common.run_case(run_rank, W, vars(options), W=W)]
 
 
 def findings(rows: list[Row]) -> dict[str, float]:
@@ -205,7 +201,7 @@ class StepTimer:
 
 
 class Variant:
-    """A training step, and what its calls took."""
+    """A training step, and the milliseconds that it and its parts took in each block of steps."""
 
     def __init__(self, name: str, config: Config, rank: launch.Runtime, timer: StepTimer) -> None:
         self.name, self.config, self.timer = name, config, timer
@@ -213,7 +209,7 @@ class Variant:
         spread(student, made_up_images(config)[:448].to(rank.device))
         self.step, self.batch = build_step(config, rank, student), made_up_batch(config, rank)
         self.compiled = student._compiled_call_impl is not None
-        self.times, self.parts, self.peak_mib = list[float](), list[dict[str, float]](), 0.0
+        self.blocks: list[dict[str, float]] = []
         strategy, objective = self.step.strategy, self.step.objective
         # The gradient reaches the embeddings where the objective's backward ends and the network's begins.
         timer.time_calls(
@@ -231,37 +227,33 @@ class Variant:
     def take(self) -> None:
         self.step(self.batch, TrainProgress(1, 0, 1), 0.0)  # not the run's first step, which checks more
 
-    def block(self, steps: int) -> None:
+    def block(self, steps: int) -> dict[str, float]:
+        self.timer.seconds()  # forgets what was before
         if self.timer.cuda:
             torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        self.timer.seconds()
         started = self.timer.clock()
+        self.timer.mark("other")
         for _ in range(steps):
-            self.timer.mark("other")
             self.take()
-            self.timer.mark("other")
+        self.timer.mark("other")
         parts = self.timer.seconds()
-        self.times.append((self.timer.clock() - started) / steps)
-        self.parts.append({part: parts.get(part, 0.0) / steps for part in (*PARTS, "other")})
-        if self.timer.cuda:
-            self.peak_mib = torch.cuda.max_memory_allocated() / 2**20
+        seconds = {"ms": self.timer.clock() - started} | {part: parts[part] for part in (*PARTS, "other")}
+        found = {name: 1000 * value / steps for name, value in seconds.items()}
+        return found | ({"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if self.timer.cuda else {})
 
     def row(self, none: "Variant") -> Row:
-        seconds, B = min(self.times), self.config.batch.global_size
-        row: Row = {"B": B, "variant": self.name}
+        best, base = (min(variant.blocks, key=lambda block: block["ms"]) for variant in (self, none))
+        B = self.config.batch.global_size
+        row: Row = {"B": B, "variant": self.name, "images_per_s": 1000 * B / best["ms"]} | best
+        row["overhead"] = best["ms"] / base["ms"]
+        if best["teacher"]:
+            own, without = (
+                min(block["objective"] + block["communication"] for block in v.blocks) for v in (self, none)
+            )
+            row["excess"] = (best["ms"] - base["ms"]) / best["teacher"]
+            row["added"] = 1 + (own - without) / min(block["teacher"] for block in self.blocks)
         # What came of a wish: a machine that cannot do it goes on without.
-        if self.config.model.compile:
-            row["compiled"] = self.compiled
-        row |= {"images_per_s": B / seconds, "ms": 1000 * seconds}
-        row |= {part: 1000 * value for part, value in self.parts[self.times.index(seconds)].items()}
-        base, teacher = 1000 * min(none.times), row["teacher"]
-        row["overhead"] = row["ms"] / base
-        if teacher:
-            own, without = (min(part["objective"] + part["communication"] for part in v.parts) for v in (self, none))
-            added = 1 + (own - without) / min(part["teacher"] for part in self.parts)
-            row |= {"excess": (row["ms"] - base) / teacher, "added": added}
-        return row | ({"peak_mib": self.peak_mib} if self.peak_mib else {})
+        return row | ({"compiled": self.compiled} if self.config.model.compile else {})
 
 
 def run_rank(rank: launch.Runtime, case: dict[str, Any]) -> list[Row]:
@@ -277,40 +269,25 @@ def run_rank(rank: launch.Runtime, case: dict[str, Any]) -> list[Row]:
     for variant in every:
         for _ in range(WARM_UP):
             variant.take()
-    started = time.perf_counter()
-    every[0].block(1)
     # Every rank takes the same number of steps, and all blocks together half the budget at most.
-    taken = max(collectives.gather_json(time.perf_counter() - started))
-    steps = max(1, int(min(BLOCK_SECONDS, case["budget"] / (2 * BLOCKS * len(every))) / taken))
-    every[0].times.clear()
-    every[0].parts.clear()
+    seconds = max(collectives.gather_json(every[0].block(1)["ms"])) / 1000
+    steps = max(1, int(min(BLOCK_SECONDS, case["budget"] / (2 * BLOCKS * len(every))) / seconds))
     # The process's own time needs no long blocks, and short ones are more often undisturbed.
     for _ in range(BLOCKS * steps if alone else BLOCKS):
         for variant in every:
-            variant.block(1 if alone else steps)
+            variant.blocks.append(variant.block(1 if alone else steps))
     if case["trace"]:
-        _trace(every[-1], case["trace"], rank.is_main)
+        with profile() as trace:
+            for _ in range(3):
+                every[-1].take()
+        if rank.is_main:
+            trace.export_chrome_trace(str(case["trace"]))
     return [variant.row(every[0]) for variant in every]
 
 
-def _trace(variant: Variant, path: Path, writes: bool) -> None:
-    """Three steps for chrome://tracing or Perfetto."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * variant.timer.cuda
-    with profile(activities=activities) as trace:
-        for _ in range(3):
-            variant.take()
-    if writes:
-        trace.export_chrome_trace(str(path))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.parser(__doc__, worlds=(1, 2))
+    parser = common.parser(__doc__, worlds=[1, 2], batch=112, temperatures=[1, 0.05, 0.005], budget=120)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, such as model.backbone=resnet50")
-    parser.add_argument("--batch", type=int, default=112, help="images of a rank (default: 112)")
-    parser.add_argument("--temperatures", type=lambda text: [float(x) for x in text.split(",")],
-                        default=[1.0, 0.05, 0.005], metavar="T,T,...",
-                        help="transition temperatures of obdsd (default: 1,0.05,0.005)")  # fmt: skip
-    parser.add_argument("--budget", type=float, default=120, help="seconds of a number of ranks (default: 120)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write three steps of the last variant for Perfetto")
     return common.main(parser, arguments, run, findings)
 

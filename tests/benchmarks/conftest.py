@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks import common
 from dist_obdsd.distributed.launch import Launch, Runtime
 from tests import harness
 
 
-def _case(run_rank: Callable[..., Any], case: dict[str, Any]) -> list[dict[str, Any]]:
-    import torch.distributed as dist
+def run_case(run_rank: Callable[..., Any], world: int, case: dict[str, Any], **shown: Any) -> list[dict[str, Any]]:
+    answer = harness.run(world, _rank, run_rank, case | shown)[0]
+    return [shown | row for row in (answer if isinstance(answer, list) else [answer])]
 
+
+def _rank(run_rank: Callable[..., Any], case: dict[str, Any]) -> Any:
     rank, world = dist.get_rank(), dist.get_world_size()
-    answer = run_rank(Runtime(Launch("test", rank, world, rank, world), torch.device("cpu")), case)
-    return answer if isinstance(answer, list) else [answer]
+    return run_rank(Runtime(Launch("test", rank, world, rank, world), torch.device("cpu")), case)
 
 
 @pytest.fixture
@@ -29,5 +32,5 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list
         rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())["rows"]
         return rows
 
-    monkeypatch.setattr(common, "run_case", lambda call, world, case: harness.run(world, _case, call, case)[0])
+    monkeypatch.setattr(common, "run_case", run_case)
     return run

@@ -43,18 +43,21 @@ def test_a_benchmark_writes_prints_and_judges(tmp_path: Path, capsys: pytest.Cap
 
     assert bench(1.0, "--json", file) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "  B  seconds  error",
-        "  1   0.0123       ",
-        "100        5  1e-07",
-        "  3                  no",
-        "share: 1",
+        "  B  seconds  error  skipped",
+        "  1   0.0123                ",
+        "100        5  1e-07         ",
+        "  3                       no",
+        "finding  now",
+        "  share    1",
     ]
     written = json.loads(file.read_text())
     assert (written["rows"], written["meta"]["threads"], written["meta"]["share"]) == (rows, 2, 1.0)
-    for finding, code, verdict in ((1.1, 0, "alike"), (1.3, 1, "worse"), (0.7, 0, "better")):
+    for finding, code in ((1.1, 0), (1.3, 1), (0.7, 0)):
         assert bench(finding, "--baseline", file) == code
-        assert verdict in capsys.readouterr().out
-    for content, code, said in (('{"meta": {}}', 0, "new"), ("[]", 2, "b.json was not written by a benchmark")):
+        out, err = capsys.readouterr()
+        assert f"share  {finding}       1           {finding}" in out
+        assert ("worse than the baseline by more than 20%: share" in err) == (code == 1)
+    for content, code, said in (('{"meta": {}}', 0, "share"), ("[]", 2, "b.json was not written by a benchmark")):
         file.write_text(content)
         assert bench(1.0, "--baseline", file) == code
         assert said in "".join(capsys.readouterr())

@@ -27,9 +27,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_three_sources_in_one_run(bench, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "SECONDS", 0.05)
-    monkeypatch.setattr(loader, "ROUNDS", 1)
     monkeypatch.setattr(loader.tempfile, "tempdir", str(tmp_path))
-    rows = bench(loader, "--shards", packed, "--batch", 8, "--workers", 0, "--sizes", "8,24")
+    rows = bench(loader, "--shards", packed, "--batch", 8, "--workers", 0, "--sizes", "8,24", "--rounds", 1)
     assert [row["source"] for row in rows] == 2 * [loader.STREAM, loader.PIL, loader.CODEC]
     assert [row["image_size"] for row in rows] == [8] * 3 + [24] * 3
     assert all(min(row["images_per_s"], row["cpu_ms"]) > 0 for row in rows)

@@ -59,7 +59,7 @@ def test_our_gradients_are_exact_and_the_efficient_ones_not(bench):
 def test_retrieval_metrics_of_others_and_of_two_ranks_agree(bench, monkeypatch):
     monkeypatch.setattr(search, "SIZES", {"small": (600, 16, 20)})
     rows = bench(search, "--sizes", "small", "--rounds", 1)
-    assert [(row["ranks"], row["implementation"]) for row in rows] == [
+    assert [(row["W"], row["implementation"]) for row in rows] == [
         (1, search.HERE), (1, "faiss and NumPy"), (1, "pytorch-metric-learning"), (2, search.HERE),
     ]  # fmt: skip
     for row in rows:
@@ -68,7 +68,6 @@ def test_retrieval_metrics_of_others_and_of_two_ranks_agree(bench, monkeypatch):
             assert row[name] == pytest.approx(rows[0][name], abs=1e-6)
     assert 0.01 < rows[0]["map@r"] < 0.95
     assert 100 < rows[3]["peak_mib_per_rank"] < 4000
-    assert search.findings(rows)["small: two ranks to one"] == rows[3]["cpu_seconds"] / rows[0]["cpu_seconds"]
 
 
 @pytest.mark.parametrize(("W", "strategy"), [(4, "ddp"), (16, "ddp"), (4, "fsdp")])
