@@ -31,7 +31,7 @@ def test_three_sources_in_one_run(bench, packed: Path, tmp_path: Path, monkeypat
     rows = bench(loader, "--shards", packed, "--batch", 8, "--workers", 0, "--sizes", "8,24", "--rounds", 1)
     assert [row["source"] for row in rows] == 2 * [loader.STREAM, loader.PIL, loader.CODEC]
     assert [row["image_size"] for row in rows] == [8] * 3 + [24] * 3
-    assert all(min(row["images_per_s"], row["cpu_ms"]) > 0 for row in rows)
+    assert all(row["images_per_s"] > 0 <= row["cpu_ms"] for row in rows)  # CPU time comes in ticks of 10 ms
     for stream, pil, codec in (rows[:3], rows[3:]):
         assert stream["of_pil"] == pytest.approx(stream["images_per_s"] / pil["images_per_s"])
         assert stream["of_torchcodec"] == pytest.approx(stream["images_per_s"] / codec["images_per_s"])
