@@ -66,5 +66,5 @@ def train(options: argparse.Namespace) -> int:
             return 0
         # Launchers kill the others when one rank ends with an error, so all end together. And torchrun starts again
         # what ends with one, which is not for a run that somebody stopped.
-        stopped = broadcast_object(stop.reason.startswith("the file"))
+        stopped = broadcast_object(stop.by_file)
         return 0 if stopped and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else os.EX_TEMPFAIL

@@ -28,6 +28,9 @@ from dist_obdsd.models import layers
 from dist_obdsd.models.pooling import Pool, exchange_pool
 from dist_obdsd.models.weights import State, fit, split_source
 
+INCEPTIONS = ("googlenet", "inception_v3")
+"""Networks of torchvision whose published weights come with classifiers in the middle."""
+
 
 @dataclass(frozen=True)
 class LibraryWeights:
@@ -60,13 +63,13 @@ def small_cnn(*, channels: int, state: State | None) -> nn.Module:
 def torchvision_model(*, name: str, weights: LibraryWeights | None, state: State | None, pooling: str) -> nn.Module:
     """A classifier of torchvision without its last layer: `resnet50`, `convnext_tiny`."""
     _check_torchvision(name)
-    options: dict[str, Any] = {"aux_logits": weights is not None} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = {"aux_logits": weights is not None} if name in INCEPTIONS else {}
     with warnings.catch_warnings():
         # SqueezeNet's constructor warns about its classifier, which is dropped.
         warnings.simplefilter("ignore", UserWarning)
         net = _downloaded(lambda: models.get_model(name, weights=weights and weights.entry, **options), weights)
     net = fit(net, state, name)
-    if options:  # published weights come with classifiers in the middle
+    if options:
         net.aux_logits, net.aux1, net.aux2, net.AuxLogits, net.transform_input = False, None, None, None, False
     if isinstance(net, models.ResNet):
         return nn.Sequential(*list(net.children())[:-2])
@@ -229,7 +232,7 @@ def input_defaults(name: str, pretrained: str) -> Mapping[str, Any]:
         _check_torchvision(name)
         weights = library_weights(name, pretrained).entry if source else models.get_model_weights(name)["DEFAULT"]
         preset = weights.transforms()
-        centred = source and name in ("googlenet", "inception_v3")  # their weights expect pixels from -1 to 1
+        centred = source and name in INCEPTIONS  # their weights expect pixels from -1 to 1
         size, (mean, std) = preset.crop_size[0], ((0.5,) * 3,) * 2 if centred else (preset.mean, preset.std)
     return {"image_size": size, "mean": tuple(mean), "std": tuple(std)}
 

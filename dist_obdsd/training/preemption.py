@@ -21,6 +21,7 @@ class PreemptionHandler:
     def __init__(self) -> None:
         self.reason = ""
         """The signal or the file that asked, or empty."""
+        self.by_file = False
         self._file: Path | None = None
         self._looked = 0.0
 
@@ -29,7 +30,7 @@ class PreemptionHandler:
         """Note signals instead of dying of them; a second Ctrl-C kills."""
 
         def ask(number: int, frame: Any) -> None:
-            self.reason = signal.Signals(number).name
+            self.reason, self.by_file = signal.Signals(number).name, False
             if number == signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
 
@@ -50,7 +51,7 @@ class PreemptionHandler:
         if not self.reason and self._file is not None and time.monotonic() - self._looked >= POLL_SECONDS:
             self._looked = time.monotonic()
             if self._file.exists():
-                self.reason = f"the file {self._file}"
+                self.reason, self.by_file = f"the file {self._file}", True
         return bool(self.reason)
 
     def check(self) -> None:
