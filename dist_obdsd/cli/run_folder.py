@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def _run_dir(options: argparse.Namespace) -> Path:
     """The run folder that was given, or that of the config."""
     given: Path = options.config
-    return given if (given / "config.yaml").is_file() else load_config(given, options.overrides).run_dir
+    return given if (given / "status.json").is_file() else load_config(given, options.overrides).run_dir
 
 
 def status(options: argparse.Namespace) -> int:

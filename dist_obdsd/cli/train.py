@@ -44,10 +44,8 @@ def train(options: argparse.Namespace) -> int:
         start_collecting()
         if (trap := restart_trap(os.environ)) is not None:
             show(trap)
-        config = with_fallback(given)
-        fresh = free_name(Path(config.output), config.name) if options.fresh else None
-        if (name := broadcast_object(fresh)) is not None:
-            config = config.model_copy(update={"name": name})
+        fresh = free_name(Path(given.output), given.name) if options.fresh else None
+        config = with_fallback(given.model_copy(update={"name": broadcast_object(fresh) or given.name}))
         where = f"{rank.world_size} x {rank.device.type} ({rank.launch.launcher})"
         logger.info(f"{config.run_dir}: {where}, {config.precision}")
         every, size = config.tracking.every_steps, config.batch.global_size

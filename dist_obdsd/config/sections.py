@@ -71,7 +71,7 @@ class DataConfig(Section):
     exif: bool = True
     """Turn images as their EXIF orientation says; false: leave them as they are stored, as the released code does."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
-    """How many undecodable images each rank replaces, with a warning that names each, before the run stops."""
+    """How many undecodable images each rank replaces from its start or resume on, naming each, before the run stops."""
     decode: Annotated[Literal["cpu"], Field(exclude=True)] = "cpu"
     """Held by checkpoints and configs of earlier versions; the CPU decodes all images."""
 

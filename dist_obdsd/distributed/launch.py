@@ -77,7 +77,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
         numbers = [env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]]
         local_world = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
         host, port = env["MASTER_ADDR"], env["MASTER_PORT"]
-    elif "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    elif "SLURM_STEP_ID" in env and env.get("SLURM_NTASKS", "1") != "1":
         launcher = "srun"
         numbers = [env.get("SLURM_PROCID", ""), env["SLURM_NTASKS"], env.get("SLURM_LOCALID", "")]
         # SLURM compresses this list, too: "4(x2)" is four tasks on each of two nodes.
@@ -129,14 +129,13 @@ def choose_device(wanted: str, launch: Launch, gpus: int) -> torch.device:
     """
     if launch.launcher == "srun" and gpus == 1:
         return torch.device("cpu" if wanted == "cpu" else "cuda:0")  # --gpus-per-task=1 shows each task its own alone
-    if wanted == "cpu" or (wanted == "auto" and gpus < launch.local_world_size):
+    ranks = max(launch.local_world_size, launch.local_rank + 1)  # variables set by hand may leave the first one out
+    if wanted == "cpu" or (wanted == "auto" and gpus < ranks):
         return torch.device("cpu")
     if not gpus:
         raise InputError("device=cuda but torch finds no CUDA device here; set device=cpu or run on a GPU machine")
-    if gpus < launch.local_world_size:
-        raise InputError(
-            f"this node has {gpus} GPUs for {launch.local_world_size} ranks; start at most {gpus} processes per node"
-        )
+    if gpus < ranks:
+        raise InputError(f"this node has {gpus} GPUs for {ranks} ranks; start at most {gpus} processes per node")
     return torch.device("cuda", launch.local_rank)
 
 

@@ -5,13 +5,15 @@ Legend: b images, C channels, h, w rows and columns, F features, D embedding dim
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from dist_obdsd.config import Config
+from dist_obdsd import checkpoint
+from dist_obdsd.config import Config, load_config
 from dist_obdsd.config.sections import ModelConfig
 from dist_obdsd.console import NOTICE
 from dist_obdsd.distributed import collectives
@@ -125,7 +127,9 @@ def build_embedder(config: Config, device: torch.device) -> Embedder:
 def with_fallback(config: Config) -> Config:
     """Take ``model.fallback`` where a backbone's weights cannot be had. Collective."""
     section, optim, failure = config.model, config.optim, None
-    if section.fallback is not None and section.library is not None:
+    if section.fallback is not None and section.library is not None and _began_with_fallback(config):
+        failure = f"{config.run_dir} was begun without the weights of {section.backbone}; set another name to use them"
+    elif section.fallback is not None and section.library is not None:
         found = library_weights(section.backbone, section.pretrained)
         try:
             if found.path() is None:
@@ -143,6 +147,15 @@ def with_fallback(config: Config) -> Config:
     )  # fmt: skip
     model = section.model_copy(update={"backbone": section.fallback, "pretrained": "none"})
     return config.model_copy(update={"model": model, "optim": optim.model_copy(update=rate)})
+
+
+def _began_with_fallback(config: Config) -> bool:
+    """Tell if this run's folder has a checkpoint, and its fall-back's settings."""
+    with suppress(InputError):
+        begun = load_config(config.run_dir / "config.yaml").model
+        fallback = (begun.backbone, begun.pretrained) == (config.model.fallback, "none")
+        return fallback and checkpoint.find(config.run_dir) is not None
+    return False
 
 
 def _continue_from(model: Embedder, saved: dict[str, Any], config: Config) -> None:

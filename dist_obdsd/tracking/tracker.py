@@ -130,7 +130,9 @@ def _open(config: Config, folder: Path, manifest: str, run_id: str | None, uri: 
             changes = changed_settings(header["config"], dumped)
             changes += ["other shards"] * (header["manifest"] != manifest)
             if not changes:
-                return EventLog(path, header), UploadState.load(path, header, uri)
+                log, state = EventLog(path, header), UploadState.load(path, header, uri)
+                state.save(path)  # before the log grows, of which a power cut may have taken the last lines
+                return log, state
         except InputError as error:
             changes = [str(error)]
         aside = next(to for n in itertools.count(1) if not (to := path.with_name(f"tracking-{n}.jsonl")).exists())

@@ -131,7 +131,8 @@ class ModelSelector:
         fell, rose = list[str](), list[str]()
         for name in sorted(looked_at):
             before, after = selection_value(self.untrained, name), selection_value(metrics, name)
-            (fell if after < before else rose).append(f"{name} from {before:.4f} to {after:.4f}")
+            if after != before:
+                (fell if after < before else rose).append(f"{name} from {before:.4f} to {after:.4f}")
         if not fell:
             return None
         though = f", though it raised {rose[0]}" if rose else ""

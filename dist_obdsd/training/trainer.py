@@ -1,6 +1,5 @@
 """The training loop, from a checked config to a summary, on every rank alike."""
 
-import json
 import logging
 import time
 from collections.abc import Iterable
@@ -35,7 +34,7 @@ from dist_obdsd.training.metrics_logger import MetricsLogger
 from dist_obdsd.training.model_selection import ModelSelector
 from dist_obdsd.training.preemption import PreemptionHandler
 from dist_obdsd.training.progress_display import ProgressDisplay
-from dist_obdsd.training.run_dir import Attempt, RunDir, read_status
+from dist_obdsd.training.run_dir import Attempt, RunDir, read_json, read_status
 from dist_obdsd.training.strategy import build_strategy
 from dist_obdsd.training.train_step import DelayedMetrics, Numbers, TrainProgress, TrainStep
 
@@ -222,7 +221,7 @@ class Trainer:
             self.figures.keep_batch(self.step.latest, epoch)
             seconds = time.perf_counter() - started
             self.metrics.log_epoch(title, epoch, progress.global_step, progress.step - first, seconds, waited)
-        if self.stop_requested:
+        if self.stop_requested and progress.step < plan.steps:  # else the epoch ends first
             raise StoppedError("a rank was asked to stop")
 
     def _log_steps(self, steps: Iterable[tuple[Numbers, Numbers]]) -> None:
@@ -318,7 +317,7 @@ class Trainer:
         """The summary of a run that is already complete."""
         folder, summary = self.config.run_dir, None
         if self.runtime.is_main and self._is_complete() and read_status(folder).get("state") == "finished":
-            summary = json.loads((folder / "summary.json").read_text())
+            summary = read_json(folder / "summary.json") or None
         summary = collectives.broadcast_object(summary)
         if summary is not None:
             logger.info("%s is finished already; --fresh trains it again under a new name", folder)

@@ -11,7 +11,8 @@ import torch
 
 from dist_obdsd.cli.main import COMMANDS
 from dist_obdsd.cli.parser import parse
-from dist_obdsd.config import registry
+from dist_obdsd.config import load_config, registry
+from dist_obdsd.models.backbones import library_weights
 from tests import runs
 
 PARTS = [registry.LOSSES, registry.TARGETS, registry.BACKBONES, registry.STRATEGIES]
@@ -127,3 +128,11 @@ def test_the_template_serves_twelve_classes_of_eight_photos(tmp_path):
     assert "optim.lr=0.0009" in done.stdout
     rows = runs.summary(tmp_path / "runs" / "run")["rows"]
     assert {row["protocol"] for row in rows} == {"untrained", "last", "best_validation"}
+    found = library_weights(load_config(tmp_path / "folder.yaml").model.backbone, "timm")
+    cached = tmp_path / "hub" / "hub" / f"models--{found.file.rpartition('/')[0].replace('/', '--')}"
+    for file, text in (("refs/main", "abc"), ("snapshots/abc/model.safetensors", "")):
+        (cached / file).parent.mkdir(parents=True)
+        (cached / file).write_text(text)
+    again = runs.program("train", "folder.yaml", *short, *quiet, cwd=tmp_path, env=alone)
+    assert "begun without the weights" in again.stdout  # now that they are there
+    assert "finished already" in again.stdout

@@ -37,6 +37,7 @@ def test_srun_on_two_nodes():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [({"MASTER_PORT": None}, "MASTER_PORT is not"), ({"RANK": "x"}, "no number"),
+     ({"RANK": None, "WORLD_SIZE": None, "SLURM_STEP_ID": "1", "SLURM_NTASKS": "x"}, "no number"),
      ({"RANK": "4"}, "rank 4 is not within the world size 4")],
 )  # fmt: skip
 def test_a_broken_environment_is_refused(change, sentence):
@@ -57,7 +58,7 @@ def test_every_rank_of_a_node_gets_the_same_kind_of_device():
     for wanted, ranks, gpus, expected in (
         ("auto", one, 0, "cpu"), ("auto", one, 1, "cuda:0"), ("cpu", one, 1, "cpu"),
         ("auto", second_of_two, 2, "cuda:1"), ("auto", second_of_two, 1, "cpu"),
-        ("auto", Launch("srun", 1, 2, 1, 2), 1, "cuda:0"),
+        ("auto", Launch("srun", 1, 2, 1, 2), 1, "cuda:0"), ("auto", Launch("environment", 3, 4, 3), 2, "cpu"),
     ):  # fmt: skip
         assert str(choose_device(wanted, ranks, gpus)) == expected
     with pytest.raises(InputError, match="set device=cpu"):

@@ -183,6 +183,13 @@ def test_a_killed_run_of_an_earlier_version_is_continued(job):
     assert job.said() == []
 
 
+def test_after_a_power_cut_the_log_goes_on_where_it_ends(job):
+    run_id = job.life("KILLED", *range(30))
+    job.log.write_bytes(b"".join(job.log.read_bytes().splitlines(keepends=True)[:3]))
+    assert job.life("FINISHED", *range(60)) == run_id
+    assert set(job.history(run_id, "loss")) == {(step, step) for step in range(60)}
+
+
 def test_a_parent_may_be_told_by_its_local_id(job, caplog):
     parent = job.tracker()
     local, run_id = parent.run_id, parent.await_run_id()

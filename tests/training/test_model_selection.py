@@ -69,6 +69,7 @@ def test_a_fall_of_either_metric_is_told():
     both = ModelSelector._made_worse(selector, {"recall@1": 0.6, "map@r": 0.3})
     assert "lowered map@r from 0.4000 to 0.3000 and recall@1 from 0.7000 to 0.6000; lower optim.lr (3)" in both
     assert ModelSelector._made_worse(selector, {"recall@1": 0.7, "map@r": 0.5}) is None
+    assert "though" not in ModelSelector._made_worse(selector, {"recall@1": 0.7, "map@r": 0.3})
 
 
 def test_a_run_goes_on_from_another_until_it_gets_worse(train, folder):

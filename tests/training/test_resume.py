@@ -11,14 +11,17 @@ from tests import chaos, runs
 from tests.chaos import difference, result
 
 
-def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(folder, run, untouched):
-    """The others learn of it from the step's all-reduce."""
-    signalled = runs.at_step("os.kill(os.getpid(), signal.SIGUSR1)", 7, rank=1)
-    runs.train(folder, "epochs=2", ranks=2, code=signalled, exits=75)
+@pytest.mark.parametrize(("settings", "step", "inside"), [
+    (["epochs=2"], 7, True), (["max_steps=4", "validation.fraction=0.25"], 2, False),
+])  # fmt: skip
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(folder, run, untouched, settings, step, inside):
+    """The others learn of it from the step's all-reduce. At an epoch's last step the epoch ends first."""
+    signalled = runs.at_step("os.kill(os.getpid(), signal.SIGUSR1)", step, rank=1)
+    runs.train(folder, *settings, ranks=2, code=signalled, exits=75)
     assert runs.status(run)["state"] == "preempted"
-    assert checkpoint.load(run)["position"]["step"] > 0
-    runs.train(folder, "epochs=2", ranks=2)
-    assert difference(result(untouched("epochs=2", ranks=2)), result(run)) is None
+    assert (checkpoint.load(run)["position"]["step"] > 0) == inside
+    runs.train(folder, *settings, ranks=2)
+    assert difference(result(untouched(*settings, ranks=2)), result(run)) is None
 
 
 CTRL_C, STOP_FILE = "os.kill(os.getpid(), signal.SIGINT)", "cli.main(['stop', 'runs/tiny'])"
@@ -126,6 +129,9 @@ def test_a_finished_run_says_so_and_fresh_makes_a_new_one(train, run):
     before = (run / "metrics.jsonl").read_bytes()
     assert "is finished already" in train("epochs=2", "validation.every=2").stdout
     assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "summary.json").unlink()  # a run that lost it measures the test set again
+    train("epochs=2", "validation.every=2")
+    assert {row["protocol"] for row in chaos.result(run)["summary"]} == {"last"}
     assert "runs/tiny-2" in train("--fresh", "max_steps=1").stdout
 
 
