@@ -1,7 +1,5 @@
 """Collectives on 1, 2 and 3 real processes against one-process references."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -99,21 +97,6 @@ def test_sums_and_broadcasts_do_not_depend_on_strides(world: int) -> None:
     for total, found in harness.run(world, sums_worker):
         np.testing.assert_allclose(total, expected, rtol=1e-15)
         assert found == [numbers.tolist(), (numbers + 100 * (world - 1)).tolist()]
-
-
-def json_worker() -> tuple[list[Any], Any]:
-    rank = collectives.rank()
-    value = {"rank": rank, "text": "ü" * (5 * rank), "none": None, "numbers": [0.1, 1e-300, rank]}
-    return collectives.gather_json(value), collectives.broadcast_object({"from": rank})
-
-
-@worlds
-def test_json_travels_whole(world: int) -> None:
-    for values, first in harness.run(world, json_worker):
-        assert [value["rank"] for value in values] == list(range(world))
-        assert [len(value["text"]) for value in values] == [5 * rank for rank in range(world)]
-        assert values[-1]["numbers"] == [0.1, 1e-300, world - 1]
-        assert first == {"from": 0}
 
 
 def raise_worker(failures: dict[int, Exception]) -> tuple[str, str]:
