@@ -81,24 +81,25 @@ def machine(here: Runtime) -> dict[str, str]:
         "gpu": found or f"none that torch finds (built for CUDA {torch.version.cuda or 'none'})",
         "backend": "nccl" if gpus else "gloo",
         "disk": f"{_free_gib('.'):.1f} GiB free here",
-        "open files": f"at most {files}" + f"; raise it to {MIN_OPEN_FILES} (ulimit -n)" * (files < MIN_OPEN_FILES),
+        "open files": _advised(f"at most {files}", files < MIN_OPEN_FILES, f"raise it to {MIN_OPEN_FILES} (ulimit -n)"),
     }
     if Path("/dev/shm").is_dir():  # where NCCL keeps its buffers
-        free = _free_gib("/dev/shm")
-        advice = "; NCCL needs more (docker run --shm-size=8g)" * (bool(gpus) and free < 1)
-        rows["shared memory"] = f"{free:.1f} GiB free{advice}"
+        free, advice = _free_gib("/dev/shm"), "NCCL needs more (docker run --shm-size=8g)"
+        rows["shared memory"] = _advised(f"{free:.1f} GiB free", bool(gpus) and free < 1, advice)
     return rows | {module: version(module) or f"missing: needed for {purpose}" for module, purpose in PARTS.items()}
 
 
 def job(here: Runtime, config: Config | None) -> dict[str, str]:
     """Describe what the ranks of a job measure together. Collective."""
-    own = {"host": platform.node(), "device": here.device.type, "threads": torch.get_num_threads(),
-           "cores": usable_cores(), "versions": {module: version(module) for module in PARTS}}  # fmt: skip
+    # Before they measure: a message from a CPU to a GPU would never arrive.
+    advice = "let every rank see a GPU, or set device=cpu"
+    collectives.assert_equal_across_ranks("the ranks' device", here.device.type, InputError, advice)
+    own = {"host": platform.node(), "threads": torch.get_num_threads(), "cores": usable_cores(),
+           "versions": {module: version(module) for module in PARTS}}  # fmt: skip
     facts = collectives.gather_json(own)
     hosts: dict[str, list[int]] = {}
     for rank, fact in enumerate(facts):
         hosts.setdefault(fact["host"], []).append(rank)
-    kinds = sorted({fact["device"] for fact in facts})
     busiest = max(sum(facts[rank]["threads"] for rank in ranks) / facts[ranks[0]]["cores"] for ranks in hosts.values())
     differing = [module for module in PARTS if len({fact["versions"][module] for fact in facts}) > 1]
     collectives.gather_json(None)  # all have arrived
@@ -113,10 +114,10 @@ def job(here: Runtime, config: Config | None) -> dict[str, str]:
     gathering = _timed(lambda: collectives.gather_rows(E_bD), here)
     return {
         "hosts": "; ".join(f"{host}: ranks {', '.join(map(str, ranks))}" for host, ranks in hosts.items()),
-        "devices": ", ".join(kinds) + "; ranks must be on one kind of device" * (len(kinds) > 1),
-        "threads": f"{busiest:.1f} of torch per core on the busiest host" + "; lower threads" * (busiest > 1),
+        "devices": here.device.type,
+        "threads": _advised(f"{busiest:.1f} of torch per core on the busiest host", busiest > 1, "lower threads"),
         "versions": f"{', '.join(differing)} differ between the ranks" if differing else "alike",
-        "clocks": f"apart by {skew:.3f} s (+- {error:.3f} s)" + "; run an NTP client" * (skew > MAX_SKEW),
+        "clocks": _advised(f"apart by {skew:.3f} s (+- {error:.3f} s)", skew > MAX_SKEW, "run an NTP client"),
         "all-reduce": f"{PROBE_MIB} MiB in {1e3 * reducing:.1f} ms, {PROBE_MIB / 2**10 / reducing:.2f} GiB/s",
         "gather": f"embeddings of {b} x {here.world_size} images, {D} dimensions: {1e3 * gathering:.2f} ms",
     }
@@ -208,7 +209,7 @@ def _run_folder(config: Config) -> str:
     if not os.access(above, os.W_OK):
         raise InputError(f"the run folder {folder} cannot be made: {above} is not writable; choose another output")
     free, state = _free_gib(above), read_status(folder).get("state", "new")
-    return f"run folder {folder}: {state}, {free:.1f} GiB free there" + "; make room" * (free < 1)
+    return _advised(f"run folder {folder}: {state}, {free:.1f} GiB free there", free < 1, "make room")
 
 
 def _tracking(config: Config) -> str:
@@ -226,6 +227,10 @@ def _tracking(config: Config) -> str:
     except Exception as error:
         return f"tracking: {uri} does not answer ({' '.join(str(error).split())[:120]}); a run would go on without it"
     return f"tracking: {uri} answers after {time.perf_counter() - started:.1f} s"
+
+
+def _advised(fact: str, wrong: bool, advice: str) -> str:
+    return f"{fact}; {advice}" if wrong else fact
 
 
 def _timed(call: Callable[[], Any], here: Runtime) -> float:

@@ -25,7 +25,7 @@ class Registry:
     """One kind of part."""
 
     kind: str
-    """Its name in messages, such as ``ranking loss``."""
+    """Its name in the docs, such as ``ranking loss``."""
     setting: str
     """The setting that chooses one, such as ``ranking.name``."""
     paths: Mapping[str, str]

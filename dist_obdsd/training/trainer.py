@@ -278,16 +278,14 @@ class Trainer:
             },
             "rows": rows,
         }
-        tracker = self.metrics.tracker
-        if self.run_dir is not None:
-            tracker.artifact(self.run_dir.write("summary.json", summary))
-        with raise_on_all_ranks("drawing the figures"):
-            for path in self.figures.draw():
-                tracker.artifact(path)
-        if self.run_dir is not None:
-            if self.config.tracking.log_model and (best := self.checkpoints.best_path()) is not None:
-                tracker.model(best)
-            self.attempt.write_status("finished", f"{progress.epoch} epochs, {progress.global_step} steps")
+        with raise_on_all_ranks("writing the results"):
+            if self.run_dir is not None:
+                tracker = self.metrics.tracker
+                for path in (self.run_dir.write("summary.json", summary), *self.figures.draw()):
+                    tracker.artifact(path)
+                if self.config.tracking.log_model and (best := self.checkpoints.best_path()) is not None:
+                    tracker.model(best)
+                self.attempt.write_status("finished", f"{progress.epoch} epochs, {progress.global_step} steps")
         return summary
 
     def _preempted(self) -> dict[str, Any]:
