@@ -32,7 +32,7 @@ from dist_obdsd.errors import InputError
 from dist_obdsd.machine import usable_cores
 from dist_obdsd.models.backbones import library_weights
 from dist_obdsd.models.embedder import build_embedder
-from dist_obdsd.training.evaluation import check_evaluable, validation_subset
+from dist_obdsd.training.evaluation import check_evaluable
 from dist_obdsd.training.memory import estimate
 from dist_obdsd.training.run_dir import read_status
 
@@ -140,7 +140,7 @@ def where_it_runs(here: Runtime, config: Config) -> list[str]:
     check_world_size(config, here.world_size)
     shards = tuple(manifest.shards())
     check_files(config.data.shards, shards, sizes=True)
-    check_evaluable(manifest, config, validation_subset(manifest, held_out, config))
+    check_evaluable(manifest, config, held_out)
     sizes = allowed_world_sizes(config.data.lanes)
     local = ", ".join(f"{config.batch.global_size // size} on {size}" for size in sizes)
     node = f"; one rank per GPU, and this node has {torch.cuda.device_count()}" if here.device.type == "cuda" else ""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, Field, model_validator
 
 from dist_obdsd.config import sections
-from dist_obdsd.config.base import Count, Location, Positive, Section
+from dist_obdsd.config.base import Count, Location, Section
 from dist_obdsd.config.ranking import SECTIONS, Ranking
 from dist_obdsd.config.registry import BACKBONES, STRATEGIES
 from dist_obdsd.config.yaml_file import to_yaml
@@ -41,7 +41,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads per rank for torch."""
-    timeout_seconds: Positive = 600.0
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e9)] = 600.0
     """How long a rank waits for the others in a collective before the run fails."""
     max_steps: Count | None = None
     """Stop the whole run after this many optimizer steps (for trials); unset: all of them."""

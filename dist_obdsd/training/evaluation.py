@@ -130,9 +130,10 @@ def check_evaluable(manifest: Manifest, config: Config, validation_classes: Sequ
     """Raise InputError before training for what an evaluation after it would refuse.
 
     The test split and the validation classes need two images of one class, and those that the longest Recall@k
-    looks at.
+    looks at, and ``validation.max_images`` must have room for two of these.
     """
-    parts = [("validation", "train", set(validation_classes))] if validation_classes else []
+    validated = set(validation_subset(manifest, validation_classes, config))
+    parts = [("validation", "train", validated)] if validated else []
     if config.evaluation.test and "test" in manifest.splits:
         parts.append(("test", "test", set(manifest.class_ids("test"))))
     for name, split, classes in parts:

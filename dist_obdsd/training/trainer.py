@@ -28,7 +28,7 @@ from dist_obdsd.models.embedder import build_embedder, log_batch_norm
 from dist_obdsd.models.precision import check_precision, compile_networks
 from dist_obdsd.models.teacher import ProgressiveTeacher, check_identical
 from dist_obdsd.training.checkpoint_manager import CheckpointManager
-from dist_obdsd.training.evaluation import check_evaluable, validation_subset
+from dist_obdsd.training.evaluation import check_evaluable
 from dist_obdsd.training.failures import report_failure
 from dist_obdsd.training.metrics_logger import MetricsLogger
 from dist_obdsd.training.model_selection import ModelSelector
@@ -84,7 +84,7 @@ class Trainer:
         with raise_on_all_ranks("reading the shards"):
             self.manifest = manifests.load(config.data.shards)
             self.train_classes, self.validation_classes = classes_from(config, self.manifest)
-            check_evaluable(self.manifest, config, validation_subset(self.manifest, self.validation_classes, config))
+            check_evaluable(self.manifest, config, self.validation_classes)
             check_world_size(config, runtime.world_size)
             if runtime.launch.local_rank == 0:  # a cut test shard would else be met after the training
                 splits = ["train", *(["test"] if config.evaluation.test else [])]

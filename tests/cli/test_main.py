@@ -81,6 +81,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
         ("train a.yaml --nonsense", "--nonsense"),
         ("doctor tiny.yaml data.x=1", "unknown setting data.x"),
         ("train tiny.yaml threads=99999", "threads is 99999"),  # it would crash torch
+        ("train tiny.yaml timeout_seconds=1e99", "timeout_seconds is 1e+99"),  # so would this
         ("train empty.yaml", "empty.yaml holds nothing"),
     ],
 )
