@@ -79,10 +79,8 @@ def _lines(total: int, unit: str, doing: str) -> Iterator[SimpleNamespace]:
 def print_line(text: str, file: TextIO) -> None:
     """Print a line above the bars that are there."""
     tqdm = _tqdm()
-    if tqdm is None:
-        print(text, file=file)
-    else:
-        tqdm.write(text, file=file)
+    write = print if tqdm is None else tqdm.write
+    write(text, file=file)
     file.flush()
 
 
@@ -103,11 +101,7 @@ def _tqdm() -> Any:
     return tqdm
 
 
-def coloured(file: TextIO) -> bool:
-    """Tell if a file is a terminal with colours; the user may set NO_COLOR."""
-    return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
 def paint(text: str, colour: str, file: TextIO) -> str:
-    """Colour a text where ``file`` shows colours."""
-    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if coloured(file) else text
+    """Colour a text where ``file`` is a terminal with colours; the user may set NO_COLOR."""
+    shows = file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if shows else text

@@ -41,7 +41,9 @@ def embedding_map(
     """
     xy_m2 = _project(rows_mD.double().numpy(), seed)
     classes = labels_m.unique().tolist()
-    legend = [_plain(names.get(label, str(label))) for label in classes]
+    # In a legend "$" begins a formula, and "_" hides the name.
+    plain = [names.get(label, str(label)).replace("$", r"\$") for label in classes]
+    legend = [f" {name}" if name.startswith("_") else name for name in plain]
     figure = _figure(7.2 + 0.075 * max(map(len, legend)), 6, title)
     axes = figure.subplots()
     for number, label in enumerate(classes):
@@ -132,20 +134,12 @@ def spectrum(singular: Sequence[float], title: str) -> "Figure":
     return figure
 
 
-# ---- helpers ----
-
-
 def _figure(width: float, height: float, title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
-
-
-def _plain(name: str) -> str:
-    """Return a name for a legend, in which "$" makes no formula and "_" hides nothing."""
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _project(rows_mD: np.ndarray, seed: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -36,8 +35,7 @@ class ProgressDisplay:
         self._left = left
         if self.bar_size:
             form = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
-            colour = "green" if console.coloured(sys.stderr) else None
-            self._bar = console.bar(steps, "steps", title, initial=done, bar_format=form, colour=colour)
+            self._bar = console.bar(steps, "steps", title, initial=done, bar_format=form)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Show a step by its numbers: losses, "seconds" and "data_wait" among them."""
