@@ -102,6 +102,6 @@ def _tqdm() -> Any:
 
 
 def paint(text: str, colour: str, file: TextIO) -> str:
-    """Colour a text where ``file`` is a terminal with colours; the user may set NO_COLOR."""
+    """Colour a text on a terminal that shows colours; the user may set NO_COLOR."""
     shows = file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if shows else text

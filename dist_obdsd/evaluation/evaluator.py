@@ -172,9 +172,9 @@ def measure(
         rows_nD = _checked_rows(rows_nD, ids_n, labels_n, roles, settings.distance, normalize)
     kind = [rows_nD.shape[1], str(rows_nD.dtype), rows_nD.device.type] if len(ids_n) else None
     everyone = collectives.gather_json([repr(settings), kind, len(ids_n), sorted(set(roles))])
-    wishes, kinds, counts, known = (list(column) for column in zip(*everyone, strict=True))
-    if len(set(wishes)) > 1:
-        message = f"the settings of the evaluation differ: {values_by_rank(wishes)}; give every rank the same"
+    requested, kinds, counts, known = (list(column) for column in zip(*everyone, strict=True))
+    if len(set(requested)) > 1:
+        message = f"the settings of the evaluation differ: {values_by_rank(requested)}; give every rank the same"
         raise met_by_all(RunError(message))
     if len(different := sorted({tuple(kind) for kind in kinds if kind})) > 1:
         message = f"the ranks' embeddings are of different kinds: {different}; embed all images alike"
