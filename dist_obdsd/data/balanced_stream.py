@@ -10,7 +10,7 @@ from dist_obdsd.config import parse_config
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.stream import TrainStream
 from dist_obdsd.distributed import collectives
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, require
 
 
 class Batch(NamedTuple):
@@ -73,7 +73,7 @@ class BalancedStream:
         self.rank = collectives.rank() if rank is None else rank
         self.world_size = collectives.world_size() if world_size is None else world_size
         self.manifest = manifests.load(shards)
-        self._classes = self.manifest.class_ids("train")
+        self._classes = manifests.split_classes(self.manifest, seed)[0]
         self._next = (0, 0)
         self._stream: TrainStream | None = None
         self._open()
@@ -102,6 +102,7 @@ class BalancedStream:
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
         """Go to a step of an epoch; what was read ahead for another is dropped."""
+        require("step", step, step >= 0, "at least 0")
         if (epoch, step) != self._next:
             self.close()
             self._next = (epoch, step)

@@ -152,11 +152,8 @@ def _check(manifest: Manifest, origin: str) -> None:
                 f"{where} has the role {min(unknown)!r}; roles are {', '.join(ROLES)} and gallery:NAME with a name of "
                 f"letters, digits, '.', '_' and '-'"
             )
-        if max(shard.classes, default=0) >= max(len(manifest.classes), 1):
-            raise InputError(
-                f"{where} has class ids {min(shard.classes)} to {max(shard.classes)} but {len(manifest.classes)} "
-                f"classes are named"
-            )
+        if max(shard.classes, default=-1) >= len(manifest.classes):
+            raise InputError(f"{where} has class id {max(shard.classes)} but {len(manifest.classes)} classes are named")
     ids = [i for shard in manifest.shards() for i in shard.ids]
     if len(set(ids)) != len(ids):
         raise InputError(
@@ -228,7 +225,7 @@ def split_classes(
         if len(known) // folds < 2:
             raise InputError(
                 f"validation.folds={folds} of {len(known)} classes leaves a fold with less than two; "
-                f"set it to {len(known) // 2} or less"
+                f"set it to {len(known) // 2} or less, or pack more classes"
             )
         order = rng(seed, "validation folds").permutation(np.array(known))
         chosen, what = np.array_split(order, folds)[fold].tolist(), f"fold {fold} of validation.folds={folds}"

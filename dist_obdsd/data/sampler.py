@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from dist_obdsd.data.manifest import Manifest, Shard
 from dist_obdsd.data.schedule import EpochPlan, Sampling, plan_epoch
 from dist_obdsd.distributed import collectives
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, require
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
@@ -53,11 +53,10 @@ class BalancedBatchSampler(Sampler[list[int]]):
         """
         self.rank = collectives.rank() if rank is None else rank
         self.world_size = collectives.world_size() if world_size is None else world_size
-        if global_batch_size % self.world_size or not 0 <= self.rank < self.world_size:
-            raise InputError(
-                f"global_batch_size={global_batch_size} on rank {self.rank} of {self.world_size}; give a multiple of "
-                f"the number of ranks, and a rank below it"
-            )
+        B, W = global_batch_size, self.world_size
+        require("rank", self.rank, 0 <= self.rank < W, f"from 0 to below the number of ranks, {W}")
+        require("samples_per_class", samples_per_class, samples_per_class > 0, "at least 1")
+        require("global_batch_size", B, B > 0 and B % W == 0, f"a multiple of the number of ranks, {W}")
         names, self.labels_N = np.unique(np.asarray(labels), return_inverse=True)
         if self.labels_N.ndim != 1 or not len(self.labels_N):
             raise InputError(f"the labels have shape {np.shape(labels)}; give one label for each image, (N,)")
@@ -80,6 +79,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
                 self._manifest, list(range(len(self.classes))), epoch=epoch, lanes=1, window=1,
                 sampling=self._sampling, **self._settings,
             )  # fmt: skip
+        require("step", step, 0 <= step <= self.plan.steps, f"from 0 to {self.plan.steps}, the steps of the epoch")
         self.epoch, self.step = epoch, step
 
     def __len__(self) -> int:

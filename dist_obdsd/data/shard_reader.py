@@ -156,7 +156,7 @@ def read_shard(
         RunError: the tar is not what the manifest says, naming the shard and the sample.
     """
     places = {} if places is None else places
-    with _explained(root, shard), open_shard(root, shard, cache) as file:
+    with _explained(root, shard, cache), open_shard(root, shard, cache) as file:
         name = shard.file, file.seek(0, os.SEEK_END)
         file.seek(0)
         if name in places:
@@ -175,15 +175,15 @@ def read_shard(
 
 
 @contextmanager
-def _explained(root: str, shard: Shard) -> Iterator[None]:
+def _explained(root: str, shard: Shard, cache: Cache | None) -> Iterator[None]:
     """Turn what is wrong with a shard into a RunError that says what to do."""
     try:
         yield
     except (ShardError, ValueError, OSError) as error:
         reason = f"cannot be opened ({short_reason(error)})" if isinstance(error, OSError) else error
-        raise RunError(
-            f"shard {shown(location(root, shard.file))} {reason}; check the data with `dist-obdsd verify {shown(root)}`"
-        ) from error
+        again = "" if cache is None else f"remove its copy {cache.path(shard)}, or "
+        advice = f"{again}check the data with `dist-obdsd verify {shown(root)}`"
+        raise RunError(f"shard {shown(location(root, shard.file))} {reason}; {advice}") from error
 
 
 def image_names(
@@ -204,7 +204,7 @@ def image_names(
         wanted = {i for i in shard.ids if ids is None or i in ids}
         if not wanted:
             continue
-        with _explained(root, shard), open_shard(root, shard, cache) as file:
+        with _explained(root, shard, cache), open_shard(root, shard, cache) as file:
             for sample, sample_id in zip(samples_of(file, shard), shard.ids, strict=True):
                 named = sample_id in wanted and "json" in sample
                 meta = json.loads(read_member(file, *sample["json"])) if named else None

@@ -130,13 +130,8 @@ def check_identical(what: str, network: nn.Module, group: Group = None) -> None:
         )
 
 
-def teacher_state(teacher: ProgressiveTeacher) -> dict[str, Any]:
-    """Return a teacher's entry of a checkpoint."""
-    return {"network": teacher.network.state_dict(), "epoch": teacher.epoch}
-
-
 def load_teacher_state(teacher: ProgressiveTeacher, state: Mapping[str, Any]) -> None:
-    """Restore what ``teacher_state`` gave. Collective."""
+    """Restore a checkpoint's ``network`` and ``epoch``. Collective."""
     teacher.network.load_state_dict(shards.shard_state(state["network"], teacher.network))
     teacher.updates.fill_(state["epoch"])
     check_identical("the teacher", teacher.network)

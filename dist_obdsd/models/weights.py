@@ -53,7 +53,8 @@ def read(pretrained: str) -> tuple[State | None, dict[str, Any] | None]:
         return None, checkpoint.load(path)
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"model.pretrained={pretrained} is not a state dict; give a file of tensors by their names")
     return state, None
 
@@ -62,8 +63,14 @@ def fit(net: nn.Module, state: State | None, backbone: str) -> Any:
     """Load a state dict, with or without a classifier, or raise InputError."""
     if state is None:
         return net
+    own = net.state_dict()
+    # A classifier of another number of classes is as good as none.
+    fitting = {
+        name: value for name, value in state.items()
+        if not name.startswith(CLASSIFIERS) or name not in own or own[name].shape == value.shape
+    }  # fmt: skip
     try:
-        unfit = net.load_state_dict(state, strict=False)
+        unfit = net.load_state_dict(fitting, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model.pretrained does not fit {backbone}: {reason}") from error

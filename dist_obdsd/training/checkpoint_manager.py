@@ -13,7 +13,7 @@ from dist_obdsd.distributed.failures import raise_on_all_ranks
 from dist_obdsd.distributed.shards import broadcast_state, whole_on_main
 from dist_obdsd.errors import InputError
 from dist_obdsd.losses.obdsd import OBDSDLoss
-from dist_obdsd.models.teacher import ProgressiveTeacher, load_teacher_state, teacher_state
+from dist_obdsd.models.teacher import ProgressiveTeacher, load_teacher_state
 from dist_obdsd.training.metrics_logger import MetricsLogger
 from dist_obdsd.training.model_selection import ModelSelector
 from dist_obdsd.training.strategy import Strategy
@@ -79,11 +79,12 @@ class CheckpointManager:
 
     def _state_dict(self) -> dict[str, Any]:
         """The entries of a checkpoint; complete on rank 0. Collective."""
+        teacher = self.teacher
         state = {
             "config": self.config.model_dump(mode="json"),
             "manifest": self.manifest,
             "validation_classes": self.validation_classes,
-            "teacher": None if self.teacher is None else teacher_state(self.teacher),
+            "teacher": None if teacher is None else {"network": teacher.network.state_dict(), "epoch": teacher.epoch},
             "scaler": None,
             **self.strategy.state_dict(),
             "objective": self.objective.ranking.state_dict(),

@@ -46,7 +46,7 @@ WRONG_ROLES = ("judge", "gallery:", "gallery:a/b", "query:a")
         ("test shard's ids", [2**63, 1001, 1002, 1003], r"splits.test.0.ids.0 is"),
         ("test shard's ids", [1000, 1001, 1002], "lists 3 ids, 4 classes and 4 roles"),
         ("test shard's ids", [1000, 1001, 1002, 0], "every id must be unique"),
-        ("test shard's classes", [6, 6, 7, 8], "has class ids 6 to 8 but 8 classes are named"),
+        ("test shard's classes", [6, 6, 7, 8], "has class id 8 but 8 classes are named"),
         ("test shard's classes", [6, 6, 7, 5], "class 'class 5' is in train and in test"),
         *(("test shard's roles", ["both"] * 3 + [role], f"has the role '{role}'") for role in WRONG_ROLES),
         ("test shard's file", "../test.tar", "lies outside the folder"),

@@ -68,6 +68,7 @@ def test_a_loader_takes_it_and_a_resumed_one_goes_on() -> None:
     [
         (LABELS, 24, 5, "24"),
         (LABELS, 30, 1, "30"),
+        (LABELS, 0, 1, "is 0"),
         ([], 24, 1, r"\(0,\)"),
         ([[1, 2]], 24, 1, r"\(1, 2\)"),
         ([1, 1, 2, 2], 24, 1, "24"),
