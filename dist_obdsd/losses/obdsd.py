@@ -77,7 +77,7 @@ class OBDSDLoss(nn.Module):
             temperature: of the student's and the teacher's softmax over the batch.
             transition_temperature: of the random walk's transition matrix.
             omega: how far the diffusion goes, from 0 (psd) to below 1.
-            memory: teacher's rows of earlier batches that the diffusion also runs over.
+            memory: teacher's rows of earlier training batches that the diffusion also runs over.
             scope: ``global``, or ``rank`` for a target over each rank's own part of the batch.
             group: the process group whose ranks share a batch; None is the default one.
             normalize: divide embeddings and teacher's rows by their length first.
@@ -157,17 +157,17 @@ class OBDSDLoss(nn.Module):
                 f"or ramp=0 in the first epoch"
             )
         if isinstance(teacher_bD, torch.Tensor):
-            if len(teacher_bD) != len(embeddings_bD):
-                raise InputError(
-                    f"the teacher has {len(teacher_bD)} rows and the student {len(embeddings_bD)}; both must embed the "
-                    f"same images"
-                )
             teacher_bD = self.start_teacher(teacher_bD, early=False)
         with collectives.within(self.group):
             view = self.ranking.view(embeddings_bD, labels_b, self._checks, seed)
             T_BD, pending = None, None
             if teacher_bD is not None:
                 T_BD, pending = teacher_bD.gathering.wait(), teacher_bD.pending
+                if len(T_BD) != view.B:  # on every rank or on none, as the shapes were compared
+                    raise InputError(
+                        f"the teacher has {len(T_BD) // view.world_size} rows and the student {view.b}; both must "
+                        f"embed the same images"
+                    )
                 view.notes.extend(teacher_bD.notes)
             terms = self.terms(view, T_BD, pending)
             factors = {name: 1.0 for name in terms if is_ranking(name)}
@@ -192,7 +192,7 @@ class OBDSDLoss(nn.Module):
         S_bB = view.S_bB[:, view.rows] if self.scope == "rank" else view.S_bB
         T_BD, rows = self._scoped(T_BD, view.rows)
         found = manifold.target_rows(T_BD, rows, self.diffusion, self.memory_MD, pending)
-        if self.memory:
+        if self.memory and self.training and torch.is_grad_enabled():  # no rows of a validation pass
             self.memory_MD = torch.cat([T_BD, *([] if self.memory_MD is None else [self.memory_MD])])[: self.memory]
         terms |= distillation.distil(S_bB, found.target_bB, self.diffusion.temperature, rows.start)
         if self.target.graph is not None:
