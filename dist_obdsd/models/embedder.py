@@ -126,17 +126,8 @@ def build_embedder(config: Config, device: torch.device) -> Embedder:
 
 def with_fallback(config: Config) -> Config:
     """Take ``model.fallback`` where a backbone's weights cannot be had. Collective."""
-    section, optim, failure = config.model, config.optim, None
-    if section.fallback is not None and section.library is not None and _began_with_fallback(config):
-        failure = f"{config.run_dir} was begun without the weights of {section.backbone}; set another name to use them"
-    elif section.fallback is not None and section.library is not None:
-        found = library_weights(section.backbone, section.pretrained)
-        try:
-            if found.path() is None:
-                build_backbone(section.backbone, pretrained=section.pretrained)
-        except InputError as error:
-            failure = str(error)
-    failure = next(filter(None, collectives.gather_json(failure)), None)
+    section, optim = config.model, config.optim
+    failure = next(filter(None, collectives.gather_json(_lacks_weights(config))), None)
     if failure is None:
         return config
     # Nothing is pretrained now, so all layers take the rate of the one that never was.
@@ -149,13 +140,22 @@ def with_fallback(config: Config) -> Config:
     return config.model_copy(update={"model": model, "optim": optim.model_copy(update=rate)})
 
 
-def _began_with_fallback(config: Config) -> bool:
-    """Tell if this run's folder has a checkpoint, and its fall-back's settings."""
-    with suppress(InputError):
-        begun = load_config(config.run_dir / "config.yaml").model
-        fallback = (begun.backbone, begun.pretrained) == (config.model.fallback, "none")
-        return fallback and checkpoint.find(config.run_dir) is not None
-    return False
+def _lacks_weights(config: Config) -> str | None:
+    """Say why a run with a fall-back goes without its weights, if it does."""
+    section, folder = config.model, config.run_dir
+    if section.fallback is None or section.library is None:
+        return None
+    with suppress(InputError):  # there is no such run yet
+        begun = load_config(folder / "config.yaml").model
+        if (begun.backbone, begun.pretrained) == (section.fallback, "none") and checkpoint.find(folder) is not None:
+            return f"{folder} was begun without the weights of {section.backbone}; set another name to use them"
+    found = library_weights(section.backbone, section.pretrained)
+    try:
+        if found.path() is None:
+            build_backbone(section.backbone, pretrained=section.pretrained)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _continue_from(model: Embedder, saved: dict[str, Any], config: Config) -> None:

@@ -67,7 +67,7 @@ def fit(net: nn.Module, state: State | None, backbone: str) -> Any:
     # A classifier of another number of classes is as good as none.
     fitting = {
         name: value for name, value in state.items()
-        if not name.startswith(CLASSIFIERS) or name not in own or own[name].shape == value.shape
+        if not name.startswith(CLASSIFIERS) or own.get(name, value).shape == value.shape
     }  # fmt: skip
     try:
         unfit = net.load_state_dict(fitting, strict=False)

@@ -79,12 +79,11 @@ class CheckpointManager:
 
     def _state_dict(self) -> dict[str, Any]:
         """The entries of a checkpoint; complete on rank 0. Collective."""
-        teacher = self.teacher
         state = {
             "config": self.config.model_dump(mode="json"),
             "manifest": self.manifest,
             "validation_classes": self.validation_classes,
-            "teacher": None if teacher is None else {"network": teacher.network.state_dict(), "epoch": teacher.epoch},
+            "teacher": self.teacher and {"network": self.teacher.network.state_dict(), "epoch": self.teacher.epoch},
             "scaler": None,
             **self.strategy.state_dict(),
             "objective": self.objective.ranking.state_dict(),
