@@ -15,7 +15,7 @@ from dist_obdsd.config import Config, override_config, parse_config
 from dist_obdsd.data.images import decode, pixels, upright
 from dist_obdsd.data.transforms import eval_transform
 from dist_obdsd.distributed.launch import Launch, choose_device
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, require
 from dist_obdsd.files import read_file
 from dist_obdsd.models.embedder import Embedder, build_embedder
 
@@ -45,11 +45,9 @@ def load(
     Raises:
         InputError: there is no such checkpoint, or no such device.
     """
-    for name, value, known in (("which", which, ("last", "best")), ("device", device, ("auto", "cpu", "cuda"))):
-        if value not in known:
-            raise InputError(f"{name}={value!r} is none of {', '.join(known)}; give one of them")
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} embeds nothing; give a number from 1")
+    require("which", which, which in ("last", "best"), "last or best")
+    require("device", device, device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+    require("batch_size", batch_size, batch_size > 0, "at least 1")
     path = checkpoint.find(Path(path), which) or Path(path)
     if path.is_dir() and checkpoint.find(path) is not None:
         raise InputError(

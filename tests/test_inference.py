@@ -136,9 +136,9 @@ def test_a_broken_file_is_named(trained, embedder, tmp_path, file, words):
     ("arguments", "words"),
     [
         ({"which": "best"}, "has no best checkpoint"),
-        ({"which": "newest"}, "which='newest'"),
-        ({"device": "tpu"}, "device='tpu'"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"which": "newest"}, "which is 'newest'"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_a_run_without_a_best_epoch_is_loaded_as_last(trained, tmp_path, arguments, words):

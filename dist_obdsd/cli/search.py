@@ -16,7 +16,7 @@ import dist_obdsd
 from dist_obdsd.cli.output import check_writable, show
 from dist_obdsd.data.image_folder import find_images
 from dist_obdsd.data.images import decode
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, require
 from dist_obdsd.files import read_file, write_atomically
 from dist_obdsd.search_index import SearchIndex
 
@@ -113,8 +113,7 @@ def build_app(index: SearchIndex, top: int) -> Any:
 
 
 def _open(options: argparse.Namespace) -> SearchIndex:
-    if options.top < 1:
-        raise InputError(f"--top is {options.top}; give the number of images to find, 1 or more")
+    require("--top", options.top, options.top > 0, "the number of images to find, 1 or more")
     check_writable(options.index)
     find_images(options.gallery)
     index = SearchIndex(dist_obdsd.load(options.checkpoint), options.gallery, options.index)

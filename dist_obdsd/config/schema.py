@@ -159,7 +159,7 @@ def _filled(section: S, values: Mapping[str, Any]) -> S:
     return section.model_copy(update={name: v for name, v in values.items() if getattr(section, name) is None})
 
 
-# Settings that may differ between a run and its continuation: none of them can change a result.
+# Settings that may differ between a run and its continuation: none changes results beyond rounding and tolerance.
 CHANGEABLE_ON_RESUME = {
     "output", "threads", "device", "timeout_seconds", "max_steps", "max_nonfinite_steps", "debug",
     "data.workers", "data.shards", "data.cache", "data.cache_gib", "data.max_bad_samples", "evaluation.backend",

@@ -28,7 +28,7 @@ import numpy as np
 from dist_obdsd.data.batch_composer import Group, LaneQueue, Plan, take_steps
 from dist_obdsd.data.lanes import ShardSlice, assign_to_lanes, shard_slices
 from dist_obdsd.data.manifest import Manifest
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, require
 from dist_obdsd.rng import rng
 
 Sampling = Literal["epoch", "released"]
@@ -105,10 +105,7 @@ def plan_epoch(
         InputError: B, K and L do not divide, there are fewer shards than lanes, or fewer groups than one batch.
     """
     K, L = samples_per_class, lanes
-    if sampling not in get_args(Sampling):
-        raise InputError(
-            f"sampling is {sampling!r}; give 'epoch', or 'released', which draws all classes equally often"
-        )
+    require("sampling", sampling, sampling in get_args(Sampling), "epoch or released")
     if global_size % (K * L):
         raise InputError(
             f"batch.global_size={global_size} does not divide into {L} lanes of groups of {K}; set it to a multiple of "

@@ -38,8 +38,8 @@ class Settings:
         require("backend", self.backend, self.backend in ("auto", "faiss", "torch"), "one of auto, faiss, torch")
         if isinstance(self.metrics, str) or not self.metrics:
             raise InputError(f"metrics is {self.metrics!r}; give a list of some of {', '.join(METRICS.choices)}")
-        if not self.recall_at or any(k != int(k) or k < 1 for k in self.recall_at):
-            raise InputError(f"recall_at is {tuple(self.recall_at)}; give whole numbers from 1 on")
+        if isinstance(self.recall_at, int) or not self.recall_at or any(k != int(k) or k < 1 for k in self.recall_at):
+            raise InputError(f"recall_at is {self.recall_at!r}; give a list of whole numbers from 1 on")
 
     @property
     def released(self) -> bool:

@@ -18,7 +18,7 @@ from dist_obdsd.console import NOTICE
 from dist_obdsd.data import manifest as manifests
 from dist_obdsd.data.from_config import check_world_size
 from dist_obdsd.distributed.launch import read_launch
-from dist_obdsd.errors import InputError
+from dist_obdsd.errors import InputError, require
 from dist_obdsd.experiments import variants as planning
 from dist_obdsd.experiments.report import Report, make_folder
 from dist_obdsd.experiments.run_status import FINISHED, RunStatus, check_folders, status_of
@@ -54,8 +54,7 @@ class Comparison:
         self._config = load_config(config, [*overrides, *chosen[0].overrides])
         self.folder = out or Path(self._config.output) / f"{self._config.name}-comparison"
         if ranks is not None:
-            if ranks < 1:
-                raise InputError(f"--ranks is {ranks}; give the number of processes of a run, 1 or more")
+            require("--ranks", ranks, ranks > 0, "the number of processes of a run, 1 or more")
             for spec in self.specs:
                 check_world_size(spec.config, ranks)
         roots = dict.fromkeys(spec.config.data.shards for spec in self.specs)  # variants may train on different data

@@ -1,4 +1,4 @@
-"""From this rank's rows to the loss of the global batch: gather, check, combine.
+"""From the ranks' terms to the loss of the global batch: check and combine.
 
 Legend: b rows of this rank, B = W * b rows of the global batch, D embedding dimension, W ranks, n terms.
 """

@@ -33,7 +33,7 @@ class RankingLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
-        """How many batches were viewed: the seed of what a loss draws."""
+        """How many batches were viewed in training: the seed of what a loss draws."""
         self._checks = InputChecks()
         self._alike = False
 
@@ -66,7 +66,7 @@ class RankingLoss(nn.Module):
         if not self._alike:  # all ranks begin with rank 0's parameters, as under DDP
             collectives.broadcast_([*self.parameters(), *self.buffers()])
             self._alike = True
-        self.calls += 1
+        self.calls += self.training
         b, W = len(embeddings_bD), collectives.world_size()
         labels, notes = checks.labels(labels.to(embeddings_bD.device, non_blocking=True), self.num_classes)
         embeddings_bD, more_notes = checks.unit_rows("batch", embeddings_bD)

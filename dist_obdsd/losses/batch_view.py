@@ -30,7 +30,7 @@ class BatchView:
     seed: int = 0
     """Seed of this step's random choices; the same on every rank."""
     shared: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter
-    """Makes a parameter of the loss's own one whose gradient is averaged over the ranks; use what it returns."""
+    """Wraps a parameter of the loss so that its gradient is averaged over the ranks; use the result."""
     notes: list[Note] = field(default_factory=list)
     """What may be wrong with its numbers, which travels with the loss."""
 

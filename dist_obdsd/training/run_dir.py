@@ -51,7 +51,10 @@ class RunDir:
         return self.path / name
 
     def cut_metrics(self, global_step: int, tested: bool, pending: bool) -> None:
-        """Open the metrics without what follows a checkpoint, which may hold evaluations."""
+        """Drop metrics later than the checkpoint, then open their file to append.
+
+        ``tested`` and ``pending``: whether it was made after the test of its step, and before the validation.
+        """
         path, kept = self.path / "metrics.jsonl", ""
         for line in path.read_text().splitlines() if path.exists() else ():
             with suppress(ValueError):  # of the line that was being written when the run was killed

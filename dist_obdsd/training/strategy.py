@@ -30,7 +30,7 @@ States = dict[str, dict[str, Any]]
 class Strategy(ABC):
     """The student with its optimizer, on one rank of several.
 
-    A rank's loss is ``W * local sum / global count``, and the gradient that is applied is the mean over the W ranks.
+    A rank's loss has the gradient of ``W * local sum / global count``; what is applied is the mean over the W ranks.
     The objective's own parameters stay outside the wrapper and have an optimizer of their own. The loss averages their
     gradients, and both kinds count in one gradient norm.
     """

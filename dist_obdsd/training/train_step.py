@@ -90,8 +90,8 @@ class TrainStep:
             stop, save: whether this rank was asked to stop, or wants a checkpoint; any rank's request reaches all.
 
         Returns:
-            Names, and the [n] numbers that they name, still on the device; ``anchors`` is the number of what the
-            ranking loss's first part is a mean over.
+            Names, and the [n] numbers that they name, still on the device; ``anchors`` is the count behind the
+            mean of the ranking loss's first part.
         """
         if (batch.epoch, batch.step) != (progress.epoch, progress.step):
             raise RunError(f"the stream gave step {batch.step} of epoch {batch.epoch} at {progress}; this is a defect")

@@ -111,8 +111,7 @@ def test_bad_requests_are_one_sentence(cli, trained, gallery, tmp_path, run, cha
     (tmp_path / "broken" / "a.png").write_bytes(b"x")
     np.savez(tmp_path / "others.npz", embeddings=np.eye(2))
     asked = ("search", run, "--gallery", gallery, "--index", "i.npz", *change, gallery / "class_00" / "0.png")
-    done = cli(*asked, cwd=tmp_path, exits=2)
-    assert words in done.stderr.splitlines()[-1]
+    assert words in cli(*asked, cwd=tmp_path, exits=2).stderr.splitlines()[-1]
 
 
 @contextmanager

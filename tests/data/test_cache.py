@@ -121,8 +121,7 @@ def test_a_process_killed_in_a_download_is_in_nobody_s_way(server: Server, tmp_p
         assert half.wait(30)
         os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         process.join(10)
-        cache = Cache(folder)
-        assert read(cache, server, shard) == bytes(SIZE)
+        assert read(Cache(folder), server, shard) == bytes(SIZE)
         (left,) = folder.glob("*.part")  # another process may write there
         os.utime(left, (time.time() - caching.ABANDONED - 60,) * 2)
         assert names(Cache(folder)) == [f"{shard.sha256}.tar"]

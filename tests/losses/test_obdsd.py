@@ -143,8 +143,7 @@ def test_weights_after_ten_steps_are_those_of_one_process(wrapper: str, worlds: 
     for world in worlds:
         for end in harness.run(world, train_worker, wrapper):
             assert relative_error(end, one) < (1e-6 if wrapper == "deepspeed" else 1e-10)  # in float32
-    wrong = harness.run(2, train_worker, wrapper, "no gradient")[0]
-    assert relative_error(wrong, one) > 1e-4
+    assert relative_error(harness.run(2, train_worker, wrapper, "no gradient")[0], one) > 1e-4
 
 
 def subgroup_worker(target: str) -> dict[str, Any] | None:
@@ -233,9 +232,12 @@ def test_any_module_of_a_whole_batch_can_be_the_ranking_loss() -> None:
             return (E_BD @ E_BD.T).mean(1)
 
     E_BD = unit_rows(0).requires_grad_()
-    out = OBDSDLoss(Spread(), target="none")(E_BD, torch.tensor(UNEVEN))
+    objective = OBDSDLoss(Spread(), target="none")
+    out = objective(E_BD, torch.tensor(UNEVEN))
     assert out.loss.item() == pytest.approx((E_BD @ E_BD.T).mean(1).sum().item(), rel=1e-12)
     assert list(out.metrics) == ["ranking", "anchors"]
+    objective.eval()(E_BD, torch.tensor(UNEVEN))
+    assert objective.ranking.calls == 1  # a validation changes nothing that training draws
 
 
 @pytest.mark.parametrize(

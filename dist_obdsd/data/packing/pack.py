@@ -22,7 +22,7 @@ from dist_obdsd.data.packing.readers.base import Sample, list_samples, raise_mis
 from dist_obdsd.data.packing.recipes import Recipe
 from dist_obdsd.data.packing.writer import UsableImage, write_shards
 from dist_obdsd.data.parallel import in_order, processes
-from dist_obdsd.errors import InputError, RunError
+from dist_obdsd.errors import InputError, RunError, require
 from dist_obdsd.files import new_folder, read_file
 
 MAX_WARNINGS = 20  # about single images; the manifest lists all of them
@@ -57,10 +57,8 @@ def pack(
         InputError: the source does not fit the recipe, or the target cannot be used.
         RunError: the disk is full, or a file of the source is gone meanwhile.
     """
-    if samples_per_class < 2:
-        raise InputError(f"samples per class is {samples_per_class}; a group needs at least 2 images")
-    if resize is not None and resize < 1:
-        raise InputError(f"resize is {resize}; give the shorter side in pixels, at least 1")
+    require("samples per class", samples_per_class, samples_per_class > 1, "at least 2, the images of a group")
+    require("resize", resize, resize is None or resize > 0, "the shorter side in pixels, at least 1")
     out = out.resolve()
     _check_target(out, source, overwrite)
     reader, differences = recipe.make_reader(), list[str]()

@@ -306,8 +306,7 @@ def test_training_shards_have_equal_group_counts(sizes: list[int], k: int, seed:
         assert min(present.values()) >= k
         counts.append(sum(n // k for n in present.values()))
     # Two blocks of one class may meet in a shard and make one group more of their remainders.
-    together = sum(counts) - groups
-    assert max(counts) - min(counts) <= 1 + together
+    assert max(counts) - min(counts) <= 1 + sum(counts) - groups
     assert assigned == assignment.assign_training(members, k, shards, seed)
 
 

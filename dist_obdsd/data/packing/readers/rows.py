@@ -44,9 +44,12 @@ def text_rows(file: File, delimiter: str, skip: int, columns: Sequence[str]) -> 
     lines = _lines(file, text, delimiter, skip)
     names = tuple(columns)
     if not names:
-        names = tuple(cell.strip() for cell in next(lines, (0, []))[1])
+        number, cells = next(lines, (skip + 1, []))
+        names = tuple(cell.strip() for cell in cells)
         if not names or len(set(names)) < len(names):
-            raise InputError(f"{file.where}:1: has no row of column names, all different; add it as the first line")
+            raise InputError(
+                f"{file.where}:{number}: has no row of column names, all different; add it as the first line"
+            )
     return names, _named(file, lines, names)
 
 
@@ -61,7 +64,7 @@ def _lines(file: File, text: str, delimiter: str, skip: int) -> Iterator[tuple[i
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:
         for cells in reader:
-            if cells:
+            if any(cell.strip() for cell in cells):
                 yield skip + reader.line_num, cells
     except csv.Error as error:
         raise InputError(f"{file.where}:{skip + reader.line_num}: is no row of a table ({error}); mend it") from error

@@ -80,9 +80,9 @@ def test_roles_say_who_asks_and_who_is_searched(tmp_path) -> None:
     ("text", "message"),
     [
         ("", "images.csv:1: has no row of column names"),
-        ("path,path\n", "images.csv:1: has no row of column names, all different"),
+        ("\npath,path\n", "images.csv:2: has no row of column names, all different"),
         ("path,class\npics/a.jpg,1,2\n", r"images.csv:2: has 3 cells but needs 2 \(path, class\)"),
-        ("path,class\n\n\npics/a.jpg\n", "images.csv:4: has 1 cells but needs 2"),
+        ("path,class\n\n , \npics/a.jpg\n", "images.csv:4: has 1 cells but needs 2"),
         ("path,class\npics/a.jpg,\n", "images.csv:2: class is empty"),
         ("path,class\n,1\n", "images.csv:2: path is empty"),
         ("path,class\n../a.jpg,1\n", "images.csv:2: the path '../a.jpg' may point outside"),
