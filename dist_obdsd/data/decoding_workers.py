@@ -184,8 +184,8 @@ class Decoder(Iterator[DecodedJob]):
             ) from error
         finally:
             self._idle.put((process, connection))
-        if isinstance(reply, str):
-            raise RunError(f"a decoding process failed: {reply}")
+        if isinstance(reply, UserError):
+            raise reply
         return [failure._replace(row=failure.row + start) for failure in reply]
 
     def __next__(self) -> DecodedJob:
@@ -248,8 +248,10 @@ def _work(connection: Connection, slots: np.ndarray, config: Config, group: int)
             slot, start, tasks = connection.recv()
             try:
                 reply: Any = decode_tasks(tasks, images[slot, start:], config, group)
+            except UserError as error:  # of an augmentation of the user's own
+                reply = error
             except Exception as error:
-                reply = f"{type(error).__name__}: {error}"
+                reply = RunError(f"a decoding process failed: {type(error).__name__}: {error}")
             connection.send(reply)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from dist_obdsd.config.registry import import_object
+from dist_obdsd.config.registry import import_object, plug_in
 from dist_obdsd.config.sections import DataConfig
 from dist_obdsd.errors import InputError
 
@@ -60,7 +60,8 @@ def train_transform(image: Tensor, config: DataConfig, generator: np.random.Gene
     if config.augment == "none":
         return eval_transform(image, config)
     if ":" in config.augment:
-        return _checked(load_augment(config.augment)(image, generator, config.size), config)
+        with plug_in(f"data.augment={config.augment}"):
+            return _checked(load_augment(config.augment)(image, generator, config.size), config)
     if config.fit == "pad":
         image = _padded(_bounded(image), config)
     h, w = config.size

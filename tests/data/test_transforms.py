@@ -1,5 +1,7 @@
 import math
 from collections import Counter
+from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +10,12 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from dist_obdsd.data import transforms
+from dist_obdsd.data.decoding_workers import DecodeJob, Decoder, DecodeTask
 from dist_obdsd.data.images import decode
 from dist_obdsd.data.transforms import eval_transform, train_transform
 from dist_obdsd.errors import InputError
 from dist_obdsd.rng import rng
-from tests.data.pictures import assert_close, colours, encoded, settings
+from tests.data.pictures import assert_close, colours, encoded, noise, settings
 
 
 def coloured(height: int = 20, width: int = 30) -> torch.Tensor:
@@ -151,6 +154,7 @@ def dark(image, generator, size):
     return (functional.resize(image, list(size)) * generator.uniform(0, 0.5)).byte()
 def wrong(image, generator, size):
     return image.float()
+broken = lambda image, generator, size: image / []
 """
 
 
@@ -164,8 +168,11 @@ def test_a_plug_in_transforms_images(tmp_path, monkeypatch) -> None:
     assert torch.equal(found, train_transform(image, config, rng(0, 1)))
     assert not torch.equal(found, train_transform(image, config, rng(0, 2)))
     for name, fact in (
-        ("my_augment:wrong", r"returned torch.float32 \[3, 20, 30\]; it must return uint8 \[3, 16, 16\]"),
+        ("my_augment:wrong", r"returned torch.float32 \[3, 10, 12\]; it must return uint8 \[3, 16, 16\]"),
+        ("my_augment:broken", "data.augment=my_augment:broken fails with TypeError.* line 7"),
         ("no_such:thing", "data.augment=no_such:thing cannot be imported"),
     ):
-        with pytest.raises(InputError, match=fact):
-            train_transform(image, settings(augment=name), rng(0))
+        jobs = iter([DecodeJob(0, [DecodeTask(0, noise(1), (0, 0, 0))])])
+        run = SimpleNamespace(seed=0, data=settings(augment=name, workers=1))
+        with closing(Decoder(jobs, 1, run, 1)) as decoder, pytest.raises(InputError, match=fact):
+            next(decoder)
