@@ -54,8 +54,8 @@ def evaluate(
     (1.0, 1.0)
 
     Args:
-        embeddings: [n, D] floating-point tensor or array of this rank; n may be 0 and may differ between the ranks. The
-            search runs where a tensor is. For ``distance="cosine"`` rows are brought to unit length.
+        embeddings: [n, D] floating-point tensor, array or table of this rank; n may be 0 and may differ between ranks.
+            The search runs where a tensor is. For ``distance="cosine"`` rows are brought to unit length.
         labels: [n] integers, or texts that name the classes.
         ids: [n] integers, one per image, such as its index in the data set. An image never finds itself, ties go to the
             smaller id, and an image that arrives twice (as samplers pad) counts once. None: rows in rank order, each
@@ -80,7 +80,8 @@ def evaluate(
     with collectives.within(group):
         with raise_on_all_ranks("the images to evaluate"):
             settings = Settings(metrics, recall_at, conventions, distance, backend, seed, train_classes)
-            rows_nD = torch.as_tensor(embeddings).detach()
+            rows = embeddings if torch.is_tensor(embeddings) else np.require(embeddings, requirements="W")
+            rows_nD = torch.as_tensor(rows).detach()
             rows_nD = rows_nD.float() if rows_nD.dtype in (torch.float16, torch.bfloat16) else rows_nD
             rows_nD = rows_nD.to(collectives.sends_from(rows_nD.device))
             n = len(rows_nD)

@@ -30,7 +30,7 @@ def worker(form: str = "tensors") -> dict[str, float]:
     rows, labels = ROWS[ids], LABELS[ids]
     arguments: Any = rows, labels
     if form == "arrays":
-        arguments = rows.double().numpy(), labels.numpy()
+        arguments = pytest.importorskip("pandas").DataFrame(rows.double().numpy()), labels.numpy()
     if form == "texts":  # of which no rank has all
         texts = [f"class {label}" for label in labels.tolist()]
         arguments = rows, np.array(texts, dtype=object) if collectives.rank() else texts  # pandas has objects
