@@ -81,8 +81,8 @@ def draw(axes: Any, gains: Points, style: dict[str, Any]) -> None:
     for at in x:
         if (n := len(gains[at])) > 2:
             half = stats.t.ppf(0.975, n - 1) * np.std(gains[at], ddof=1) / np.sqrt(n)
-            form = {"fmt": style["marker"], "mfc": "white", "color": style["color"], "capsize": 3, "linewidth": 0.9}
-            axes.errorbar(at * 1.08, np.mean(gains[at]), half, **form)
+            form = {"fmt": style["marker"], "ms": 9, "mfc": "none", "capsize": 3, "linewidth": 0.9}
+            axes.errorbar(at, np.mean(gains[at]), half, color=style["color"], **form)
 
 
 if __name__ == "__main__":

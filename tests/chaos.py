@@ -130,7 +130,8 @@ def wait_for(moment: str, job: Job, run: Path, draw: random.Random, last_step: i
 def finished(folder: Path, name: str, ranks: int, *overrides: str) -> dict[str, Any]:
     """Start a run, or go on with it, to its end."""
     job = Job(folder, name, ranks, *overrides)
-    assert not any(job.wait()), job.log.read_text()[-3000:]
+    codes = job.wait()
+    assert not any(codes), job.log.read_text()[-3000:]
     return result(folder / "runs" / name)
 
 

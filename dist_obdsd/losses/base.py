@@ -66,7 +66,7 @@ class RankingLoss(nn.Module):
         if not self._alike:  # all ranks begin with rank 0's parameters, as under DDP
             collectives.broadcast_([*self.parameters(), *self.buffers()])
             self._alike = True
-        self.calls += self.training
+        self.calls += self.training and torch.is_grad_enabled()  # not in a validation pass
         b, W = len(embeddings_bD), collectives.world_size()
         labels, notes = checks.labels(labels.to(embeddings_bD.device, non_blocking=True), self.num_classes)
         embeddings_bD, more_notes = checks.unit_rows("batch", embeddings_bD)

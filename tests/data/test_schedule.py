@@ -91,8 +91,7 @@ def test_lanes_exchange_classes_where_order_gets_stuck(monkeypatch: pytest.Monke
     monkeypatch.setattr(lanes, "MAX_LOSS", 1.0)
     # Lane of shard {0, 1} can give 1 instead of 0 and so leave 0 to the lane that has nothing else.
     manifest = manifest_of([[0] * 8, [0] * 8 + [1] * 8])
-    repeats = [plan_of(manifest, epoch, global_size=4, lanes=2).repeated for epoch in range(20)]
-    assert repeats == [0] * 20
+    assert [plan_of(manifest, epoch, global_size=4, lanes=2).repeated for epoch in range(20)] == [0] * 20
     monkeypatch.setattr(batch_composer, "_exchange", lambda *_: False)  # the control
     assert sum(plan_of(manifest, epoch, global_size=4, lanes=2).repeated for epoch in range(20)) > 0
 

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,7 +31,9 @@ def worker(form: str = "tensors") -> dict[str, float]:
     rows, labels = ROWS[ids], LABELS[ids]
     arguments: Any = rows, labels
     if form == "arrays":
-        arguments = pytest.importorskip("pandas").DataFrame(rows.double().numpy()), labels.numpy()
+        arguments = rows.double().numpy(), labels.numpy()
+    if form == "table":
+        arguments = pd.DataFrame(rows.double().numpy()), pd.Series(labels.numpy())
     if form == "texts":  # of which no rank has all
         texts = [f"class {label}" for label in labels.tolist()]
         arguments = rows, np.array(texts, dtype=object) if collectives.rank() else texts  # pandas has objects
@@ -59,7 +62,7 @@ def test_the_same_numbers_from_any_ranks_and_kinds_of_input() -> None:
     assert (first["queries"], first["gallery"], first["excluded"]) == (N - 1, N, 1)
     first_rank, _, last_rank = harness.run(3, group_worker)
     assert first_rank == last_rank == first
-    for form in ("arrays", "huge", "tiny"):  # float64 rows are not rounded, which moves the last bits
+    for form in ("arrays", "table", "huge", "tiny"):  # float64 rows are not rounded, which moves the last bits
         assert worker(form) == pytest.approx(first, abs=1e-6)
 
 

@@ -100,8 +100,7 @@ def test_a_grid_point_is_chosen_by_validation_classes_alone(folder):
     # Every variant is compared with the baseline at its own point.
     last = text.split("### last")[1].split("###")[0]
     assert table_row(last, "recall@1", "psd epochs=4")[6] == "+0.1000"
-    text = report(folder, values, ("epochs=3,4",)).markdown()
-    assert "nothing here may choose between the points" in text
+    assert "nothing here may choose between the points" in report(folder, values, ("epochs=3,4",)).markdown()
 
 
 T2 = 4.302652729911275  # Student's t, 97.5 %, 2 degrees of freedom, from the printed tables (4.303)

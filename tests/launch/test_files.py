@@ -179,8 +179,7 @@ def test_the_image_runs_what_the_jobs_run_and_not_as_root():
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_deepspeed_files_are_taken(stage):
-    options = engine_options(str(LAUNCH / f"zero{stage}.json"), None)
-    assert options["zero_optimization"]["stage"] == stage
+    assert engine_options(str(LAUNCH / f"zero{stage}.json"), None)["zero_optimization"]["stage"] == stage
     with pytest.raises(InputError, match=f"deepspeed.stage is {3 - stage} but .* has stage {stage}"):
         engine_options(str(LAUNCH / f"zero{stage}.json"), 3 - stage)
 

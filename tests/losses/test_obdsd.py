@@ -236,6 +236,7 @@ def test_any_module_of_a_whole_batch_can_be_the_ranking_loss() -> None:
     out = objective(E_BD, torch.tensor(UNEVEN))
     assert out.loss.item() == pytest.approx((E_BD @ E_BD.T).mean(1).sum().item(), rel=1e-12)
     assert list(out.metrics) == ["ranking", "anchors"]
+    torch.no_grad()(objective)(E_BD, torch.tensor(UNEVEN))
     objective.eval()(E_BD, torch.tensor(UNEVEN))
     assert objective.ranking.calls == 1  # a validation changes nothing that training draws
 

@@ -234,8 +234,7 @@ def test_a_database_in_a_folder_of_any_name(tmp_path, monkeypatch, job):
     tracker.metrics({"loss": 1}, 0)
     tracker.artifact(job.run_dir / "note.txt")
     tracker.close("FINISHED")
-    client = MlflowClient(absolute("sqlite:///m.db"))
-    assert client.get_metric_history(tracker.run_id, "loss")[0].value == 1
+    assert MlflowClient(absolute("sqlite:///m.db")).get_metric_history(tracker.run_id, "loss")[0].value == 1
     assert {path.name for path in here.iterdir()} == {"m.db", "mlruns"}
     assert [path.read_text() for path in here.rglob("note.txt")] == ["hello"]
     assert not any((tmp_path / cut).exists() for cut in ("job", "job%2Fmain ", here.name.partition("?")[0]))

@@ -83,7 +83,8 @@ def test_train_and_test_folders_are_the_splits(tmp_path, around: bool) -> None:
     expected = [(f"train/{c}/{i}", c, "train", "train") for c in "abc" for i in ("0.png", "1.PNG")]
     expected += [(f"test/{c}/{i}", c, "test", "both") for c in "de" for i in ("0.png", "1.PNG")]
     root, base = (tmp_path, "photos") if around else (photos, ".")
-    for source in (photos, Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root, base))):
+    archive = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root, base))
+    for source in (photos, archive):
         assert [row[:4] for row in listed(FOLDER, source)] == expected
     class_folders(photos, "x")
     with pytest.raises(InputError, match="holds train/, test/ and also x/"):

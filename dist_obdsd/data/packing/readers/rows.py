@@ -47,9 +47,7 @@ def text_rows(file: File, delimiter: str, skip: int, columns: Sequence[str]) -> 
         number, cells = next(lines, (skip + 1, []))
         names = tuple(cell.strip() for cell in cells)
         if not names or len(set(names)) < len(names):
-            raise InputError(
-                f"{file.where}:{number}: has no row of column names, all different; add it as the first line"
-            )
+            raise InputError(f"{file.where}:{number}: has no row of column names, all different; add it there")
     return names, _named(file, lines, names)
 
 
